@@ -1,0 +1,55 @@
+"""Fine-tune any PEFT adapter with forward passes only, and give each sample the queries that it deserves."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+
+if TYPE_CHECKING:
+    from .args import FlopsArgumentsMixin, FlopsTrainingArguments
+    from .errors import ConfigurationError, FlopsError, NonFiniteError, ObjectiveError
+    from .objectives import CallableObjective
+    from .step import Method, Place, StepResult, estimate_gradient
+    from .trainer import FlopsTrainer, FlopsTrainerMixin
+
+_HOMES = {
+    "CallableObjective": "objectives",
+    "ConfigurationError": "errors",
+    "FlopsArgumentsMixin": "args",
+    "FlopsError": "errors",
+    "FlopsTrainer": "trainer",
+    "FlopsTrainerMixin": "trainer",
+    "FlopsTrainingArguments": "args",
+    "Method": "step",
+    "NonFiniteError": "errors",
+    "ObjectiveError": "errors",
+    "Place": "step",
+    "StepResult": "step",
+    "estimate_gradient": "step",
+}
+
+__all__ = [
+    "CallableObjective",
+    "ConfigurationError",
+    "FlopsArgumentsMixin",
+    "FlopsError",
+    "FlopsTrainer",
+    "FlopsTrainerMixin",
+    "FlopsTrainingArguments",
+    "Method",
+    "NonFiniteError",
+    "ObjectiveError",
+    "Place",
+    "StepResult",
+    "__version__",
+    "estimate_gradient",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import public names when they are first used, so that the engine can be used without transformers."""
+    if name in _HOMES:
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,161 @@
+"""Training arguments: what forward-only training adds to `transformers.TrainingArguments`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from .allocators import ALLOCATORS
+from .errors import ConfigurationError
+from .estimators import ESTIMATORS
+from .perturbations import DISTRIBUTIONS, PERTURBATIONS
+
+PRESETS: dict[str, dict[str, str]] = {
+    # Ours: noise per row, forward differences from one clean row, queries where they pay.
+    "flops": {"perturbation": "auto", "estimator": "one_sided", "allocator": "optimal", "noise": "rademacher"},
+    # n-SPSA as published with MeZO (arXiv 2305.17333): one noise for the batch, central differences, equal counts.
+    "mezo": {"perturbation": "shared", "estimator": "antithetic", "allocator": "uniform", "noise": "gaussian"},
+    # What the code published with FLOPS does, its bias included: see `AuthorsBernoulli`.
+    "flops-authors": {
+        "perturbation": "shared",
+        "estimator": "antithetic",
+        "allocator": "authors_bernoulli",
+        "noise": "gaussian",
+    },
+}
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "preset": tuple(PRESETS),
+    "perturbation": PERTURBATIONS,
+    "estimator": tuple(ESTIMATORS),
+    "allocator": tuple(ALLOCATORS),
+    "noise": tuple(DISTRIBUTIONS),
+}
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigurationError(message)
+
+
+@dataclass
+class FlopsArgumentsMixin:
+    """The fields of forward-only training, to be put in front of any class derived from `TrainingArguments`.
+
+    Options that are None take the value of the preset.
+
+    Raises:
+        ConfigurationError: a value is unknown or out of range, or a stock option needs a backward pass.
+    """
+
+    learning_rate: float = field(
+        default=1e-3,
+        metadata={"help": "Step size of the optimizer; forward-only training of adapters wants about 1e-3."},
+    )
+    preset: str = field(
+        default="flops",
+        metadata={
+            "help": "Values of the options below that are not given: 'flops' (ours), 'mezo' (n-SPSA as published) or "
+            "'flops-authors' (the heuristic of the code published with FLOPS, biased; for comparison).",
+            "choices": list(PRESETS),
+        },
+    )
+    queries_per_sample: int = field(
+        default=16,
+        metadata={
+            "help": "Rows of forward passes per sample and step, on average over the batch; the clean row is one of them."
+        },
+    )
+    allocator: str | None = field(
+        default=None,
+        metadata={"help": f"How queries are shared out among the samples of a batch: {', '.join(ALLOCATORS)}."},
+    )
+    estimator: str | None = field(
+        default=None,
+        metadata={
+            "help": "'one_sided' (difference to the clean forward, one row per query) or 'antithetic' (central difference, "
+            "two rows per query)."
+        },
+    )
+    perturbation: str | None = field(
+        default=None,
+        metadata={
+            "help": "'rowwise' (each row of a forward has noise of its own), 'shared' (one noise per query for the whole "
+            "batch) or 'auto' (row-wise for every tensor where a self-check proves it right, shared elsewhere)."
+        },
+    )
+    noise: str | None = field(
+        default=None, metadata={"help": f"Distribution of the noise: {' or '.join(sorted(DISTRIBUTIONS))}."}
+    )
+    perturbation_scale: float | None = field(
+        default=None,
+        metadata={
+            "help": "Step of the finite difference, epsilon. Default: 1e-3, or 1e-2 where the model computes in 16 bits."
+        },
+    )
+    rows_per_forward: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rows that go through the model at a time; does not change the result. Default: the batch size, or 32 "
+            "where that is larger, but no more than 256 MB of noise."
+        },
+    )
+    noise_seed: int | None = field(
+        default=None, metadata={"help": "Seed of the perturbations. Default: the seed of the run."}
+    )
+
+    def __post_init__(self) -> None:
+        self._check_choices()
+        self._check_numbers()
+        self._check_stock_options()
+        super().__post_init__()  # type: ignore[misc]
+
+    def _check_choices(self) -> None:
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            _require(value is None or value in choices, f"{name}={value!r} is unknown: choose one of {', '.join(choices)}.")
+        for name, value in PRESETS[self.preset].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+
+    def _check_numbers(self) -> None:
+        queries, scale, rows = self.queries_per_sample, self.perturbation_scale, self.rows_per_forward
+        _require(
+            isinstance(queries, int) and queries >= 1,
+            f"queries_per_sample={queries!r} must be a whole number, 1 or more (2 or more to estimate a gradient).",
+        )
+        least = ESTIMATORS[str(self.estimator)]
+        clean = least.baseline or ALLOCATORS[str(self.allocator)].needs_clean
+        _require(
+            queries >= len(least.signs) + clean,
+            f"queries_per_sample={queries} is too few: estimator={self.estimator!r} with allocator={self.allocator!r} "
+            f"needs at least {len(least.signs) + clean} rows per sample, the clean one included.",
+        )
+        _require(scale is None or scale > 0, f"perturbation_scale={scale!r} must be positive.")
+        _require(rows is None or rows >= 1, f"rows_per_forward={rows!r} must be 1 or more.")
+
+    def _check_stock_options(self) -> None:
+        """Refuse, or quietly switch off, options of `TrainingArguments` that belong to the backward pass."""
+        given: Any = self
+        _require(
+            not given.fp16,
+            "fp16=True is not supported: forward differences need no loss scaling and lose their digits in fp16; use "
+            "bf16=True or fp32.",
+        )
+        for name, what in (
+            ("fsdp", "FSDP shards the model for the backward pass"),
+            ("deepspeed", "DeepSpeed takes the training step over"),
+            ("use_liger_kernel", "Liger kernels fuse the loss, which must be seen row by row"),
+            ("neftune_noise_alpha", "NEFTune adds noise of its own to the embeddings"),
+        ):
+            _require(not getattr(given, name, None), f"{name}={getattr(given, name, None)!r} is not supported: {what}.")
+        optimizer = str(getattr(given.optim, "value", given.optim))
+        _require("lomo" not in optimizer, f"optim={optimizer!r} is not supported: it fuses the update with backward.")
+        given.activation_checkpointing = given.gradient_checkpointing = None  # nothing is kept for a backward pass
+
+
+@dataclass
+class FlopsTrainingArguments(FlopsArgumentsMixin, TrainingArguments):
+    """`transformers.TrainingArguments` with the fields of `FlopsArgumentsMixin`."""

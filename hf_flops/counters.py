@@ -1,0 +1,38 @@
+"""Counter-based seeds: a pure function of integers, so that nothing about randomness has to be stored or reseeded."""
+
+from __future__ import annotations
+
+import numpy as np
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2 = np.uint64(0x94D049BB133111EB)
+
+
+def _mix(state: np.ndarray) -> np.ndarray:
+    """Scramble 64-bit integers (the SplitMix64 finaliser; Steele, Lea & Flood 2014)."""
+    state = (state ^ (state >> np.uint64(30))) * _MIX_1
+    state = (state ^ (state >> np.uint64(27))) * _MIX_2
+    return state ^ (state >> np.uint64(31))
+
+
+def seeds(seed: int, *counters: int | np.ndarray) -> np.ndarray:
+    """Hash a run's seed and any number of counters into 64-bit seeds.
+
+    Args:
+        seed: the run's seed.
+        counters: integers, or arrays of non-negative integers that broadcast to one shape (R,).
+
+    Returns:
+        (R,) uint64; (1,) if no counter is an array.
+    """
+    with np.errstate(over="ignore"):
+        state = _mix(np.atleast_1d(np.asarray(seed % 2**64, dtype=np.uint64)) + _GOLDEN)
+        for counter in counters:
+            state = _mix((state ^ np.asarray(counter).astype(np.uint64)) + _GOLDEN)
+    return state
+
+
+def uniforms(row_seeds: np.ndarray) -> np.ndarray:
+    """Turn seeds (R,) into numbers (R,) float64 in [0, 1)."""
+    return (row_seeds >> np.uint64(11)) * 2.0**-53

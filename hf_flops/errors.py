@@ -1,0 +1,23 @@
+"""What can go wrong, as a tree: every error of the library is a `FlopsError`.
+
+FlopsError
+├── ConfigurationError   an argument, or a combination of arguments, that cannot work (also a ValueError)
+├── ObjectiveError       the model's loss cannot be taken the way that was asked for (also a ValueError)
+└── NonFiniteError       no perturbed row of a step has a finite loss (also an ArithmeticError)
+"""
+
+
+class FlopsError(Exception):
+    """Base class of all errors that hf_flops raises on its own account."""
+
+
+class ConfigurationError(FlopsError, ValueError):
+    """An argument, or a combination of arguments, cannot work."""
+
+
+class ObjectiveError(FlopsError, ValueError):
+    """The model's loss cannot be taken the way that was asked for."""
+
+
+class NonFiniteError(FlopsError, ArithmeticError):
+    """Not one perturbed row of a step has a finite loss."""

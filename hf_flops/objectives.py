@@ -1,0 +1,200 @@
+"""Objectives: from a forward pass to one loss sum per row.
+
+Row losses are *sums* over a row's loss elements (tokens, labels, ...), so that dividing by the number of elements of the
+whole optimizer step reproduces the mean that backpropagation would have followed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from .errors import ObjectiveError
+from .rows import batch_size
+
+Forward = Callable[[Mapping[str, Any]], tuple[Tensor | None, Any]]
+"""Runs the model on a batch and returns its scalar loss (or None) and its outputs."""
+
+
+@dataclass(frozen=True)
+class RowLosses:
+    """What an objective found in one forward pass of R rows.
+
+    Attributes:
+        sums: (R,) float32 or wider, the loss of each row summed over its elements.
+        counts: (R,), how many loss elements each row has.
+        residuals: (R,) norm of the derivative of a row's loss by the model's outputs, where it was asked for and is known.
+    """
+
+    sums: Tensor
+    counts: Tensor
+    residuals: Tensor | None = None
+
+
+class Objective(Protocol):
+    """What is minimised.
+
+    Attributes:
+        per_row: False if the loss belongs to the batch as a whole; then `sums` and `counts` have one entry.
+    """
+
+    per_row: bool
+
+    def __call__(self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False) -> RowLosses:
+        """Run the model on `inputs` and return the losses of its rows; `features` asks for residuals too."""
+        ...
+
+
+def widen(values: Tensor) -> Tensor:
+    """Convert to float32, or keep float64."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+@dataclass(frozen=True)
+class _Caught:
+    """One call of a loss function: (E,) losses and weights of its elements, and squared residuals if asked for."""
+
+    losses: Tensor
+    weights: Tensor
+    squared_residuals: Tensor | None
+
+
+def _weights(name: str, losses: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
+    """Return what each element contributes to the denominator of a mean, in the shape of `losses`."""
+    if name in ("cross_entropy", "nll_loss") and not target.is_floating_point():
+        kept = target != ignore_index
+        if weight is None:
+            return kept.to(losses.dtype)
+        return torch.where(kept, weight[target.clamp(min=0)], 0.0).to(losses.dtype)
+    return torch.ones_like(losses)
+
+
+def _squared_residuals(name: str, prediction: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """Return `||d loss / d prediction||^2` of each element, ignoring class weights and label smoothing."""
+    prediction = widen(prediction)
+    if name == "mse_loss":
+        return (2 * (prediction - target)).square()
+    if name == "binary_cross_entropy_with_logits":
+        return (prediction.sigmoid() - target).square()
+    dimension = 1 if prediction.dim() > 1 else 0
+    probabilities = prediction.softmax(dimension) if name == "cross_entropy" else prediction.exp()
+    if target.is_floating_point():
+        return (probabilities - target).square().sum(dimension)
+    kept = target != ignore_index
+    chosen = probabilities.gather(dimension, target.clamp(min=0).unsqueeze(dimension)).squeeze(dimension)
+    # ||p - onehot||^2 = ||p||^2 - 2 p_y + 1, without building the one-hot matrix
+    return torch.where(kept, probabilities.square().sum(dimension) - 2 * chosen + 1, 0.0)
+
+
+class _Tap(TorchFunctionMode):
+    """Catches calls of the standard loss functions and keeps their unreduced values."""
+
+    functions: ClassVar = {
+        function: inspect.signature(function)
+        for function in (F.cross_entropy, F.nll_loss, F.mse_loss, F.binary_cross_entropy_with_logits)
+    }
+
+    def __init__(self, features: bool) -> None:
+        super().__init__()
+        self.features = features
+        self.caught: list[_Caught] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func not in self.functions:
+            return func(*args, **(kwargs or {}))
+        call = self.functions[func].bind(*args, **(kwargs or {}))
+        call.apply_defaults()
+        given, reduction = call.arguments, call.arguments["reduction"]
+        losses = widen(func(**{**given, "size_average": None, "reduce": None, "reduction": "none"}))
+        target, ignored = given["target"], given.get("ignore_index", -100)
+        weights = _weights(func.__name__, losses, target, given.get("weight"), ignored)
+        squared = _squared_residuals(func.__name__, given["input"], target, ignored) if self.features else None
+        self.caught.append(_Caught(losses, weights, squared))
+        if reduction == "none":
+            return losses
+        return losses.sum() if reduction == "sum" else losses.sum() / weights.sum()
+
+
+class TappedLoss:
+    """The model's own loss, taken apart into rows by a tap on torch's loss functions.
+
+    Works where the loss is one call of `cross_entropy`, `nll_loss`, `mse_loss` or `binary_cross_entropy_with_logits` and
+    nothing else is added to it; labels never leave the model, so shifts and padding stay right.
+    """
+
+    per_row = True
+
+    def __call__(self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False) -> RowLosses:
+        """See `Objective`."""
+        rows = batch_size(inputs)
+        with _Tap(features) as tap:
+            loss, _ = forward(inputs)
+        if len(tap.caught) != 1:
+            raise ObjectiveError(f"the model's loss is made of {len(tap.caught)} calls of torch's loss functions, not one")
+        caught = tap.caught[0]
+        if caught.losses.numel() % rows:
+            raise ObjectiveError(f"the model's loss has {caught.losses.numel()} elements for {rows} rows")
+        sums = caught.losses.reshape(rows, -1).sum(1)
+        counts = caught.weights.reshape(rows, -1).sum(1)
+        _require_same(loss, sums.sum() / counts.sum())
+        squared = caught.squared_residuals
+        return RowLosses(sums, counts, None if squared is None else squared.reshape(rows, -1).sum(1).sqrt())
+
+
+def _require_same(loss: Tensor | None, mean: Tensor) -> None:
+    """Refuse a tap whose rows do not add up to the model's loss, as with an auxiliary term."""
+    if loss is None:
+        raise ObjectiveError("the model returns no loss")
+    tolerance = 1e-4 if loss.dtype in (torch.float32, torch.float64) else 3e-2
+    if bool(mean.isfinite()) and abs(float(loss) - float(mean)) > tolerance * max(1.0, abs(float(mean))):
+        raise ObjectiveError(f"the model's loss {float(loss):.6g} is not the mean {float(mean):.6g} of its elements")
+
+
+class CallableObjective:
+    """A user's function of the model's outputs: a loss, a metric, a reward; it needs no derivative.
+
+    Args:
+        function: maps (outputs, inputs) of R rows to (R,) losses to be minimised, or to a pair (sums, counts) of (R,)
+            where rows have different numbers of elements.
+    """
+
+    per_row = True
+
+    def __init__(self, function: Callable[[Any, Mapping[str, Any]], Any]) -> None:
+        self.function = function
+
+    def __call__(self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False) -> RowLosses:
+        """See `Objective`."""
+        del features
+        rows = batch_size(inputs)
+        _, outputs = forward(inputs)
+        value = self.function(outputs, inputs)
+        sums, counts = value if isinstance(value, tuple) else (value, None)
+        sums = widen(torch.as_tensor(sums))
+        counts = torch.ones_like(sums) if counts is None else torch.as_tensor(counts).to(sums)
+        for name, tensor in (("losses", sums), ("counts", counts)):
+            if tensor.shape != (rows,):
+                raise ObjectiveError(f"The objective returned {name} of shape {tuple(tensor.shape)} for {rows} rows.")
+        return RowLosses(sums, counts)
+
+
+class BatchLoss:
+    """The model's scalar loss of the whole batch: always valid, but blind to single samples."""
+
+    per_row = False
+
+    def __call__(self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False) -> RowLosses:
+        """See `Objective`."""
+        del features
+        loss, _ = forward(inputs)
+        if loss is None:
+            raise ObjectiveError(f"The model returns no loss for inputs {sorted(inputs)}.")
+        loss = widen(loss).reshape(1)
+        return RowLosses(loss, torch.ones_like(loss))

@@ -1,0 +1,75 @@
+"""What every perturbation can do, and the flat view of the parameters that they share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .noise import NoiseKeys
+
+
+class ParameterVector:
+    """The trainable parameters of a model as slices of one flat vector of d numbers.
+
+    A parameter that several modules share (tied weights) appears once.
+    """
+
+    def __init__(self, named_parameters: Sequence[tuple[str, nn.Parameter]]) -> None:
+        self.names = [name for name, _ in named_parameters]
+        self.parameters = [parameter for _, parameter in named_parameters]
+        self.slices: list[slice] = []
+        self.size = 0
+        for parameter in self.parameters:
+            self.slices.append(slice(self.size, self.size + parameter.numel()))
+            self.size += parameter.numel()
+
+    @classmethod
+    def of(cls, model: nn.Module, names: set[str] | None = None) -> ParameterVector:
+        """Collect the trainable parameters of `model`, or those of them that `names` holds."""
+        return cls([(n, p) for n, p in model.named_parameters() if p.requires_grad and (names is None or n in names)])
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the first parameter lives on, where noise is kept."""
+        return self.parameters[0].device if self.parameters else torch.device("cpu")
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """Split the last dimension of (..., d) into one (..., *shape) view per parameter."""
+        return [
+            flat[..., piece].view(*flat.shape[:-1], *parameter.shape)
+            for piece, parameter in zip(self.slices, self.parameters, strict=True)
+        ]
+
+    def add_to_gradients(self, flat: Tensor) -> None:
+        """Add (d,) to the parameters' `.grad`, each in its own dtype and on its own device."""
+        for parameter, view in zip(self.parameters, self.views(flat), strict=True):
+            gradient = view.to(parameter.device, parameter.dtype)
+            parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad.add_(gradient)
+
+
+class Perturbation(Protocol):
+    """A way for noise to enter a model.
+
+    Attributes:
+        vector: the parameters that it moves.
+        grouped: whether all rows of one forward pass share the noise, so that a chunk must lie within a group.
+    """
+
+    vector: ParameterVector
+    grouped: bool
+
+    def draw(self, keys: NoiseKeys) -> Any:
+        """Draw the noise of a chunk of R rows."""
+        ...
+
+    def applied(self, noise: Any, scale: float) -> AbstractContextManager[None]:
+        """Return a context in which the model runs at `theta + scale * noise`; nothing is left behind after it."""
+        ...
+
+    def pull_back(self, noise: Any, coefficients: Tensor) -> Tensor:
+        """Return `sum_r coefficients[r] * noise[r]` as a flat vector (d,) float32; coefficients: (R,)."""
+        ...

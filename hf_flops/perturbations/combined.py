@@ -1,0 +1,45 @@
+"""Several perturbations at once, each on parameters of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import ParameterVector, Perturbation
+from .noise import NoiseKeys
+
+
+class CombinedNoise:
+    """Row-wise noise where rules exist, shared noise elsewhere: see `Perturbation`.
+
+    Their noises are independent, so a row's loss difference times either part's noise is an unbiased estimate of that
+    part of the gradient.
+    """
+
+    def __init__(self, parts: Sequence[Perturbation]) -> None:
+        self.parts = list(parts)
+        self.grouped = any(part.grouped for part in parts)
+        self.vector = ParameterVector(
+            [pair for part in parts for pair in zip(part.vector.names, part.vector.parameters, strict=True)]
+        )
+
+    def draw(self, keys: NoiseKeys) -> list[Any]:
+        """Draw the noise of each part."""
+        return [part.draw(keys) for part in self.parts]
+
+    @contextmanager
+    def applied(self, noise: list[Any], scale: float) -> Iterator[None]:
+        """See `Perturbation.applied`."""
+        with ExitStack() as stack:
+            for part, own in zip(self.parts, noise, strict=True):
+                stack.enter_context(part.applied(own, scale))
+            yield
+
+    def pull_back(self, noise: list[Any], coefficients: Tensor) -> Tensor:
+        """See `Perturbation.pull_back`."""
+        pulled = [part.pull_back(own, coefficients) for part, own in zip(self.parts, noise, strict=True)]
+        return torch.cat([piece.to(pulled[0].device) for piece in pulled])

@@ -1,0 +1,134 @@
+"""Per-row rules: what a module's output becomes when every row has weights of its own.
+
+A rule maps `(module, input, output, noise, scale)` to the output at `theta + scale * noise`. `noise` holds, by attribute
+name, (R, *shape) for each trainable parameter of the module; the input's first dimension is R, or R times a whole number
+where a model flattens rows with something else, row-major.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Noise = dict[str, Tensor]
+Rule = Callable[[Any, Tensor, Tensor, Noise, float], Tensor]
+
+
+class RowMismatch(ValueError):
+    """A module's input is not laid out row by row."""
+
+
+def by_row(values: Tensor, noise: Noise, *tail: int) -> Tensor:
+    """View (R * m, ..., *tail) as (R, -1, *tail)."""
+    rows = len(next(iter(noise.values())))
+    if values.dim() == 0 or len(values) % rows:
+        raise RowMismatch(f"an input of shape {tuple(values.shape)} does not hold {rows} rows")
+    return values.reshape(rows, -1, *tail)
+
+
+def _product(x: Tensor, out: Tensor, noise: Noise, weight: Tensor | None, scale: float) -> Tensor:
+    """Add `scale * (x @ weight + bias)` per row; x: (.., in), weight: (R, in, out)."""
+    result = by_row(out, noise, out.shape[-1])
+    if weight is not None:
+        x = by_row(x, noise, x.shape[-1]).to(out.dtype)
+        result = torch.baddbmm(result, x, weight.to(out.dtype), alpha=scale)
+    if "bias" in noise:
+        result = torch.add(result, noise["bias"].unsqueeze(1).to(out.dtype), alpha=scale)
+    return result.reshape(out.shape)
+
+
+def linear(module: nn.Linear, x: Tensor, out: Tensor, noise: Noise, scale: float) -> Tensor:
+    """`nn.Linear`: weight (out, in), bias (out,)."""
+    weight = noise["weight"].transpose(1, 2) if "weight" in noise else None
+    return _product(x, out, noise, weight, scale)
+
+
+def conv1d_gpt2(module: nn.Module, x: Tensor, out: Tensor, noise: Noise, scale: float) -> Tensor:
+    """The `Conv1D` of GPT-2, a linear layer with its weight transposed: weight (in, out)."""
+    return _product(x, out, noise, noise.get("weight"), scale)
+
+
+def convolution(module: Any, x: Tensor, out: Tensor, noise: Noise, scale: float) -> Tensor:
+    """`nn.Conv1d/2d/3d`: the rows become groups of one grouped convolution."""
+    batched = by_row(x, noise, *x.shape[1:])  # (R, m, C, ...)
+    rows, repeats = batched.shape[:2]
+    result = by_row(out, noise, *out.shape[1:])
+    if "weight" in noise:
+        x = batched.transpose(0, 1).reshape(repeats, rows * x.shape[1], *x.shape[2:])
+        padding = module.padding
+        if module.padding_mode != "zeros":
+            x = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
+            padding = 0
+        convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[x.dim() - 2]
+        weight = noise["weight"].flatten(0, 1).to(x.dtype)
+        shift = convolve(x, weight, None, module.stride, padding, module.dilation, rows * module.groups)
+        shift = shift.reshape(repeats, rows, *out.shape[1:]).transpose(0, 1)
+        result = torch.add(result, shift.to(out.dtype), alpha=scale)
+    if "bias" in noise:
+        bias = noise["bias"].view(rows, 1, -1, *[1] * (out.dim() - 2)).to(out.dtype)
+        result = torch.add(result, bias, alpha=scale)
+    return result.reshape(out.shape)
+
+
+def embedding(module: nn.Embedding, x: Tensor, out: Tensor, noise: Noise, scale: float) -> Tensor:
+    """`nn.Embedding`: weight (V, D), input any shape of indices."""
+    indices = by_row(x, noise).unsqueeze(-1).expand(-1, -1, out.shape[-1])
+    shift = noise["weight"].gather(1, indices).reshape(out.shape)
+    return torch.add(out, shift.to(out.dtype), alpha=scale)
+
+
+def _affine(normalised: Tensor, out: Tensor, noise: Noise, scale: float) -> Tensor:
+    """Add `scale * (normalised * weight + bias)` per row."""
+    result = out
+    for name, factor in (("weight", normalised), ("bias", None)):
+        if name in noise:
+            size = noise[name][0].numel()
+            shift = noise[name].reshape(-1, 1, size)
+            if factor is not None:
+                shift = by_row(factor, noise, size) * shift
+            shift = shift.to(out.dtype)
+            result = torch.add(by_row(result, noise, size), shift, alpha=scale).reshape(out.shape)
+    return result
+
+
+def layer_norm(module: nn.LayerNorm, x: Tensor, out: Tensor, noise: Noise, scale: float) -> Tensor:
+    """`nn.LayerNorm`: weight and bias act on the normalised input."""
+    return _affine(F.layer_norm(x, module.normalized_shape, eps=module.eps), out, noise, scale)
+
+
+def rms_norm(module: Any, x: Tensor, out: Tensor, noise: Noise, scale: float) -> Tensor:
+    """RMSNorm of any maker: weight acts on `x / rms(x)`."""
+    epsilon = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
+    x = x.float()
+    mean_square = x.square().mean(-1, keepdim=True)
+    normalised = x * torch.rsqrt(mean_square + (torch.finfo(x.dtype).eps if epsilon is None else epsilon))
+    return _affine(normalised, out, noise, scale)
+
+
+_BY_TYPE: tuple[tuple[type | tuple[type, ...], Rule], ...] = (
+    (nn.Linear, linear),
+    ((nn.Conv1d, nn.Conv2d, nn.Conv3d), convolution),
+    (nn.LayerNorm, layer_norm),
+    (nn.RMSNorm, rms_norm),
+)
+
+
+def rule_for(module: nn.Module) -> Rule | None:
+    """Return the rule for a module's parameters, or None where it has none.
+
+    A rule found here is a proposal: the self-check of the first step compares it with an explicit change of parameters,
+    because a subclass may override `forward`, or a parent may call the module in an unexpected way.
+    """
+    for kind, rule in _BY_TYPE:
+        if isinstance(module, kind):
+            return rule
+    if isinstance(module, nn.Embedding):
+        return embedding if module.max_norm is None else None
+    name = type(module).__name__
+    if name == "Conv1D" and hasattr(module, "nf"):
+        return conv1d_gpt2
+    return rms_norm if name.endswith("RMSNorm") or name == "T5LayerNorm" else None

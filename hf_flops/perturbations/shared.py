@@ -1,0 +1,56 @@
+"""One noise for all rows of a forward pass, by swapping parameters: works for every parameter of every module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import numpy as np
+from torch import Tensor
+
+from .base import ParameterVector
+from .noise import NoiseKeys, draw
+
+
+@contextmanager
+def displaced(vector: ParameterVector, flat: Tensor) -> Iterator[None]:
+    """Let the parameters be `theta + flat` (d,) for a while.
+
+    The original storage is set aside, never written to: it comes back bit for bit, also after an exception.
+    """
+    originals = [parameter.data for parameter in vector.parameters]
+    try:
+        for parameter, shift in zip(vector.parameters, vector.views(flat), strict=True):
+            parameter.data = (parameter.data + shift.to(parameter.device)).to(parameter.dtype)
+        yield
+    finally:
+        for parameter, original in zip(vector.parameters, originals, strict=True):
+            parameter.data = original
+
+
+class SharedNoise:
+    """Simultaneous perturbation of a whole chunk (SPSA, MeZO): see `Perturbation`.
+
+    Args:
+        vector: the parameters to move.
+        distribution: "gaussian" or "rademacher".
+    """
+
+    grouped = True
+
+    def __init__(self, vector: ParameterVector, distribution: str) -> None:
+        self.vector = vector
+        self.distribution = distribution
+
+    def draw(self, keys: NoiseKeys) -> Tensor:
+        """Draw (d,) from the group's seed."""
+        seed = np.array([keys.group], dtype=np.uint64)
+        return draw(self.distribution, seed, self.vector.size)[0].to(self.vector.device)
+
+    def applied(self, noise: Tensor, scale: float) -> AbstractContextManager[None]:
+        """See `Perturbation.applied`."""
+        return displaced(self.vector, noise * scale)
+
+    def pull_back(self, noise: Tensor, coefficients: Tensor) -> Tensor:
+        """See `Perturbation.pull_back`."""
+        return noise * coefficients.sum()

@@ -1,0 +1,130 @@
+"""Rows: which sample and which query each row of a forward pass belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import ObjectiveError
+
+MAIN_INPUTS = ("labels", "input_ids", "pixel_values", "inputs_embeds", "input_features", "input_values")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The query rows of a step, in the order in which they go through the model.
+
+    Attributes:
+        owner: (R,) int64, the sample of the batch that the row repeats.
+        query: (R,) int64, which query of its sample the row is, from 0.
+        group: (R,) int64, non-decreasing; rows of a group see the same noise where noise is shared.
+        weight: (R,) float32, what the row's loss difference counts in the gradient: `1 / (N n_owner)`.
+    """
+
+    owner: Tensor
+    query: Tensor
+    group: Tensor
+    weight: Tensor
+
+    def __len__(self) -> int:
+        return len(self.owner)
+
+    def __getitem__(self, index: slice | Tensor) -> Rows:
+        return Rows(*(getattr(self, field.name)[index] for field in fields(self)))
+
+    def chunks(self, size: int, *, within_groups: bool) -> Iterator[Rows]:
+        """Yield at most `size` rows at a time, and never two groups together if `within_groups`."""
+        sizes = [len(self)]
+        if within_groups:
+            sizes = torch.unique_consecutive(self.group, return_counts=True)[1].tolist()
+        start = 0
+        for length in sizes:
+            for first in range(start, start + length, size):
+                yield self[first : min(first + size, start + length)]
+            start += length
+
+
+def expand(counts: Tensor, normalizer: float, *, weighted: bool = True) -> Rows:
+    """Lay out `counts[i]` query rows for each sample, query by query.
+
+    Query k of every sample forms group k: with shared noise this is the simultaneous perturbation of the whole
+    batch (SPSA). The weight `1 / n_i` keeps the estimate unbiased whatever the counts.
+
+    Args:
+        counts: (B,) int64, queries per sample, each at least 1.
+        normalizer: N, the number of loss elements that the objective averages over.
+        weighted: False gives every row the same weight, as published code does, at the price of a bias.
+    """
+    samples = len(counts)
+    owner = torch.repeat_interleave(torch.arange(samples), counts)
+    query = torch.arange(len(owner)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    per_sample = counts.float() if weighted else torch.full((samples,), len(owner) / samples)
+    weight = (1.0 / (normalizer * per_sample))[owner]
+    order = torch.argsort(query * samples + owner)
+    return Rows(owner[order], query[order], query[order], weight[order])
+
+
+def batch_size(inputs: Mapping[str, Any]) -> int:
+    """Return the number of samples in a batch, read off its labels or its main input."""
+    tensors = {name: value for name, value in inputs.items() if torch.is_tensor(value) and value.dim() > 0}
+    if not tensors:
+        raise ObjectiveError(f"The batch holds no tensor to count samples by (its keys are {sorted(inputs)}).")
+    name = next((name for name in MAIN_INPUTS if name in tensors), next(iter(tensors)))
+    return len(tensors[name])
+
+
+def misaligned(inputs: Mapping[str, Any]) -> list[str]:
+    """Return the names of inputs that are not laid out one entry per sample, so cannot be repeated per row."""
+    samples = batch_size(inputs)
+    return [
+        name
+        for name, value in inputs.items()
+        if (torch.is_tensor(value) and value.dim() > 0 and len(value) != samples)
+        or (isinstance(value, (list, tuple)) and len(value) != samples)
+    ]
+
+
+def take(inputs: Mapping[str, Any], owner: Tensor) -> dict[str, Any]:
+    """Repeat each sample of a batch for the rows that it owns.
+
+    Args:
+        inputs: the batch; tensors (B, ...), lists of B entries, or scalars that all samples share.
+        owner: (R,) int64.
+
+    Returns:
+        The inputs of a forward pass of R rows.
+    """
+
+    def repeat(value: Any) -> Any:
+        if torch.is_tensor(value) and value.dim() > 0:
+            return value.index_select(0, owner.to(value.device))
+        if isinstance(value, (list, tuple)):
+            return [value[i] for i in owner.tolist()]
+        return value
+
+    return {name: repeat(value) for name, value in inputs.items()}
+
+
+@dataclass(frozen=True)
+class Features:
+    """What an allocator may look at: the clean forward and the past, never this step's noise.
+
+    Attributes:
+        losses: (B,) float32, loss sums of the clean forward.
+        residuals: (B,) float32 norm of the loss's gradient by the model's outputs, or None where it is unknown.
+        step: optimizer steps done before this one.
+        position: index of the first sample in the global batch of this optimizer step.
+        epoch: epochs done, with fraction.
+        seed: the run's seed.
+    """
+
+    losses: Tensor
+    residuals: Tensor | None = None
+    step: int = 0
+    position: int = 0
+    epoch: float = 0.0
+    seed: int = 0

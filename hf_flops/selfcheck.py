@@ -1,0 +1,182 @@
+"""The first step's self-check: which loss can be taken per row, and which tensors can have noise per row.
+
+Nothing is taken on trust. A rule is used only after it gave the same row losses as an explicit change of the parameters;
+this catches modules that are called in unexpected ways (DoRA, attention that reads weights directly, routed experts).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .counters import seeds
+from .errors import ConfigurationError, ObjectiveError
+from .objectives import BatchLoss, Forward, Objective, TappedLoss
+from .perturbations import NoiseKeys, ParameterVector, Perturbation, RowwiseNoise, displaced, perturb
+from .perturbations.noise import draw
+from .rows import batch_size, misaligned, take
+
+Sums = Callable[[], Tensor]
+_CHECK_SEED = 20410  # any number: the check's noise has a stream of its own
+_SCALES = (0.02, 0.1, 0.5, 2.0)  # tried in turn until the loss moves enough to tell right from wrong
+
+
+def two_rows(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the first two samples of a batch (its only one twice)."""
+    return take(inputs, torch.tensor([0, min(1, batch_size(inputs) - 1)]))
+
+
+def precision_of(model: nn.Module, *, autocast: bool = False) -> float:
+    """Return the relative error that a loss may have from rounding alone."""
+    half = any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in model.parameters())
+    return 3e-2 if half or autocast else 1e-4
+
+
+def choose_objective(forward: Forward, inputs: Mapping[str, Any], precision: float = 1e-4) -> tuple[Objective, str | None]:
+    """Return the finest objective that the model's own loss allows, and why it is not per row if it is not."""
+    odd = misaligned(inputs)
+    if odd:
+        return BatchLoss(), f"its inputs {odd} are not laid out one entry per sample"
+    tapped, pair = TappedLoss(), two_rows(inputs)
+    try:
+        together = tapped(forward, pair).sums
+    except ObjectiveError as error:
+        return BatchLoss(), str(error)
+    alone = tapped(forward, take(pair, torch.tensor([0, 0]))).sums
+    if not torch.allclose(together[0], alone[0], rtol=precision, equal_nan=True):
+        return BatchLoss(), "the loss of a sample depends on the other samples of its batch"
+    return tapped, None
+
+
+class RuleCheck:
+    """Compares per-row rules with explicit changes of the parameters, on two rows.
+
+    Args:
+        model: the model, in evaluation mode.
+        sums: runs the two rows through the model and returns their loss sums (2,).
+        precision: relative error of a loss that rounding alone can cause.
+    """
+
+    def __init__(self, model: nn.Module, sums: Sums, precision: float) -> None:
+        self.model, self.sums, self.precision = model, sums, precision
+
+    def run(self, names: Iterable[str]) -> tuple[set[str], set[str]]:
+        """Return the names whose rules are wrong here, and those of tensors that the loss does not depend on.
+
+        All tensors are moved off their starting values first: at its initialisation `lora_B = 0` hides what happens to
+        `lora_A`. Tensors that differ in layer numbers only are tried together, and share the verdict.
+        """
+        everything = ParameterVector.of(self.model)
+        offset = draw("gaussian", seeds(_CHECK_SEED, 0), everything.size)[0].to(everything.device)
+        alike: dict[str, list[str]] = {}
+        for name in names:
+            alike.setdefault(re.sub(r"\d+", "#", name), []).append(name)
+        wrong: set[str] = set()
+        idle: set[str] = set()
+        with displaced(everything, 0.05 * offset):
+            for group in alike.values():
+                fired: set[str] = set()
+                if not self._agrees(group, fired):
+                    wrong.update(group)
+                    continue
+                silent = [name for name in group if name not in fired]
+                (wrong if silent and self._matters(silent) else idle).update(silent)
+        return wrong, idle
+
+    def _shifted(self, vector: ParameterVector, shift: Tensor) -> Tensor:
+        """Return the loss sums (2,) with the parameters moved by `shift` (d,)."""
+        with displaced(vector, shift):
+            return self.sums()
+
+    def _agrees(self, names: Sequence[str], fired: set[str]) -> bool:
+        vector = ParameterVector.of(self.model, set(names))
+        rowwise = RowwiseNoise(self.model, vector, "gaussian")
+        noise = rowwise.draw(NoiseKeys(seeds(_CHECK_SEED, 1, torch.arange(2).numpy()), 0))
+        start = self.sums()
+        for scale in _SCALES:
+            ran: Counter[int] = Counter()
+            try:
+                with rowwise.applied(noise, scale, ran):
+                    found = self.sums()
+            except (ValueError, RuntimeError, IndexError):
+                return False
+            wanted = torch.stack([self._shifted(vector, scale * noise[row])[row] for row in range(2)])
+            change = float((wanted - start).abs().max())
+            floor = self.precision * float(start.abs().max())
+            if change > 10 * floor:
+                break
+        fired.update(vector.names[index] for index in ran)
+        error, exact = float((found - wanted).abs().max()), self.precision < 1e-3
+        if any(times > 1 for times in ran.values()) and (not exact or change <= 10 * floor):
+            return False  # a module that is called more than once is trusted only on clear evidence
+        return error <= (0.05 * floor + 1e-3 * change if exact else floor + 0.1 * change)
+
+    def _matters(self, names: Sequence[str]) -> bool:
+        vector = ParameterVector.of(self.model, set(names))
+        noise = draw("gaussian", seeds(_CHECK_SEED, 2), vector.size)[0].to(vector.device)
+        start = self.sums()
+        floor = self.precision * float(start.abs().max())
+        return any(float((self._shifted(vector, s * noise) - start).abs().max()) > floor for s in _SCALES)
+
+
+def _some(names: Iterable[str], most: int = 3) -> str:
+    """List a few names."""
+    names = sorted(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def choose_perturbation(
+    model: nn.Module,
+    objective: Objective,
+    forward: Forward,
+    inputs: Mapping[str, Any],
+    *,
+    mode: str = "auto",
+    distribution: str = "rademacher",
+    precision: float = 1e-4,
+) -> tuple[Perturbation, list[str]]:
+    """Return the perturbation for every trainable tensor, and messages for the user.
+
+    Args:
+        model: the model, in evaluation mode, gradients off.
+        objective: what is minimised.
+        forward: runs the model.
+        inputs: a batch.
+        mode: "auto" (per row where that is right, shared elsewhere), "rowwise" (an error where it is not) or "shared".
+        distribution: "gaussian" or "rademacher".
+        precision: see `precision_of`.
+
+    Raises:
+        ConfigurationError: nothing is trainable, or `mode="rowwise"` cannot be had.
+    """
+    names = ParameterVector.of(model).names
+    if not names:
+        raise ConfigurationError("The model has no trainable parameter: add an adapter (peft_config=) or unfreeze a head.")
+    if mode == "shared" or not objective.per_row:
+        return perturb(model, shared=names, distribution=distribution), []
+    pair = two_rows(inputs)
+    covered = RowwiseNoise.covered(model, ParameterVector.of(model))
+    check = RuleCheck(model, lambda: objective(forward, pair).sums, precision)
+    wrong, idle = check.run([name for name in names if name in covered])
+    shared = [name for name in names if name not in covered or name in wrong]
+    notes = []
+    if shared and mode == "rowwise":
+        raise ConfigurationError(
+            f'perturbation="rowwise" has no rule that is right for {_some(shared)}: use "auto" or "shared".'
+        )
+    if shared:
+        notes.append(
+            f"{len(shared)} of {len(names)} trainable tensors get noise that is shared by the batch, because no per-row "
+            f"rule is right for them: {_some(shared)}."
+        )
+    if idle:
+        notes.append(f"The loss does not depend on {_some(idle)}; left as they are.")
+    rowwise = [name for name in names if name not in shared and name not in idle]
+    if not rowwise and not shared:
+        raise ConfigurationError("The loss depends on none of the trainable parameters.")
+    return perturb(model, rowwise=rowwise, shared=shared, distribution=distribution), notes
