@@ -152,6 +152,7 @@ def _require_same(loss: Tensor | None, mean: Tensor) -> None:
     """Refuse a tap whose rows do not add up to the model's loss, as with an auxiliary term."""
     if loss is None:
         raise ObjectiveError("the model returns no loss")
+    loss, mean = loss.detach(), mean.detach()
     tolerance = 1e-4 if loss.dtype in (torch.float32, torch.float64) else 3e-2
     if bool(mean.isfinite()) and abs(float(loss) - float(mean)) > tolerance * max(1.0, abs(float(mean))):
         raise ObjectiveError(f"the model's loss {float(loss):.6g} is not the mean {float(mean):.6g} of its elements")

@@ -1,0 +1,5 @@
+from hypothesis import settings
+
+# Shared machines are slow at random, and CI must find the same examples every time.
+settings.register_profile("default", deadline=None, derandomize=True, max_examples=60)
+settings.load_profile("default")

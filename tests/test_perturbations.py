@@ -1,0 +1,270 @@
+"""Row-wise noise against the oracle: a loop that changes the parameters for one row at a time."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.t5.modeling_t5 import T5LayerNorm
+from transformers.pytorch_utils import Conv1D
+
+from hf_flops.counters import seeds
+from hf_flops.objectives import TappedLoss
+from hf_flops.perturbations import (
+    NoiseKeys,
+    ParameterVector,
+    RowMismatch,
+    RowwiseNoise,
+    SharedNoise,
+    displaced,
+    perturb,
+)
+from hf_flops.perturbations.noise import draw
+from hf_flops.selfcheck import choose_perturbation
+from tests.tiny import TASKS, generator, model_forward, tiny_batch, tiny_model
+
+SIZE = st.integers(1, 4)
+
+
+def keys(rows, step=0):
+    positions = torch.arange(rows)
+    return NoiseKeys.of(0, step, positions, torch.zeros(rows, dtype=torch.int64), group=0)
+
+
+@torch.no_grad()
+def assert_equals_oracle(module, x, rows, *, call=None, precision=1e-5):
+    """Compare outputs under row-wise noise with a loop over rows; x: (R * m, ...)."""
+    call = call or (lambda x: module(x))
+    vector = ParameterVector.of(module)
+    perturbation = RowwiseNoise(module, vector, "gaussian")
+    noise = perturbation.draw(keys(rows))
+    with perturbation.applied(noise, 0.3):
+        found = call(x)
+    expected = []
+    for row, own in enumerate(x.reshape(rows, -1, *x.shape[1:])):
+        with displaced(vector, 0.3 * noise[row]):
+            expected.append(call(own))
+    torch.testing.assert_close(found, torch.cat(expected), rtol=precision, atol=precision * 10)
+    assert not torch.allclose(found, call(x))
+
+
+def randn(*shape):
+    return torch.randn(*shape, generator=generator())
+
+
+@settings(max_examples=30)
+@given(rows=SIZE, tokens=st.lists(SIZE, max_size=2), repeats=SIZE, inside=SIZE, outside=SIZE, bias=st.booleans())
+def test_linear(rows, tokens, repeats, inside, outside, bias):
+    assert_equals_oracle(nn.Linear(inside, outside, bias), randn(rows * repeats, *tokens, inside), rows)
+
+
+@settings(max_examples=15)
+@given(rows=SIZE, tokens=SIZE, inside=SIZE, outside=SIZE)
+def test_conv1d_of_gpt2(rows, tokens, inside, outside):
+    assert_equals_oracle(Conv1D(outside, inside), randn(rows, tokens, inside), rows)
+
+
+@settings(max_examples=30)
+@given(
+    rows=SIZE,
+    repeats=st.integers(1, 2),
+    dimensions=st.integers(1, 3),
+    groups=st.integers(1, 2),
+    stride=st.integers(1, 2),
+    padding=st.sampled_from([0, 1, "same"]),
+    mode=st.sampled_from(["zeros", "reflect", "circular"]),
+    bias=st.booleans(),
+)
+def test_convolution(rows, repeats, dimensions, groups, stride, padding, mode, bias):
+    kind = [nn.Conv1d, nn.Conv2d, nn.Conv3d][dimensions - 1]
+    stride = 1 if padding == "same" else stride
+    module = kind(2 * groups, 4 * groups, 3, stride, padding, groups=groups, bias=bias, padding_mode=mode)
+    x = randn(rows * repeats, 2 * groups, *[5] * dimensions)
+    assert_equals_oracle(module, x, rows, precision=1e-4)
+
+
+@settings(max_examples=15)
+@given(rows=SIZE, tokens=SIZE, entries=SIZE, width=SIZE)
+def test_embedding(rows, tokens, entries, width):
+    assert_equals_oracle(nn.Embedding(entries, width), torch.randint(entries, (rows, tokens), generator=generator()), rows)
+
+
+@settings(max_examples=20)
+@given(rows=SIZE, tokens=SIZE, shape=st.lists(st.integers(2, 4), min_size=1, max_size=2), bias=st.booleans())
+def test_layer_norm(rows, tokens, shape, bias):
+    assert_equals_oracle(nn.LayerNorm(shape, bias=bias), randn(rows, tokens, *shape), rows)
+
+
+@pytest.mark.parametrize("kind", [LlamaRMSNorm, T5LayerNorm, nn.RMSNorm])
+def test_rms_norm(kind):
+    assert_equals_oracle(kind(6), randn(3, 4, 6), 3)
+
+
+def test_only_the_trainable_part_of_a_module_moves():
+    for frozen in ("weight", "bias"):
+        module = nn.Linear(3, 2)
+        getattr(module, frozen).requires_grad_(False)
+        assert_equals_oracle(module, randn(4, 3), 4)
+
+
+def test_tied_weights_move_together():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3, bias=False)
+            self.second.weight = self.first.weight
+
+        def forward(self, x):
+            return self.second(self.first(x).tanh())
+
+    assert_equals_oracle(Tied(), randn(4, 2, 3), 4)
+
+
+ADAPTERS = {
+    "lora": lambda task: LoraConfig(r=2, target_modules="all-linear", task_type=task, lora_dropout=0.1),
+    "prompt": lambda task: PromptTuningConfig(task_type=task, num_virtual_tokens=3),
+    "prefix": lambda task: PrefixTuningConfig(task_type=task, num_virtual_tokens=3),
+    "projected_prefix": lambda task: PrefixTuningConfig(
+        task_type=task, num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=8
+    ),
+}
+PAIRS = [
+    (kind, adapter)
+    for kind in TASKS
+    for adapter in ADAPTERS
+    if adapter == "lora" or (kind not in ("vit", "t5")) or (kind == "t5" and adapter == "prompt")
+]
+
+
+def adapted(kind, adapter):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return get_peft_model(tiny_model(kind), ADAPTERS[adapter](TASKS[kind])).eval()
+
+
+@pytest.mark.parametrize(("kind", "adapter"), PAIRS)
+@torch.no_grad()
+def test_adapters_in_real_models(kind, adapter):
+    model, inputs, objective = adapted(kind, adapter), tiny_batch(kind), TappedLoss()
+    vector = ParameterVector.of(model)
+    perturbation = RowwiseNoise(model, vector, "gaussian")
+    noise = perturbation.draw(keys(4))
+    offset = 0.2 * draw("gaussian", seeds(9, 9), vector.size)[0]  # off lora_B = 0, where lora_A does nothing
+    with displaced(vector, offset):
+        with perturbation.applied(noise, 0.05):
+            found = objective(model_forward(model), inputs).sums
+        for row in range(4):
+            with displaced(vector, 0.05 * noise[row]):
+                expected = objective(model_forward(model), inputs).sums[row]
+            torch.testing.assert_close(found[row], expected, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(("kind", "adapter"), PAIRS)
+@torch.no_grad()
+def test_the_self_check_trusts_the_rules_of_supported_adapters(kind, adapter):
+    model, inputs = adapted(kind, adapter), tiny_batch(kind)
+    perturbation, notes = choose_perturbation(model, TappedLoss(), model_forward(model), inputs, mode="rowwise")
+    assert isinstance(perturbation, RowwiseNoise)
+    assert set(perturbation.vector.names) == set(ParameterVector.of(model).names)
+    assert notes == []
+
+
+@pytest.mark.parametrize("kind", ["vit", "llama", "gpt2", "bert"])
+@torch.no_grad()
+def test_the_self_check_finds_modules_that_are_called_in_unexpected_ways(kind):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = LoraConfig(r=2, target_modules="all-linear", use_dora=True, task_type=TASKS[kind])
+        model = get_peft_model(tiny_model(kind), config).eval()
+    dora = {name for name, _ in model.named_parameters() if "lora" in name and "classifier" not in name}
+    perturbation, notes = choose_perturbation(model, TappedLoss(), model_forward(model), tiny_batch(kind))
+    shared = {name for part in getattr(perturbation, "parts", [perturbation]) if part.grouped for name in part.vector.names}
+    assert dora <= shared
+    assert "noise that is shared by the batch" in notes[0]
+
+
+@torch.no_grad()
+def test_the_self_check_finds_attention_that_reads_its_weights_directly():
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 3)
+            self.unused = nn.Linear(8, 3)
+
+        def forward(self, features, labels):
+            hidden, _ = self.attention(features, features, features)
+            return nn.functional.cross_entropy(self.head(hidden.mean(1)), labels), hidden
+
+    model = Attends().eval()
+    inputs = {"features": randn(4, 5, 8), "labels": torch.tensor([0, 1, 2, 0])}
+    perturbation, notes = choose_perturbation(model, TappedLoss(), lambda inputs: model(**inputs), inputs)
+    rowwise, shared = perturbation.parts
+    assert set(rowwise.vector.names) == {"head.weight", "head.bias"}
+    assert set(shared.vector.names) == {f"attention.{n}" for n in ("in_proj_weight", "in_proj_bias")} | {
+        "attention.out_proj.weight",
+        "attention.out_proj.bias",
+    }
+    assert "unused" in notes[1]
+
+
+def test_a_flattened_input_that_does_not_hold_whole_rows_is_refused():
+    module = nn.Linear(3, 2)
+    perturbation = RowwiseNoise(module, ParameterVector.of(module), "gaussian")
+    with pytest.raises(RowMismatch, match=r"\(5, 2\) does not hold 4 rows"), perturbation.applied(perturbation.draw(keys(4)), 1.0):
+        module(randn(5, 3))
+
+
+@pytest.mark.parametrize("mode", ["rowwise", "shared", "mixed"])
+@torch.no_grad()
+def test_nothing_is_left_behind(mode):
+    model = adapted("llama", "lora")
+    names = ParameterVector.of(model).names
+    half = len(names) // 2
+    rowwise = {"rowwise": names, "shared": [], "mixed": names[:half]}[mode]
+    perturbation = perturb(model, rowwise=rowwise, shared=[name for name in names if name not in rowwise])
+    before = {name: (value.clone(), value.data_ptr()) for name, value in model.named_parameters()}
+    for failing in (False, True):
+        try:
+            with perturbation.applied(perturbation.draw(keys(4)), 0.1):
+                model(**tiny_batch("llama"))
+                assert not failing or not "raise here"
+        except AssertionError:
+            pass
+        for name, value in model.named_parameters():
+            assert value.equal(before[name][0])
+            assert value.data_ptr() == before[name][1]
+        assert not any(module._forward_hooks for module in model.modules())
+
+
+@torch.no_grad()
+def test_the_prompt_is_unpatched_after_an_exception():
+    model = adapted("llama", "prompt")
+    perturbation = RowwiseNoise(model, ParameterVector.of(model), "gaussian")
+    with pytest.raises(ZeroDivisionError), perturbation.applied(perturbation.draw(keys(4)), 0.1):
+        assert "get_prompt" in vars(model)
+        _ = 1 / 0
+    assert "get_prompt" not in vars(model)
+
+
+@pytest.mark.parametrize("kind", [RowwiseNoise, SharedNoise])
+def test_the_pull_back_is_the_weighted_sum_of_the_noise(kind):
+    module = nn.Linear(3, 2)
+    vector = ParameterVector.of(module)
+    perturbation = kind(module, vector, "gaussian") if kind is RowwiseNoise else kind(vector, "gaussian")
+    noise, coefficients = perturbation.draw(keys(5)), randn(5)
+    expected = (noise.expand(5, -1) * coefficients[:, None]).sum(0)
+    torch.testing.assert_close(perturbation.pull_back(noise, coefficients), expected)
+    assert perturbation.draw(keys(5)).equal(noise)
+    assert not perturbation.draw(keys(5, step=1)).equal(noise)
+
+
+def test_gradients_are_added_in_the_parameters_dtype():
+    model = nn.Sequential(nn.Linear(2, 1, bias=False), nn.Linear(1, 2, bias=False).to(torch.bfloat16))
+    vector = ParameterVector.of(model)
+    vector.add_to_gradients(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    vector.add_to_gradients(torch.tensor([1.0, 1.0, 1.0, 1.0]))
+    assert model[0].weight.grad.tolist() == [[2.0, 3.0]]
+    assert model[1].weight.grad.dtype == torch.bfloat16
+    assert model[1].weight.grad.tolist() == [[4.0], [5.0]]
