@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +39,12 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigurationError(message)
+
+
+def check_processes(known: int = 1) -> None:
+    """Refuse a run of several processes: `known` ones, or those that the environment tells of."""
+    processes = max(int(os.environ.get("WORLD_SIZE") or 1), known)
+    _require(processes == 1, f"{processes} processes were started, but forward-only training supports one so far.")
 
 
 @dataclass
@@ -107,6 +114,7 @@ class FlopsArgumentsMixin:
     )
 
     def __post_init__(self) -> None:
+        check_processes()  # before the stock arguments wait for the other processes
         self._check_choices()
         self._check_numbers()
         self._check_stock_options()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .counters import seeds
-from .errors import ConfigurationError, ObjectiveError
+from .errors import ConfigurationError, NonFiniteError, ObjectiveError
 from .objectives import BatchLoss, Forward, Objective, TappedLoss
 from .perturbations import NoiseKeys, ParameterVector, Perturbation, RowwiseNoise, displaced, perturb
 from .perturbations.noise import draw
@@ -26,9 +26,25 @@ _CHECK_SEED = 20410  # any number: the check's noise has a stream of its own
 _SCALES = (0.02, 0.1, 0.5, 2.0)  # tried in turn until the loss moves enough to tell right from wrong
 
 
-def two_rows(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the first two samples of a batch (its only one twice)."""
-    return take(inputs, torch.tensor([0, min(1, batch_size(inputs) - 1)]))
+def two_rows(objective: Objective, forward: Forward, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the first two samples of a batch (its only one twice) that can tell right from wrong.
+
+    Samples with a non-finite loss, and where others exist also those without a loss element, prove nothing.
+
+    Raises:
+        NonFiniteError: no sample has a finite loss.
+    """
+    pair = take(inputs, torch.tensor([0, min(1, batch_size(inputs) - 1)]))
+    losses = objective(forward, pair)
+    if bool((losses.sums.isfinite() & (losses.counts > 0)).all()):
+        return pair
+    losses = objective(forward, inputs)
+    finite = losses.sums.isfinite()
+    telling = finite & (losses.counts > 0)
+    index = torch.nonzero(telling if telling.any() else finite).flatten().cpu()
+    if not len(index):
+        raise NonFiniteError(f"Not one of the first batch's {len(finite)} samples has a finite loss: look there for NaN.")
+    return take(inputs, index[[0, min(1, len(index) - 1)]])
 
 
 def precision_of(model: nn.Module, *, autocast: bool = False) -> float:
@@ -42,13 +58,14 @@ def choose_objective(forward: Forward, inputs: Mapping[str, Any], precision: flo
     odd = misaligned(inputs)
     if odd:
         return BatchLoss(), f"its inputs {odd} are not laid out one entry per sample"
-    tapped, pair = TappedLoss(), two_rows(inputs)
+    tapped = TappedLoss()
     try:
+        pair = two_rows(tapped, forward, inputs)
         together = tapped(forward, pair).sums
     except ObjectiveError as error:
         return BatchLoss(), str(error)
     alone = tapped(forward, take(pair, torch.tensor([0, 0]))).sums
-    if not torch.allclose(together[0], alone[0], rtol=precision, equal_nan=True):
+    if not torch.allclose(together[0], alone[0], rtol=precision):
         return BatchLoss(), "the loss of a sample depends on the other samples of its batch"
     return tapped, None
 
@@ -159,7 +176,7 @@ def choose_perturbation(
         raise ConfigurationError("The model has no trainable parameter: add an adapter (peft_config=) or unfreeze a head.")
     if mode == "shared" or not objective.per_row:
         return perturb(model, shared=names, distribution=distribution), []
-    pair = two_rows(inputs)
+    pair = two_rows(objective, forward, inputs)
     covered = RowwiseNoise.covered(model, ParameterVector.of(model))
     check = RuleCheck(model, lambda: objective(forward, pair).sums, precision)
     wrong, idle = check.run([name for name in names if name in covered])

@@ -159,7 +159,8 @@ class _Step:
             update += self.method.perturbation.pull_back(noise, coefficients)
             done += len(chunk)
         update = self._without_non_finite(rows, deltas, counts, update)
-        normalizer = float(self.elements.sum()) * batches if elements is None else elements
+        # Where no element counts (every label is ignored) there is nothing to average, and the update is zero.
+        normalizer = (float(self.elements.sum()) * batches if elements is None else elements) or 1.0
         vector.add_to_gradients(update / normalizer)
         mean_squares = _mean_squares(rows, deltas, self.units)
         self.method.allocator.update(features, counts, mean_squares)
@@ -233,7 +234,7 @@ class _Step:
         ):
             update = update + self.method.perturbation.pull_back(self._noise(chunk), extra)
         # Then, for samples without any finite row, among the loss elements of the other samples.
-        return update * float(self.elements.sum() / self.elements[kept > 0].sum())
+        return update * float(self.elements.sum() / (self.elements[kept > 0].sum() or 1.0))
 
     def _pieces(self, rows: Rows, values: Tensor) -> list[Tensor]:
         """Cut values (R,) as `_chunks` cuts rows."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from .allocators import ALLOCATORS, Allocator
-from .args import FlopsArgumentsMixin, FlopsTrainingArguments
+from .args import FlopsArgumentsMixin, FlopsTrainingArguments, check_processes
 from .errors import ConfigurationError, ObjectiveError
 from .estimators import ESTIMATORS, Estimator
 from .objectives import CallableObjective, Objective
@@ -25,6 +24,7 @@ from .selfcheck import choose_objective, choose_perturbation, precision_of
 from .step import Method, Place, StepResult, estimate_gradient
 
 logger = logging.getLogger(__name__)
+SAMPLE_ID = "sample_id"
 STATE_FILE = "flops_state.json"
 _NOISE_BYTES = 256 * 2**20
 
@@ -43,6 +43,13 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 class FlopsTrainerMixin:
     """Forward-only training for any class derived from `transformers.Trainer`: `class T(FlopsTrainerMixin, SomeTrainer)`.
+
+    A data set column `sample_id` (whole numbers) never reaches the model; it lets the trainer count queries per sample.
+
+    Attributes:
+        rows_used: rows that went through the model in training so far.
+        sample_queries: sample id → [steps that the sample took part in, queries that it got].
+        last_step: what the last micro-batch found, a `StepResult`.
 
     Args:
         model: a model with trainable parameters, or a plain one together with `peft_config`.
@@ -88,6 +95,8 @@ class FlopsTrainerMixin:
         self._perturbation = self._given_perturbation = perturbation
         self._window: dict[str, list[float]] = {}
         self._position, self._position_step, self.rows_used = 0, -1, 0
+        self._ids: list[int] | None = None
+        self.sample_queries: dict[int, list[int]] = {}
         self.last_step: StepResult | None = None
         super().__init__(model, args, *positional, **kwargs)  # type: ignore[call-arg]
         _check_ready(self)
@@ -99,7 +108,7 @@ class FlopsTrainerMixin:
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as the stock trainer does; the method is chosen anew at the first step."""
-        self._perturbation = self._given_perturbation
+        self._perturbation, self._position_step = self._given_perturbation, -1
         if not self._own_objective:
             self._objective = None
         return super().train(*args, **kwargs)  # type: ignore[misc]
@@ -125,6 +134,21 @@ class FlopsTrainerMixin:
             result = estimate_gradient(forward, inputs, method, self._place(inputs), elements, batches)
         self._record(result)
         return result.loss.to(self.args.device)
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """Prepare inputs as the stock trainer does, after taking the samples' ids out."""
+        if isinstance(inputs, Mapping) and SAMPLE_ID in inputs:
+            ids = inputs[SAMPLE_ID]
+            inputs = {name: value for name, value in inputs.items() if name != SAMPLE_ID}
+            self._ids = torch.as_tensor(ids).tolist()
+        else:
+            self._ids = None
+        return super()._prepare_inputs(inputs)  # type: ignore[misc]
+
+    def _set_signature_columns_if_needed(self: Any) -> None:
+        super()._set_signature_columns_if_needed()  # type: ignore[misc]
+        if SAMPLE_ID not in self._signature_columns:
+            self._signature_columns.append(SAMPLE_ID)
 
     def _forward_function(self: Any, model: nn.Module) -> Callable[[Mapping[str, Any]], tuple[Tensor | None, Any]]:
         """Return what runs the model; labels are not needed where the objective is the user's own."""
@@ -200,6 +224,10 @@ class FlopsTrainerMixin:
         """Keep what the next log shows, averaged over its steps."""
         self.last_step = result
         self.rows_used += result.rows
+        if self._ids is not None and len(self._ids) == len(result.counts):
+            for sample, count in zip(self._ids, result.counts.tolist(), strict=True):
+                seen = self.sample_queries.setdefault(sample, [0, 0])
+                seen[0], seen[1] = seen[0] + 1, seen[1] + count
         for name, value in result.metrics.items():
             self._window.setdefault(name, []).append(value)
 
@@ -244,9 +272,7 @@ def _check_arguments(args: Any) -> None:
         raise ConfigurationError(
             f"args is a {type(args).__name__}: use FlopsTrainingArguments, or put FlopsArgumentsMixin before your class."
         )
-    processes = max(int(os.environ.get("WORLD_SIZE", "1")), args.world_size)
-    if processes > 1:
-        raise ConfigurationError(f"{processes} processes were started, but forward-only training supports one so far.")
+    check_processes(args.world_size)
     args._n_gpu = min(args.n_gpu, 1)  # never DataParallel
 
 

@@ -5,8 +5,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,68 +13,34 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from datasets import Array2D, ClassLabel, Dataset, Features, Image, load_dataset
 from PIL import Image as PILImage
 from sklearn.datasets import load_digits
 from tqdm.auto import tqdm
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-    PreTrainedModel,
-    ViTConfig,
-    ViTForImageClassification,
-    ViTImageProcessorPil,
-)
-from transformers.utils import logging as transformers_logging
 
 FASHION_MNIST_FOLDER = "/usr/share/datasets/fashion-mnist"
 TEST_SHARE, VALIDATION_SHARE = 0.3, 0.2
-PRECOMPUTE_BYTES = 2**31
+PRECOMPUTED_BYTES = 2**31
 
-CLASS_NAMES = {
-    "digits": [str(digit) for digit in range(10)],
-    "fashion_mnist": [
-        *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
-        *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
-    ],
-}
+FASHION_MNIST = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot"
+CLASS_NAMES = {"digits": list("0123456789"), "fashion_mnist": FASHION_MNIST.split(",")}
 # Fashion-MNIST is interleaved so that each new class but the bag has a relative among the old ones.
 OLD_CLASSES = {"digits": [0, 1, 2, 3, 4], "fashion_mnist": [0, 1, 4, 5, 7]}
-
-PRETRAINING: dict[str, dict[str, Any]] = {
-    "digits": {
-        "vit": {
-            "image_size": 8,
-            "patch_size": 2,
-            "hidden_size": 48,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "intermediate_size": 96,
-        },
-        "epochs": 60,
-        "batch_size": 64,
-        "learning_rate": 3e-3,
-    },
-    "fashion_mnist": {
-        "vit": {
-            "image_size": 28,
-            "patch_size": 4,
-            "hidden_size": 64,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "intermediate_size": 128,
-        },
-        "epochs": 5,
-        "batch_size": 128,
-        "learning_rate": 2e-3,
-    },
+SMALL_VIT = {"num_channels": 1, "num_hidden_layers": 4, "num_attention_heads": 4}
+VITS = {
+    "digits": {"image_size": 8, "patch_size": 2, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3},
+    "fashion_mnist": {"image_size": 28, "patch_size": 7, "hidden_size": 64, "intermediate_size": 128},
+}
+PRETRAINING = {
+    "digits": {"epochs": 60, "batch_size": 64, "learning_rate": 2e-3},
+    "fashion_mnist": {"epochs": 6, "batch_size": 128, "learning_rate": 2e-3},
 }
 
 
 @dataclass(frozen=True)
 class ImageTask:
-    """A classification task with columns `image` and `label`, and the old classes that precede it, if any."""
+    """A classification task with columns `image` and `label`, and the old classes' rows, if there are any."""
 
     name: str
     train: Dataset
@@ -100,50 +65,41 @@ def load_images(name: str = "auto", seed: int = 0) -> ImageTask:
     if name == "auto":
         name = "fashion_mnist" if folder.is_dir() else "digits"
     if name == "digits":
-        digits = load_digits()
-        images = (digits.images * (255 / 16)).round().astype(np.uint8)
-        return _split_by_class(name, (images, digits.target), None, seed)
+        images, labels = load_digits(return_X_y=True)
+        pixels = (images * (255 / 16)).round().astype(np.uint8).reshape(-1, 8, 8)
+        return _split_by_class(name, (pixels, labels), None, seed)
     if name == "fashion_mnist":
-        return _split_by_class(name, _read_fashion_mnist(folder, "train"), _read_fashion_mnist(folder, "t10k"), seed)
+        kinds = ("images-idx3", "labels-idx1")
+        train, test = ([_read_idx(folder / f"{part}-{kind}-ubyte.gz") for kind in kinds] for part in ("train", "t10k"))
+        return _split_by_class(name, train, test, seed)
     return _load_hub(name, seed)
-
-
-def _read_fashion_mnist(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
-    """Read one part, "train" or "t10k": images (N, 28, 28) uint8 and labels (N,) uint8."""
-    paths = [folder / f"{part}-images-idx3-ubyte.gz", folder / f"{part}-labels-idx1-ubyte.gz"]
-    if missing := [str(path) for path in paths if not path.is_file()]:
-        raise FileNotFoundError(
-            f"Fashion-MNIST needs {missing[0]}, which does not exist: run `apt-get install dataset-fashion-mnist`, "
-            "or name the folder of its four .gz files in HF_FLOPS_FASHION_MNIST."
-        )
-    images, labels = (_read_idx(path) for path in paths)
-    return images, labels
 
 
 def _read_idx(path: Path) -> np.ndarray:
     """Read a gzipped IDX file of bytes: the fourth byte counts the dimensions, which follow as big-endian int32."""
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"Fashion-MNIST needs {path}, which does not exist: run `apt-get install dataset-fashion-mnist`, "
+            "or name the folder of its four .gz files in HF_FLOPS_FASHION_MNIST."
+        )
     content = gzip.decompress(path.read_bytes())
     dimensions = np.frombuffer(content, ">i4", count=content[3], offset=4)
     return np.frombuffer(content, np.uint8, offset=4 + 4 * content[3]).reshape(dimensions)
 
 
-def _split_by_class(
-    name: str, train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray] | None, seed: int
-) -> ImageTask:
-    """Keep the old classes' training images (N, H, W) for pre-training and split those of the new classes."""
+def _split_by_class(name: str, train: Sequence[np.ndarray], test: Sequence[np.ndarray] | None, seed: int) -> ImageTask:
+    """Split off the old classes; a part is its images (N, H, W) uint8 and labels (N,) integer."""
     old = OLD_CLASSES[name]
-    new = [label for label in range(len(CLASS_NAMES[name])) if label not in old]
-    new_test = None if test is None else _select_classes(name, *test, new)
-    splits = _split(_select_classes(name, *train, new), new_test, seed)
+    new = sorted({*range(len(CLASS_NAMES[name]))} - {*old})
+    held_out = None if test is None else _select_classes(name, *test, new)
+    splits = _split(_select_classes(name, *train, new), held_out, seed)
     return ImageTask(name, *splits, old=_select_classes(name, *train, old))
 
 
 def _select_classes(name: str, images: np.ndarray, labels: np.ndarray, classes: list[int]) -> Dataset:
     """Make a dataset of some classes, relabelled from 0: images (N, H, W) uint8, labels (N,) integer."""
-    rows = np.isin(labels, classes)
-    features = Features(
-        image=Array2D(images.shape[1:], "uint8"), label=ClassLabel(names=[CLASS_NAMES[name][c] for c in classes])
-    )
+    rows, names = np.isin(labels, classes), [CLASS_NAMES[name][label] for label in classes]
+    features = Features(image=Array2D(images.shape[1:], "uint8"), label=ClassLabel(names=names))
     columns = {"image": images[rows], "label": np.searchsorted(classes, labels[rows])}
     return Dataset.from_dict(columns, features=features).with_format("numpy")
 
@@ -162,59 +118,55 @@ def _load_hub(name: str, seed: int) -> ImageTask:
     try:
         parts = load_dataset(name)
     except (OSError, ValueError) as error:
+        reason = f"is neither 'digits' nor 'fashion_mnist', and as a Hub dataset it failed to load ({error})"
+        raise ValueError(f"{name!r} {reason}: check the id and the connection.") from error
+    columns = {type(feature): column for column, feature in reversed(parts["train"].features.items())}
+    if not {Image, ClassLabel} <= columns.keys():
         raise ValueError(
-            f"{name!r} is neither 'digits' nor 'fashion_mnist', and as a Hub dataset it failed to load ({error}): "
-            "check the id and the connection."
-        ) from error
-    columns = {}
-    for column, feature in parts["train"].features.items():
-        kind = {Image: "image", ClassLabel: "label"}.get(type(feature))
-        if kind and kind not in columns.values():
-            columns[column] = kind
-    if len(columns) < 2:
-        raise ValueError(
-            f"{name!r} has the columns {parts['train'].features}, but an Image and a ClassLabel column are needed: "
-            "choose an image classification dataset."
+            f"{name!r} has no column of images or none of class labels: choose an image classification dataset."
         )
-    parts = parts.select_columns(list(columns)).rename_columns(columns)
+    renamed = {columns[Image]: "image", columns[ClassLabel]: "label"}
+    parts = parts.select_columns(list(renamed)).rename_columns(renamed)
     held_out = next((parts[part] for part in ("test", "validation", "valid") if part in parts), None)
     return ImageTask(name, *_split(parts["train"], held_out, seed))
 
 
 class PixelDataset(torch.utils.data.Dataset):
-    """Rows of preprocessed images: pixel_values (N, C, H, W) float32 and labels (N,) int64."""
+    """Rows of pixel_values (C, H, W) float32, labels () int64 and sample_id () int64, the row's index."""
 
-    def __init__(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> None:
-        self.pixel_values, self.labels = pixel_values, labels
+    def __init__(self, dataset: Dataset, processor: Any, tensors: Sequence[torch.Tensor] | None = None) -> None:
+        self.dataset, self.processor, self.tensors = dataset, processor, tensors
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.dataset)
 
     def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
-        return {"pixel_values": self.pixel_values[row], "labels": self.labels[row]}
+        if self.tensors is None:
+            pixel_values, labels = (part[0] for part in _preprocess(self.dataset[row : row + 1], self.processor))
+        else:
+            pixel_values, labels = (part[row] for part in self.tensors)
+        return {"pixel_values": pixel_values, "labels": labels, "sample_id": torch.tensor(row)}
 
 
 def pixel_dataset(dataset: Dataset, processor: Any) -> PixelDataset:
-    """Preprocess every image once."""
-    batches = [_preprocess(batch, processor) for batch in dataset.iter(batch_size=1024)]
-    pixel_values, labels = zip(*batches, strict=True)
-    return PixelDataset(torch.cat(pixel_values), torch.cat(labels))
+    """Preprocess every image once, or whenever it is read where all of them would take more than 2 GiB."""
+    if len(dataset) * _preprocess(dataset[:1], processor)[0].nbytes > PRECOMPUTED_BYTES:
+        return PixelDataset(dataset, processor)
+    batches = [_preprocess(rows, processor) for rows in dataset.iter(batch_size=1024)]
+    return PixelDataset(dataset, processor, [torch.cat(parts) for parts in zip(*batches, strict=True)])
 
 
 def _preprocess(rows: Mapping[str, Any], processor: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Turn images into pixel_values (n, C, H, W) float32, and classes into labels (n,) int64."""
     mode = "RGB" if len(processor.image_mean) == 3 else "L"
-    images = [
-        image if isinstance(image, PILImage.Image) else PILImage.fromarray(np.asarray(image, np.uint8))
-        for image in rows["image"]
-    ]
-    pixel_values = processor([image.convert(mode) for image in images], return_tensors="pt")["pixel_values"]
+    pictures = (i if isinstance(i, PILImage.Image) else PILImage.fromarray(i.astype(np.uint8)) for i in rows["image"])
+    pixel_values = processor([picture.convert(mode) for picture in pictures], return_tensors="pt")["pixel_values"]
     return pixel_values, torch.as_tensor(np.asarray(rows["label"]), dtype=torch.long)
 
 
 def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Stack rows into pixel_values (R, C, H, W) float32 and labels (R,) int64."""
-    return {key: torch.stack([row[key] for row in rows]) for key in ("pixel_values", "labels")}
+    """Stack rows into pixel_values (R, C, H, W) float32, labels (R,) int64 and sample_id (R,) where rows have it."""
+    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
 
 def pretrained_vit(task: ImageTask, cache_dir: str | os.PathLike | None = None, epochs: int | None = None) -> str:
@@ -225,83 +177,76 @@ def pretrained_vit(task: ImageTask, cache_dir: str | os.PathLike | None = None, 
     """
     if task.old is None:
         raise ValueError(f"{task.name!r} has no old classes to pre-train on: give the id of a pre-trained Hub model.")
+    config = SMALL_VIT | VITS[task.name]
     settings = PRETRAINING[task.name] | ({} if epochs is None else {"epochs": epochs})
-    size = settings["vit"]["image_size"]
-    processor = ViTImageProcessorPil(
-        size={"height": size, "width": size}, do_resize=False, image_mean=[0.5], image_std=[0.5]
-    )
-    old = pixel_dataset(task.old, processor)
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    key.update(old.pixel_values.numpy().tobytes() + old.labels.numpy().tobytes())
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_flops"
-    cache = Path(cache_dir or os.environ.get("HF_FLOPS_CACHE") or default)
+    size = {"height": config["image_size"], "width": config["image_size"]}
+    processor = transformers.ViTImageProcessorPil(size=size, image_mean=[0.5], image_std=[0.5])
+    pixel_values, labels = pixel_dataset(task.old, processor).tensors
+    key = hashlib.sha256(json.dumps([config, settings], sort_keys=True).encode())
+    key.update(pixel_values.numpy().tobytes() + labels.numpy().tobytes())
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    cache = Path(cache_dir or os.environ.get("HF_FLOPS_CACHE", user_cache / "hf_flops"))
     folder = cache / f"vit-{task.name}-{key.hexdigest()[:16]}"
-    if not folder.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            model = _pretrain(old, task.old.features["label"].names, settings)
-            model.save_pretrained(Path(scratch) / "vit")
-            processor.save_pretrained(Path(scratch) / "vit")
-            os.rename(Path(scratch) / "vit", folder)
+    if folder.is_dir():
+        return str(folder)
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as scratch:
+        model = _pretrain(config, pixel_values, labels, **settings)
+        model.save_pretrained(Path(scratch, "vit"))
+        processor.save_pretrained(Path(scratch, "vit"))
+        try:
+            os.rename(Path(scratch, "vit"), folder)  # appears whole or not at all
+        except OSError:
+            if not folder.is_dir():  # else another process was first
+                raise
     return str(folder)
 
 
-def _pretrain(old: PixelDataset, names: list[str], settings: Mapping[str, Any]) -> ViTForImageClassification:
-    """Train a ViT from scratch with AdamW and a one-cycle schedule on jittered images."""
+def _pretrain(
+    config: Mapping[str, int], images: torch.Tensor, labels: torch.Tensor, epochs: int, batch_size: int, learning_rate: float
+) -> transformers.PreTrainedModel:
+    """Train a ViT on images (N, 1, H, W) float32 to tell their labels (N,) int64 and by how many quarters they turned."""
+    # The turns keep features alive that a few old classes alone would let go.
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng(devices=[]):  # the weights are drawn from the global generator
         torch.default_generator.manual_seed(0)
-        config = ViTConfig(num_channels=1, id2label=dict(enumerate(names)), **settings["vit"])
-        model = ViTForImageClassification(config).train()
-    batch, rate = settings["batch_size"], settings["learning_rate"]
-    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.05)
-    steps = settings["epochs"] * (len(old) // batch)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
-    for _ in tqdm(range(settings["epochs"]), desc="pre-training on the old classes, once"):
-        for rows in torch.randperm(len(old), generator=generator)[: len(old) // batch * batch].split(batch):
-            images = _jitter(old.pixel_values[rows], generator)
-            model(pixel_values=images, labels=old.labels[rows]).loss.backward()
+        vit = transformers.ViTConfig(num_labels=4 * (int(labels.max()) + 1), **config)
+        model = transformers.ViTForImageClassification(vit).train()
+    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.05, fused=True)
+    steps = len(images) // batch_size
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, epochs=epochs, steps_per_epoch=steps)
+    for _ in tqdm(range(epochs), desc="Pre-training a small ViT, once"):
+        for rows in torch.randperm(len(images), generator=generator)[: steps * batch_size].split(batch_size):
+            quarters = torch.randint(4, (batch_size,), generator=generator)
+            turned = _jitter(images[rows], quarters, generator)
+            model(pixel_values=turned, labels=4 * labels[rows] + quarters).loss.backward()
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
     return model.eval()
 
 
-def _jitter(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Shift by up to 10 %, stretch by up to 20 % and rotate by up to 0.2 rad each of images (n, C, H, W) float32."""
-    shift, scale, angle = torch.empty(3, len(images), 2).uniform_(-1, 1, generator=generator)
-    angle = 0.2 * angle[:, 0]
-    turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2)
-    maps = torch.cat([turn * (1 + 0.2 * scale)[:, None], 0.2 * shift[..., None]], 2)
-    # grid_sample pads with zero, and the background is -1.
-    return F.grid_sample(images + 1, F.affine_grid(maps, list(images.shape), align_corners=False), align_corners=False) - 1
+def _jitter(images: torch.Tensor, quarters: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Turn images (n, C, H, W) float32 by quarters (n,) and up to 0.1 rad, shift by up to 5 %, stretch by up to 10 %."""
+    turn, shift, stretch = 0.1 * torch.empty(3, len(images), 2).uniform_(-1, 1, generator=generator)
+    angle = turn[:, 0] + quarters * (torch.pi / 2)
+    rotation = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2)
+    maps = torch.cat([rotation * (1 + stretch)[:, None], shift[..., None]], 2)
+    grid = F.affine_grid(maps, list(images.shape), align_corners=False)
+    return F.grid_sample(images + 1, grid, align_corners=False) - 1  # it pads with 0, and the background is -1
 
 
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Silence the loading report, which would present the new head as a fault."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
-
-
-def load_vit(model_id: str, task: ImageTask) -> tuple[PreTrainedModel, Any]:
-    """Load a pre-trained backbone under a fresh zero head for the task's classes, and its image processor."""
+def load_vit(model_id: str, task: ImageTask) -> tuple[transformers.PreTrainedModel, Any]:
+    """Load a pre-trained backbone under a zero head for the task's classes, and its image processor."""
     names = dict(enumerate(task.class_names))
-    with _quiet_transformers():
-        config = AutoConfig.from_pretrained(
-            model_id, id2label=names, label2id={name: label for label, name in names.items()}
-        )
-        model = AutoModelForImageClassification.from_pretrained(
-            model_id, config=config, ignore_mismatched_sizes=True
-        )
-        processor = AutoImageProcessor.from_pretrained(model_id)
-    torch.nn.init.zeros_(model.classifier.weight)
-    torch.nn.init.zeros_(model.classifier.bias)
+    heads = {"id2label": names, "label2id": {name: label for label, name in names.items()}, "ignore_mismatched_sizes": True}
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # the loading report presents the new head as a fault
+    try:
+        model = transformers.AutoModelForImageClassification.from_pretrained(model_id, **heads)
+        processor = transformers.AutoImageProcessor.from_pretrained(model_id)
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    for parameter in model.classifier.parameters():
+        torch.nn.init.zeros_(parameter)
     return model, processor

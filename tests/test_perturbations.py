@@ -212,7 +212,8 @@ def test_the_self_check_finds_attention_that_reads_its_weights_directly():
 def test_a_flattened_input_that_does_not_hold_whole_rows_is_refused():
     module = nn.Linear(3, 2)
     perturbation = RowwiseNoise(module, ParameterVector.of(module), "gaussian")
-    with pytest.raises(RowMismatch, match=r"\(5, 2\) does not hold 4 rows"), perturbation.applied(perturbation.draw(keys(4)), 1.0):
+    applied = perturbation.applied(perturbation.draw(keys(4)), 1.0)
+    with pytest.raises(RowMismatch, match=r"\(5, 2\) does not hold 4 rows"), applied:
         module(randn(5, 3))
 
 
@@ -242,9 +243,15 @@ def test_nothing_is_left_behind(mode):
 def test_the_prompt_is_unpatched_after_an_exception():
     model = adapted("llama", "prompt")
     perturbation = RowwiseNoise(model, ParameterVector.of(model), "gaussian")
+    patched = []
+
+    def fail():
+        patched.append("get_prompt" in vars(model))
+        raise ZeroDivisionError
+
     with pytest.raises(ZeroDivisionError), perturbation.applied(perturbation.draw(keys(4)), 0.1):
-        assert "get_prompt" in vars(model)
-        _ = 1 / 0
+        fail()
+    assert patched == [True]
     assert "get_prompt" not in vars(model)
 
 

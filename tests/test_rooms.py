@@ -15,7 +15,7 @@ FLOORS = {
     **dict.fromkeys(["errors", "counters", "_version", "rows"], 0),
     **dict.fromkeys(["objectives", "perturbations", "estimators", "allocators"], 1),
     **dict.fromkeys(["step", "selfcheck"], 2),
-    "args": 3,
+    **dict.fromkeys(["args", "memory", "plots"], 3),
     "trainer": 4,
 }
 ENGINE = {room for room, floor in FLOORS.items() if floor <= 2}

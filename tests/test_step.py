@@ -248,7 +248,8 @@ def test_the_weight_of_dropped_rows_goes_to_the_samples_other_rows():
     estimates, dropped = [], 0
     for step in range(400):
         try:
-            gradient, result = run(model, inputs, step=step, estimator=Antithetic(), allocator=allocator, queries_per_sample=12)
+            options = {"estimator": Antithetic(), "allocator": allocator, "queries_per_sample": 12}
+            gradient, result = run(model, inputs, step=step, **options)
         except NonFiniteError:
             continue
         dropped += result.metrics["dropped_rows"]
