@@ -30,6 +30,7 @@ class PeakMemory:
     """
 
     megabytes = float("nan")
+    _start: int | None = None
 
     def __enter__(self) -> PeakMemory:
         gc.collect()

@@ -226,10 +226,9 @@ def query_images(trainer: FlopsTrainer, task: ImageTask, most: int = 8) -> dict[
 
     def pictures(samples: list[int]) -> tuple[list[np.ndarray], list[str]]:
         rows = [task.train[sample] for sample in samples]
-        return (
-            [np.asarray(row["image"]) for row in rows],
-            [f"{task.class_names[int(row['label'])]}\n{mean[s]:.0f} queries a step" for s, row in zip(samples, rows, strict=True)],
-        )
+        names = [task.class_names[int(row["label"])] for row in rows]
+        captions = [f"{name}\n{mean[sample]:.0f} queries a step" for name, sample in zip(names, samples, strict=True)]
+        return [np.asarray(row["image"]) for row in rows], captions
 
     return {
         "mean_queries": [mean[sample] for sample in order],

@@ -6,7 +6,7 @@ after a resume, and does not depend on how rows are cut into chunks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,21 +48,30 @@ class NoiseKeys:
         return cls(rows, int(seeds(seed, step, SHARED_POSITION, group)[0]))
 
 
-def gaussian(generator: torch.Generator, out: Tensor) -> None:
-    """Fill `out` (d,) with standard normal numbers."""
-    torch.randn(out.shape, generator=generator, out=out)
+def _generators(row_seeds: np.ndarray) -> Iterator[torch.Generator]:
+    """Yield a private generator, seeded for each row in turn."""
+    generator = torch.Generator()
+    return (generator.manual_seed(seed) for seed in row_seeds.tolist())
 
 
-def rademacher(generator: torch.Generator, out: Tensor) -> None:
-    """Fill `out` (d,) with independent signs +1 and -1, at one random bit each."""
-    words = torch.empty((len(out) + 63) // 64, dtype=torch.int64).random_(-(2**63), 2**63 - 1, generator=generator)
-    out.copy_(F.embedding(words.view(torch.uint8).int(), _SIGNS).view(-1)[: len(out)])
+def gaussian(row_seeds: np.ndarray, size: int) -> Tensor:
+    """Draw (R, d) standard normal numbers."""
+    out = torch.empty(len(row_seeds), size)
+    for row, generator in zip(out, _generators(row_seeds), strict=True):
+        torch.randn(size, generator=generator, out=row)
+    return out
 
 
-DISTRIBUTIONS: dict[str, Callable[[torch.Generator, Tensor], None]] = {
-    "gaussian": gaussian,
-    "rademacher": rademacher,
-}
+def rademacher(row_seeds: np.ndarray, size: int) -> Tensor:
+    """Draw (R, d) independent signs +1 and -1, at one random bit each."""
+    words = torch.empty(len(row_seeds), (size + 63) // 64, dtype=torch.int64)
+    for row, generator in zip(words, _generators(row_seeds), strict=True):
+        row.random_(-(2**63), 2**63 - 1, generator=generator)
+    signs = F.embedding(words.view(torch.uint8).int(), _SIGNS)  # (R, bytes, 8)
+    return signs.view(len(row_seeds), -1)[:, :size]
+
+
+DISTRIBUTIONS: dict[str, Callable[[np.ndarray, int], Tensor]] = {"gaussian": gaussian, "rademacher": rademacher}
 
 
 def draw(distribution: str, row_seeds: np.ndarray, size: int) -> Tensor:
@@ -76,9 +85,4 @@ def draw(distribution: str, row_seeds: np.ndarray, size: int) -> Tensor:
     Returns:
         (R, d) float32 on the CPU.
     """
-    fill = DISTRIBUTIONS[distribution]
-    out = torch.empty(len(row_seeds), size)
-    generator = torch.Generator()
-    for row, seed in zip(out, row_seeds.tolist(), strict=True):
-        fill(generator.manual_seed(seed), row)
-    return out
+    return DISTRIBUTIONS[distribution](row_seeds, size)
