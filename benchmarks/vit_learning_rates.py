@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from recipes.vit import METHODS, Outcome, RecipeArguments, RecipeTrainingArguments, load_data, run
 
-GRID = [1e-3, 3e-3, 1e-2, 3e-2, 6e-2, 1e-1, 2e-1]
+GRID = [3e-3, 1e-2, 2e-2, 4e-2, 8e-2, 1.6e-1]
 
 
 def measure(method: str, rate: float, recipe: RecipeArguments, seed: int, epochs: float, data: Any) -> Outcome:
@@ -71,7 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--dataset", default="digits")
     parser.add_argument("--per_class", type=int)
-    parser.add_argument("--epochs", type=float, default=20)
+    parser.add_argument("--epochs", type=float, default=10)
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--grid", nargs="+", type=float, default=GRID)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])

@@ -36,7 +36,7 @@ from hf_flops.plots import save_report
 from recipes.images import ImageTask, PixelDataset, collate, load_images, load_vit, pixel_dataset, pretrained_vit
 
 METHODS = [*PRESETS, "backprop"]
-# Best of a grid of nine on the validation split, the same for every method: benchmarks/vit_learning_rates.py.
+# Best of a grid of six on the validation split, the same for every method: benchmarks/vit_learning_rates.py.
 LEARNING_RATES: dict[str, dict[str, float]] = {
     "digits": {"flops": 3e-3, "mezo": 1e-3, "flops-authors": 1e-3, "backprop": 1e-2},
     "fashion_mnist": {"flops": 3e-3, "mezo": 1e-3, "flops-authors": 1e-3, "backprop": 1e-2},
@@ -70,7 +70,7 @@ class RecipeTrainingArguments(FlopsTrainingArguments):
     learning_rate: float | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Default: the best of the same grid for each method, on the validation split."}
     )
-    num_train_epochs: float = 20
+    num_train_epochs: float = 10
     queries_per_sample: int = 32
     rows_per_forward: int | None = 256
     per_device_train_batch_size: int = 32

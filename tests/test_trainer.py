@@ -98,7 +98,8 @@ def logged(trainer, name):
 
 
 def trained(args, kind="vit", **options):
-    trainer = FlopsTrainer(adapted(kind), args, train_dataset=data(kind, 16), **options)
+    model, dataset = (question_answerer(), questions()) if kind == "questions" else (adapted(kind), data(kind, 16))
+    trainer = FlopsTrainer(model, args, train_dataset=dataset, **options)
     trainer.train()
     return trainer
 
@@ -110,6 +111,19 @@ def right(outputs, inputs):
 
 def entropy(outputs, inputs):
     return -(outputs.logits.softmax(-1) * outputs.logits.log_softmax(-1)).sum(-1)
+
+
+def questions(samples=16):
+    batch = tiny_batch("bert", samples)
+    batch.pop("labels")
+    samples = [{name: value[i] for name, value in batch.items()} for i in range(samples)]
+    return [{**sample, "start_positions": 0, "end_positions": 1} for sample in samples]
+
+
+def question_answerer():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return adapted("bert", BertForQuestionAnswering(BertConfig(vocab_size=VOCABULARY, **SIZES)))
 
 
 # --- drop-in ---
@@ -277,14 +291,22 @@ def test_other_trainers_take_the_mixin(arguments):
 
 
 @pytest.mark.parametrize(
-    ("kind", "preset"), [("vit", "flops"), ("vit", "mezo"), ("llama", "flops"), ("llama", "mezo"), ("bert", "flops")]
+    ("kind", "preset", "objective"),
+    [
+        ("vit", "flops", None),
+        ("vit", "mezo", None),
+        ("vit", "flops", entropy),
+        ("llama", "flops", None),  # texts with uneven numbers of tokens
+        ("llama", "mezo", None),
+        ("bert", "flops", None),  # a head that ignores num_items_in_batch
+        ("questions", "flops", None),  # a loss that has no rows
+    ],
 )
-def test_accumulation_does_not_change_the_run(kind, preset, arguments):
-    # BERT's head ignores num_items_in_batch; the texts for Llama have uneven numbers of tokens.
+def test_accumulation_does_not_change_the_run(kind, preset, objective, arguments):
     options = {"preset": preset, "allocator": "uniform", "optim": "sgd", "learning_rate": 0.01, "perturbation_scale": 0.01}
     one = arguments(per_device_train_batch_size=8, **options)
     many = arguments(per_device_train_batch_size=1, gradient_accumulation_steps=8, **options)
-    one, many = trained(one, kind), trained(many, kind)
+    one, many = trained(one, kind, objective=objective), trained(many, kind, objective=objective)
     torch.testing.assert_close(flat(one), flat(many), rtol=0, atol=1e-5)
     assert logged(one, "loss") == pytest.approx(logged(many, "loss"), rel=1e-3)
     assert logged(one, "rows") == logged(many, "rows")
@@ -311,6 +333,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(preset, objective, arguments, tm
     resumed = build()
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
     assert whole.state.epoch == 1.75
+    assert resumed._allocator.state_dict() == whole._allocator.state_dict()
     assert flat(resumed).equal(flat(whole))
     assert logged(resumed, "rows") == logged(whole, "rows")
     assert logged(resumed, "loss")[-1] == logged(whole, "loss")[-1]
@@ -321,6 +344,21 @@ def test_the_seed_fixes_the_run(arguments):
     assert flat(trained(arguments())).equal(run)
     assert flat(trained(arguments(noise_seed=42))).equal(run)  # the seed of the run
     assert not flat(trained(arguments(noise_seed=7))).equal(run)
+
+
+def test_noise_is_placed_by_step_position_and_epoch(arguments, monkeypatch):
+    places = []
+
+    def estimate_gradient(forward, inputs, method, place, *rest):
+        places.append((place.seed, place.step, place.position, round(place.epoch * 3)))
+        return original(forward, inputs, method, place, *rest)
+
+    original = hf_flops.trainer.estimate_gradient
+    monkeypatch.setattr(hf_flops.trainer, "estimate_gradient", estimate_gradient)
+    args = arguments(per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=4, seed=5)
+    FlopsTrainer(adapted(), args, train_dataset=data(samples=6)).train()  # micro-batches of 2, 2 | 2 in each epoch
+    first, second = [(5, 0, 0, 0), (5, 0, 2, 0), (5, 1, 0, 2)], [(5, 2, 0, 3), (5, 2, 2, 3), (5, 3, 0, 5)]
+    assert places == [*first, *second]  # seed, step, position, thirds of epochs
 
 
 # --- what a step leaves alone ---
@@ -477,19 +515,6 @@ def test_an_objective_needs_neither_derivative_nor_labels(objective, arguments):
 # --- budget, presets, logs ---
 
 
-def questions():
-    batch = tiny_batch("bert", 10)
-    batch.pop("labels")
-    samples = [{name: value[i] for name, value in batch.items()} for i in range(10)]
-    return [{**sample, "start_positions": 0, "end_positions": 1} for sample in samples]
-
-
-def question_answerer():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return adapted("bert", BertForQuestionAnswering(BertConfig(vocab_size=VOCABULARY, **SIZES)))
-
-
 @pytest.mark.parametrize("queries", [4, 7])
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("per_row", [True, False])
@@ -508,7 +533,7 @@ def test_every_row_is_counted_and_the_budget_is_kept(per_row, preset, queries, a
 
     original = hf_flops.trainer.estimate_gradient
     monkeypatch.setattr(hf_flops.trainer, "estimate_gradient", estimate_gradient)
-    model, dataset = (adapted(), data(samples=10)) if per_row else (question_answerer(), questions())
+    model, dataset = (adapted(), data(samples=10)) if per_row else (question_answerer(), questions(10))
     args = arguments(preset=preset, queries_per_sample=queries, max_steps=3)  # batches of 4, 4 and 2
     model.register_forward_pre_hook(count, with_kwargs=True)
     trainer = FlopsTrainer(model, args, train_dataset=dataset)
