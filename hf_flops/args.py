@@ -141,8 +141,9 @@ class FlopsArgumentsMixin:
             f"queries_per_sample={queries} is too few: estimator={self.estimator!r} with allocator={self.allocator!r} "
             f"needs at least {len(least.signs) + clean} rows per sample, the clean one included.",
         )
-        _require(scale is None or scale > 0, f"perturbation_scale={scale!r} must be positive.")
-        _require(rows is None or rows >= 1, f"rows_per_forward={rows!r} must be 1 or more.")
+        _require(scale is None or 0 < scale < float("inf"), f"perturbation_scale={scale!r} must be positive and finite.")
+        whole = isinstance(rows, int) and rows >= 1
+        _require(rows is None or whole, f"rows_per_forward={rows!r} must be a whole number, 1 or more.")
 
     def _check_stock_options(self) -> None:
         """Refuse, or quietly switch off, options of `TrainingArguments` that belong to the backward pass."""

@@ -154,7 +154,15 @@ class FlopsTrainerMixin:
         """Return what runs the model; labels are not needed where the objective is the user's own."""
         if self._own_objective:
             return lambda inputs: (None, model(**inputs))
-        return lambda inputs: self.compute_loss(model, dict(inputs), return_outputs=True)
+        if self.compute_loss_func is None:
+            return lambda inputs: self.compute_loss(model, dict(inputs), return_outputs=True)
+
+        def forward(inputs: Mapping[str, Any]) -> tuple[Tensor | None, Any]:
+            # A user's function may divide by the count, so it gets that of these rows: the loss is their mean.
+            items = self._get_num_items_in_batch([inputs], self.args.device)
+            return self.compute_loss(model, dict(inputs), return_outputs=True, num_items_in_batch=items)
+
+        return forward
 
     def _set_up(self: Any, model: nn.Module, forward: Any, inputs: dict[str, Any]) -> None:
         """Choose objective and perturbation with the first batch, and say what was not as hoped."""

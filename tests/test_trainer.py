@@ -312,6 +312,16 @@ def test_accumulation_does_not_change_the_run(kind, preset, objective, arguments
     assert logged(one, "rows") == logged(many, "rows")
 
 
+@pytest.mark.parametrize("batch", [8, 2])
+def test_a_loss_function_of_the_users_is_followed(batch, arguments):
+    def loss_function(outputs, labels, num_items_in_batch=None):
+        return nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+    options = {"optim": "sgd", "learning_rate": 0.01, "gradient_accumulation_steps": 8 // batch, "perturbation": "rowwise"}
+    args = arguments(per_device_train_batch_size=batch, **options)
+    torch.testing.assert_close(flat(trained(args, compute_loss_func=loss_function)), flat(trained(args)))
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_size_of_forwards_does_not_change_the_run(preset, arguments):
     options = {"preset": preset, "optim": "sgd", "learning_rate": 0.01, "perturbation_scale": 0.01}
