@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,31 +13,21 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from .allocators import ALLOCATORS, Allocator
-from .args import FlopsArgumentsMixin, FlopsTrainingArguments, check_processes
-from .errors import ConfigurationError, ObjectiveError
+from .args import FlopsTrainingArguments
+from .checks import check_arguments, check_ready, evaluation_mode, wrap_with_adapter
+from .errors import ObjectiveError
 from .estimators import ESTIMATORS, Estimator
+from .ledger import Ledger
 from .objectives import CallableObjective, Objective
 from .perturbations import Perturbation
 from .rows import batch_size
 from .selfcheck import choose_objective, choose_perturbation, precision_of
-from .step import Method, Place, StepResult, estimate_gradient
+from .step import Method, Place, estimate_gradient
 
 logger = logging.getLogger(__name__)
 SAMPLE_ID = "sample_id"
 STATE_FILE = "flops_state.json"
 _NOISE_BYTES = 256 * 2**20
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch dropout and batch-norm updates off for a while, and put every module back as it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 class FlopsTrainerMixin:
@@ -47,9 +36,7 @@ class FlopsTrainerMixin:
     A data set column `sample_id` (whole numbers) never reaches the model; it lets the trainer count queries per sample.
 
     Attributes:
-        rows_used: rows that went through the model in training so far.
-        sample_queries: sample id → [steps that the sample took part in, queries that it got].
-        last_step: what the last micro-batch found, a `StepResult`.
+        ledger: rows used, queries per sample, and what the last step found.
 
     Args:
         model: a model with trainable parameters, or a plain one together with `peft_config`.
@@ -83,32 +70,40 @@ class FlopsTrainerMixin:
         **kwargs: Any,
     ) -> None:
         args = FlopsTrainingArguments() if args is None else args
-        _check_arguments(args)
+        check_arguments(args)
         self._peft_config = peft_config
         if peft_config is not None and isinstance(model, nn.Module):
-            model = _wrapped(model, peft_config)
+            model = wrap_with_adapter(model, peft_config)
         plain = objective is None or hasattr(objective, "per_row")
         self._objective: Any = objective if plain else CallableObjective(objective)  # type: ignore[arg-type]
         self._own_objective = objective is not None
+        self._given_allocator = allocator
         self._allocator: Allocator = allocator or ALLOCATORS[args.allocator]()
         self._estimator: Estimator = estimator or ESTIMATORS[args.estimator]()
         self._perturbation = self._given_perturbation = perturbation
-        self._window: dict[str, list[float]] = {}
-        self._position, self._position_step, self.rows_used = 0, -1, 0
+        self._position, self._position_step = 0, -1
         self._ids: list[int] | None = None
-        self.sample_queries: dict[int, list[int]] = {}
-        self.last_step: StepResult | None = None
+        self.ledger = Ledger()
         super().__init__(model, args, *positional, **kwargs)  # type: ignore[call-arg]
-        _check_ready(self)
+        self._announce()
+
+    def _announce(self: Any) -> None:
+        """Check that there is something to train, and tag the model for the Hub."""
+        batch = self.args.per_device_train_batch_size
+        check_ready(self.model, self.train_dataset, self._allocator.needs_clean, batch)
+        if hasattr(self.model, "add_model_tags"):
+            self.model.add_model_tags(self._tag_names)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Build the model as the stock trainer does, and wrap it with `peft_config`."""
         model = super().call_model_init(trial)  # type: ignore[misc]
-        return model if self._peft_config is None else _wrapped(model, self._peft_config)
+        return model if self._peft_config is None else wrap_with_adapter(model, self._peft_config)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as the stock trainer does; the method is chosen anew at the first step."""
+    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Train as the stock trainer does; each run starts with a new ledger and allocator and a new self-check."""
         self._perturbation, self._position_step = self._given_perturbation, -1
+        self._allocator = self._given_allocator or ALLOCATORS[self.args.allocator]()
+        self.ledger = Ledger()
         if not self._own_objective:
             self._objective = None
         return super().train(*args, **kwargs)  # type: ignore[misc]
@@ -132,7 +127,7 @@ class FlopsTrainerMixin:
             elements = self._elements(num_items_in_batch)
             batches = self.current_gradient_accumulation_steps
             result = estimate_gradient(forward, inputs, method, self._place(inputs), elements, batches)
-        self._record(result)
+        self.ledger.record(result, self._ids)
         return result.loss.to(self.args.device)
 
     def _prepare_inputs(self, inputs: Any) -> Any:
@@ -228,22 +223,10 @@ class FlopsTrainerMixin:
             return float(num_items_in_batch)
         return None
 
-    def _record(self: Any, result: StepResult) -> None:
-        """Keep what the next log shows, averaged over its steps."""
-        self.last_step = result
-        self.rows_used += result.rows
-        if self._ids is not None and len(self._ids) == len(result.counts):
-            for sample, count in zip(self._ids, result.counts.tolist(), strict=True):
-                seen = self.sample_queries.setdefault(sample, [0, 0])
-                seen[0], seen[1] = seen[0] + 1, seen[1] + count
-        for name, value in result.metrics.items():
-            self._window.setdefault(name, []).append(value)
-
     def log(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add rows used and the averages of the estimator's metrics to the training log."""
-        if "loss" in logs and self._window:
-            logs = {**logs, **_summary(self._window), "rows": self.rows_used}
-            self._window = {}
+        if "loss" in logs:
+            logs = {**logs, **self.ledger.summary()}
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -253,7 +236,7 @@ class FlopsTrainerMixin:
     def _save_optimizer_and_scheduler(self: Any, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
         if self.args.should_save:
-            state = {"allocator": self._allocator.state_dict(), "rows": self.rows_used}
+            state = {"allocator": self._allocator.state_dict(), "ledger": self.ledger.state_dict()}
             unfinished = Path(output_dir, STATE_FILE + ".tmp")
             unfinished.write_text(json.dumps(state))
             unfinished.replace(Path(output_dir, STATE_FILE))
@@ -264,56 +247,7 @@ class FlopsTrainerMixin:
         if checkpoint is not None and path.is_file():
             state = json.loads(path.read_text())
             self._allocator.load_state_dict(state["allocator"])
-            self.rows_used = state["rows"]
-
-
-def _wrapped(model: nn.Module, peft_config: Any) -> nn.Module:
-    from peft import PeftModel, get_peft_model
-
-    if isinstance(model, PeftModel):
-        raise ConfigurationError("The model is a PeftModel already: pass it without peft_config.")
-    return get_peft_model(model, peft_config)
-
-
-def _check_arguments(args: Any) -> None:
-    if not issubclass(type(args), FlopsArgumentsMixin):
-        raise ConfigurationError(
-            f"args is a {type(args).__name__}: use FlopsTrainingArguments, or put FlopsArgumentsMixin before your class."
-        )
-    check_processes(args.world_size)
-    args._n_gpu = min(args.n_gpu, 1)  # never DataParallel
-
-
-def _check_ready(trainer: Any) -> None:
-    """Refuse what cannot train before anything has run."""
-    if not any(parameter.requires_grad for parameter in trainer.model.parameters()):
-        raise ConfigurationError("The model has no trainable parameter: add an adapter (peft_config=) or unfreeze a head.")
-    data, args = trainer.train_dataset, trainer.args
-    if data is not None and hasattr(data, "__len__") and len(data) == 0:
-        raise ConfigurationError("train_dataset is empty: there is nothing to train on.")
-    if trainer._allocator.needs_clean and args.per_device_train_batch_size == 1:
-        logger.warning(
-            "per_device_train_batch_size=1 leaves the allocator nothing to share out: use larger batches with fewer "
-            "queries_per_sample."
-        )
-    if hasattr(trainer.model, "add_model_tags"):
-        trainer.model.add_model_tags(trainer._tag_names)
-
-
-def _summary(window: dict[str, list[float]]) -> dict[str, float]:
-    """Average a window of step metrics; a ratio is taken between averages, because single steps are too noisy."""
-    mean = {name: sum(values) / len(values) for name, values in window.items()}
-    signal, variance = mean.pop("gradient_signal"), mean.pop("gradient_variance")
-    sample_signal, dropped = mean.pop("sample_signal"), sum(window["dropped_rows"])
-    summary = {
-        **mean,
-        "dropped_rows": dropped,
-        "signal_to_noise": max(signal, 0.0) / variance if variance > 0 else 0.0,
-    }
-    if signal > 0:
-        # mean(||g_i||)^2 / B over ||g||^2: below 1, noise per row with the best counts beats shared noise.
-        summary["noise_ratio"] = sample_signal / signal
-    return {name: round(value, 6) for name, value in summary.items()}
+            self.ledger.load_state_dict(state["ledger"])
 
 
 class FlopsTrainer(FlopsTrainerMixin, Trainer):

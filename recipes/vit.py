@@ -107,13 +107,20 @@ class Outcome:
 class Curve(TrainerCallback):
     """Records (rows, validation accuracy) at every evaluation."""
 
-    def __init__(self, batch: int) -> None:
-        self.batch, self.trainer, self.points = batch, None, []
+    def __init__(self) -> None:
+        self.trainer: Any = None
+        self.points: list[tuple[float, float]] = []
+
+    @property
+    def rows(self) -> int:
+        """Rows through the model in training so far: one per sample and epoch for backprop."""
+        if hasattr(self.trainer, "ledger"):
+            return self.trainer.ledger.rows
+        return round((self.trainer.state.epoch or 0) * len(self.trainer.train_dataset))
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
-        rows = getattr(self.trainer, "rows_used", state.global_step * self.batch)
-        if rows and "eval_accuracy" in metrics:
-            self.points.append((rows, metrics["eval_accuracy"]))
+        if self.rows and "eval_accuracy" in metrics:
+            self.points.append((self.rows, metrics["eval_accuracy"]))
 
 
 def accuracy(prediction: Any) -> dict[str, float]:
@@ -166,7 +173,7 @@ def run(
     model = adapter_model(recipe, path, task, args.seed)
     rate = args.learning_rate or LEARNING_RATES.get(task.name, LEARNING_RATES["fashion_mnist"])[method]
     own = replace(args, learning_rate=rate, output_dir=str(Path(args.output_dir or "outputs/vit", method)))
-    curve = Curve(own.per_device_train_batch_size)
+    curve = Curve()
     trainer = trainer_for(method, model, own, curve, data["train"], data["validation"])
     before = trainer.evaluate(data["test"], metric_key_prefix="test")["test_accuracy"]
     with PeakMemory() as memory:
@@ -175,17 +182,16 @@ def run(
         seconds = time.perf_counter() - start
     after = trainer.evaluate(data["test"], metric_key_prefix="test")["test_accuracy"]
     trainer.save_model()
-    steps = trainer.state.global_step
     outcome = Outcome(
         method=method,
         learning_rate=rate,
         parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         before=before,
         after=after,
-        rows=getattr(trainer, "rows_used", int(steps * len(data["train"]) / max(1, -(-len(data["train"]) // curve.batch)))),
+        rows=curve.rows,
         seconds=seconds,
         peak_megabytes=memory.megabytes,
-        steps=steps,
+        steps=trainer.state.global_step,
         curve=curve.points,
     )
     return outcome, trainer
@@ -221,7 +227,7 @@ def verdict(outcomes: list[Outcome]) -> str:
 
 def query_images(trainer: FlopsTrainer, task: ImageTask, most: int = 8) -> dict[str, Any]:
     """Collect the queries per step of every training image, and the images with the most and the fewest."""
-    mean = {sample: queries / steps for sample, (steps, queries) in trainer.sample_queries.items()}
+    mean = {sample: queries / steps for sample, (steps, queries) in trainer.ledger.sample_queries.items()}
     order = sorted(mean, key=mean.__getitem__, reverse=True)
 
     def pictures(samples: list[int]) -> tuple[list[np.ndarray], list[str]]:
@@ -258,7 +264,7 @@ def report(folder: Path, task: ImageTask, recipe: RecipeArguments, runs: list[tu
         "threads": torch.get_num_threads(),
     }
     (folder / "results.json").write_text(json.dumps(record, indent=1))
-    queried = next((trainer for _, trainer in runs if getattr(trainer, "sample_queries", None)), None)
+    queried = next((trainer for _, trainer in runs if hasattr(trainer, "ledger")), None)
     extra = query_images(queried, task) if queried is not None else {}
     save_report(folder / "report.png", {o.method: o.curve for o in outcomes if o.curve}, outcomes[0].before, **extra)
     print(f"Report: {folder / 'report.md'}\nPicture: {folder / 'report.png'}")

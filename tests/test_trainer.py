@@ -548,8 +548,8 @@ def test_every_row_is_counted_and_the_budget_is_kept(per_row, preset, queries, a
     model.register_forward_pre_hook(count, with_kwargs=True)
     trainer = FlopsTrainer(model, args, train_dataset=dataset)
     trainer.train()
-    assert logged(trainer, "rows")[-1] == trainer.rows_used == sum(counted)
-    assert 10 * (queries - 1) <= trainer.rows_used <= 10 * queries
+    assert logged(trainer, "rows")[-1] == trainer.ledger.rows == sum(counted)
+    assert 10 * (queries - 1) <= trainer.ledger.rows <= 10 * queries
     assert flat(trainer).isfinite().all()
 
 
@@ -560,11 +560,11 @@ def test_queries_are_counted_by_sample_id(arguments):
     with_ids.train()
     without.train()
     assert flat(with_ids).equal(flat(without))
-    assert sorted(with_ids.sample_queries) == list(range(0, 80, 10))
-    steps, queries = zip(*with_ids.sample_queries.values(), strict=True)
+    assert sorted(with_ids.ledger.sample_queries) == list(range(0, 80, 10))
+    steps, queries = zip(*with_ids.ledger.sample_queries.values(), strict=True)
     assert set(steps) == {2}  # two epochs
-    assert sum(queries) == with_ids.rows_used - 16  # the clean rows
-    assert without.sample_queries == {}
+    assert sum(queries) == with_ids.ledger.rows - 16  # the clean rows
+    assert without.ledger.sample_queries == {}
 
 
 def test_presets_fill_in_what_is_not_given(arguments):

@@ -1,0 +1,59 @@
+"""What is checked or prepared before the first step, so that a run that cannot work does not start."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from .args import FlopsArgumentsMixin, check_processes
+from .errors import ConfigurationError
+
+logger = logging.getLogger(__name__)
+
+
+def check_arguments(args: Any) -> None:
+    """Refuse arguments of the wrong class and runs of several processes; switch DataParallel off."""
+    if not issubclass(type(args), FlopsArgumentsMixin):
+        raise ConfigurationError(
+            f"args is a {type(args).__name__}: use FlopsTrainingArguments, or put FlopsArgumentsMixin before your class."
+        )
+    check_processes(args.world_size)
+    args._n_gpu = min(args.n_gpu, 1)
+
+
+def check_ready(model: nn.Module, data: Any, needs_clean: bool, samples: int) -> None:
+    """Refuse a model or a data set that leaves nothing to train, and say if batches of one leave nothing to share out."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigurationError("The model has no trainable parameter: add an adapter (peft_config=) or unfreeze a head.")
+    if data is not None and hasattr(data, "__len__") and len(data) == 0:
+        raise ConfigurationError("train_dataset is empty: there is nothing to train on.")
+    if needs_clean and samples == 1:
+        logger.warning(
+            "per_device_train_batch_size=1 leaves the allocator nothing to share out: use larger batches with fewer "
+            "queries_per_sample."
+        )
+
+
+def wrap_with_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
+    """Put an adapter on a plain model."""
+    from peft import PeftModel, get_peft_model
+
+    if isinstance(model, PeftModel):
+        raise ConfigurationError("The model is a PeftModel already: pass it without peft_config.")
+    return get_peft_model(model, peft_config)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switch dropout and batch-norm updates off for a while, and put every module back as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
