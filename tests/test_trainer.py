@@ -336,7 +336,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(preset, objective, arguments, tm
     def build(**options):
         common = {"preset": preset, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "max_steps": 7}
         args = arguments(optim="adamw_torch", learning_rate=0.01, **common, **options)
-        return FlopsTrainer(adapted(), args, train_dataset=data(samples=16), objective=objective)
+        rows = [{**row, "sample_id": i} for i, row in enumerate(data(samples=16))]
+        return FlopsTrainer(adapted(), args, train_dataset=rows, objective=objective)
 
     whole = build(save_strategy="steps", save_steps=5)
     whole.train()
@@ -346,7 +347,17 @@ def test_a_resumed_run_is_the_uninterrupted_one(preset, objective, arguments, tm
     assert resumed._allocator.state_dict() == whole._allocator.state_dict()
     assert flat(resumed).equal(flat(whole))
     assert logged(resumed, "rows") == logged(whole, "rows")
+    assert resumed.ledger.sample_queries == whole.ledger.sample_queries
     assert logged(resumed, "loss")[-1] == logged(whole, "loss")[-1]
+
+
+def test_a_second_run_starts_with_nothing_learned_or_counted(arguments):
+    trainer = FlopsTrainer(model_init=lambda: adapted(), args=arguments(), train_dataset=data())
+    trainer.train()
+    first, rows = flat(trainer), trainer.ledger.rows
+    trainer.train()
+    assert trainer.ledger.rows == rows
+    assert flat(trainer).equal(first)
 
 
 def test_the_seed_fixes_the_run(arguments):
