@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,12 @@ def _status(name: str) -> int | None:
         return None
 
 
+def _trim() -> None:
+    """Give freed memory back to the system, so that it is not mistaken for memory in use (glibc only)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 class PeakMemory:
     """Measures the peak of a process's memory above what it held at the start: `with PeakMemory() as memory: ...`.
 
@@ -34,6 +42,7 @@ class PeakMemory:
 
     def __enter__(self) -> PeakMemory:
         gc.collect()
+        _trim()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
             self._start = torch.cuda.memory_allocated()
