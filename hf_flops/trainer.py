@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -148,7 +149,7 @@ class FlopsTrainerMixin:
     def _forward_function(self: Any, model: nn.Module) -> Callable[[Mapping[str, Any]], tuple[Tensor | None, Any]]:
         """Return what runs the model; labels are not needed where the objective is the user's own."""
         if self._own_objective:
-            return lambda inputs: (None, model(**inputs))
+            return partial(_run, model)
         if self.compute_loss_func is None:
             return lambda inputs: self.compute_loss(model, dict(inputs), return_outputs=True)
 
@@ -248,6 +249,11 @@ class FlopsTrainerMixin:
             state = json.loads(path.read_text())
             self._allocator.load_state_dict(state["allocator"])
             self.ledger.load_state_dict(state["ledger"])
+
+
+def _run(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor | None, Any]:
+    outputs = model(**inputs)
+    return getattr(outputs, "loss", None), outputs
 
 
 class FlopsTrainer(FlopsTrainerMixin, Trainer):

@@ -34,20 +34,22 @@ def keys(rows, step=0):
 
 
 @torch.no_grad()
-def assert_equals_oracle(module, x, rows, *, call=None, precision=1e-5):
-    """Compare outputs under row-wise noise with a loop over rows; x: (R * m, ...)."""
-    call = call or (lambda x: module(x))
+def assert_equals_oracle(module, x, rows):
+    """Compare outputs under row-wise noise with a loop over rows, in float64; x: (R * m, ...)."""
+    module = module.double()
+    x = x.double() if x.is_floating_point() else x
     vector = ParameterVector.of(module)
     perturbation = RowwiseNoise(module, vector, "gaussian")
     noise = perturbation.draw(keys(rows))
-    with perturbation.applied(noise, 0.3):
-        found = call(x)
+    with perturbation.applied(noise, 0.25):
+        found = module(x)
     expected = []
     for row, own in enumerate(x.reshape(rows, -1, *x.shape[1:])):
-        with displaced(vector, 0.3 * noise[row]):
-            expected.append(call(own))
-    torch.testing.assert_close(found, torch.cat(expected), rtol=precision, atol=precision * 10)
-    assert not torch.allclose(found, call(x))
+        with displaced(vector, 0.25 * noise[row]):
+            expected.append(module(own))
+    tolerance = 1e-5 if "RMSNorm" in type(module).__name__ or isinstance(module, T5LayerNorm) else 1e-9
+    torch.testing.assert_close(found, torch.cat(expected), rtol=tolerance, atol=tolerance)  # some norms compute in float32
+    assert not torch.allclose(found, module(x))
 
 
 def randn(*shape):
@@ -82,7 +84,7 @@ def test_convolution(rows, repeats, dimensions, groups, stride, padding, mode, b
     stride = 1 if padding == "same" else stride
     module = kind(2 * groups, 4 * groups, 3, stride, padding, groups=groups, bias=bias, padding_mode=mode)
     x = randn(rows * repeats, 2 * groups, *[5] * dimensions)
-    assert_equals_oracle(module, x, rows, precision=1e-4)
+    assert_equals_oracle(module, x, rows)
 
 
 @settings(max_examples=15)

@@ -26,7 +26,11 @@ from transformers import (
 
 import hf_flops.trainer
 from hf_flops import FlopsArgumentsMixin, FlopsTrainer, FlopsTrainerMixin, FlopsTrainingArguments
+from hf_flops.allocators import Uniform
 from hf_flops.args import PRESETS
+from hf_flops.estimators import Antithetic
+from hf_flops.objectives import TappedLoss
+from hf_flops.perturbations import ParameterVector, RowwiseNoise
 from tests.tiny import SIZES, TASKS, VOCABULARY, as_dataset, tiny_batch, tiny_model
 
 TARGETS = {"vit": ["q_proj", "v_proj"], "bert": ["query", "value"], "t5": ["q", "v"]}
@@ -358,6 +362,16 @@ def test_a_second_run_starts_with_nothing_learned_or_counted(arguments):
     trainer.train()
     assert trainer.ledger.rows == rows
     assert flat(trainer).equal(first)
+
+
+def test_instances_take_the_place_of_names(arguments):
+    named = arguments(preset="mezo", perturbation="rowwise")
+    model, args = adapted(), arguments()
+    rowwise = RowwiseNoise(model, ParameterVector.of(model), "gaussian")
+    parts = {"allocator": Uniform(), "estimator": Antithetic(), "objective": TappedLoss(), "perturbation": rowwise}
+    trainer = FlopsTrainer(model, args, train_dataset=data(samples=16), **parts)
+    trainer.train()
+    assert flat(trainer).equal(flat(trained(named)))
 
 
 def test_the_seed_fixes_the_run(arguments):

@@ -103,7 +103,7 @@ def layer_norm(module: nn.LayerNorm, x: Tensor, out: Tensor, noise: Noise, scale
 def rms_norm(module: Any, x: Tensor, out: Tensor, noise: Noise, scale: float) -> Tensor:
     """RMSNorm of any maker: weight acts on `x / rms(x)`."""
     epsilon = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
-    x = x.float()
+    x = x if x.dtype == torch.float64 else x.float()
     mean_square = x.square().mean(-1, keepdim=True)
     normalised = x * torch.rsqrt(mean_square + (torch.finfo(x.dtype).eps if epsilon is None else epsilon))
     return _affine(normalised, out, noise, scale)
