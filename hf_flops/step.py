@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +13,7 @@ from .allocators import Allocator, equal_counts
 from .counters import seeds
 from .errors import ConfigurationError, NonFiniteError
 from .estimators import Estimator
+from .metrics import mean_squares, summarise
 from .objectives import Forward, Objective, RowLosses
 from .perturbations import NoiseKeys, Perturbation
 from .rows import Features, Rows, batch_size, expand, take
@@ -162,14 +162,16 @@ class _Step:
         # Where no element counts (every label is ignored) there is nothing to average, and the update is zero.
         normalizer = (float(self.elements.sum()) * batches if elements is None else elements) or 1.0
         vector.add_to_gradients(update / normalizer)
-        mean_squares = _mean_squares(rows, deltas, self.units)
-        self.method.allocator.update(features, counts, mean_squares)
+        squares = mean_squares(rows, deltas, self.units)
+        self.method.allocator.update(features, counts, squares)
         loss = self.clean.sums if self.clean is not None else perturbed / counts
-        metrics = self._metrics(update / normalizer, mean_squares / normalizer**2, counts, rows, deltas / normalizer)
+        metrics = summarise(
+            update / normalizer, squares / normalizer**2, counts, rows, deltas / normalizer, self.method.perturbation.grouped
+        )
         used = len(rows) * len(self.method.estimator.signs) * (self.samples // self.units)
         used += self.samples * self.method.needs_clean
         total = loss[loss.isfinite()].sum() / normalizer
-        return StepResult(total.float(), used, counts, mean_squares, metrics)
+        return StepResult(total.float(), used, counts, squares, metrics)
 
     def _features(self) -> Features:
         losses = torch.zeros(self.units) if self.clean is None else self.clean.sums.cpu()
@@ -239,38 +241,3 @@ class _Step:
     def _pieces(self, rows: Rows, values: Tensor) -> list[Tensor]:
         """Cut values (R,) as `_chunks` cuts rows."""
         return list(values.split([len(chunk) for chunk in self._chunks(rows)]))
-
-    def _metrics(
-        self, gradient: Tensor, mean_squares: Tensor, counts: Tensor, rows: Rows, deltas: Tensor
-    ) -> dict[str, float]:
-        """Summarise a step for the log, from quantities that it has anyway.
-
-        `E delta^2 = ||grad s_i||^2`, so row-wise noise gives `tr Cov = (d + 1) sum_i ||grad s_i||^2 / n_i / N^2`; where a
-        group shares its noise, its summed coefficient takes the place of delta. `||estimate||^2 - tr Cov` is an unbiased
-        estimate of the squared gradient norm.
-        """
-        squares, finite = mean_squares.nan_to_num(0.0).double(), deltas.isfinite()
-        inverse = float((squares / counts).sum())
-        spread = inverse
-        if self.method.perturbation.grouped:
-            groups = torch.zeros(int(rows.group.max()) + 1)
-            spread = float(groups.index_add_(0, rows.group[finite], (deltas * rows.weight)[finite]).square().sum())
-        variance = (len(gradient) + 1) * spread
-        share = counts.double() / counts.sum()
-        entropy = float(-(share * share.log()).sum()) / math.log(len(counts)) if len(counts) > 1 else 1.0
-        gain = float(squares.sum() * len(counts) / counts.sum()) / inverse if inverse > 0 else 1.0
-        return {
-            "gradient_variance": variance,
-            "gradient_signal": float(gradient.double().square().sum()) - variance,
-            "sample_signal": float(squares.sqrt().mean()) ** 2 * len(counts),
-            "allocation_entropy": entropy,
-            "allocation_gain": gain,
-            "dropped_rows": float((~finite).sum()),
-        }
-
-
-def _mean_squares(rows: Rows, deltas: Tensor, units: int) -> Tensor:
-    """Return (B,) mean of each sample's finite squared deltas, NaN where there are none."""
-    finite = deltas.isfinite()
-    squares = torch.zeros(units).index_add_(0, rows.owner[finite], deltas[finite].square())
-    return squares / torch.bincount(rows.owner[finite], minlength=units)

@@ -1,0 +1,54 @@
+"""What a step tells about its own estimate, from quantities that it has anyway."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .rows import Rows
+
+
+def mean_squares(rows: Rows, deltas: Tensor, units: int) -> Tensor:
+    """Return (B,) mean of each sample's finite squared deltas (R,), an estimate of `||grad s_i||^2`; NaN where none is."""
+    finite = deltas.isfinite()
+    squares = torch.zeros(units).index_add_(0, rows.owner[finite], deltas[finite].square())
+    return squares / torch.bincount(rows.owner[finite], minlength=units)
+
+
+def summarise(
+    gradient: Tensor, squares: Tensor, counts: Tensor, rows: Rows, deltas: Tensor, grouped: bool
+) -> dict[str, float]:
+    """Summarise a step for the log.
+
+    `E delta^2 = ||grad s_i||^2`, so row-wise noise gives `tr Cov = (d + 1) sum_i ||grad s_i||^2 / n_i / N^2`; where a group
+    shares its noise, its summed coefficient takes the place of delta. `||estimate||^2 - tr Cov` is an unbiased estimate of
+    the squared gradient norm.
+
+    Args:
+        gradient: (d,) the estimate.
+        squares: (B,) what `mean_squares` gives, over N squared.
+        counts: (B,) queries per sample.
+        rows: the step's R rows, laid out with N = 1.
+        deltas: (R,) over N.
+        grouped: whether rows of a group share their noise.
+    """
+    squares, finite = squares.nan_to_num(0.0).double(), deltas.isfinite()
+    inverse = float((squares / counts).sum())
+    spread = inverse
+    if grouped:
+        groups = torch.zeros(int(rows.group.max()) + 1)
+        spread = float(groups.index_add_(0, rows.group[finite], (deltas * rows.weight)[finite]).square().sum())
+    variance = (len(gradient) + 1) * spread
+    share = counts.double() / counts.sum()
+    entropy = float(-(share * share.log()).sum()) / math.log(len(counts)) if len(counts) > 1 else 1.0
+    gain = float(squares.sum() * len(counts) / counts.sum()) / inverse if inverse > 0 else 1.0
+    return {
+        "gradient_variance": variance,
+        "gradient_signal": float(gradient.double().square().sum()) - variance,
+        "sample_signal": float(squares.sqrt().mean()) ** 2 * len(counts),
+        "allocation_entropy": entropy,
+        "allocation_gain": gain,
+        "dropped_rows": float((~finite).sum()),
+    }
