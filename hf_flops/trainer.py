@@ -217,7 +217,8 @@ class FlopsTrainerMixin:
         position = self._position
         self._position += batch_size(inputs)
         seed = self.args.seed if self.args.noise_seed is None else self.args.noise_seed
-        return Place(seed=seed, step=step, position=position, epoch=self.state.epoch or 0.0)
+        ids = None if self._ids is None else tuple(self._ids)
+        return Place(seed=seed, step=step, position=position, epoch=self.state.epoch or 0.0, ids=ids)
 
     def _elements(self: Any, num_items_in_batch: Tensor | int | None) -> float | None:
         """Return the number of loss elements of the whole optimizer step, where the stock trainer's count is ours.
