@@ -14,7 +14,7 @@ from torch import Tensor
 from ..counters import seeds
 from ..rows import Features
 
-DRAWS = 256
+DRAWS = 128
 
 
 def private_generator(features: Features, purpose: int) -> torch.Generator:
