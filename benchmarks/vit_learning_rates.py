@@ -80,18 +80,19 @@ def main() -> None:
     transformers_logging.set_verbosity_error()
     recipe = RecipeArguments(dataset=options.dataset, per_class=options.per_class)
     data = load_data(recipe, seed=42)
-    record: dict[str, Any] = {"dataset": data[1].name, "epochs": options.epochs, "grid": options.grid, "methods": {}}
+    path = ROOT / "benchmarks" / "results" / f"vit_{data[1].name}.json"
+    path.parent.mkdir(exist_ok=True)
+    record = json.loads(path.read_text()) if path.is_file() else {}  # methods that are not run again stay
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    environment = {"commit": commit, "torch": torch.__version__, "threads": torch.get_num_threads()}
     for method in options.methods:
         grid = {rate: measure(method, rate, recipe, 0, options.epochs, data) for rate in options.grid}
         validation = {rate: outcome.curve[-1][1] for rate, outcome in grid.items()}
         best = max(validation, key=validation.__getitem__)
         outcomes = [measure(method, best, recipe, seed, options.epochs, data) for seed in options.seeds]
-        record["methods"][method] = {**summary(outcomes), "validation_by_rate": validation}
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    record |= {"commit": commit, "torch": torch.__version__, "threads": torch.get_num_threads()}
-    folder = ROOT / "benchmarks" / "results"
-    folder.mkdir(exist_ok=True)
-    (folder / f"vit_{data[1].name}.json").write_text(json.dumps(record, indent=1))
+        found = {"epochs": options.epochs, "validation_by_rate": validation, **summary(outcomes), **environment}
+        record[method] = found
+        path.write_text(json.dumps(record, indent=1))
 
 
 if __name__ == "__main__":

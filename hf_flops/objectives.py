@@ -90,7 +90,8 @@ def _squared_residuals(name: str, prediction: Tensor, target: Tensor, ignore_ind
     kept = target != ignore_index
     chosen = probabilities.gather(dimension, target.clamp(min=0).unsqueeze(dimension)).squeeze(dimension)
     # ||p - onehot||^2 = ||p||^2 - 2 p_y + 1, without building the one-hot matrix
-    return torch.where(kept, probabilities.square().sum(dimension) - 2 * chosen + 1, 0.0)
+    # (never negative but for rounding)
+    return torch.where(kept, (probabilities.square().sum(dimension) - 2 * chosen + 1).clamp(min=0), 0.0)
 
 
 class _Tap(TorchFunctionMode):

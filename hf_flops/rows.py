@@ -120,6 +120,8 @@ class Features:
         position: index of the first sample in the global batch of this optimizer step.
         epoch: epochs done, with fraction.
         seed: the run's seed.
+        lengths: (B,) number of loss elements (tokens, labels, ...), or None where it is unknown.
+        ids: (B,) the samples' places in the data set, or None where they are unknown.
     """
 
     losses: Tensor
@@ -128,3 +130,5 @@ class Features:
     position: int = 0
     epoch: float = 0.0
     seed: int = 0
+    lengths: Tensor | None = None
+    ids: tuple[int, ...] | None = None

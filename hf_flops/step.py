@@ -28,12 +28,14 @@ class Place:
         step: optimizer steps done before this one.
         position: index of the batch's first sample in the global batch of this optimizer step.
         epoch: epochs done, with fraction.
+        ids: the samples' places in the data set, where they are known; they say nothing about the noise.
     """
 
     seed: int = 0
     step: int = 0
     position: int = 0
     epoch: float = 0.0
+    ids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -176,10 +178,11 @@ class _Step:
     def _features(self) -> Features:
         losses = torch.zeros(self.units) if self.clean is None else self.clean.sums.cpu()
         residuals = None if self.clean is None or self.clean.residuals is None else self.clean.residuals.cpu()
-        place = self.place
+        place, lengths = self.place, None
         if self.clean is not None:
-            self.elements = self.clean.counts.cpu().float()
-        return Features(losses, residuals, place.step, place.position, place.epoch, place.seed)
+            self.elements = lengths = self.clean.counts.cpu().float()
+        ids = place.ids if place.ids is not None and len(place.ids) == self.units else None
+        return Features(losses, residuals, place.step, place.position, place.epoch, place.seed, lengths, ids)
 
     def _counts(self, features: Features) -> Tensor:
         if not self.method.objective.per_row:

@@ -34,7 +34,8 @@ _NOISE_BYTES = 256 * 2**20
 class FlopsTrainerMixin:
     """Forward-only training for any class derived from `transformers.Trainer`: `class T(FlopsTrainerMixin, SomeTrainer)`.
 
-    A data set column `sample_id` (whole numbers) never reaches the model; it lets the trainer count queries per sample.
+    A data set column `sample_id` (whole numbers) never reaches the model; it lets the trainer count queries per sample, and
+    the allocator remember what a sample's deltas were.
 
     Attributes:
         ledger: rows used, queries per sample, and what the last step found.
@@ -213,7 +214,8 @@ class FlopsTrainerMixin:
         position = self._position
         self._position += batch_size(inputs)
         seed = self.args.seed if self.args.noise_seed is None else self.args.noise_seed
-        return Place(seed=seed, step=step, position=position, epoch=self.state.epoch or 0.0)
+        ids = None if self._ids is None else tuple(self._ids)
+        return Place(seed=seed, step=step, position=position, epoch=self.state.epoch or 0.0, ids=ids)
 
     def _elements(self: Any, num_items_in_batch: Tensor | int | None) -> float | None:
         """Return the number of loss elements of the whole optimizer step, where the stock trainer's count is ours.

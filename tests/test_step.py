@@ -105,6 +105,34 @@ def test_the_mean_of_many_estimates_is_autograds_gradient_with_uneven_counts(kin
     assert standard_error.norm() < 0.05 * true_gradient(model, inputs).norm()
 
 
+@pytest.mark.parametrize("kind", ["rowwise", "shared"])
+@pytest.mark.parametrize("name", sorted(set(ALLOCATORS) - {"authors_bernoulli", "uniform"}))
+def test_the_mean_of_many_estimates_is_autograds_gradient_while_an_allocator_learns(name, kind):
+    model, inputs, allocator = Quadratic(), quadratic_batch(), ALLOCATORS[name]()
+    estimates, uneven = [], 0
+    for step in range(400):
+        # In two micro-batches, which share their noise where it is shared.
+        parts = [
+            run(
+                model,
+                {name: value[start:end] for name, value in inputs.items()},
+                kind=kind,
+                elements=SAMPLES,
+                place=Place(step=step, position=start, ids=tuple(range(start, end))),
+                allocator=allocator,
+                queries_per_sample=5,
+                rows_per_forward=99,
+            )
+            for start, end in ((0, 2), (2, SAMPLES))
+        ]
+        estimates.append(parts[0][0] + parts[1][0])
+        uneven += any(len(set(result.counts.tolist())) > 1 for _, result in parts)
+    assert uneven > 100
+    estimates = torch.stack(estimates)
+    error = estimates.mean(0) - true_gradient(model, inputs)
+    assert (error.abs() < 4.5 * estimates.std(0) / len(estimates) ** 0.5).all()
+
+
 def test_without_the_weight_the_estimate_is_biased():
     class Unweighted(Fixed):
         weighted = False
@@ -282,18 +310,44 @@ def test_too_few_queries_are_refused_with_the_least_number(estimator, allocator,
         run(model, inputs, queries_per_sample=least - 1, **options)
 
 
-def test_counts_do_not_depend_on_the_steps_own_noise():
-    """Other noise, same clean forward: the counts must be the same, or the estimate could be biased."""
+@pytest.mark.parametrize("name", sorted(ALLOCATORS))
+def test_counts_do_not_depend_on_the_steps_own_noise(name):
+    """Same past, same clean forward, other noise: the counts must be the same, or the estimate could be biased."""
     model, inputs = tiny_model("vit"), tiny_batch("vit", samples=8)
     model.requires_grad_(False)
     model.classifier.requires_grad_(True)
-    options = {"objective": TappedLoss(), "forward": model_forward(model), "queries_per_sample": 8}
-    found = {
-        tuple(run(model, inputs, place=Place(seed=seed), allocator=Optimal(), **options)[1].counts.tolist())
-        for seed in range(8)
-    }
-    assert len(found) == 1
-    assert len(set(found.pop())) > 1
+    options = {"objective": TappedLoss(), "forward": model_forward(model), "queries_per_sample": 8, "kind": "shared"}
+    found = []
+    for distribution in ("gaussian", "rademacher"):
+        allocator = ALLOCATORS[name]()
+        for step in range(12):
+            run(model, inputs, step=step, allocator=allocator, **options)
+        # Three micro-batches of one step: the noise of the first must not reach the counts of the third either.
+        results = [
+            run(model, inputs, place=Place(step=12, position=p), allocator=allocator, distribution=distribution, **options)
+            for p in (0, 8, 16)
+        ]
+        found.append([result.counts.tolist() for _, result in results])
+        estimates = results[0][1].mean_squares
+    assert found[0] == found[1]
+    assert estimates.isfinite().all()
+    assert name == "uniform" or len({count for counts in found[0] for count in counts}) > 1
+
+
+def test_allocators_learn_lengths_and_ids():
+    class Nosy(Uniform):
+        needs_clean = True
+
+        def update(self, features, counts, mean_squares):
+            self.seen = features
+
+    model, inputs, allocator = tiny_model("llama"), tiny_batch("llama"), Nosy()
+    options = {"objective": TappedLoss(), "forward": model_forward(model), "allocator": allocator, "kind": "shared"}
+    run(model, inputs, place=Place(ids=(7, 3, 5, 1)), **options)
+    assert allocator.seen.ids == (7, 3, 5, 1)
+    assert allocator.seen.lengths.equal((inputs["labels"][:, 1:] != -100).sum(1).float())
+    run(model, inputs, place=Place(ids=(7,)), **options)  # not this batch's
+    assert allocator.seen.ids is None
 
 
 def test_the_gradient_is_added_to_what_is_there():

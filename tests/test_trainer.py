@@ -580,8 +580,9 @@ def test_every_row_is_counted_and_the_budget_is_kept(per_row, preset, queries, a
 
 def test_queries_are_counted_by_sample_id(arguments):
     samples = [{**sample, "sample_id": 10 * i} for i, sample in enumerate(data())]
-    with_ids = FlopsTrainer(adapted(), arguments(max_steps=4), train_dataset=samples)
-    without = FlopsTrainer(adapted(), arguments(max_steps=4), train_dataset=data())
+    options = {"max_steps": 4, "allocator": "loss_rank"}  # one that makes nothing of ids
+    with_ids = FlopsTrainer(adapted(), arguments(**options), train_dataset=samples)
+    without = FlopsTrainer(adapted(), arguments(**options), train_dataset=data())
     with_ids.train()
     without.train()
     assert flat(with_ids).equal(flat(without))
@@ -590,6 +591,14 @@ def test_queries_are_counted_by_sample_id(arguments):
     assert set(steps) == {2}  # two epochs
     assert sum(queries) == with_ids.ledger.rows - 16  # the clean rows
     assert without.ledger.sample_queries == {}
+
+
+def test_the_optimal_allocator_remembers_samples_by_their_ids(arguments):
+    samples = [{**sample, "sample_id": 10 * i} for i, sample in enumerate(data())]
+    trainer = FlopsTrainer(adapted(), arguments(max_steps=4), train_dataset=samples)
+    trainer.train()
+    remembered = trainer._allocator.state_dict()["history"]["past"]
+    assert sorted(entry[0] for entry in remembered) == list(range(0, 80, 10))
 
 
 def test_presets_fill_in_what_is_not_given(arguments):

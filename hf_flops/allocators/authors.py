@@ -1,0 +1,28 @@
+"""What the code published with FLOPS does, for comparison."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..rows import Features
+from .base import Memoryless
+from .bernoulli import halved_counts, published_probability
+
+
+class AuthorsBernoulli(Memoryless):
+    """The heuristic of the code published with FLOPS, for comparison; its estimate is biased.
+
+    A sample whose loss is below the batch mean keeps half its queries with probability p: 0.3 in the first epoch, then
+    0.01. What is freed goes to the other samples. Rows carry no weight `1 / n_i`, so samples with many queries pull
+    harder, and rows are shuffled into groups as large as the batch that share one noise each.
+
+    References:
+        https://github.com/RTkenny/FLOPS-Forward-Learning-with-OPtimal-Sampling, `allocator.py` and `trainer_a.py`.
+    """
+
+    weighted = False
+    shuffled = True
+
+    def counts(self, features: Features, budget: int) -> Tensor:
+        """See `Allocator.counts`."""
+        return halved_counts(features, published_probability(features.epoch), budget)

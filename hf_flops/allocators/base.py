@@ -1,0 +1,84 @@
+"""What every allocator is, and the simplest budget rules.
+
+Counts are fixed before the noise is drawn: an allocator sees the clean forward and the past only. That, and the weight
+`1 / n_i` of every row, keeps the gradient estimate unbiased whatever an allocator does.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigurationError
+from ..rows import Features
+
+
+class Allocator(Protocol):
+    """Gives each sample its number of queries.
+
+    Attributes:
+        needs_clean: whether the clean forward must run before counts can be given.
+        weighted: whether rows carry the unbiased weight `1 / n_i`.
+        shuffled: whether rows are cut at random into groups that share noise, instead of one group per query.
+    """
+
+    needs_clean: bool
+    weighted: bool
+    shuffled: bool
+
+    def counts(self, features: Features, budget: int) -> Tensor:
+        """Return (B,) int64, each at least 1, summing to `budget`."""
+        ...
+
+    def update(self, features: Features, counts: Tensor, mean_squares: Tensor) -> None:
+        """Learn from a finished step; mean_squares: (B,) mean of each sample's squared deltas (NaN where none)."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resume needs, as JSON-serialisable values."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a state from `state_dict`."""
+        ...
+
+
+def check_budget(samples: int, budget: int) -> None:
+    """Refuse a budget that leaves a sample without a query."""
+    if samples < 1 or budget < samples:
+        raise ConfigurationError(f"A budget of {budget} queries cannot give each of {samples} samples at least one.")
+
+
+def equal_counts(samples: int, budget: int) -> Tensor:
+    """Split a budget evenly; the first samples take the remainder. Returns (B,) int64."""
+    check_budget(samples, budget)
+    return torch.tensor([budget // samples + (i < budget % samples) for i in range(samples)])
+
+
+def finite(values: Tensor) -> Tensor:
+    """Return values (B,) as float64 on the CPU, those that are not finite replaced by the largest finite one, or 0."""
+    values = values.detach().cpu().double()
+    known = values.isfinite()
+    return torch.where(known, values, values[known].max() if bool(known.any()) else 0.0)
+
+
+class Memoryless:
+    """The part of an allocator that learns nothing."""
+
+    needs_clean = True
+    weighted = True
+    shuffled = False
+
+    def update(self, features: Features, counts: Tensor, mean_squares: Tensor) -> None:
+        """Nothing is learned."""
+        del features, counts, mean_squares
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Allocator.state_dict`."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `Allocator.load_state_dict`."""
+        del state

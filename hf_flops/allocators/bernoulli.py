@@ -1,0 +1,123 @@
+"""The Bernoulli allocator: easy samples give half of their queries away, each by the toss of a coin.
+
+References:
+    Ren et al. (2025), FLOPS, arXiv 2410.05966, section 4.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..counters import seeds, uniforms
+from ..errors import ConfigurationError
+from ..rows import Features
+from .base import equal_counts, finite
+from .learner import Learner
+from .likelihood_ratio import DRAWS, Descent, gradient, private_generator
+from .rounding import proxy
+
+_PURPOSE = 2
+SCHEDULES = ("learned", "published")
+
+
+def published_probability(epoch: float) -> float:
+    """Return the probability of halving in the code published with FLOPS: 0.3 in the first epoch, then 0.01."""
+    return 0.3 if epoch < 1 else 0.01
+
+
+def easy_samples(losses: Tensor) -> Tensor:
+    """Return (B,) bool: which losses lie below the mean of the batch; never all of them."""
+    losses = finite(losses)
+    # Rounded, the mean of equal losses may lie above all of them.
+    return (losses < losses.mean()) & (losses < losses.max())
+
+
+def halved_counts(features: Features, probability: float, budget: int) -> Tensor:
+    """Halve the queries of easy samples, each with a probability, and share what is freed among all others.
+
+    The tosses are a function of seed, step and position alone.
+
+    Returns:
+        (B,) int64, each at least 1, summing to the budget.
+    """
+    samples = len(features.losses)
+    counts = equal_counts(samples, budget)
+    positions = np.arange(features.position, features.position + samples)
+    drawn = torch.from_numpy(uniforms(seeds(features.seed, features.step, positions)))
+    halved = easy_samples(features.losses) & (drawn < probability) & (counts > 1)
+    counts[halved] //= 2
+    others = torch.nonzero(~halved).flatten()
+    freed = budget - int(counts.sum())
+    counts[others] += freed // len(others)
+    # Where the published code draws who gets the remainder, the samples with the smallest numbers do.
+    counts[others[drawn[others].argsort()[: freed % len(others)]]] += 1
+    return counts
+
+
+class Bernoulli(Learner):
+    """A sample whose loss is below the batch's mean keeps half of its queries with probability p; the others get the rest.
+
+    p is learned by the likelihood-ratio method on the proxy objective J, from the squared deltas of finished steps. Rows
+    carry the weight `1 / n_i`, so that the estimate is unbiased (unlike that of `AuthorsBernoulli`).
+
+    Args:
+        schedule: "learned", or "published": 0.3 in the first epoch, then 0.01.
+        rate: step size of the logit of p.
+
+    Raises:
+        ConfigurationError: the schedule is unknown.
+    """
+
+    def __init__(self, schedule: str = "learned", rate: float = 0.1) -> None:
+        super().__init__()
+        if schedule not in SCHEDULES:
+            raise ConfigurationError(f"schedule={schedule!r} is unknown: choose one of {', '.join(SCHEDULES)}.")
+        self.schedule = schedule
+        self._descent = Descent([math.log(0.3 / 0.7)], rate, [(-5.0, 5.0)])
+
+    def probability(self, epoch: float) -> float:
+        """Return p."""
+        return published_probability(epoch) if self.schedule == "published" else float(self._descent.values.sigmoid())
+
+    def _counts(self, features: Features, budget: int) -> Tensor:
+        return halved_counts(features, self.probability(features.epoch), budget)
+
+    def _learn(self, features: Features, counts: Tensor, squares: Tensor) -> None:
+        if self.schedule == "learned":
+            self._descent.step(self.slope(features, int(counts.sum()), squares, DRAWS))
+
+    def slope(self, features: Features, budget: int, squares: Tensor, draws: int) -> Tensor:
+        """Return the likelihood-ratio gradient (1,) of `E J(n) / J(equal counts)` by the logit of p.
+
+        Args:
+            features: of a finished step.
+            budget: queries of that step.
+            squares: (B,) float64 estimates of sigma_i^2 up to a common factor.
+            draws: how many to take.
+        """
+        easy, probability = easy_samples(features.losses), self.probability(features.epoch)
+        generator = private_generator(features, _PURPOSE)
+        drawn = torch.rand(draws, len(squares), generator=generator, dtype=torch.float64)
+        halved = easy & (drawn < probability)
+        values = proxy(squares, _real_counts(halved, budget)) * (budget / len(squares) / squares.sum())
+        score = (halved.double() - probability)[:, easy].sum(1, keepdim=True)  # d log p(halved) / d logit
+        return gradient(score, values)
+
+    def _state(self) -> dict[str, Any]:
+        return self._descent.state_dict()
+
+    def _load(self, state: dict[str, Any]) -> None:
+        self._descent.load_state_dict(state)
+
+
+def _real_counts(halved: Tensor, budget: int) -> Tensor:
+    """Return the counts (K, B) float64 of many tosses (K, B), without rounding of what is freed."""
+    samples = halved.shape[1]
+    half = max(budget // samples // 2, 1)
+    number = halved.sum(1, keepdim=True)
+    return torch.where(halved, float(half), (budget - half * number) / (samples - number))

@@ -1,0 +1,70 @@
+"""What single samples of the data set have shown before, by their ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_KEPT = 0.8  # of a sample's past at each of its visits: training changes what samples are worth
+_MOST = 2**17  # samples that are remembered; the one not seen for longest is forgotten first
+_PAIRS = 20.0  # pairs of visits without any agreement that the estimate of agreement starts from
+
+
+class History:
+    """Each sample's deviation from the regression, shrunk by how much visits of the same sample agree.
+
+    A deviation is `effect_i + passing`, the effect of variance V staying with the sample. Of two visits the passing parts
+    and the observation noise are independent, so the product of their deviations estimates V. After visits of total
+    precision P and precision-weighted sum S, the effect has the posterior mean `S V / (1 + P V)` and the variance
+    `V / (1 + P V)`: a new sample has mean 0 and all of V.
+    """
+
+    def __init__(self) -> None:
+        self._past: dict[int, tuple[float, float]] = {}  # id: (P, S)
+        self._agreement, self._pairs = 0.0, _PAIRS
+
+    @property
+    def shared(self) -> float:
+        """V, the variance of what stays with a sample."""
+        return max(self._agreement / self._pairs, 0.0)
+
+    def effects(self, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return posterior means and variances (B,) float64 of the samples' effects."""
+        precision, weighted = torch.tensor([self._past.get(i, (0.0, 0.0)) for i in ids], dtype=torch.float64).T
+        shrinkage = self.shared / (1 + precision * self.shared)
+        return weighted * shrinkage, shrinkage
+
+    def learn(self, ids: Sequence[int], errors: Tensor, variance: Tensor, spread: float, decay: float) -> None:
+        """Learn from a step.
+
+        Args:
+            ids: (B,) of the samples.
+            errors: (B,) float64, deviations from the regression.
+            variance: (B,) float64, of the noise in the observations.
+            spread: variance of log sigma around the regression, what stays and what passes.
+            decay: how much of the past agreement is kept from one step to the next.
+        """
+        passing = max(spread - self.shared, 0.01)
+        self._agreement, self._pairs = decay * self._agreement, decay * self._pairs
+        weights = (1 / (passing + variance)).tolist()
+        for sample, error, weight in zip(ids, errors.tolist(), weights, strict=True):
+            precision, weighted = self._past.pop(sample, (0.0, 0.0))
+            if precision > 0:
+                self._agreement += error * weighted / precision
+                self._pairs += 1
+            self._past[sample] = (_KEPT * precision + weight, _KEPT * weighted + weight * error)
+        while len(self._past) > _MOST:
+            del self._past[next(iter(self._past))]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is remembered, oldest first, as JSON-serialisable values."""
+        past = [[sample, *entry] for sample, entry in self._past.items()]
+        return {"past": past, "agreement": self._agreement, "pairs": self._pairs}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a state from `state_dict`."""
+        self._past = {sample: (precision, weighted) for sample, precision, weighted in state["past"]}
+        self._agreement, self._pairs = state["agreement"], state["pairs"]

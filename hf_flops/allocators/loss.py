@@ -1,0 +1,51 @@
+"""Importance by the loss alone: what batch selection does, as a yardstick.
+
+Every sample keeps one query at least, so that the estimate stays unbiased.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigurationError
+from ..rows import Features
+from .base import Memoryless, finite
+from .rounding import optimal_counts
+
+
+class LossProportional(Memoryless):
+    """`n_i ∝ loss_i`, down to one query; a negative loss counts as 0.
+
+    References:
+        Katharopoulos & Fleuret (2018), arXiv 1803.00942, section 3.2, has the loss as the usual stand-in for the gradient.
+    """
+
+    def counts(self, features: Features, budget: int) -> Tensor:
+        """See `Allocator.counts`."""
+        return optimal_counts(finite(features.losses).clamp(min=0), budget)
+
+
+class LossRank(Memoryless):
+    """`n_i ∝` the rank of the loss among the samples with the largest losses; the others keep one query.
+
+    Args:
+        top: fraction of the batch that shares the queries; 1 is ranking without a cut, less is top-k.
+
+    References:
+        Loshchilov & Hutter (2016), Online Batch Selection, arXiv 1511.06343; Jiang et al. (2019), Selective-Backprop,
+        arXiv 1910.00762.
+    """
+
+    def __init__(self, top: float = 1.0) -> None:
+        if not 0 < top <= 1:
+            raise ConfigurationError(f"top={top!r} must be a fraction of the batch, above 0 and at most 1.")
+        self.top = top
+
+    def counts(self, features: Features, budget: int) -> Tensor:
+        """See `Allocator.counts`."""
+        losses = finite(features.losses)
+        ordered = losses.sort().values
+        # Ties share the mean of their ranks, 1 to B, so that equal losses get equal counts.
+        ranks = (torch.searchsorted(ordered, losses) + torch.searchsorted(ordered, losses, right=True) + 1) / 2
+        return optimal_counts((ranks - (1 - self.top) * len(losses)).clamp(min=0), budget)

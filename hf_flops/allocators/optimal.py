@@ -1,0 +1,66 @@
+"""The optimal allocator: counts in proportion to predicted sigmas, integer-exact, trusted as far as they have proved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..rows import Features
+from .calibration import Calibration
+from .history import History
+from .learner import Learner
+from .observed import observe
+from .regression import Regression
+from .rounding import optimal_counts
+
+_MOST_VARIANCE = 1.0  # of log sigma: exploration multiplies a sample's share by e at most
+
+
+class Optimal(Learner):
+    """`n_i ∝ sigma_i`, integer-exact, with sigma predicted from the clean forward and the deltas of past steps.
+
+    log sigma is regressed on the logarithms of residual norm, loss and length, and each sample's own past deviations (where
+    samples have ids) are added. At first the residual norm is taken as it is. Where predictions do not beat equal counts,
+    they are flattened, down to equal counts.
+
+    Args:
+        decay: how much of the past is kept from one step to the next.
+    """
+
+    def __init__(self, decay: float = 0.95) -> None:
+        super().__init__()
+        self.decay = decay
+        self._regression, self._history, self._calibration = Regression(decay), History(), Calibration(decay)
+
+    def predict(self, features: Features) -> Tensor:
+        """Return (B,) float64: `sqrt(E sigma_i^2)` given the past, up to a constant of the batch.
+
+        J is linear in sigma_i^2, so its expectation is least for counts in proportion to this root. With log sigma normal,
+        of mean m and variance v, it is `exp(m + v)`: a sample that little is known of gets more queries.
+        """
+        logarithm = self._regression.predict(features)
+        if features.ids is not None:
+            mean, variance = self._history.effects(features.ids)
+            logarithm = logarithm + mean + variance.clamp(max=_MOST_VARIANCE)
+        return (logarithm - logarithm.max()).exp()
+
+    def _counts(self, features: Features, budget: int) -> Tensor:
+        return optimal_counts(self.predict(features) ** self._calibration.power, budget)
+
+    def _learn(self, features: Features, counts: Tensor, squares: Tensor) -> None:
+        self._calibration.learn(self.predict(features), int(counts.sum()), squares)
+        seen = observe(squares, counts)
+        errors = self._regression.learn(features, seen)
+        if features.ids is not None:
+            self._history.learn(features.ids, errors, seen.variance, self._regression.spread, self.decay)
+
+    def _parts(self) -> dict[str, Any]:
+        return {"regression": self._regression, "history": self._history, "calibration": self._calibration}
+
+    def _state(self) -> dict[str, Any]:
+        return {name: part.state_dict() for name, part in self._parts().items()}
+
+    def _load(self, state: dict[str, Any]) -> None:
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])

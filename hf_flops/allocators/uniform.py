@@ -1,0 +1,18 @@
+"""Equal counts: the yardstick."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..rows import Features
+from .base import Memoryless, equal_counts
+
+
+class Uniform(Memoryless):
+    """The same number of queries for every sample."""
+
+    needs_clean = False
+
+    def counts(self, features: Features, budget: int) -> Tensor:
+        """See `Allocator.counts`."""
+        return equal_counts(len(features.losses), budget)
