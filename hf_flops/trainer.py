@@ -44,8 +44,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 class FlopsTrainerMixin:
     """Forward-only training for any class derived from `transformers.Trainer`: `class T(FlopsTrainerMixin, SomeTrainer)`.
 
-    A data set column `sample_id` (whole numbers) never reaches the model; it lets the trainer count queries per sample, and the
-    allocator remember what a sample's deltas were.
+    A data set column `sample_id` (whole numbers) never reaches the model; it lets the trainer count queries per sample, and
+    the allocator remember what a sample's deltas were.
 
     Attributes:
         rows_used: rows that went through the model in training so far.
