@@ -14,6 +14,8 @@ from torch import Tensor
 
 from .base import check_budget, equal_counts
 
+_GREEDY = 32  # queries that are cheaper to grant one by one than to bisect for
+
 
 def proxy(squares: Tensor, counts: Tensor) -> Tensor:
     """Return `J(n) = sum_i sigma_i^2 / n_i`, the variance that counts leave (FLOPS §4).
@@ -123,15 +125,14 @@ def optimal_counts(sigma: Tensor, budget: int) -> Tensor:
     spread = np.where(finite, spread / largest, 1.0).clip(1e-9)
     # Log gains at which more than the budget, and none, is granted.
     low, high = math.log(1e-18 / (4.0 * budget * budget)), 0.0
-    while _granted(spread, math.exp(high)).sum() > budget or high - low > 1e-12:
+    counts = np.ones(samples, dtype=np.int64)
+    while budget - counts.sum() > _GREEDY and high - low > 1e-12:
         middle = (low + high) / 2
-        if middle in (low, high):
-            break
-        if _granted(spread, math.exp(middle)).sum() > budget:
+        granted = _granted(spread, math.exp(middle)).astype(np.int64)
+        if granted.sum() > budget:
             low = middle
         else:
-            high = middle
-    counts = _granted(spread, math.exp(high)).astype(np.int64)
+            high, counts = middle, granted
     for _ in range(budget - int(counts.sum())):
         counts[np.argmax(spread**2 / (counts * (counts + 1)))] += 1
     return torch.from_numpy(counts)
