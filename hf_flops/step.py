@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .allocators import Allocator, equal_counts
+from .allocators import Allocator, Piloted, equal_counts
 from .counters import seeds
 from .errors import ConfigurationError, NonFiniteError
 from .estimators import Estimator
@@ -146,27 +146,19 @@ class _Step:
 
     def run(self, elements: float | None, batches: int) -> StepResult:
         features = self._features()
-        counts = self._counts(features)
+        vector = self.method.perturbation.vector
+        self.update = torch.zeros(vector.size, device=vector.device)
+        self.perturbed = torch.zeros(self.units, dtype=torch.float64)
         # N is only known once a forward has shown how many elements each sample has: rows are laid out with N = 1.
-        rows = self._layout(counts)
-        deltas, perturbed = torch.empty(len(rows)), torch.zeros(self.units, dtype=torch.float64)
-        vector, done = self.method.perturbation.vector, 0
-        update = torch.zeros(vector.size, device=vector.device)
-        for chunk in self._chunks(rows):
-            noise = self._noise(chunk)
-            own, losses = self._evaluate(chunk, noise)
-            deltas[done : done + len(chunk)] = own
-            perturbed.index_add_(0, chunk.owner, losses.mean(0).double())
-            coefficients = torch.where(own.isfinite(), own * chunk.weight, 0.0)
-            update += self.method.perturbation.pull_back(noise, coefficients)
-            done += len(chunk)
-        update = self._without_non_finite(rows, deltas, counts, update)
+        rows, deltas = self._rounds(features)
+        counts = torch.bincount(rows.owner, minlength=self.units)
+        update = self._without_non_finite(rows, deltas)
         # Where no element counts (every label is ignored) there is nothing to average, and the update is zero.
         normalizer = (float(self.elements.sum()) * batches if elements is None else elements) or 1.0
         vector.add_to_gradients(update / normalizer)
         squares = mean_squares(rows, deltas, self.units)
         self.method.allocator.update(features, counts, squares)
-        loss = self.clean.sums if self.clean is not None else perturbed / counts
+        loss = self.clean.sums if self.clean is not None else self.perturbed / counts
         metrics = summarise(
             update / normalizer, squares / normalizer**2, counts, rows, deltas / normalizer, self.method.perturbation.grouped
         )
@@ -184,10 +176,32 @@ class _Step:
         ids = place.ids if place.ids is not None and len(place.ids) == self.units else None
         return Features(losses, residuals, place.step, place.position, place.epoch, place.seed, lengths, ids)
 
-    def _counts(self, features: Features) -> Tensor:
+    def _rounds(self, features: Features) -> tuple[Rows, Tensor]:
+        """Run all queries, in two rounds where the allocator wants a pilot; returns them and their deltas (R,)."""
+        allocator: Any = self.method.allocator
         if not self.method.objective.per_row:
-            return equal_counts(self.units, self.budget)
-        return self.method.allocator.counts(features, self.budget)
+            return self._round(expand(equal_counts(self.units, self.budget), 1.0))
+        plan = allocator.pilot(features, self.budget) if isinstance(allocator, Piloted) else None
+        if plan is None:
+            return self._round(self._layout(allocator.counts(features, self.budget)))
+        pilot, shares = plan
+        first, seen = self._round(expand(pilot, 1.0, share=shares))
+        squares, left = mean_squares(first, seen, self.units), self.budget - len(first)
+        counts = allocator.second_counts(features, squares, pilot, shares, left)
+        second, later = self._round(expand(counts, 1.0, share=1 - shares, after=pilot))
+        return first.then(second), torch.cat([seen, later])
+
+    def _round(self, rows: Rows) -> tuple[Rows, Tensor]:
+        """Run rows and add what they say to the update; returns them and their deltas (R,)."""
+        deltas = []
+        for chunk in self._chunks(rows):
+            noise = self._noise(chunk)
+            own, losses = self._evaluate(chunk, noise)
+            deltas.append(own)
+            self.perturbed.index_add_(0, chunk.owner, losses.mean(0).double())
+            coefficients = torch.where(own.isfinite(), own * chunk.weight, 0.0)
+            self.update += self.method.perturbation.pull_back(noise, coefficients)
+        return rows, torch.cat(deltas)
 
     def _layout(self, counts: Tensor) -> Rows:
         rows = expand(counts, 1.0, weighted=self.method.allocator.weighted)
@@ -220,20 +234,22 @@ class _Step:
         stacked = torch.stack(losses)
         return method.estimator.deltas(stacked, clean, method.scale).float(), stacked
 
-    def _without_non_finite(self, rows: Rows, deltas: Tensor, counts: Tensor, update: Tensor) -> Tensor:
+    def _without_non_finite(self, rows: Rows, deltas: Tensor) -> Tensor:
         """Re-spread the weight of rows that were dropped for a non-finite loss; returns the update (d,)."""
         finite = deltas.isfinite()
         if bool(finite.all()):
-            return update
-        kept = torch.bincount(rows.owner[finite], minlength=self.units)
+            return self.update
         if not bool(finite.any()):
             raise NonFiniteError(
                 f"All {len(rows)} perturbed rows of optimizer step {self.place.step} have a non-finite loss: lower "
                 f"perturbation_scale (now {self.method.scale:g}) or the learning rate, and look at the batch for NaN."
             )
         # First among the rows of the same sample: what they lack is added, from noise that is drawn again.
-        lacking = torch.where(kept > 0, counts / kept.clamp(min=1) - 1, 0.0)[rows.owner] * finite
-        index = torch.nonzero(lacking).flatten()
+        total, kept = torch.zeros(2, self.units)
+        total.index_add_(0, rows.owner, rows.weight)
+        kept.index_add_(0, rows.owner, rows.weight * finite)
+        lacking = torch.where(kept > 0, total / kept.clamp(min=1e-30) - 1, 0.0)[rows.owner] * finite
+        index, update = torch.nonzero(lacking > 1e-6).flatten(), self.update
         for chunk, extra in zip(
             self._chunks(rows[index]), self._pieces(rows[index], (deltas * rows.weight * lacking)[index]), strict=True
         ):
