@@ -1,9 +1,9 @@
 """What each allocator is worth on real gradients: the variance of the estimate along real fine-tuning runs.
 
-Backprop trains an adapter; at every step, gradients of single samples (by autograd) tell what the estimate of that step would
-have varied by with the counts of every allocator, all at the same number of rows, clean rows charged. Allocators learn from
-deltas drawn with those gradients, as in a forward-only run. At some steps the estimate is run for real, many times, and its
-error against autograd's gradient stands beside the variance that was computed.
+Backprop trains an adapter; at every step, gradients of single samples (by autograd) tell what the estimate of that step
+would have varied by with the counts of every allocator, all at the same number of rows, clean rows charged. Allocators
+learn from deltas drawn with those gradients, as in a forward-only run. At some steps the estimate is run for real, some
+times, and its error against autograd's gradient stands beside the variance that was computed.
 
     python benchmarks/allocation.py            # both tasks, three seeds
     python benchmarks/allocation.py --quick    # the shape of it in minutes
