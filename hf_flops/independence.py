@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from typing import Any
 
@@ -32,16 +33,19 @@ class _Visit:
     leaves: tuple[Any, ...] = ()
 
     @property
-    def shapes(self) -> list[torch.Size | None]:
+    def shapes(self) -> list[tuple[int, ...] | None]:
         """The shapes of the output's tensors, None for other leaves."""
-        return [leaf[0] if isinstance(leaf, tuple) else None for leaf in self.leaves]
+        return [tuple(leaf[0]) if isinstance(leaf, tuple) else None for leaf in self.leaves]
+
+
+_Visits = dict[nn.Module, list[_Visit]]  # in the order of the first calls
 
 
 def _fingerprint(leaf: Any) -> Any:
     """Return what is the same for two leaves only if they are equal bit for bit; tensors become (shape, hash)."""
     if torch.is_tensor(leaf):
         content = leaf.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
-        return leaf.shape, blake2b(content, digest_size=16).digest()
+        return leaf.shape, blake2b(content.data, digest_size=16).digest()
     return leaf if leaf is None or isinstance(leaf, (bool, int, float, str)) else object()  # equal to nothing else
 
 
@@ -49,9 +53,9 @@ def _fingerprints(output: Any) -> tuple[Any, ...]:
     return tuple(_fingerprint(leaf) for leaf in tree_leaves(output))
 
 
-def _trace(model: nn.Module, forward: Forward, inputs: Mapping[str, Any]) -> dict[nn.Module, list[_Visit]]:
+def _trace(model: nn.Module, forward: Forward, inputs: Mapping[str, Any]) -> _Visits:
     """Run the model and return the calls of each of its modules, in order."""
-    visits: dict[nn.Module, list[_Visit]] = defaultdict(list)
+    visits: _Visits = defaultdict(list)
     active: list[_Visit] = []
 
     def watched(module: nn.Module, original: Call) -> Call:
@@ -68,7 +72,7 @@ def _trace(model: nn.Module, forward: Forward, inputs: Mapping[str, Any]) -> dic
 
     with ExitStack() as stack:
         for module in model.modules():
-            stack.enter_context(replaced_forward(module, lambda original, module=module: watched(module, original)))
+            stack.enter_context(replaced_forward(module, partial(watched, module)))
         forward(inputs)
     return visits
 
@@ -98,26 +102,26 @@ def independent_modules(
         For each module, in the order of the calls, which leaves of its output hold rows; see `Reuse`.
     """
     last = min(1, batch_size(inputs) - 1)
-    small, larger = (take(inputs, torch.tensor(index)) if per_row else inputs for index in ([0, last], [0, last, 0]))
+    two, three = (take(inputs, torch.tensor(index)) if per_row else inputs for index in ([0, last], [0, last, 0]))
     vector = perturbation.vector
     shift = draw("gaussian", seeds(_CHECK_SEED, 0), vector.size)[0].to(vector.device)
-    here = _trace(model, forward, small)
+    here = _trace(model, forward, two)
     with displaced(vector, _SCALE * shift):
-        there = _trace(model, forward, small)
-    wider = _trace(model, forward, larger)
+        moved = _trace(model, forward, two)
+    return _outermost(here, moved, _trace(model, forward, three))
+
+
+def _outermost(here: _Visits, moved: _Visits, wider: _Visits) -> dict[nn.Module, tuple[bool, ...]]:
     found: dict[nn.Module, tuple[bool, ...]] = {}
-    settled: set[int] = set()  # visits inside an independent one
+    inside: set[int] = set()  # calls that are part of an independent one
     for module, visits in here.items():
-        alike = [traced.get(module, ()) for traced in (there, wider)]
-        if visits[0].parent is not None and id(visits[0].parent) in settled:
-            settled.update(map(id, visits))
-            continue
-        if len(visits) > 1 or any(len(others) != 1 for others in alike) or visits[0].leaves != alike[0][0].leaves:
-            continue
-        flags = _layout(visits[0], alike[1][0])
-        if flags is not None and any(visits[0].shapes) and _holds_numbers(module):
-            found[module] = flags
-            settled.add(id(visits[0]))
+        if id(visits[0].parent) in inside:
+            inside.update(map(id, visits))
+        elif _holds_numbers(module) and all(len(visited.get(module, ())) == 1 for visited in (here, moved, wider)):
+            flags = _layout(visits[0], wider[module][0])
+            if flags is not None and any(visits[0].shapes) and visits[0].leaves == moved[module][0].leaves:
+                found[module] = flags
+                inside.add(id(visits[0]))
     return found
 
 
@@ -148,7 +152,8 @@ def choose_reuse(
         if not modules:
             return Reuse(), None
         reuse = Reuse(modules)
-        _find_unused(reuse, forward, inputs if not objective.per_row else take(inputs, torch.arange(batch_size(inputs))[:2]))
+        few = take(inputs, torch.arange(min(2, batch_size(inputs)))) if objective.per_row else inputs
+        _find_unused(reuse, forward, few)
         for _ in range(2):
             if _agrees(reuse, objective, forward, inputs, perturbation, precision):
                 return reuse, None
@@ -202,11 +207,5 @@ def _agrees(
         reuse.record(forward, inputs)
         found = losses(reuse.through(forward, rows, owner))
     tolerance = precision if precision > 1e-3 else 0.1 * precision
-    return torch.allclose(found, wanted, rtol=tolerance, atol=tolerance * float(wanted.abs().max()), equal_nan=True)
-
-
-def describe(modules: Iterable[nn.Module], model: nn.Module) -> str:
-    """Name a few of the modules that run once per sample."""
-    kept = set(modules)
-    names = [name for name, module in model.named_modules() if module in kept]
-    return f"{len(names)} modules run once per sample and step: {', '.join(names[:3])}" + (", ..." if len(names) > 3 else "")
+    size = float(wanted.nan_to_num(posinf=0.0, neginf=0.0).abs().max())
+    return torch.allclose(found, wanted, rtol=tolerance, atol=tolerance * size, equal_nan=True)

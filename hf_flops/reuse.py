@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -65,7 +65,7 @@ class Reuse:
         with ExitStack() as stack:
             stack.callback(self._kept.clear)
             for module in self.modules:
-                stack.enter_context(replaced_forward(module, lambda original, module=module: self._stand_in(module, original)))
+                stack.enter_context(replaced_forward(module, partial(self._stand_in, module)))
             yield
 
     def through(self, forward: Call, inputs: Mapping[str, Any], owner: Tensor | None = None) -> Call:

@@ -242,13 +242,8 @@ class _Step:
         # First among the rows of the same sample: what they lack is added, from noise that is drawn again.
         lacking = torch.where(kept > 0, counts / kept.clamp(min=1) - 1, 0.0)[rows.owner] * finite
         index = torch.nonzero(lacking).flatten()
-        for chunk, extra in zip(
-            self._chunks(rows[index]), self._pieces(rows[index], (deltas * rows.weight * lacking)[index]), strict=True
-        ):
+        chunks, values = list(self._chunks(rows[index])), (deltas * rows.weight * lacking)[index]
+        for chunk, extra in zip(chunks, values.split([len(chunk) for chunk in chunks]), strict=True):
             update = update + self.method.perturbation.pull_back(self._noise(chunk), extra)
         # Then, for samples without any finite row, among the loss elements of the other samples.
         return update * float(self.elements.sum() / (self.elements[kept > 0].sum() or 1.0))
-
-    def _pieces(self, rows: Rows, values: Tensor) -> list[Tensor]:
-        """Cut values (R,) as `_chunks` cuts rows."""
-        return list(values.split([len(chunk) for chunk in self._chunks(rows)]))
