@@ -75,8 +75,9 @@ def adapted(kind, config):
 def method_for(model, objective=None, shared=(), estimator="one_sided", allocator="optimal", rows=7):
     names = ParameterVector.of(model).names
     perturbation = perturb(model, rowwise=[name for name in names if name not in shared], shared=list(shared))
+    scale = 0.05  # large, so that differences of losses keep their digits
     return Method(
-        objective or TappedLoss(), perturbation, ESTIMATORS[estimator](), ALLOCATORS[allocator](), QUERIES, 1e-3, rows
+        objective or TappedLoss(), perturbation, ESTIMATORS[estimator](), ALLOCATORS[allocator](), QUERIES, scale, rows
     )
 
 
@@ -96,14 +97,18 @@ def estimate(method, model, inputs, forward=None):
 def assert_same_estimates(model, inputs, method):
     """Compare both ways; returns the method with late expansion."""
     reusing = late(method, model, inputs)
-    expected, wanted = estimate(method, model, inputs)
-    result, found = estimate(reusing, model, inputs)
+    assert_same(method, reusing.reuse, model, inputs)
+    return reusing
+
+
+def assert_same(method, reuse, model, inputs, forward=None):
+    expected, wanted = estimate(method, model, inputs, forward)
+    result, found = estimate(replace(method, reuse=reuse), model, inputs, forward)
     assert wanted.abs().max() > 0
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
     torch.testing.assert_close(result.loss, expected.loss, rtol=1e-5, atol=0)
     assert result.rows == expected.rows
     assert result.counts.equal(expected.counts)
-    return reusing
 
 
 @contextmanager
@@ -233,7 +238,7 @@ def test_recorded_outputs_are_repeated_row_by_row(samples, times, tail, owner):
             return {"rows": x.flatten(0, 1), "constant": torch.ones(samples), "nothing": None}
 
     module, owner = Flattens(), torch.tensor([i % samples for i in owner])
-    reuse = Reuse({module: (True, False, True)})  # leaves in the order of the keys' insertion
+    reuse = Reuse({module: (True, False, False)})
     x = torch.randn(samples, times, *tail, generator=generator())
     inputs, rows = {"labels": x}, {"labels": x[owner]}
     with reuse.installed():
@@ -279,7 +284,7 @@ def test_outputs_that_nobody_reads_are_not_kept():
     inputs = tiny_batch("llama", SAMPLES)
     reuse = late(method_for(model), model, inputs).reuse
     assert {name.split("model.", 3)[-1] for name in names_of(model, reuse.unused)} == {"embed_tokens", "layers.0"}
-    model.get_base_model().config.output_hidden_states = True
+    inputs["output_hidden_states"] = True  # now they are read
     assert not late(method_for(model), model, inputs).reuse.unused
     assert_same_estimates(model, inputs, method_for(model))
 
@@ -354,7 +359,7 @@ def stacked(flaw):
 
 
 @pytest.mark.parametrize(
-    ("flaw", "skipped"), [(None, {0, 1}), ("twice", {0}), ("random", {0, 1}), ("in_place", set()), ("attribute", set())]
+    ("flaw", "skipped"), [(None, {0, 1}), ("twice", {0}), ("random", set()), ("in_place", set()), ("attribute", set())]
 )
 def test_models_with_unusual_layers_fall_back(flaw, skipped):
     model, inputs, forward = stacked(flaw)
@@ -362,11 +367,9 @@ def test_models_with_unusual_layers_fall_back(flaw, skipped):
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         reuse, reason = choose_reuse(model, method.objective, forward, inputs, method.perturbation)
     assert {i for i in range(2) if model.layers[i] in reuse.modules} == skipped
-    assert (reason is not None) == (flaw == "attribute")
+    assert (reason is not None) == (flaw in ("attribute", "random"))
     if flaw != "random":
-        wanted = estimate(method, model, inputs, forward)[1]
-        found = estimate(replace(method, reuse=reuse), model, inputs, forward)[1]
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+        assert_same(method, reuse, model, inputs, forward)
 
 
 def test_an_objective_may_look_inside_the_model():
@@ -380,9 +383,7 @@ def test_an_objective_may_look_inside_the_model():
     assert reason is None
     assert set(reuse.modules) == set(model.layers)
     assert not reuse.unused
-    wanted = estimate(method, model, inputs, forward)[1]
-    found = estimate(replace(method, reuse=reuse), model, inputs, forward)[1]
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+    assert_same(method, reuse, model, inputs, forward)
 
 
 def test_an_objective_may_run_the_model_on_something_else():
@@ -399,9 +400,7 @@ def test_an_objective_may_run_the_model_on_something_else():
     with torch.no_grad():
         reuse, _ = choose_reuse(model, method.objective, forward, inputs, method.perturbation)
     assert reuse.modules
-    wanted = estimate(method, model, inputs, forward)[1]
-    found = estimate(replace(method, reuse=reuse), model, inputs, forward)[1]
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+    assert_same(method, reuse, model, inputs, forward)
 
 
 # --- under the trainer ---
@@ -418,6 +417,7 @@ def trained(tmp_path, kind, late_expansion, config, **options):
         disable_tqdm=True,
         queries_per_sample=4,
         learning_rate=0.01,
+        perturbation_scale=0.05,
         late_expansion=late_expansion,
         **options,
     )
@@ -439,7 +439,7 @@ def test_training_is_the_same_with_and_without(kind, preset, tmp_path, caplog):
         wanted, plain = trained(tmp_path, kind, False, config, preset=preset)
         assert "ate expansion" not in caplog.text
     assert not plain._reuse.modules
-    assert trainer.ledger.state_dict() == pytest.approx(plain.ledger.state_dict(), rel=1e-3, nan_ok=True)
+    assert trainer.ledger.state_dict() == plain.ledger.state_dict()
     for name, value in found.items():
         torch.testing.assert_close(value, wanted[name], rtol=1e-4, atol=1e-5)
 
@@ -452,7 +452,6 @@ def test_no_keys_and_values_are_kept(kind):
         without = without_cache(model, inputs)
         found, wanted = model(**without), model(**inputs)
         assert found.loss.equal(wanted.loss)
-        assert (found.past_key_values is None) == (config is None)
-        assert wanted.past_key_values is not None
+        assert config or (found.past_key_values is None and wanted.past_key_values is not None)
     assert without_cache(model, {"use_cache": True}) == {"use_cache": True}
     assert "use_cache" not in without_cache(adapted("vit", None), {})
