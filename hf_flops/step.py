@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from .estimators import Estimator
 from .metrics import mean_squares, summarise
 from .objectives import Forward, Objective, RowLosses
 from .perturbations import NoiseKeys, Perturbation
+from .reuse import Reuse
 from .rows import Features, Rows, batch_size, expand, take
 
 
@@ -50,6 +51,7 @@ class Method:
         queries_per_sample: rows of forward passes per sample and step, the clean one included.
         scale: the step of the difference, epsilon.
         rows_per_forward: rows that go through the model at a time.
+        reuse: modules that run once per sample, because no noise reaches them; none by default.
     """
 
     objective: Objective
@@ -59,6 +61,7 @@ class Method:
     queries_per_sample: int
     scale: float
     rows_per_forward: int
+    reuse: Reuse = field(default_factory=Reuse)
 
     @property
     def needs_clean(self) -> bool:
@@ -127,7 +130,7 @@ def estimate_gradient(
     References:
         Ren et al. (2025), FLOPS, arXiv 2410.05966, section 3.
     """
-    with torch.no_grad():
+    with torch.no_grad(), method.reuse.installed():
         return _Step(forward, inputs, method, place).run(elements, batches)
 
 
@@ -141,7 +144,10 @@ class _Step:
         self.budget = method.budget(self.samples) // (self.samples // self.units)
         self.clean: RowLosses | None = None
         if method.needs_clean:
-            self.clean = method.objective(forward, inputs, features=method.allocator.needs_clean)
+            run = method.reuse.through(forward, inputs)
+            self.clean = method.objective(run, inputs, features=method.allocator.needs_clean)
+        else:
+            method.reuse.record(forward, inputs)
         self.elements = torch.zeros(self.units)  # loss elements of each sample, known after the first forward
 
     def run(self, elements: float | None, batches: int) -> StepResult:
@@ -223,11 +229,13 @@ class _Step:
     def _evaluate(self, chunk: Rows, noise: Any) -> tuple[Tensor, Tensor]:
         """Run a chunk at every sign; returns deltas (R,) and losses (S, R)."""
         method = self.method
-        inputs = take(self.inputs, chunk.owner) if method.objective.per_row else self.inputs
+        owner = chunk.owner if method.objective.per_row else torch.arange(self.samples)
+        inputs = take(self.inputs, owner) if method.objective.per_row else self.inputs
+        forward = method.reuse.through(self.forward, inputs, owner)
         losses = []
         for sign in method.estimator.signs:
             with method.perturbation.applied(noise, sign * method.scale):
-                found = method.objective(self.forward, inputs)
+                found = method.objective(forward, inputs)
             losses.append(found.sums.cpu())
         self.elements[chunk.owner] = found.counts.cpu().float()
         clean = None if self.clean is None else self.clean.sums.cpu()[chunk.owner]
@@ -250,13 +258,8 @@ class _Step:
         kept.index_add_(0, rows.owner, rows.weight * finite)
         lacking = torch.where(kept > 0, total / kept.clamp(min=1e-30) - 1, 0.0)[rows.owner] * finite
         index, update = torch.nonzero(lacking > 1e-6).flatten(), self.update
-        for chunk, extra in zip(
-            self._chunks(rows[index]), self._pieces(rows[index], (deltas * rows.weight * lacking)[index]), strict=True
-        ):
+        chunks, values = list(self._chunks(rows[index])), (deltas * rows.weight * lacking)[index]
+        for chunk, extra in zip(chunks, values.split([len(chunk) for chunk in chunks]), strict=True):
             update = update + self.method.perturbation.pull_back(self._noise(chunk), extra)
         # Then, for samples without any finite row, among the loss elements of the other samples.
         return update * float(self.elements.sum() / (self.elements[kept > 0].sum() or 1.0))
-
-    def _pieces(self, rows: Rows, values: Tensor) -> list[Tensor]:
-        """Cut values (R,) as `_chunks` cuts rows."""
-        return list(values.split([len(chunk) for chunk in self._chunks(rows)]))
