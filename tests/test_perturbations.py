@@ -153,7 +153,7 @@ def test_adapters_in_real_models(kind, adapter):
     vector = ParameterVector.of(model)
     perturbation = RowwiseNoise(model, vector, "gaussian")
     noise = perturbation.draw(keys(4))
-    offset = 0.2 * draw("gaussian", seeds(9, 9), vector.size)[0]  # off lora_B = 0, where lora_A does nothing
+    offset = 0.2 * draw("gaussian", seeds(9, 9), vector.shapes)[0]  # off lora_B = 0, where lora_A does nothing
     with displaced(vector, offset):
         with perturbation.applied(noise, 0.05):
             found = objective(model_forward(model), inputs).sums
@@ -263,7 +263,7 @@ def test_the_pull_back_is_the_weighted_sum_of_the_noise(kind):
     vector = ParameterVector.of(module)
     perturbation = kind(module, vector, "gaussian") if kind is RowwiseNoise else kind(vector, "gaussian")
     noise, coefficients = perturbation.draw(keys(5)), randn(5)
-    expected = (noise.expand(5, -1) * coefficients[:, None]).sum(0)
+    expected = (torch.stack([noise[row] for row in range(5)]) * coefficients[:, None]).sum(0)
     torch.testing.assert_close(perturbation.pull_back(noise, coefficients), expected)
     assert perturbation.draw(keys(5)).equal(noise)
     assert not perturbation.draw(keys(5, step=1)).equal(noise)

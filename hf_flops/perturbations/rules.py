@@ -7,7 +7,7 @@ where a model flattens rows with something else, row-major.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,26 +30,49 @@ def by_row(values: Tensor, noise: Noise, *tail: int) -> Tensor:
     return values.reshape(rows, -1, *tail)
 
 
-def _product(x: Tensor, out: Tensor, noise: Noise, weight: Tensor | None, scale: float) -> Tensor:
-    """Add `scale * (x @ weight + bias)` per row; x: (.., in), weight: (R, in, out)."""
+def _product(x: Tensor, out: Tensor, noise: Noise, factors: Sequence[Tensor], scale: float) -> Tensor:
+    """Add `scale * (x @ factors + bias)` per row, in place: a linear layer's output is a new tensor.
+
+    Args:
+        x: (.., in).
+        out: (.., out).
+        noise: the noise; its bias is used.
+        factors: one (R, in, out), or (R, in, 1) and (R, 1, out).
+        scale: epsilon.
+    """
     result = by_row(out, noise, out.shape[-1])
-    if weight is not None:
+    if factors:
         x = by_row(x, noise, x.shape[-1]).to(out.dtype)
-        result = torch.baddbmm(result, x, weight.to(out.dtype), alpha=scale)
+        *inner, last = (factor.to(out.dtype) for factor in factors)
+        for factor in inner:
+            x = torch.bmm(x, factor)
+        result = result.baddbmm_(x, last, alpha=scale)
     if "bias" in noise:
-        result = torch.add(result, noise["bias"].unsqueeze(1).to(out.dtype), alpha=scale)
+        result = result.add_(noise["bias"].unsqueeze(1).to(out.dtype), alpha=scale)
     return result.reshape(out.shape)
 
 
 def linear(module: nn.Linear, x: Tensor, out: Tensor, noise: Noise, scale: float) -> Tensor:
-    """`nn.Linear`: weight (out, in), bias (out,)."""
-    weight = noise["weight"].transpose(1, 2) if "weight" in noise else None
-    return _product(x, out, noise, weight, scale)
+    """`nn.Linear`: weight (out, in), or its factors `weight.left` (out,) and `weight.right` (in,); bias (out,)."""
+    factors: list[Tensor] = []
+    if "weight" in noise:
+        factors = [noise["weight"].transpose(1, 2)]
+    elif "weight.left" in noise:
+        factors = [noise["weight.right"].unsqueeze(2), noise["weight.left"].unsqueeze(1)]
+    return _product(x, out, noise, factors, scale)
 
 
 def conv1d_gpt2(module: nn.Module, x: Tensor, out: Tensor, noise: Noise, scale: float) -> Tensor:
     """The `Conv1D` of GPT-2, a linear layer with its weight transposed: weight (in, out)."""
-    return _product(x, out, noise, noise.get("weight"), scale)
+    factors: list[Tensor] = []
+    if "weight" in noise:
+        factors = [noise["weight"]]
+    elif "weight.left" in noise:
+        factors = [noise["weight.left"].unsqueeze(2), noise["weight.right"].unsqueeze(1)]
+    return _product(x, out, noise, factors, scale)
+
+
+FACTORED = (linear, conv1d_gpt2)  # rules that take the factors of an outer product instead of it
 
 
 def convolution(module: Any, x: Tensor, out: Tensor, noise: Noise, scale: float) -> Tensor:
