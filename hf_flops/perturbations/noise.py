@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
 import numpy as np
@@ -71,19 +72,19 @@ class Signs:
 
     def __init__(self, row_seeds: np.ndarray, sizes: Sequence[int], device: torch.device | str = "cpu") -> None:
         self.sizes = sizes
-        self.ends = np.cumsum([2 * -(-size // 64) for size in sizes]).tolist()
-        bits = words(row_seeds, self.ends[-1] // 2 if sizes else 0)
-        self.bits = torch.from_numpy(bits.view(np.int64)).to(device).view(torch.int32)  # (R, 2 W)
+        lengths = [-(-size // 64) for size in sizes]
+        bits = torch.from_numpy(words(row_seeds, sum(lengths)).view(np.int64)).to(device)  # (R, W)
+        self.bits = [piece.view(torch.int32).unsqueeze(1) for piece in bits.split(lengths, 1)]  # (R, 1, 2 words)
         self.shifts = torch.arange(32, dtype=torch.int32, device=device).unsqueeze(1)
         self.one = torch.ones((), device=device)
+        self.rows = len(row_seeds)
 
     def __len__(self) -> int:
-        return len(self.bits)
+        return self.rows
 
     def piece(self, index: int, rows: slice = ALL) -> Tensor:
         """See `Numbers.piece`: every bit is shifted to where a float has its sign."""
-        start, end = self.ends[index - 1] if index else 0, self.ends[index]
-        signs = (self.bits[rows, None, start:end] << self.shifts).view(torch.float32)  # (R, 32, 2 W)
+        signs = (self.bits[index][rows] << self.shifts).view(torch.float32)  # (R, 32, 2 words)
         return torch.copysign(self.one, signs, out=signs).flatten(1)[:, : self.sizes[index]]
 
 
@@ -98,9 +99,10 @@ class Normals:
         for row, seed in zip(values, row_seeds.tolist(), strict=True):
             torch.randn(len(row), generator=generator.manual_seed(seed), out=row)
         self.pieces = values.to(device).split(list(sizes), 1)
+        self.rows = len(row_seeds)
 
     def __len__(self) -> int:
-        return len(self.pieces[0])
+        return self.rows
 
     def piece(self, index: int, rows: slice = ALL) -> Tensor:
         """See `Numbers.piece`."""
@@ -134,9 +136,8 @@ class RowNoise:
 
     def __init__(self, numbers: Numbers, shapes: Sequence[torch.Size], rank_one: bool) -> None:
         self.numbers, self.shapes = numbers, shapes
-        self.first = [0]
-        for shape in shapes:
-            self.first.append(self.first[-1] + len(layout(shape, rank_one)))
+        self.layouts = [layout(shape, rank_one) for shape in shapes]
+        self.first = list(accumulate(map(len, self.layouts), initial=0))
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -146,9 +147,13 @@ class RowNoise:
         own = slice(row, row + 1)
         return torch.cat([self.tensor(index, own).flatten() for index in range(len(self.shapes))])
 
+    def is_rank_one(self, index: int) -> bool:
+        """Return whether a parameter's noise is an outer product."""
+        return len(self.layouts[index]) == 2
+
     def factors(self, index: int, rows: slice = ALL) -> tuple[Tensor, ...]:
         """Return what a parameter's noise is made of: (R, numel), or (R, out) and (R, in) of an outer product."""
-        return tuple(self.numbers.piece(i, rows) for i in range(self.first[index], self.first[index + 1]))
+        return tuple(self.numbers.piece(self.first[index] + i, rows) for i in range(len(self.layouts[index])))
 
     def tensor(self, index: int, rows: slice = ALL) -> Tensor:
         """Return the noise (R, *shape) of a parameter."""
@@ -162,7 +167,7 @@ class RowNoise:
         sums = []
         for index, shape in enumerate(self.shapes):
             total = coefficients.new_zeros(shape.numel())
-            for rows in blocks(len(self), total.numel()):
+            for rows in blocks(len(self), sum(self.layouts[index])):
                 left, *right = self.factors(index, rows)
                 if right:
                     total.view(shape).addmm_((left * coefficients[rows, None]).T, right[0])

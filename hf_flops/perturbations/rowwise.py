@@ -66,16 +66,28 @@ def find_sites(model: nn.Module, vector: ParameterVector) -> list[Site]:
     return [site for site in sites if uncovered.isdisjoint(site.tensors.values())]
 
 
+def _factored(site: Site, noise: RowNoise, index: int) -> bool:
+    """Return whether the site's rule gets the factors of a parameter's noise."""
+    return noise.is_rank_one(index) and site.rule in FACTORED
+
+
 def _own(site: Site, noise: RowNoise, rows: slice, device: torch.device) -> Noise:
     """Return the noise of a site's parameters for some rows, as its rule wants it."""
     own: Noise = {}
     for name, index in site.tensors.items():
-        factors = noise.factors(index, rows) if site.rule in FACTORED else ()
-        if len(factors) == 2:
-            own[f"{name}.left"], own[f"{name}.right"] = (factor.to(device) for factor in factors)
+        if _factored(site, noise, index):
+            own[f"{name}.left"], own[f"{name}.right"] = (factor.to(device) for factor in noise.factors(index, rows))
         else:
             own[name] = noise.tensor(index, rows).to(device)
     return own
+
+
+def _width(site: Site, noise: RowNoise) -> int:
+    """Return how many numbers of noise the site's rule gets for each row."""
+    return sum(
+        sum(noise.layouts[index]) if _factored(site, noise, index) else noise.shapes[index].numel()
+        for index in site.tensors.values()
+    )
 
 
 def _split(values: Tensor, rows: int, pieces: list[slice]) -> list[Tensor]:
@@ -92,7 +104,7 @@ def _watch(site: Site, noise: RowNoise, scale: float, fired: Callable[[], None])
     The rule gets a few rows at a time, so that unpacked noise stays in the cache.
     """
     rows, rule = len(noise), site.rule
-    pieces = list(blocks(rows, sum(noise.shapes[index].numel() for index in site.tensors.values())))
+    pieces = list(blocks(rows, _width(site, noise)))
 
     def hook(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> Any:
         x = args[0] if args else next(iter(kwargs.values()))

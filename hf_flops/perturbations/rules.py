@@ -7,7 +7,7 @@ where a model flattens rows with something else, row-major.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,46 +30,42 @@ def by_row(values: Tensor, noise: Noise, *tail: int) -> Tensor:
     return values.reshape(rows, -1, *tail)
 
 
-def _product(x: Tensor, out: Tensor, noise: Noise, factors: Sequence[Tensor], scale: float) -> Tensor:
-    """Add `scale * (x @ factors + bias)` per row, in place: a linear layer's output is a new tensor.
+def _product(x: Tensor, out: Tensor, noise: Noise, transposed: bool, scale: float) -> Tensor:
+    """Add `scale * (x @ weight.T + bias)` per row, in place: a linear layer's output is a new tensor.
 
     Args:
-        x: (.., in).
-        out: (.., out).
-        noise: the noise; its bias is used.
-        factors: one (R, in, out), or (R, in, 1) and (R, 1, out).
+        x: (R * m, .., in).
+        out: (R * m, .., out).
+        noise: weight (R, out, in), or its factors `weight.left` (R, out) and `weight.right` (R, in); bias (R, out).
+        transposed: whether a weight is (in, out) instead.
         scale: epsilon.
     """
     result = by_row(out, noise, out.shape[-1])
-    if factors:
-        x = by_row(x, noise, x.shape[-1]).to(out.dtype)
-        *inner, last = (factor.to(out.dtype) for factor in factors)
-        for factor in inner:
-            x = torch.bmm(x, factor)
-        result = result.baddbmm_(x, last, alpha=scale)
+    x = by_row(x, noise, x.shape[-1]).to(out.dtype)
+    if "weight" in noise:
+        weight = noise["weight"].to(out.dtype)
+        weight = weight.transpose(1, 2) if transposed else weight
+        if weight.shape[1] < weight.shape[2]:  # batched products are faster where the long side of the weight is read along
+            result = result.add_(torch.bmm(weight, x.transpose(1, 2)).transpose(1, 2), alpha=scale)
+        else:
+            result = result.baddbmm_(x, weight.transpose(1, 2), alpha=scale)
+    elif "weight.left" in noise:
+        left, right = (noise[f"weight.{side}"].unsqueeze(1).to(out.dtype) for side in ("left", "right"))
+        left, right = (right, left) if transposed else (left, right)
+        result = result.addcmul_(torch.bmm(right, x.transpose(1, 2)).transpose(1, 2), left, value=scale)
     if "bias" in noise:
         result = result.add_(noise["bias"].unsqueeze(1).to(out.dtype), alpha=scale)
     return result.reshape(out.shape)
 
 
 def linear(module: nn.Linear, x: Tensor, out: Tensor, noise: Noise, scale: float) -> Tensor:
-    """`nn.Linear`: weight (out, in), or its factors `weight.left` (out,) and `weight.right` (in,); bias (out,)."""
-    factors: list[Tensor] = []
-    if "weight" in noise:
-        factors = [noise["weight"].transpose(1, 2)]
-    elif "weight.left" in noise:
-        factors = [noise["weight.right"].unsqueeze(2), noise["weight.left"].unsqueeze(1)]
-    return _product(x, out, noise, factors, scale)
+    """`nn.Linear`: weight (out, in), bias (out,)."""
+    return _product(x, out, noise, False, scale)
 
 
 def conv1d_gpt2(module: nn.Module, x: Tensor, out: Tensor, noise: Noise, scale: float) -> Tensor:
     """The `Conv1D` of GPT-2, a linear layer with its weight transposed: weight (in, out)."""
-    factors: list[Tensor] = []
-    if "weight" in noise:
-        factors = [noise["weight"]]
-    elif "weight.left" in noise:
-        factors = [noise["weight.left"].unsqueeze(2), noise["weight.right"].unsqueeze(1)]
-    return _product(x, out, noise, factors, scale)
+    return _product(x, out, noise, True, scale)
 
 
 FACTORED = (linear, conv1d_gpt2)  # rules that take the factors of an outer product instead of it
