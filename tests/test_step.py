@@ -78,7 +78,7 @@ def true_gradient(model, inputs):
 
 @pytest.mark.parametrize("kind", ["rowwise", "shared"])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher", "rank_one"])
 def test_the_mean_of_many_estimates_is_autograds_gradient_with_uneven_counts(kind, estimator, distribution):
     model, inputs = Quadratic(), quadratic_batch()
     allocator, queries = Fixed([1, 2, 1, 5, 6]), {"one_sided": 4, "antithetic": 6}[estimator]
