@@ -104,7 +104,7 @@ def independent_modules(
     last = min(1, batch_size(inputs) - 1)
     two, three = (take(inputs, torch.tensor(index)) if per_row else inputs for index in ([0, last], [0, last, 0]))
     vector = perturbation.vector
-    shift = draw("gaussian", seeds(_CHECK_SEED, 0), vector.size)[0].to(vector.device)
+    shift = draw("gaussian", seeds(_CHECK_SEED, 0), vector.shapes, vector.device)[0]
     here = _trace(model, forward, two)
     with displaced(vector, _SCALE * shift):
         moved = _trace(model, forward, two)
