@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from .base import ParameterVector
+from .loop import looped
 from .noise import NoiseKeys, draw
-from .rules import Noise, RowMismatch, Rule, rule_for
+from .rules import Noise, RowMismatch, rule_for
+from .wrappers import is_adapter_layer, prompt, wrapper_rule
 
 
 @dataclass(frozen=True)
@@ -23,43 +25,84 @@ class Site:
 
     Attributes:
         module: the module that is watched; for soft prompts, the model that hands them out.
-        tensors: attribute name of each parameter → its index in the parameter vector.
-        rule: None for soft prompts, which do not pass through a module's output.
+        tensors: name of each parameter within the module → its index in the parameter vector.
+        rule: what the module's output becomes, or where `method` is given what that method returns.
+        method: the method that the rule takes the place of; None for rules that change the module's output.
     """
 
     module: nn.Module
     tensors: dict[str, int]
-    rule: Rule | None
+    rule: Callable[..., Any]
+    method: str | None = None
 
 
 def prompt_owner(model: nn.Module) -> nn.Module | None:
-    """Return the module that hands out soft prompts through `get_prompt`, as PEFT's prompt tuning does."""
+    """Return the module that hands out soft prompts through `get_prompt`, as PEFT's prompt learning does."""
     for module in model.modules():
-        config = getattr(module, "active_peft_config", None) if hasattr(module, "prompt_encoder") else None
-        if config is not None and str(getattr(config.peft_type, "value", config.peft_type)) == "PROMPT_TUNING":
+        if hasattr(module, "prompt_encoder") and getattr(module, "active_peft_config", None) is not None:
             return module
     return None
 
 
-def find_sites(model: nn.Module, vector: ParameterVector) -> list[Site]:
-    """List the sites at which rules exist; a parameter is covered only if every module that holds it has one."""
+def _whole_sites(model: nn.Module, index: dict[int, int], names: Collection[int]) -> Iterator[Site]:
+    """Yield the sites whose rule takes a method's place: prompts, PEFT's layers, and those that are run row by row."""
+    owner: Any = prompt_owner(model)
+    inside: set[int] = set()  # modules below a layer that is run row by row
+    for module in model.modules():
+        if id(module) in inside:
+            continue
+        found: tuple[Callable[..., Any], str] | None
+        prefix = ""
+        if module is owner:
+            kind = owner.active_peft_config.peft_type
+            found, prefix = (prompt, "get_prompt"), "prompt_encoder."
+            plain = str(getattr(kind, "value", kind)) == "PROMPT_TUNING"
+        else:
+            found = wrapper_rule(module)
+            plain = found is not None
+        if not plain and module is not owner and not is_adapter_layer(module):
+            continue
+        tensors = {
+            name: index[id(parameter)]
+            for name, parameter in module.named_parameters()
+            if id(parameter) in index and name.startswith(prefix)
+        }
+        if any(i in names for i in tensors.values()):
+            inside.update(map(id, owner.prompt_encoder.modules() if module is owner else module.modules()))
+            yield Site(module, tensors, looped, "get_prompt" if module is owner else "forward")
+        elif plain and found is not None:
+            # A base layer's own tensors have rules of their own.
+            tensors = {name: i for name, i in tensors.items() if not name.startswith("base_layer.")}
+            if tensors:
+                yield Site(module, tensors, *found)
+
+
+def find_sites(model: nn.Module, vector: ParameterVector, looping: Collection[str] = ()) -> list[Site]:
+    """List the sites at which rules exist; a parameter is covered only if every module that holds it has one.
+
+    Args:
+        model: the model.
+        vector: the parameters to cover.
+        looping: names of those whose layers are run row by row.
+    """
     index = {id(parameter): i for i, parameter in enumerate(vector.parameters)}
-    owner = prompt_owner(model)
-    prompts = set(owner.prompt_encoder.modules()) if owner is not None else set()  # type: ignore[union-attr]
-    sites: list[Site] = []
+    sites = list(_whole_sites(model, index, {i for i, name in enumerate(vector.names) if name in looping}))
+    taken = {
+        (id(site.module.get_submodule(name.rpartition(".")[0])), name.rpartition(".")[2])
+        for site in sites
+        for name in site.tensors
+    }
     uncovered: set[int] = set()
     for module in model.modules():
         tensors = {
             name: index[id(parameter)]
             for name, parameter in module._parameters.items()
-            if parameter is not None and id(parameter) in index
+            if parameter is not None and id(parameter) in index and (id(module), name) not in taken
         }
         if not tensors:
             continue
         rule = rule_for(module)
-        if module in prompts and owner is not None:
-            sites.append(Site(owner, tensors, None))
-        elif rule is None or not set(tensors) <= {"weight", "bias"}:
+        if rule is None or not set(tensors) <= {"weight", "bias"}:
             uncovered.update(tensors.values())
         else:
             sites.append(Site(module, tensors, rule))
@@ -74,31 +117,26 @@ def _watch(site: Site, noise: Noise, scale: float, fired: Callable[[], None]) ->
         if not torch.is_tensor(out) or not torch.is_tensor(x):
             raise RowMismatch(f"{type(module).__name__} does not map one tensor to one tensor")
         fired()
-        assert site.rule is not None
         return site.rule(module, x, out, noise, scale)
 
     return site.module.register_forward_hook(hook, with_kwargs=True).remove
 
 
-def _patch_prompt(site: Site, noise: Noise, scale: float, fired: Callable[[], None]) -> Callable[[], None]:
-    """Let `get_prompt` add each row's noise to its prompt (R, P, D), and return what undoes it."""
-    owner: Any = site.module
-    original, patched_before = owner.get_prompt, owner.__dict__.get("get_prompt")
-    shift = noise["weight"] * scale
+def _patch(site: Site, noise: Noise, scale: float, fired: Callable[[], None]) -> Callable[[], None]:
+    """Let the site's rule take the place of a method of the module, and return what undoes it."""
+    owner, name = site.module, str(site.method)
+    original, patched_before = getattr(owner, name), owner.__dict__.get(name)
 
-    def get_prompt(batch_size: int, *args: Any, **kwargs: Any) -> Tensor:
-        prompts = original(batch_size, *args, **kwargs)
-        if batch_size % len(shift) or prompts.shape[1:] != shift.shape[1:]:
-            raise RowMismatch(f"prompts of shape {tuple(prompts.shape)} for noise of shape {tuple(shift.shape)}")
+    def patched(*args: Any, **kwargs: Any) -> Any:
         fired()
-        return prompts + shift.to(prompts.dtype).repeat_interleave(batch_size // len(shift), 0)
+        return site.rule(owner, original, noise, scale, *args, **kwargs)
 
     def restore() -> None:
-        del owner.get_prompt
+        delattr(owner, name)
         if patched_before is not None:
-            owner.get_prompt = patched_before
+            setattr(owner, name, patched_before)
 
-    owner.get_prompt = get_prompt
+    setattr(owner, name, patched)
     return restore
 
 
@@ -109,23 +147,26 @@ class RowwiseNoise:
         model: the model whose modules are watched.
         vector: the parameters to move; every one must be covered by a site.
         distribution: "gaussian" or "rademacher".
+        looping: names of tensors whose layers are run row by row.
     """
 
     grouped = False
 
-    def __init__(self, model: nn.Module, vector: ParameterVector, distribution: str) -> None:
+    def __init__(
+        self, model: nn.Module, vector: ParameterVector, distribution: str, looping: Collection[str] = ()
+    ) -> None:
         self.vector = vector
         self.distribution = distribution
-        self.sites = find_sites(model, vector)
+        self.sites = find_sites(model, vector, looping)
         covered = {index for site in self.sites for index in site.tensors.values()}
         missing = [name for index, name in enumerate(vector.names) if index not in covered]
         if missing:
             raise RowMismatch(f"no per-row rule covers {missing}")
 
     @staticmethod
-    def covered(model: nn.Module, vector: ParameterVector) -> set[str]:
+    def covered(model: nn.Module, vector: ParameterVector, looping: Collection[str] = ()) -> set[str]:
         """Return the names of the parameters that per-row rules exist for."""
-        return {vector.names[i] for site in find_sites(model, vector) for i in site.tensors.values()}
+        return {vector.names[i] for site in find_sites(model, vector, looping) for i in site.tensors.values()}
 
     def draw(self, keys: NoiseKeys) -> Tensor:
         """Draw (R, d) from the rows' seeds."""
@@ -140,7 +181,7 @@ class RowwiseNoise:
         try:
             for site in self.sites:
                 own = {name: views[i].to(self.vector.parameters[i].device) for name, i in site.tensors.items()}
-                install = _watch if site.rule else _patch_prompt
+                install = _patch if site.method else _watch
                 removers.append(install(site, own, scale, partial(ran.update, site.tensors.values())))
             yield
         finally:
