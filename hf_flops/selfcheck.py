@@ -221,8 +221,8 @@ def choose_perturbation(
         )
     if found.looping:
         notes.append(
-            f"The layers of {_some(found.looping)} run once for each row, which costs time: no rule for all rows together is "
-            'right for them. perturbation="shared" avoids it.'
+            f"The layers of {_some(found.looping)} run once for each row, because no rule for all rows at once is right for "
+            'them; where that takes too long, perturbation="shared" avoids it.'
         )
     if found.idle:
         notes.append(f"The loss does not depend on {_some(found.idle)}; left as they are.")

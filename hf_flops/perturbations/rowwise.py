@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,15 +46,15 @@ def prompt_owner(model: nn.Module) -> nn.Module | None:
 
 def _whole_sites(model: nn.Module, index: dict[int, int], names: Collection[int]) -> Iterator[Site]:
     """Yield the sites whose rule takes a method's place: prompts, PEFT's layers, and those that are run row by row."""
-    owner: Any = prompt_owner(model)
+    owner = prompt_owner(model)
     inside: set[int] = set()  # modules below a layer that is run row by row
     for module in model.modules():
         if id(module) in inside:
             continue
         found: tuple[Callable[..., Any], str] | None
-        prefix = ""
+        prefix, layer = "", cast(Any, module)
         if module is owner:
-            kind = owner.active_peft_config.peft_type
+            kind = layer.active_peft_config.peft_type
             found, prefix = (prompt, "get_prompt"), "prompt_encoder."
             plain = str(getattr(kind, "value", kind)) == "PROMPT_TUNING"
         else:
@@ -68,7 +68,7 @@ def _whole_sites(model: nn.Module, index: dict[int, int], names: Collection[int]
             if id(parameter) in index and name.startswith(prefix)
         }
         if any(i in names for i in tensors.values()):
-            inside.update(map(id, owner.prompt_encoder.modules() if module is owner else module.modules()))
+            inside.update(map(id, layer.prompt_encoder.modules() if module is owner else module.modules()))
             yield Site(module, tensors, looped, "get_prompt" if module is owner else "forward")
         elif plain and found is not None:
             # A base layer's own tensors have rules of their own.
@@ -152,9 +152,7 @@ class RowwiseNoise:
 
     grouped = False
 
-    def __init__(
-        self, model: nn.Module, vector: ParameterVector, distribution: str, looping: Collection[str] = ()
-    ) -> None:
+    def __init__(self, model: nn.Module, vector: ParameterVector, distribution: str, looping: Collection[str] = ()) -> None:
         self.vector = vector
         self.distribution = distribution
         self.sites = find_sites(model, vector, looping)

@@ -72,8 +72,8 @@ def vera(layer: Any, method: Any, noise: Noise, scale: float, x: Tensor, *args: 
 def dora(layer: Any, method: Any, noise: Noise, scale: float, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """DoRA on a linear layer: `m / ||W + s B A|| * (W + s B A) x + bias`, the norm taken of each row of the matrix.
 
-    No row's W + s B A is ever formed: of an output o, `||W_o + s b_o A||^2 = ||W_o||^2 + 2 s b_o (A W^T)_o + s^2 b_o A A^T b_o`,
-    which costs what `rank` more tokens in each row would. The norm moves with A and B here, as it does in the model;
+    No row's W + s B A is ever formed: `||W_o + s b_o A||^2 = ||W_o||^2 + 2 s b_o (A W^T)_o + s^2 b_o A A^T b_o` for output
+    o, which costs what `rank` more tokens in each row would. The norm moves with A and B here, as it does in the model;
     PEFT's backward pass takes it for a constant.
 
     References:
