@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
@@ -57,3 +57,9 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def shared_texts(model: nn.Module, inputs: Mapping[str, Any]) -> AbstractContextManager[None]:
+    """Let a model that can, as `SuffixPromptModel` does, run what all rows of a batch's samples share once for a step."""
+    cached = getattr(model, "cached_texts", None)
+    return nullcontext() if cached is None else cached(inputs)
