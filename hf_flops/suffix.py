@@ -25,9 +25,9 @@ WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "suffix_prompt.json"  # the for
 class SuffixPromptModel(nn.Module, PushToHubMixin):
     """A frozen causal language model with P trainable virtual tokens between every row's text and its answer.
 
-    As attention is causal and the base frozen, nothing that happens to the prompt reaches the text. So the keys and values of
-    a text are computed once per call for all rows that begin with it, or once per step inside `cached_texts`. If parameters
-    of the base are trainable after all, every row runs its own text.
+    As attention is causal and the base frozen, nothing that happens to the prompt reaches the text. So the keys and values
+    of a text are computed once per call for all rows that begin with it, or once per step inside `cached_texts`. If
+    parameters of the base are trainable after all, every row runs its own text.
 
     Args:
         model: any causal language model of transformers whose memory of the past is keys and values; it is frozen.
@@ -40,6 +40,7 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
         ConfigurationError: fewer than one virtual token, `init_text` without a tokenizer, or a model without a cache.
     """
 
+    label_words: Tensor | None
     accepts_loss_kwargs = True  # Trainer's name for `num_items_in_batch`
 
     def __init__(
@@ -103,18 +104,15 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
         Raises:
             ConfigurationError: a row has no text, no answer, labels in the middle, or more tokens than the model takes.
         """
-        classes = labels is not None and labels.dim() == 1
-        if classes and self.label_words is None:
-            raise ConfigurationError(f"Labels of shape {tuple(labels.shape)} are classes: give label_words=, a token each.")  # type: ignore[union-attr]
-        rows = self._split(input_ids, attention_mask, None if classes else labels)
-        logits, targets = self._logits(rows), rows.targets
+        rows = self._split(input_ids, attention_mask, labels)
+        logits = self._logits(rows)
         if self.label_words is not None and rows.answer.shape[1] == 0:
             logits = logits[:, -1, self.label_words]
         if labels is None:
             return CausalLMOutput(logits=logits)
-        targets = labels if classes else targets
-        options = {} if num_items_in_batch is None else {"reduction": "sum"}
-        loss = F.cross_entropy(widen(logits.flatten(0, -2)), targets.flatten(), **options)
+        targets = labels if labels.dim() == 1 else rows.targets
+        reduction = "mean" if num_items_in_batch is None else "sum"
+        loss = F.cross_entropy(widen(logits.flatten(0, -2)), targets.flatten(), reduction=reduction)
         return CausalLMOutput(loss=loss if num_items_in_batch is None else loss / num_items_in_batch, logits=logits)
 
     @contextmanager
@@ -123,9 +121,7 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
         before = self._texts
         try:
             if self._shares():
-                labels = inputs.get("labels")
-                tokens = labels if labels is not None and labels.dim() > 1 else None
-                rows = self._split(inputs["input_ids"], inputs.get("attention_mask"), tokens)
+                rows = self._split(inputs["input_ids"], inputs.get("attention_mask"), inputs.get("labels"))
                 self._texts = self._read(rows, rows.keys())
             yield
         finally:
@@ -158,13 +154,20 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
         return loaded
 
     def _split(self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None) -> Split:
+        """Cut rows into texts and answers; labels (R,) are classes, and then there is no answer."""
+        if labels is not None and labels.dim() == 1:
+            if self.label_words is None:
+                raise ConfigurationError(
+                    f"Labels of shape {tuple(labels.shape)} are classes: give label_words=, a token each."
+                )
+            labels = None
         rows = split(input_ids, attention_mask, labels)
-        length = int(rows.text_mask.sum(1).max()) + self.prompt.num_embeddings + rows.answer.shape[1]
+        text, prompt, answer = int(rows.text_mask.sum(1).max()), self.prompt.num_embeddings, rows.answer.shape[1]
         most = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        if most is not None and length > most:
+        if most is not None and text + prompt + answer > most:
             raise ConfigurationError(
-                f"A text of {int(rows.text_mask.sum(1).max())} tokens, {self.prompt.num_embeddings} virtual tokens and an answer "
-                f"of {rows.answer.shape[1]} are more than the {most} that the model takes: truncate the text."
+                f"A text of {text} tokens, {prompt} virtual tokens and an answer of {answer} are more than the {most} that "
+                "the model takes: truncate the text."
             )
         return rows
 

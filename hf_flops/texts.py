@@ -114,11 +114,35 @@ class TextCache:
         return all(key in self._place for key in keys)
 
     def take(self, keys: Sequence[Hashable]) -> tuple[DynamicCache, Tensor]:
-        """Return what R rows with these texts continue: a cache of their own, and the mask (R, T) of its slots."""
-        places = [self._place[key] for key in keys]
-        rows = torch.tensor(places, device=self.mask.device)
+        """Return what one forward of R rows with these texts continues: their cache, and the mask (R, T) of its slots."""
+        rows = torch.tensor([self._place[key] for key in keys], device=self.mask.device)
         cache = copy.copy(self._cache)
-        cache.layers = [copy.copy(layer) for layer in self._cache.layers]
-        if places != list(range(len(self._place))):
-            cache.reorder_cache(rows)  # selects into new tensors
+        cache.layers = [_Continued(layer, rows) for layer in self._cache.layers]
         return cache, self.mask[rows]
+
+
+class _Continued(DynamicLayer):
+    """A layer of a cache whose rows are selected when attention asks for them, so that copies live for one layer only.
+
+    Args:
+        layer: keys and values (U, heads, slots, head size) of the texts.
+        rows: (R,) int64, the text of each row.
+    """
+
+    def __init__(self, layer: Any, rows: Tensor) -> None:
+        super().__init__()
+        self.layer, self.rows, self.is_sliding = layer, rows, layer.is_sliding
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Return the texts' keys and values with the new ones (R, heads, S, head size) behind them; nothing is kept."""
+        del args, kwargs
+        keys, values = (kept.index_select(0, self.rows.to(kept.device)) for kept in (self.layer.keys, self.layer.values))
+        return torch.cat([keys, key_states], -2), torch.cat([values, value_states], -2)
+
+    def get_seq_length(self) -> int:
+        """Return how many tokens the texts have."""
+        return self.layer.get_seq_length()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return length and offset of the slots that attention sees."""
+        return self.layer.get_mask_sizes(query_length)

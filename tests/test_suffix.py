@@ -114,10 +114,15 @@ def test_rows_with_the_same_text_share_one_run_of_it(kind, cached):
 
 @torch.no_grad()
 def test_a_cache_of_texts_is_dropped_after_an_exception():
-    model, inputs = suffix("llama"), batch(draw_rows([(5, 1), (2, 1)]))
-    with pytest.raises(ZeroDivisionError), model.cached_texts(inputs):
-        assert model._texts is not None
+    model, inputs, seen = suffix("llama"), batch(draw_rows([(5, 1), (2, 1)])), []
+
+    def fail():
+        seen.append(model._texts)
         raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), model.cached_texts(inputs):
+        fail()
+    assert seen[0] is not None
     assert model._texts is None
 
 
