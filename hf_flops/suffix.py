@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils import PushToHubMixin
 
@@ -37,7 +38,7 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
         label_words: the token that stands for each of C classes; then labels (R,) are classes, and logits (R, C).
 
     Raises:
-        ConfigurationError: fewer than one virtual token, `init_text` without a tokenizer, or a model without a cache.
+        ConfigurationError: not a model of transformers, fewer than one virtual token, or `init_text` without a tokenizer.
     """
 
     label_words: Tensor | None
@@ -52,7 +53,12 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
         label_words: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        if num_virtual_tokens < 1:
+        if not issubclass(type(model), PreTrainedModel):
+            raise ConfigurationError(
+                f"A {type(model).__name__} cannot be continued from a cache: give a causal language model of transformers, "
+                "of a PEFT model what merge_and_unload() returns."
+            )
+        if not isinstance(num_virtual_tokens, int) or num_virtual_tokens < 1:
             raise ConfigurationError(f"num_virtual_tokens={num_virtual_tokens!r} must be a whole number, 1 or more.")
         if init_text is not None and tokenizer is None:
             raise ConfigurationError(f"init_text={init_text!r} needs tokenizer= to become tokens.")
@@ -61,7 +67,7 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
         if init_text is None:
             tokens = torch.randint(len(words), (num_virtual_tokens,), device=words.device)
         else:
-            tokens = torch.tensor(tokenizer(init_text)["input_ids"], device=words.device)
+            tokens = torch.tensor(tokenizer(init_text, add_special_tokens=False)["input_ids"], device=words.device)
             tokens = tokens.repeat(-(-num_virtual_tokens // len(tokens)))[:num_virtual_tokens]
         start = words.detach()[tokens]
         # An embedding, so that every rule for embeddings holds: each row looks all P entries up.

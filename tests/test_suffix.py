@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 from transformers import MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM, Trainer, TrainingArguments
 
@@ -203,7 +204,8 @@ def test_what_is_generated_is_what_the_logits_prefer(kind):
 
 
 class Tokenizer:
-    def __call__(self, text):
+    def __call__(self, text, add_special_tokens):
+        assert not add_special_tokens
         return {"input_ids": [int(word) for word in text.split()]}
 
 
@@ -299,6 +301,9 @@ def test_bad_arguments():
         SuffixPromptModel(base_model("llama"), 0)
     with pytest.raises(ConfigurationError, match="init_text='x' needs tokenizer="):
         SuffixPromptModel(base_model("llama"), init_text="x")
+    adapted = get_peft_model(base_model("llama"), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    with pytest.raises(ConfigurationError, match=r"A PeftModelForCausalLM cannot .* what merge_and_unload\(\) returns"):
+        SuffixPromptModel(adapted)
     mamba = MambaForCausalLM(MambaConfig(vocab_size=VOCABULARY, hidden_size=8, state_size=2, num_hidden_layers=1))
     with pytest.raises(ConfigurationError, match="MambaForCausalLM does not keep its text as keys and values alone"):
         SuffixPromptModel(mamba)(**batch(draw_rows([(4, 2)])))
