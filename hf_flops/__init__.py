@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .errors import ConfigurationError, FlopsError, NonFiniteError, ObjectiveError
     from .objectives import CallableObjective
     from .step import Method, Place, StepResult, estimate_gradient
+    from .suffix import SuffixPromptModel
     from .trainer import FlopsTrainer, FlopsTrainerMixin
 
 _HOMES = {
@@ -27,6 +28,7 @@ _HOMES = {
     "ObjectiveError": "errors",
     "Place": "step",
     "StepResult": "step",
+    "SuffixPromptModel": "suffix",
     "estimate_gradient": "step",
 }
 
@@ -43,6 +45,7 @@ __all__ = [
     "ObjectiveError",
     "Place",
     "StepResult",
+    "SuffixPromptModel",
     "__version__",
     "estimate_gradient",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
@@ -88,3 +88,9 @@ def late_expansion(
     names = [name for name, module in model.named_modules() if module in reuse.modules]
     logger.info("Late expansion: %d modules run once per sample and step (%s).", len(names), ", ".join(names))
     return reuse
+
+
+def shared_texts(model: nn.Module, inputs: Mapping[str, Any]) -> AbstractContextManager[None]:
+    """Let a model that can, as `SuffixPromptModel` does, run what all rows of a batch's samples share once for a step."""
+    cached = getattr(model, "cached_texts", None)
+    return nullcontext() if cached is None else cached(inputs)

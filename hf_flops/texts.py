@@ -1,0 +1,148 @@
+"""Texts and answers of a batch taken apart, and a key/value cache of texts that many rows share."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from .errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class Split:
+    """The rows of a batch, cut where their answers begin.
+
+    Attributes:
+        text: (R, T) int64, right-aligned, so that what comes next comes right after it.
+        text_mask: (R, T) int64, zero on padding.
+        answer: (R, A) int64, left-aligned; A is 0 where no token is to be predicted.
+        targets: (R, A) int64, the labels of the answer, -100 beyond its end.
+    """
+
+    text: Tensor
+    text_mask: Tensor
+    answer: Tensor
+    targets: Tensor
+
+    def keys(self) -> list[bytes]:
+        """Return a key for each row: equal texts have equal keys, however they are padded."""
+        lengths = self.text_mask.sum(1).tolist()
+        return [row[len(row) - n :].tobytes() for row, n in zip(self.text.cpu().numpy(), lengths, strict=True)]
+
+
+def split(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None) -> Split:
+    """Cut every row into its text (label -100) and its answer (labelled), and leave the padding out.
+
+    Args:
+        input_ids: (R, L) int64, padded on either side.
+        attention_mask: (R, L), zero on padding; None where there is none.
+        labels: (R, L) int64; None where everything is text.
+
+    Raises:
+        ConfigurationError: a row has no text, no answer, or text after the start of its answer.
+    """
+    real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    answer = torch.zeros_like(input_ids, dtype=torch.bool) if labels is None else labels != -100
+    text = real.bool() & ~answer
+    late = text & (answer.cumsum(1) > 0)
+    for fine, what in (
+        (text.any(1), "has no text before its answer, where a suffix prompt needs some to follow"),
+        (answer.any(1) | (labels is None), "has no answer: all its labels are -100"),
+        (~late.any(1), "has labels in the middle of its text: label the tokens at its end only, all others with -100"),
+    ):
+        if not bool(fine.all()):
+            raise ConfigurationError(f"Row {int((~fine).nonzero()[0])} of the batch {what}.")
+    last = text.long().argsort(dim=1, stable=True)[:, -int(text.sum(1).max()) :]
+    first = (~answer).long().argsort(dim=1, stable=True)[:, : int(answer.sum(1).max())]
+    targets = first if labels is None else labels.gather(1, first)
+    return Split(input_ids.gather(1, last), text.gather(1, last).long(), input_ids.gather(1, first), targets)
+
+
+def run(model: nn.Module, **inputs: Any) -> Any:
+    """Call a model with those inputs that its forward has a name for: not every one takes `position_ids`."""
+    names = inspect.signature(model.forward).parameters
+    return model(**{name: value for name, value in inputs.items() if name in names})
+
+
+class TextCache:
+    """The keys and values of U texts, of which rows that begin with them are continuations.
+
+    It holds `2 x layers x key/value heads x head size x T` numbers per text.
+
+    Args:
+        base: a causal language model of transformers.
+        texts: R rows, of which every text is run through `base` once.
+        keys: R keys, equal where texts are.
+
+    Attributes:
+        mask: (U, T) int64, zero on padding.
+
+    Raises:
+        ConfigurationError: the model keeps anything but keys and values.
+    """
+
+    def __init__(self, base: Any, texts: Split, keys: Sequence[Hashable]) -> None:
+        first = dict(zip(reversed(keys), reversed(range(len(keys))), strict=True))  # the first row of each text
+        self._place = {key: place for place, key in enumerate(first)}
+        rows = torch.tensor(list(first.values()), device=texts.text.device)
+        ids, self.mask = texts.text[rows], texts.text_mask[rows]
+        self._cache = DynamicCache(config=base.config)
+        run(  # without the head: nothing is predicted inside the text
+            base.base_model,
+            input_ids=ids,
+            attention_mask=self.mask,
+            position_ids=(self.mask.cumsum(1) - 1).clamp(min=0),
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        kinds = {type(layer) for layer in self._cache.layers}
+        if not kinds <= {DynamicLayer, DynamicSlidingWindowLayer} or self._cache.get_seq_length() != ids.shape[1]:
+            raise ConfigurationError(
+                f"{type(base).__name__} does not keep its text as keys and values alone, which a suffix prompt is a "
+                "continuation of: use prompt tuning from PEFT."
+            )
+
+    def __contains__(self, keys: Sequence[Hashable]) -> bool:
+        return all(key in self._place for key in keys)
+
+    def take(self, keys: Sequence[Hashable]) -> tuple[DynamicCache, Tensor]:
+        """Return what one forward of R rows with these texts continues: their cache, and the mask (R, T) of its slots."""
+        rows = torch.tensor([self._place[key] for key in keys], device=self.mask.device)
+        cache = copy.copy(self._cache)
+        cache.layers = [_Continued(layer, rows) for layer in self._cache.layers]
+        return cache, self.mask[rows]
+
+
+class _Continued(DynamicLayer):
+    """A layer of a cache whose rows are selected when attention asks for them, so that copies live for one layer only.
+
+    Args:
+        layer: keys and values (U, heads, slots, head size) of the texts.
+        rows: (R,) int64, the text of each row.
+    """
+
+    def __init__(self, layer: Any, rows: Tensor) -> None:
+        super().__init__()
+        self.layer, self.rows, self.is_sliding = layer, rows, layer.is_sliding
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Return the texts' keys and values with the new ones (R, heads, S, head size) behind them; nothing is kept."""
+        del args, kwargs
+        keys, values = (kept.index_select(0, self.rows.to(kept.device)) for kept in (self.layer.keys, self.layer.values))
+        return torch.cat([keys, key_states], -2), torch.cat([values, value_states], -2)
+
+    def get_seq_length(self) -> int:
+        """Return how many tokens the texts have."""
+        return self.layer.get_seq_length()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return length and offset of the slots that attention sees."""
+        return self.layer.get_mask_sizes(query_length)
