@@ -143,6 +143,7 @@ class _Step:
         self.units = self.samples if method.objective.per_row else 1  # what counts are given to
         self.budget = method.budget(self.samples) // (self.samples // self.units)
         self.clean: RowLosses | None = None
+        method.reuse.prepare(forward, inputs, place.ids)
         if method.needs_clean:
             run = method.reuse.through(forward, inputs)
             self.clean = method.objective(run, inputs, features=method.allocator.needs_clean)
