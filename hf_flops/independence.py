@@ -151,6 +151,12 @@ def choose_reuse(
         cached: whether to find out, too, what a cache need not keep.
     """
     try:
+        # A sample that is NaN hides what depends on what.
+        finite = objective(forward, inputs).sums.isfinite().cpu()
+        if not bool(finite.any()):
+            return Reuse(), "not one loss of the first batch is finite"
+        if objective.per_row:
+            inputs = take(inputs, torch.nonzero(finite).flatten())
         modules = independent_modules(model, forward, inputs, perturbation, per_row=objective.per_row)
         if not modules:
             return Reuse(), None

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
+from weakref import finalize
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +64,7 @@ class SampleStore:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - it lives as long as the store
+            finalize(self, self._file.close)
         self._contents: dict[tuple[int, Layout], bytes] = {}
         self._entries: dict[tuple[int, Layout], list[Any]] = {}
 

@@ -51,7 +51,7 @@ class Method:
         queries_per_sample: rows of forward passes per sample and step, the clean one included.
         scale: the step of the difference, epsilon.
         rows_per_forward: rows that go through the model at a time.
-        reuse: modules that run once per sample, because no noise reaches them; none by default.
+        reuse: modules that run once per sample, because no noise reaches them; see `choose_reuse`.
     """
 
     objective: Objective

@@ -13,14 +13,16 @@ from hf_flops.step import Place, estimate_gradient
 from tests.test_reuse import LAYERS, adapted, layer_insides, lora, method_for, rows_through, trained
 from tests.tiny import as_dataset, model_forward, tiny_batch
 
-KINDS = ["vit", "llama", "t5"]
 
-
-def cached(method, model, inputs, store):
+def chosen(method, model, inputs):
     with torch.no_grad():
         reuse, reason = choose_reuse(model, method.objective, model_forward(model), inputs, method.perturbation, cached=True)
     assert reason is None
-    return CachedReuse(reuse, store)
+    return reuse
+
+
+def cached(method, model, inputs, store):
+    return CachedReuse(chosen(method, model, inputs), store)
 
 
 def estimates(method, reuse, model, inputs, batches):
@@ -34,16 +36,15 @@ def estimates(method, reuse, model, inputs, batches):
     return torch.stack(found)
 
 
-@pytest.mark.parametrize("estimator", ["one_sided", "antithetic"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "estimator"), [("vit", "one_sided"), ("llama", "antithetic"), ("t5", "one_sided")])
 def test_estimates_are_those_without_it(kind, estimator, tmp_path):
     model, inputs = adapted(kind, lora(kind, [LAYERS - 1])), tiny_batch(kind, 6)
     method = method_for(model, estimator=estimator, allocator="uniform")
-    batches = [[0, 1, 2], [3, 1, 4, 0], [5], [4, 3, 2, 1, 0, 5]]
+    batches = [[0, 1, 2], [3, 1, 4, 0], [4, 3, 2, 1, 0, 5]]
     wanted = estimates(method, method.reuse, model, inputs, batches)
-    for store in (SampleStore(1.0), SampleStore(1.0, tmp_path), SampleStore(4e-6)):
-        reuse = cached(method, model, inputs, store)
-        found = estimates(method, reuse, model, inputs, batches)
+    reuse = chosen(method, model, inputs)
+    for store in (SampleStore(1.0), SampleStore(1.0, tmp_path), SampleStore(4e-6)):  # the last has room for some only
+        found = estimates(method, CachedReuse(reuse, store), model, inputs, batches)
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
 
 
