@@ -37,6 +37,15 @@ class RowLosses:
     counts: Tensor
     residuals: Tensor | None = None
 
+    @classmethod
+    def joined(cls, parts: list[RowLosses]) -> RowLosses:
+        """Put the findings of consecutive forward passes together."""
+        if len(parts) == 1:
+            return parts[0]
+        residuals = [part.residuals for part in parts if part.residuals is not None]
+        sums, counts = torch.cat([part.sums for part in parts]), torch.cat([part.counts for part in parts])
+        return cls(sums, counts, torch.cat(residuals) if residuals else None)
+
 
 class Objective(Protocol):
     """What is minimised.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .counters import seeds
 from .errors import ConfigurationError, NonFiniteError, ObjectiveError
 from .objectives import BatchLoss, Forward, Objective, TappedLoss
+from .padding import SIDES, real_tokens, trim, window
 from .perturbations import NoiseKeys, ParameterVector, Perturbation, RowwiseNoise, displaced, perturb
 from .perturbations.noise import draw
 from .rows import batch_size, misaligned, take
@@ -68,6 +69,39 @@ def choose_objective(forward: Forward, inputs: Mapping[str, Any], precision: flo
     if not torch.allclose(together[0], alone[0], rtol=precision):
         return BatchLoss(), "the loss of a sample depends on the other samples of its batch"
     return tapped, None
+
+
+def padding_is_idle(
+    objective: Objective, forward: Forward, inputs: Mapping[str, Any], precision: float = 1e-4, *, known: Iterable[str] = ()
+) -> dict[str, bool]:
+    """Return, for each side at which a sample of the batch is padded, whether its loss is the same without that padding.
+
+    With padding at the left it is not where a model counts positions from the first column, as GPT-2 does.
+
+    Args:
+        objective: what is minimised, per row.
+        forward: runs the model.
+        inputs: a batch.
+        precision: see `precision_of`.
+        known: sides that need no check.
+    """
+    real, found = real_tokens(inputs), {}
+    for side in SIDES if real is not None else ():
+        cut = [window(row[None], frozenset([side])) for row in real]  # type: ignore[union-attr]
+        row = min(range(len(cut)), key=lambda i: cut[i].stop - cut[i].start)
+        if side in known or cut[row].stop - cut[row].start == real.shape[1]:  # type: ignore[union-attr]
+            continue
+        sample = take(inputs, torch.tensor([row]))
+        whole = objective(forward, sample)
+        try:
+            short = objective(forward, trim(sample, cut[row]))
+            error = float((whole.sums - short.sums).abs())
+            same = whole.counts.equal(short.counts) and error <= precision / 20 * max(1.0, float(whole.sums.abs()))
+        except (ValueError, RuntimeError, IndexError):
+            same = False
+        if bool(whole.sums.isfinite()):
+            found[side] = same
+    return found
 
 
 class RuleCheck:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,32 +10,15 @@ import torch
 from torch import Tensor
 
 from .allocators import Allocator, equal_counts
+from .chunks import ChunkPlanner, Work, in_chunks
 from .counters import seeds
 from .errors import ConfigurationError, NonFiniteError
 from .estimators import Estimator
 from .metrics import mean_squares, summarise
 from .objectives import Forward, Objective, RowLosses
+from .padding import Feed
 from .perturbations import NoiseKeys, Perturbation
-from .rows import Features, Rows, batch_size, expand, take
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a batch lies in the run; together with the seed it fixes all noise.
-
-    Attributes:
-        seed: the run's seed.
-        step: optimizer steps done before this one.
-        position: index of the batch's first sample in the global batch of this optimizer step.
-        epoch: epochs done, with fraction.
-        ids: the samples' places in the data set, where they are known; they say nothing about the noise.
-    """
-
-    seed: int = 0
-    step: int = 0
-    position: int = 0
-    epoch: float = 0.0
-    ids: tuple[int, ...] | None = None
+from .rows import Features, Place, Rows, batch_size, expand
 
 
 @dataclass(frozen=True)
@@ -49,7 +32,8 @@ class Method:
         allocator: how queries are shared out.
         queries_per_sample: rows of forward passes per sample and step, the clean one included.
         scale: the step of the difference, epsilon.
-        rows_per_forward: rows that go through the model at a time.
+        rows_per_forward: rows that go through the model at a time, or what finds out how many.
+        trimmed: sides ("left", "right") at which padding that no row of a forward needs is cut off.
     """
 
     objective: Objective
@@ -58,7 +42,8 @@ class Method:
     allocator: Allocator
     queries_per_sample: int
     scale: float
-    rows_per_forward: int
+    rows_per_forward: int | ChunkPlanner
+    trimmed: frozenset[str] = frozenset()
 
     @property
     def needs_clean(self) -> bool:
@@ -139,31 +124,37 @@ class _Step:
         self.samples = batch_size(inputs)
         self.units = self.samples if method.objective.per_row else 1  # what counts are given to
         self.budget = method.budget(self.samples) // (self.samples // self.units)
-        self.clean: RowLosses | None = None
-        if method.needs_clean:
-            self.clean = method.objective(forward, inputs, features=method.allocator.needs_clean)
+        given = method.rows_per_forward
+        self.planner = given if isinstance(given, ChunkPlanner) else ChunkPlanner(given)
+        self.feed = Feed(inputs, method.trimmed if method.objective.per_row else frozenset())
+        self.clean = self._clean() if method.needs_clean else None
         self.elements = torch.zeros(self.units)  # loss elements of each sample, known after the first forward
+
+    def _clean(self) -> RowLosses:
+        """Run the batch as it is: all at once, unless it does not fit in memory."""
+        objective, features = self.method.objective, self.method.allocator.needs_clean
+        if not objective.per_row:
+            return objective(self.forward, self.inputs, features=features)
+        found: list[RowLosses] = []
+
+        def work(chunk: slice) -> int:
+            inputs, columns = self.feed.of(torch.arange(self.samples)[chunk])
+            found.append(objective(self.forward, inputs, features=features))
+            return columns
+
+        in_chunks([self.samples], work, self.planner, whole=True)
+        return RowLosses.joined(found)
 
     def run(self, elements: float | None, batches: int) -> StepResult:
         features = self._features()
         counts = self._counts(features)
         # N is only known once a forward has shown how many elements each sample has: rows are laid out with N = 1.
         rows = self._layout(counts)
-        deltas, perturbed = torch.empty(len(rows)), torch.zeros(self.units, dtype=torch.float64)
-        vector, done = self.method.perturbation.vector, 0
-        update = torch.zeros(vector.size, device=vector.device)
-        for chunk in self._chunks(rows):
-            noise = self._noise(chunk)
-            own, losses = self._evaluate(chunk, noise)
-            deltas[done : done + len(chunk)] = own
-            perturbed.index_add_(0, chunk.owner, losses.mean(0).double())
-            coefficients = torch.where(own.isfinite(), own * chunk.weight, 0.0)
-            update += self.method.perturbation.pull_back(noise, coefficients)
-            done += len(chunk)
+        deltas, perturbed, update = self._perturb(rows)
         update = self._without_non_finite(rows, deltas, counts, update)
         # Where no element counts (every label is ignored) there is nothing to average, and the update is zero.
         normalizer = (float(self.elements.sum()) * batches if elements is None else elements) or 1.0
-        vector.add_to_gradients(update / normalizer)
+        self.method.perturbation.vector.add_to_gradients(update / normalizer)
         squares = mean_squares(rows, deltas, self.units)
         self.method.allocator.update(features, counts, squares)
         loss = self.clean.sums if self.clean is not None else perturbed / counts
@@ -191,14 +182,36 @@ class _Step:
 
     def _layout(self, counts: Tensor) -> Rows:
         rows = expand(counts, 1.0, weighted=self.method.allocator.weighted)
-        if not self.method.allocator.shuffled:
-            return rows
-        order = torch.from_numpy(seeds(self.place.seed, self.place.step, rows.owner.numpy(), rows.query.numpy()).argsort())
-        return replace(rows[order], group=torch.arange(len(rows)) // self.units)
+        if self.method.allocator.shuffled:
+            order = seeds(self.place.seed, self.place.step, rows.owner.numpy(), rows.query.numpy()).argsort()
+            rows = replace(rows[torch.from_numpy(order)], group=torch.arange(len(rows)) // self.units)
+        return self.feed.ordered(rows, within_groups=self.method.perturbation.grouped)
 
-    def _chunks(self, rows: Rows) -> Iterator[Rows]:
-        size = self.method.rows_per_forward if self.method.objective.per_row else 1
-        return rows.chunks(size, within_groups=self.method.perturbation.grouped)
+    def _perturb(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """Run all rows; returns deltas (R,), summed perturbed losses (B,) and the update (d,), with N = 1."""
+        deltas, perturbed = torch.empty(len(rows)), torch.zeros(self.units, dtype=torch.float64)
+        vector = self.method.perturbation.vector
+        update = torch.zeros(vector.size, device=vector.device)
+
+        def work(index: slice) -> int:
+            chunk = rows[index]
+            noise = self._noise(chunk)
+            own, losses, columns = self._evaluate(chunk, noise)
+            coefficients = torch.where(own.isfinite(), own * chunk.weight, 0.0)
+            pulled = self.method.perturbation.pull_back(noise, coefficients)
+            # Memory may have been short before: from here on nothing large is made.
+            deltas[index] = own
+            perturbed.index_add_(0, chunk.owner, losses.mean(0).double())
+            update.add_(pulled)
+            return columns
+
+        self._in_chunks(rows, work, self.planner)
+        return deltas, perturbed, update
+
+    def _in_chunks(self, rows: Rows, work: Work, planner: ChunkPlanner) -> None:
+        one_by_one = not self.method.objective.per_row
+        stretches = [1] * len(rows) if one_by_one else rows.stretches(within_groups=self.method.perturbation.grouped)
+        in_chunks(stretches, work, planner)
 
     def _noise(self, chunk: Rows) -> Any:
         place = self.place
@@ -206,10 +219,10 @@ class _Step:
         keys = NoiseKeys.of(place.seed, place.step, positions, chunk.query, int(chunk.group[0]))
         return self.method.perturbation.draw(keys)
 
-    def _evaluate(self, chunk: Rows, noise: Any) -> tuple[Tensor, Tensor]:
-        """Run a chunk at every sign; returns deltas (R,) and losses (S, R)."""
+    def _evaluate(self, chunk: Rows, noise: Any) -> tuple[Tensor, Tensor, int]:
+        """Run a chunk at every sign; returns deltas (R,), losses (S, R) and a row's columns."""
         method = self.method
-        inputs = take(self.inputs, chunk.owner) if method.objective.per_row else self.inputs
+        inputs, columns = self.feed.of(chunk.owner) if method.objective.per_row else (self.inputs, 1)
         losses = []
         for sign in method.estimator.signs:
             with method.perturbation.applied(noise, sign * method.scale):
@@ -218,7 +231,7 @@ class _Step:
         self.elements[chunk.owner] = found.counts.cpu().float()
         clean = None if self.clean is None else self.clean.sums.cpu()[chunk.owner]
         stacked = torch.stack(losses)
-        return method.estimator.deltas(stacked, clean, method.scale).float(), stacked
+        return method.estimator.deltas(stacked, clean, method.scale).float(), stacked, columns
 
     def _without_non_finite(self, rows: Rows, deltas: Tensor, counts: Tensor, update: Tensor) -> Tensor:
         """Re-spread the weight of rows that were dropped for a non-finite loss; returns the update (d,)."""
@@ -232,15 +245,12 @@ class _Step:
                 f"perturbation_scale (now {self.method.scale:g}) or the learning rate, and look at the batch for NaN."
             )
         # First among the rows of the same sample: what they lack is added, from noise that is drawn again.
-        lacking = torch.where(kept > 0, counts / kept.clamp(min=1) - 1, 0.0)[rows.owner] * finite
-        index = torch.nonzero(lacking).flatten()
-        for chunk, extra in zip(
-            self._chunks(rows[index]), self._pieces(rows[index], (deltas * rows.weight * lacking)[index]), strict=True
-        ):
-            update = update + self.method.perturbation.pull_back(self._noise(chunk), extra)
+        again, extra = rows.lacking(deltas, counts, kept)
+
+        def work(part: slice) -> int:
+            update.add_(self.method.perturbation.pull_back(self._noise(again[part]), extra[part]))
+            return 1
+
+        self._in_chunks(again, work, ChunkPlanner(self.planner.size))
         # Then, for samples without any finite row, among the loss elements of the other samples.
         return update * float(self.elements.sum() / (self.elements[kept > 0].sum() or 1.0))
-
-    def _pieces(self, rows: Rows, values: Tensor) -> list[Tensor]:
-        """Cut values (R,) as `_chunks` cuts rows."""
-        return list(values.split([len(chunk) for chunk in self._chunks(rows)]))

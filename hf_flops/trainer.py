@@ -21,14 +21,14 @@ from .estimators import ESTIMATORS, Estimator
 from .ledger import Ledger
 from .objectives import CallableObjective, Objective
 from .perturbations import Perturbation
-from .rows import batch_size
+from .rows import Place, batch_size
 from .selfcheck import choose_objective, choose_perturbation, precision_of
-from .step import Method, Place, estimate_gradient
+from .step import Method, estimate_gradient
+from .tuning import Tuning
 
 logger = logging.getLogger(__name__)
 SAMPLE_ID = "sample_id"
 STATE_FILE = "flops_state.json"
-_NOISE_BYTES = 256 * 2**20
 
 
 class FlopsTrainerMixin:
@@ -83,6 +83,7 @@ class FlopsTrainerMixin:
         self._allocator: Allocator = allocator or ALLOCATORS[args.allocator]()
         self._estimator: Estimator = estimator or ESTIMATORS[args.estimator]()
         self._perturbation = self._given_perturbation = perturbation
+        self._tuning = Tuning.of(args)
         self._position, self._position_step = 0, -1
         self._ids: list[int] | None = None
         self.ledger = Ledger()
@@ -105,7 +106,7 @@ class FlopsTrainerMixin:
         """Train as the stock trainer does; each run starts with a new ledger and allocator and a new self-check."""
         self._perturbation, self._position_step = self._given_perturbation, -1
         self._allocator = self._given_allocator or ALLOCATORS[self.args.allocator]()
-        self.ledger = Ledger()
+        self.ledger, self._tuning = Ledger(), Tuning.of(self.args)
         if not self._own_objective:
             self._objective = None
         return super().train(*args, **kwargs)  # type: ignore[misc]
@@ -125,7 +126,8 @@ class FlopsTrainerMixin:
             forward = self._forward_function(model)
             if self._objective is None or self._perturbation is None:
                 self._set_up(model, forward, inputs)
-            method = self._method(batch_size(inputs))
+            precision = precision_of(self.model, autocast=self.args.bf16)
+            method = self._tuning.complete(self._method(), forward, inputs, precision)
             elements = self._elements(num_items_in_batch)
             batches = self.current_gradient_accumulation_steps
             result = estimate_gradient(forward, inputs, method, self._place(inputs), elements, batches)
@@ -188,14 +190,10 @@ class FlopsTrainerMixin:
             for note in notes:
                 logger.warning("%s", note)
 
-    def _method(self: Any, samples: int) -> Method:
-        """Put the method together for a batch of this many samples."""
-        args, dimension = self.args, self._perturbation.vector.size
+    def _method(self: Any) -> Method:
+        """Put the method together, as far as the arguments fix it."""
+        args = self.args
         half = args.bf16 or any(p.dtype == torch.bfloat16 for p in self._perturbation.vector.parameters)
-        rows = args.rows_per_forward
-        if rows is None:
-            # The batch is known to fit; noise is what query rows need beyond that.
-            rows = max(1, min(max(samples, 32), _NOISE_BYTES // (4 * dimension)))
         return Method(
             objective=self._objective,
             perturbation=self._perturbation,
@@ -203,7 +201,7 @@ class FlopsTrainerMixin:
             allocator=self._allocator,
             queries_per_sample=args.queries_per_sample,
             scale=args.perturbation_scale or (1e-2 if half else 1e-3),
-            rows_per_forward=rows,
+            rows_per_forward=1,
         )
 
     def _place(self: Any, inputs: dict[str, Any]) -> Place:
@@ -239,7 +237,8 @@ class FlopsTrainerMixin:
     def _save_optimizer_and_scheduler(self: Any, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
         if self.args.should_save:
-            state = {"allocator": self._allocator.state_dict(), "ledger": self.ledger.state_dict()}
+            parts = {"allocator": self._allocator, "ledger": self.ledger, "tuning": self._tuning}
+            state = {name: part.state_dict() for name, part in parts.items()}
             unfinished = Path(output_dir, STATE_FILE + ".tmp")
             unfinished.write_text(json.dumps(state))
             unfinished.replace(Path(output_dir, STATE_FILE))
@@ -251,6 +250,7 @@ class FlopsTrainerMixin:
             state = json.loads(path.read_text())
             self._allocator.load_state_dict(state["allocator"])
             self.ledger.load_state_dict(state["ledger"])
+            self._tuning.load_state_dict(state["tuning"])
 
 
 def _run(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor | None, Any]:

@@ -12,10 +12,10 @@ import hf_flops
 PACKAGE = Path(hf_flops.__file__).parent
 # Each room may import the rooms of lower floors; those of the ground floor may also import each other.
 FLOORS = {
-    **dict.fromkeys(["errors", "counters", "_version", "rows"], 0),
-    **dict.fromkeys(["objectives", "perturbations", "estimators", "allocators", "metrics"], 1),
+    **dict.fromkeys(["errors", "counters", "_version", "rows", "memory", "padding"], 0),
+    **dict.fromkeys(["objectives", "perturbations", "estimators", "allocators", "metrics", "chunks"], 1),
     **dict.fromkeys(["step", "selfcheck"], 2),
-    **dict.fromkeys(["args", "ledger", "memory", "plots"], 3),
+    **dict.fromkeys(["args", "ledger", "plots", "tuning"], 3),
     "checks": 4,
     "trainer": 5,
 }
