@@ -104,10 +104,11 @@ class FlopsArgumentsMixin:
     noise: str | None = field(
         default=None, metadata={"help": f"Distribution of the noise: {' or '.join(sorted(DISTRIBUTIONS))}."}
     )
-    perturbation_scale: float | None = field(
+    perturbation_scale: float | str | None = field(
         default=None,
         metadata={
-            "help": "Step of the finite difference, epsilon. Default: 1e-3, or 1e-2 where the model computes in 16 bits."
+            "help": "Step of the finite difference, epsilon, or 'auto': measured with the first batch, for about "
+            "256 rows. Default: 1e-3, or 1e-2 where the model computes in 16 bits."
         },
     )
     rows_per_forward: int | str | None = field(
@@ -145,6 +146,7 @@ class FlopsArgumentsMixin:
 
     def _check_numbers(self) -> None:
         self.rows_per_forward = _number(int, "auto" if self.rows_per_forward is None else self.rows_per_forward)
+        self.perturbation_scale = _number(float, self.perturbation_scale)
         queries, scale, rows = self.queries_per_sample, self.perturbation_scale, self.rows_per_forward
         _require(
             isinstance(queries, int) and queries >= 1,
@@ -157,7 +159,8 @@ class FlopsArgumentsMixin:
             f"queries_per_sample={queries} is too few: estimator={self.estimator!r} with allocator={self.allocator!r} "
             f"needs at least {len(least.signs) + clean} rows per sample, the clean one included.",
         )
-        _require(scale is None or 0 < scale < float("inf"), f"perturbation_scale={scale!r} must be positive and finite.")
+        fine = scale in (None, "auto") or (isinstance(scale, (int, float)) and 0 < scale < float("inf"))
+        _require(fine, f"perturbation_scale={scale!r} must be positive and finite, or 'auto'.")
         whole = isinstance(rows, int) and rows >= 1
         _require(rows == "auto" or whole, f"rows_per_forward={rows!r} must be a whole number, 1 or more, or 'auto'.")
         limit = self.memory_limit_gb

@@ -15,7 +15,7 @@ from transformers import Trainer
 
 from .allocators import ALLOCATORS, Allocator
 from .args import FlopsTrainingArguments
-from .checks import check_arguments, check_ready, evaluation_mode, wrap_with_adapter
+from .checks import check_arguments, check_ready, evaluation_mode, quantised_base_allowed, widen_trainable, wrap_with_adapter
 from .errors import ObjectiveError
 from .estimators import ESTIMATORS, Estimator
 from .ledger import Ledger
@@ -87,20 +87,24 @@ class FlopsTrainerMixin:
         self._position, self._position_step = 0, -1
         self._ids: list[int] | None = None
         self.ledger = Ledger()
-        super().__init__(model, args, *positional, **kwargs)  # type: ignore[call-arg]
+        with quantised_base_allowed(model):
+            super().__init__(model, args, *positional, **kwargs)  # type: ignore[call-arg]
         self._announce()
 
     def _announce(self: Any) -> None:
         """Check that there is something to train, and tag the model for the Hub."""
         batch = self.args.per_device_train_batch_size
         check_ready(self.model, self.train_dataset, self._allocator.needs_clean, batch)
+        widen_trainable(self.model)
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(self._tag_names)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Build the model as the stock trainer does, and wrap it with `peft_config`."""
         model = super().call_model_init(trial)  # type: ignore[misc]
-        return model if self._peft_config is None else wrap_with_adapter(model, self._peft_config)
+        model = model if self._peft_config is None else wrap_with_adapter(model, self._peft_config)
+        widen_trainable(model)
+        return model
 
     def train(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Train as the stock trainer does; each run starts with a new ledger and allocator and a new self-check."""
@@ -127,10 +131,12 @@ class FlopsTrainerMixin:
             if self._objective is None or self._perturbation is None:
                 self._set_up(model, forward, inputs)
             precision = precision_of(self.model, autocast=self.args.bf16)
-            method = self._tuning.complete(self._method(), forward, inputs, precision)
+            place, method = self._place(inputs), self._method(precision)
+            method = self._tuning.complete(method, forward, inputs, precision=precision, seed=place.seed)
             elements = self._elements(num_items_in_batch)
             batches = self.current_gradient_accumulation_steps
-            result = estimate_gradient(forward, inputs, method, self._place(inputs), elements, batches)
+            result = estimate_gradient(forward, inputs, method, place, elements, batches)
+        self.ledger.rows, self._tuning.rows = self.ledger.rows + self._tuning.rows, 0
         self.ledger.record(result, self._ids)
         return result.loss.to(self.args.device)
 
@@ -190,17 +196,16 @@ class FlopsTrainerMixin:
             for note in notes:
                 logger.warning("%s", note)
 
-    def _method(self: Any) -> Method:
+    def _method(self: Any, precision: float) -> Method:
         """Put the method together, as far as the arguments fix it."""
-        args = self.args
-        half = args.bf16 or any(p.dtype == torch.bfloat16 for p in self._perturbation.vector.parameters)
+        args, scale = self.args, self.args.perturbation_scale
         return Method(
             objective=self._objective,
             perturbation=self._perturbation,
             estimator=self._estimator,
             allocator=self._allocator,
             queries_per_sample=args.queries_per_sample,
-            scale=args.perturbation_scale or (1e-2 if half else 1e-3),
+            scale=scale if isinstance(scale, (int, float)) else 1e-3 if precision < 1e-3 else 1e-2,
             rows_per_forward=1,
         )
 
@@ -227,7 +232,7 @@ class FlopsTrainerMixin:
     def log(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add rows used and the averages of the estimator's metrics to the training log."""
         if "loss" in logs:
-            logs = {**logs, **self.ledger.summary()}
+            logs = {**logs, **self._tuning.found, **self.ledger.summary()}
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

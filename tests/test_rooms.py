@@ -15,8 +15,8 @@ FLOORS = {
     **dict.fromkeys(["errors", "counters", "_version", "rows", "memory", "padding"], 0),
     **dict.fromkeys(["objectives", "perturbations", "estimators", "allocators", "metrics", "chunks"], 1),
     **dict.fromkeys(["step", "selfcheck"], 2),
-    **dict.fromkeys(["args", "ledger", "plots", "tuning"], 3),
-    "checks": 4,
+    **dict.fromkeys(["args", "calibration", "ledger", "plots", "precision"], 3),
+    **dict.fromkeys(["checks", "tuning"], 4),
     "trainer": 5,
 }
 ENGINE = {room for room, floor in FLOORS.items() if floor <= 2}

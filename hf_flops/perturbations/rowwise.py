@@ -77,7 +77,8 @@ def _watch(site: Site, noise: Noise, scale: float, fired: Callable[[], None]) ->
         assert site.rule is not None
         return site.rule(module, x, out, noise, scale)
 
-    return site.module.register_forward_hook(hook, with_kwargs=True).remove
+    # Before other hooks: what narrows a float32 module's output must not round the noise away.
+    return site.module.register_forward_hook(hook, with_kwargs=True, prepend=True).remove
 
 
 def _patch_prompt(site: Site, noise: Noise, scale: float, fired: Callable[[], None]) -> Callable[[], None]:
