@@ -84,7 +84,7 @@ def _deltas(
 ) -> Tensor:
     """Return (K, R) deltas of the rows at every scale; clean: (B,) losses or None."""
     deltas = torch.empty(len(GRID), len(rows), dtype=torch.float64)
-    planner, perturbation, per_row = method.rows_per_forward, method.perturbation, method.objective.per_row
+    perturbation, per_row = method.perturbation, method.objective.per_row
 
     def work(index: slice) -> int:
         chunk = rows[index]
@@ -102,5 +102,5 @@ def _deltas(
         return 1
 
     lengths = rows.stretches(within_groups=perturbation.grouped) if per_row else [1] * len(rows)
-    in_chunks(lengths, work, planner if isinstance(planner, ChunkPlanner) else ChunkPlanner(planner), whole=True)
+    in_chunks(lengths, work, ChunkPlanner.of(method.rows_per_forward), whole=True)
     return deltas

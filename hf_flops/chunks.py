@@ -57,6 +57,11 @@ class ChunkPlanner:
         self.limit, self.device, self._fixed, self._prepared = limit, torch.device("cpu"), size is not None, False
         self._peak, self._timed, self._warned = math.nan, -1, False  # rows timed at this size; -1: not even run
 
+    @classmethod
+    def of(cls, rows: int | ChunkPlanner) -> ChunkPlanner:
+        """Return a planner that keeps to so many rows, or the planner itself."""
+        return rows if isinstance(rows, ChunkPlanner) else cls(rows)
+
     def prepare(self, device: torch.device, row_bytes: int) -> None:
         """Learn where the model runs, and how many bytes the noise of a row has, with the first batch."""
         if self._prepared:

@@ -124,22 +124,20 @@ class _Step:
         self.samples = batch_size(inputs)
         self.units = self.samples if method.objective.per_row else 1  # what counts are given to
         self.budget = method.budget(self.samples) // (self.samples // self.units)
-        given = method.rows_per_forward
-        self.planner = given if isinstance(given, ChunkPlanner) else ChunkPlanner(given)
+        self.planner = ChunkPlanner.of(method.rows_per_forward)
         self.feed = Feed(inputs, method.trimmed if method.objective.per_row else frozenset())
         self.clean = self._clean() if method.needs_clean else None
         self.elements = torch.zeros(self.units)  # loss elements of each sample, known after the first forward
 
     def _clean(self) -> RowLosses:
         """Run the batch as it is: all at once, unless it does not fit in memory."""
-        objective, features = self.method.objective, self.method.allocator.needs_clean
-        if not objective.per_row:
-            return objective(self.forward, self.inputs, features=features)
-        found: list[RowLosses] = []
+        features, found = self.method.allocator.needs_clean, list[RowLosses]()
+        if not self.method.objective.per_row:
+            return self.method.objective(self.forward, self.inputs, features=features)
 
         def work(chunk: slice) -> int:
             inputs, columns = self.feed.of(torch.arange(self.samples)[chunk])
-            found.append(objective(self.forward, inputs, features=features))
+            found.append(self.method.objective(self.forward, inputs, features=features))
             return columns
 
         in_chunks([self.samples], work, self.planner, whole=True)
@@ -199,7 +197,7 @@ class _Step:
             own, losses, columns = self._evaluate(chunk, noise)
             coefficients = torch.where(own.isfinite(), own * chunk.weight, 0.0)
             pulled = self.method.perturbation.pull_back(noise, coefficients)
-            # Memory may have been short before: from here on nothing large is made.
+            # Memory may have run out before: from here on nothing large is made.
             deltas[index] = own
             perturbed.index_add_(0, chunk.owner, losses.mean(0).double())
             update.add_(pulled)
@@ -209,9 +207,8 @@ class _Step:
         return deltas, perturbed, update
 
     def _in_chunks(self, rows: Rows, work: Work, planner: ChunkPlanner) -> None:
-        one_by_one = not self.method.objective.per_row
-        stretches = [1] * len(rows) if one_by_one else rows.stretches(within_groups=self.method.perturbation.grouped)
-        in_chunks(stretches, work, planner)
+        per_row, grouped = self.method.objective.per_row, self.method.perturbation.grouped
+        in_chunks(rows.stretches(within_groups=grouped) if per_row else [1] * len(rows), work, planner)
 
     def _noise(self, chunk: Rows) -> Any:
         place = self.place

@@ -128,8 +128,15 @@ def dataset(kind, dtype, samples=8):
     return as_dataset(batch(kind, dtype, samples))
 
 
-@pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize(("kind", "adapter"), [("vit", "lora"), ("llama", "ln_tuning"), ("llama", "prompt")])
+@pytest.mark.parametrize(
+    ("kind", "adapter", "dtype"),
+    [
+        ("vit", "lora", torch.bfloat16),
+        ("vit", "lora", torch.float16),
+        ("llama", "ln_tuning", torch.bfloat16),
+        ("llama", "prompt", torch.float16),
+    ],
+)
 def test_sixteen_bit_bases_train(kind, adapter, dtype, tmp_path, caplog):
     data = dataset(kind, dtype)
     with caplog.at_level(logging.WARNING):
