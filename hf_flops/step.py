@@ -174,9 +174,8 @@ class _Step:
         return Features(losses, residuals, place.step, place.position, place.epoch, place.seed, lengths, ids)
 
     def _counts(self, features: Features) -> Tensor:
-        if not self.method.objective.per_row:
-            return equal_counts(self.units, self.budget)
-        return self.method.allocator.counts(features, self.budget)
+        counts, budget = self.method.allocator.counts, self.budget
+        return counts(features, budget) if self.method.objective.per_row else equal_counts(self.units, budget)
 
     def _layout(self, counts: Tensor) -> Rows:
         rows = expand(counts, 1.0, weighted=self.method.allocator.weighted)
@@ -188,8 +187,7 @@ class _Step:
     def _perturb(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """Run all rows; returns deltas (R,), summed perturbed losses (B,) and the update (d,), with N = 1."""
         deltas, perturbed = torch.empty(len(rows)), torch.zeros(self.units, dtype=torch.float64)
-        vector = self.method.perturbation.vector
-        update = torch.zeros(vector.size, device=vector.device)
+        update = torch.zeros(self.method.perturbation.vector.size, device=self.method.perturbation.vector.device)
 
         def work(index: slice) -> int:
             chunk = rows[index]
@@ -211,9 +209,8 @@ class _Step:
         in_chunks(rows.stretches(within_groups=grouped) if per_row else [1] * len(rows), work, planner)
 
     def _noise(self, chunk: Rows) -> Any:
-        place = self.place
-        positions = chunk.owner + place.position
-        keys = NoiseKeys.of(place.seed, place.step, positions, chunk.query, int(chunk.group[0]))
+        seed, step, positions = self.place.seed, self.place.step, chunk.owner + self.place.position
+        keys = NoiseKeys.of(seed, step, positions, chunk.query, int(chunk.group[0]))
         return self.method.perturbation.draw(keys)
 
     def _evaluate(self, chunk: Rows, noise: Any) -> tuple[Tensor, Tensor, int]:
