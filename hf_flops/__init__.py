@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from .args import FlopsArgumentsMixin, FlopsTrainingArguments
     from .errors import ConfigurationError, FlopsError, NonFiniteError, ObjectiveError
     from .objectives import CallableObjective
-    from .step import Method, Place, StepResult, estimate_gradient
+    from .rows import Place
+    from .step import Method, StepResult, estimate_gradient
     from .suffix import SuffixPromptModel
     from .trainer import FlopsTrainer, FlopsTrainerMixin
 
@@ -26,7 +27,7 @@ _HOMES = {
     "Method": "step",
     "NonFiniteError": "errors",
     "ObjectiveError": "errors",
-    "Place": "step",
+    "Place": "rows",
     "StepResult": "step",
     "SuffixPromptModel": "suffix",
     "estimate_gradient": "step",

@@ -42,6 +42,14 @@ def _require(condition: bool, message: str) -> None:
         raise ConfigurationError(message)
 
 
+def _number(kind: type, value: Any) -> Any:
+    """Convert the text of a command line to a number, if it is one."""
+    try:
+        return kind(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
 def check_processes(known: int = 1) -> None:
     """Refuse a run of several processes: `known` ones, or those that the environment tells of."""
     processes = max(int(os.environ.get("WORLD_SIZE") or 1), known)
@@ -97,17 +105,25 @@ class FlopsArgumentsMixin:
     noise: str | None = field(
         default=None, metadata={"help": f"Distribution of the noise: {' or '.join(sorted(DISTRIBUTIONS))}."}
     )
-    perturbation_scale: float | None = field(
+    perturbation_scale: float | str | None = field(
         default=None,
         metadata={
-            "help": "Step of the finite difference, epsilon. Default: 1e-3, or 1e-2 where the model computes in 16 bits."
+            "help": "Step of the finite difference, epsilon, or 'auto': measured with the first batch, for about "
+            "256 rows. Default: 1e-3, or 1e-2 where the model computes in 16 bits."
         },
     )
-    rows_per_forward: int | None = field(
+    rows_per_forward: int | str | None = field(
+        default="auto",
+        metadata={
+            "help": "Rows that go through the model at a time, or 'auto': the fastest size that fits in memory, found while "
+            "the first steps run. Changes the result by rounding only; a number makes runs repeat bit for bit."
+        },
+    )
+    memory_limit_gb: float | None = field(
         default=None,
         metadata={
-            "help": "Rows that go through the model at a time; does not change the result. Default: the batch size, or 32 "
-            "where that is larger, but no more than 256 MB of noise."
+            "help": "GB that the rows of one forward pass may take on top of the model, noise included, where "
+            "rows_per_forward='auto'. Default: 80 percent of what is free at the first step."
         },
     )
     late_expansion: bool = field(
@@ -145,6 +161,8 @@ class FlopsArgumentsMixin:
                 setattr(self, name, value)
 
     def _check_numbers(self) -> None:
+        self.rows_per_forward = _number(int, "auto" if self.rows_per_forward is None else self.rows_per_forward)
+        self.perturbation_scale = _number(float, self.perturbation_scale)
         queries, scale, rows = self.queries_per_sample, self.perturbation_scale, self.rows_per_forward
         _require(
             isinstance(queries, int) and queries >= 1,
@@ -157,11 +175,14 @@ class FlopsArgumentsMixin:
             f"queries_per_sample={queries} is too few: estimator={self.estimator!r} with allocator={self.allocator!r} "
             f"needs at least {len(least.signs) + clean} rows per sample, the clean one included.",
         )
-        _require(scale is None or 0 < scale < float("inf"), f"perturbation_scale={scale!r} must be positive and finite.")
+        fine = scale in (None, "auto") or (isinstance(scale, (int, float)) and 0 < scale < float("inf"))
+        _require(fine, f"perturbation_scale={scale!r} must be positive and finite, or 'auto'.")
         _require(self.late_expansion or self.prefix_cache is None, "prefix_cache needs late_expansion=True.")
         _require(self.prefix_cache_gb > 0, f"prefix_cache_gb={self.prefix_cache_gb!r} must be positive.")
         whole = isinstance(rows, int) and rows >= 1
-        _require(rows is None or whole, f"rows_per_forward={rows!r} must be a whole number, 1 or more.")
+        _require(rows == "auto" or whole, f"rows_per_forward={rows!r} must be a whole number, 1 or more, or 'auto'.")
+        limit = self.memory_limit_gb
+        _require(limit is None or 0 < limit < float("inf"), f"memory_limit_gb={limit!r} must be positive and finite.")
 
     def _check_stock_options(self) -> None:
         """Refuse, or quietly switch off, options of `TrainingArguments` that belong to the backward pass."""

@@ -16,6 +16,7 @@ from .errors import ConfigurationError
 from .independence import choose_reuse
 from .objectives import Forward, Objective
 from .perturbations import Perturbation
+from .precision import keep_masters
 from .prefix_cache import CachedReuse, SampleStore
 from .reuse import Reuse
 
@@ -52,6 +53,34 @@ def wrap_with_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
     if isinstance(model, PeftModel):
         raise ConfigurationError("The model is a PeftModel already: pass it without peft_config.")
     return get_peft_model(model, peft_config)
+
+
+def widen_trainable(model: nn.Module) -> None:
+    """Keep trainable parameters of a 16-bit model in float32, and say so."""
+    names = keep_masters(model)
+    if names:
+        logger.warning(
+            "%d trainable tensors are kept in float32, as 16 bits would round small updates away (%s, ...).",
+            len(names),
+            names[0],
+        )
+
+
+@contextmanager
+def quantised_base_allowed(model: Any) -> Iterator[None]:
+    """Let the stock trainer accept a quantised model that cannot be trained by backprop; forward passes are enough here.
+
+    The stock check passes over models that carry an adapter of their own, so this one says for a while that it does.
+    """
+    flag = "_hf_peft_config_loaded"
+    if not isinstance(model, nn.Module) or not getattr(model, "is_quantized", False) or flag in vars(model):
+        yield
+        return
+    setattr(model, flag, True)
+    try:
+        yield
+    finally:
+        delattr(model, flag)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""How much memory a stretch of code needed at its peak."""
+"""How much memory is free, and how much a stretch of code needed at its peak."""
 
 from __future__ import annotations
 
@@ -28,10 +28,35 @@ def _trim() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
+def _number(path: str, name: str = "") -> float:
+    """Return the number in a file of the system, or in the line of it that starts with `name`; NaN where there is none."""
+    try:
+        lines = Path(path).read_text().splitlines()
+        return float(next(line for line in lines if line.startswith(name)).removeprefix(name).split()[0])
+    except (OSError, StopIteration, ValueError, IndexError):
+        return float("nan")
+
+
+def free_memory(device: torch.device) -> float:
+    """Return how many bytes can be had on a device now, or NaN where the system does not tell."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return float(torch.cuda.mem_get_info(device)[0] + kept)
+    if device.type != "cpu":
+        return float("nan")
+    free = 1024 * _number("/proc/meminfo", "MemAvailable:")
+    group = "/sys/fs/cgroup/memory"  # the limit of a container; cached files give way
+    used = _number(f"{group}.current") - _number(f"{group}.stat", "inactive_file ")
+    return min(free, _number(f"{group}.max") - used)  # a comparison with NaN is false, and leaves `free`
+
+
 class PeakMemory:
     """Measures the peak of a process's memory above what it held at the start: `with PeakMemory() as memory: ...`.
 
     On a GPU torch's own count is taken; elsewhere Linux's high-water mark of the resident set, reset at the start.
+
+    Args:
+        device: where the memory is; by default the GPU if there is one.
 
     Attributes:
         megabytes: the peak above the start, NaN where the system does not tell.
@@ -40,10 +65,13 @@ class PeakMemory:
     megabytes = float("nan")
     _start: int | None = None
 
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._cuda = torch.cuda.is_available() if device is None else device.type == "cuda"
+
     def __enter__(self) -> PeakMemory:
         gc.collect()
         _trim()
-        if torch.cuda.is_available():
+        if self._cuda:
             torch.cuda.reset_peak_memory_stats()
             self._start = torch.cuda.memory_allocated()
             return self
@@ -55,7 +83,7 @@ class PeakMemory:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        if torch.cuda.is_available():
+        if self._cuda:
             self.megabytes = (torch.cuda.max_memory_allocated() - int(self._start or 0)) / _MEGABYTE
             return
         peak = _status("VmHWM")

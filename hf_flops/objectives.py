@@ -37,6 +37,15 @@ class RowLosses:
     counts: Tensor
     residuals: Tensor | None = None
 
+    @classmethod
+    def joined(cls, parts: list[RowLosses]) -> RowLosses:
+        """Put the findings of consecutive forward passes together."""
+        if len(parts) == 1:
+            return parts[0]
+        residuals = [part.residuals for part in parts if part.residuals is not None]
+        sums, counts = torch.cat([part.sums for part in parts]), torch.cat([part.counts for part in parts])
+        return cls(sums, counts, torch.cat(residuals) if residuals else None)
+
 
 class Objective(Protocol):
     """What is minimised.
@@ -78,7 +87,6 @@ def _weights(name: str, losses: Tensor, target: Tensor, weight: Tensor | None, i
 
 def _squared_residuals(name: str, prediction: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     """Return `||d loss / d prediction||^2` of each element, ignoring class weights and label smoothing."""
-    prediction = widen(prediction)
     if name == "mse_loss":
         return (2 * (prediction - target)).square()
     if name == "binary_cross_entropy_with_logits":
@@ -94,29 +102,41 @@ def _squared_residuals(name: str, prediction: Tensor, target: Tensor, ignore_ind
     return torch.where(kept, (probabilities.square().sum(dimension) - 2 * chosen + 1).clamp(min=0), 0.0)
 
 
-class _Tap(TorchFunctionMode):
-    """Catches calls of the standard loss functions and keeps their unreduced values."""
+class _WideLosses(TorchFunctionMode):
+    """Computes the standard loss functions in float32 at least: a difference of 16-bit losses has no digits left."""
 
     functions: ClassVar = {
         function: inspect.signature(function)
         for function in (F.cross_entropy, F.nll_loss, F.mse_loss, F.binary_cross_entropy_with_logits)
     }
 
-    def __init__(self, features: bool) -> None:
-        super().__init__()
-        self.features = features
-        self.caught: list[_Caught] = []
-
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func not in self.functions:
             return func(*args, **(kwargs or {}))
         call = self.functions[func].bind(*args, **(kwargs or {}))
         call.apply_defaults()
-        given, reduction = call.arguments, call.arguments["reduction"]
-        losses = widen(func(**{**given, "size_average": None, "reduce": None, "reduction": "none"}))
+        floating = {n: v for n, v in call.arguments.items() if torch.is_tensor(v) and v.is_floating_point()}
+        return self.loss(func, {**call.arguments, **{name: widen(value) for name, value in floating.items()}})
+
+    def loss(self, function: Any, given: dict[str, Any]) -> Tensor:
+        """Return what the model gets for a call with these arguments."""
+        return function(**given)
+
+
+class _Tap(_WideLosses):
+    """Catches calls of the standard loss functions and keeps their unreduced values."""
+
+    def __init__(self, features: bool) -> None:
+        super().__init__()
+        self.features = features
+        self.caught: list[_Caught] = []
+
+    def loss(self, function: Any, given: dict[str, Any]) -> Tensor:
+        reduction = given["reduction"]
+        losses = function(**{**given, "size_average": None, "reduce": None, "reduction": "none"})
         target, ignored = given["target"], given.get("ignore_index", -100)
-        weights = _weights(func.__name__, losses, target, given.get("weight"), ignored)
-        squared = _squared_residuals(func.__name__, given["input"], target, ignored) if self.features else None
+        weights = _weights(function.__name__, losses, target, given.get("weight"), ignored)
+        squared = _squared_residuals(function.__name__, given["input"], target, ignored) if self.features else None
         self.caught.append(_Caught(losses, weights, squared))
         if reduction == "none":
             return losses
@@ -195,7 +215,8 @@ class BatchLoss:
     def __call__(self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False) -> RowLosses:
         """See `Objective`."""
         del features
-        loss, _ = forward(inputs)
+        with _WideLosses():
+            loss, _ = forward(inputs)
         if loss is None:
             raise ObjectiveError(f"The model returns no loss for inputs {sorted(inputs)}.")
         loss = widen(loss).reshape(1)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ConfigurationError
-from .reuse import Call, Output, Reuse
+from .reuse import Call, Output, Reuse, columns_of
 from .rows import batch_size, take
 
 Layout = tuple[tuple[str, Any], ...]
@@ -137,7 +137,7 @@ class CachedReuse(Reuse):
         """
         if ids is None or len(ids) != batch_size(inputs):
             raise ConfigurationError("prefix_cache needs to know the samples: add a column sample_id to the data set.")
-        samples = identify(inputs, ids)
+        samples, self._columns = identify(inputs, ids), columns_of(inputs)
         entries = [self.store.get(sample) for sample in samples]
         missing = [i for i, entry in enumerate(entries) if entry is None]
         if len(missing) == len(samples):

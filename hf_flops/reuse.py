@@ -50,14 +50,17 @@ class Reuse:
     Attributes:
         unused: modules whose output is read by others of `modules` only; NaN is handed on in its place, without memory.
         derived: small modules whose output follows from those of others; see `find_derived`.
+        narrow: whether recorded outputs may be cut where a chunk has less padding than the batch; None until it is known.
     """
 
     def __init__(self, modules: Mapping[nn.Module, tuple[bool, ...]] | None = None) -> None:
         self.modules = dict(modules or {})
         self.unused: set[nn.Module] = set()
         self.derived: set[nn.Module] = set()
+        self.narrow: bool | None = None
         self._kept: dict[nn.Module, Output] = {}
-        self._samples = 0
+        self._samples = self._columns = 0
+        self._cut: slice | None = None
         self._owner: Tensor | None = None
         self._running = self._stopping = False
 
@@ -73,24 +76,30 @@ class Reuse:
     def prepare(self, forward: Call, inputs: Mapping[str, Any], ids: Sequence[int] | None) -> None:
         """Called with the batch and its samples' ids before its forwards, for those who know some outputs already."""
 
-    def through(self, forward: Call, inputs: Mapping[str, Any], owner: Tensor | None = None) -> Call:
+    def through(
+        self, forward: Call, inputs: Mapping[str, Any], owner: Tensor | None = None, cut: slice | None = None
+    ) -> Call:
         """Return `forward` for an objective, to be called on `inputs`; on anything else the model runs as it is.
 
         Args:
             forward: runs the model.
             inputs: the batch, whose outputs are to be recorded, or the rows of a chunk.
             owner: (R,) int64, the sample of the batch that each row repeats; None for the batch itself.
+            cut: which of the batch's columns (tokens) these inputs have, None for all.
         """
+        if cut is not None and not self.narrow:
+            return forward
 
         def run(given: Mapping[str, Any]) -> Any:
             if given is not inputs:
                 return forward(given)
-            self._running, self._owner = True, owner
+            self._running, self._owner, self._cut = True, owner, cut
             self._samples = batch_size(inputs) if owner is None else self._samples
+            self._columns = columns_of(inputs) if owner is None else self._columns
             try:
                 return forward(given)
             finally:
-                self._running, self._owner = False, None
+                self._running, self._owner, self._cut = False, None, None
 
         return run
 
@@ -152,8 +161,16 @@ class Reuse:
     def _repeated(self, module: nn.Module, owner: Tensor) -> Any:
         leaves, spec = self._kept[module]
         per_row = self.modules[module]
-        found = [self._repeat(leaf, owner) if rows else _clone(leaf) for leaf, rows in zip(leaves, per_row, strict=True)]
+        found = [
+            self._repeat(self._narrowed(leaf), owner) if rows else _clone(self._narrowed(leaf))
+            for leaf, rows in zip(leaves, per_row, strict=True)
+        ]
         return tree_unflatten(found, spec)
+
+    def _narrowed(self, leaf: Any) -> Any:
+        """Cut (.., T, ..) down to the columns of the chunk; what has no columns stays as it is."""
+        cut = self._cut is not None and torch.is_tensor(leaf) and leaf.dim() > 2 and leaf.shape[1] == self._columns
+        return leaf[:, self._cut] if cut else leaf
 
     def _repeat(self, leaf: Tensor, owner: Tensor) -> Tensor:
         """Repeat (B * m, ...) for the rows: (R * m, ...)."""
@@ -163,7 +180,13 @@ class Reuse:
         owner = owner.to(leaf.device)
         if times == 1:
             return leaf.index_select(0, owner)
-        return leaf.view(self._samples, times, *tail).index_select(0, owner).flatten(0, 1)
+        return leaf.reshape(self._samples, times, *tail).index_select(0, owner).flatten(0, 1)
+
+
+def columns_of(inputs: Mapping[str, Any]) -> int:
+    """Return how many tokens the texts of a batch have, padding included; 0 where there are none."""
+    mask = inputs.get("attention_mask")
+    return mask.shape[1] if torch.is_tensor(mask) and mask.dim() == 2 else 0
 
 
 def _clone(leaf: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -12,6 +12,25 @@ from torch import Tensor
 from .errors import ObjectiveError
 
 MAIN_INPUTS = ("labels", "input_ids", "pixel_values", "inputs_embeds", "input_features", "input_values")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a batch lies in the run; together with the seed it fixes all noise.
+
+    Attributes:
+        seed: the run's seed.
+        step: optimizer steps done before this one.
+        position: index of the batch's first sample in the global batch of this optimizer step.
+        epoch: epochs done, with fraction.
+        ids: the samples' places in the data set, where they are known; they say nothing about the noise.
+    """
+
+    seed: int = 0
+    step: int = 0
+    position: int = 0
+    epoch: float = 0.0
+    ids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -40,16 +59,23 @@ class Rows:
         """Return these rows followed by others."""
         return Rows(*(torch.cat([getattr(self, field.name), getattr(other, field.name)]) for field in fields(self)))
 
-    def chunks(self, size: int, *, within_groups: bool) -> Iterator[Rows]:
-        """Yield at most `size` rows at a time, and never two groups together if `within_groups`."""
-        sizes = [len(self)]
-        if within_groups:
-            sizes = torch.unique_consecutive(self.group, return_counts=True)[1].tolist()
-        start = 0
-        for length in sizes:
-            for first in range(start, start + length, size):
-                yield self[first : min(first + size, start + length)]
-            start += length
+    def stretches(self, *, within_groups: bool) -> list[int]:
+        """Return how many consecutive rows may go together: all, or those of each group if `within_groups`."""
+        return torch.unique_consecutive(self.group, return_counts=True)[1].tolist() if within_groups else [len(self)]
+
+    def lacking(self, deltas: Tensor, samples: int) -> tuple[Rows, Tensor]:
+        """Return rows to be pulled back once more, where others of their sample were dropped, and with what coefficients.
+
+        Args:
+            deltas: (R,) float32, not finite where a row was dropped.
+            samples: B.
+        """
+        total, kept = torch.zeros(2, samples)
+        total.index_add_(0, self.owner, self.weight)
+        kept.index_add_(0, self.owner, self.weight * deltas.isfinite())
+        share = torch.where(kept > 0, total / kept.clamp(min=1e-30) - 1, 0.0)[self.owner] * deltas.isfinite()
+        index = torch.nonzero(share > 1e-6).flatten()
+        return self[index], (deltas * self.weight * share)[index]
 
 
 def expand(

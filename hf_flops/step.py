@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,33 +10,16 @@ import torch
 from torch import Tensor
 
 from .allocators import Allocator, Piloted, equal_counts
+from .chunks import ChunkPlanner, Work, in_chunks
 from .counters import seeds
 from .errors import ConfigurationError, NonFiniteError
 from .estimators import Estimator
 from .metrics import mean_squares, summarise
 from .objectives import Forward, Objective, RowLosses
+from .padding import Feed
 from .perturbations import NoiseKeys, Perturbation
 from .reuse import Reuse
-from .rows import Features, Rows, batch_size, expand, take
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a batch lies in the run; together with the seed it fixes all noise.
-
-    Attributes:
-        seed: the run's seed.
-        step: optimizer steps done before this one.
-        position: index of the batch's first sample in the global batch of this optimizer step.
-        epoch: epochs done, with fraction.
-        ids: the samples' places in the data set, where they are known; they say nothing about the noise.
-    """
-
-    seed: int = 0
-    step: int = 0
-    position: int = 0
-    epoch: float = 0.0
-    ids: tuple[int, ...] | None = None
+from .rows import Features, Place, Rows, batch_size, expand
 
 
 @dataclass(frozen=True)
@@ -50,7 +33,8 @@ class Method:
         allocator: how queries are shared out.
         queries_per_sample: rows of forward passes per sample and step, the clean one included.
         scale: the step of the difference, epsilon.
-        rows_per_forward: rows that go through the model at a time.
+        rows_per_forward: rows that go through the model at a time, or what finds out how many.
+        trimmed: sides ("left", "right") at which padding that no row of a forward needs is cut off.
         reuse: modules that run once per sample, because no noise reaches them; see `choose_reuse`.
     """
 
@@ -60,7 +44,8 @@ class Method:
     allocator: Allocator
     queries_per_sample: int
     scale: float
-    rows_per_forward: int
+    rows_per_forward: int | ChunkPlanner
+    trimmed: frozenset[str] = frozenset()
     reuse: Reuse = field(default_factory=Reuse)
 
     @property
@@ -142,27 +127,45 @@ class _Step:
         self.samples = batch_size(inputs)
         self.units = self.samples if method.objective.per_row else 1  # what counts are given to
         self.budget = method.budget(self.samples) // (self.samples // self.units)
+        self.planner = ChunkPlanner.of(method.rows_per_forward)
+        self.feed = Feed(inputs, method.trimmed if method.objective.per_row else frozenset())
+        method.reuse.prepare(forward, self.feed.whole, place.ids)
         self.clean: RowLosses | None = None
-        method.reuse.prepare(forward, inputs, place.ids)
         if method.needs_clean:
-            run = method.reuse.through(forward, inputs)
-            self.clean = method.objective(run, inputs, features=method.allocator.needs_clean)
+            self.clean = self._clean()
         else:
-            method.reuse.record(forward, inputs)
+            method.reuse.record(forward, self.feed.whole)
         self.elements = torch.zeros(self.units)  # loss elements of each sample, known after the first forward
+        self.perturbed = torch.zeros(self.units, dtype=torch.float64)  # summed losses of each sample's perturbed rows
+        vector = method.perturbation.vector
+        self.update = torch.zeros(vector.size, device=vector.device)  # the estimate, with N = 1
+
+    def _clean(self) -> RowLosses:
+        """Run the batch as it is: all at once, unless it does not fit in memory."""
+        features, found = self.method.allocator.needs_clean, list[RowLosses]()
+        objective, reuse, whole = self.method.objective, self.method.reuse, self.feed.whole
+        if not objective.per_row:
+            return objective(reuse.through(self.forward, whole), whole, features=features)
+
+        def work(chunk: slice) -> int:
+            owner, inputs, columns, cut = torch.arange(self.samples)[chunk], whole, self.feed.columns, None
+            if len(owner) < self.samples:
+                inputs, columns, cut = self.feed.of(owner)
+            forward = reuse.through(self.forward, inputs, None if inputs is whole else owner, cut)
+            found.append(objective(forward, inputs, features=features))
+            return columns
+
+        in_chunks([self.samples], work, self.planner, whole=True)
+        return RowLosses.joined(found)
 
     def run(self, elements: float | None, batches: int) -> StepResult:
         features = self._features()
-        vector = self.method.perturbation.vector
-        self.update = torch.zeros(vector.size, device=vector.device)
-        self.perturbed = torch.zeros(self.units, dtype=torch.float64)
-        # N is only known once a forward has shown how many elements each sample has: rows are laid out with N = 1.
         rows, deltas = self._rounds(features)
         counts = torch.bincount(rows.owner, minlength=self.units)
         update = self._without_non_finite(rows, deltas)
         # Where no element counts (every label is ignored) there is nothing to average, and the update is zero.
         normalizer = (float(self.elements.sum()) * batches if elements is None else elements) or 1.0
-        vector.add_to_gradients(update / normalizer)
+        self.method.perturbation.vector.add_to_gradients(update / normalizer)
         squares = mean_squares(rows, deltas, self.units)
         self.method.allocator.update(features, counts, squares)
         loss = self.clean.sums if self.clean is not None else self.perturbed / counts
@@ -187,52 +190,58 @@ class _Step:
         """Run all queries, in two rounds where the allocator wants a pilot; returns them and their deltas (R,)."""
         allocator: Any = self.method.allocator
         if not self.method.objective.per_row:
-            return self._round(expand(equal_counts(self.units, self.budget), 1.0))
+            return self._round(equal_counts(self.units, self.budget))
         plan = allocator.pilot(features, self.budget) if isinstance(allocator, Piloted) else None
         if plan is None:
-            return self._round(self._layout(allocator.counts(features, self.budget)))
+            return self._round(allocator.counts(features, self.budget))
         pilot, shares = plan
-        first, seen = self._round(expand(pilot, 1.0, share=shares))
+        first, seen = self._round(pilot, share=shares)
         squares, left = mean_squares(first, seen, self.units), self.budget - len(first)
-        counts = allocator.second_counts(features, squares, pilot, shares, left)
-        second, later = self._round(expand(counts, 1.0, share=1 - shares, after=pilot))
+        second, later = self._round(
+            allocator.second_counts(features, squares, pilot, shares, left), share=1 - shares, after=pilot
+        )
         return first.then(second), torch.cat([seen, later])
 
-    def _round(self, rows: Rows) -> tuple[Rows, Tensor]:
-        """Run rows and add what they say to the update; returns them and their deltas (R,)."""
-        deltas = []
-        for chunk in self._chunks(rows):
+    def _round(self, counts: Tensor, **options: Any) -> tuple[Rows, Tensor]:
+        """Run so many queries of each sample and add what they say to the update; returns them and their deltas (R,)."""
+        # N is only known once a forward has shown how many elements each sample has: rows are laid out with N = 1.
+        rows = expand(counts, 1.0, weighted=self.method.allocator.weighted, **options)
+        if self.method.allocator.shuffled and self.method.objective.per_row:
+            order = seeds(self.place.seed, self.place.step, rows.owner.numpy(), rows.query.numpy()).argsort()
+            rows = replace(rows[torch.from_numpy(order)], group=torch.arange(len(rows)) // self.units)
+        rows = self.feed.ordered(rows, within_groups=self.method.perturbation.grouped)
+        deltas = torch.empty(len(rows))
+
+        def work(index: slice) -> int:
+            chunk = rows[index]
             noise = self._noise(chunk)
-            own, losses = self._evaluate(chunk, noise)
-            deltas.append(own)
-            self.perturbed.index_add_(0, chunk.owner, losses.mean(0).double())
+            own, losses, columns = self._evaluate(chunk, noise)
             coefficients = torch.where(own.isfinite(), own * chunk.weight, 0.0)
-            self.update += self.method.perturbation.pull_back(noise, coefficients)
-        return rows, torch.cat(deltas)
+            pulled = self.method.perturbation.pull_back(noise, coefficients)
+            # Memory may have run out before: from here on nothing large is made.
+            deltas[index] = own
+            self.perturbed.index_add_(0, chunk.owner, losses.mean(0).double())
+            self.update.add_(pulled)
+            return columns
 
-    def _layout(self, counts: Tensor) -> Rows:
-        rows = expand(counts, 1.0, weighted=self.method.allocator.weighted)
-        if not self.method.allocator.shuffled:
-            return rows
-        order = torch.from_numpy(seeds(self.place.seed, self.place.step, rows.owner.numpy(), rows.query.numpy()).argsort())
-        return replace(rows[order], group=torch.arange(len(rows)) // self.units)
+        self._in_chunks(rows, work, self.planner)
+        return rows, deltas
 
-    def _chunks(self, rows: Rows) -> Iterator[Rows]:
-        size = self.method.rows_per_forward if self.method.objective.per_row else 1
-        return rows.chunks(size, within_groups=self.method.perturbation.grouped)
+    def _in_chunks(self, rows: Rows, work: Work, planner: ChunkPlanner) -> None:
+        per_row, grouped = self.method.objective.per_row, self.method.perturbation.grouped
+        in_chunks(rows.stretches(within_groups=grouped) if per_row else [1] * len(rows), work, planner)
 
     def _noise(self, chunk: Rows) -> Any:
-        place = self.place
-        positions = chunk.owner + place.position
-        keys = NoiseKeys.of(place.seed, place.step, positions, chunk.query, int(chunk.group[0]))
+        seed, step, positions = self.place.seed, self.place.step, chunk.owner + self.place.position
+        keys = NoiseKeys.of(seed, step, positions, chunk.query, int(chunk.group[0]))
         return self.method.perturbation.draw(keys)
 
-    def _evaluate(self, chunk: Rows, noise: Any) -> tuple[Tensor, Tensor]:
-        """Run a chunk at every sign; returns deltas (R,) and losses (S, R)."""
+    def _evaluate(self, chunk: Rows, noise: Any) -> tuple[Tensor, Tensor, int]:
+        """Run a chunk at every sign; returns deltas (R,), losses (S, R) and a row's columns."""
         method = self.method
         owner = chunk.owner if method.objective.per_row else torch.arange(self.samples)
-        inputs = take(self.inputs, owner) if method.objective.per_row else self.inputs
-        forward = method.reuse.through(self.forward, inputs, owner)
+        inputs, columns, cut = self.feed.of(owner)
+        forward = method.reuse.through(self.forward, inputs, owner, cut)
         losses = []
         for sign in method.estimator.signs:
             with method.perturbation.applied(noise, sign * method.scale):
@@ -241,7 +250,7 @@ class _Step:
         self.elements[chunk.owner] = found.counts.cpu().float()
         clean = None if self.clean is None else self.clean.sums.cpu()[chunk.owner]
         stacked = torch.stack(losses)
-        return method.estimator.deltas(stacked, clean, method.scale).float(), stacked
+        return method.estimator.deltas(stacked, clean, method.scale).float(), stacked, columns
 
     def _without_non_finite(self, rows: Rows, deltas: Tensor) -> Tensor:
         """Re-spread the weight of rows that were dropped for a non-finite loss; returns the update (d,)."""
@@ -254,13 +263,13 @@ class _Step:
                 f"perturbation_scale (now {self.method.scale:g}) or the learning rate, and look at the batch for NaN."
             )
         # First among the rows of the same sample: what they lack is added, from noise that is drawn again.
-        total, kept = torch.zeros(2, self.units)
-        total.index_add_(0, rows.owner, rows.weight)
-        kept.index_add_(0, rows.owner, rows.weight * finite)
-        lacking = torch.where(kept > 0, total / kept.clamp(min=1e-30) - 1, 0.0)[rows.owner] * finite
-        index, update = torch.nonzero(lacking > 1e-6).flatten(), self.update
-        chunks, values = list(self._chunks(rows[index])), (deltas * rows.weight * lacking)[index]
-        for chunk, extra in zip(chunks, values.split([len(chunk) for chunk in chunks]), strict=True):
-            update = update + self.method.perturbation.pull_back(self._noise(chunk), extra)
+        again, extra = rows.lacking(deltas, self.units)
+
+        def work(part: slice) -> int:
+            self.update.add_(self.method.perturbation.pull_back(self._noise(again[part]), extra[part]))
+            return 1
+
+        self._in_chunks(again, work, ChunkPlanner(self.planner.size))
         # Then, for samples without any finite row, among the loss elements of the other samples.
-        return update * float(self.elements.sum() / (self.elements[kept > 0].sum() or 1.0))
+        kept = torch.bincount(rows.owner[finite], minlength=self.units) > 0
+        return self.update * float(self.elements.sum() / (self.elements[kept].sum() or 1.0))

@@ -20,7 +20,9 @@ from .checks import (
     check_ready,
     evaluation_mode,
     late_expansion,
+    quantised_base_allowed,
     shared_texts,
+    widen_trainable,
     without_cache,
     wrap_with_adapter,
 )
@@ -30,14 +32,14 @@ from .ledger import Ledger
 from .objectives import CallableObjective, Objective
 from .perturbations import Perturbation
 from .reuse import Reuse
-from .rows import batch_size
+from .rows import Place, batch_size
 from .selfcheck import choose_objective, choose_perturbation, precision_of
-from .step import Method, Place, estimate_gradient
+from .step import Method, estimate_gradient
+from .tuning import Tuning
 
 logger = logging.getLogger(__name__)
 SAMPLE_ID = "sample_id"
 STATE_FILE = "flops_state.json"
-_NOISE_BYTES = 256 * 2**20
 
 
 class FlopsTrainerMixin:
@@ -93,29 +95,34 @@ class FlopsTrainerMixin:
         self._estimator: Estimator = estimator or ESTIMATORS[args.estimator]()
         self._perturbation = self._given_perturbation = perturbation
         self._reuse: Reuse | None = None
+        self._tuning = Tuning.of(args)
         self._position, self._position_step = 0, -1
         self._ids: list[int] | None = None
         self.ledger = Ledger()
-        super().__init__(model, args, *positional, **kwargs)  # type: ignore[call-arg]
+        with quantised_base_allowed(model):
+            super().__init__(model, args, *positional, **kwargs)  # type: ignore[call-arg]
         self._announce()
 
     def _announce(self: Any) -> None:
         """Check that there is something to train, and tag the model for the Hub."""
         batch = self.args.per_device_train_batch_size
         check_ready(self.model, self.train_dataset, self._allocator.needs_clean, batch)
+        widen_trainable(self.model)
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(self._tag_names)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Build the model as the stock trainer does, and wrap it with `peft_config`."""
         model = super().call_model_init(trial)  # type: ignore[misc]
-        return model if self._peft_config is None else wrap_with_adapter(model, self._peft_config)
+        model = model if self._peft_config is None else wrap_with_adapter(model, self._peft_config)
+        widen_trainable(model)
+        return model
 
     def train(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Train as the stock trainer does; each run starts with a new ledger and allocator and a new self-check."""
         self._perturbation, self._reuse, self._position_step = self._given_perturbation, None, -1
         self._allocator = self._given_allocator or ALLOCATORS[self.args.allocator]()
-        self.ledger = Ledger()
+        self.ledger, self._tuning = Ledger(), Tuning.of(self.args)
         if not self._own_objective:
             self._objective = None
         return super().train(*args, **kwargs)  # type: ignore[misc]
@@ -136,10 +143,13 @@ class FlopsTrainerMixin:
             forward = self._forward_function(model)
             if self._objective is None or self._perturbation is None or self._reuse is None:
                 self._set_up(model, forward, inputs)
-            method = self._method(batch_size(inputs))
+            precision = precision_of(self.model, autocast=self.args.bf16)
+            place, method = self._place(inputs), self._method(precision)
+            method = self._tuning.complete(method, forward, inputs, precision=precision, seed=place.seed)
             elements = self._elements(num_items_in_batch)
             batches = self.current_gradient_accumulation_steps
-            result = estimate_gradient(forward, inputs, method, self._place(inputs), elements, batches)
+            result = estimate_gradient(forward, inputs, method, place, elements, batches)
+        self.ledger.rows, self._tuning.rows = self.ledger.rows + self._tuning.rows, 0
         self.ledger.record(result, self._ids)
         return result.loss.to(self.args.device)
 
@@ -201,22 +211,17 @@ class FlopsTrainerMixin:
         check = (self.model, self._objective, forward, inputs, self._perturbation, precision)
         self._reuse = late_expansion(self.args, *check)
 
-    def _method(self: Any, samples: int) -> Method:
-        """Put the method together for a batch of this many samples."""
-        args, dimension = self.args, self._perturbation.vector.size
-        half = args.bf16 or any(p.dtype == torch.bfloat16 for p in self._perturbation.vector.parameters)
-        rows = args.rows_per_forward
-        if rows is None:
-            # The batch is known to fit; noise is what query rows need beyond that.
-            rows = max(1, min(max(samples, 32), _NOISE_BYTES // (4 * dimension)))
+    def _method(self: Any, precision: float) -> Method:
+        """Put the method together, as far as the arguments fix it."""
+        args, scale = self.args, self.args.perturbation_scale
         return Method(
             objective=self._objective,
             perturbation=self._perturbation,
             estimator=self._estimator,
             allocator=self._allocator,
             queries_per_sample=args.queries_per_sample,
-            scale=args.perturbation_scale or (1e-2 if half else 1e-3),
-            rows_per_forward=rows,
+            scale=scale if isinstance(scale, (int, float)) else 1e-3 if precision < 1e-3 else 1e-2,
+            rows_per_forward=1,
             reuse=self._reuse,
         )
 
@@ -243,7 +248,7 @@ class FlopsTrainerMixin:
     def log(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add rows used and the averages of the estimator's metrics to the training log."""
         if "loss" in logs:
-            logs = {**logs, **self.ledger.summary()}
+            logs = {**logs, **self._tuning.found, **self.ledger.summary()}
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -253,7 +258,8 @@ class FlopsTrainerMixin:
     def _save_optimizer_and_scheduler(self: Any, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
         if self.args.should_save:
-            state = {"allocator": self._allocator.state_dict(), "ledger": self.ledger.state_dict()}
+            parts = {"allocator": self._allocator, "ledger": self.ledger, "tuning": self._tuning}
+            state = {name: part.state_dict() for name, part in parts.items()}
             unfinished = Path(output_dir, STATE_FILE + ".tmp")
             unfinished.write_text(json.dumps(state))
             unfinished.replace(Path(output_dir, STATE_FILE))
@@ -265,6 +271,7 @@ class FlopsTrainerMixin:
             state = json.loads(path.read_text())
             self._allocator.load_state_dict(state["allocator"])
             self.ledger.load_state_dict(state["ledger"])
+            self._tuning.load_state_dict(state["tuning"])
 
 
 def _run(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor | None, Any]:

@@ -29,6 +29,7 @@ from hf_flops.objectives import BatchLoss, CallableObjective, TappedLoss
 from hf_flops.perturbations import ParameterVector, perturb
 from hf_flops.reuse import Reuse
 from hf_flops.step import Method, Place, estimate_gradient
+from hf_flops.trimming import may_be_cut
 from tests.tiny import CLASSES, SIZES, TASKS, VOCABULARY, as_dataset, generator, model_forward, tiny_batch, tiny_model
 
 SAMPLES, QUERIES, LAYERS = 5, 6, 3
@@ -455,3 +456,55 @@ def test_no_keys_and_values_are_kept(kind):
         assert config or (found.past_key_values is None and wanted.past_key_values is not None)
     assert without_cache(model, {"use_cache": True}) == {"use_cache": True}
     assert "use_cache" not in without_cache(adapted("vit", None), {})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["bert", "llama", "gpt2", "opt"])
+@pytest.mark.parametrize("estimator", sorted(ESTIMATORS))
+def test_recorded_outputs_are_cut_with_the_padding_of_a_chunk(kind, estimator):
+    model, sides = adapted(kind, lora(kind, [LAYERS - 1])), frozenset(["right"])
+    inputs, forward = uneven(kind), model_forward(model)
+    plain = replace(method_for(model, estimator=estimator, rows=3), trimmed=sides)
+    reuse, reason = choose_reuse(model, plain.objective, forward, inputs, plain.perturbation)
+    assert reason is None
+    assert may_be_cut(reuse, plain.objective, forward, inputs, sides)
+    reuse.narrow = True
+    stack, inner = STACKS[kind]
+    layers = next(value for name, value in model.named_modules() if name.endswith(stack))
+    rows = Counter()
+    with counted_columns(layers[0].get_submodule(inner), rows):
+        found = estimated(model, forward, inputs, replace(plain, reuse=reuse))
+    assert set(rows) == {inputs["input_ids"].shape[1]}  # the batch as a whole, and nothing narrower
+    expected = estimated(model, forward, inputs, plain)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    # Where it has not been shown that outputs may be cut, narrower chunks run through the whole model.
+    reuse.narrow = None
+    with counted_columns(layers[0].get_submodule(inner), rows):
+        found = estimated(model, forward, inputs, replace(plain, reuse=reuse))
+    assert len(rows) > 1
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def uneven(kind):
+    """A right-padded batch with texts of 2 to 7 tokens."""
+    inputs = tiny_batch(kind, SAMPLES)
+    inputs["attention_mask"] = (torch.arange(7) < torch.tensor([2, 7, 4, 3, 6])[:, None]).long()
+    if kind != "bert":
+        inputs["labels"] = torch.where(inputs["attention_mask"].bool(), inputs["input_ids"], -100)
+    return inputs
+
+
+@contextmanager
+def counted_columns(module, counter):
+    """Count the widths that a module sees."""
+    handle = module.register_forward_hook(lambda module, args, out: counter.update([args[0].shape[-2]]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def estimated(model, forward, inputs, method):
+    model.zero_grad()
+    estimate_gradient(forward, inputs, method, Place())
+    return torch.cat([p.grad.flatten() for p in method.perturbation.vector.parameters])

@@ -12,11 +12,11 @@ import hf_flops
 PACKAGE = Path(hf_flops.__file__).parent
 # Each room may import the rooms of lower floors; those of the ground floor may also import each other.
 FLOORS = {
-    **dict.fromkeys(["errors", "counters", "_version", "rows"], 0),
-    **dict.fromkeys(["objectives", "perturbations", "estimators", "allocators", "metrics", "reuse"], 1),
-    **dict.fromkeys(["step", "selfcheck", "independence", "prefix_cache"], 2),
-    **dict.fromkeys(["args", "ledger", "memory", "plots", "texts"], 3),
-    **dict.fromkeys(["checks", "suffix"], 4),
+    **dict.fromkeys(["errors", "counters", "_version", "rows", "memory", "padding"], 0),
+    **dict.fromkeys(["objectives", "perturbations", "estimators", "allocators", "metrics", "reuse", "chunks"], 1),
+    **dict.fromkeys(["step", "selfcheck", "independence", "prefix_cache", "trimming"], 2),
+    **dict.fromkeys(["args", "calibration", "ledger", "plots", "precision", "texts"], 3),
+    **dict.fromkeys(["checks", "suffix", "tuning"], 4),
     "trainer": 5,
 }
 ENGINE = {room for room, floor in FLOORS.items() if floor <= 2}

@@ -24,17 +24,13 @@ def test_unweighted_rows_weigh_the_same(counts):
     torch.testing.assert_close(rows.weight, torch.full((len(rows),), len(counts) / len(rows)))
 
 
-@given(COUNTS, st.integers(1, 12), st.booleans())
-def test_chunks_cut_rows_in_order_and_keep_groups_apart(counts, size, within_groups):
+@given(COUNTS, st.booleans())
+def test_stretches_keep_groups_apart(counts, within_groups):
     rows = expand(counts, 1.0)
-    chunks = list(rows.chunks(size, within_groups=within_groups))
-    assert torch.cat([chunk.owner for chunk in chunks]).equal(rows.owner)
-    assert torch.cat([chunk.query for chunk in chunks]).equal(rows.query)
-    assert all(1 <= len(chunk) <= size for chunk in chunks)
-    if within_groups:
-        assert all(len(chunk.group.unique()) == 1 for chunk in chunks)
-    else:
-        assert len(chunks) == -(-len(rows) // size)
+    pieces = torch.arange(len(rows)).split(rows.stretches(within_groups=within_groups))
+    assert sum(map(len, pieces)) == len(rows)
+    assert len(pieces) == (int(counts.max()) if within_groups else 1)
+    assert all(len(rows[piece].group.unique()) == 1 for piece in pieces if within_groups)
 
 
 def test_take_repeats_tensors_and_lists_and_passes_scalars():

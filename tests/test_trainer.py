@@ -645,7 +645,7 @@ def test_the_command_line_knows_every_field(tmp_path):
     words = ["--preset=mezo", "--queries_per_sample=8", "--perturbation_scale=0.01", "--allocator=optimal", "--use_cpu"]
     (args,) = parser.parse_args_into_dataclasses([*words, f"--output_dir={tmp_path}"])
     assert (args.preset, args.queries_per_sample, args.perturbation_scale) == ("mezo", 8, 0.01)
-    assert (args.allocator, args.estimator, args.rows_per_forward) == ("optimal", "antithetic", None)
+    assert (args.allocator, args.estimator, args.rows_per_forward) == ("optimal", "antithetic", "auto")
 
 
 def test_models_are_tagged(arguments, tmp_path):

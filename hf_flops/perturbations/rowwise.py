@@ -72,7 +72,8 @@ def _watch(site: Site, noise: RowNoise, scale: float, fired: Callable[[], None])
         in_place = all(result.data_ptr() == own.data_ptr() for result, own in zip(results, outs, strict=True))
         return out if in_place else torch.cat(results)
 
-    return site.module.register_forward_hook(hook, with_kwargs=True).remove
+    # Before other hooks: what narrows a float32 module's output must not round the noise away.
+    return site.module.register_forward_hook(hook, with_kwargs=True, prepend=True).remove
 
 
 def _patch(site: Site, noise: RowNoise, scale: float, fired: Callable[[], None]) -> Callable[[], None]:

@@ -1,0 +1,106 @@
+"""The step of the finite difference, measured: neither so small that rounding drowns it nor so large that curvature does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .chunks import ChunkPlanner, in_chunks
+from .objectives import Forward
+from .perturbations import NoiseKeys
+from .rows import Rows, batch_size, expand, take
+from .step import Method
+
+GRID = tuple(10 ** (exponent / 2) for exponent in range(-8, -1))  # 1e-4 ... 1e-1
+_ROWS = 32  # queries at each scale, or 8 where each needs a whole batch
+_STEP = 2**61  # no optimizer step has this number: the noise of a calibration is used by nothing else
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a calibration found.
+
+    Attributes:
+        scale: the step of the difference, epsilon; None where no two steps agree on any signal.
+        signal_to_noise: RMS of the deltas there over the RMS of their error.
+        rows: rows that went through the model.
+    """
+
+    scale: float | None
+    signal_to_noise: float
+    rows: int
+
+
+def choose_scale(deltas: Tensor, scales: tuple[float, ...] = GRID) -> tuple[float | None, float]:
+    """Return the scale at which deltas of the same queries depend least on the scale, and their signal-to-noise ratio.
+
+    Where rounding rules, deltas at neighbouring scales have independent errors of `rounding / epsilon`; where curvature
+    rules they differ by what epsilon adds. So their mean squared difference is about the squared error at the worse of the
+    two, their mean product is the squared signal, and the neighbours with the best ratio enclose the best scale. Nothing is
+    assumed of rounding, which may also swallow a small perturbation whole: then the product vanishes as well.
+
+    Args:
+        deltas: (K, R) the same R queries at K scales.
+        scales: the K scales, growing.
+    """
+    low, high = deltas[:-1].double(), deltas[1:].double()
+    error, signal = (high - low).square().mean(1) / 2, (high * low).mean(1)
+    ratio = torch.where((signal > 0) & error.isfinite(), signal / error.clamp(min=1e-30), 0.0)
+    best = int(ratio.argmax())
+    if not float(ratio[best]) > 1e-2:
+        return None, 0.0
+    return (scales[best] * scales[best + 1]) ** 0.5, float(ratio[best].sqrt())
+
+
+def calibrate(forward: Forward, inputs: Mapping[str, Any], method: Method, seed: int = 0) -> Calibration:
+    """Evaluate the same few queries of a batch at every scale of the grid, and choose one.
+
+    Args:
+        forward: runs the model, in evaluation mode, without gradients.
+        inputs: a batch of B samples.
+        method: how gradients are estimated; its own scale is not looked at.
+        seed: the run's seed.
+    """
+    samples = batch_size(inputs)
+    units, wanted = (samples, _ROWS) if method.objective.per_row else (1, 8)
+    rows = expand(torch.full((units,), -(-wanted // units)), 1.0)[slice(wanted)]
+    clean = None
+    used = len(rows) * len(GRID) * len(method.estimator.signs) * (samples // units)
+    if method.estimator.baseline:
+        seen = int(rows.owner.max()) + 1
+        part = take(inputs, torch.arange(seen)) if method.objective.per_row else inputs
+        clean = method.objective(forward, part).sums.double().cpu()
+        used += seen if method.objective.per_row else samples
+    scale, ratio = choose_scale(_deltas(forward, inputs, method, rows, clean, seed))
+    return Calibration(scale, ratio, used)
+
+
+def _deltas(
+    forward: Forward, inputs: Mapping[str, Any], method: Method, rows: Rows, clean: Tensor | None, seed: int
+) -> Tensor:
+    """Return (K, R) deltas of the rows at every scale; clean: (B,) losses or None."""
+    deltas = torch.empty(len(GRID), len(rows), dtype=torch.float64)
+    perturbation, per_row = method.perturbation, method.objective.per_row
+
+    def work(index: slice) -> int:
+        chunk = rows[index]
+        own = take(inputs, chunk.owner) if per_row else inputs
+        keys = NoiseKeys.of(seed, _STEP, chunk.owner, chunk.query, int(chunk.group[0]))
+        noise, start = perturbation.draw(keys), None if clean is None else clean[chunk.owner]
+        found = []
+        for scale in GRID:
+            losses = []
+            for sign in method.estimator.signs:
+                with perturbation.applied(noise, sign * scale):
+                    losses.append(method.objective(forward, own).sums.double().cpu())
+            found.append(method.estimator.deltas(torch.stack(losses), start, scale))
+        deltas[:, index] = torch.stack(found)
+        return 1
+
+    lengths = rows.stretches(within_groups=perturbation.grouped) if per_row else [1] * len(rows)
+    in_chunks(lengths, work, ChunkPlanner.of(method.rows_per_forward), whole=True)
+    return deltas

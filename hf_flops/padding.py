@@ -1,0 +1,102 @@
+"""Padding: which columns of a batch of texts no row of a chunk needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .rows import Rows, take
+
+SIDES = ("left", "right")
+_PADDED = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "labels")  # inputs with one column per token
+
+
+def real_tokens(inputs: Mapping[str, Any]) -> Tensor | None:
+    """Return (B, T) bool, the columns that each sample needs, or None where columns cannot be told apart.
+
+    A column is needed where the attention mask is not zero or a label is not ignored; all are where a causal model predicts
+    such a label from padding. Another input with T columns, or a mask of another shape, means that more depends on columns
+    than is known here.
+    """
+    mask = inputs.get("attention_mask")
+    if not torch.is_tensor(mask) or mask.dim() != 2:
+        return None
+    for name, value in inputs.items():
+        wide = torch.is_tensor(value) and value.dim() > 1 and value.shape[1] == mask.shape[1]
+        if wide and (name not in _PADDED or value.dim() != 2):
+            return None
+    real, labels = mask != 0, inputs.get("labels")
+    if torch.is_tensor(labels) and labels.shape == mask.shape:
+        counted = labels != -100
+        real = real | counted | (counted[:, 1:] & (mask[:, :-1] == 0)).any(1, keepdim=True)
+    return real.cpu()
+
+
+def window(real: Tensor, sides: frozenset[str]) -> slice:
+    """Return the columns that rows need together, cut at the given sides only; real: (R, T) bool."""
+    needed = torch.nonzero(real.any(0)).flatten()
+    if not len(needed):
+        return slice(0, real.shape[1])
+    start = int(needed[0]) if "left" in sides else 0
+    return slice(start, int(needed[-1]) + 1 if "right" in sides else real.shape[1])
+
+
+def trim(inputs: Mapping[str, Any], columns: slice) -> dict[str, Any]:
+    """Cut every input with one column per token down to some columns."""
+    wide = inputs["attention_mask"].shape[1]
+    return {
+        name: value[:, columns] if name in _PADDED and torch.is_tensor(value) and value.shape[1:] == (wide,) else value
+        for name, value in inputs.items()
+    }
+
+
+class Feed:
+    """What rows of a batch are fed to the model: their samples' inputs, without padding that none of them needs.
+
+    Args:
+        inputs: the batch; tensors (B, ...), lists of B entries, or scalars that all samples share.
+        sides: where padding may be cut off, because a check has shown that the model's losses do not depend on it.
+
+    Attributes:
+        whole: the inputs of the whole batch, without padding that no sample needs.
+    """
+
+    def __init__(self, inputs: Mapping[str, Any], sides: frozenset[str]) -> None:
+        self.inputs, self.sides = inputs, sides
+        self.real = real_tokens(inputs) if sides else None
+        self.window = slice(0, 1) if self.real is None else window(self.real, sides)
+        self.whole = inputs if self.real is None else trim(inputs, self.window)
+
+    @property
+    def columns(self) -> int:
+        """How many columns the batch has without padding that none of it needs, 1 if unknown."""
+        return self.window.stop - self.window.start
+
+    def of(self, owner: Tensor) -> tuple[dict[str, Any], int, slice | None]:
+        """Return the inputs of rows that repeat samples, how many columns they have, and which of the batch's these are.
+
+        Args:
+            owner: (R,) int64.
+
+        Returns:
+            The inputs, their number of columns (1 if unknown), and their place among those of `whole`, None for all.
+        """
+        inputs = take(self.inputs, owner)
+        if self.real is None:
+            return inputs, 1, None
+        columns = window(self.real[owner], self.sides)
+        start, stop = columns.start - self.window.start, columns.stop - self.window.start
+        cut = None if stop - start == self.columns else slice(start, stop)
+        return trim(inputs, columns), stop - start, cut
+
+    def ordered(self, rows: Rows, *, within_groups: bool) -> Rows:
+        """Put rows of like width next to each other, the widest first, so that little padding is left in a chunk."""
+        if self.real is None:
+            return rows
+        cut = [window(row[None], self.sides) for row in self.real]
+        width = torch.tensor([columns.stop - columns.start for columns in cut])[rows.owner]
+        group = rows.group if within_groups else torch.zeros_like(rows.group)
+        return rows[torch.argsort(group * (self.real.shape[1] + 1) - width, stable=True)]

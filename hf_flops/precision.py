@@ -1,0 +1,54 @@
+"""Trainable parameters of 16-bit models in float32, so that small updates are not rounded away."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def keep_masters(model: nn.Module) -> list[str]:
+    """Convert trainable 16-bit parameters to float32 where the rest of the model stays in 16 bits; returns their names.
+
+    Modules that hold one compute in float32 from then on: a hook widens what they are given, and another narrows what they
+    return, unless nothing in 16 bits comes after them, as with a head. PEFT does the same for LoRA, but not for
+    `modules_to_save` or layer-norm tuning. Hooks stay as long as the model does, so evaluation and generation work too;
+    saved weights are ordinary float32 tensors, which load into a 16-bit model.
+    """
+    frozen = [id(p) for p in model.parameters() if not p.requires_grad and p.dtype in HALF]
+    trainable = {id(p): name for name, p in model.named_parameters() if p.requires_grad and p.dtype in HALF}
+    if not frozen or not trainable:
+        return []  # a model that is trained as a whole keeps its precision
+    modules = list(model.modules())
+    last_frozen = max(i for i, module in enumerate(modules) if _holds(module, set(frozen)))
+    for place, module in enumerate(modules):
+        if _holds(module, set(trainable)):
+            narrow = next(p.dtype for p in module._parameters.values() if p is not None and id(p) in trainable)
+            module.register_forward_pre_hook(_widen_inputs, with_kwargs=True)
+            if place < last_frozen:
+                module.register_forward_hook(partial(_narrow_output, narrow))
+    for parameter in model.parameters():
+        if id(parameter) in trainable:
+            parameter.data = parameter.data.float()
+    return list(trainable.values())
+
+
+def _holds(module: nn.Module, parameters: set[int]) -> bool:
+    return any(id(parameter) in parameters for parameter in module._parameters.values())
+
+
+def _cast(value: Any, dtype: torch.dtype, kinds: tuple[torch.dtype, ...]) -> Any:
+    return value.to(dtype) if torch.is_tensor(value) and value.dtype in kinds else value
+
+
+def _widen_inputs(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    return tree_map(lambda value: _cast(value, torch.float32, HALF), (args, kwargs))
+
+
+def _narrow_output(dtype: torch.dtype, module: nn.Module, args: tuple, out: Any) -> Any:
+    return tree_map(lambda value: _cast(value, dtype, (torch.float32,)), out)

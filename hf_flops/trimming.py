@@ -1,0 +1,83 @@
+"""Whether padding may be cut off: found by trying, with the first batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from .objectives import Forward, Objective
+from .padding import SIDES, Feed, real_tokens, trim, window
+from .reuse import Reuse
+from .rows import batch_size, take
+
+
+def padding_is_idle(
+    objective: Objective, forward: Forward, inputs: Mapping[str, Any], precision: float = 1e-4, *, known: Iterable[str] = ()
+) -> dict[str, bool]:
+    """Return, for each side at which a sample of the batch is padded, whether its loss is the same without that padding.
+
+    With padding at the left it is not where a model counts positions from the first column, as GPT-2 does.
+
+    Args:
+        objective: what is minimised, per row.
+        forward: runs the model.
+        inputs: a batch.
+        precision: see `precision_of`.
+        known: sides that need no check.
+    """
+    real, found = real_tokens(inputs), {}
+    for side in SIDES if real is not None else ():
+        cut = [window(row[None], frozenset([side])) for row in real]  # type: ignore[union-attr]
+        row = min(range(len(cut)), key=lambda i: cut[i].stop - cut[i].start)
+        if side in known or cut[row].stop - cut[row].start == real.shape[1]:  # type: ignore[union-attr]
+            continue
+        sample = take(inputs, torch.tensor([row]))
+        whole = objective(forward, sample)
+        try:
+            short = objective(forward, trim(sample, cut[row]))
+            error = float((whole.sums - short.sums).abs())
+            same = whole.counts.equal(short.counts) and error <= precision / 20 * max(1.0, float(whole.sums.abs()))
+        except (ValueError, RuntimeError, IndexError):
+            same = False
+        if bool(whole.sums.isfinite()):
+            found[side] = same
+    return found
+
+
+def may_be_cut(
+    reuse: Reuse,
+    objective: Objective,
+    forward: Forward,
+    inputs: Mapping[str, Any],
+    sides: frozenset[str],
+    precision: float = 1e-4,
+) -> bool | None:
+    """Say whether rows lose the same with recorded outputs cut to their own columns; None where no sample is shorter.
+
+    Args:
+        reuse: what runs once per sample.
+        objective: what is minimised, per row.
+        forward: runs the model.
+        inputs: a batch.
+        sides: where padding may be cut off.
+        precision: see `precision_of`.
+    """
+    feed = Feed(inputs, sides)
+    rows = [feed.of(torch.tensor([i, i])) for i in range(batch_size(inputs))]
+    short = min(range(len(rows)), key=lambda i: rows[i][1])
+    own, _, cut = rows[short]
+    if cut is None:
+        return None
+    wanted = objective(forward, own).sums
+    reuse.narrow = True
+    try:
+        with reuse.installed():
+            objective(reuse.through(forward, feed.whole), feed.whole)
+            found = objective(reuse.through(forward, own, torch.tensor([short, short]), cut), own).sums
+    except (ValueError, RuntimeError, IndexError):
+        return False
+    finally:
+        reuse.narrow = None
+    return torch.allclose(found, wanted, rtol=precision / 20, atol=precision / 20)

@@ -1,0 +1,88 @@
+"""What a run finds out about itself with its first batches, and keeps: rows per forward, padding, epsilon."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from .calibration import calibrate
+from .chunks import ChunkPlanner
+from .objectives import Forward
+from .step import Method
+from .trimming import may_be_cut, padding_is_idle
+
+logger = logging.getLogger(__name__)
+
+
+class Tuning:
+    """Completes the method of each step with what was found out so far.
+
+    Args:
+        rows: rows per forward pass, or None to find out.
+        memory: bytes that a forward pass may take on top of the model, or None for most of what is free.
+        scale: whether to find epsilon out.
+
+    Attributes:
+        rows: rows that went through the model to find epsilon out, to be charged to the ledger.
+        found: epsilon and its signal-to-noise ratio, by name, for the log.
+    """
+
+    def __init__(self, rows: int | None = None, memory: float | None = None, *, scale: bool = False) -> None:
+        self.planner = ChunkPlanner(rows, memory)
+        self.rows, self.found, self._calibrating = 0, dict[str, float](), scale
+        self.idle: dict[str, bool] = {}  # side → whether the loss is the same without its padding, once that is known
+
+    @classmethod
+    def of(cls, args: Any) -> Tuning:
+        """Start from a run's arguments."""
+        memory = None if args.memory_limit_gb is None else args.memory_limit_gb * 1e9
+        rows = None if args.rows_per_forward == "auto" else args.rows_per_forward
+        return cls(rows, memory, scale=args.perturbation_scale == "auto")
+
+    def complete(
+        self, method: Method, forward: Forward, inputs: Mapping[str, Any], *, precision: float = 1e-4, seed: int = 0
+    ) -> Method:
+        """Return the method with all that is known; runs the model where that tells something new.
+
+        Args:
+            method: the method as far as the arguments fix it.
+            forward: runs the model, in evaluation mode, without gradients.
+            inputs: a batch.
+            precision: relative error of a loss that rounding alone can cause.
+            seed: the run's seed.
+        """
+        vector, grouped = method.perturbation.vector, method.perturbation.grouped
+        self.planner.prepare(vector.device, 0 if grouped else 4 * vector.size)
+        if method.objective.per_row:
+            self.idle.update(padding_is_idle(method.objective, forward, inputs, precision, known=set(self.idle)))
+        sides = frozenset(side for side, idle in self.idle.items() if idle)
+        method = replace(method, rows_per_forward=self.planner, trimmed=sides)
+        if sides and method.reuse.modules and method.reuse.narrow is None:
+            method.reuse.narrow = may_be_cut(method.reuse, method.objective, forward, inputs, sides, precision)
+        if self._calibrating and not self.found:
+            self._calibrate(method, forward, inputs, seed)
+        return replace(method, scale=self.found.get("perturbation_scale", method.scale))
+
+    def _calibrate(self, method: Method, forward: Forward, inputs: Mapping[str, Any], seed: int) -> None:
+        result = calibrate(forward, inputs, method, seed)
+        scale = method.scale if result.scale is None else result.scale
+        self.rows += result.rows
+        self.found = {"perturbation_scale": scale, "difference_signal_to_noise": result.signal_to_noise}
+        if result.signal_to_noise < 1:
+            logger.warning(
+                "perturbation_scale='auto' found no step at which differences are larger than their error (signal to noise "
+                "%.2g); going on with %.2g. A loss in steps, such as accuracy, needs a perturbation_scale of your choice.",
+                result.signal_to_noise,
+                scale,
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resume needs, as JSON-serialisable values."""
+        return {"chunks": self.planner.state_dict(), "padding": self.idle, "found": self.found}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a state from `state_dict`."""
+        self.planner.load_state_dict(state["chunks"])
+        self.idle, self.found = dict(state["padding"]), dict(state["found"])
