@@ -20,7 +20,7 @@ from .errors import ObjectiveError
 from .estimators import ESTIMATORS, Estimator
 from .ledger import Ledger
 from .objectives import CallableObjective, Objective
-from .perturbations import Perturbation
+from .perturbations import Perturbation, bytes_per_row
 from .rows import batch_size
 from .selfcheck import choose_objective, choose_perturbation, precision_of
 from .step import Method, Place, estimate_gradient
@@ -190,12 +190,13 @@ class FlopsTrainerMixin:
 
     def _method(self: Any, samples: int) -> Method:
         """Put the method together for a batch of this many samples."""
-        args, dimension = self.args, self._perturbation.vector.size
+        args = self.args
         half = args.bf16 or any(p.dtype == torch.bfloat16 for p in self._perturbation.vector.parameters)
         rows = args.rows_per_forward
         if rows is None:
             # The batch is known to fit; noise is what query rows need beyond that.
-            rows = max(1, min(max(samples, 32), _NOISE_BYTES // (4 * dimension)))
+            each = bytes_per_row(args.noise, self._perturbation.vector.shapes)
+            rows = max(1, int(min(max(samples, 32), _NOISE_BYTES // each)))
         return Method(
             objective=self._objective,
             perturbation=self._perturbation,
