@@ -154,6 +154,8 @@ class RowNoise:
 
     def __getitem__(self, row: int) -> Tensor:
         """Return the noise of one row as a flat vector (d,)."""
+        if not 0 <= row < len(self):
+            raise IndexError(f"there is no row {row} among {len(self)} rows of noise")
         own = slice(row, row + 1)
         return torch.cat([self.tensor(index, own).flatten() for index in range(len(self.shapes))])
 
