@@ -103,7 +103,11 @@ class FlopsArgumentsMixin:
         },
     )
     noise: str | None = field(
-        default=None, metadata={"help": f"Distribution of the noise: {' or '.join(sorted(DISTRIBUTIONS))}."}
+        default=None,
+        metadata={
+            "help": f"Distribution of the noise: {', '.join(sorted(DISTRIBUTIONS))}. 'rank_one' is for large adapters: "
+            "signs too, but those of a matrix are the outer product of two vectors."
+        },
     )
     perturbation_scale: float | str | None = field(
         default=None,

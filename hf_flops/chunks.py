@@ -62,7 +62,7 @@ class ChunkPlanner:
         """Return a planner that keeps to so many rows, or the planner itself."""
         return rows if isinstance(rows, ChunkPlanner) else cls(rows)
 
-    def prepare(self, device: torch.device, row_bytes: int) -> None:
+    def prepare(self, device: torch.device, row_bytes: float) -> None:
         """Learn where the model runs, and how many bytes the noise of a row has, with the first batch."""
         if self._prepared:
             return

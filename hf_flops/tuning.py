@@ -53,8 +53,7 @@ class Tuning:
             precision: relative error of a loss that rounding alone can cause.
             seed: the run's seed.
         """
-        vector, grouped = method.perturbation.vector, method.perturbation.grouped
-        self.planner.prepare(vector.device, 0 if grouped else 4 * vector.size)
+        self.planner.prepare(method.perturbation.vector.device, method.perturbation.row_bytes)
         if method.objective.per_row:
             self.idle.update(padding_is_idle(method.objective, forward, inputs, precision, known=set(self.idle)))
         sides = frozenset(side for side, idle in self.idle.items() if idle)

@@ -14,7 +14,7 @@ from hf_flops.allocators import Optimal
 from hf_flops.estimators import OneSided
 from hf_flops.memory import PeakMemory
 from hf_flops.objectives import TappedLoss
-from hf_flops.perturbations import ParameterVector, perturb
+from hf_flops.perturbations import DISTRIBUTIONS, ParameterVector, perturb
 from hf_flops.rows import take
 from tests.tiny import model_forward, tiny_batch, tiny_model
 
@@ -46,13 +46,12 @@ class LiveBytes(TorchDispatchMode):
         self.bytes -= size * (self.tensors[key] == 0)
 
 
-# Signs are packed; normal numbers take four bytes each.
-@pytest.mark.parametrize(("distribution", "bytes_each"), [("rademacher", 0.25), ("rank_one", 0.25), ("gaussian", 4.4)])
-def test_a_step_needs_the_memory_of_inference_and_little_more(distribution, bytes_each):
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_a_step_needs_the_memory_of_inference_and_little_more(distribution):
     rows, sizes = 64, {"hidden_size": 64, "intermediate_size": 256, "image_size": 32}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = get_peft_model(tiny_model("vit", **sizes), LoraConfig(r=4, target_modules=["q_proj", "v_proj"])).eval()
+        model = get_peft_model(tiny_model("vit", **sizes), LoraConfig(r=64, target_modules=["q_proj", "v_proj"])).eval()
     inputs = tiny_batch("vit", samples=16)
     inputs["pixel_values"] = torch.nn.functional.interpolate(inputs["pixel_values"], size=(32, 32))
     vector = ParameterVector.of(model)
@@ -63,12 +62,13 @@ def test_a_step_needs_the_memory_of_inference_and_little_more(distribution, byte
         "estimator": OneSided(),
         "allocator": Optimal(),
     }
-    method = Method(TappedLoss(), queries_per_sample=33, scale=1e-3, rows_per_forward=rows, **parts)
+    method = Method(TappedLoss(), queries_per_sample=9, scale=1e-3, rows_per_forward=rows, **parts)
     with LiveBytes() as step:
         result = estimate_gradient(model_forward(model), inputs, method, Place())
-    assert result.rows == 16 * 33
-    print(distribution, step.peak / inference.peak, rows * vector.size / inference.peak)
-    assert step.peak <= 1.05 * inference.peak + bytes_each * rows * vector.size
+    assert result.rows == 16 * 9
+    dense = 4 * rows * vector.size  # what unpacked noise would take
+    assert step.peak <= 1.1 * inference.peak + 1.1 * dense * (distribution == "gaussian")
+    assert dense > 0.5 * inference.peak
 
 
 def test_the_peak_of_a_process_is_measured():

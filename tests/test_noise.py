@@ -32,7 +32,7 @@ def test_uniforms_lie_in_the_unit_interval_and_look_uniform():
 
 def flat(noise):
     """Return the noise of all rows as (R, d)."""
-    return torch.stack([noise[row] for row in range(len(noise))])
+    return torch.stack(list(noise))
 
 
 def shapes(*sizes):

@@ -286,6 +286,25 @@ def test_the_prompt_is_unpatched_after_an_exception():
 
 
 @pytest.mark.parametrize("distribution", sorted(DISTRIBUTIONS))
+@pytest.mark.parametrize("module", [nn.Linear(8, 3), nn.Linear(3, 8), Conv1D(3, 8)], ids=["narrow", "wide", "conv1d"])
+@torch.no_grad()
+def test_noise_enters_under_autocast(module, distribution):
+    vector, x = ParameterVector.of(module), randn(3, 5, module.weight.shape[isinstance(module, nn.Linear)])
+    perturbation = RowwiseNoise(module, vector, distribution)
+    noise = perturbation.draw(keys(3))
+    with torch.autocast("cpu", torch.bfloat16):  # which keeps what it has cast
+        clean = module(x)
+        with perturbation.applied(noise, 0.25):
+            found = module(x)
+        for row in range(3):
+            with displaced(vector, 0.25 * noise[row]):
+                torch.testing.assert_close(found[row], module(x[row]), rtol=0.05, atol=0.05)
+        assert module(x).equal(clean)
+    assert found.dtype == torch.bfloat16
+    assert not torch.allclose(found, clean, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("distribution", sorted(DISTRIBUTIONS))
 @pytest.mark.parametrize("kind", [RowwiseNoise, SharedNoise])
 def test_the_pull_back_is_the_weighted_sum_of_the_noise(kind, distribution):
     module = nn.Linear(13, 2)

@@ -8,7 +8,7 @@ from torch import nn
 
 from .base import ParameterVector, Perturbation
 from .combined import CombinedNoise
-from .noise import DISTRIBUTIONS, NoiseKeys
+from .noise import DISTRIBUTIONS, NoiseKeys, bytes_per_row
 from .rowwise import RowwiseNoise
 from .rules import RowMismatch
 from .shared import SharedNoise, displaced
@@ -51,6 +51,7 @@ __all__ = [
     "RowMismatch",
     "RowwiseNoise",
     "SharedNoise",
+    "bytes_per_row",
     "displaced",
     "perturb",
 ]

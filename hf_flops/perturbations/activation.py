@@ -103,6 +103,7 @@ class ActivationNoise:
     """
 
     grouped = False
+    row_bytes = 0.0  # depends on the number of tokens
 
     def __init__(
         self,

@@ -58,10 +58,12 @@ class Perturbation(Protocol):
     Attributes:
         vector: the parameters that it moves.
         grouped: whether all rows of one forward pass share the noise, so that a chunk must lie within a group.
+        row_bytes: what the noise of one row takes, as far as it is known beforehand.
     """
 
     vector: ParameterVector
     grouped: bool
+    row_bytes: float
 
     def draw(self, keys: NoiseKeys) -> Any:
         """Draw the noise of a chunk of R rows."""

@@ -23,6 +23,7 @@ class CombinedNoise:
     def __init__(self, parts: Sequence[Perturbation]) -> None:
         self.parts = list(parts)
         self.grouped = any(part.grouped for part in parts)
+        self.row_bytes = sum(part.row_bytes for part in parts)
         self.vector = ParameterVector(
             [pair for part in parts for pair in zip(part.vector.names, part.vector.parameters, strict=True)]
         )

@@ -6,7 +6,7 @@ after a resume, and does not depend on how rows are cut into chunks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Protocol
@@ -50,7 +50,13 @@ class NoiseKeys:
 
 
 class Numbers(Protocol):
-    """R rows of independent numbers with mean 0 and variance 1, each row cut into pieces."""
+    """R rows of independent numbers with mean 0 and variance 1, each row cut into pieces.
+
+    Attributes:
+        bytes_each: what a number takes while it waits to be used.
+    """
+
+    bytes_each: float
 
     def __len__(self) -> int:
         """Return R."""
@@ -69,6 +75,8 @@ class Signs:
         sizes: how many numbers each piece has; a piece starts at a word of its own.
         device: where the bits are kept and unpacked; they are drawn on the CPU.
     """
+
+    bytes_each: float = 1 / 8
 
     def __init__(self, row_seeds: np.ndarray, sizes: Sequence[int], device: torch.device | str = "cpu") -> None:
         self.sizes = sizes
@@ -93,6 +101,8 @@ class Normals:
 
     They come from torch's CPU generator, re-seeded for each row; it uses 32 bits of its seed.
     """
+
+    bytes_each: float = 4.0
 
     def __init__(self, row_seeds: np.ndarray, sizes: Sequence[int], device: torch.device | str = "cpu") -> None:
         values, generator = torch.empty(len(row_seeds), sum(sizes)), torch.Generator()
@@ -144,6 +154,8 @@ class RowNoise:
 
     def __getitem__(self, row: int) -> Tensor:
         """Return the noise of one row as a flat vector (d,)."""
+        if not 0 <= row < len(self):
+            raise IndexError(f"there is no row {row} among {len(self)} rows of noise")
         own = slice(row, row + 1)
         return torch.cat([self.tensor(index, own).flatten() for index in range(len(self.shapes))])
 
@@ -182,7 +194,7 @@ def layout(shape: torch.Size, rank_one: bool) -> tuple[int, ...]:
     return tuple(shape) if rank_one and len(shape) == 2 else (shape.numel(),)
 
 
-DISTRIBUTIONS: dict[str, tuple[Callable[..., Numbers], bool]] = {
+DISTRIBUTIONS: dict[str, tuple[type[Signs] | type[Normals], bool]] = {
     "gaussian": (Normals, False),
     "rademacher": (Signs, False),
     "rank_one": (Signs, True),
@@ -203,3 +215,9 @@ def draw(
     kind, rank_one = DISTRIBUTIONS[distribution]
     sizes = [size for shape in shapes for size in layout(shape, rank_one)]
     return RowNoise(kind(row_seeds, sizes, device), shapes, rank_one)
+
+
+def bytes_per_row(distribution: str, shapes: Sequence[torch.Size]) -> float:
+    """Return how many bytes the noise of a row takes in `draw`."""
+    kind, rank_one = DISTRIBUTIONS[distribution]
+    return kind.bytes_each * sum(size for shape in shapes for size in layout(shape, rank_one))

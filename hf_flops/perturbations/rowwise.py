@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import ParameterVector
-from .noise import ALL, NoiseKeys, RowNoise, blocks, draw
+from .noise import ALL, NoiseKeys, RowNoise, blocks, bytes_per_row, draw
 from .rules import FACTORED, Noise, RowMismatch
 from .sites import Site, find_sites
 
@@ -110,6 +110,7 @@ class RowwiseNoise:
     def __init__(self, model: nn.Module, vector: ParameterVector, distribution: str, looping: Collection[str] = ()) -> None:
         self.vector = vector
         self.distribution = distribution
+        self.row_bytes = bytes_per_row(distribution, vector.shapes)
         self.sites = find_sites(model, vector, looping)
         covered = {index for site in self.sites for index in site.tensors.values()}
         missing = [name for index, name in enumerate(vector.names) if index not in covered]

@@ -2,7 +2,7 @@
 
 A rule maps `(module, input, output, noise, scale)` to the output at `theta + scale * noise`. `noise` holds, by attribute
 name, (R, *shape) for each trainable parameter of the module; the input's first dimension is R, or R times a whole number
-where a model flattens rows with something else, row-major.
+where a model flattens rows with something else, row-major. The R rows may be a part of those that go through the model.
 """
 
 from __future__ import annotations

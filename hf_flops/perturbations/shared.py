@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .base import ParameterVector
@@ -22,10 +23,12 @@ def displaced(vector: ParameterVector, flat: Tensor) -> Iterator[None]:
     try:
         for parameter, shift in zip(vector.parameters, vector.views(flat), strict=True):
             parameter.data = (parameter.data + shift.to(parameter.device)).to(parameter.dtype)
+        torch.clear_autocast_cache()  # it may hold casts of the other values
         yield
     finally:
         for parameter, original in zip(vector.parameters, originals, strict=True):
             parameter.data = original
+        torch.clear_autocast_cache()
 
 
 class SharedNoise:
@@ -37,6 +40,7 @@ class SharedNoise:
     """
 
     grouped = True
+    row_bytes = 0.0
 
     def __init__(self, vector: ParameterVector, distribution: str) -> None:
         self.vector = vector
