@@ -318,6 +318,26 @@ def test_modules_are_as_before_also_after_an_exception(failing):
     assert not reusing.reuse._kept
 
 
+@pytest.mark.parametrize("call", [1, 2, 3, 4, 6, 9])
+def test_a_forward_that_fails_in_the_check_switches_it_off(call):
+    model, inputs, forward = stacked(None)
+    calls = []
+
+    def failing(inputs):
+        output = forward(inputs)
+        calls.append(1)
+        if len(calls) == call:
+            raise ZeroDivisionError("at last")
+        return output
+
+    method = method_for(model)
+    with torch.no_grad():
+        reuse, reason = choose_reuse(model, method.objective, failing, inputs, method.perturbation)
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert (reason, len(reuse.modules)) in [("ZeroDivisionError: at last", 0), (None, 2)]  # found out in one way or another
+    assert reuse.modules or len(calls) == call
+
+
 # --- where it cannot be had ---
 
 
@@ -342,7 +362,7 @@ class Stack(nn.Module):
         if self.flaw == "twice":
             hidden = hidden + self.layers[1](hidden)
         if self.flaw == "random":
-            hidden = hidden + torch.rand(1) * 1e-3
+            hidden = hidden + torch.rand(1)
         if self.flaw == "attribute":
             hidden = hidden + self.aside
         if self.flaw == "in_place":
@@ -366,6 +386,7 @@ def test_models_with_unusual_layers_fall_back(flaw, skipped):
     model, inputs, forward = stacked(flaw)
     method = method_for(model)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
         reuse, reason = choose_reuse(model, method.objective, forward, inputs, method.perturbation)
     assert {i for i in range(2) if model.layers[i] in reuse.modules} == skipped
     assert (reason is not None) == (flaw in ("attribute", "random"))
