@@ -109,6 +109,13 @@ class FlopsArgumentsMixin:
             "where that is larger, but no more than 256 MB of noise."
         },
     )
+    late_expansion: bool = field(
+        default=True,
+        metadata={
+            "help": "Run the parts of the model that no noise reaches, such as the layers below the first adapter, once per "
+            "sample and step in place of once per row; does not change the result."
+        },
+    )
     noise_seed: int | None = field(
         default=None, metadata={"help": "Seed of the perturbations. Default: the seed of the run."}
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -11,6 +12,10 @@ from torch import nn
 
 from .args import FlopsArgumentsMixin, check_processes
 from .errors import ConfigurationError
+from .independence import choose_reuse
+from .objectives import Forward, Objective
+from .perturbations import Perturbation
+from .reuse import Reuse
 
 logger = logging.getLogger(__name__)
 
@@ -63,3 +68,29 @@ def shared_texts(model: nn.Module, inputs: Mapping[str, Any]) -> AbstractContext
     """Let a model that can, as `SuffixPromptModel` does, run what all rows of a batch's samples share once for a step."""
     cached = getattr(model, "cached_texts", None)
     return nullcontext() if cached is None else cached(inputs)
+
+
+def without_cache(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Tell a language model to keep no keys and values, which only generation needs, unless the batch says otherwise."""
+    base: Any = getattr(model, "get_base_model", lambda: model)()
+    if "use_cache" in inputs or "use_cache" not in inspect.signature(base.forward).parameters:
+        return inputs
+    return {**inputs, "use_cache": False}
+
+
+def late_expansion(
+    model: nn.Module,
+    objective: Objective,
+    forward: Forward,
+    inputs: Mapping[str, Any],
+    perturbation: Perturbation,
+    precision: float,
+) -> Reuse:
+    """Return what may run once per sample, see `choose_reuse`, and say so."""
+    reuse, reason = choose_reuse(model, objective, forward, inputs, perturbation, precision)
+    if reason:
+        logger.warning("Late expansion is off, every row runs through the whole model: %s.", reason)
+        return reuse
+    names = [name for name, module in model.named_modules() if module in reuse.modules]
+    logger.info("Late expansion: %d modules run once per sample and step (%s).", len(names), ", ".join(names))
+    return reuse

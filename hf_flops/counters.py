@@ -11,9 +11,12 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 
 def _mix(state: np.ndarray) -> np.ndarray:
     """Scramble 64-bit integers (the SplitMix64 finaliser; Steele, Lea & Flood 2014)."""
-    state = (state ^ (state >> np.uint64(30))) * _MIX_1
-    state = (state ^ (state >> np.uint64(27))) * _MIX_2
-    return state ^ (state >> np.uint64(31))
+    state = state ^ (state >> np.uint64(30))
+    state *= _MIX_1
+    state ^= state >> np.uint64(27)
+    state *= _MIX_2
+    state ^= state >> np.uint64(31)
+    return state
 
 
 def seeds(seed: int, *counters: int | np.ndarray) -> np.ndarray:
@@ -31,6 +34,11 @@ def seeds(seed: int, *counters: int | np.ndarray) -> np.ndarray:
         for counter in counters:
             state = _mix((state ^ np.asarray(counter).astype(np.uint64)) + _GOLDEN)
     return state
+
+
+def words(row_seeds: np.ndarray, count: int) -> np.ndarray:
+    """Return the first `count` 64-bit words of each seed's SplitMix64 stream; seeds (R,) uint64 to (R, count) uint64."""
+    return _mix(row_seeds[:, None] + np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN)
 
 
 def uniforms(row_seeds: np.ndarray) -> np.ndarray:

@@ -35,7 +35,8 @@ def summarise(
         grouped: whether rows of a group share their noise.
     """
     squares, finite = squares.nan_to_num(0.0).double(), deltas.isfinite()
-    inverse = float((squares / counts).sum())
+    # sum_i ||grad s_i||^2 / n_i, where a sample's rows weigh alike
+    inverse = float((squares[rows.owner] * rows.weight.double().square()).sum())
     spread = inverse
     if grouped:
         groups = torch.zeros(int(rows.group.max()) + 1)

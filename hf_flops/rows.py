@@ -36,6 +36,10 @@ class Rows:
     def __getitem__(self, index: slice | Tensor) -> Rows:
         return Rows(*(getattr(self, field.name)[index] for field in fields(self)))
 
+    def then(self, other: Rows) -> Rows:
+        """Return these rows followed by others."""
+        return Rows(*(torch.cat([getattr(self, field.name), getattr(other, field.name)]) for field in fields(self)))
+
     def chunks(self, size: int, *, within_groups: bool) -> Iterator[Rows]:
         """Yield at most `size` rows at a time, and never two groups together if `within_groups`."""
         sizes = [len(self)]
@@ -48,7 +52,9 @@ class Rows:
             start += length
 
 
-def expand(counts: Tensor, normalizer: float, *, weighted: bool = True) -> Rows:
+def expand(
+    counts: Tensor, normalizer: float, *, weighted: bool = True, share: Tensor | float = 1.0, after: Tensor | None = None
+) -> Rows:
     """Lay out `counts[i]` query rows for each sample, query by query.
 
     Query k of every sample forms group k: with shared noise this is the simultaneous perturbation of the whole
@@ -58,12 +64,16 @@ def expand(counts: Tensor, normalizer: float, *, weighted: bool = True) -> Rows:
         counts: (B,) int64, queries per sample, each at least 1.
         normalizer: N, the number of loss elements that the objective averages over.
         weighted: False gives every row the same weight, as published code does, at the price of a bias.
+        share: (B,) the weight of these rows in their sample's estimate, where other rows have the rest.
+        after: (B,) queries of each sample that went before.
     """
     samples = len(counts)
     owner = torch.repeat_interleave(torch.arange(samples), counts)
     query = torch.arange(len(owner)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
     per_sample = counts.float() if weighted else torch.full((samples,), len(owner) / samples)
-    weight = (1.0 / (normalizer * per_sample))[owner]
+    weight = (share / (normalizer * per_sample)).float()[owner]
+    if after is not None:
+        query = query + after[owner]
     order = torch.argsort(query * samples + owner)
     return Rows(owner[order], query[order], query[order], weight[order])
 

@@ -89,7 +89,7 @@ class RuleCheck:
         `lora_A`. Tensors that differ in layer numbers only are tried together, and share the verdict.
         """
         everything = ParameterVector.of(self.model)
-        offset = draw("gaussian", seeds(_CHECK_SEED, 0), everything.size)[0].to(everything.device)
+        offset = draw("gaussian", seeds(_CHECK_SEED, 0), everything.shapes, everything.device)[0]
         alike: dict[str, list[str]] = {}
         for name in names:
             alike.setdefault(re.sub(r"\d+", "#", name), []).append(name)
@@ -135,7 +135,7 @@ class RuleCheck:
 
     def _matters(self, names: Sequence[str]) -> bool:
         vector = ParameterVector.of(self.model, set(names))
-        noise = draw("gaussian", seeds(_CHECK_SEED, 2), vector.size)[0].to(vector.device)
+        noise = draw("gaussian", seeds(_CHECK_SEED, 2), vector.shapes, vector.device)[0]
         start = self.sums()
         floor = self.precision * float(start.abs().max())
         return any(float((self._shifted(vector, s * noise) - start).abs().max()) > floor for s in _SCALES)
@@ -165,7 +165,7 @@ def choose_perturbation(
         forward: runs the model.
         inputs: a batch.
         mode: "auto" (per row where that is right, shared elsewhere), "rowwise" (an error where it is not) or "shared".
-        distribution: "gaussian" or "rademacher".
+        distribution: a name in `DISTRIBUTIONS`.
         precision: see `precision_of`.
 
     Raises:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .allocators import Allocator, equal_counts
+from .allocators import Allocator, Piloted, equal_counts
 from .counters import seeds
 from .errors import ConfigurationError, NonFiniteError
 from .estimators import Estimator
 from .metrics import mean_squares, summarise
 from .objectives import Forward, Objective, RowLosses
 from .perturbations import NoiseKeys, Perturbation
+from .reuse import Reuse
 from .rows import Features, Rows, batch_size, expand, take
 
 
@@ -50,6 +51,7 @@ class Method:
         queries_per_sample: rows of forward passes per sample and step, the clean one included.
         scale: the step of the difference, epsilon.
         rows_per_forward: rows that go through the model at a time.
+        reuse: modules that run once per sample, because no noise reaches them; none by default.
     """
 
     objective: Objective
@@ -59,6 +61,7 @@ class Method:
     queries_per_sample: int
     scale: float
     rows_per_forward: int
+    reuse: Reuse = field(default_factory=Reuse)
 
     @property
     def needs_clean(self) -> bool:
@@ -127,7 +130,7 @@ def estimate_gradient(
     References:
         Ren et al. (2025), FLOPS, arXiv 2410.05966, section 3.
     """
-    with torch.no_grad():
+    with torch.no_grad(), method.reuse.installed():
         return _Step(forward, inputs, method, place).run(elements, batches)
 
 
@@ -141,32 +144,27 @@ class _Step:
         self.budget = method.budget(self.samples) // (self.samples // self.units)
         self.clean: RowLosses | None = None
         if method.needs_clean:
-            self.clean = method.objective(forward, inputs, features=method.allocator.needs_clean)
+            run = method.reuse.through(forward, inputs)
+            self.clean = method.objective(run, inputs, features=method.allocator.needs_clean)
+        else:
+            method.reuse.record(forward, inputs)
         self.elements = torch.zeros(self.units)  # loss elements of each sample, known after the first forward
 
     def run(self, elements: float | None, batches: int) -> StepResult:
         features = self._features()
-        counts = self._counts(features)
+        vector = self.method.perturbation.vector
+        self.update = torch.zeros(vector.size, device=vector.device)
+        self.perturbed = torch.zeros(self.units, dtype=torch.float64)
         # N is only known once a forward has shown how many elements each sample has: rows are laid out with N = 1.
-        rows = self._layout(counts)
-        deltas, perturbed = torch.empty(len(rows)), torch.zeros(self.units, dtype=torch.float64)
-        vector, done = self.method.perturbation.vector, 0
-        update = torch.zeros(vector.size, device=vector.device)
-        for chunk in self._chunks(rows):
-            noise = self._noise(chunk)
-            own, losses = self._evaluate(chunk, noise)
-            deltas[done : done + len(chunk)] = own
-            perturbed.index_add_(0, chunk.owner, losses.mean(0).double())
-            coefficients = torch.where(own.isfinite(), own * chunk.weight, 0.0)
-            update += self.method.perturbation.pull_back(noise, coefficients)
-            done += len(chunk)
-        update = self._without_non_finite(rows, deltas, counts, update)
+        rows, deltas = self._rounds(features)
+        counts = torch.bincount(rows.owner, minlength=self.units)
+        update = self._without_non_finite(rows, deltas)
         # Where no element counts (every label is ignored) there is nothing to average, and the update is zero.
         normalizer = (float(self.elements.sum()) * batches if elements is None else elements) or 1.0
         vector.add_to_gradients(update / normalizer)
         squares = mean_squares(rows, deltas, self.units)
         self.method.allocator.update(features, counts, squares)
-        loss = self.clean.sums if self.clean is not None else perturbed / counts
+        loss = self.clean.sums if self.clean is not None else self.perturbed / counts
         metrics = summarise(
             update / normalizer, squares / normalizer**2, counts, rows, deltas / normalizer, self.method.perturbation.grouped
         )
@@ -184,10 +182,32 @@ class _Step:
         ids = place.ids if place.ids is not None and len(place.ids) == self.units else None
         return Features(losses, residuals, place.step, place.position, place.epoch, place.seed, lengths, ids)
 
-    def _counts(self, features: Features) -> Tensor:
+    def _rounds(self, features: Features) -> tuple[Rows, Tensor]:
+        """Run all queries, in two rounds where the allocator wants a pilot; returns them and their deltas (R,)."""
+        allocator: Any = self.method.allocator
         if not self.method.objective.per_row:
-            return equal_counts(self.units, self.budget)
-        return self.method.allocator.counts(features, self.budget)
+            return self._round(expand(equal_counts(self.units, self.budget), 1.0))
+        plan = allocator.pilot(features, self.budget) if isinstance(allocator, Piloted) else None
+        if plan is None:
+            return self._round(self._layout(allocator.counts(features, self.budget)))
+        pilot, shares = plan
+        first, seen = self._round(expand(pilot, 1.0, share=shares))
+        squares, left = mean_squares(first, seen, self.units), self.budget - len(first)
+        counts = allocator.second_counts(features, squares, pilot, shares, left)
+        second, later = self._round(expand(counts, 1.0, share=1 - shares, after=pilot))
+        return first.then(second), torch.cat([seen, later])
+
+    def _round(self, rows: Rows) -> tuple[Rows, Tensor]:
+        """Run rows and add what they say to the update; returns them and their deltas (R,)."""
+        deltas = []
+        for chunk in self._chunks(rows):
+            noise = self._noise(chunk)
+            own, losses = self._evaluate(chunk, noise)
+            deltas.append(own)
+            self.perturbed.index_add_(0, chunk.owner, losses.mean(0).double())
+            coefficients = torch.where(own.isfinite(), own * chunk.weight, 0.0)
+            self.update += self.method.perturbation.pull_back(noise, coefficients)
+        return rows, torch.cat(deltas)
 
     def _layout(self, counts: Tensor) -> Rows:
         rows = expand(counts, 1.0, weighted=self.method.allocator.weighted)
@@ -209,38 +229,37 @@ class _Step:
     def _evaluate(self, chunk: Rows, noise: Any) -> tuple[Tensor, Tensor]:
         """Run a chunk at every sign; returns deltas (R,) and losses (S, R)."""
         method = self.method
-        inputs = take(self.inputs, chunk.owner) if method.objective.per_row else self.inputs
+        owner = chunk.owner if method.objective.per_row else torch.arange(self.samples)
+        inputs = take(self.inputs, owner) if method.objective.per_row else self.inputs
+        forward = method.reuse.through(self.forward, inputs, owner)
         losses = []
         for sign in method.estimator.signs:
             with method.perturbation.applied(noise, sign * method.scale):
-                found = method.objective(self.forward, inputs)
+                found = method.objective(forward, inputs)
             losses.append(found.sums.cpu())
         self.elements[chunk.owner] = found.counts.cpu().float()
         clean = None if self.clean is None else self.clean.sums.cpu()[chunk.owner]
         stacked = torch.stack(losses)
         return method.estimator.deltas(stacked, clean, method.scale).float(), stacked
 
-    def _without_non_finite(self, rows: Rows, deltas: Tensor, counts: Tensor, update: Tensor) -> Tensor:
+    def _without_non_finite(self, rows: Rows, deltas: Tensor) -> Tensor:
         """Re-spread the weight of rows that were dropped for a non-finite loss; returns the update (d,)."""
         finite = deltas.isfinite()
         if bool(finite.all()):
-            return update
-        kept = torch.bincount(rows.owner[finite], minlength=self.units)
+            return self.update
         if not bool(finite.any()):
             raise NonFiniteError(
                 f"All {len(rows)} perturbed rows of optimizer step {self.place.step} have a non-finite loss: lower "
                 f"perturbation_scale (now {self.method.scale:g}) or the learning rate, and look at the batch for NaN."
             )
         # First among the rows of the same sample: what they lack is added, from noise that is drawn again.
-        lacking = torch.where(kept > 0, counts / kept.clamp(min=1) - 1, 0.0)[rows.owner] * finite
-        index = torch.nonzero(lacking).flatten()
-        for chunk, extra in zip(
-            self._chunks(rows[index]), self._pieces(rows[index], (deltas * rows.weight * lacking)[index]), strict=True
-        ):
+        total, kept = torch.zeros(2, self.units)
+        total.index_add_(0, rows.owner, rows.weight)
+        kept.index_add_(0, rows.owner, rows.weight * finite)
+        lacking = torch.where(kept > 0, total / kept.clamp(min=1e-30) - 1, 0.0)[rows.owner] * finite
+        index, update = torch.nonzero(lacking > 1e-6).flatten(), self.update
+        chunks, values = list(self._chunks(rows[index])), (deltas * rows.weight * lacking)[index]
+        for chunk, extra in zip(chunks, values.split([len(chunk) for chunk in chunks]), strict=True):
             update = update + self.method.perturbation.pull_back(self._noise(chunk), extra)
         # Then, for samples without any finite row, among the loss elements of the other samples.
         return update * float(self.elements.sum() / (self.elements[kept > 0].sum() or 1.0))
-
-    def _pieces(self, rows: Rows, values: Tensor) -> list[Tensor]:
-        """Cut values (R,) as `_chunks` cuts rows."""
-        return list(values.split([len(chunk) for chunk in self._chunks(rows)]))

@@ -15,12 +15,21 @@ from transformers import Trainer
 
 from .allocators import ALLOCATORS, Allocator
 from .args import FlopsTrainingArguments
-from .checks import check_arguments, check_ready, evaluation_mode, shared_texts, wrap_with_adapter
+from .checks import (
+    check_arguments,
+    check_ready,
+    evaluation_mode,
+    late_expansion,
+    shared_texts,
+    without_cache,
+    wrap_with_adapter,
+)
 from .errors import ObjectiveError
 from .estimators import ESTIMATORS, Estimator
 from .ledger import Ledger
 from .objectives import CallableObjective, Objective
 from .perturbations import Perturbation
+from .reuse import Reuse
 from .rows import batch_size
 from .selfcheck import choose_objective, choose_perturbation, precision_of
 from .step import Method, Place, estimate_gradient
@@ -83,6 +92,7 @@ class FlopsTrainerMixin:
         self._allocator: Allocator = allocator or ALLOCATORS[args.allocator]()
         self._estimator: Estimator = estimator or ESTIMATORS[args.estimator]()
         self._perturbation = self._given_perturbation = perturbation
+        self._reuse: Reuse | None = None
         self._position, self._position_step = 0, -1
         self._ids: list[int] | None = None
         self.ledger = Ledger()
@@ -103,7 +113,7 @@ class FlopsTrainerMixin:
 
     def train(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Train as the stock trainer does; each run starts with a new ledger and allocator and a new self-check."""
-        self._perturbation, self._position_step = self._given_perturbation, -1
+        self._perturbation, self._reuse, self._position_step = self._given_perturbation, None, -1
         self._allocator = self._given_allocator or ALLOCATORS[self.args.allocator]()
         self.ledger = Ledger()
         if not self._own_objective:
@@ -120,11 +130,11 @@ class FlopsTrainerMixin:
         """
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
-        inputs = self._prepare_inputs(inputs)
+        inputs = without_cache(self.model, self._prepare_inputs(inputs))
         context = self.compute_loss_context_manager()
         with evaluation_mode(model), torch.no_grad(), context, shared_texts(self.model, inputs):
             forward = self._forward_function(model)
-            if self._objective is None or self._perturbation is None:
+            if self._objective is None or self._perturbation is None or self._reuse is None:
                 self._set_up(model, forward, inputs)
             method = self._method(batch_size(inputs))
             elements = self._elements(num_items_in_batch)
@@ -188,6 +198,9 @@ class FlopsTrainerMixin:
             )
             for note in notes:
                 logger.warning("%s", note)
+        self._reuse = Reuse()
+        if self.args.late_expansion and not hasattr(self.model, "cached_texts"):  # such a model has done so itself
+            self._reuse = late_expansion(self.model, self._objective, forward, inputs, self._perturbation, precision)
 
     def _method(self: Any, samples: int) -> Method:
         """Put the method together for a batch of this many samples."""
@@ -205,6 +218,7 @@ class FlopsTrainerMixin:
             queries_per_sample=args.queries_per_sample,
             scale=args.perturbation_scale or (1e-2 if half else 1e-3),
             rows_per_forward=rows,
+            reuse=self._reuse,
         )
 
     def _place(self: Any, inputs: dict[str, Any]) -> Place:

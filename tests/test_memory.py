@@ -1,8 +1,9 @@
-"""A step needs no more memory than inference of the same rows plus the chunk's noise, counted tensor by tensor."""
+"""A step needs little more memory than inference of the same rows, counted tensor by tensor."""
 
 import weakref
 from collections import Counter
 
+import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -45,7 +46,9 @@ class LiveBytes(TorchDispatchMode):
         self.bytes -= size * (self.tensors[key] == 0)
 
 
-def test_a_step_needs_the_memory_of_inference_and_its_noise():
+# Signs are packed; normal numbers take four bytes each.
+@pytest.mark.parametrize(("distribution", "bytes_each"), [("rademacher", 0.25), ("rank_one", 0.25), ("gaussian", 4.4)])
+def test_a_step_needs_the_memory_of_inference_and_little_more(distribution, bytes_each):
     rows, sizes = 64, {"hidden_size": 64, "intermediate_size": 256, "image_size": 32}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -55,13 +58,17 @@ def test_a_step_needs_the_memory_of_inference_and_its_noise():
     vector = ParameterVector.of(model)
     with torch.no_grad(), LiveBytes() as inference:
         model(**take(inputs, torch.arange(rows) % 16))
-    parts = {"perturbation": perturb(model, rowwise=vector.names), "estimator": OneSided(), "allocator": Optimal()}
+    parts = {
+        "perturbation": perturb(model, rowwise=vector.names, distribution=distribution),
+        "estimator": OneSided(),
+        "allocator": Optimal(),
+    }
     method = Method(TappedLoss(), queries_per_sample=33, scale=1e-3, rows_per_forward=rows, **parts)
     with LiveBytes() as step:
         result = estimate_gradient(model_forward(model), inputs, method, Place())
     assert result.rows == 16 * 33
-    noise = 4 * rows * vector.size
-    assert step.peak <= 1.15 * inference.peak + 1.1 * noise
+    print(distribution, step.peak / inference.peak, rows*vector.size/inference.peak)
+    assert step.peak <= 1.05 * inference.peak + bytes_each * rows * vector.size
 
 
 def test_the_peak_of_a_process_is_measured():

@@ -13,8 +13,8 @@ PACKAGE = Path(hf_flops.__file__).parent
 # Each room may import the rooms of lower floors; those of the ground floor may also import each other.
 FLOORS = {
     **dict.fromkeys(["errors", "counters", "_version", "rows"], 0),
-    **dict.fromkeys(["objectives", "perturbations", "estimators", "allocators", "metrics"], 1),
-    **dict.fromkeys(["step", "selfcheck"], 2),
+    **dict.fromkeys(["objectives", "perturbations", "estimators", "allocators", "metrics", "reuse"], 1),
+    **dict.fromkeys(["step", "selfcheck", "independence"], 2),
     **dict.fromkeys(["args", "ledger", "memory", "plots", "texts"], 3),
     **dict.fromkeys(["checks", "suffix"], 4),
     "trainer": 5,

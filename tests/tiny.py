@@ -48,17 +48,17 @@ def _build(kind: str, options: dict[str, Any]) -> nn.Module:
         sizes = {"image_size": 8, "patch_size": 4, "num_labels": CLASSES, **SIZES, **options}
         return ViTForImageClassification(ViTConfig(**sizes))
     if kind == "bert":
-        return BertForSequenceClassification(BertConfig(vocab_size=VOCABULARY, num_labels=CLASSES, **SIZES, **options))
+        return BertForSequenceClassification(BertConfig(vocab_size=VOCABULARY, num_labels=CLASSES, **{**SIZES, **options}))
     if kind == "llama":
-        return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **SIZES, **options))
+        return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **{**SIZES, **options}))
     if kind == "gpt2":
         config = {"n_embd": 16, "n_layer": 2, "n_head": 2, "initializer_range": 0.3, **options}
         return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, **config))
     if kind == "opt":
         sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 20, "init_std": 0.3}
-        return OPTForCausalLM(OPTConfig(vocab_size=VOCABULARY, word_embed_proj_dim=16, **sizes, **options))
+        return OPTForCausalLM(OPTConfig(vocab_size=VOCABULARY, word_embed_proj_dim=16, **{**sizes, **options}))
     sizes = {"d_model": 16, "d_kv": 8, "d_ff": 20, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
-    return T5ForConditionalGeneration(T5Config(vocab_size=VOCABULARY, **sizes, **options))
+    return T5ForConditionalGeneration(T5Config(vocab_size=VOCABULARY, **{**sizes, **options}))
 
 
 def tiny_batch(kind: str, samples: int = 4, seed: int = 0) -> dict[str, Tensor]:

@@ -1,12 +1,13 @@
 """Allocators: how many queries each sample of a batch deserves."""
 
 from .authors import AuthorsBernoulli
-from .base import Allocator, check_budget, equal_counts
+from .base import Allocator, Piloted, check_budget, equal_counts
 from .bernoulli import Bernoulli
 from .gaussian import Gaussian
 from .loss import LossProportional, LossRank
 from .optimal import Optimal
 from .rounding import optimal_counts, proxy
+from .two_stage import TwoStage
 from .uniform import Uniform
 
 __all__ = [
@@ -18,6 +19,8 @@ __all__ = [
     "LossProportional",
     "LossRank",
     "Optimal",
+    "Piloted",
+    "TwoStage",
     "Uniform",
     "check_budget",
     "equal_counts",
@@ -27,6 +30,7 @@ __all__ = [
 
 ALLOCATORS: dict[str, type[Allocator]] = {
     "optimal": Optimal,
+    "two_stage": TwoStage,
     "gaussian": Gaussian,
     "bernoulli": Bernoulli,
     "loss_proportional": LossProportional,

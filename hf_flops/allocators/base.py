@@ -6,7 +6,7 @@ Counts are fixed before the noise is drawn: an allocator sees the clean forward 
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -42,6 +42,27 @@ class Allocator(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a state from `state_dict`."""
+        ...
+
+
+@runtime_checkable
+class Piloted(Protocol):
+    """What an allocator has beside the rest if a pilot round is to fix the counts of a second round."""
+
+    def pilot(self, features: Features, budget: int) -> tuple[Tensor, Tensor] | None:
+        """Return the pilot's counts (B,) int64, and its weight (B,) in each sample's estimate; None for no pilot."""
+        ...
+
+    def second_counts(self, features: Features, squares: Tensor, pilot: Tensor, shares: Tensor, budget: int) -> Tensor:
+        """Return (B,) int64, the counts of the second round, each at least 1, summing to `budget`.
+
+        Args:
+            features: of the clean forward.
+            squares: (B,) mean squared deltas of the pilot, NaN where none is finite.
+            pilot: (B,) the pilot's counts.
+            shares: (B,) the pilot's weights.
+            budget: queries that the pilot left.
+        """
         ...
 
 

@@ -21,6 +21,7 @@ class ParameterVector:
     def __init__(self, named_parameters: Sequence[tuple[str, nn.Parameter]]) -> None:
         self.names = [name for name, _ in named_parameters]
         self.parameters = [parameter for _, parameter in named_parameters]
+        self.shapes = [parameter.shape for parameter in self.parameters]
         self.slices: list[slice] = []
         self.size = 0
         for parameter in self.parameters:

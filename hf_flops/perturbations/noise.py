@@ -6,19 +6,20 @@ after a resume, and does not depend on how rows are cut into chunks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from ..counters import seeds
+from ..counters import seeds, words
 
 SHARED_POSITION = 2**62  # no sample has this position: the stream of noise that all samples share
-# The eight signs that a byte of random bits stands for: (256, 8).
-_SIGNS = torch.tensor([[1.0 - 2.0 * (byte >> bit & 1) for bit in range(8)] for byte in range(256)])
+ALL = slice(None)
+BLOCK = 2**18  # numbers of noise that are unpacked at a time: what a processor's cache holds
 
 
 @dataclass(frozen=True)
@@ -48,41 +49,157 @@ class NoiseKeys:
         return cls(rows, int(seeds(seed, step, SHARED_POSITION, group)[0]))
 
 
-def _generators(row_seeds: np.ndarray) -> Iterator[torch.Generator]:
-    """Yield a private generator, seeded for each row in turn."""
-    generator = torch.Generator()
-    return (generator.manual_seed(seed) for seed in row_seeds.tolist())
+class Numbers(Protocol):
+    """R rows of independent numbers with mean 0 and variance 1, each row cut into pieces."""
+
+    def __len__(self) -> int:
+        """Return R."""
+        ...
+
+    def piece(self, index: int, rows: slice = ALL) -> Tensor:
+        """Return a piece (R, size) float32 of some rows."""
+        ...
 
 
-def gaussian(row_seeds: np.ndarray, size: int) -> Tensor:
-    """Draw (R, d) standard normal numbers."""
-    out = torch.empty(len(row_seeds), size)
-    for row, generator in zip(out, _generators(row_seeds), strict=True):
-        torch.randn(size, generator=generator, out=row)
-    return out
+class Signs:
+    """Signs +1 and -1 at one random bit each, which stay packed until a piece is used.
+
+    Args:
+        row_seeds: (R,) uint64.
+        sizes: how many numbers each piece has; a piece starts at a word of its own.
+        device: where the bits are kept and unpacked; they are drawn on the CPU.
+    """
+
+    def __init__(self, row_seeds: np.ndarray, sizes: Sequence[int], device: torch.device | str = "cpu") -> None:
+        self.sizes = sizes
+        lengths = [-(-size // 64) for size in sizes]
+        bits = torch.from_numpy(words(row_seeds, sum(lengths)).view(np.int64)).to(device)  # (R, W)
+        self.bits = [piece.view(torch.int32).unsqueeze(1) for piece in bits.split(lengths, 1)]  # (R, 1, 2 words)
+        self.shifts = torch.arange(32, dtype=torch.int32, device=device).unsqueeze(1)
+        self.one = torch.ones((), device=device)
+        self.rows = len(row_seeds)
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def piece(self, index: int, rows: slice = ALL) -> Tensor:
+        """See `Numbers.piece`: every bit is shifted to where a float has its sign."""
+        signs = (self.bits[index][rows] << self.shifts).view(torch.float32)  # (R, 32, 2 words)
+        return torch.copysign(self.one, signs, out=signs).flatten(1)[:, : self.sizes[index]]
 
 
-def rademacher(row_seeds: np.ndarray, size: int) -> Tensor:
-    """Draw (R, d) independent signs +1 and -1, at one random bit each."""
-    words = torch.empty(len(row_seeds), (size + 63) // 64, dtype=torch.int64)
-    for row, generator in zip(words, _generators(row_seeds), strict=True):
-        row.random_(-(2**63), 2**63 - 1, generator=generator)
-    signs = F.embedding(words.view(torch.uint8).int(), _SIGNS)  # (R, bytes, 8)
-    return signs.view(len(row_seeds), -1)[:, :size]
+class Normals:
+    """Standard normal numbers, four bytes each; for the arguments see `Signs`.
+
+    They come from torch's CPU generator, re-seeded for each row; it uses 32 bits of its seed.
+    """
+
+    def __init__(self, row_seeds: np.ndarray, sizes: Sequence[int], device: torch.device | str = "cpu") -> None:
+        values, generator = torch.empty(len(row_seeds), sum(sizes)), torch.Generator()
+        for row, seed in zip(values, row_seeds.tolist(), strict=True):
+            torch.randn(len(row), generator=generator.manual_seed(seed), out=row)
+        self.pieces = values.to(device).split(list(sizes), 1)
+        self.rows = len(row_seeds)
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def piece(self, index: int, rows: slice = ALL) -> Tensor:
+        """See `Numbers.piece`."""
+        return self.pieces[index][rows]
 
 
-DISTRIBUTIONS: dict[str, Callable[[np.ndarray, int], Tensor]] = {"gaussian": gaussian, "rademacher": rademacher}
+def blocks(rows: int, numbers: int) -> Iterator[slice]:
+    """Cut rows of that many numbers into blocks of at most `BLOCK` numbers, or of one row."""
+    step = max(1, BLOCK // max(1, numbers))
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
-def draw(distribution: str, row_seeds: np.ndarray, size: int) -> Tensor:
-    """Draw one flat noise vector for each seed, mean 0 and identity covariance.
+class RowNoise:
+    """The noise of R rows: mean 0, identity covariance.
+
+    A matrix can be the outer product of two independent vectors of signs, `Z = a b^T`: rank-one noise. Its entries are
+    signs that are uncorrelated, though not independent, so estimates stay unbiased, and `||Z||^2` is the number of entries
+    whatever the draw. Therefore `tr Cov = E delta^2 ||z||^2 - ||g||^2 = (d - 1) ||g||^2`, the same as with independent
+    signs. But the error lies in fewer directions, because entries of one row or column of Z err together, and deltas have
+    heavier tails: `E (a^T G b)^4 <= 9 ||G||^4`, against `3 ||G||^4`. With normal factors the trace would be
+    `(out + 2) (in + 2) - 1` times `||G||^2`.
+
+    Args:
+        numbers: what the noise is made of; the pieces of each parameter follow each other.
+        shapes: the shapes of the parameters.
+        rank_one: whether matrices are outer products.
+
+    References:
+        Sarkar et al. (2025), Evolution Strategies at the Hyperscale (EGGROLL), arXiv 2511.16652.
+    """
+
+    def __init__(self, numbers: Numbers, shapes: Sequence[torch.Size], rank_one: bool) -> None:
+        self.numbers, self.shapes = numbers, shapes
+        self.layouts = [layout(shape, rank_one) for shape in shapes]
+        self.first = list(accumulate(map(len, self.layouts), initial=0))
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, row: int) -> Tensor:
+        """Return the noise of one row as a flat vector (d,)."""
+        own = slice(row, row + 1)
+        return torch.cat([self.tensor(index, own).flatten() for index in range(len(self.shapes))])
+
+    def is_rank_one(self, index: int) -> bool:
+        """Return whether a parameter's noise is an outer product."""
+        return len(self.layouts[index]) == 2
+
+    def factors(self, index: int, rows: slice = ALL) -> tuple[Tensor, ...]:
+        """Return what a parameter's noise is made of: (R, numel), or (R, out) and (R, in) of an outer product."""
+        return tuple(self.numbers.piece(self.first[index] + i, rows) for i in range(len(self.layouts[index])))
+
+    def tensor(self, index: int, rows: slice = ALL) -> Tensor:
+        """Return the noise (R, *shape) of a parameter."""
+        factors = self.factors(index, rows)
+        if len(factors) == 2:
+            return factors[0].unsqueeze(2) * factors[1].unsqueeze(1)
+        return factors[0].view(-1, *self.shapes[index])
+
+    def weighted_sum(self, coefficients: Tensor) -> Tensor:
+        """Return `sum_r coefficients[r] * noise[r]` (d,); coefficients: (R,) float32 on the noise's device."""
+        sums = []
+        for index, shape in enumerate(self.shapes):
+            total = coefficients.new_zeros(shape.numel())
+            for rows in blocks(len(self), sum(self.layouts[index])):
+                left, *right = self.factors(index, rows)
+                if right:
+                    total.view(shape).addmm_((left * coefficients[rows, None]).T, right[0])
+                else:
+                    total.addmv_(left.T, coefficients[rows])
+            sums.append(total)
+        return torch.cat(sums)
+
+
+def layout(shape: torch.Size, rank_one: bool) -> tuple[int, ...]:
+    """Return the sizes of the pieces that a parameter's noise is made of."""
+    return tuple(shape) if rank_one and len(shape) == 2 else (shape.numel(),)
+
+
+DISTRIBUTIONS: dict[str, tuple[Callable[..., Numbers], bool]] = {
+    "gaussian": (Normals, False),
+    "rademacher": (Signs, False),
+    "rank_one": (Signs, True),
+}
+
+
+def draw(
+    distribution: str, row_seeds: np.ndarray, shapes: Sequence[torch.Size], device: torch.device | str = "cpu"
+) -> RowNoise:
+    """Draw noise for each seed, mean 0 and identity covariance.
 
     Args:
         distribution: a name in `DISTRIBUTIONS`.
         row_seeds: (R,) uint64.
-        size: d, numbers per row.
-
-    Returns:
-        (R, d) float32 on the CPU.
+        shapes: of the parameters that the noise is for.
+        device: where the noise is kept.
     """
-    return DISTRIBUTIONS[distribution](row_seeds, size)
+    kind, rank_one = DISTRIBUTIONS[distribution]
+    sizes = [size for shape in shapes for size in layout(shape, rank_one)]
+    return RowNoise(kind(row_seeds, sizes, device), shapes, rank_one)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .base import ParameterVector
-from .noise import NoiseKeys, draw
-from .rules import Noise, RowMismatch, Rule, rule_for
+from .noise import NoiseKeys, RowNoise, blocks, draw
+from .rules import FACTORED, Noise, RowMismatch, Rule, rule_for
 
 
 @dataclass(frozen=True)
@@ -66,32 +66,77 @@ def find_sites(model: nn.Module, vector: ParameterVector) -> list[Site]:
     return [site for site in sites if uncovered.isdisjoint(site.tensors.values())]
 
 
-def _watch(site: Site, noise: Noise, scale: float, fired: Callable[[], None]) -> Callable[[], None]:
-    """Install a forward hook that applies the site's rule, and return what removes it."""
+def _factored(site: Site, noise: RowNoise, index: int) -> bool:
+    """Return whether the site's rule gets the factors of a parameter's noise."""
+    return noise.is_rank_one(index) and site.rule in FACTORED
+
+
+def _own(site: Site, noise: RowNoise, rows: slice, device: torch.device) -> Noise:
+    """Return the noise of a site's parameters for some rows, as its rule wants it."""
+    own: Noise = {}
+    for name, index in site.tensors.items():
+        if _factored(site, noise, index):
+            own[f"{name}.left"], own[f"{name}.right"] = (factor.to(device) for factor in noise.factors(index, rows))
+        else:
+            own[name] = noise.tensor(index, rows).to(device)
+    return own
+
+
+def _width(site: Site, noise: RowNoise) -> int:
+    """Return how many numbers of noise the site's rule gets for each row."""
+    return sum(
+        sum(noise.layouts[index]) if _factored(site, noise, index) else noise.shapes[index].numel()
+        for index in site.tensors.values()
+    )
+
+
+def _split(values: Tensor, rows: int, pieces: list[slice]) -> list[Tensor]:
+    """Cut (R * m, ...) as R rows are cut."""
+    if values.dim() == 0 or len(values) % rows:
+        raise RowMismatch(f"a tensor of shape {tuple(values.shape)} does not hold {rows} rows")
+    each = len(values) // rows
+    return list(values.split([each * (piece.stop - piece.start) for piece in pieces]))
+
+
+def _watch(site: Site, noise: RowNoise, scale: float, fired: Callable[[], None]) -> Callable[[], None]:
+    """Install a forward hook that applies the site's rule, and return what removes it.
+
+    The rule gets a few rows at a time, so that unpacked noise stays in the cache.
+    """
+    rows, rule = len(noise), site.rule
+    pieces = list(blocks(rows, _width(site, noise)))
 
     def hook(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> Any:
         x = args[0] if args else next(iter(kwargs.values()))
         if not torch.is_tensor(out) or not torch.is_tensor(x):
             raise RowMismatch(f"{type(module).__name__} does not map one tensor to one tensor")
         fired()
-        assert site.rule is not None
-        return site.rule(module, x, out, noise, scale)
+        assert rule is not None
+        outs = _split(out, rows, pieces)
+        results = [
+            rule(module, own_x, own_out, _own(site, noise, piece, out.device), scale)
+            for own_x, own_out, piece in zip(_split(x, rows, pieces), outs, pieces, strict=True)
+        ]
+        if len(results) == 1:
+            return results[0]
+        in_place = all(result.data_ptr() == own.data_ptr() for result, own in zip(results, outs, strict=True))
+        return out if in_place else torch.cat(results)
 
     return site.module.register_forward_hook(hook, with_kwargs=True).remove
 
 
-def _patch_prompt(site: Site, noise: Noise, scale: float, fired: Callable[[], None]) -> Callable[[], None]:
+def _patch_prompt(site: Site, noise: RowNoise, scale: float, fired: Callable[[], None]) -> Callable[[], None]:
     """Let `get_prompt` add each row's noise to its prompt (R, P, D), and return what undoes it."""
     owner: Any = site.module
     original, patched_before = owner.get_prompt, owner.__dict__.get("get_prompt")
-    shift = noise["weight"] * scale
+    shift = noise.tensor(site.tensors["weight"]) * scale
 
     def get_prompt(batch_size: int, *args: Any, **kwargs: Any) -> Tensor:
         prompts = original(batch_size, *args, **kwargs)
         if batch_size % len(shift) or prompts.shape[1:] != shift.shape[1:]:
             raise RowMismatch(f"prompts of shape {tuple(prompts.shape)} for noise of shape {tuple(shift.shape)}")
         fired()
-        return prompts + shift.to(prompts.dtype).repeat_interleave(batch_size // len(shift), 0)
+        return prompts + shift.to(prompts).repeat_interleave(batch_size // len(shift), 0)
 
     def restore() -> None:
         del owner.get_prompt
@@ -108,7 +153,7 @@ class RowwiseNoise:
     Args:
         model: the model whose modules are watched.
         vector: the parameters to move; every one must be covered by a site.
-        distribution: "gaussian" or "rademacher".
+        distribution: a name in `DISTRIBUTIONS`.
     """
 
     grouped = False
@@ -127,26 +172,24 @@ class RowwiseNoise:
         """Return the names of the parameters that per-row rules exist for."""
         return {vector.names[i] for site in find_sites(model, vector) for i in site.tensors.values()}
 
-    def draw(self, keys: NoiseKeys) -> Tensor:
-        """Draw (R, d) from the rows' seeds."""
-        return draw(self.distribution, keys.rows, self.vector.size).to(self.vector.device)
+    def draw(self, keys: NoiseKeys) -> RowNoise:
+        """Draw from the rows' seeds."""
+        return draw(self.distribution, keys.rows, self.vector.shapes, self.vector.device)
 
     @contextmanager
-    def applied(self, noise: Tensor, scale: float, fired: Counter[int] | None = None) -> Iterator[None]:
+    def applied(self, noise: RowNoise, scale: float, fired: Counter[int] | None = None) -> Iterator[None]:
         """See `Perturbation.applied`; counts in `fired`, by index of the parameter, how often its rule ran."""
-        views = self.vector.views(noise)
         ran: Counter[int] = Counter() if fired is None else fired
         removers: list[Callable[[], None]] = []
         try:
             for site in self.sites:
-                own = {name: views[i].to(self.vector.parameters[i].device) for name, i in site.tensors.items()}
                 install = _watch if site.rule else _patch_prompt
-                removers.append(install(site, own, scale, partial(ran.update, site.tensors.values())))
+                removers.append(install(site, noise, scale, partial(ran.update, site.tensors.values())))
             yield
         finally:
             for remove in reversed(removers):
                 remove()
 
-    def pull_back(self, noise: Tensor, coefficients: Tensor) -> Tensor:
+    def pull_back(self, noise: RowNoise, coefficients: Tensor) -> Tensor:
         """See `Perturbation.pull_back`."""
-        return coefficients.to(noise.device, noise.dtype) @ noise
+        return noise.weighted_sum(coefficients.to(self.vector.device, torch.float32))

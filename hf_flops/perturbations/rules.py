@@ -30,26 +30,45 @@ def by_row(values: Tensor, noise: Noise, *tail: int) -> Tensor:
     return values.reshape(rows, -1, *tail)
 
 
-def _product(x: Tensor, out: Tensor, noise: Noise, weight: Tensor | None, scale: float) -> Tensor:
-    """Add `scale * (x @ weight + bias)` per row; x: (.., in), weight: (R, in, out)."""
+def _product(x: Tensor, out: Tensor, noise: Noise, transposed: bool, scale: float) -> Tensor:
+    """Add `scale * (x @ weight.T + bias)` per row, in place: a linear layer's output is a new tensor.
+
+    Args:
+        x: (R * m, .., in).
+        out: (R * m, .., out).
+        noise: weight (R, out, in), or its factors `weight.left` (R, out) and `weight.right` (R, in); bias (R, out).
+        transposed: whether a weight is (in, out) instead.
+        scale: epsilon.
+    """
     result = by_row(out, noise, out.shape[-1])
-    if weight is not None:
-        x = by_row(x, noise, x.shape[-1]).to(out.dtype)
-        result = torch.baddbmm(result, x, weight.to(out.dtype), alpha=scale)
+    x = by_row(x, noise, x.shape[-1]).to(out.dtype)
+    if "weight" in noise:
+        weight = noise["weight"].to(out.dtype)
+        weight = weight.transpose(1, 2) if transposed else weight
+        if weight.shape[1] < weight.shape[2]:  # batched products are faster where the long side of the weight is read along
+            result = result.add_(torch.bmm(weight, x.transpose(1, 2)).transpose(1, 2), alpha=scale)
+        else:
+            result = result.baddbmm_(x, weight.transpose(1, 2), alpha=scale)
+    elif "weight.left" in noise:
+        left, right = (noise[f"weight.{side}"].unsqueeze(1).to(out.dtype) for side in ("left", "right"))
+        left, right = (right, left) if transposed else (left, right)
+        result = result.addcmul_(torch.bmm(right, x.transpose(1, 2)).transpose(1, 2), left, value=scale)
     if "bias" in noise:
-        result = torch.add(result, noise["bias"].unsqueeze(1).to(out.dtype), alpha=scale)
+        result = result.add_(noise["bias"].unsqueeze(1).to(out.dtype), alpha=scale)
     return result.reshape(out.shape)
 
 
 def linear(module: nn.Linear, x: Tensor, out: Tensor, noise: Noise, scale: float) -> Tensor:
     """`nn.Linear`: weight (out, in), bias (out,)."""
-    weight = noise["weight"].transpose(1, 2) if "weight" in noise else None
-    return _product(x, out, noise, weight, scale)
+    return _product(x, out, noise, False, scale)
 
 
 def conv1d_gpt2(module: nn.Module, x: Tensor, out: Tensor, noise: Noise, scale: float) -> Tensor:
     """The `Conv1D` of GPT-2, a linear layer with its weight transposed: weight (in, out)."""
-    return _product(x, out, noise, noise.get("weight"), scale)
+    return _product(x, out, noise, True, scale)
+
+
+FACTORED = (linear, conv1d_gpt2)  # rules that take the factors of an outer product instead of it
 
 
 def convolution(module: Any, x: Tensor, out: Tensor, noise: Noise, scale: float) -> Tensor:

@@ -33,7 +33,7 @@ class SharedNoise:
 
     Args:
         vector: the parameters to move.
-        distribution: "gaussian" or "rademacher".
+        distribution: a name in `DISTRIBUTIONS`.
     """
 
     grouped = True
@@ -45,7 +45,7 @@ class SharedNoise:
     def draw(self, keys: NoiseKeys) -> Tensor:
         """Draw (d,) from the group's seed."""
         seed = np.array([keys.group], dtype=np.uint64)
-        return draw(self.distribution, seed, self.vector.size)[0].to(self.vector.device)
+        return draw(self.distribution, seed, self.vector.shapes, self.vector.device)[0]
 
     def applied(self, noise: Tensor, scale: float) -> AbstractContextManager[None]:
         """See `Perturbation.applied`."""

@@ -1,0 +1,56 @@
+"""Two rounds of queries: a pilot whose deltas say where the rest is needed."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..rows import Features
+from .base import equal_counts
+from .observed import observe
+from .optimal import Optimal
+from .rounding import optimal_counts
+
+
+class TwoStage(Optimal):
+    """`Optimal`, whose prediction a pilot round of the same step corrects before most of the budget is spent.
+
+    Every sample gets the same few pilot queries. Their deltas are combined with the prediction, each as far as it is
+    certain, and the rest of the budget follows. Both rounds' means are unbiased, given what came before them, and so is
+    `w_i pilot + (1 - w_i) second` for weights that are fixed beforehand: w_i is the pilot's part of the queries that the
+    *prediction* would give the sample. (Its part of the queries that the sample gets would depend on the pilot's own noise,
+    and be biased: samples with small deltas would count them for more.)
+
+    Args:
+        pilot: queries per sample in the pilot round; fewer where the budget would leave none for the second.
+        decay: see `Optimal`.
+
+    References:
+        Neyman (1938), Contribution to the theory of sampling human populations, on double sampling.
+    """
+
+    def __init__(self, pilot: int = 2, decay: float = 0.95) -> None:
+        super().__init__(decay)
+        self.queries = pilot
+
+    def pilot(self, features: Features, budget: int) -> tuple[Tensor, Tensor] | None:
+        """See `Piloted.pilot`."""
+        samples = len(features.losses)
+        each = min(self.queries, budget // samples - 1)
+        if each < 1 or samples == 1:
+            return None
+        planned = self.counts(features, budget - each * samples)
+        return equal_counts(samples, each * samples), each / (each + planned.double())
+
+    def second_counts(self, features: Features, squares: Tensor, pilot: Tensor, shares: Tensor, budget: int) -> Tensor:
+        """See `Piloted.second_counts`."""
+        logarithm = self.predict(features).log() * self._calibration.power
+        squares = squares.detach().cpu().double()
+        known = squares.isfinite()
+        if int(known.sum()) > 1 and float(squares[known].sum()) > 0:
+            # Both are known up to a constant of the batch: compare deviations from their means.
+            seen, spread = observe(squares[known], pilot[known]), self._regression.spread
+            trust = spread / (spread + seen.variance)
+            surprise = seen.values - logarithm[known]
+            logarithm[known] += trust * (surprise - surprise.mean())
+        # The second round's part of the variance is (1 - w_i)^2 sigma_i^2 / n_i.
+        return optimal_counts((1 - shares) * (logarithm - logarithm.max()).exp(), budget)

@@ -1,0 +1,211 @@
+"""Which modules the noise does not reach, found by moving the perturbed parameters and looking; names prove nothing."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from hashlib import blake2b
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from .counters import seeds
+from .objectives import Forward, Objective
+from .perturbations import NoiseKeys, Perturbation, displaced
+from .perturbations.noise import draw
+from .reuse import Call, Reuse, replaced_forward
+from .rows import batch_size, take
+
+_CHECK_SEED = 20411  # any number: the check's noise has a stream of its own
+_SCALE = 0.1  # far from rounding; what the model says there does not matter
+
+
+@dataclass
+class _Visit:
+    """A call of a module in a traced forward: the innermost call around it, and what it returned."""
+
+    parent: _Visit | None
+    leaves: tuple[Any, ...] = ()
+
+    @property
+    def shapes(self) -> list[tuple[int, ...] | None]:
+        """The shapes of the output's tensors, None for other leaves."""
+        return [tuple(leaf[0]) if isinstance(leaf, tuple) else None for leaf in self.leaves]
+
+
+_Visits = dict[nn.Module, list[_Visit]]  # in the order of the first calls
+
+
+def _fingerprint(leaf: Any) -> Any:
+    """Return what is the same for two leaves only if they are equal bit for bit; tensors become (shape, hash)."""
+    if torch.is_tensor(leaf):
+        content = leaf.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
+        return leaf.shape, blake2b(content.data, digest_size=16).digest()
+    return leaf if leaf is None or isinstance(leaf, (bool, int, float, str)) else object()  # equal to nothing else
+
+
+def _fingerprints(output: Any) -> tuple[Any, ...]:
+    return tuple(_fingerprint(leaf) for leaf in tree_leaves(output))
+
+
+def _trace(model: nn.Module, forward: Forward, inputs: Mapping[str, Any]) -> _Visits:
+    """Run the model and return the calls of each of its modules, in order."""
+    visits: _Visits = defaultdict(list)
+    active: list[_Visit] = []
+
+    def watched(module: nn.Module, original: Call) -> Call:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            visit = _Visit(active[-1] if active else None)
+            visits[module].append(visit)
+            active.append(visit)
+            output = original(*args, **kwargs)
+            active.pop()
+            visit.leaves = _fingerprints(output)
+            return output
+
+        return run
+
+    with ExitStack() as stack:
+        for module in model.modules():
+            stack.enter_context(replaced_forward(module, partial(watched, module)))
+        forward(inputs)
+    return visits
+
+
+def _layout(two: _Visit, three: _Visit) -> tuple[bool, ...] | None:
+    """Tell which leaves grow with the rows, from a run of two rows and one of three; None if any does neither."""
+    flags = []
+    for a, b in zip(two.shapes, three.shapes, strict=True):
+        if a == b:
+            flags.append(False)
+        elif a and b and a[1:] == b[1:] and 3 * a[0] == 2 * b[0]:
+            flags.append(True)
+        else:
+            return None
+    return tuple(flags)
+
+
+def independent_modules(
+    model: nn.Module, forward: Forward, inputs: Mapping[str, Any], perturbation: Perturbation, *, per_row: bool
+) -> dict[nn.Module, tuple[bool, ...]]:
+    """Return the outermost modules whose output is bit for bit the same wherever the perturbed parameters are.
+
+    Modules without parameters and buffers are left out, because they cost next to nothing, and so are those that a forward
+    calls more than once or that return anything but tensors and plain values.
+
+    Returns:
+        For each module, in the order of the calls, which leaves of its output hold rows; see `Reuse`.
+    """
+    last = min(1, batch_size(inputs) - 1)
+    two, three = (take(inputs, torch.tensor(index)) if per_row else inputs for index in ([0, last], [0, last, 0]))
+    vector = perturbation.vector
+    shift = draw("gaussian", seeds(_CHECK_SEED, 0), vector.shapes, vector.device)[0]
+    here = _trace(model, forward, two)
+    with displaced(vector, _SCALE * shift):
+        moved = _trace(model, forward, two)
+    return _outermost(here, moved, _trace(model, forward, three))
+
+
+def _outermost(here: _Visits, moved: _Visits, wider: _Visits) -> dict[nn.Module, tuple[bool, ...]]:
+    found: dict[nn.Module, tuple[bool, ...]] = {}
+    inside: set[int] = set()  # calls that are part of an independent one
+    for module, visits in here.items():
+        if id(visits[0].parent) in inside:
+            inside.update(map(id, visits))
+        elif _holds_numbers(module) and all(len(visited.get(module, ())) == 1 for visited in (here, moved, wider)):
+            flags = _layout(visits[0], wider[module][0])
+            if flags is not None and any(visits[0].shapes) and visits[0].leaves == moved[module][0].leaves:
+                found[module] = flags
+                inside.add(id(visits[0]))
+    return found
+
+
+def _holds_numbers(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters()) or any(True for _ in module.buffers())
+
+
+def choose_reuse(
+    model: nn.Module,
+    objective: Objective,
+    forward: Forward,
+    inputs: Mapping[str, Any],
+    perturbation: Perturbation,
+    precision: float = 1e-4,
+) -> tuple[Reuse, str | None]:
+    """Return what may run once per sample from now on, maybe nothing, and why if that was not to be expected.
+
+    Args:
+        model: the model, in evaluation mode, gradients off.
+        objective: what is minimised.
+        forward: runs the model.
+        inputs: a batch.
+        perturbation: what moves the parameters.
+        precision: see `precision_of`.
+    """
+    try:
+        modules = independent_modules(model, forward, inputs, perturbation, per_row=objective.per_row)
+        if not modules:
+            return Reuse(), None
+        reuse = Reuse(modules)
+        few = take(inputs, torch.arange(min(2, batch_size(inputs)))) if objective.per_row else inputs
+        _find_unused(reuse, forward, few)
+        for _ in range(2):
+            if _agrees(reuse, objective, forward, inputs, perturbation, precision):
+                return reuse, None
+            reuse = Reuse(modules)  # once more with all outputs: the objective may look at what the model does not return
+        return Reuse(), "the losses of rows were not the same with it"
+    except Exception as error:
+        return Reuse(), f"{type(error).__name__}: {error}"
+
+
+def _find_unused(reuse: Reuse, forward: Forward, inputs: Mapping[str, Any]) -> None:
+    owner = torch.arange(batch_size(inputs))
+
+    def outputs() -> list[Any]:
+        found = _fingerprints(reuse.through(forward, inputs, owner)(inputs))
+        return [leaf for leaf in found if isinstance(leaf, tuple)]
+
+    def unnoticed() -> bool:
+        try:
+            return outputs() == reference
+        except Exception:
+            return False
+
+    with reuse.installed():
+        reuse.record(forward, inputs)
+        reference = outputs()
+        if reference:
+            reuse.drop_unused(unnoticed)
+
+
+def _agrees(
+    reuse: Reuse,
+    objective: Objective,
+    forward: Forward,
+    inputs: Mapping[str, Any],
+    perturbation: Perturbation,
+    precision: float,
+) -> bool:
+    """Compare row losses under noise with those of the plain forward, on three rows (the batch if it is one unit)."""
+    samples = batch_size(inputs)
+    owner = torch.tensor([samples - 1, 0, samples - 1]) if objective.per_row else torch.arange(samples)
+    rows = take(inputs, owner) if objective.per_row else inputs
+    units = torch.arange(3 if objective.per_row else 1)
+    noise = perturbation.draw(NoiseKeys.of(_CHECK_SEED, 1, units, units, 0))
+
+    def losses(run: Call) -> Tensor:
+        with perturbation.applied(noise, _SCALE):
+            return objective(run, rows).sums
+
+    wanted = losses(forward)
+    with reuse.installed():
+        reuse.record(forward, inputs)
+        found = losses(reuse.through(forward, rows, owner))
+    tolerance = precision if precision > 1e-3 else 0.1 * precision
+    size = float(wanted.nan_to_num(posinf=0.0, neginf=0.0).abs().max())
+    return torch.allclose(found, wanted, rtol=tolerance, atol=tolerance * size, equal_nan=True)

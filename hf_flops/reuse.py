@@ -1,0 +1,157 @@
+"""Late expansion: what the noise does not reach runs once per sample of the batch, not once per query row.
+
+Query rows repeat samples, and a module whose output depends on no perturbed parameter computes the same for every repeat.
+Such a module runs on the batch alone; in the other forwards of the step its `forward` returns the recorded output, repeated
+for the rows. The model's inputs stay those of all rows, so masks, positions, labels and keywords need no care.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial, wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from .rows import batch_size
+
+Call = Callable[..., Any]
+Output = tuple[list[Any], TreeSpec]
+
+
+class _Recorded(Exception):
+    """Stops a forward that has nothing left to record."""
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, make: Callable[[Call], Call]) -> Iterator[None]:
+    """Let `module.forward` be what `make` makes of it for a while, on this instance alone."""
+    before, original = module.__dict__.get("forward"), module.forward
+    module.forward = wraps(original)(make(original))  # whoever asks for the signature gets the original one
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
+
+
+class Reuse:
+    """Runs some modules of a model once per step and sample.
+
+    Args:
+        modules: each with one flag per leaf of its output: True if the leaf's first dimension holds the rows (or, row-major,
+            rows times a whole number), False if the leaf is the same for any rows. A module is called once in a forward and
+            calls none of the others. By default none: the model runs as it is.
+
+    Attributes:
+        unused: modules whose output is read by others of `modules` only; NaN is handed on in its place, without memory.
+    """
+
+    def __init__(self, modules: Mapping[nn.Module, tuple[bool, ...]] | None = None) -> None:
+        self.modules = dict(modules or {})
+        self.unused: set[nn.Module] = set()
+        self._kept: dict[nn.Module, Output] = {}
+        self._samples = 0
+        self._owner: Tensor | None = None
+        self._running = self._stopping = False
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Replace the modules' `forward` for one step; nothing is left on the model or kept after it."""
+        with ExitStack() as stack:
+            stack.callback(self._kept.clear)
+            for module in self.modules:
+                stack.enter_context(replaced_forward(module, partial(self._stand_in, module)))
+            yield
+
+    def through(self, forward: Call, inputs: Mapping[str, Any], owner: Tensor | None = None) -> Call:
+        """Return `forward` for an objective, to be called on `inputs`; on anything else the model runs as it is.
+
+        Args:
+            forward: runs the model.
+            inputs: the batch, whose outputs are to be recorded, or the rows of a chunk.
+            owner: (R,) int64, the sample of the batch that each row repeats; None for the batch itself.
+        """
+
+        def run(given: Mapping[str, Any]) -> Any:
+            if given is not inputs:
+                return forward(given)
+            self._running, self._owner = True, owner
+            self._samples = batch_size(inputs) if owner is None else self._samples
+            try:
+                return forward(given)
+            finally:
+                self._running, self._owner = False, None
+
+        return run
+
+    def record(self, forward: Call, inputs: Mapping[str, Any]) -> None:
+        """Run the batch no further than to the last module's output, where no clean forward would record it."""
+        if not self.modules:
+            return
+        self._stopping = True
+        try:
+            self.through(forward, inputs)(inputs)
+        except _Recorded:
+            pass
+        finally:
+            self._stopping = False
+
+    def drop_unused(self, unnoticed: Callable[[], bool]) -> None:
+        """Find `unused`: put NaN in place of one recorded output after the other, and ask if the model's outputs stay."""
+        for module, output in list(self._kept.items()):
+            self._kept[module] = ([_hollow(leaf) for leaf in output[0]], output[1])
+            if unnoticed():
+                self.unused.add(module)
+            else:
+                self._kept[module] = output
+
+    def _stand_in(self, module: nn.Module, original: Call) -> Call:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self._running and self._owner is not None and module in self._kept:
+                return self._repeated(module, self._owner)
+            output = original(*args, **kwargs)
+            if self._running and self._owner is None:
+                self._keep(module, output)
+            return output
+
+        return forward
+
+    def _keep(self, module: nn.Module, output: Any) -> None:
+        leaves, spec = tree_flatten(output)
+        # A copy, because what follows may write into the output.
+        copy = _hollow if module in self.unused else _clone
+        self._kept[module] = ([copy(leaf) for leaf in leaves], spec)
+        if self._stopping and len(self._kept) == len(self.modules):
+            raise _Recorded
+
+    def _repeated(self, module: nn.Module, owner: Tensor) -> Any:
+        leaves, spec = self._kept[module]
+        per_row = self.modules[module]
+        found = [self._repeat(leaf, owner) if rows else _clone(leaf) for leaf, rows in zip(leaves, per_row, strict=True)]
+        return tree_unflatten(found, spec)
+
+    def _repeat(self, leaf: Tensor, owner: Tensor) -> Tensor:
+        """Repeat (B * m, ...) for the rows: (R * m, ...)."""
+        times, tail = len(leaf) // self._samples, leaf.shape[1:]
+        if not any(leaf.stride()):
+            return leaf[:1].expand(len(owner) * times, *tail)
+        owner = owner.to(leaf.device)
+        if times == 1:
+            return leaf.index_select(0, owner)
+        return leaf.view(self._samples, times, *tail).index_select(0, owner).flatten(0, 1)
+
+
+def _clone(leaf: Any) -> Any:
+    return leaf.clone(memory_format=torch.contiguous_format) if torch.is_tensor(leaf) else leaf
+
+
+def _hollow(leaf: Any) -> Any:
+    """Return NaN in the shape of a tensor, without its memory; anything but floats is copied."""
+    if torch.is_tensor(leaf) and leaf.is_floating_point():
+        return leaf.new_full((), float("nan")).expand(leaf.shape)
+    return _clone(leaf)
