@@ -14,77 +14,31 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
+import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
+from gradients import SampleGradients  # isort: skip
 from tasks import ROOT, TASKS, Task  # isort: skip
 
 from hf_flops import Method, Place, estimate_gradient
 from hf_flops.allocators import ALLOCATORS, Piloted, equal_counts, optimal_counts, proxy
 from hf_flops.estimators import ESTIMATORS
-from hf_flops.objectives import RowLosses, TappedLoss
+from hf_flops.objectives import TappedLoss
 from hf_flops.perturbations import ParameterVector, perturb
+from hf_flops.plots import pyplot
 from hf_flops.rows import Features
 
 BATCH, QUERIES = 32, 16
 ORACLE, SHARED, MEZO = "oracle (true norms)", "shared noise", "shared noise, pairs (MeZO)"
 WINDOWS = {"at initialisation": (0, 1), "steps 1-20": (1, 21), "after step 100": (100, None)}
-
-
-class SampleGradients:
-    """Gradients of single samples by one backward pass, for models whose trainable parameters are those of Linear layers."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.vector = model, ParameterVector.of(model)
-        index = {id(parameter): i for i, parameter in enumerate(self.vector.parameters)}
-        self.sites = {
-            module: {name: index[id(p)] for name, p in module._parameters.items() if p is not None and id(p) in index}
-            for module in model.modules()
-            if isinstance(module, nn.Linear) and any(id(p) in index for p in module._parameters.values())
-        }
-        assert sum(len(names) for names in self.sites.values()) == len(self.vector.names)
-
-    def __call__(self, inputs: dict[str, Tensor]) -> tuple[Tensor, RowLosses]:
-        """Return (B, d) gradients of each sample's loss, and the losses; the mean gradient is left in `.grad`."""
-        rows, kept = torch.zeros(len(inputs["labels"]), self.vector.size), []
-
-        def forward(inputs: Any) -> tuple[Tensor, Any]:
-            outputs = self.model(**inputs)
-            kept.append(outputs.loss)
-            return outputs.loss, outputs
-
-        with self._watched(self.vector.views(rows)):
-            losses = TappedLoss()(forward, inputs, features=True)
-            kept[0].backward()
-        rows *= len(rows)  # the loss is the mean over samples
-        return rows, RowLosses(losses.sums.detach(), losses.counts, losses.residuals.detach())
-
-    @contextmanager
-    def _watched(self, views: list[Tensor]) -> Iterator[None]:
-        def forward(module: nn.Module, args: tuple, out: Tensor) -> None:
-            x = args[0].detach().reshape(len(views[0]), -1, args[0].shape[-1])
-
-            def backward(slope: Tensor) -> None:
-                slope = slope.reshape(len(x), -1, slope.shape[-1])
-                for name, i in self.sites[module].items():
-                    views[i].copy_(slope.transpose(1, 2) @ x if name == "weight" else slope.sum(1))
-
-            out.register_hook(backward)
-
-        handles = [module.register_forward_hook(forward) for module in self.sites]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 @dataclass
@@ -203,6 +157,36 @@ def run(task: Task, seed: int, steps: int, check: set[int], draws: int) -> dict[
     return {"seed": seed, "curves": race.curves, "checks": checks}
 
 
+def costs(task: Task, samples: int = 256, queries: int = 64, repeats: int = 9) -> dict[str, float]:
+    """Return what each allocator costs in a step of `samples * queries` rows, as a share of the rows' plain inference.
+
+    Both sides are timed in turn; medians.
+    """
+    generator = torch.Generator().manual_seed(0)
+    inputs, _ = next(task.batches(0, BATCH))
+    allocators, budget = {name: kind() for name, kind in ALLOCATORS.items()}, samples * (queries - 1)
+    times: dict[str, list[float]] = defaultdict(list)
+    for step in range(repeats):
+        start = time.perf_counter()
+        with torch.no_grad():
+            task.model(**inputs)
+        times["row"].append((time.perf_counter() - start) / BATCH)
+        residuals = torch.rand(samples, generator=generator)
+        features = Features(residuals, residuals, step, lengths=torch.ones(samples), ids=tuple(range(samples)))
+        for name, allocator in allocators.items():
+            squares = residuals * torch.rand(samples, generator=generator)
+            start = time.perf_counter()
+            plan = allocator.pilot(features, budget) if isinstance(allocator, Piloted) else None
+            counts = allocator.counts(features, budget)
+            if plan is not None:
+                left = budget - int(plan[0].sum())
+                counts = plan[0] + allocator.second_counts(features, squares, *plan, left)
+            allocator.update(features, counts, squares)
+            times[name].append(time.perf_counter() - start)
+    row = float(np.median(times.pop("row")))
+    return {name: float(np.median(own)) / (row * samples * queries) for name, own in times.items()}
+
+
 def summary(runs: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
     """Return, by window of steps and name, mean variance over that of equal counts, and its standard error over seeds."""
     table: dict[str, dict[str, list[float]]] = {}
@@ -237,16 +221,49 @@ def main() -> None:
             check = {0, options.steps - 1} if seed == options.seeds[0] else set()
             runs.append(run(TASKS[name](seed), seed, options.steps, check, options.draws))
         record[name] = {
-            "summary": summary(runs), "runs": runs, "batch": BATCH, "queries_per_sample": QUERIES, "commit": commit,
+            "summary": summary(runs),
+            "costs": costs(TASKS[name](0)),
+            "runs": runs,
+            "batch": BATCH,
+            "queries_per_sample": QUERIES,
+            "commit": commit,
             "torch": torch.__version__,
-        }  # fmt: skip
+        }
         path.write_text(json.dumps(record))
-        for title, rows in record[name]["summary"].items():
-            print(f"\n{name}, {title}: variance over that of equal counts")
-            for row, (mean, error) in rows.items():
-                print(f"  {row:28} {mean:6.3f} ± {error:.3f}")
-        for found in runs[0]["checks"]:
-            print(f"  step {found['step']}, real estimates: {found['measured']}\n  computed: {found['computed']}")
+        report(name, record[name])
+    draw(record, ROOT / "docs" / "allocation.png")
+
+
+def report(name: str, record: dict[str, Any]) -> None:
+    """Print a task's table in Markdown, and how real estimates compare with computed variances."""
+    summaries = record["summary"]
+    print(
+        f"\n{name}: variance over that of equal counts\n\n| | {' | '.join(summaries)} |\n|{' --- |' * (len(summaries) + 1)}"
+    )
+    for row in next(iter(summaries.values())):
+        print(
+            f"| {row} | {' | '.join(f'{mean:.2f} ± {error:.2f}' for mean, error in (s[row] for s in summaries.values()))} |"
+        )
+    print("\ncost, share of a step of 256 x 64 rows:", {name: f"{cost:.2%}" for name, cost in record["costs"].items()})
+    for check in record["runs"][0]["checks"]:
+        pairs = {name: f"{check['measured'][name]:.2f} ({check['computed'][name]:.2f})" for name in check["measured"]}
+        print(f"step {check['step']}, real estimates (computed):", pairs)
+
+
+def draw(record: dict[str, Any], path: Path) -> None:
+    """Draw the variance along the runs, mean over seeds, smoothed over nine steps."""
+    plt = pyplot()
+    figure, panels = plt.subplots(1, len(record), figsize=(5.5 * len(record), 4), layout="constrained", sharey=True)
+    for axes, (name, own) in zip(np.atleast_1d(panels), record.items(), strict=True):
+        for row in ("uniform", "bernoulli", "loss_proportional", "gaussian", "two_stage", "optimal", ORACLE):
+            curve = np.mean([run["curves"][row] for run in own["runs"]], 0)
+            smooth = np.convolve(np.pad(curve, 4, mode="edge"), np.ones(9) / 9, mode="valid")
+            style = {"color": "black", "linestyle": ":"} if row == ORACLE else {}
+            axes.plot(smooth, label=row, linewidth=1.6, **style)
+        axes.set(title=name, xlabel="backprop steps done", ylabel="variance over that of equal counts", ylim=(0, 1.25))
+    np.atleast_1d(panels)[-1].legend(frameon=False, fontsize=8, ncols=2)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "estimator": tuple(ESTIMATORS),
     "allocator": tuple(ALLOCATORS),
     "noise": tuple(DISTRIBUTIONS),
+    "prefix_cache": ("memory", "disk"),
 }
 
 
@@ -116,6 +117,14 @@ class FlopsArgumentsMixin:
             "sample and step in place of once per row; does not change the result."
         },
     )
+    prefix_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Keep the outputs of what no noise reaches from one epoch to the next, in 'memory' or on 'disk' (in the "
+            "output folder, gone after the run). Needs a column sample_id, and inputs without augmentation."
+        },
+    )
+    prefix_cache_gb: float = field(default=4.0, metadata={"help": "Room for prefix_cache, in gigabytes."})
     noise_seed: int | None = field(
         default=None, metadata={"help": "Seed of the perturbations. Default: the seed of the run."}
     )
@@ -149,6 +158,8 @@ class FlopsArgumentsMixin:
             f"needs at least {len(least.signs) + clean} rows per sample, the clean one included.",
         )
         _require(scale is None or 0 < scale < float("inf"), f"perturbation_scale={scale!r} must be positive and finite.")
+        _require(self.late_expansion or self.prefix_cache is None, "prefix_cache needs late_expansion=True.")
+        _require(self.prefix_cache_gb > 0, f"prefix_cache_gb={self.prefix_cache_gb!r} must be positive.")
         whole = isinstance(rows, int) and rows >= 1
         _require(rows is None or whole, f"rows_per_forward={rows!r} must be a whole number, 1 or more.")
 

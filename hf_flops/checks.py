@@ -6,6 +6,7 @@ import inspect
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -15,6 +16,7 @@ from .errors import ConfigurationError
 from .independence import choose_reuse
 from .objectives import Forward, Objective
 from .perturbations import Perturbation
+from .prefix_cache import CachedReuse, SampleStore
 from .reuse import Reuse
 
 logger = logging.getLogger(__name__)
@@ -64,12 +66,6 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def shared_texts(model: nn.Module, inputs: Mapping[str, Any]) -> AbstractContextManager[None]:
-    """Let a model that can, as `SuffixPromptModel` does, run what all rows of a batch's samples share once for a step."""
-    cached = getattr(model, "cached_texts", None)
-    return nullcontext() if cached is None else cached(inputs)
-
-
 def without_cache(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     """Tell a language model to keep no keys and values, which only generation needs, unless the batch says otherwise."""
     base: Any = getattr(model, "get_base_model", lambda: model)()
@@ -79,6 +75,7 @@ def without_cache(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def late_expansion(
+    args: Any,
     model: nn.Module,
     objective: Objective,
     forward: Forward,
@@ -86,11 +83,32 @@ def late_expansion(
     perturbation: Perturbation,
     precision: float,
 ) -> Reuse:
-    """Return what may run once per sample, see `choose_reuse`, and say so."""
-    reuse, reason = choose_reuse(model, objective, forward, inputs, perturbation, precision)
+    """Return what may run once per sample, see `choose_reuse`, as far as the arguments want it, and say so.
+
+    Raises:
+        ConfigurationError: `prefix_cache` cannot be had.
+    """
+    if not args.late_expansion:
+        return Reuse()
+    cached = args.prefix_cache is not None
+    if hasattr(model, "cached_texts"):  # what it records for one batch would not fit answers of another length
+        if cached:
+            raise ConfigurationError(f"prefix_cache is not for a {type(model).__name__}, which shares its texts itself.")
+        return Reuse()
+    if cached and not objective.per_row:
+        raise ConfigurationError("prefix_cache needs a loss per sample, but this one belongs to the batch as a whole.")
+    reuse, reason = choose_reuse(model, objective, forward, inputs, perturbation, precision, cached=cached)
     if reason:
         logger.warning("Late expansion is off, every row runs through the whole model: %s.", reason)
-        return reuse
     names = [name for name, module in model.named_modules() if module in reuse.modules]
     logger.info("Late expansion: %d modules run once per sample and step (%s).", len(names), ", ".join(names))
-    return reuse
+    if not cached:
+        return reuse
+    folder = Path(args.output_dir) if args.prefix_cache == "disk" else None
+    return CachedReuse(reuse, SampleStore(args.prefix_cache_gb, folder))
+
+
+def shared_texts(model: nn.Module, inputs: Mapping[str, Any]) -> AbstractContextManager[None]:
+    """Let a model that can, as `SuffixPromptModel` does, run what all rows of a batch's samples share once for a step."""
+    cached = getattr(model, "cached_texts", None)
+    return nullcontext() if cached is None else cached(inputs)

@@ -136,6 +136,8 @@ def choose_reuse(
     inputs: Mapping[str, Any],
     perturbation: Perturbation,
     precision: float = 1e-4,
+    *,
+    cached: bool = False,
 ) -> tuple[Reuse, str | None]:
     """Return what may run once per sample from now on, maybe nothing, and why if that was not to be expected.
 
@@ -146,14 +148,21 @@ def choose_reuse(
         inputs: a batch.
         perturbation: what moves the parameters.
         precision: see `precision_of`.
+        cached: whether to find out, too, what a cache need not keep.
     """
     try:
+        # A sample that is NaN hides what depends on what.
+        finite = objective(forward, inputs).sums.isfinite().cpu()
+        if not bool(finite.any()):
+            return Reuse(), "not one loss of the first batch is finite"
+        if objective.per_row:
+            inputs = take(inputs, torch.nonzero(finite).flatten())
         modules = independent_modules(model, forward, inputs, perturbation, per_row=objective.per_row)
         if not modules:
             return Reuse(), None
         reuse = Reuse(modules)
         few = take(inputs, torch.arange(min(2, batch_size(inputs)))) if objective.per_row else inputs
-        _find_unused(reuse, forward, few)
+        _simplify(reuse, forward, few, cached)
         for _ in range(2):
             if _agrees(reuse, objective, forward, inputs, perturbation, precision):
                 return reuse, None
@@ -163,7 +172,8 @@ def choose_reuse(
         return Reuse(), f"{type(error).__name__}: {error}"
 
 
-def _find_unused(reuse: Reuse, forward: Forward, inputs: Mapping[str, Any]) -> None:
+def _simplify(reuse: Reuse, forward: Forward, inputs: Mapping[str, Any], cached: bool) -> None:
+    """Find what need not be kept during a step, or from one epoch to the next."""
     owner = torch.arange(batch_size(inputs))
 
     def outputs() -> list[Any]:
@@ -181,6 +191,8 @@ def _find_unused(reuse: Reuse, forward: Forward, inputs: Mapping[str, Any]) -> N
         reference = outputs()
         if reference:
             reuse.drop_unused(unnoticed)
+        if reference and cached:
+            reuse.find_derived(unnoticed)
 
 
 def _agrees(

@@ -7,7 +7,7 @@ for the rows. The model's inputs stay those of all rows, so masks, positions, la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
 from typing import Any
@@ -49,11 +49,13 @@ class Reuse:
 
     Attributes:
         unused: modules whose output is read by others of `modules` only; NaN is handed on in its place, without memory.
+        derived: small modules whose output follows from those of others; see `find_derived`.
     """
 
     def __init__(self, modules: Mapping[nn.Module, tuple[bool, ...]] | None = None) -> None:
         self.modules = dict(modules or {})
         self.unused: set[nn.Module] = set()
+        self.derived: set[nn.Module] = set()
         self._kept: dict[nn.Module, Output] = {}
         self._samples = 0
         self._owner: Tensor | None = None
@@ -67,6 +69,9 @@ class Reuse:
             for module in self.modules:
                 stack.enter_context(replaced_forward(module, partial(self._stand_in, module)))
             yield
+
+    def prepare(self, forward: Call, inputs: Mapping[str, Any], ids: Sequence[int] | None) -> None:
+        """Called with the batch and its samples' ids before its forwards, for those who know some outputs already."""
 
     def through(self, forward: Call, inputs: Mapping[str, Any], owner: Tensor | None = None) -> Call:
         """Return `forward` for an objective, to be called on `inputs`; on anything else the model runs as it is.
@@ -91,7 +96,7 @@ class Reuse:
 
     def record(self, forward: Call, inputs: Mapping[str, Any]) -> None:
         """Run the batch no further than to the last module's output, where no clean forward would record it."""
-        if not self.modules:
+        if self._complete():
             return
         self._stopping = True
         try:
@@ -105,15 +110,30 @@ class Reuse:
         """Find `unused`: put NaN in place of one recorded output after the other, and ask if the model's outputs stay."""
         for module, output in list(self._kept.items()):
             self._kept[module] = ([_hollow(leaf) for leaf in output[0]], output[1])
-            if unnoticed():
+            exact = any(torch.is_tensor(leaf) and not leaf.is_floating_point() for leaf in output[0])
+            if not exact and unnoticed():
                 self.unused.add(module)
             else:
                 self._kept[module] = output
 
+    def find_derived(self, unnoticed: Callable[[], bool]) -> None:
+        """Find `derived`: let one small module after the other run again, and ask if the model's outputs stay."""
+        size = {module: sum(parameter.numel() for parameter in module.parameters()) for module in self.modules}
+        for module in self.modules:
+            if module not in self.unused and 10 * size[module] < sum(size.values()):
+                output = self._kept.pop(module)
+                if unnoticed():
+                    self.derived.add(module)
+                else:
+                    self._kept[module] = output
+
+    def _complete(self) -> bool:
+        return len(self._kept) == len(self.modules)
+
     def _stand_in(self, module: nn.Module, original: Call) -> Call:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if self._running and self._owner is not None and module in self._kept:
-                return self._repeated(module, self._owner)
+            if self._running and module in self._kept:
+                return self._repeated(module, torch.arange(self._samples) if self._owner is None else self._owner)
             output = original(*args, **kwargs)
             if self._running and self._owner is None:
                 self._keep(module, output)
@@ -126,7 +146,7 @@ class Reuse:
         # A copy, because what follows may write into the output.
         copy = _hollow if module in self.unused else _clone
         self._kept[module] = ([copy(leaf) for leaf in leaves], spec)
-        if self._stopping and len(self._kept) == len(self.modules):
+        if self._stopping and self._complete():
             raise _Recorded
 
     def _repeated(self, module: nn.Module, owner: Tensor) -> Any:
@@ -151,7 +171,7 @@ def _clone(leaf: Any) -> Any:
 
 
 def _hollow(leaf: Any) -> Any:
-    """Return NaN in the shape of a tensor, without its memory; anything but floats is copied."""
+    """Return NaN in the shape of a tensor, without its memory; whole numbers know no NaN, they are copied."""
     if torch.is_tensor(leaf) and leaf.is_floating_point():
         return leaf.new_full((), float("nan")).expand(leaf.shape)
     return _clone(leaf)

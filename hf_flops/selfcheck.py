@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -70,6 +71,23 @@ def choose_objective(forward: Forward, inputs: Mapping[str, Any], precision: flo
     return tapped, None
 
 
+@dataclass
+class Verdict:
+    """What the self-check found.
+
+    Attributes:
+        rowwise: names of tensors whose rule is right.
+        looping: names of those for which only running their layers row by row is.
+        wrong: names of those that no rule is right for.
+        idle: names of those that the loss does not depend on.
+    """
+
+    rowwise: set[str] = field(default_factory=set)
+    looping: set[str] = field(default_factory=set)
+    wrong: set[str] = field(default_factory=set)
+    idle: set[str] = field(default_factory=set)
+
+
 class RuleCheck:
     """Compares per-row rules with explicit changes of the parameters, on two rows.
 
@@ -82,8 +100,8 @@ class RuleCheck:
     def __init__(self, model: nn.Module, sums: Sums, precision: float) -> None:
         self.model, self.sums, self.precision = model, sums, precision
 
-    def run(self, names: Iterable[str]) -> tuple[set[str], set[str]]:
-        """Return the names whose rules are wrong here, and those of tensors that the loss does not depend on.
+    def run(self, names: Iterable[str]) -> Verdict:
+        """Find for each name a rule that is right.
 
         All tensors are moved off their starting values first: at its initialisation `lora_B = 0` hides what happens to
         `lora_A`. Tensors that differ in layer numbers only are tried together, and share the verdict.
@@ -93,26 +111,38 @@ class RuleCheck:
         alike: dict[str, list[str]] = {}
         for name in names:
             alike.setdefault(re.sub(r"\d+", "#", name), []).append(name)
-        wrong: set[str] = set()
-        idle: set[str] = set()
+        verdict = Verdict()
         with displaced(everything, 0.05 * offset):
             for group in alike.values():
-                fired: set[str] = set()
-                if not self._agrees(group, fired):
-                    wrong.update(group)
-                    continue
-                silent = [name for name in group if name not in fired]
-                (wrong if silent and self._matters(silent) else idle).update(silent)
-        return wrong, idle
+                self._judge(group, verdict)
+            # A layer that is run row by row takes its other tensors along: whether that is right shows together only.
+            if verdict.looping and not self._agrees([*verdict.rowwise, *verdict.looping], set(), verdict.looping):
+                verdict.wrong |= verdict.rowwise | verdict.looping
+                verdict.rowwise, verdict.looping = set(), set()
+        return verdict
+
+    def _judge(self, group: list[str], verdict: Verdict) -> None:
+        """Try a rule that sees all rows together, and else one that runs a layer row by row."""
+        for looping in (set[str](), set(group)):
+            fired: set[str] = set()
+            if self._agrees(group, fired, looping):
+                silent = {name for name in group if name not in fired}
+                if not silent or not self._matters(silent):
+                    verdict.idle |= silent
+                    (verdict.looping if looping else verdict.rowwise).update(fired)
+                    return
+        verdict.wrong.update(group)
 
     def _shifted(self, vector: ParameterVector, shift: Tensor) -> Tensor:
         """Return the loss sums (2,) with the parameters moved by `shift` (d,)."""
         with displaced(vector, shift):
             return self.sums()
 
-    def _agrees(self, names: Sequence[str], fired: set[str]) -> bool:
+    def _agrees(self, names: Sequence[str], fired: set[str], looping: Collection[str]) -> bool:
         vector = ParameterVector.of(self.model, set(names))
-        rowwise = RowwiseNoise(self.model, vector, "gaussian")
+        if RowwiseNoise.covered(self.model, vector, looping) != set(names):
+            return False
+        rowwise = RowwiseNoise(self.model, vector, "gaussian", looping)
         noise = rowwise.draw(NoiseKeys(seeds(_CHECK_SEED, 1, torch.arange(2).numpy()), 0))
         start = self.sums()
         for scale in _SCALES:
@@ -120,7 +150,7 @@ class RuleCheck:
             try:
                 with rowwise.applied(noise, scale, ran):
                     found = self.sums()
-            except (ValueError, RuntimeError, IndexError):
+            except (ValueError, RuntimeError, IndexError, TypeError, AttributeError):
                 return False
             wanted = torch.stack([self._shifted(vector, scale * noise[row])[row] for row in range(2)])
             change = float((wanted - start).abs().max())
@@ -133,7 +163,7 @@ class RuleCheck:
             return False  # a module that is called more than once is trusted only on clear evidence
         return error <= (0.05 * floor + 1e-3 * change if exact else floor + 0.1 * change)
 
-    def _matters(self, names: Sequence[str]) -> bool:
+    def _matters(self, names: Collection[str]) -> bool:
         vector = ParameterVector.of(self.model, set(names))
         noise = draw("gaussian", seeds(_CHECK_SEED, 2), vector.shapes, vector.device)[0]
         start = self.sums()
@@ -177,10 +207,8 @@ def choose_perturbation(
     if mode == "shared" or not objective.per_row:
         return perturb(model, shared=names, distribution=distribution), []
     pair = two_rows(objective, forward, inputs)
-    covered = RowwiseNoise.covered(model, ParameterVector.of(model))
-    check = RuleCheck(model, lambda: objective(forward, pair).sums, precision)
-    wrong, idle = check.run([name for name in names if name in covered])
-    shared = [name for name in names if name not in covered or name in wrong]
+    found = RuleCheck(model, lambda: objective(forward, pair).sums, precision).run(names)
+    shared = [name for name in names if name in found.wrong]
     notes = []
     if shared and mode == "rowwise":
         raise ConfigurationError(
@@ -191,9 +219,14 @@ def choose_perturbation(
             f"{len(shared)} of {len(names)} trainable tensors get noise that is shared by the batch, because no per-row "
             f"rule is right for them: {_some(shared)}."
         )
-    if idle:
-        notes.append(f"The loss does not depend on {_some(idle)}; left as they are.")
-    rowwise = [name for name in names if name not in shared and name not in idle]
+    if found.looping:
+        notes.append(
+            f"The layers of {_some(found.looping)} run once for each row, because no rule for all rows at once is right for "
+            'them; where that takes too long, perturbation="shared" avoids it.'
+        )
+    if found.idle:
+        notes.append(f"The loss does not depend on {_some(found.idle)}; left as they are.")
+    rowwise = [name for name in names if name in found.rowwise | found.looping]
     if not rowwise and not shared:
         raise ConfigurationError("The loss depends on none of the trainable parameters.")
-    return perturb(model, rowwise=rowwise, shared=shared, distribution=distribution), notes
+    return perturb(model, rowwise=rowwise, shared=shared, looping=found.looping, distribution=distribution), notes

@@ -51,7 +51,7 @@ class Method:
         queries_per_sample: rows of forward passes per sample and step, the clean one included.
         scale: the step of the difference, epsilon.
         rows_per_forward: rows that go through the model at a time.
-        reuse: modules that run once per sample, because no noise reaches them; none by default.
+        reuse: modules that run once per sample, because no noise reaches them; see `choose_reuse`.
     """
 
     objective: Objective
@@ -143,6 +143,7 @@ class _Step:
         self.units = self.samples if method.objective.per_row else 1  # what counts are given to
         self.budget = method.budget(self.samples) // (self.samples // self.units)
         self.clean: RowLosses | None = None
+        method.reuse.prepare(forward, inputs, place.ids)
         if method.needs_clean:
             run = method.reuse.through(forward, inputs)
             self.clean = method.objective(run, inputs, features=method.allocator.needs_clean)

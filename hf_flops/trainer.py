@@ -198,9 +198,8 @@ class FlopsTrainerMixin:
             )
             for note in notes:
                 logger.warning("%s", note)
-        self._reuse = Reuse()
-        if self.args.late_expansion and not hasattr(self.model, "cached_texts"):  # such a model has done so itself
-            self._reuse = late_expansion(self.model, self._objective, forward, inputs, self._perturbation, precision)
+        check = (self.model, self._objective, forward, inputs, self._perturbation, precision)
+        self._reuse = late_expansion(self.args, *check)
 
     def _method(self: Any, samples: int) -> Method:
         """Put the method together for a batch of this many samples."""

@@ -67,7 +67,7 @@ def test_a_step_needs_the_memory_of_inference_and_little_more(distribution, byte
     with LiveBytes() as step:
         result = estimate_gradient(model_forward(model), inputs, method, Place())
     assert result.rows == 16 * 33
-    print(distribution, step.peak / inference.peak, rows*vector.size/inference.peak)
+    print(distribution, step.peak / inference.peak, rows * vector.size / inference.peak)
     assert step.peak <= 1.05 * inference.peak + bytes_each * rows * vector.size
 
 

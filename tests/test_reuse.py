@@ -406,11 +406,11 @@ def test_an_objective_may_run_the_model_on_something_else():
 # --- under the trainer ---
 
 
-def trained(tmp_path, kind, late_expansion, config, **options):
+def trained(tmp_path, kind, late_expansion, config, *, data=None, max_steps=3, **options):
     args = FlopsTrainingArguments(
         output_dir=str(tmp_path),
         per_device_train_batch_size=4,
-        max_steps=3,
+        max_steps=max_steps,
         save_strategy="no",
         report_to="none",
         use_cpu=True,
@@ -422,7 +422,7 @@ def trained(tmp_path, kind, late_expansion, config, **options):
         **options,
     )
     model = adapted(kind, config)
-    trainer = FlopsTrainer(model, args, train_dataset=as_dataset(tiny_batch(kind, 12)))
+    trainer = FlopsTrainer(model, args, train_dataset=data or as_dataset(tiny_batch(kind, 12)))
     trainer.train()
     values = {name: value.detach() for name, value in trainer.model.named_parameters() if value.requires_grad}
     return values, trainer

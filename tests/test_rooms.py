@@ -14,7 +14,7 @@ PACKAGE = Path(hf_flops.__file__).parent
 FLOORS = {
     **dict.fromkeys(["errors", "counters", "_version", "rows"], 0),
     **dict.fromkeys(["objectives", "perturbations", "estimators", "allocators", "metrics", "reuse"], 1),
-    **dict.fromkeys(["step", "selfcheck", "independence"], 2),
+    **dict.fromkeys(["step", "selfcheck", "independence", "prefix_cache"], 2),
     **dict.fromkeys(["args", "ledger", "memory", "plots", "texts"], 3),
     **dict.fromkeys(["checks", "suffix"], 4),
     "trainer": 5,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from torch import nn
 
@@ -17,12 +17,25 @@ PERTURBATIONS = ("auto", "rowwise", "shared")
 
 
 def perturb(
-    model: nn.Module, *, rowwise: Sequence[str] = (), shared: Sequence[str] = (), distribution: str = "rademacher"
+    model: nn.Module,
+    *,
+    rowwise: Sequence[str] = (),
+    shared: Sequence[str] = (),
+    looping: Collection[str] = (),
+    distribution: str = "rademacher",
 ) -> Perturbation:
-    """Build the perturbation that moves the named parameters, some row-wise and some with shared noise."""
+    """Build the perturbation that moves the named parameters, some row-wise and some with shared noise.
+
+    Args:
+        model: the model.
+        rowwise: names of the tensors that have noise per row.
+        shared: names of the tensors whose noise all rows of a forward share.
+        looping: names of those among `rowwise` whose layers are run row by row.
+        distribution: "gaussian" or "rademacher".
+    """
     parts: list[Perturbation] = []
     if rowwise:
-        parts.append(RowwiseNoise(model, ParameterVector.of(model, set(rowwise)), distribution))
+        parts.append(RowwiseNoise(model, ParameterVector.of(model, set(rowwise)), distribution, looping))
     if shared or not rowwise:
         parts.append(SharedNoise(ParameterVector.of(model, set(shared)), distribution))
     return parts[0] if len(parts) == 1 else CombinedNoise(parts)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,57 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from .base import ParameterVector
-from .noise import NoiseKeys, RowNoise, blocks, draw
-from .rules import FACTORED, Noise, RowMismatch, Rule, rule_for
-
-
-@dataclass(frozen=True)
-class Site:
-    """A module whose output depends on trainable parameters in a way that a rule knows.
-
-    Attributes:
-        module: the module that is watched; for soft prompts, the model that hands them out.
-        tensors: attribute name of each parameter → its index in the parameter vector.
-        rule: None for soft prompts, which do not pass through a module's output.
-    """
-
-    module: nn.Module
-    tensors: dict[str, int]
-    rule: Rule | None
-
-
-def prompt_owner(model: nn.Module) -> nn.Module | None:
-    """Return the module that hands out soft prompts through `get_prompt`, as PEFT's prompt tuning does."""
-    for module in model.modules():
-        config = getattr(module, "active_peft_config", None) if hasattr(module, "prompt_encoder") else None
-        if config is not None and str(getattr(config.peft_type, "value", config.peft_type)) == "PROMPT_TUNING":
-            return module
-    return None
-
-
-def find_sites(model: nn.Module, vector: ParameterVector) -> list[Site]:
-    """List the sites at which rules exist; a parameter is covered only if every module that holds it has one."""
-    index = {id(parameter): i for i, parameter in enumerate(vector.parameters)}
-    owner = prompt_owner(model)
-    prompts = set(owner.prompt_encoder.modules()) if owner is not None else set()  # type: ignore[union-attr]
-    sites: list[Site] = []
-    uncovered: set[int] = set()
-    for module in model.modules():
-        tensors = {
-            name: index[id(parameter)]
-            for name, parameter in module._parameters.items()
-            if parameter is not None and id(parameter) in index
-        }
-        if not tensors:
-            continue
-        rule = rule_for(module)
-        if module in prompts and owner is not None:
-            sites.append(Site(owner, tensors, None))
-        elif rule is None or not set(tensors) <= {"weight", "bias"}:
-            uncovered.update(tensors.values())
-        else:
-            sites.append(Site(module, tensors, rule))
-    return [site for site in sites if uncovered.isdisjoint(site.tensors.values())]
+from .noise import ALL, NoiseKeys, RowNoise, blocks, draw
+from .rules import FACTORED, Noise, RowMismatch
+from .sites import Site, find_sites
 
 
 def _factored(site: Site, noise: RowNoise, index: int) -> bool:
@@ -111,7 +62,6 @@ def _watch(site: Site, noise: RowNoise, scale: float, fired: Callable[[], None])
         if not torch.is_tensor(out) or not torch.is_tensor(x):
             raise RowMismatch(f"{type(module).__name__} does not map one tensor to one tensor")
         fired()
-        assert rule is not None
         outs = _split(out, rows, pieces)
         results = [
             rule(module, own_x, own_out, _own(site, noise, piece, out.device), scale)
@@ -125,25 +75,22 @@ def _watch(site: Site, noise: RowNoise, scale: float, fired: Callable[[], None])
     return site.module.register_forward_hook(hook, with_kwargs=True).remove
 
 
-def _patch_prompt(site: Site, noise: RowNoise, scale: float, fired: Callable[[], None]) -> Callable[[], None]:
-    """Let `get_prompt` add each row's noise to its prompt (R, P, D), and return what undoes it."""
-    owner: Any = site.module
-    original, patched_before = owner.get_prompt, owner.__dict__.get("get_prompt")
-    shift = noise.tensor(site.tensors["weight"]) * scale
+def _patch(site: Site, noise: RowNoise, scale: float, fired: Callable[[], None]) -> Callable[[], None]:
+    """Let the site's rule take the place of a method of the module, and return what undoes it."""
+    owner, name = site.module, str(site.method)
+    original, patched_before = getattr(owner, name), owner.__dict__.get(name)
+    device = next(owner.parameters()).device
 
-    def get_prompt(batch_size: int, *args: Any, **kwargs: Any) -> Tensor:
-        prompts = original(batch_size, *args, **kwargs)
-        if batch_size % len(shift) or prompts.shape[1:] != shift.shape[1:]:
-            raise RowMismatch(f"prompts of shape {tuple(prompts.shape)} for noise of shape {tuple(shift.shape)}")
+    def patched(*args: Any, **kwargs: Any) -> Any:
         fired()
-        return prompts + shift.to(prompts).repeat_interleave(batch_size // len(shift), 0)
+        return site.rule(owner, original, _own(site, noise, ALL, device), scale, *args, **kwargs)
 
     def restore() -> None:
-        del owner.get_prompt
+        delattr(owner, name)
         if patched_before is not None:
-            owner.get_prompt = patched_before
+            setattr(owner, name, patched_before)
 
-    owner.get_prompt = get_prompt
+    setattr(owner, name, patched)
     return restore
 
 
@@ -154,23 +101,24 @@ class RowwiseNoise:
         model: the model whose modules are watched.
         vector: the parameters to move; every one must be covered by a site.
         distribution: a name in `DISTRIBUTIONS`.
+        looping: names of tensors whose layers are run row by row.
     """
 
     grouped = False
 
-    def __init__(self, model: nn.Module, vector: ParameterVector, distribution: str) -> None:
+    def __init__(self, model: nn.Module, vector: ParameterVector, distribution: str, looping: Collection[str] = ()) -> None:
         self.vector = vector
         self.distribution = distribution
-        self.sites = find_sites(model, vector)
+        self.sites = find_sites(model, vector, looping)
         covered = {index for site in self.sites for index in site.tensors.values()}
         missing = [name for index, name in enumerate(vector.names) if index not in covered]
         if missing:
             raise RowMismatch(f"no per-row rule covers {missing}")
 
     @staticmethod
-    def covered(model: nn.Module, vector: ParameterVector) -> set[str]:
+    def covered(model: nn.Module, vector: ParameterVector, looping: Collection[str] = ()) -> set[str]:
         """Return the names of the parameters that per-row rules exist for."""
-        return {vector.names[i] for site in find_sites(model, vector) for i in site.tensors.values()}
+        return {vector.names[i] for site in find_sites(model, vector, looping) for i in site.tensors.values()}
 
     def draw(self, keys: NoiseKeys) -> RowNoise:
         """Draw from the rows' seeds."""
@@ -183,7 +131,7 @@ class RowwiseNoise:
         removers: list[Callable[[], None]] = []
         try:
             for site in self.sites:
-                install = _watch if site.rule else _patch_prompt
+                install = _patch if site.method else _watch
                 removers.append(install(site, noise, scale, partial(ran.update, site.tensors.values())))
             yield
         finally:

@@ -1,0 +1,72 @@
+"""Peak memory of our step, of the MeZO preset and of backprop, against plain inference of the same chunk.
+
+Every side runs in a process of its own; what it needed above the loaded model is its peak.
+
+    python benchmarks/memory.py
+    python benchmarks/memory.py minilm smollm2
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import torch
+from transformers.utils import logging as transformers_logging
+
+from cases import CASES, ROOT, SIDES  # isort: skip
+
+from hf_flops.memory import PeakMemory
+
+
+def one(name: str, side: str) -> float:
+    """Return megabytes above the model's own that a side needs, with buffers warm."""
+    case = CASES[name]()
+    method = case.methods()[side]
+    with torch.no_grad():
+        case.forward({key: value[:1] for key, value in case.inputs.items()})
+    case.model.zero_grad()
+    with PeakMemory() as memory:
+        method()
+    return memory.megabytes
+
+
+def main() -> None:
+    """Measure cases in processes of their own; write results/memory.json."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("cases", nargs="*", default=[])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--one", nargs=2, metavar=("CASE", "SIDE"), help="measure in this process and print megabytes")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    if options.one:
+        print(one(*options.one))
+        return
+    if unknown := set(options.cases) - set(CASES):
+        parser.error(f"unknown cases {sorted(unknown)}: choose among {', '.join(CASES)}")
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    path = ROOT / "benchmarks" / "results" / "memory.json"
+    record = json.loads(path.read_text()) if path.is_file() else {}
+    print("| case | plain, MB | ours / plain | MeZO / plain | backprop / plain | ours / backprop |\n| --- |" + " --- |" * 5)
+    for name in options.cases or CASES:
+        found: dict[str, list[float]] = {side: [] for side in SIDES}
+        for _ in range(options.repeats):
+            for side in SIDES:
+                command = [sys.executable, __file__, "--one", name, side]
+                done = subprocess.run(command, capture_output=True, text=True, check=True)
+                found[side].append(float(done.stdout.split()[-1]))
+        peak = {side: float(np.median(own)) for side, own in found.items()}
+        record[name] = {"megabytes": peak, "commit": commit, "torch": torch.__version__}
+        ratios = [peak[side] / peak["plain"] for side in SIDES[1:]] + [peak["ours"] / peak["backprop"]]
+        print(f"| {name} | {peak['plain']:.0f} | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} |", flush=True)
+        path.write_text(json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    main()

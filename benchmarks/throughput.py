@@ -1,0 +1,82 @@
+"""Rows per second of our step, of the MeZO preset and of backprop, against plain inference of the same rows.
+
+Sides take turns in one process, and medians are compared: machines are shared and noisy. `overhead` is the part of our step
+that is spent outside the model's forward (noise inside the layers belongs to the forward).
+
+    python benchmarks/throughput.py                        # all cases
+    python benchmarks/throughput.py minilm minilm-third    # some
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import time
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.utils import logging as transformers_logging
+
+from cases import CASES, ROOT, SIDES, Case  # isort: skip
+
+
+def measure(case: Case, repeats: int) -> dict[str, Any]:
+    """Time every side in turn; returns medians in seconds and the ratios of rows per second to plain inference."""
+    methods = case.methods()
+    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+    overhead = []
+    for turn in range(repeats + 1):
+        for side in SIDES:
+            case.model.zero_grad()
+            case.seconds = 0.0
+            start = time.perf_counter()
+            methods[side]()
+            spent = time.perf_counter() - start
+            if turn:  # the first turn warms up
+                seconds[side].append(spent)
+                if side == "ours":
+                    overhead.append(1 - case.seconds / spent)
+    assert methods["ours"].rows == methods["mezo"].rows == case.rows  # type: ignore[attr-defined]
+    medians = {side: float(np.median(own)) for side, own in seconds.items()}
+    return {
+        "case": case.name,
+        "rows": case.rows,
+        "rows_per_forward": case.chunk,
+        "parameters": sum(p.numel() for p in case.model.parameters() if p.requires_grad),
+        "seconds": medians,
+        "rows_per_second": {side: case.rows / own for side, own in medians.items()},
+        "against_plain": {side: medians["plain"] / own for side, own in medians.items()},
+        "overhead": float(np.median(overhead)),
+    }
+
+
+def main() -> None:
+    """Measure cases one after the other; write results/throughput.json."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("cases", nargs="*", default=[])
+    parser.add_argument("--repeats", type=int, default=7)
+    options = parser.parse_args()
+    if unknown := set(options.cases) - set(CASES):
+        parser.error(f"unknown cases {sorted(unknown)}: choose among {', '.join(CASES)}")
+    warnings.filterwarnings("ignore")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    path = ROOT / "benchmarks" / "results" / "throughput.json"
+    record = json.loads(path.read_text()) if path.is_file() else {}
+    print("| case | rows/s, plain | ours / plain | MeZO / plain | backprop / plain | overhead |\n| --- |" + " --- |" * 5)
+    for name in options.cases or CASES:
+        found = measure(CASES[name](), options.repeats)
+        record[name] = {**found, "commit": commit, "torch": torch.__version__, "threads": torch.get_num_threads()}
+        ratios = " | ".join(f"{found['against_plain'][side]:.2f}" for side in SIDES[1:])
+        print(
+            f"| {found['case']} | {found['rows_per_second']['plain']:.0f} | {ratios} | {found['overhead']:.1%} |", flush=True
+        )
+        path.write_text(json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""Noise on the outputs of linear layers: likelihood-ratio gradients as products with the known inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..counters import seeds
+from .base import ParameterVector
+from .noise import NoiseKeys, draw
+from .rules import RowMismatch, conv1d_gpt2, linear
+from .sites import Site, find_sites
+
+_STREAM = 2**61  # keeps this noise apart from the weights' noise of the same rows
+_RIDGE = 1e-4
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What the pull-back needs of one call of a site.
+
+    Attributes:
+        bias: (R, out) sources, summed over tokens.
+        weight: the rows' products (R, in, out) of inputs and sources, or inputs (R, T, in) and sources (R, T, out) where
+            these are smaller.
+    """
+
+    bias: Tensor
+    weight: Tensor | tuple[Tensor, Tensor]
+
+    def weight_sum(self, coefficients: Tensor) -> Tensor:
+        """Return (in, out), the products weighted with coefficients (R,)."""
+        if isinstance(self.weight, tuple):
+            x, sources = self.weight
+            return torch.einsum("rti,rto->io", x, sources * coefficients[:, None, None])
+        return torch.einsum("r,rio->io", coefficients, self.weight)
+
+
+@dataclass
+class Drawn:
+    """The noise of a chunk; it is drawn when the first forward shows how many tokens there are.
+
+    Attributes:
+        keys: the rows' seeds.
+        noise: (site, call) → (R, T, out).
+        seen: (site, call) → what the last forward saw.
+    """
+
+    keys: NoiseKeys
+    noise: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    seen: dict[tuple[int, int], _Seen] = field(default_factory=dict)
+
+
+def correlated(gram: Tensor) -> Tensor:
+    """Return L (R, T, T) with `L L^T = G + ridge`: output noise as noise on the weights would cause it.
+
+    Args:
+        gram: G (R, T, T), the inner products of a row's inputs.
+    """
+    size = gram.diagonal(dim1=1, dim2=2)
+    ridge = (_RIDGE if size.shape[1] > 1 else 0.0) * size.mean(1, keepdim=True) + torch.finfo(gram.dtype).tiny ** 0.5
+    factor, failed = torch.linalg.cholesky_ex(gram + torch.diag_embed(ridge.expand_as(size)))
+    return torch.where((failed == 0)[:, None, None], factor, independent(gram))  # any L is unbiased
+
+
+def independent(gram: Tensor) -> Tensor:
+    """Return the diagonal L (R, T, T) with the lengths of the inputs: independent noise for every token, as published."""
+    size = gram.diagonal(dim1=1, dim2=2)
+    return torch.diag_embed((size + torch.finfo(gram.dtype).tiny ** 0.5).sqrt())
+
+
+class ActivationNoise:
+    """Noise on the outputs of linear layers: see `Perturbation`.
+
+    A row's tokens x_t (T, in) give outputs `y = x W^T + b`; noise `u = L xi` is added to y, with xi (T, out) of mean 0 and
+    identity covariance. To first order `delta = sum <g, L xi>` with g = ds/dy, so
+
+        E[delta (L^-T xi)] = L^-T L^T g = g,    and    grad W = g^T x = E[delta (L^-T xi)^T x],    grad b = sum_t g_t
+
+    for every invertible L. Diagonal L is the published method. By default `L L^T` is the matrix of inner products
+    `x_t . x_t'` (plus 1 where there is a bias), plus a ridge that keeps it invertible: then u is distributed as weight noise
+    of unit variance would make it, deltas mean what they mean elsewhere, and `delta (L^-T xi)^T x` is the expectation of the
+    weight-noise estimate given what the forward saw (Rao-Blackwell). It is a vector of T x out random numbers, not in x out:
+    for one token (a head on a pooled output) the outer product of xi and `x / ||x||`.
+
+    The inputs are those of the forward that was perturbed last: beside the clean ones this changes the estimate by O(eps^2),
+    the order of the difference's own bias, because noise is symmetric.
+
+    Args:
+        model: the model whose linear layers are watched.
+        vector: the parameters to move; all must belong to `nn.Linear` or GPT-2's `Conv1D`.
+        distribution: "gaussian" or "rademacher".
+        mixing: maps a row's inner products (R, T, T) to L.
+
+    References:
+        Ren et al. (2025), FLOPS, arXiv 2410.05966, section 3; Peng et al. (2022), a new likelihood ratio method.
+    """
+
+    grouped = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        vector: ParameterVector,
+        distribution: str,
+        mixing: Callable[[Tensor], Tensor] = correlated,
+    ) -> None:
+        self.vector, self.distribution, self.mixing = vector, distribution, mixing
+        self.sites = find_sites(model, vector)
+        covered = {index for site in self.sites if is_linear(site) for index in site.tensors.values()}
+        others = {index for site in self.sites if not is_linear(site) for index in site.tensors.values()}
+        missing = [name for index, name in enumerate(vector.names) if index not in covered - others]
+        if missing:
+            raise RowMismatch(f"{missing} do not belong to linear layers")
+
+    def draw(self, keys: NoiseKeys) -> Drawn:
+        """Remember the rows' seeds."""
+        return Drawn(keys)
+
+    @contextmanager
+    def applied(self, noise: Drawn, scale: float) -> Iterator[None]:
+        """See `Perturbation.applied`."""
+        noise.seen.clear()
+        handles = []
+        try:
+            for index, site in enumerate(self.sites):
+                hook = partial(self._hook, noise, scale, index)
+                handles.append(site.module.register_forward_hook(hook, with_kwargs=True))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, noise: Drawn, scale: float, index: int, module: nn.Module, args: Any, kwargs: Any, out: Any) -> Tensor:
+        """Add noise to an output and keep what the pull-back needs."""
+        rows, tensors = len(noise.keys.rows), self.sites[index].tensors
+        x = args[0] if args else next(iter(kwargs.values()))
+        if not torch.is_tensor(out) or not torch.is_tensor(x) or len(x) % rows or len(out) % rows:
+            raise RowMismatch(f"{type(module).__name__} does not see {rows} rows")
+        x = x.reshape(rows, -1, x.shape[-1])
+        x = x if x.dtype == torch.float64 else x.float()
+        size = x.shape[1], out.shape[-1]
+        call = (index, sum(place == index for place, _ in noise.seen))
+        if call not in noise.noise:
+            keys = seeds(_STREAM, noise.keys.rows, *call)
+            noise.noise[call] = draw(self.distribution, keys, [torch.Size(size)], x.device).tensor(0).to(x)
+        xi = noise.noise[call]
+        mix = self.mixing(_gram(x, tensors))
+        sources = torch.linalg.solve_triangular(mix.transpose(1, 2), xi, upper=True)
+        fewer = size[0] < size[1] or "weight" not in tensors
+        noise.seen[call] = _Seen(sources.sum(1), (x, sources) if fewer else x.transpose(1, 2) @ sources)
+        return torch.add(out, (mix @ xi).reshape(out.shape).to(out.dtype), alpha=scale)
+
+    def pull_back(self, noise: Drawn, coefficients: Tensor) -> Tensor:
+        """See `Perturbation.pull_back`; a forward under this noise must have run."""
+        flat = torch.zeros(self.vector.size, device=self.vector.device)
+        views = self.vector.views(flat)
+        for (index, _), seen in noise.seen.items():
+            site = self.sites[index]
+            own = coefficients.to(seen.bias)
+            if "weight" in site.tensors:
+                weight = seen.weight_sum(own)
+                views[site.tensors["weight"]].add_((weight.T if site.rule is linear else weight).to(flat))
+            if "bias" in site.tensors:
+                views[site.tensors["bias"]].add_((own @ seen.bias).to(flat))
+        return flat
+
+
+def is_linear(site: Site) -> bool:
+    """Return whether a site's gradient is a product of its input and its output's gradient."""
+    return site.rule in (linear, conv1d_gpt2)
+
+
+def _gram(x: Tensor, tensors: dict[str, int]) -> Tensor:
+    """Return what trainable tensors make of the inner products of inputs x (R, T, in): (R, T, T)."""
+    gram = x @ x.transpose(1, 2) if "weight" in tensors else torch.zeros(len(x), x.shape[1], x.shape[1], dtype=x.dtype)
+    return gram + 1 if "bias" in tensors else gram

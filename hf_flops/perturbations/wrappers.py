@@ -1,0 +1,165 @@
+"""Per-row rules of PEFT's layers whose parameters belong to no module of their own, or to one that is called oddly.
+
+Such a rule takes the place of a method of the layer: it maps `(layer, method, noise, scale, *arguments)` to what the method
+returns at `theta + scale * noise`, where `noise` holds (R, *shape) by the tensor's name within the layer. Layers are told by
+what they hold, not by their class, so nothing of PEFT is imported. Like every rule, these are proposals to the self-check.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .rules import Noise, RowMismatch, by_row
+
+MethodRule = Callable[..., Any]
+
+
+def is_adapter_layer(module: nn.Module) -> bool:
+    """Return whether a module is a layer that PEFT wrapped around another."""
+    return hasattr(module, "base_layer") and hasattr(module, "adapter_layer_names")
+
+
+def _moved(layer: Any, name: str, noise: Noise, scale: float) -> Tensor:
+    """Return a parameter as every row sees it: (R, *shape)."""
+    parameter = layer.get_parameter(name)
+    if name in noise:
+        return torch.add(parameter, noise[name].to(parameter.dtype), alpha=scale)
+    return parameter.expand(len(next(iter(noise.values()))), *parameter.shape)
+
+
+def ia3(layer: Any, method: Any, noise: Noise, scale: float, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """IA3: one factor per input feature (feed-forward layers) or per output feature, (R, 1, C, 1, ...) for convolutions.
+
+    References:
+        Liu et al. (2022), T-Few, arXiv 2205.05638, section 3.3.
+    """
+    del method
+    (name,) = noise
+    factor = _moved(layer, name, noise, scale)
+    factor = factor if factor.dim() > 3 else factor.flatten(1).unsqueeze(1)
+
+    def scaled(values: Tensor) -> Tensor:
+        tail = values.shape[1:] if factor.dim() > 3 else values.shape[-1:]
+        return (by_row(values, noise, *tail) * factor).to(values.dtype).reshape(values.shape)
+
+    if layer.is_feedforward:
+        return layer.base_layer(scaled(x), *args, **kwargs)
+    return scaled(layer.base_layer(x, *args, **kwargs))
+
+
+def vera(layer: Any, method: Any, noise: Noise, scale: float, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """VeRA: `out + b * (B (d * (A x)))` with vectors b (out,) and d (rank,) beside frozen A and B.
+
+    References:
+        Kopiczko et al. (2024), VeRA, arXiv 2310.11454, equation 2.
+    """
+    del method
+    adapter = layer.active_adapters[0]
+    b = _moved(layer, f"vera_lambda_b.{adapter}", noise, scale).unsqueeze(1)
+    d = _moved(layer, f"vera_lambda_d.{adapter}", noise, scale).unsqueeze(1)
+    out = layer.base_layer(x, *args, **kwargs)
+    inner = F.linear(x.to(d.dtype), layer.vera_A[adapter][:, : layer.in_features].to(x.device))
+    inner = by_row(inner, noise, inner.shape[-1]) * d
+    shift = F.linear(inner, layer.vera_B[adapter][: layer.out_features].to(x.device)) * b
+    return (out + shift.reshape(out.shape)).to(out.dtype)
+
+
+def dora(layer: Any, method: Any, noise: Noise, scale: float, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """DoRA on a linear layer: `m / ||W + s B A|| * (W + s B A) x + bias`, the norm taken of each row of the matrix.
+
+    No row's W + s B A is ever formed: `||W_o + s b_o A||^2 = ||W_o||^2 + 2 s b_o (A W^T)_o + s^2 b_o A A^T b_o` for output
+    o, which costs what `rank` more tokens in each row would. The norm moves with A and B here, as it does in the model;
+    PEFT's backward pass takes it for a constant.
+
+    References:
+        Liu et al. (2024), DoRA, arXiv 2402.09353, equation 5 and section 4.3.
+    """
+    del method
+    adapter, base = layer.active_adapters[0], layer.base_layer
+    a = _moved(layer, f"lora_A.{adapter}.weight", noise, scale)  # (R, rank, in)
+    b = _moved(layer, f"lora_B.{adapter}.weight", noise, scale)  # (R, out, rank)
+    magnitude = _moved(layer, f"lora_magnitude_vector.{adapter}.weight", noise, scale)  # (R, out)
+    weight = (base.weight.T if getattr(layer, "fan_in_fan_out", False) else base.weight).to(a.dtype)
+    factor = layer.scaling[adapter]
+    cross = torch.matmul(a, weight.T).transpose(1, 2)  # (R, out, rank)
+    square = weight.square().sum(1) + (b * (2 * factor * cross + factor**2 * b @ (a @ a.transpose(1, 2)))).sum(2)
+    ratio = (magnitude / square.clamp(min=0).sqrt()).unsqueeze(1)
+    out = base(x, *args, **kwargs)
+    plain = by_row(out if base.bias is None else out - base.bias, noise, out.shape[-1])
+    low = by_row(x.to(a.dtype), noise, x.shape[-1]) @ a.transpose(1, 2)
+    shift = (ratio - 1) * plain + ratio * (factor * (low @ b.transpose(1, 2)))
+    return (out + shift.reshape(out.shape)).to(out.dtype)
+
+
+def _embedding_scale(layer: Any) -> Any:
+    """Return what the embeddings of some models (Gemma) are multiplied with."""
+    scale = getattr(layer, "_get_embed_scale", lambda: None)()
+    return 1.0 if scale is None else scale
+
+
+def lora_embedding(layer: Any, method: Any, noise: Noise, scale: float, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """LoRA on `nn.Embedding`: A (rank, V) is looked up, then multiplied by B (D, rank)."""
+    del method
+    adapter = layer.active_adapters[0]
+    b = _moved(layer, f"lora_embedding_B.{adapter}", noise, scale)
+    name = f"lora_embedding_A.{adapter}"
+    table = layer.get_parameter(name)
+    indices = by_row(x, noise)  # (R, tokens)
+    low = F.embedding(indices, table.T)
+    if name in noise:
+        own = noise[name].gather(2, indices.unsqueeze(1).expand(-1, len(table), -1))  # (R, rank, tokens)
+        low = torch.add(low, own.transpose(1, 2).to(low.dtype), alpha=scale)
+    out = layer.base_layer(x, *args, **kwargs)
+    shift = low @ b.transpose(1, 2) * (layer.scaling[adapter] * _embedding_scale(layer))
+    return (out + shift.reshape(out.shape)).to(out.dtype)
+
+
+def trainable_tokens(layer: Any, method: Any, noise: Noise, scale: float, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Rows of an embedding, or of an output layer that is tied to it, that are trained in the frozen rest: (K, D)."""
+    ((name, own),) = noise.items()
+    out = method(x, *args, **kwargs)
+    tokens = torch.as_tensor(layer.token_indices[name.split(".")[-1]], device=x.device)
+    own = own.to(out.dtype)
+    if isinstance(layer.base_layer, nn.Embedding):
+        shift = (by_row(x, noise).unsqueeze(-1) == tokens).to(out.dtype) @ own * _embedding_scale(layer)
+        return torch.add(out, shift.reshape(out.shape), alpha=scale)
+    logits = by_row(x, noise, x.shape[-1]).to(out.dtype) @ own.transpose(1, 2)
+    return out.index_add(-1, tokens, logits.reshape(*out.shape[:-1], -1), alpha=scale)
+
+
+def prompt(owner: Any, method: Any, noise: Noise, scale: float, batch_size: int, *args: Any, **kwargs: Any) -> Tensor:
+    """Prompt tuning: `get_prompt` hands out the (P, D) virtual tokens, repeated for every row."""
+    del owner
+    (shift,) = noise.values()
+    prompts = method(batch_size, *args, **kwargs)
+    if batch_size % len(shift) or prompts.shape[1:] != shift.shape[1:]:
+        raise RowMismatch(f"prompts of shape {tuple(prompts.shape)} for noise of shape {tuple(shift.shape)}")
+    return torch.add(prompts, shift.to(prompts.dtype).repeat_interleave(batch_size // len(shift), 0), alpha=scale)
+
+
+_LAYERS: tuple[tuple[str, MethodRule, str], ...] = (
+    # what the layer holds, the rule, the method that it takes the place of
+    ("ia3_l", ia3, "forward"),
+    ("vera_lambda_b", vera, "forward"),
+    ("trainable_tokens_delta", trainable_tokens, "forward_adapters"),
+    ("lora_embedding_A", lora_embedding, "forward"),
+)
+
+
+def wrapper_rule(layer: Any) -> tuple[MethodRule, str] | None:
+    """Return the rule of one of PEFT's layers and the method that it takes the place of, or None where it has none."""
+    if not is_adapter_layer(layer) or len(layer.active_adapters) != 1 or layer.disable_adapters or layer.merged:
+        return None
+    adapter = layer.active_adapters[0]
+    variant = type(getattr(layer, "lora_variant", {}).get(adapter)).__name__
+    if variant == "DoraLinearVariant" and not any(p.requires_grad for p in layer.base_layer.parameters()):
+        return dora, "forward"
+    for name, rule, method in _LAYERS:
+        if adapter in getattr(layer, name, ()):
+            return (rule, method) if variant == "NoneType" else None
+    return None

@@ -1,0 +1,196 @@
+"""A frozen prefix runs once per sample of the data set: what no noise reaches is kept from one epoch to the next."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+from weakref import finalize
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ConfigurationError
+from .reuse import Call, Output, Reuse
+from .rows import batch_size, take
+
+Layout = tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample's inputs: its place in the data set, names, shapes and dtypes (padding included), and a hash of all."""
+
+    id: int
+    layout: Layout
+    content: bytes
+
+
+def raw_bytes(tensor: Tensor) -> Any:
+    """Return the content of a tensor of any dtype, on any device; that of one on the CPU can be written to."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data
+
+
+def identify(inputs: Mapping[str, Any], ids: Sequence[int]) -> list[Sample]:
+    """Identify the samples of a batch; ids: (B,)."""
+    per_row = {k: v for k, v in inputs.items() if isinstance(v, (list, tuple)) or (torch.is_tensor(v) and v.dim() > 0)}
+    shared = [(name, repr(value)) for name, value in inputs.items() if name not in per_row]
+    found = []
+    for i, number in enumerate(ids):
+        own = [(name, values[i]) for name, values in per_row.items()]
+        layout = [(name, (tuple(value.shape), value.dtype) if torch.is_tensor(value) else None) for name, value in own]
+        content = blake2b(digest_size=16)
+        for _, value in own:
+            content.update(raw_bytes(value) if torch.is_tensor(value) else repr(value).encode())
+        found.append(Sample(number, tuple(layout + shared), content.digest()))
+    return found
+
+
+class SampleStore:
+    """Keeps tensors by sample. One that is padded to another length is another sample here.
+
+    Args:
+        gigabytes: what may be kept in all; samples that no longer fit are left out.
+        folder: where to put a file without a name, which is gone when the run ends; None keeps everything in memory.
+    """
+
+    def __init__(self, gigabytes: float, folder: Path | None = None) -> None:
+        self.room = int(gigabytes * 1e9)
+        self._file: Any = None
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - it lives as long as the store
+            finalize(self, self._file.close)
+        self._contents: dict[tuple[int, Layout], bytes] = {}
+        self._entries: dict[tuple[int, Layout], list[Any]] = {}
+
+    def get(self, sample: Sample) -> list[Tensor] | None:
+        """Return what was kept for a sample, on the CPU, or None.
+
+        Raises:
+            ConfigurationError: the sample has other inputs than when it was kept.
+        """
+        key = (sample.id, sample.layout)
+        if self._contents.get(key, sample.content) != sample.content:
+            raise ConfigurationError(
+                f"The inputs of sample {sample.id} have changed since they were kept: prefix_cache cannot be used with data "
+                "augmentation, random masks or ids that are not unique; set prefix_cache=None."
+            )
+        entry = self._entries.get(key)
+        return entry if entry is None or self._file is None else [self._read(*place) for place in entry]
+
+    def put(self, sample: Sample, tensors: Sequence[Tensor]) -> None:
+        """Keep tensors for a sample, if there is room."""
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        key = (sample.id, sample.layout)
+        if size <= self.room and key not in self._entries:
+            self.room -= size
+            self._contents[key] = sample.content
+            self._entries[key] = [self._write(t) if self._file else t.detach().to("cpu", copy=True) for t in tensors]
+
+    def _write(self, tensor: Tensor) -> tuple[int, torch.Size, torch.dtype]:
+        start = self._file.seek(0, 2)
+        self._file.write(raw_bytes(tensor))
+        return start, tensor.shape, tensor.dtype
+
+    def _read(self, start: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        tensor = torch.empty(shape, dtype=dtype)
+        self._file.seek(start)
+        self._file.readinto(raw_bytes(tensor))
+        return tensor
+
+
+class CachedReuse(Reuse):
+    """Late expansion that starts a step with what it knows of the batch's samples from earlier epochs.
+
+    Modules in `unused` and `derived` are not kept: nobody reads the former, and the latter run again on what is kept.
+
+    Args:
+        reuse: the modules, which may depend on no trainable parameter.
+        store: where outputs are kept.
+    """
+
+    def __init__(self, reuse: Reuse, store: SampleStore) -> None:
+        super().__init__(reuse.modules)
+        self.unused, self.derived, self.store = reuse.unused, reuse.derived, store
+        self._patterns: dict[Layout, dict[nn.Module, Output]] = {}  # the outputs of one sample; what is kept is left empty
+        self._new: list[Sample] = []
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """See `Reuse.installed`; what the step recorded is kept."""
+        with super().installed():
+            self._new = []
+            yield
+            if self._complete():
+                self._keep_samples(self._new)
+
+    def prepare(self, forward: Call, inputs: Mapping[str, Any], ids: Sequence[int] | None) -> None:
+        """Bring back the outputs of the batch; those that are not known are found by running the samples that lack them.
+
+        Raises:
+            ConfigurationError: the samples have no ids, or one has other inputs than when it was kept.
+        """
+        if ids is None or len(ids) != batch_size(inputs):
+            raise ConfigurationError("prefix_cache needs to know the samples: add a column sample_id to the data set.")
+        samples = identify(inputs, ids)
+        entries = [self.store.get(sample) for sample in samples]
+        missing = [i for i, entry in enumerate(entries) if entry is None]
+        if len(missing) == len(samples):
+            self._new = samples  # the clean forward records them
+            return
+        if missing:
+            self.record(forward, take(inputs, torch.tensor(missing)))
+            if not self._complete():
+                return
+            for i, entry in zip(missing, self._keep_samples([samples[i] for i in missing]), strict=True):
+                entries[i] = entry
+        self._restore(samples[0].layout, [entry for entry in entries if entry is not None])
+
+    def _slots(self) -> list[tuple[nn.Module, int]]:
+        """Return the leaves that are kept: module and place among the leaves of its output."""
+        kept = [module for module in self.modules if module not in self.unused and module not in self.derived]
+        return [(module, i) for module in kept for i, rows in enumerate(self.modules[module]) if rows]
+
+    def _keep_samples(self, samples: Sequence[Sample]) -> list[list[Tensor]]:
+        """Keep what was recorded for these samples, all those of the record; returns it."""
+        slots, entries = self._slots(), []
+        for i, sample in enumerate(samples):
+            owner = torch.tensor([i])
+            entry = [self._repeat(self._kept[module][0][leaf], owner) for module, leaf in slots]
+            self.store.put(sample, entry)
+            entries.append(entry)
+        if samples and samples[0].layout not in self._patterns:
+            first = torch.tensor([0])
+            self._patterns[samples[0].layout] = {
+                module: ([self._pattern(module, i, leaf, first) for i, leaf in enumerate(leaves)], spec)
+                for module, (leaves, spec) in self._kept.items()
+                if module not in self.derived
+            }
+        return entries
+
+    def _pattern(self, module: nn.Module, index: int, leaf: Any, first: Tensor) -> Any:
+        if not self.modules[module][index]:
+            return leaf
+        return self._repeat(leaf, first) if module in self.unused else leaf.new_empty(0)
+
+    def _restore(self, layout: Layout, entries: Sequence[list[Tensor]]) -> None:
+        """Fill the record of the step from what is kept of each sample."""
+        self._kept.clear()
+        self._samples = 1
+        everyone = torch.zeros(len(entries), dtype=torch.int64)
+        for module, (leaves, spec) in self._patterns[layout].items():
+            hollow = module in self.unused
+            rows = self.modules[module]
+            found = [
+                self._repeat(leaf, everyone) if hollow and row else leaf for leaf, row in zip(leaves, rows, strict=True)
+            ]
+            self._kept[module] = (found, spec)
+        for place, (module, leaf) in enumerate(self._slots()):
+            found = self._kept[module][0]
+            found[leaf] = torch.cat([entry[place] for entry in entries]).to(found[leaf].device)
+        self._samples = len(entries)
