@@ -120,6 +120,10 @@ def late_expansion(
     if not args.late_expansion:
         return Reuse()
     cached = args.prefix_cache is not None
+    if hasattr(model, "cached_texts"):  # what it records for one batch would not fit answers of another length
+        if cached:
+            raise ConfigurationError(f"prefix_cache is not for a {type(model).__name__}, which shares its texts itself.")
+        return Reuse()
     if cached and not objective.per_row:
         raise ConfigurationError("prefix_cache needs a loss per sample, but this one belongs to the batch as a whole.")
     reuse, reason = choose_reuse(model, objective, forward, inputs, perturbation, precision, cached=cached)
