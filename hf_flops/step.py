@@ -142,6 +142,7 @@ class _Step:
         self.clean: RowLosses | None = None
         if method.needs_clean:
             self.clean = method.objective(forward, inputs, features=method.allocator.needs_clean)
+        self.replayed = 0  # rows that went through the model again
         self.elements = torch.zeros(self.units)  # loss elements of each sample, known after the first forward
 
     def run(self, elements: float | None, batches: int) -> StepResult:
@@ -160,6 +161,7 @@ class _Step:
             coefficients = torch.where(own.isfinite(), own * chunk.weight, 0.0)
             update += self.method.perturbation.pull_back(noise, coefficients)
             done += len(chunk)
+        dimension = self.method.perturbation.dimension(noise)
         update = self._without_non_finite(rows, deltas, counts, update)
         # Where no element counts (every label is ignored) there is nothing to average, and the update is zero.
         normalizer = (float(self.elements.sum()) * batches if elements is None else elements) or 1.0
@@ -167,10 +169,9 @@ class _Step:
         squares = mean_squares(rows, deltas, self.units)
         self.method.allocator.update(features, counts, squares)
         loss = self.clean.sums if self.clean is not None else perturbed / counts
-        metrics = summarise(
-            update / normalizer, squares / normalizer**2, counts, rows, deltas / normalizer, self.method.perturbation.grouped
-        )
-        used = len(rows) * len(self.method.estimator.signs) * (self.samples // self.units)
+        noise_facts = self.method.perturbation.grouped, dimension
+        metrics = summarise(update / normalizer, squares / normalizer**2, counts, rows, deltas / normalizer, *noise_facts)
+        used = (len(rows) + self.replayed) * len(self.method.estimator.signs) * (self.samples // self.units)
         used += self.samples * self.method.needs_clean
         total = loss[loss.isfinite()].sum() / normalizer
         return StepResult(total.float(), used, counts, squares, metrics)
@@ -237,7 +238,11 @@ class _Step:
         for chunk, extra in zip(
             self._chunks(rows[index]), self._pieces(rows[index], (deltas * rows.weight * lacking)[index]), strict=True
         ):
-            update = update + self.method.perturbation.pull_back(self._noise(chunk), extra)
+            noise = self._noise(chunk)
+            if self.method.perturbation.replays:
+                self._evaluate(chunk, noise)
+                self.replayed += len(chunk)
+            update = update + self.method.perturbation.pull_back(noise, extra)
         # Then, for samples without any finite row, among the loss elements of the other samples.
         return update * float(self.elements.sum() / (self.elements[kept > 0].sum() or 1.0))
 

@@ -1,4 +1,4 @@
-"""Noise on the outputs of linear layers: the likelihood-ratio method, with the gradient as a product with the known inputs."""
+"""Noise on the outputs of linear layers, the likelihood-ratio method: gradients are products with the known inputs."""
 
 from __future__ import annotations
 
@@ -103,6 +103,7 @@ class ActivationNoise:
     """
 
     grouped = False
+    replays = True
 
     def __init__(
         self,
@@ -156,6 +157,10 @@ class ActivationNoise:
         fewer = size[0] < size[1] or "weight" not in tensors
         noise.seen[call] = _Seen(sources.sum(1), (x, sources) if fewer else x.transpose(1, 2) @ sources)
         return torch.add(out, (mix @ xi).reshape(out.shape).to(out.dtype), alpha=scale)
+
+    def dimension(self, noise: Drawn) -> int:
+        """See `Perturbation.dimension`."""
+        return sum(values[0].numel() for values in noise.noise.values())
 
     def pull_back(self, noise: Drawn, coefficients: Tensor) -> Tensor:
         """See `Perturbation.pull_back`; a forward under this noise must have run."""

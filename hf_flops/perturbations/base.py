@@ -57,10 +57,12 @@ class Perturbation(Protocol):
     Attributes:
         vector: the parameters that it moves.
         grouped: whether all rows of one forward pass share the noise, so that a chunk must lie within a group.
+        replays: whether a pull-back needs a forward under the same noise before it.
     """
 
     vector: ParameterVector
     grouped: bool
+    replays: bool
 
     def draw(self, keys: NoiseKeys) -> Any:
         """Draw the noise of a chunk of R rows."""
@@ -68,6 +70,10 @@ class Perturbation(Protocol):
 
     def applied(self, noise: Any, scale: float) -> AbstractContextManager[None]:
         """Return a context in which the model runs at `theta + scale * noise`; nothing is left behind after it."""
+        ...
+
+    def dimension(self, noise: Any) -> int:
+        """Return how many random numbers of unit variance a row's noise is made of."""
         ...
 
     def pull_back(self, noise: Any, coefficients: Tensor) -> Tensor:

@@ -151,6 +151,7 @@ class RowwiseNoise:
     """
 
     grouped = False
+    replays = False
 
     def __init__(self, model: nn.Module, vector: ParameterVector, distribution: str, looping: Collection[str] = ()) -> None:
         self.vector = vector
@@ -185,6 +186,10 @@ class RowwiseNoise:
         finally:
             for remove in reversed(removers):
                 remove()
+
+    def dimension(self, noise: Tensor) -> int:
+        """See `Perturbation.dimension`."""
+        return self.vector.size
 
     def pull_back(self, noise: Tensor, coefficients: Tensor) -> Tensor:
         """See `Perturbation.pull_back`."""

@@ -37,6 +37,7 @@ class SharedNoise:
     """
 
     grouped = True
+    replays = False
 
     def __init__(self, vector: ParameterVector, distribution: str) -> None:
         self.vector = vector
@@ -50,6 +51,10 @@ class SharedNoise:
     def applied(self, noise: Tensor, scale: float) -> AbstractContextManager[None]:
         """See `Perturbation.applied`."""
         return displaced(self.vector, noise * scale)
+
+    def dimension(self, noise: Tensor) -> int:
+        """See `Perturbation.dimension`."""
+        return self.vector.size
 
     def pull_back(self, noise: Tensor, coefficients: Tensor) -> Tensor:
         """See `Perturbation.pull_back`."""
