@@ -161,7 +161,7 @@ class _Step:
             coefficients = torch.where(own.isfinite(), own * chunk.weight, 0.0)
             update += self.method.perturbation.pull_back(noise, coefficients)
             done += len(chunk)
-        dimension = self.method.perturbation.dimension(noise)
+        noise_facts = self.method.perturbation.grouped, self.method.perturbation.dimension(noise)
         update = self._without_non_finite(rows, deltas, counts, update)
         # Where no element counts (every label is ignored) there is nothing to average, and the update is zero.
         normalizer = (float(self.elements.sum()) * batches if elements is None else elements) or 1.0
@@ -169,7 +169,6 @@ class _Step:
         squares = mean_squares(rows, deltas, self.units)
         self.method.allocator.update(features, counts, squares)
         loss = self.clean.sums if self.clean is not None else perturbed / counts
-        noise_facts = self.method.perturbation.grouped, dimension
         metrics = summarise(update / normalizer, squares / normalizer**2, counts, rows, deltas / normalizer, *noise_facts)
         used = (len(rows) + self.replayed) * len(self.method.estimator.signs) * (self.samples // self.units)
         used += self.samples * self.method.needs_clean
