@@ -98,8 +98,9 @@ class FlopsArgumentsMixin:
     perturbation: str | None = field(
         default=None,
         metadata={
-            "help": "'rowwise' (each row of a forward has noise of its own), 'shared' (one noise per query for the whole "
-            "batch) or 'auto' (row-wise for every tensor where a self-check proves it right, shared elsewhere)."
+            "help": "'rowwise' (each row of a forward has noise of its own on the weights), 'activation' (on the outputs of "
+            "linear layers where a self-check proves it right), 'shared' (one noise per query for the whole batch) or "
+            "'auto' (for every tensor the best of these that the self-check proves right)."
         },
     )
     noise: str | None = field(

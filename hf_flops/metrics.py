@@ -18,7 +18,7 @@ def mean_squares(rows: Rows, deltas: Tensor, units: int) -> Tensor:
 
 
 def summarise(
-    gradient: Tensor, squares: Tensor, counts: Tensor, rows: Rows, deltas: Tensor, grouped: bool
+    gradient: Tensor, squares: Tensor, counts: Tensor, rows: Rows, deltas: Tensor, grouped: bool, dimension: int
 ) -> dict[str, float]:
     """Summarise a step for the log.
 
@@ -33,6 +33,7 @@ def summarise(
         rows: the step's R rows, laid out with N = 1.
         deltas: (R,) over N.
         grouped: whether rows of a group share their noise.
+        dimension: random numbers of a row's noise; what d stands for above.
     """
     squares, finite = squares.nan_to_num(0.0).double(), deltas.isfinite()
     # sum_i ||grad s_i||^2 / n_i, where a sample's rows weigh alike
@@ -41,7 +42,7 @@ def summarise(
     if grouped:
         groups = torch.zeros(int(rows.group.max()) + 1)
         spread = float(groups.index_add_(0, rows.group[finite], (deltas * rows.weight)[finite]).square().sum())
-    variance = (len(gradient) + 1) * spread
+    variance = (dimension + 1) * spread
     share = counts.double() / counts.sum()
     entropy = float(-(share * share.log()).sum()) / math.log(len(counts)) if len(counts) > 1 else 1.0
     gain = float(squares.sum() * len(counts) / counts.sum()) / inverse if inverse > 0 else 1.0

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .counters import seeds
 from .errors import ConfigurationError, NonFiniteError, ObjectiveError
 from .objectives import BatchLoss, Forward, Objective, TappedLoss
-from .perturbations import NoiseKeys, ParameterVector, Perturbation, RowwiseNoise, displaced, perturb
+from .perturbations import NoiseKeys, ParameterVector, Perturbation, PinCheck, RowwiseNoise, displaced, perturb
 from .perturbations.noise import draw
 from .rows import batch_size, misaligned, take
 
@@ -194,7 +194,9 @@ def choose_perturbation(
         objective: what is minimised.
         forward: runs the model.
         inputs: a batch.
-        mode: "auto" (per row where that is right, shared elsewhere), "rowwise" (an error where it is not) or "shared".
+        mode: "auto" (per row where that is right, shared elsewhere, and on the outputs of linear layers where that needs
+            fewer random numbers), "activation" (on outputs wherever that is right), "rowwise" (an error where it is not
+            right) or "shared".
         distribution: a name in `DISTRIBUTIONS`.
         precision: see `precision_of`.
 
@@ -207,7 +209,11 @@ def choose_perturbation(
     if mode == "shared" or not objective.per_row:
         return perturb(model, shared=names, distribution=distribution), []
     pair = two_rows(objective, forward, inputs)
-    found = RuleCheck(model, lambda: objective(forward, pair).sums, precision).run(names)
+
+    def sums() -> Tensor:
+        return objective(forward, pair).sums
+
+    found = RuleCheck(model, sums, precision).run(names)
     shared = [name for name in names if name in found.wrong]
     notes = []
     if shared and mode == "rowwise":
@@ -229,4 +235,11 @@ def choose_perturbation(
     rowwise = [name for name in names if name in found.rowwise | found.looping]
     if not rowwise and not shared:
         raise ConfigurationError("The loss depends on none of the trainable parameters.")
-    return perturb(model, rowwise=rowwise, shared=shared, looping=found.looping, distribution=distribution), notes
+    activation: list[str] = []
+    if mode != "rowwise" and found.rowwise:
+        activation = PinCheck(model, sums, precision).run(found.rowwise, smaller=mode == "auto")
+    rowwise = [name for name in rowwise if name not in activation]
+    chosen = perturb(
+        model, rowwise=rowwise, shared=shared, activation=activation, looping=found.looping, distribution=distribution
+    )
+    return chosen, notes

@@ -135,6 +135,7 @@ class _Step:
             self.clean = self._clean()
         else:
             method.reuse.record(forward, self.feed.whole)
+        self.replayed = self.dimension = 0  # rows that went through again; random numbers in the noise of a row
         self.elements = torch.zeros(self.units)  # loss elements of each sample, known after the first forward
         self.perturbed = torch.zeros(self.units, dtype=torch.float64)  # summed losses of each sample's perturbed rows
         vector = method.perturbation.vector
@@ -169,10 +170,9 @@ class _Step:
         squares = mean_squares(rows, deltas, self.units)
         self.method.allocator.update(features, counts, squares)
         loss = self.clean.sums if self.clean is not None else self.perturbed / counts
-        metrics = summarise(
-            update / normalizer, squares / normalizer**2, counts, rows, deltas / normalizer, self.method.perturbation.grouped
-        )
-        used = len(rows) * len(self.method.estimator.signs) * (self.samples // self.units)
+        facts = self.method.perturbation.grouped, self.dimension
+        metrics = summarise(update / normalizer, squares / normalizer**2, counts, rows, deltas / normalizer, *facts)
+        used = (len(rows) + self.replayed) * len(self.method.estimator.signs) * (self.samples // self.units)
         used += self.samples * self.method.needs_clean
         total = loss[loss.isfinite()].sum() / normalizer
         return StepResult(total.float(), used, counts, squares, metrics)
@@ -219,7 +219,7 @@ class _Step:
             coefficients = torch.where(own.isfinite(), own * chunk.weight, 0.0)
             pulled = self.method.perturbation.pull_back(noise, coefficients)
             # Memory may have run out before: from here on nothing large is made.
-            deltas[index] = own
+            deltas[index], self.dimension = own, self.method.perturbation.dimension(noise)
             self.perturbed.index_add_(0, chunk.owner, losses.mean(0).double())
             self.update.add_(pulled)
             return columns
@@ -266,7 +266,11 @@ class _Step:
         again, extra = rows.lacking(deltas, self.units)
 
         def work(part: slice) -> int:
-            self.update.add_(self.method.perturbation.pull_back(self._noise(again[part]), extra[part]))
+            noise = self._noise(again[part])
+            if self.method.perturbation.replays:
+                self._evaluate(again[part], noise)
+                self.replayed += part.stop - part.start
+            self.update.add_(self.method.perturbation.pull_back(noise, extra[part]))
             return 1
 
         self._in_chunks(again, work, ChunkPlanner(self.planner.size))

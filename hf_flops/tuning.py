@@ -57,6 +57,8 @@ class Tuning:
         if method.objective.per_row:
             self.idle.update(padding_is_idle(method.objective, forward, inputs, precision, known=set(self.idle)))
         sides = frozenset(side for side, idle in self.idle.items() if idle)
+        if method.perturbation.replays:
+            sides -= {"left"}  # noise on outputs counts tokens from the left
         method = replace(method, rows_per_forward=self.planner, trimmed=sides)
         if sides and method.reuse.modules and method.reuse.narrow is None:
             method.reuse.narrow = may_be_cut(method.reuse, method.objective, forward, inputs, sides, precision)

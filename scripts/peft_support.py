@@ -223,7 +223,8 @@ tiny models with random weights. For every entry the script ran the self-check a
 then compared what four queries saw with explicit changes of the parameters; where no note says otherwise, also with
 autograd.
 
-- **per row**: every row of a forward pass has noise of its own, all rows at once.
+- **per row**: every row of a forward pass has noise of its own, all rows at once; on the weights, or on the outputs of
+  linear layers where that needs fewer random numbers.
 - **row by row**: the same estimate, but the adapted layers (only these) run once for each row, which costs time.
 - **shared**: the rows of a forward share their noise, query by query; allocation of queries gains little.
 

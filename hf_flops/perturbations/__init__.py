@@ -6,14 +6,16 @@ from collections.abc import Collection, Sequence
 
 from torch import nn
 
+from .activation import ActivationNoise
 from .base import ParameterVector, Perturbation
 from .combined import CombinedNoise
 from .noise import DISTRIBUTIONS, NoiseKeys, bytes_per_row
+from .pinned import PinCheck
 from .rowwise import RowwiseNoise
 from .rules import RowMismatch
 from .shared import SharedNoise, displaced
 
-PERTURBATIONS = ("auto", "rowwise", "shared")
+PERTURBATIONS = ("auto", "activation", "rowwise", "shared")
 
 
 def perturb(
@@ -21,22 +23,26 @@ def perturb(
     *,
     rowwise: Sequence[str] = (),
     shared: Sequence[str] = (),
+    activation: Sequence[str] = (),
     looping: Collection[str] = (),
     distribution: str = "rademacher",
 ) -> Perturbation:
-    """Build the perturbation that moves the named parameters, some row-wise and some with shared noise.
+    """Build the perturbation that moves the named parameters, each in one of the ways that noise can enter.
 
     Args:
         model: the model.
         rowwise: names of the tensors that have noise per row.
         shared: names of the tensors whose noise all rows of a forward share.
+        activation: names of the tensors of linear layers whose noise is on their outputs.
         looping: names of those among `rowwise` whose layers are run row by row.
         distribution: "gaussian" or "rademacher".
     """
     parts: list[Perturbation] = []
     if rowwise:
         parts.append(RowwiseNoise(model, ParameterVector.of(model, set(rowwise)), distribution, looping))
-    if shared or not rowwise:
+    if activation:
+        parts.append(ActivationNoise(model, ParameterVector.of(model, set(activation)), distribution))
+    if shared or not parts:
         parts.append(SharedNoise(ParameterVector.of(model, set(shared)), distribution))
     return parts[0] if len(parts) == 1 else CombinedNoise(parts)
 
@@ -44,10 +50,12 @@ def perturb(
 __all__ = [
     "DISTRIBUTIONS",
     "PERTURBATIONS",
+    "ActivationNoise",
     "CombinedNoise",
     "NoiseKeys",
     "ParameterVector",
     "Perturbation",
+    "PinCheck",
     "RowMismatch",
     "RowwiseNoise",
     "SharedNoise",

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -104,6 +105,7 @@ class ActivationNoise:
 
     grouped = False
     row_bytes = 0.0  # depends on the number of tokens
+    replays = True
 
     def __init__(
         self,
@@ -149,14 +151,21 @@ class ActivationNoise:
         size = x.shape[1], out.shape[-1]
         call = (index, sum(place == index for place, _ in noise.seen))
         if call not in noise.noise:
-            keys = seeds(_STREAM, noise.keys.rows, *call)
-            noise.noise[call] = draw(self.distribution, keys, [torch.Size(size)], x.device).tensor(0).to(x)
+            # Token by token, so that noise does not depend on how much padding follows.
+            keys = seeds(_STREAM, noise.keys.rows[:, None], *call, np.arange(size[0])).ravel()
+            noise.noise[call] = (
+                draw(self.distribution, keys, [torch.Size(size[1:])], x.device).tensor(0).view(rows, *size).to(x)
+            )
         xi = noise.noise[call]
         mix = self.mixing(_gram(x, tensors))
         sources = torch.linalg.solve_triangular(mix.transpose(1, 2), xi, upper=True)
         fewer = size[0] < size[1] or "weight" not in tensors
         noise.seen[call] = _Seen(sources.sum(1), (x, sources) if fewer else x.transpose(1, 2) @ sources)
         return torch.add(out, (mix @ xi).reshape(out.shape).to(out.dtype), alpha=scale)
+
+    def dimension(self, noise: Drawn) -> int:
+        """See `Perturbation.dimension`."""
+        return sum(values[0].numel() for values in noise.noise.values())
 
     def pull_back(self, noise: Drawn, coefficients: Tensor) -> Tensor:
         """See `Perturbation.pull_back`; a forward under this noise must have run."""

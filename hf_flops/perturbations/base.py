@@ -59,11 +59,13 @@ class Perturbation(Protocol):
         vector: the parameters that it moves.
         grouped: whether all rows of one forward pass share the noise, so that a chunk must lie within a group.
         row_bytes: what the noise of one row takes, as far as it is known beforehand.
+        replays: whether a pull-back needs a forward under the same noise before it.
     """
 
     vector: ParameterVector
     grouped: bool
     row_bytes: float
+    replays: bool
 
     def draw(self, keys: NoiseKeys) -> Any:
         """Draw the noise of a chunk of R rows."""
@@ -71,6 +73,10 @@ class Perturbation(Protocol):
 
     def applied(self, noise: Any, scale: float) -> AbstractContextManager[None]:
         """Return a context in which the model runs at `theta + scale * noise`; nothing is left behind after it."""
+        ...
+
+    def dimension(self, noise: Any) -> int:
+        """Return how many random numbers of unit variance a row's noise is made of."""
         ...
 
     def pull_back(self, noise: Any, coefficients: Tensor) -> Tensor:

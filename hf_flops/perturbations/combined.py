@@ -24,6 +24,7 @@ class CombinedNoise:
         self.parts = list(parts)
         self.grouped = any(part.grouped for part in parts)
         self.row_bytes = sum(part.row_bytes for part in parts)
+        self.replays = any(part.replays for part in parts)
         self.vector = ParameterVector(
             [pair for part in parts for pair in zip(part.vector.names, part.vector.parameters, strict=True)]
         )
@@ -39,6 +40,10 @@ class CombinedNoise:
             for part, own in zip(self.parts, noise, strict=True):
                 stack.enter_context(part.applied(own, scale))
             yield
+
+    def dimension(self, noise: list[Any]) -> int:
+        """See `Perturbation.dimension`."""
+        return sum(part.dimension(own) for part, own in zip(self.parts, noise, strict=True))
 
     def pull_back(self, noise: list[Any], coefficients: Tensor) -> Tensor:
         """See `Perturbation.pull_back`."""

@@ -106,6 +106,7 @@ class RowwiseNoise:
     """
 
     grouped = False
+    replays = False
 
     def __init__(self, model: nn.Module, vector: ParameterVector, distribution: str, looping: Collection[str] = ()) -> None:
         self.vector = vector
@@ -139,6 +140,10 @@ class RowwiseNoise:
         finally:
             for remove in reversed(removers):
                 remove()
+
+    def dimension(self, noise: RowNoise) -> int:
+        """See `Perturbation.dimension`."""
+        return self.vector.size
 
     def pull_back(self, noise: RowNoise, coefficients: Tensor) -> Tensor:
         """See `Perturbation.pull_back`."""

@@ -41,6 +41,7 @@ class SharedNoise:
 
     grouped = True
     row_bytes = 0.0
+    replays = False
 
     def __init__(self, vector: ParameterVector, distribution: str) -> None:
         self.vector = vector
@@ -54,6 +55,10 @@ class SharedNoise:
     def applied(self, noise: Tensor, scale: float) -> AbstractContextManager[None]:
         """See `Perturbation.applied`."""
         return displaced(self.vector, noise * scale)
+
+    def dimension(self, noise: Tensor) -> int:
+        """See `Perturbation.dimension`."""
+        return self.vector.size
 
     def pull_back(self, noise: Tensor, coefficients: Tensor) -> Tensor:
         """See `Perturbation.pull_back`."""

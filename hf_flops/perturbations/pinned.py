@@ -1,0 +1,110 @@
+"""The self-check of activation noise: a linear layer's weights must act through the outputs of one call, row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..counters import seeds
+from .activation import is_linear
+from .base import ParameterVector
+from .noise import draw
+from .shared import displaced
+from .sites import Site, find_sites
+
+_SEED = 20411  # any number: the check's noise has a stream of its own
+
+
+class PinCheck:
+    """Finds the tensors for which noise on outputs is right, and smaller than noise on weights.
+
+    Args:
+        model: the model, in evaluation mode.
+        sums: runs two rows through the model and returns their loss sums (2,).
+        precision: relative error of a loss that rounding alone can cause.
+    """
+
+    def __init__(self, model: nn.Module, sums: Callable[[], Tensor], precision: float) -> None:
+        self.model, self.sums, self.precision = model, sums, precision
+
+    def run(self, names: Collection[str], *, smaller: bool) -> list[str]:
+        """Return those of `names`, all of which have a rule that is right, that can have activation noise.
+
+        Args:
+            names: tensors to choose among.
+            smaller: whether to choose only where activation noise has at most half of the numbers that noise on the
+                weights has: it costs a factorisation per row.
+        """
+        everything = ParameterVector.of(self.model)
+        offset = draw("gaussian", seeds(_SEED, 1), everything.shapes, everything.device)[0]
+        with displaced(everything, 0.05 * offset):  # at its initialisation `lora_B = 0` hides what happens to `lora_A`
+            return self._choose(names, smaller)
+
+    def _choose(self, names: Collection[str], smaller: bool) -> list[str]:
+        vector = ParameterVector.of(self.model, set(names))
+        sites = find_sites(self.model, vector)
+        start, outputs = self._record(sites)
+        fit = [site for site, calls in zip(sites, outputs, strict=True) if self._fits(site, calls, smaller)]
+        while True:  # a tensor that another site holds too must be right there as well
+            others = {i for site in sites if site not in fit for i in site.tensors.values()}
+            kept = [site for site in fit if others.isdisjoint(site.tensors.values())]
+            if len(kept) == len(fit):
+                break
+            fit = kept
+        chosen = {vector.names[i] for site in fit for i in site.tensors.values()}
+        pinned = [calls[0] for site, calls in zip(sites, outputs, strict=True) if site in fit]
+        right = chosen and self._pinned(fit, pinned, chosen, start) and self._apart(fit, start)
+        return [name for name in names if name in chosen] if right else []
+
+    def _fits(self, site: Site, calls: Sequence[Any], smaller: bool) -> bool:
+        if not is_linear(site) or len(calls) != 1 or not torch.is_tensor(calls[0]) or len(calls[0]) % 2:
+            return False
+        numbers = calls[0].numel() // 2
+        weights = sum(p.numel() for name, p in site.module.named_parameters(recurse=False) if name in site.tensors)
+        return not smaller or 2 * numbers <= weights
+
+    def _run(self, sites: Sequence[Site], hooks: Sequence[Callable[..., Any]]) -> Tensor:
+        with ExitStack() as stack:
+            for site, hook in zip(sites, hooks, strict=True):
+                stack.callback(site.module.register_forward_hook(hook).remove)
+            return self.sums()
+
+    def _record(self, sites: Sequence[Site]) -> tuple[Tensor, list[list[Any]]]:
+        """Return the loss sums (2,) and, for each site, the outputs of its calls."""
+        outputs: list[list[Any]] = [[] for _ in sites]
+
+        def keep(calls: list[Any], module: nn.Module, args: Any, out: Any) -> None:
+            calls.append(out)
+
+        return self._run(sites, [partial(keep, calls) for calls in outputs]), outputs
+
+    def _same(self, found: Tensor, wanted: Tensor) -> bool:
+        return float((found - wanted).abs().max()) <= self.precision * max(float(wanted.abs().max()), 1e-6)
+
+    def _pinned(self, sites: Sequence[Site], outputs: Sequence[Tensor], names: set[str], start: Tensor) -> bool:
+        """Return whether other weights change nothing while the outputs are held."""
+
+        def hold(value: Tensor, module: nn.Module, args: Any, out: Any) -> Tensor:
+            return value
+
+        vector = ParameterVector.of(self.model, names)
+        shift = draw("gaussian", seeds(_SEED, 0), vector.shapes, vector.device)[0]
+        with displaced(vector, shift):
+            return self._same(self._run(sites, [partial(hold, value) for value in outputs]), start)
+
+    def _apart(self, sites: Sequence[Site], start: Tensor) -> bool:
+        """Return whether noise on the outputs of one row leaves the other's loss as it was."""
+
+        def disturb(row: int, module: nn.Module, args: Any, out: Tensor) -> Tensor:
+            out = out.clone()
+            half = out.view(2, -1)[row]
+            half += out.float().std() * torch.linspace(-1, 1, half.numel()).to(out)
+            return out
+
+        found = [self._run(sites, [partial(disturb, row)] * len(sites)) for row in range(2)]
+        return self._same(found[0][1], start[1]) and self._same(found[1][0], start[0])
