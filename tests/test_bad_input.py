@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import AdaptionPromptConfig, CartridgeConfig, LoraConfig, get_peft_model
 from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceClassification, TrainingArguments
 
 from hf_flops import ConfigurationError, FlopsTrainer, FlopsTrainingArguments, NonFiniteError, ObjectiveError
@@ -206,23 +206,25 @@ def test_a_loss_that_has_no_rows_cannot_have_noise_per_row(case, why, arguments)
 
 
 WITHOUT_RULE = {
-    "ia3": IA3Config(target_modules=["key", "value"], feedforward_modules=[], task_type="SEQ_CLS"),
-    "dora": LoraConfig(r=2, target_modules=["query"], use_dora=True, task_type="SEQ_CLS"),
+    "adaption_prompt": ("llama", AdaptionPromptConfig(adapter_len=3, adapter_layers=1, task_type="CAUSAL_LM")),
+    "trainable_embedding": ("bert", CartridgeConfig(num_virtual_tokens=3, task_type="SEQ_CLS")),
 }
 
 
 @pytest.mark.parametrize("name", WITHOUT_RULE)
 def test_tensors_without_a_rule_share_noise(name, arguments, notices):
-    assert_trains(trainer(arguments(), adapted("bert", config=WITHOUT_RULE[name]), data("bert")))
+    kind, config = WITHOUT_RULE[name]
+    assert_trains(trainer(arguments(), adapted(kind, config=config), data(kind)))
     (message,) = notices()
     assert "noise that is shared by the batch" in message
     assert_sentence(message)
 
 
-@pytest.mark.parametrize(("name", "tensor"), [("ia3", "ia3_l"), ("dora", "lora_A")])
-def test_tensors_without_a_rule_cannot_have_noise_per_row(name, tensor, arguments):
-    with refused(ConfigurationError, f'perturbation="rowwise" has no rule that is right for .*{tensor}'):
-        trainer(arguments(perturbation="rowwise"), adapted("bert", config=WITHOUT_RULE[name]), data("bert")).train()
+@pytest.mark.parametrize("name", WITHOUT_RULE)
+def test_tensors_without_a_rule_cannot_have_noise_per_row(name, arguments):
+    kind, config = WITHOUT_RULE[name]
+    with refused(ConfigurationError, f'perturbation="rowwise" has no rule that is right for .*{name}'):
+        trainer(arguments(perturbation="rowwise"), adapted(kind, config=config), data(kind)).train()
 
 
 # --- data ---

@@ -35,12 +35,15 @@ class _Seen:
     bias: Tensor
     weight: Tensor | tuple[Tensor, Tensor]
 
-    def weight_sum(self, coefficients: Tensor) -> Tensor:
-        """Return (in, out), the products weighted with coefficients (R,)."""
+    def sums(self, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (in, out) and (out,), weight and bias summed over rows with coefficients (R,)."""
+        kept = coefficients.nonzero().flatten()  # a row that was dropped may hold NaN, and 0 times NaN is NaN
+        own = coefficients[kept]
+        bias = own @ self.bias[kept]
         if isinstance(self.weight, tuple):
-            x, sources = self.weight
-            return torch.einsum("rti,rto->io", x, sources * coefficients[:, None, None])
-        return torch.einsum("r,rio->io", coefficients, self.weight)
+            x, sources = (values[kept] for values in self.weight)
+            return torch.einsum("rti,rto->io", x, sources * own[:, None, None]), bias
+        return torch.einsum("r,rio->io", own, self.weight[kept]), bias
 
 
 @dataclass
@@ -173,12 +176,11 @@ class ActivationNoise:
         views = self.vector.views(flat)
         for (index, _), seen in noise.seen.items():
             site = self.sites[index]
-            own = coefficients.to(seen.bias)
+            weight, bias = seen.sums(coefficients.to(seen.bias))
             if "weight" in site.tensors:
-                weight = seen.weight_sum(own)
                 views[site.tensors["weight"]].add_((weight.T if site.rule is linear else weight).to(flat))
             if "bias" in site.tensors:
-                views[site.tensors["bias"]].add_((own @ seen.bias).to(flat))
+                views[site.tensors["bias"]].add_(bias.to(flat))
         return flat
 
 
