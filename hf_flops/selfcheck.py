@@ -194,9 +194,9 @@ def choose_perturbation(
         objective: what is minimised.
         forward: runs the model.
         inputs: a batch.
-        mode: "auto" (per row where that is right, shared elsewhere, and on the outputs of linear layers where that needs
-            fewer random numbers), "activation" (on outputs wherever that is right), "rowwise" (an error where it is not
-            right) or "shared".
+        mode: "auto" (per row where that is right, shared elsewhere, and on the outputs of heads that see one token of each
+            row where that needs fewer random numbers), "activation" (on outputs wherever that is right), "rowwise" (an
+            error where it is not right) or "shared".
         distribution: a name in `DISTRIBUTIONS`.
         precision: see `precision_of`.
 

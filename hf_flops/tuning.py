@@ -23,15 +23,19 @@ class Tuning:
         rows: rows per forward pass, or None to find out.
         memory: bytes that a forward pass may take on top of the model, or None for most of what is free.
         scale: whether to find epsilon out.
+        trim: whether padding may be cut off.
 
     Attributes:
         rows: rows that went through the model to find epsilon out, to be charged to the ledger.
         found: epsilon and its signal-to-noise ratio, by name, for the log.
     """
 
-    def __init__(self, rows: int | None = None, memory: float | None = None, *, scale: bool = False) -> None:
+    def __init__(
+        self, rows: int | None = None, memory: float | None = None, *, scale: bool = False, trim: bool = True
+    ) -> None:
         self.planner = ChunkPlanner(rows, memory)
         self.rows, self.found, self._calibrating = 0, dict[str, float](), scale
+        self._trim = trim
         self.idle: dict[str, bool] = {}  # side → whether the loss is the same without its padding, once that is known
 
     @classmethod
@@ -39,7 +43,9 @@ class Tuning:
         """Start from a run's arguments."""
         memory = None if args.memory_limit_gb is None else args.memory_limit_gb * 1e9
         rows = None if args.rows_per_forward == "auto" else args.rows_per_forward
-        return cls(rows, memory, scale=args.perturbation_scale == "auto")
+        # Noise on the outputs of many tokens depends on their number.
+        trim = args.perturbation != "activation"
+        return cls(rows, memory, scale=args.perturbation_scale == "auto", trim=trim)
 
     def complete(
         self, method: Method, forward: Forward, inputs: Mapping[str, Any], *, precision: float = 1e-4, seed: int = 0
@@ -54,11 +60,9 @@ class Tuning:
             seed: the run's seed.
         """
         self.planner.prepare(method.perturbation.vector.device, method.perturbation.row_bytes)
-        if method.objective.per_row:
+        if method.objective.per_row and self._trim:
             self.idle.update(padding_is_idle(method.objective, forward, inputs, precision, known=set(self.idle)))
         sides = frozenset(side for side, idle in self.idle.items() if idle)
-        if method.perturbation.replays:
-            sides -= {"left"}  # noise on outputs counts tokens from the left
         method = replace(method, rows_per_forward=self.planner, trimmed=sides)
         if sides and method.reuse.modules and method.reuse.narrow is None:
             method.reuse.narrow = may_be_cut(method.reuse, method.objective, forward, inputs, sides, precision)

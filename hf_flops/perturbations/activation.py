@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -67,8 +66,10 @@ def correlated(gram: Tensor) -> Tensor:
     Args:
         gram: G (R, T, T), the inner products of a row's inputs.
     """
+    if gram.shape[1] == 1:
+        return independent(gram)
     size = gram.diagonal(dim1=1, dim2=2)
-    ridge = (_RIDGE if size.shape[1] > 1 else 0.0) * size.mean(1, keepdim=True) + torch.finfo(gram.dtype).tiny ** 0.5
+    ridge = _RIDGE * size.mean(1, keepdim=True) + torch.finfo(gram.dtype).tiny ** 0.5
     factor, failed = torch.linalg.cholesky_ex(gram + torch.diag_embed(ridge.expand_as(size)))
     return torch.where((failed == 0)[:, None, None], factor, independent(gram))  # any L is unbiased
 
@@ -154,17 +155,15 @@ class ActivationNoise:
         size = x.shape[1], out.shape[-1]
         call = (index, sum(place == index for place, _ in noise.seen))
         if call not in noise.noise:
-            # Token by token, so that noise does not depend on how much padding follows.
-            keys = seeds(_STREAM, noise.keys.rows[:, None], *call, np.arange(size[0])).ravel()
-            noise.noise[call] = (
-                draw(self.distribution, keys, [torch.Size(size[1:])], x.device).tensor(0).view(rows, *size).to(x)
-            )
+            keys = seeds(_STREAM, noise.keys.rows, *call)
+            noise.noise[call] = draw(self.distribution, keys, [torch.Size(size)], x.device).tensor(0).to(x)
         xi = noise.noise[call]
-        mix = self.mixing(_gram(x, tensors))
-        sources = torch.linalg.solve_triangular(mix.transpose(1, 2), xi, upper=True)
-        fewer = size[0] < size[1] or "weight" not in tensors
-        noise.seen[call] = _Seen(sources.sum(1), (x, sources) if fewer else x.transpose(1, 2) @ sources)
-        return torch.add(out, (mix @ xi).reshape(out.shape).to(out.dtype), alpha=scale)
+        with torch.autocast(x.device.type, enabled=False):
+            mix = self.mixing(_gram(x, tensors))
+            sources = torch.linalg.solve_triangular(mix.transpose(1, 2), xi, upper=True)
+            fewer = size[0] < size[1] or "weight" not in tensors
+            noise.seen[call] = _Seen(sources.sum(1), (x, sources) if fewer else x.transpose(1, 2) @ sources)
+            return torch.add(out, (mix @ xi).reshape(out.shape).to(out.dtype), alpha=scale)
 
     def dimension(self, noise: Drawn) -> int:
         """See `Perturbation.dimension`."""

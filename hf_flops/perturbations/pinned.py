@@ -37,8 +37,9 @@ class PinCheck:
 
         Args:
             names: tensors to choose among.
-            smaller: whether to choose only where activation noise has at most half of the numbers that noise on the
-                weights has: it costs a factorisation per row.
+            smaller: whether to choose only layers that see one token of each row, as heads on a pooled output do, and
+                where activation noise has at most half of the numbers that noise on the weights has. With more tokens it
+                costs a factorisation per row, and noise depends on how much padding a row has.
         """
         everything = ParameterVector.of(self.model)
         offset = draw("gaussian", seeds(_SEED, 1), everything.shapes, everything.device)[0]
@@ -66,7 +67,7 @@ class PinCheck:
             return False
         numbers = calls[0].numel() // 2
         weights = sum(p.numel() for name, p in site.module.named_parameters(recurse=False) if name in site.tensors)
-        return not smaller or 2 * numbers <= weights
+        return not smaller or (numbers == calls[0].shape[-1] and 2 * numbers <= weights)
 
     def _run(self, sites: Sequence[Site], hooks: Sequence[Callable[..., Any]]) -> Tensor:
         with ExitStack() as stack:
