@@ -27,12 +27,15 @@ PRESETS: dict[str, dict[str, str]] = {
     },
 }
 
+LORA_PARTS = ("both", "B", "B_then_A")
+
 _CHOICES: dict[str, tuple[str, ...]] = {
     "preset": tuple(PRESETS),
     "perturbation": PERTURBATIONS,
     "estimator": tuple(ESTIMATORS),
     "allocator": tuple(ALLOCATORS),
     "noise": tuple(DISTRIBUTIONS),
+    "lora_parts": LORA_PARTS,
     "prefix_cache": ("memory", "disk"),
 }
 
@@ -129,6 +132,14 @@ class FlopsArgumentsMixin:
         metadata={
             "help": "GB that the rows of one forward pass may take on top of the model, noise included, where "
             "rows_per_forward='auto'. Default: 80 percent of what is free at the first step."
+        },
+    )
+    lora_parts: str = field(
+        default="both",
+        metadata={
+            "help": "Which matrices of LoRA are trained: 'both', 'B' alone (half the noise; lora_A matters only once lora_B "
+            "has left zero), or 'B_then_A', lora_A joining after half of the steps.",
+            "choices": list(LORA_PARTS),
         },
     )
     late_expansion: bool = field(

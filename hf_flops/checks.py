@@ -141,3 +141,18 @@ def shared_texts(model: nn.Module, inputs: Mapping[str, Any]) -> AbstractContext
     """Let a model that can, as `SuffixPromptModel` does, run what all rows of a batch's samples share once for a step."""
     cached = getattr(model, "cached_texts", None)
     return nullcontext() if cached is None else cached(inputs)
+
+
+def held_back(model: nn.Module, parts: str, progress: float) -> frozenset[str]:
+    """Return the names of the tensors that get no noise for now: `lora_A`, while `parts` says so.
+
+    At its initialisation `lora_B = 0` hides `lora_A` from the loss: noise on it would carry no signal, and only move it.
+
+    Args:
+        model: the model.
+        parts: "both", "B" or "B_then_A".
+        progress: steps done over all steps.
+    """
+    if parts == "both" or (parts == "B_then_A" and progress >= 0.5):
+        return frozenset()
+    return frozenset(name for name, parameter in model.named_parameters() if ".lora_A." in name and parameter.requires_grad)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -186,6 +186,7 @@ def choose_perturbation(
     mode: str = "auto",
     distribution: str = "rademacher",
     precision: float = 1e-4,
+    held: Container[str] = (),
 ) -> tuple[Perturbation, list[str]]:
     """Return the perturbation for every trainable tensor, and messages for the user.
 
@@ -199,6 +200,7 @@ def choose_perturbation(
             error where it is not right) or "shared".
         distribution: a name in `DISTRIBUTIONS`.
         precision: see `precision_of`.
+        held: names of trainable tensors that stay as they are for now.
 
     Raises:
         ConfigurationError: nothing is trainable, or `mode="rowwise"` cannot be had.
@@ -206,6 +208,9 @@ def choose_perturbation(
     names = ParameterVector.of(model).names
     if not names:
         raise ConfigurationError("The model has no trainable parameter: add an adapter (peft_config=) or unfreeze a head.")
+    names = [name for name in names if name not in held]
+    if not names:
+        raise ConfigurationError("All trainable parameters are held back: there is nothing but lora_A to train.")
     if mode == "shared" or not objective.per_row:
         return perturb(model, shared=names, distribution=distribution), []
     pair = two_rows(objective, forward, inputs)

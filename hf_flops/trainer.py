@@ -19,6 +19,7 @@ from .checks import (
     check_arguments,
     check_ready,
     evaluation_mode,
+    held_back,
     late_expansion,
     quantised_base_allowed,
     shared_texts,
@@ -94,6 +95,7 @@ class FlopsTrainerMixin:
         self._allocator: Allocator = allocator or ALLOCATORS[args.allocator]()
         self._estimator: Estimator = estimator or ESTIMATORS[args.estimator]()
         self._perturbation = self._given_perturbation = perturbation
+        self._held: frozenset[str] = frozenset()
         self._reuse: Reuse | None = None
         self._tuning = Tuning.of(args)
         self._position, self._position_step = 0, -1
@@ -141,6 +143,7 @@ class FlopsTrainerMixin:
         context = self.compute_loss_context_manager()
         with evaluation_mode(model), torch.no_grad(), context, shared_texts(self.model, inputs):
             forward = self._forward_function(model)
+            self._hold_back()
             if self._objective is None or self._perturbation is None or self._reuse is None:
                 self._set_up(model, forward, inputs)
             precision = precision_of(self.model, autocast=self.args.bf16)
@@ -182,6 +185,12 @@ class FlopsTrainerMixin:
 
         return forward
 
+    def _hold_back(self: Any) -> None:
+        """Start anew with the self-check where other tensors than before are to be trained."""
+        held = held_back(self.model, self.args.lora_parts, self.state.global_step / max(self.state.max_steps, 1))
+        if held != self._held:
+            self._held, self._perturbation, self._reuse = held, self._given_perturbation, None
+
     def _set_up(self: Any, model: nn.Module, forward: Any, inputs: dict[str, Any]) -> None:
         """Choose objective and perturbation with the first batch, and say what was not as hoped."""
         named = [name for name in self.label_names if name in inputs]
@@ -205,6 +214,7 @@ class FlopsTrainerMixin:
                 mode=self.args.perturbation,
                 distribution=self.args.noise,
                 precision=precision,
+                held=self._held,
             )
             for note in notes:
                 logger.warning("%s", note)
