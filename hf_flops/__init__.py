@@ -10,9 +10,10 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .args import FlopsArgumentsMixin, FlopsTrainingArguments
     from .errors import ConfigurationError, FlopsError, NonFiniteError, ObjectiveError
+    from .method import Method, StepResult
     from .objectives import CallableObjective
     from .rows import Place
-    from .step import Method, StepResult, estimate_gradient
+    from .step import estimate_gradient
     from .suffix import SuffixPromptModel
     from .trainer import FlopsTrainer, FlopsTrainerMixin
 
@@ -24,11 +25,11 @@ _HOMES = {
     "FlopsTrainer": "trainer",
     "FlopsTrainerMixin": "trainer",
     "FlopsTrainingArguments": "args",
-    "Method": "step",
+    "Method": "method",
     "NonFiniteError": "errors",
     "ObjectiveError": "errors",
     "Place": "rows",
-    "StepResult": "step",
+    "StepResult": "method",
     "SuffixPromptModel": "suffix",
     "estimate_gradient": "step",
 }

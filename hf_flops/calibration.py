@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from .chunks import ChunkPlanner, in_chunks
+from .method import Method
 from .objectives import Forward
 from .perturbations import NoiseKeys
 from .rows import Rows, batch_size, expand, take
-from .step import Method
 
 GRID = tuple(10 ** (exponent / 2) for exponent in range(-8, -1))  # 1e-4 ... 1e-1
 _ROWS = 32  # queries at each scale, or 8 where each needs a whole batch

@@ -6,19 +6,13 @@ import inspect
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from .args import FlopsArgumentsMixin, check_processes
 from .errors import ConfigurationError
-from .independence import choose_reuse
-from .objectives import Forward, Objective
-from .perturbations import Perturbation
 from .precision import keep_masters
-from .prefix_cache import CachedReuse, SampleStore
-from .reuse import Reuse
 
 logger = logging.getLogger(__name__)
 
@@ -101,40 +95,6 @@ def without_cache(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     if "use_cache" in inputs or "use_cache" not in inspect.signature(base.forward).parameters:
         return inputs
     return {**inputs, "use_cache": False}
-
-
-def late_expansion(
-    args: Any,
-    model: nn.Module,
-    objective: Objective,
-    forward: Forward,
-    inputs: Mapping[str, Any],
-    perturbation: Perturbation,
-    precision: float,
-) -> Reuse:
-    """Return what may run once per sample, see `choose_reuse`, as far as the arguments want it, and say so.
-
-    Raises:
-        ConfigurationError: `prefix_cache` cannot be had.
-    """
-    if not args.late_expansion:
-        return Reuse()
-    cached = args.prefix_cache is not None
-    if hasattr(model, "cached_texts"):  # what it records for one batch would not fit answers of another length
-        if cached:
-            raise ConfigurationError(f"prefix_cache is not for a {type(model).__name__}, which shares its texts itself.")
-        return Reuse()
-    if cached and not objective.per_row:
-        raise ConfigurationError("prefix_cache needs a loss per sample, but this one belongs to the batch as a whole.")
-    reuse, reason = choose_reuse(model, objective, forward, inputs, perturbation, precision, cached=cached)
-    if reason:
-        logger.warning("Late expansion is off, every row runs through the whole model: %s.", reason)
-    names = [name for name, module in model.named_modules() if module in reuse.modules]
-    logger.info("Late expansion: %d modules run once per sample and step (%s).", len(names), ", ".join(names))
-    if not cached:
-        return reuse
-    folder = Path(args.output_dir) if args.prefix_cache == "disk" else None
-    return CachedReuse(reuse, SampleStore(args.prefix_cache_gb, folder))
 
 
 def shared_texts(model: nn.Module, inputs: Mapping[str, Any]) -> AbstractContextManager[None]:

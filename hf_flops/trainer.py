@@ -20,7 +20,6 @@ from .checks import (
     check_ready,
     evaluation_mode,
     held_back,
-    late_expansion,
     quantised_base_allowed,
     shared_texts,
     widen_trainable,
@@ -30,12 +29,14 @@ from .checks import (
 from .errors import ObjectiveError
 from .estimators import ESTIMATORS, Estimator
 from .ledger import Ledger
+from .method import Method
 from .objectives import CallableObjective, Objective
 from .perturbations import Perturbation
 from .reuse import Reuse
 from .rows import Place, batch_size
-from .selfcheck import choose_objective, choose_perturbation, precision_of
-from .step import Method, estimate_gradient
+from .selfcheck import precision_of
+from .setup import set_up
+from .step import estimate_gradient
 from .tuning import Tuning
 
 logger = logging.getLogger(__name__)
@@ -198,28 +199,8 @@ class FlopsTrainerMixin:
             raise ObjectiveError(
                 f"The batch has no labels: its keys are {sorted(inputs)}, and none of {self.label_names} is among them."
             )
-        precision = precision_of(self.model, autocast=self.args.bf16)
-        if self._objective is None:
-            self._objective, reason = choose_objective(forward, inputs, precision)
-            if reason and self.args.perturbation == "rowwise":
-                raise ObjectiveError(f'perturbation="rowwise" needs a loss per row, but {reason}; pass objective=.')
-            if reason:
-                logger.warning("The loss is taken for the batch as a whole, with shared noise: %s.", reason)
-        if self._perturbation is None:
-            self._perturbation, notes = choose_perturbation(
-                self.model,
-                self._objective,
-                forward,
-                inputs,
-                mode=self.args.perturbation,
-                distribution=self.args.noise,
-                precision=precision,
-                held=self._held,
-            )
-            for note in notes:
-                logger.warning("%s", note)
-        check = (self.model, self._objective, forward, inputs, self._perturbation, precision)
-        self._reuse = late_expansion(self.args, *check)
+        chosen = set_up(self.args, self.model, forward, inputs, self._objective, self._perturbation, self._held)
+        self._objective, self._perturbation, self._reuse = chosen
 
     def _method(self: Any, precision: float) -> Method:
         """Put the method together, as far as the arguments fix it."""

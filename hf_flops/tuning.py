@@ -9,8 +9,8 @@ from typing import Any
 
 from .calibration import calibrate
 from .chunks import ChunkPlanner
+from .method import Method
 from .objectives import Forward
-from .step import Method
 from .trimming import may_be_cut, padding_is_idle
 
 logger = logging.getLogger(__name__)

@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_flops import Method, Place, estimate_gradient
 from hf_flops.allocators import Uniform
 from hf_flops.estimators import Antithetic, OneSided
 from hf_flops.objectives import CallableObjective, TappedLoss
@@ -26,7 +27,6 @@ from hf_flops.perturbations import (
 )
 from hf_flops.perturbations.activation import Drawn, correlated, independent
 from hf_flops.selfcheck import choose_perturbation
-from hf_flops.step import Method, Place, estimate_gradient
 from tests.test_perturbations import keys, randn
 from tests.tiny import TASKS, model_forward, tiny_batch, tiny_model
 

@@ -5,11 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hf_flops import ConfigurationError, FlopsTrainingArguments
+from hf_flops import ConfigurationError, FlopsTrainingArguments, Place, estimate_gradient
 from hf_flops.independence import choose_reuse
 from hf_flops.prefix_cache import CachedReuse, SampleStore, identify
 from hf_flops.rows import take
-from hf_flops.step import Place, estimate_gradient
 from tests.test_reuse import LAYERS, adapted, layer_insides, lora, method_for, rows_through, trained
 from tests.tiny import as_dataset, model_forward, tiny_batch
 

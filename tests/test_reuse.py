@@ -20,7 +20,7 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from hf_flops import FlopsTrainer, FlopsTrainingArguments
+from hf_flops import FlopsTrainer, FlopsTrainingArguments, Method, Place, estimate_gradient
 from hf_flops.allocators import ALLOCATORS
 from hf_flops.checks import without_cache
 from hf_flops.estimators import ESTIMATORS
@@ -28,7 +28,6 @@ from hf_flops.independence import choose_reuse
 from hf_flops.objectives import BatchLoss, CallableObjective, TappedLoss
 from hf_flops.perturbations import ParameterVector, perturb
 from hf_flops.reuse import Reuse
-from hf_flops.step import Method, Place, estimate_gradient
 from hf_flops.trimming import may_be_cut
 from tests.tiny import CLASSES, SIZES, TASKS, VOCABULARY, as_dataset, generator, model_forward, tiny_batch, tiny_model
 

@@ -14,12 +14,13 @@ PACKAGE = Path(hf_flops.__file__).parent
 FLOORS = {
     **dict.fromkeys(["errors", "counters", "_version", "rows", "memory", "padding"], 0),
     **dict.fromkeys(["objectives", "perturbations", "estimators", "allocators", "metrics", "reuse", "chunks"], 1),
-    **dict.fromkeys(["step", "selfcheck", "independence", "prefix_cache", "trimming"], 2),
-    **dict.fromkeys(["args", "calibration", "ledger", "plots", "precision", "texts"], 3),
-    **dict.fromkeys(["checks", "suffix", "tuning"], 4),
-    "trainer": 5,
+    "method": 2,
+    **dict.fromkeys(["step", "selfcheck", "independence", "prefix_cache", "trimming"], 3),
+    **dict.fromkeys(["args", "calibration", "ledger", "plots", "precision", "texts", "setup"], 4),
+    **dict.fromkeys(["checks", "suffix", "tuning"], 5),
+    "trainer": 6,
 }
-ENGINE = {room for room, floor in FLOORS.items() if floor <= 2}
+ENGINE = {room for room, floor in FLOORS.items() if floor <= 3}
 HUGGING_FACE = {"transformers", "peft", "accelerate", "datasets", "evaluate"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -1,0 +1,79 @@
+"""How a gradient is estimated, and what a step found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from .allocators import Allocator
+from .chunks import ChunkPlanner
+from .errors import ConfigurationError
+from .estimators import Estimator
+from .objectives import Objective
+from .perturbations import Perturbation
+from .reuse import Reuse
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a gradient is estimated.
+
+    Attributes:
+        objective: what is minimised, row by row.
+        perturbation: where noise enters the model.
+        estimator: the finite difference.
+        allocator: how queries are shared out.
+        queries_per_sample: rows of forward passes per sample and step, the clean one included.
+        scale: the step of the difference, epsilon.
+        rows_per_forward: rows that go through the model at a time, or what finds out how many.
+        trimmed: sides ("left", "right") at which padding that no row of a forward needs is cut off.
+        reuse: modules that run once per sample, because no noise reaches them; see `choose_reuse`.
+    """
+
+    objective: Objective
+    perturbation: Perturbation
+    estimator: Estimator
+    allocator: Allocator
+    queries_per_sample: int
+    scale: float
+    rows_per_forward: int | ChunkPlanner
+    trimmed: frozenset[str] = frozenset()
+    reuse: Reuse = field(default_factory=Reuse)
+
+    @property
+    def needs_clean(self) -> bool:
+        """Whether the clean forward is run (and charged)."""
+        return self.estimator.baseline or (self.allocator.needs_clean and self.objective.per_row)
+
+    def budget(self, samples: int) -> int:
+        """Return how many queries `samples` samples can afford in all, after the clean rows are paid for."""
+        rows = samples * (self.queries_per_sample - self.needs_clean)
+        budget = rows // len(self.estimator.signs)
+        if budget < samples:
+            least = len(self.estimator.signs) + self.needs_clean
+            raise ConfigurationError(
+                f"queries_per_sample={self.queries_per_sample} leaves no query for every sample: "
+                f"{type(self.estimator).__name__} with {type(self.allocator).__name__} needs at least {least} rows per "
+                "sample, the clean one included."
+            )
+        return budget
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step found.
+
+    Attributes:
+        loss: sum of the batch's clean losses divided by the normalizer (without a clean forward, of the perturbed ones).
+        rows: rows that went through the model, all included.
+        counts: (B,) int64, queries per sample; one entry where the loss belongs to the batch as a whole.
+        mean_squares: (B,) mean squared delta per sample, an estimate of `||grad s_i||^2`; NaN where none is finite.
+        metrics: numbers for the log.
+    """
+
+    loss: Tensor
+    rows: int
+    counts: Tensor
+    mean_squares: Tensor
+    metrics: dict[str, float]

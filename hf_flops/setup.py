@@ -1,0 +1,93 @@
+"""What the first batch decides: the objective, where noise enters, and what runs once per sample."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Container, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .errors import ConfigurationError, ObjectiveError
+from .independence import choose_reuse
+from .objectives import Forward, Objective
+from .perturbations import Perturbation
+from .prefix_cache import CachedReuse, SampleStore
+from .reuse import Reuse
+from .selfcheck import choose_objective, choose_perturbation, precision_of
+
+logger = logging.getLogger("hf_flops.trainer")
+
+
+def set_up(
+    args: Any,
+    model: nn.Module,
+    forward: Forward,
+    inputs: Mapping[str, Any],
+    objective: Objective | None,
+    perturbation: Perturbation | None,
+    held: Container[str],
+) -> tuple[Objective, Perturbation, Reuse]:
+    """Choose what is not given, with the first batch, and say what was not as hoped.
+
+    Args:
+        args: the run's arguments.
+        model: the model, in evaluation mode, gradients off.
+        forward: runs the model.
+        inputs: a batch.
+        objective: what is minimised, None for the model's own loss.
+        perturbation: where noise enters, None for what the arguments say.
+        held: names of trainable tensors that stay as they are for now.
+
+    Raises:
+        ObjectiveError: noise per row is asked for, but the loss cannot be had per row.
+        ConfigurationError: noise or a prefix cache cannot be had as asked for.
+    """
+    precision = precision_of(model, autocast=args.bf16)
+    if objective is None:
+        objective, reason = choose_objective(forward, inputs, precision)
+        if reason and args.perturbation == "rowwise":
+            raise ObjectiveError(f'perturbation="rowwise" needs a loss per row, but {reason}; pass objective=.')
+        if reason:
+            logger.warning("The loss is taken for the batch as a whole, with shared noise: %s.", reason)
+    if perturbation is None:
+        options = {"mode": args.perturbation, "distribution": args.noise, "precision": precision, "held": held}
+        perturbation, notes = choose_perturbation(model, objective, forward, inputs, **options)
+        for note in notes:
+            logger.warning("%s", note)
+    return objective, perturbation, late_expansion(args, model, objective, forward, inputs, perturbation, precision)
+
+
+def late_expansion(
+    args: Any,
+    model: nn.Module,
+    objective: Objective,
+    forward: Forward,
+    inputs: Mapping[str, Any],
+    perturbation: Perturbation,
+    precision: float,
+) -> Reuse:
+    """Return what may run once per sample, see `choose_reuse`, as far as the arguments want it, and say so.
+
+    Raises:
+        ConfigurationError: `prefix_cache` cannot be had.
+    """
+    if not args.late_expansion:
+        return Reuse()
+    cached = args.prefix_cache is not None
+    if hasattr(model, "cached_texts"):  # what it records for one batch would not fit answers of another length
+        if cached:
+            raise ConfigurationError(f"prefix_cache is not for a {type(model).__name__}, which shares its texts itself.")
+        return Reuse()
+    if cached and not objective.per_row:
+        raise ConfigurationError("prefix_cache needs a loss per sample, but this one belongs to the batch as a whole.")
+    reuse, reason = choose_reuse(model, objective, forward, inputs, perturbation, precision, cached=cached)
+    if reason:
+        logger.warning("Late expansion is off, every row runs through the whole model: %s.", reason)
+    names = [name for name, module in model.named_modules() if module in reuse.modules]
+    logger.info("Late expansion: %d modules run once per sample and step (%s).", len(names), ", ".join(names))
+    if not cached:
+        return reuse
+    folder = Path(args.output_dir) if args.prefix_cache == "disk" else None
+    return CachedReuse(reuse, SampleStore(args.prefix_cache_gb, folder))
