@@ -136,8 +136,8 @@ class _Continued(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Return the texts' keys and values with the new ones (R, heads, S, head size) behind them; nothing is kept."""
         del args, kwargs
-        keys, values = (kept.index_select(0, self.rows.to(kept.device)) for kept in (self.layer.keys, self.layer.values))
-        return torch.cat([keys, key_states], -2), torch.cat([values, value_states], -2)
+        rows = self.rows.to(key_states.device)
+        return _behind(self.layer.keys, rows, key_states), _behind(self.layer.values, rows, value_states)
 
     def get_seq_length(self) -> int:
         """Return how many tokens the texts have."""
@@ -146,3 +146,14 @@ class _Continued(DynamicLayer):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return length and offset of the slots that attention sees."""
         return self.layer.get_mask_sizes(query_length)
+
+
+def _behind(kept: Tensor, rows: Tensor, new: Tensor) -> Tensor:
+    """Return selected rows of (U, heads, slots, size) with (R, heads, S, size) behind them, copied once."""
+    if torch.is_grad_enabled():
+        return torch.cat([kept.index_select(0, rows), new], -2)
+    slots = kept.shape[-2]
+    joined = new.new_empty(*new.shape[:-2], slots + new.shape[-2], new.shape[-1])
+    torch.index_select(kept, 0, rows, out=joined[..., :slots, :])
+    joined[..., slots:, :] = new
+    return joined

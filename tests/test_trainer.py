@@ -25,7 +25,7 @@ from transformers import (
 )
 
 import hf_flops.trainer
-from hf_flops import FlopsArgumentsMixin, FlopsTrainer, FlopsTrainerMixin, FlopsTrainingArguments
+from hf_flops import ConfigurationError, FlopsArgumentsMixin, FlopsTrainer, FlopsTrainerMixin, FlopsTrainingArguments
 from hf_flops.allocators import Uniform
 from hf_flops.args import PRESETS
 from hf_flops.estimators import Antithetic
@@ -610,6 +610,37 @@ def test_presets_fill_in_what_is_not_given(arguments):
         assert {option: getattr(args, option) for option in values} == values
         for option, given in {"noise": "gaussian", "perturbation": "rowwise", "allocator": "uniform"}.items():
             assert getattr(arguments(preset=name, **{option: given}), option) == given
+
+
+class Watch(TrainerCallback):
+    """Notes after every step which tensors have moved so far."""
+
+    def __init__(self, model):
+        self.model, self.moved = model, []
+        self.start = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+
+    def on_step_end(self, *args, **kwargs):
+        now = dict(self.model.named_parameters())
+        moved = {name for name, value in self.start.items() if not now[name].equal(value)}
+        self.moved.append({part for part in ("lora_A", "lora_B", "classifier") if any(part in name for name in moved)})
+
+
+@pytest.mark.parametrize(("parts", "joins"), [("both", 0), ("B_then_A", 2), ("B", 4)])
+def test_lora_a_is_held_back_as_asked(parts, joins, arguments):
+    model = adapted()
+    watch = Watch(model)
+    args = arguments(lora_parts=parts, max_steps=4, learning_rate=0.1, weight_decay=0.1)
+    FlopsTrainer(model, args, train_dataset=data(), callbacks=[watch]).train()
+    late = [{"lora_A"} if step >= joins else set() for step in range(4)]
+    assert watch.moved == [{"lora_B", "classifier"} | own for own in late]
+
+
+def test_an_adapter_of_nothing_but_lora_a_cannot_be_held_back(arguments):
+    model = adapted()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_A" in name)
+    with pytest.raises(ConfigurationError, match="nothing but lora_A to train"):
+        FlopsTrainer(model, arguments(lora_parts="B"), train_dataset=data()).train()
 
 
 def test_the_log_has_the_documented_keys(arguments):
