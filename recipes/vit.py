@@ -235,7 +235,8 @@ def query_images(trainer: FlopsTrainer, task: ImageTask, most: int = 8) -> dict[
     def pictures(samples: list[int]) -> tuple[list[np.ndarray], list[str]]:
         rows = [task.train[sample] for sample in samples]
         names = [task.class_names[int(row["label"])] for row in rows]
-        captions = [f"class {name}\n{mean[sample]:.0f} queries a step" for name, sample in zip(names, samples, strict=True)]
+        counts = [f"{mean[sample]:.0f} quer{'y' if round(mean[sample]) == 1 else 'ies'} a step" for sample in samples]
+        captions = [f"class {name}\n{count}" for name, count in zip(names, counts, strict=True)]
         return [np.asarray(row["image"]) for row in rows], captions
 
     return {
