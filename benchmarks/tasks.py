@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from hf_flops.padding import Feed
 from recipes.assets import minilm, sentences
 from recipes.images import load_images, load_vit, pixel_dataset, pretrained_vit
 from recipes.vit import RecipeArguments, adapter_model
@@ -39,21 +40,14 @@ class Task:
     data: dict[str, Tensor]
     learning_rate: float
 
-    def batches(self, seed: int, size: int) -> Iterator[tuple[dict[str, Tensor], tuple[int, ...]]]:
+    def batches(self, seed: int, size: int) -> Iterator[tuple[Mapping[str, Tensor], tuple[int, ...]]]:
         """Yield shuffled batches and their samples' ids, epoch after epoch, without end; padding is cut off."""
         generator = torch.Generator().manual_seed(seed)
         while True:
             for index in torch.randperm(len(self.data["labels"]), generator=generator).split(size):
                 if len(index) == size:
-                    yield trimmed({name: value[index] for name, value in self.data.items()}), tuple(index.tolist())
-
-
-def trimmed(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Cut columns off that are padding in every text of a batch (right-padded)."""
-    if "attention_mask" not in batch:
-        return batch
-    longest = int(batch["attention_mask"].sum(1).max())
-    return {name: value[:, :longest] if value.dim() > 1 else value for name, value in batch.items()}
+                    batch = {name: value[index] for name, value in self.data.items()}
+                    yield Feed(batch, frozenset(["right"])).whole, tuple(index.tolist())
 
 
 def reviews(seed: int, rank: int = 8, **lora: Any) -> Task:

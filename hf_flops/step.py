@@ -58,7 +58,7 @@ class _Step:
     """The intermediate results of one call of `estimate_gradient`."""
 
     def __init__(self, forward: Forward, inputs: Mapping[str, Any], method: Method, place: Place) -> None:
-        self.forward, self.inputs, self.method, self.place = forward, inputs, method, place
+        self.forward, self.method, self.place = forward, method, place
         self.samples = batch_size(inputs)
         self.units = self.samples if method.objective.per_row else 1  # what counts are given to
         self.budget = method.budget(self.samples) // (self.samples // self.units)
