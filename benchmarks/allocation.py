@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -23,10 +22,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
 from gradients import SampleGradients  # isort: skip
-from tasks import ROOT, TASKS, Task  # isort: skip
+from records import ROOT, Record, quiet  # isort: skip
+from tasks import TASKS, Task  # isort: skip
 
 from hf_flops import Method, Place, estimate_gradient
 from hf_flops.allocators import ALLOCATORS, Piloted, equal_counts, optimal_counts, proxy
@@ -210,28 +209,23 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.seeds, options.steps, options.draws = options.seeds[:1], 120, 2
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    path = ROOT / "benchmarks" / "results" / "allocation.json"
-    record = json.loads(path.read_text()) if path.is_file() else {}
+    quiet()
+    record = Record("allocation", indent=None)
     for name in options.tasks:
         runs = []
         for seed in options.seeds:
             check = {0, options.steps - 1} if seed == options.seeds[0] else set()
             runs.append(run(TASKS[name](seed), seed, options.steps, check, options.draws))
-        record[name] = {
+        found = {
             "summary": summary(runs),
             "costs": costs(TASKS[name](0)),
             "runs": runs,
             "batch": BATCH,
             "queries_per_sample": QUERIES,
-            "commit": commit,
-            "torch": torch.__version__,
         }
-        path.write_text(json.dumps(record))
-        report(name, record[name])
-    draw(record, ROOT / "docs" / "allocation.png")
+        record.keep(name, found)
+        report(name, found)
+    draw(record.entries, ROOT / "docs" / "allocation.png")
 
 
 def report(name: str, record: dict[str, Any]) -> None:

@@ -9,16 +9,14 @@ Every side runs in a process of its own; what it needed above the loaded model i
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
-import warnings
 
 import numpy as np
 import torch
-from transformers.utils import logging as transformers_logging
 
-from cases import CASES, ROOT, SIDES  # isort: skip
+from cases import CASES, SIDES  # isort: skip
+from records import Record, quiet  # isort: skip
 
 from hf_flops.memory import PeakMemory
 
@@ -42,17 +40,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--one", nargs=2, metavar=("CASE", "SIDE"), help="measure in this process and print megabytes")
     options = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quiet()
     if options.one:
         print(one(*options.one))
         return
     if unknown := set(options.cases) - set(CASES):
         parser.error(f"unknown cases {sorted(unknown)}: choose among {', '.join(CASES)}")
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    path = ROOT / "benchmarks" / "results" / "memory.json"
-    record = json.loads(path.read_text()) if path.is_file() else {}
+    record = Record("memory")
     print("| case | plain, MB | ours / plain | MeZO / plain | backprop / plain | ours / backprop |\n| --- |" + " --- |" * 5)
     for name in options.cases or CASES:
         found: dict[str, list[float]] = {side: [] for side in SIDES}
@@ -62,10 +56,9 @@ def main() -> None:
                 done = subprocess.run(command, capture_output=True, text=True, check=True)
                 found[side].append(float(done.stdout.split()[-1]))
         peak = {side: float(np.median(own)) for side, own in found.items()}
-        record[name] = {"megabytes": peak, "commit": commit, "torch": torch.__version__}
+        record.keep(name, {"megabytes": peak})
         ratios = [peak[side] / peak["plain"] for side in SIDES[1:]] + [peak["ours"] / peak["backprop"]]
         print(f"| {name} | {peak['plain']:.0f} | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} |", flush=True)
-        path.write_text(json.dumps(record, indent=1))
 
 
 if __name__ == "__main__":

@@ -10,17 +10,13 @@ that is spent outside the model's forward (noise inside the layers belongs to th
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import time
-import warnings
 from typing import Any
 
 import numpy as np
-import torch
-from transformers.utils import logging as transformers_logging
 
-from cases import CASES, ROOT, SIDES, Case  # isort: skip
+from cases import CASES, SIDES, Case  # isort: skip
+from records import Record, quiet  # isort: skip
 
 
 def measure(case: Case, repeats: int) -> dict[str, Any]:
@@ -61,21 +57,16 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := set(options.cases) - set(CASES):
         parser.error(f"unknown cases {sorted(unknown)}: choose among {', '.join(CASES)}")
-    warnings.filterwarnings("ignore")
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    path = ROOT / "benchmarks" / "results" / "throughput.json"
-    record = json.loads(path.read_text()) if path.is_file() else {}
+    quiet()
+    record = Record("throughput")
     print("| case | rows/s, plain | ours / plain | MeZO / plain | backprop / plain | overhead |\n| --- |" + " --- |" * 5)
     for name in options.cases or CASES:
         found = measure(CASES[name](), options.repeats)
-        record[name] = {**found, "commit": commit, "torch": torch.__version__, "threads": torch.get_num_threads()}
+        record.keep(name, found)
         ratios = " | ".join(f"{found['against_plain'][side]:.2f}" for side in SIDES[1:])
         print(
             f"| {found['case']} | {found['rows_per_second']['plain']:.0f} | {ratios} | {found['overhead']:.1%} |", flush=True
         )
-        path.write_text(json.dumps(record, indent=1))
 
 
 if __name__ == "__main__":

@@ -11,18 +11,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
-import subprocess
 import sys
-import warnings
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from transformers.utils import logging as transformers_logging
 
-ROOT = Path(__file__).resolve().parent.parent
+from records import ROOT, Record, quiet  # isort: skip
+
 sys.path.insert(0, str(ROOT))
 
 from recipes.vit import METHODS, Outcome, RecipeArguments, RecipeTrainingArguments, load_data, run
@@ -76,23 +71,17 @@ def main() -> None:
     parser.add_argument("--grid", nargs="+", type=float, default=GRID)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     options = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    transformers_logging.set_verbosity_error()
+    quiet()
     recipe = RecipeArguments(dataset=options.dataset, per_class=options.per_class)
     data = load_data(recipe, seed=42)
-    path = ROOT / "benchmarks" / "results" / f"vit_{data[1].name}.json"
-    path.parent.mkdir(exist_ok=True)
-    record = json.loads(path.read_text()) if path.is_file() else {}  # methods that are not run again stay
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    environment = {"commit": commit, "torch": torch.__version__, "threads": torch.get_num_threads()}
+    record = Record(f"vit_{data[1].name}")
     for method in options.methods:
         grid = {rate: measure(method, rate, recipe, 0, options.epochs, data) for rate in options.grid}
         validation = {rate: outcome.curve[-1][1] for rate, outcome in grid.items()}
         best = max(validation, key=validation.__getitem__)
         outcomes = [measure(method, best, recipe, seed, options.epochs, data) for seed in options.seeds]
-        found = {"epochs": options.epochs, "validation_by_rate": validation, **summary(outcomes), **environment}
-        record[method] = found
-        path.write_text(json.dumps(record, indent=1))
+        found = {"epochs": options.epochs, "validation_by_rate": validation, **summary(outcomes)}
+        record.keep(method, found)
 
 
 if __name__ == "__main__":
