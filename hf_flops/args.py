@@ -9,6 +9,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from .allocators import ALLOCATORS
+from .control_variates import CONTROL_VARIATES
 from .errors import ConfigurationError
 from .estimators import ESTIMATORS
 from .perturbations import DISTRIBUTIONS, PERTURBATIONS
@@ -21,6 +22,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "allocator": "optimal",
         "noise": "rademacher",
         "closed_form_head": True,
+        "control_variate": "logit_jacobian",
     },
     # n-SPSA as published with MeZO (arXiv 2305.17333): one noise for the batch, central differences, equal counts.
     "mezo": {
@@ -29,6 +31,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "allocator": "uniform",
         "noise": "gaussian",
         "closed_form_head": False,
+        "control_variate": "none",
     },
     # What the code published with FLOPS does, its bias included: see `AuthorsBernoulli`.
     "flops-authors": {
@@ -37,6 +40,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "allocator": "authors_bernoulli",
         "noise": "gaussian",
         "closed_form_head": False,
+        "control_variate": "none",
     },
 }
 
@@ -48,6 +52,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "estimator": tuple(ESTIMATORS),
     "allocator": tuple(ALLOCATORS),
     "noise": tuple(DISTRIBUTIONS),
+    "control_variate": tuple(CONTROL_VARIATES),
     "lora_parts": LORA_PARTS,
     "prefix_cache": ("memory", "disk"),
 }
@@ -153,6 +158,13 @@ class FlopsArgumentsMixin:
             "help": "Where a trainable linear layer makes the logits of the loss, take its gradient from the clean forward "
             "(residual times input, exact) and leave the noise to the other parameters. Default: true, except for the "
             "presets 'mezo' and 'flops-authors'."
+        },
+    )
+    control_variate: str | None = field(
+        default=None,
+        metadata={
+            "help": "What is taken out of the noise of deltas, and put back exactly: 'logit_jacobian' (what past steps tell "
+            "about how the logits answer to the noise; for losses of up to 32 logits per row) or 'none'."
         },
     )
     lora_parts: str = field(

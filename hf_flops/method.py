@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .allocators import Allocator
 from .chunks import ChunkPlanner
+from .control_variates import ControlVariate
 from .errors import ConfigurationError
 from .estimators import Estimator
 from .heads import ClosedFormHead
@@ -31,6 +32,7 @@ class Method:
         trimmed: sides ("left", "right") at which padding that no row of a forward needs is cut off.
         reuse: modules that run once per sample, because no noise reaches them; see `choose_reuse`.
         head: the layer whose gradient the clean forward gives, if there is one; the perturbation leaves it alone.
+        control: predicts deltas from past steps and takes the predictions out of the noise; None for no control variate.
     """
 
     objective: Objective
@@ -43,6 +45,7 @@ class Method:
     trimmed: frozenset[str] = frozenset()
     reuse: Reuse = field(default_factory=Reuse)
     head: ClosedFormHead | None = None
+    control: ControlVariate | None = None
 
     @property
     def needs_clean(self) -> bool:
@@ -52,7 +55,8 @@ class Method:
     @property
     def needs_features(self) -> bool:
         """Whether the clean forward has to show more than losses."""
-        return self.objective.per_row and (self.allocator.needs_clean or self.head is not None)
+        predicted = self.control is not None and getattr(self.objective, "logits", False)
+        return self.objective.per_row and (self.allocator.needs_clean or self.head is not None or predicted)
 
     def budget(self, samples: int) -> int:
         """Return how many queries `samples` samples can afford in all, after the clean rows are paid for."""

@@ -7,8 +7,10 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from .control_variates import MOST_LOGITS
 from .errors import ConfigurationError, ObjectiveError
 from .heads import ClosedFormHead, find_head
 from .independence import choose_reuse
@@ -16,6 +18,7 @@ from .objectives import Forward, Objective, TappedLoss
 from .perturbations import Perturbation
 from .prefix_cache import CachedReuse, SampleStore
 from .reuse import Reuse
+from .rows import take
 from .selfcheck import choose_objective, choose_perturbation, precision_of
 
 logger = logging.getLogger("hf_flops.trainer")
@@ -46,18 +49,22 @@ def set_up(
         ConfigurationError: noise or a prefix cache cannot be had as asked for.
     """
     precision = precision_of(model, autocast=args.bf16)
+    # An objective of the user's own is left as it is, unless it keeps logits of itself.
+    ours = objective is None or getattr(objective, "logits", False)
     if objective is None:
         objective, reason = choose_objective(forward, inputs, precision)
         if reason and args.perturbation == "rowwise":
             raise ObjectiveError(f'perturbation="rowwise" needs a loss per row, but {reason}; pass objective=.')
         if reason:
             logger.warning("The loss is taken for the batch as a whole, with shared noise: %s.", reason)
+    if ours and args.control_variate != "none" and isinstance(objective, TappedLoss):
+        objective.logits = few_logits(forward, inputs)
     head = None
     if perturbation is None:
-        if args.closed_form_head:
+        if ours and args.closed_form_head:
             head = find_head(model, objective, forward, inputs, held)
         if head is not None:
-            objective = TappedLoss(logits=True)
+            objective.logits = True  # type: ignore[attr-defined]
             held = {*held, *head.vector.names}
             logger.info("Noise leaves the head alone, whose gradient is exact: %s.", ", ".join(head.vector.names))
         options = {"mode": args.perturbation, "distribution": args.noise, "precision": precision, "held": held}
@@ -66,6 +73,12 @@ def set_up(
             logger.warning("%s", note)
     reuse = late_expansion(args, model, objective, forward, inputs, perturbation, precision)
     return objective, perturbation, reuse, head
+
+
+def few_logits(forward: Forward, inputs: Mapping[str, Any]) -> bool:
+    """Say whether the loss of a sample is made of few enough logits for a control variate."""
+    logits = TappedLoss(logits=True)(forward, take(inputs, torch.tensor([0]))).logits
+    return logits is not None and logits.shape[1] <= MOST_LOGITS
 
 
 def late_expansion(

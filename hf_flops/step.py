@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .allocators import Piloted, equal_counts
 from .chunks import ChunkPlanner, Work, in_chunks
+from .control_variates import Prediction
 from .counters import seeds
 from .errors import NonFiniteError
 from .heads import ClosedFormHead
@@ -76,6 +77,7 @@ class _Step:
         self.replayed = self.dimension = 0  # rows that went through again; random numbers in the noise of a row
         self.elements = torch.zeros(self.units)  # loss elements of each sample, known after the first forward
         self.perturbed = torch.zeros(self.units, dtype=torch.float64)  # summed losses of each sample's perturbed rows
+        self.prediction: Prediction | None = None
         vector = method.perturbation.vector
         self.update = torch.zeros(vector.size, device=vector.device)  # the estimate, with N = 1
 
@@ -102,7 +104,10 @@ class _Step:
         return RowLosses.joined(found)
 
     def run(self, elements: float | None, batches: int) -> StepResult:
-        features = self._features()
+        features, method = self._features(), self.method
+        if method.control is not None and self.clean is not None and method.allocator.weighted:
+            vector, size = method.perturbation.vector, getattr(method.perturbation, "rowwise_size", 0)
+            self.prediction = method.control.start(self.clean, size, vector.device, self.place.step)
         rows, deltas = self._rounds(features)
         counts = torch.bincount(rows.owner, minlength=self.units)
         update = self._without_non_finite(rows, deltas)
@@ -113,6 +118,8 @@ class _Step:
             self.method.head.vector.add_to_gradients(self._head_gradient(self.method.head) / normalizer)
         squares = mean_squares(rows, deltas, self.units)
         self.method.allocator.update(features, counts, squares)
+        if self.prediction is not None and method.control is not None:
+            method.control.finish(self.prediction)
         loss = self.clean.sums if self.clean is not None else self.perturbed / counts
         facts = self.method.perturbation.grouped, self.dimension
         metrics = summarise(update / normalizer, squares / normalizer**2, counts, rows, deltas / normalizer, *facts)
@@ -169,13 +176,18 @@ class _Step:
         def work(index: slice) -> int:
             chunk = rows[index]
             noise = self._noise(chunk)
-            own, losses, columns = self._evaluate(chunk, noise)
+            own, losses, changes, columns = self._evaluate(chunk, noise)
+            predicted, learned = self.method.perturbation.row_noise(noise) if self.prediction else None, None
+            if self.prediction is not None and changes is not None and predicted is not None:
+                own, learned = self.prediction.remainder(predicted, chunk.owner, own, changes)
             coefficients = torch.where(own.isfinite(), own * chunk.weight, 0.0)
             pulled = self.method.perturbation.pull_back(noise, coefficients)
             # Memory may have run out before: from here on nothing large is made.
             deltas[index], self.dimension = own, self.method.perturbation.dimension(noise)
             self.perturbed.index_add_(0, chunk.owner, losses.mean(0).double())
             self.update.add_(pulled)
+            if self.prediction is not None and learned is not None:
+                self.prediction.add(learned)
             return columns
 
         self._in_chunks(rows, work, self.planner)
@@ -190,25 +202,31 @@ class _Step:
         keys = NoiseKeys.of(seed, step, positions, chunk.query, int(chunk.group[0]))
         return self.method.perturbation.draw(keys)
 
-    def _evaluate(self, chunk: Rows, noise: Any) -> tuple[Tensor, Tensor, int]:
-        """Run a chunk at every sign; returns deltas (R,), losses (S, R) and a row's columns."""
+    def _evaluate(self, chunk: Rows, noise: Any) -> tuple[Tensor, Tensor, Tensor | None, int]:
+        """Run a chunk at every sign; returns deltas (R,), losses (S, R), changes of logits (R, K) and a row's columns."""
         method = self.method
         owner = chunk.owner if method.objective.per_row else torch.arange(self.samples)
         inputs, columns, cut = self.feed.of(owner)
         forward = method.reuse.through(self.forward, inputs, owner, cut)
-        losses = []
+        found: list[RowLosses] = []
         for sign in method.estimator.signs:
             with method.perturbation.applied(noise, sign * method.scale):
-                found = method.objective(forward, inputs)
-            losses.append(found.sums.cpu())
-        self.elements[chunk.owner] = found.counts.cpu().float()
-        clean = None if self.clean is None else self.clean.sums.cpu()[chunk.owner]
-        stacked = torch.stack(losses)
-        return method.estimator.deltas(stacked, clean, method.scale).float(), stacked, columns
+                found.append(method.objective(forward, inputs))
+        self.elements[chunk.owner] = found[0].counts.cpu().float()
+        losses, clean = torch.stack([part.sums.cpu() for part in found]), self.clean
+        deltas = method.estimator.deltas(losses, None if clean is None else clean.sums.cpu()[chunk.owner], method.scale)
+        changes = None
+        if self.prediction is not None and all(part.logits is not None for part in found):
+            logits = torch.stack([part.logits.cpu().float() for part in found])  # type: ignore[union-attr]
+            changes = method.estimator.deltas(logits, self.prediction.logits[chunk.owner], method.scale)
+        return deltas.float(), losses, changes, columns
 
     def _without_non_finite(self, rows: Rows, deltas: Tensor) -> Tensor:
         """Re-spread the weight of rows that were dropped for a non-finite loss; returns the update (d,)."""
         finite = deltas.isfinite()
+        kept = torch.bincount(rows.owner[finite], minlength=self.units) > 0
+        if self.prediction is not None:
+            self.update[: self.prediction.jacobian.shape[1]] += self.prediction.baseline(kept.float())
         if bool(finite.all()):
             return self.update
         if not bool(finite.any()):
@@ -229,5 +247,4 @@ class _Step:
 
         self._in_chunks(again, work, ChunkPlanner(self.planner.size))
         # Then, for samples without any finite row, among the loss elements of the other samples.
-        kept = torch.bincount(rows.owner[finite], minlength=self.units) > 0
         return self.update * float(self.elements.sum() / (self.elements[kept].sum() or 1.0))

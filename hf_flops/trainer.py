@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from safetensors.torch import load, save
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -26,6 +27,7 @@ from .checks import (
     without_cache,
     wrap_with_adapter,
 )
+from .control_variates import control_variate
 from .errors import ObjectiveError
 from .estimators import ESTIMATORS, Estimator
 from .heads import ClosedFormHead
@@ -42,7 +44,7 @@ from .tuning import Tuning
 
 logger = logging.getLogger(__name__)
 SAMPLE_ID = "sample_id"
-STATE_FILE = "flops_state.json"
+STATE_FILE, CONTROL_FILE = "flops_state.json", "flops_control.safetensors"
 
 
 class FlopsTrainerMixin:
@@ -100,6 +102,7 @@ class FlopsTrainerMixin:
         self._held: frozenset[str] = frozenset()
         self._reuse: Reuse | None = None
         self._head: ClosedFormHead | None = None
+        self._control = control_variate(args.control_variate)
         self._tuning = Tuning.of(args)
         self._position, self._position_step = 0, -1
         self._ids: list[int] | None = None
@@ -128,6 +131,7 @@ class FlopsTrainerMixin:
         self._perturbation, self._reuse, self._position_step = self._given_perturbation, None, -1
         self._allocator = self._given_allocator or ALLOCATORS[self.args.allocator]()
         self.ledger, self._tuning = Ledger(), Tuning.of(self.args)
+        self._control = control_variate(self.args.control_variate)
         if not self._own_objective:
             self._objective = None
         return super().train(*args, **kwargs)  # type: ignore[misc]
@@ -217,6 +221,7 @@ class FlopsTrainerMixin:
             rows_per_forward=1,
             reuse=self._reuse,
             head=self._head,
+            control=self._control,
         )
 
     def _place(self: Any, inputs: dict[str, Any]) -> Place:
@@ -254,9 +259,9 @@ class FlopsTrainerMixin:
         if self.args.should_save:
             parts = {"allocator": self._allocator, "ledger": self.ledger, "tuning": self._tuning}
             state = {name: part.state_dict() for name, part in parts.items()}
-            unfinished = Path(output_dir, STATE_FILE + ".tmp")
-            unfinished.write_text(json.dumps(state))
-            unfinished.replace(Path(output_dir, STATE_FILE))
+            if self._control is not None:
+                _replace(Path(output_dir, CONTROL_FILE), save(self._control.state_dict()))
+            _replace(Path(output_dir, STATE_FILE), json.dumps(state).encode())
 
     def _load_optimizer_and_scheduler(self: Any, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
@@ -266,6 +271,15 @@ class FlopsTrainerMixin:
             self._allocator.load_state_dict(state["allocator"])
             self.ledger.load_state_dict(state["ledger"])
             self._tuning.load_state_dict(state["tuning"])
+            if self._control is not None and (control := path.with_name(CONTROL_FILE)).is_file():
+                self._control.load_state_dict(load(control.read_bytes()))
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_bytes(content)
+    unfinished.replace(path)
 
 
 def _run(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor | None, Any]:

@@ -14,7 +14,7 @@ PACKAGE = Path(hf_flops.__file__).parent
 FLOORS = {
     **dict.fromkeys(["errors", "counters", "_version", "rows", "memory", "padding", "losses"], 0),
     **dict.fromkeys(["objectives", "perturbations", "estimators", "allocators", "metrics", "reuse", "chunks"], 1),
-    "heads": 2,
+    **dict.fromkeys(["heads", "control_variates"], 2),
     "method": 3,
     **dict.fromkeys(["step", "selfcheck", "independence", "prefix_cache", "trimming"], 4),
     **dict.fromkeys(["args", "calibration", "ledger", "plots", "precision", "texts", "setup"], 5),

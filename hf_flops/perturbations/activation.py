@@ -109,6 +109,7 @@ class ActivationNoise:
 
     grouped = False
     row_bytes = 0.0  # depends on the number of tokens
+    rowwise_size = 0
     replays = True
 
     def __init__(
@@ -168,6 +169,9 @@ class ActivationNoise:
     def dimension(self, noise: Drawn) -> int:
         """See `Perturbation.dimension`."""
         return sum(values[0].numel() for values in noise.noise.values())
+
+    def row_noise(self, noise: Drawn) -> None:
+        """See `Perturbation.row_noise`."""
 
     def pull_back(self, noise: Drawn, coefficients: Tensor) -> Tensor:
         """See `Perturbation.pull_back`; a forward under this noise must have run."""

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .noise import NoiseKeys
+from .noise import NoiseKeys, RowNoise
 
 
 class ParameterVector:
@@ -60,12 +60,14 @@ class Perturbation(Protocol):
         grouped: whether all rows of one forward pass share the noise, so that a chunk must lie within a group.
         row_bytes: what the noise of one row takes, as far as it is known beforehand.
         replays: whether a pull-back needs a forward under the same noise before it.
+        rowwise_size: how many of the vector's first numbers have noise of their own in every row; see `row_noise`.
     """
 
     vector: ParameterVector
     grouped: bool
     row_bytes: float
     replays: bool
+    rowwise_size: int
 
     def draw(self, keys: NoiseKeys) -> Any:
         """Draw the noise of a chunk of R rows."""
@@ -77,6 +79,10 @@ class Perturbation(Protocol):
 
     def dimension(self, noise: Any) -> int:
         """Return how many random numbers of unit variance a row's noise is made of."""
+        ...
+
+    def row_noise(self, noise: Any) -> RowNoise | None:
+        """Return the noise of the first `rowwise_size` numbers, independent from row to row with identity covariance."""
         ...
 
     def pull_back(self, noise: Any, coefficients: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .base import ParameterVector, Perturbation
-from .noise import NoiseKeys
+from .noise import NoiseKeys, RowNoise
 
 
 class CombinedNoise:
@@ -25,6 +25,7 @@ class CombinedNoise:
         self.grouped = any(part.grouped for part in parts)
         self.row_bytes = sum(part.row_bytes for part in parts)
         self.replays = any(part.replays for part in parts)
+        self.rowwise_size = self.parts[0].rowwise_size
         self.vector = ParameterVector(
             [pair for part in parts for pair in zip(part.vector.names, part.vector.parameters, strict=True)]
         )
@@ -44,6 +45,10 @@ class CombinedNoise:
     def dimension(self, noise: list[Any]) -> int:
         """See `Perturbation.dimension`."""
         return sum(part.dimension(own) for part, own in zip(self.parts, noise, strict=True))
+
+    def row_noise(self, noise: list[Any]) -> RowNoise | None:
+        """See `Perturbation.row_noise`."""
+        return self.parts[0].row_noise(noise[0])
 
     def pull_back(self, noise: list[Any], coefficients: Tensor) -> Tensor:
         """See `Perturbation.pull_back`."""

@@ -175,18 +175,47 @@ class RowNoise:
         return factors[0].view(-1, *self.shapes[index])
 
     def weighted_sum(self, coefficients: Tensor) -> Tensor:
-        """Return `sum_r coefficients[r] * noise[r]` (d,); coefficients: (R,) float32 on the noise's device."""
-        sums = []
-        for index, shape in enumerate(self.shapes):
-            total = coefficients.new_zeros(shape.numel())
+        """Return `sum_r coefficients[r] * noise[r]`.
+
+        Args:
+            coefficients: (R,) or, for M sums at once, (R, M) float32 on the noise's device.
+
+        Returns:
+            (d,) or (M, d).
+        """
+        columns = coefficients.view(len(self), -1)
+        total = columns.new_zeros(columns.shape[1], sum(shape.numel() for shape in self.shapes))
+        for index, own in self._pieces():
+            part = total[:, own]
             for rows in blocks(len(self), sum(self.layouts[index])):
                 left, *right = self.factors(index, rows)
                 if right:
-                    total.view(shape).addmm_((left * coefficients[rows, None]).T, right[0])
+                    for matrix, column in zip(part.view(-1, *self.shapes[index]), columns[rows].T, strict=True):
+                        matrix.addmm_((left * column[:, None]).T, right[0])
                 else:
-                    total.addmv_(left.T, coefficients[rows])
-            sums.append(total)
-        return torch.cat(sums)
+                    part.addmm_(columns[rows].T, left)
+        return total.view(*coefficients.shape[1:], -1)
+
+    def dot(self, vectors: Tensor) -> Tensor:
+        """Return the products (R, M) of every row's noise with vectors (M, d)."""
+        products = vectors.new_zeros(len(self), len(vectors))
+        for index, own in self._pieces():
+            part = vectors[:, own]
+            for rows in blocks(len(self), sum(self.layouts[index])):
+                left, *right = self.factors(index, rows)
+                if right:
+                    matrices = part.view(-1, *self.shapes[index])
+                    products[rows] += torch.stack([((left @ matrix) * right[0]).sum(1) for matrix in matrices], 1)
+                else:
+                    products[rows].addmm_(left, part.T)
+        return products
+
+    def _pieces(self) -> Iterator[tuple[int, slice]]:
+        """Yield each parameter's index and its place in the flat vector."""
+        start = 0
+        for index, shape in enumerate(self.shapes):
+            yield index, slice(start, start + shape.numel())
+            start += shape.numel()
 
 
 def layout(shape: torch.Size, rank_one: bool) -> tuple[int, ...]:

@@ -109,7 +109,7 @@ class RowwiseNoise:
     replays = False
 
     def __init__(self, model: nn.Module, vector: ParameterVector, distribution: str, looping: Collection[str] = ()) -> None:
-        self.vector = vector
+        self.vector, self.rowwise_size = vector, vector.size
         self.distribution = distribution
         self.row_bytes = bytes_per_row(distribution, vector.shapes)
         self.sites = find_sites(model, vector, looping)
@@ -144,6 +144,10 @@ class RowwiseNoise:
     def dimension(self, noise: RowNoise) -> int:
         """See `Perturbation.dimension`."""
         return self.vector.size
+
+    def row_noise(self, noise: RowNoise) -> RowNoise:
+        """See `Perturbation.row_noise`."""
+        return noise
 
     def pull_back(self, noise: RowNoise, coefficients: Tensor) -> Tensor:
         """See `Perturbation.pull_back`."""

@@ -41,6 +41,7 @@ class SharedNoise:
 
     grouped = True
     row_bytes = 0.0
+    rowwise_size = 0
     replays = False
 
     def __init__(self, vector: ParameterVector, distribution: str) -> None:
@@ -59,6 +60,9 @@ class SharedNoise:
     def dimension(self, noise: Tensor) -> int:
         """See `Perturbation.dimension`."""
         return self.vector.size
+
+    def row_noise(self, noise: Tensor) -> None:
+        """See `Perturbation.row_noise`."""
 
     def pull_back(self, noise: Tensor, coefficients: Tensor) -> Tensor:
         """See `Perturbation.pull_back`."""

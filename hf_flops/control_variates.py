@@ -1,0 +1,190 @@
+"""Control variates: what past steps tell about a query's outcome is taken out of its noise, and put back exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .objectives import RowLosses
+from .perturbations.noise import RowNoise
+
+MOST_LOGITS = 32  # per row; beyond them the Jacobian is too much to learn and to hold
+_MOST_NUMBERS = 2**27  # of the Jacobian
+_START = 0.5  # share of the logits' changes that a Jacobian is expected to explain before anything was seen
+_DRIFT = 0.01  # share of them that training makes new at each step
+_KEPT = 0.95  # of what is known of the Jacobian's use, from one step to the next
+
+
+class ControlVariate(Protocol):
+    """Predicts deltas from the noise of their rows, with what it learned before the step."""
+
+    def start(self, clean: RowLosses, size: int, device: torch.device, step: int) -> Prediction | None:
+        """Return the predictions for a batch, or None if there can be none.
+
+        Args:
+            clean: what the clean forward of the batch found.
+            size: d, numbers of noise of a row, independent and of variance 1.
+            device: where the noise is kept.
+            step: the optimizer step; all its batches get predictions by what was known before it.
+        """
+        ...
+
+    def finish(self, prediction: Prediction) -> None:
+        """Take in what a finished batch taught, to be used from the next step on."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what a resume needs."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take up a state from `state_dict`."""
+        ...
+
+
+class Prediction:
+    """One step's predictions: `delta_ik ~ weights_i . J z_ik`, with J fixed before the noise.
+
+    Since `E[(h . z) z] = h`, the remainder `delta_ik - h_i . z_ik` with `h_i = J^T weights_i` put in the place of delta, and
+    h_i added, leaves the expectation as it is, whatever J.
+
+    Args:
+        jacobian: (M, d) J.
+        slopes: (B, M) derivative of each sample's loss by its M logits.
+        logits: (B, M) of the clean forward.
+        trust: what predictions are multiplied by.
+        basis: (K, M) which directions of the K logits are looked at.
+    """
+
+    def __init__(self, jacobian: Tensor, slopes: Tensor, logits: Tensor, trust: float, basis: Tensor) -> None:
+        self.jacobian, self.slopes, self.logits, self.trust, self.basis = jacobian, slopes, logits, trust, basis
+        self.innovation = torch.zeros_like(jacobian)  # sum over rows of (change - J z) z^T
+        self.sums = torch.zeros(4, dtype=torch.float64)  # rows; squared errors; delta x prediction; squared predictions
+
+    def remainder(
+        self, noise: RowNoise, owner: Tensor, deltas: Tensor, changes: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Return what the prediction leaves of the deltas (R,), and what there is to be learned from the rows; see `add`.
+
+        Args:
+            noise: of the rows.
+            owner: (R,) each row's sample.
+            deltas: (R,) float32.
+            changes: (R, K) changes of the rows' logits, over epsilon.
+        """
+        wanted = noise.dot(self.jacobian)
+        predicted = (self.slopes[owner] * wanted.cpu()).sum(1)
+        errors = changes @ self.basis - wanted.cpu()
+        fine = errors.isfinite().all(1) & deltas.isfinite()
+        errors = torch.where(fine[:, None], errors, 0.0)
+        seen, expected = torch.where(fine, deltas, 0.0), torch.where(fine, predicted, 0.0)
+        sums = [fine.sum(), errors.square().sum(), seen @ expected, expected @ expected]
+        learned = noise.weighted_sum(errors.to(self.jacobian))
+        return deltas - self.trust * predicted, (learned, torch.stack([x.double() for x in sums]))
+
+    def add(self, learned: tuple[Tensor, Tensor]) -> None:
+        """Take in what rows taught."""
+        self.innovation += learned[0]
+        self.sums += learned[1]
+
+    def baseline(self, weights: Tensor) -> Tensor:
+        """Return `sum_i weights[i] h_i` (d,), to be added to an estimate whose rows have that weight (B,) in all."""
+        return self.trust * ((weights[:, None] * self.slopes).sum(0).to(self.jacobian) @ self.jacobian)
+
+
+class LogitJacobian:
+    """The mean Jacobian J of the logits by the noise, tracked by least mean squares.
+
+    Every query shows how all logits changed, not only the loss: `changes_ik = J_i z_ik`. The mean of the J_i needs no labels
+    and changes slowly, while gradients `J_i^T r_i` change sign with the residuals r_i. A step's rows give the unbiased
+    estimate `(1/R) sum (change - J z) z^T` of what J lacks, whose error is `d / R` times the squared error of the
+    predictions; the gain of the update is that of a scalar Kalman filter. Predictions are multiplied by the factor that
+    would have served best in past steps.
+
+    Logits of a softmax count up to a constant, so of K logits K - 1 directions are tracked.
+    """
+
+    def __init__(self) -> None:
+        self.jacobian: Tensor | None = None
+        self._basis = torch.zeros(0, 0)
+        self._unknown = -1.0  # squared error of J, a sum over its numbers; negative before the first step
+        self._use = torch.zeros(2, dtype=torch.float64)  # delta x prediction, squared predictions
+        self._waiting: tuple[Tensor, Tensor] | None = None  # what the batches of this step taught
+        self._step = -1
+
+    def start(self, clean: RowLosses, size: int, device: torch.device, step: int) -> Prediction | None:
+        """See `ControlVariate.start`."""
+        if step != self._step:
+            self._learn()
+            self._step = step
+        if clean.slopes is None or clean.logits is None or not size:
+            return None
+        slopes, logits = clean.slopes.cpu().float().nan_to_num(0.0, 0.0, 0.0), clean.logits.cpu().float()
+        classes = slopes.shape[1]
+        if classes > MOST_LOGITS or classes * size > _MOST_NUMBERS:
+            return None
+        if self.jacobian is None or self.jacobian.shape[1] != size or len(self._basis) != classes:
+            self._begin(slopes, size)
+        assert self.jacobian is not None
+        self.jacobian = self.jacobian.to(device)
+        trust = float(self._use[0] / self._use[1]) if self._use[1] > 0 else 0.0
+        return Prediction(self.jacobian, slopes @ self._basis, logits, max(trust, 0.0), self._basis)
+
+    def _begin(self, slopes: Tensor, size: int) -> None:
+        classes = slopes.shape[1]
+        self._basis = torch.eye(classes)
+        if classes > 1 and bool((slopes.sum(1).abs() <= 1e-4 * slopes.abs().sum(1) + 1e-12).all()):
+            self._basis = _contrasts(classes)
+        self.jacobian = torch.zeros(self._basis.shape[1], size)
+        self._unknown, self._use = -1.0, torch.zeros(2, dtype=torch.float64)
+
+    def finish(self, prediction: Prediction) -> None:
+        """See `ControlVariate.finish`."""
+        seen, before = (prediction.innovation, prediction.sums), self._waiting
+        self._waiting = seen if before is None else (before[0] + seen[0], before[1] + seen[1])
+
+    def _learn(self) -> None:
+        """Bring the Jacobian up to date with the step that is over."""
+        if self._waiting is None or self.jacobian is None:
+            return
+        (innovation, sums), self._waiting = self._waiting, None
+        rows, errors, used, squares = sums.tolist()
+        if rows == 0 or errors == 0:
+            return
+        error = errors / rows
+        unknown = _START * error if self._unknown < 0 else self._unknown
+        gain = unknown / (unknown + self.jacobian.shape[1] * error / rows)
+        self.jacobian = self.jacobian + gain / rows * innovation
+        self._unknown = min((1 - gain) * unknown + _DRIFT * error, error)
+        self._use = _KEPT * self._use + torch.tensor([used, squares], dtype=torch.float64)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """See `ControlVariate.state_dict`; to be called between steps."""
+        self._learn()
+        if self.jacobian is None:
+            return {}
+        facts = torch.tensor([self._unknown, *self._use.tolist()], dtype=torch.float64)
+        return {"jacobian": self.jacobian, "basis": self._basis.contiguous(), "facts": facts}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """See `ControlVariate.load_state_dict`."""
+        self.__init__()  # type: ignore[misc]
+        if state:
+            self.jacobian, self._basis = state["jacobian"], state["basis"]
+            self._unknown, self._use = float(state["facts"][0]), state["facts"][1:].clone()
+
+
+def _contrasts(classes: int) -> Tensor:
+    """Return (K, K - 1) orthonormal columns that sum to zero."""
+    return torch.linalg.qr(torch.eye(classes)[:, :-1] - 1 / classes)[0]
+
+
+CONTROL_VARIATES = ("none", "logit_jacobian")
+
+
+def control_variate(name: str) -> LogitJacobian | None:
+    """Return a new control variate by its name."""
+    return LogitJacobian() if name == "logit_jacobian" else None
