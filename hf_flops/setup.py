@@ -11,6 +11,7 @@ from torch import nn
 
 from .errors import ConfigurationError, ObjectiveError
 from .independence import choose_reuse
+from .last_logits import with_last_logits
 from .objectives import Forward, Objective
 from .perturbations import Perturbation
 from .prefix_cache import CachedReuse, SampleStore
@@ -51,6 +52,7 @@ def set_up(
             raise ObjectiveError(f'perturbation="rowwise" needs a loss per row, but {reason}; pass objective=.')
         if reason:
             logger.warning("The loss is taken for the batch as a whole, with shared noise: %s.", reason)
+        objective = with_last_logits(model, objective, forward, inputs, precision)
     if perturbation is None:
         options = {"mode": args.perturbation, "distribution": args.noise, "precision": precision, "held": held}
         perturbation, notes = choose_perturbation(model, objective, forward, inputs, **options)

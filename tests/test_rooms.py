@@ -15,7 +15,7 @@ FLOORS = {
     **dict.fromkeys(["errors", "counters", "_version", "rows", "memory", "padding"], 0),
     **dict.fromkeys(["objectives", "perturbations", "estimators", "allocators", "metrics", "reuse", "chunks"], 1),
     "method": 2,
-    **dict.fromkeys(["step", "selfcheck", "independence", "prefix_cache", "trimming"], 3),
+    **dict.fromkeys(["step", "selfcheck", "independence", "last_logits", "prefix_cache", "trimming"], 3),
     **dict.fromkeys(["args", "calibration", "ledger", "plots", "precision", "texts", "setup"], 4),
     **dict.fromkeys(["checks", "suffix", "tuning"], 5),
     "trainer": 6,
