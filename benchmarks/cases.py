@@ -102,7 +102,8 @@ class Case:
         text = words(rows["input_ids"][:, :-1])
         sequence = torch.cat([text, prompt.expand(len(text), -1, -1)], 1)
         mask = torch.ones(sequence.shape[:2], dtype=torch.long)
-        self.model.base(inputs_embeds=sequence, attention_mask=mask, use_cache=False, logits_to_keep=1)
+        last = torch.tensor([sequence.shape[1] - 1])
+        self.model.base(inputs_embeds=sequence, attention_mask=mask, use_cache=False, logits_to_keep=last)
 
     def backprop(self) -> None:
         """Forward and backward of the same rows."""

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class LastLogits(TappedLoss):
-    """A causal language model's own loss, with logits from one column before the first label of any row to the end.
+    """A causal language model's own loss, with logits from one column before the first label of any row to the last.
 
     Losses are the same: a label is predicted from the column before it, or from its own where a model does not shift. A
     forward that is given other things than labels (R, T) by name, or already told which logits to keep, runs as it is.
@@ -47,10 +47,12 @@ class LastLogits(TappedLoss):
         def forward(*args: Any, **kwargs: Any) -> Any:
             labels, told = kwargs.get("labels"), {"logits_to_keep", "shift_labels"} & kwargs.keys()
             if torch.is_tensor(labels) and labels.dim() == 2 and not told:
-                first = int(_first(labels.ne(-100).any(0, keepdim=True)))
-                if first > 1:
-                    kept = labels[:, first - 1 :]
-                    kwargs |= {"labels": kept, "logits_to_keep": kept.shape[1]}
+                labelled = labels.ne(-100).any(0)
+                first, last = int(_first(labelled)), labels.shape[1] - 1 - int(_first(labelled.flip(0)))
+                if first > 1 or last < labels.shape[1] - 1:
+                    # Indices, not a number: torch is slow where a head reads a slice, whose rows are apart in memory.
+                    kept = torch.arange(max(0, first - 1), last + 1, device=labels.device)
+                    kwargs |= {"labels": labels[:, kept], "logits_to_keep": kept}
                     self.used = True
             return original(*args, **kwargs)
 
@@ -58,8 +60,8 @@ class LastLogits(TappedLoss):
 
 
 def _first(labelled: Tensor) -> Tensor:
-    """Return (R,) int64, the first true column of each row of (R, T), 0 where there is none."""
-    return labelled.long().argmax(1)
+    """Return (...) int64, the first true column of (..., T), 0 where there is none."""
+    return labelled.long().argmax(-1)
 
 
 def with_last_logits(

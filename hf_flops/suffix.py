@@ -208,7 +208,8 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
             position_ids=mask.sum(1, keepdim=True) + torch.arange(tokens.shape[1], device=mask.device),
             past_key_values=past,
             use_cache=True,
-            logits_to_keep=length,
+            # Indices, not a number: torch is slow where a head reads a slice, whose rows are apart in memory.
+            logits_to_keep=torch.arange(tokens.shape[1] - length, tokens.shape[1], device=mask.device),
         )
         return outputs.logits[:, -length:]
 

@@ -84,8 +84,8 @@ def test_losses_counts_and_residuals_are_the_same(adapter, firsts, left, data):
         torch.testing.assert_close(getattr(found, name), getattr(wanted, name), rtol=1e-5, atol=1e-5, equal_nan=True)
     if counted.any():
         virtual = 3 * (adapter == "prompt")
-        first = virtual + int((inputs["labels"] != -100).any(0).int().argmax())
-        assert columns == [virtual + TOKENS - max(0, first - 1)]
+        labelled = torch.nonzero((inputs["labels"] != -100).any(0)).flatten() + virtual
+        assert columns == [int(labelled[-1]) - max(0, int(labelled[0]) - 1) + 1]
 
 
 @pytest.mark.parametrize("estimator", ["one_sided", "antithetic"])
@@ -165,11 +165,10 @@ def test_a_model_that_keeps_other_logits_keeps_all(odd):
     model, inputs = tiny_model("llama"), answers([4, 5])
     original = model.forward
 
-    def forward(input_ids=None, labels=None, logits_to_keep=0, **others):
-        if odd == "refuses" and logits_to_keep:
-            raise ValueError("only 0 can be kept")
-        kept = logits_to_keep - 1 if logits_to_keep else 0  # off by one
-        labels = labels[:, 1:] if logits_to_keep else labels
+    def forward(input_ids=None, labels=None, logits_to_keep=None, **others):
+        if odd == "refuses" and logits_to_keep is not None:
+            raise ValueError("logits_to_keep is not known here")
+        kept = 0 if logits_to_keep is None else logits_to_keep - 1  # off by one
         return original(input_ids=input_ids, labels=labels, logits_to_keep=kept, **others)
 
     model.forward = forward
