@@ -17,8 +17,8 @@ FLOORS = {
     "method": 2,
     **dict.fromkeys(["step", "selfcheck", "independence", "last_logits", "prefix_cache", "trimming"], 3),
     **dict.fromkeys(["args", "calibration", "ledger", "plots", "precision", "texts", "setup"], 4),
-    **dict.fromkeys(["checks", "suffix", "tuning"], 5),
-    "trainer": 6,
+    **dict.fromkeys(["checks", "packing", "tuning"], 5),
+    **dict.fromkeys(["suffix", "trainer"], 6),
 }
 ENGINE = {room for room, floor in FLOORS.items() if floor <= 3}
 HUGGING_FACE = {"transformers", "peft", "accelerate", "datasets", "evaluate"}
