@@ -30,8 +30,8 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
 
     As attention is causal and the base frozen, nothing that happens to the prompt reaches the text. So the keys and values
     of a text are computed once per call for all rows that begin with it, or once per step inside `cached_texts`, where rows
-    of the same text go side by side in one sequence if the model allows it. If
-    parameters of the base are trainable after all, every row runs its own text.
+    of the same text go side by side in one sequence if the model allows it. If parameters of the base are trainable after
+    all, every row runs its own text.
 
     Args:
         model: any causal language model of transformers whose memory of the past is keys and values; it is frozen.
