@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from hf_flops.allocators import Optimal, Uniform
 from hf_flops.checks import shared_texts, without_cache
 from hf_flops.estimators import Antithetic, OneSided
 from hf_flops.independence import choose_reuse
-from hf_flops.objectives import Objective
+from hf_flops.last_logits import LastLogits, with_last_logits
+from hf_flops.objectives import Objective, TappedLoss
 from hf_flops.perturbations import perturb
 from hf_flops.reuse import Reuse
 from hf_flops.rows import batch_size, take
@@ -73,6 +75,7 @@ class Case:
     model: Any
     inputs: dict[str, Tensor]
     chunk: int
+    objective: Objective = field(default_factory=TappedLoss)
 
     @property
     def rows(self) -> int:
@@ -86,7 +89,7 @@ class Case:
 
     def plain(self) -> None:
         """Send the same rows through the model, and nothing else."""
-        with torch.no_grad():
+        with torch.no_grad(), self.shortened():
             for owner in torch.arange(self.rows).div(QUERIES, rounding_mode="floor").split(self.chunk):
                 self.inference(take(self.inputs, owner))
 
@@ -99,18 +102,25 @@ class Case:
         text = words(rows["input_ids"][:, :-1])
         sequence = torch.cat([text, prompt.expand(len(text), -1, -1)], 1)
         mask = torch.ones(sequence.shape[:2], dtype=torch.long)
-        self.model.base(inputs_embeds=sequence, attention_mask=mask, use_cache=False, logits_to_keep=1)
+        last = torch.tensor([sequence.shape[1] - 1])
+        self.model.base(inputs_embeds=sequence, attention_mask=mask, use_cache=False, logits_to_keep=last)
 
     def backprop(self) -> None:
         """Forward and backward of the same rows."""
-        for owner in torch.arange(self.rows).div(QUERIES, rounding_mode="floor").split(self.chunk):
-            self.forward(take(self.inputs, owner))[0].backward()
+        with self.shortened():
+            for owner in torch.arange(self.rows).div(QUERIES, rounding_mode="floor").split(self.chunk):
+                self.forward(take(self.inputs, owner))[0].backward()
+
+    def shortened(self) -> AbstractContextManager[None]:
+        """Let everyone take logits where our objective takes them, so that the comparison is about the rest."""
+        return self.objective.installed() if isinstance(self.objective, LastLogits) else nullcontext()
 
     def methods(self) -> dict[str, Callable[[], None]]:
         """Return what runs a step, for each of `SIDES`; set-up and self-checks are done here."""
         with torch.no_grad():
             objective, _ = choose_objective(self.forward, self.inputs)
-            ours = self._ours(objective)
+            self.objective = with_last_logits(self.model, objective, self.forward, self.inputs)
+            ours = self._ours(self.objective)
         names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         shared = perturb(self.model, shared=names, distribution="gaussian")
         mezo = replace(ours, perturbation=shared, estimator=Antithetic(), allocator=Uniform(), reuse=Reuse())
@@ -126,7 +136,9 @@ class Case:
 
     def _step(self, method: Method) -> Callable[[], None]:
         def run() -> None:
+            start = time.perf_counter()
             with torch.no_grad(), shared_texts(self.model, self.inputs):
+                self.seconds += time.perf_counter() - start  # texts that all rows share are a forward, too
                 run.rows = estimate_gradient(self.timed, self.inputs, method, Place()).rows  # type: ignore[attr-defined]
 
         return run

@@ -13,7 +13,6 @@ import subprocess
 import sys
 
 import numpy as np
-import torch
 
 from cases import CASES, SIDES  # isort: skip
 from records import Record, quiet  # isort: skip
@@ -22,11 +21,10 @@ from hf_flops.memory import PeakMemory
 
 
 def one(name: str, side: str) -> float:
-    """Return megabytes above the model's own that a side needs, with buffers warm."""
+    """Return megabytes above the model's own that a step needs, after one that loads what is loaded once in a process."""
     case = CASES[name]()
     method = case.methods()[side]
-    with torch.no_grad():
-        case.forward({key: value[:1] for key, value in case.inputs.items()})
+    method()
     case.model.zero_grad()
     with PeakMemory() as memory:
         method()

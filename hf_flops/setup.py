@@ -14,6 +14,7 @@ from .control_variates import MOST_LOGITS
 from .errors import ConfigurationError, ObjectiveError
 from .heads import ClosedFormHead, find_head
 from .independence import choose_reuse
+from .last_logits import with_last_logits
 from .objectives import Forward, Objective, TappedLoss
 from .perturbations import Perturbation
 from .prefix_cache import CachedReuse, SampleStore
@@ -57,7 +58,8 @@ def set_up(
             raise ObjectiveError(f'perturbation="rowwise" needs a loss per row, but {reason}; pass objective=.')
         if reason:
             logger.warning("The loss is taken for the batch as a whole, with shared noise: %s.", reason)
-    if ours and args.control_variate != "none" and isinstance(objective, TappedLoss):
+        objective = with_last_logits(model, objective, forward, inputs, precision)
+    if ours and args.control_variate != "none" and type(objective) is TappedLoss:
         objective.logits = few_logits(forward, inputs)
     head = None
     if perturbation is None:

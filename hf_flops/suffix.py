@@ -18,7 +18,9 @@ from transformers.utils import PushToHubMixin
 
 from .errors import ConfigurationError
 from .objectives import widen
-from .texts import Split, TextCache, run, split
+from .packing import Packing, continued, may_be_packed
+from .selfcheck import precision_of
+from .texts import Split, TextCache, split
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "suffix_prompt.json"  # the former is where Trainer puts a state dict
 
@@ -27,8 +29,9 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
     """A frozen causal language model with P trainable virtual tokens between every row's text and its answer.
 
     As attention is causal and the base frozen, nothing that happens to the prompt reaches the text. So the keys and values
-    of a text are computed once per call for all rows that begin with it, or once per step inside `cached_texts`. If
-    parameters of the base are trainable after all, every row runs its own text.
+    of a text are computed once per call for all rows that begin with it, or once per step inside `cached_texts`, where rows
+    of the same text go side by side in one sequence if the model allows it. If parameters of the base are trainable after
+    all, every row runs its own text.
 
     Args:
         model: any causal language model of transformers whose memory of the past is keys and values; it is frozen.
@@ -75,6 +78,7 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
         self.register_buffer("label_words", None if label_words is None else torch.tensor(label_words, device=words.device))
         self.model_tags: list[str] = []
         self._texts: TextCache | None = None
+        self._packs: bool | None = None  # whether rows of a text may go in one sequence, once that was tried
         self.register_state_dict_post_hook(_without_base)
         self.register_load_state_dict_post_hook(_missing_without_base)
 
@@ -129,6 +133,9 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
             if self._shares():
                 rows = self._split(inputs["input_ids"], inputs.get("attention_mask"), inputs.get("labels"))
                 self._texts = self._read(rows, rows.keys())
+                if self._packs is None:
+                    prompt = self.prompt.weight.to(self.base.dtype)
+                    self._packs = may_be_packed(self.base, self._texts, prompt, precision_of(self.base))
             yield
         finally:
             self._texts = before
@@ -194,23 +201,14 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
         """Return the logits (R, A or 1, V) of the answers' tokens, or of the next one."""
         keys = rows.keys() if self._shares() else range(len(rows.text))
         texts = self._texts if self._texts is not None and keys in self._texts else self._read(rows, keys)
-        past, mask = texts.take(keys)
         # The last answer token predicts nothing, so it is not run.
         answer = rows.answer[:, :-1]
         tokens = torch.cat([self._prompts(len(answer)), self.base.get_input_embeddings()(answer)], 1)
-        kept = (rows.targets[:, :-1] != -100).long()
-        ones = mask.new_ones(len(mask), self.prompt.num_embeddings)
-        length = max(1, rows.answer.shape[1])
-        outputs = run(
-            self.base,
-            inputs_embeds=tokens,
-            attention_mask=torch.cat([mask, ones, kept], 1),
-            position_ids=mask.sum(1, keepdim=True) + torch.arange(tokens.shape[1], device=mask.device),
-            past_key_values=past,
-            use_cache=True,
-            logits_to_keep=length,
-        )
-        return outputs.logits[:, -length:]
+        kept = F.pad((rows.targets[:, :-1] != -100).long(), (self.prompt.num_embeddings, 0), value=1)
+        place = texts.rows(keys)
+        packs = texts is self._texts and self._packs
+        packing = Packing.cheapest(place, tokens.shape[1], rows.text.shape[1]) if packs else Packing.of(place, 1)
+        return continued(self.base, texts, packing, tokens, kept, max(1, rows.answer.shape[1]))
 
 
 def _without_base(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

@@ -113,9 +113,17 @@ class TextCache:
     def __contains__(self, keys: Sequence[Hashable]) -> bool:
         return all(key in self._place for key in keys)
 
-    def take(self, keys: Sequence[Hashable]) -> tuple[DynamicCache, Tensor]:
-        """Return what one forward of R rows with these texts continues: their cache, and the mask (R, T) of its slots."""
-        rows = torch.tensor([self._place[key] for key in keys], device=self.mask.device)
+    @property
+    def sliding(self) -> bool:
+        """Whether a layer sees a window of the text only."""
+        return any(getattr(layer, "is_sliding", False) for layer in self._cache.layers)
+
+    def rows(self, keys: Sequence[Hashable]) -> Tensor:
+        """Return (R,) int64, the text of each row."""
+        return torch.tensor([self._place[key] for key in keys], device=self.mask.device)
+
+    def take(self, rows: Tensor) -> tuple[DynamicCache, Tensor]:
+        """Return what a forward of rows with the texts (R,) continues: their cache, and the mask (R, T) of its slots."""
         cache = copy.copy(self._cache)
         cache.layers = [_Continued(layer, rows) for layer in self._cache.layers]
         return cache, self.mask[rows]

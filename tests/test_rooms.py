@@ -16,10 +16,10 @@ FLOORS = {
     **dict.fromkeys(["objectives", "perturbations", "estimators", "allocators", "metrics", "reuse", "chunks"], 1),
     **dict.fromkeys(["heads", "control_variates"], 2),
     "method": 3,
-    **dict.fromkeys(["step", "selfcheck", "independence", "prefix_cache", "trimming"], 4),
+    **dict.fromkeys(["step", "selfcheck", "independence", "last_logits", "prefix_cache", "trimming"], 4),
     **dict.fromkeys(["args", "calibration", "ledger", "plots", "precision", "texts", "setup"], 5),
-    **dict.fromkeys(["checks", "suffix", "tuning"], 6),
-    "trainer": 7,
+    **dict.fromkeys(["checks", "packing", "tuning"], 6),
+    **dict.fromkeys(["suffix", "trainer"], 7),
 }
 ENGINE = {room for room, floor in FLOORS.items() if floor <= 4}
 HUGGING_FACE = {"transformers", "peft", "accelerate", "datasets", "evaluate"}

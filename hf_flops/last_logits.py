@@ -1,0 +1,105 @@
+"""Logits only where there are labels: a causal language model's head skips the tokens whose predictions nobody scores."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .objectives import Forward, Objective, RowLosses, TappedLoss
+from .reuse import Call, replaced_forward
+from .rows import batch_size, take
+
+logger = logging.getLogger(__name__)
+
+
+class LastLogits(TappedLoss):
+    """A causal language model's own loss, with logits from one column before the first label of any row to the last.
+
+    Losses are the same: a label is predicted from the column before it, or from its own where a model does not shift. A
+    forward that is given other things than labels (R, T) by name, or already told which logits to keep, runs as it is.
+
+    Args:
+        module: the language model, whose forward takes `labels` and `logits_to_keep`.
+
+    Attributes:
+        used: whether a forward was shortened so far.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module, self.used = module, False
+
+    def __call__(self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False) -> RowLosses:
+        """See `Objective`."""
+        with self.installed():
+            return super().__call__(forward, inputs, features=features)
+
+    def installed(self) -> AbstractContextManager[None]:
+        """Shorten the module's forwards for a while; nothing is left on it."""
+        return replaced_forward(self.module, self._shortened)
+
+    def _shortened(self, original: Call) -> Call:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            labels, told = kwargs.get("labels"), {"logits_to_keep", "shift_labels"} & kwargs.keys()
+            if torch.is_tensor(labels) and labels.dim() == 2 and not told:
+                labelled = labels.ne(-100).any(0)
+                first, last = int(_first(labelled)), labels.shape[1] - 1 - int(_first(labelled.flip(0)))
+                if first > 1 or last < labels.shape[1] - 1:
+                    # Indices, not a number: torch is slow where a head reads a slice, whose rows are apart in memory.
+                    kept = torch.arange(max(0, first - 1), last + 1, device=labels.device)
+                    kwargs |= {"labels": labels[:, kept], "logits_to_keep": kept}
+                    self.used = True
+            return original(*args, **kwargs)
+
+        return forward
+
+
+def _first(labelled: Tensor) -> Tensor:
+    """Return (...) int64, the first true column of (..., T), 0 where there is none."""
+    return labelled.long().argmax(-1)
+
+
+def with_last_logits(
+    model: nn.Module, objective: Objective, forward: Forward, inputs: Mapping[str, Any], precision: float = 1e-4
+) -> Objective:
+    """Return the objective with logits only where there are labels, where two samples of the batch lose the same with it.
+
+    Args:
+        model: the model.
+        objective: what is minimised; anything but the model's own loss, which may read all logits, is returned as it is.
+        forward: runs the model.
+        inputs: a batch.
+        precision: see `precision_of`.
+    """
+    labels, module = inputs.get("labels"), _language_model(model)
+    if type(objective) is not TappedLoss or module is None or not torch.is_tensor(labels) or labels.dim() != 2:
+        return objective
+    latest = _first(labels.ne(-100)).topk(min(2, batch_size(inputs))).indices
+    rows, short = take(inputs, latest.cpu()), LastLogits(module)
+    try:
+        wanted, found = objective(forward, rows), short(forward, rows)
+        close = torch.allclose(found.sums, wanted.sums, rtol=precision / 20, atol=precision / 20)
+        same = close and found.counts.equal(wanted.counts)
+    except (ValueError, RuntimeError, IndexError, TypeError) as error:
+        logger.info("Logits are taken for every token: %s: %s.", type(error).__name__, error)
+        return objective
+    if not short.used or not same:
+        reason = "the losses were not the same otherwise" if short.used else "labels begin with the text, or stay outside"
+        logger.info("Logits are taken for every token: %s.", reason)
+        return objective
+    logger.info("Logits are taken where there are labels only.")
+    return short
+
+
+def _language_model(model: nn.Module) -> nn.Module | None:
+    """Return the outermost module whose forward takes labels and the number of logits to keep."""
+    for module in model.modules():
+        if {"labels", "logits_to_keep"} <= inspect.signature(module.forward).parameters.keys():
+            return module
+    return None

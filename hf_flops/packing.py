@@ -1,0 +1,135 @@
+"""Rows that continue the same text, side by side in one sequence: its keys and values are not copied for each row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .texts import TextCache, run
+
+MOST = 16  # rows in a line: beyond, what they compute of each other for nothing outweighs the copies
+_TOKEN = 50  # running a token costs about as much as copying so many keys and values
+
+
+@dataclass(frozen=True)
+class Packing:
+    """R rows in L lines of N slots each; the rows of a line continue the same text.
+
+    Attributes:
+        texts: (L,) int64, the text of each line.
+        line: (R,) int64, the line of each row.
+        slot: (R,) int64, its place there.
+        slots: N.
+    """
+
+    texts: Tensor
+    line: Tensor
+    slot: Tensor
+    slots: int
+
+    @classmethod
+    def of(cls, rows: Tensor, slots: int) -> Packing:
+        """Put rows into lines of so many slots; rows: (R,) int64, the text of each row."""
+        counts = torch.bincount(rows)
+        lines = (counts + slots - 1).div(slots, rounding_mode="floor")
+        order = rows.argsort(stable=True)
+        rank = torch.empty_like(rows)
+        rank[order] = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows[order]]
+        first = (lines.cumsum(0) - lines)[rows]
+        texts = torch.repeat_interleave(torch.arange(len(counts), device=rows.device), lines)
+        return cls(texts, first + rank.div(slots, rounding_mode="floor"), rank % slots, slots)
+
+    @classmethod
+    def cheapest(cls, rows: Tensor, tokens: int, columns: int) -> Packing:
+        """Find the number of slots at which empty slots and copies cost least together.
+
+        Args:
+            rows: (R,) int64, the text of each row.
+            tokens: of a row.
+            columns: of a text.
+        """
+        counts = torch.bincount(rows).tolist()
+
+        def cost(slots: int) -> int:
+            return sum(-(-count // slots) for count in counts) * (_TOKEN * slots * tokens + columns)
+
+        return cls.of(rows, min(range(1, min(MOST, max(counts)) + 1), key=cost))
+
+    def pack(self, values: Tensor) -> Tensor:
+        """Put (R, S, ...) into lines (L, N * S, ...), zero where a slot is empty."""
+        lines = values.new_zeros(len(self.texts), self.slots, *values.shape[1:])
+        return lines.index_put((self.line, self.slot), values).flatten(1, 2)
+
+    def unpack(self, lines: Tensor) -> Tensor:
+        """Take the rows (R, S, ...) out of lines (L, N * S, ...)."""
+        return lines.unflatten(1, (self.slots, -1))[self.line, self.slot]
+
+    def mask(self, text: Tensor, kept: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return what is added to scores (L, 1, N * S, T + N * S): a token sees its text, and its own row up to itself.
+
+        Args:
+            text: (L, T), zero on padding.
+            kept: (R, S), zero on padding.
+            dtype: of the scores.
+        """
+        lines, own = self.pack(kept).bool(), kept.shape[1]
+        place = torch.arange(lines.shape[1], device=text.device)
+        row = place.div(own, rounding_mode="floor")
+        block = (row[:, None] == row) & (place[:, None] >= place)
+        seen = torch.cat([text.bool()[:, None].expand(-1, len(place), -1), lines[:, None] & block], 2)
+        return torch.zeros(seen.shape, dtype=dtype, device=text.device).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
+
+
+def continued(base: Any, texts: TextCache, packing: Packing, tokens: Tensor, kept: Tensor, last: int) -> Tensor:
+    """Run rows that continue texts, and return the logits (R, last, V) of their last tokens.
+
+    Args:
+        base: a causal language model of transformers.
+        texts: their keys and values.
+        packing: how the rows are laid out.
+        tokens: (R, S, D) embeddings.
+        kept: (R, S) int64, zero on padding.
+        last: how many logits of a row are asked for.
+    """
+    size = tokens.shape[1]
+    past, mask = texts.take(packing.texts)
+    own = torch.arange(size, device=mask.device)
+    # Indices, not a number: torch is slow where a head reads a slice, whose rows are apart in memory.
+    index = (torch.arange(packing.slots, device=mask.device)[:, None] * size + own[size - last :]).flatten()
+    single = packing.slots == 1
+    outputs = run(
+        base,
+        inputs_embeds=packing.pack(tokens),
+        attention_mask=torch.cat([mask, packing.pack(kept)], 1) if single else packing.mask(mask, kept, tokens.dtype),
+        position_ids=mask.sum(1, keepdim=True) + own.repeat(packing.slots),
+        past_key_values=past,
+        use_cache=True,
+        logits_to_keep=index,
+    )
+    logits = outputs.logits
+    return packing.unpack(logits if logits.shape[1] == len(index) else logits[:, index])
+
+
+@torch.no_grad()
+def may_be_packed(base: Any, texts: TextCache, tokens: Tensor, precision: float = 1e-4) -> bool:
+    """Say whether rows have the same logits in one sequence as alone: not every model takes a mask of its own.
+
+    Args:
+        base: a causal language model of transformers.
+        texts: keys and values of U texts.
+        tokens: (S, D) embeddings.
+        precision: relative error that rounding alone can cause.
+    """
+    if texts.sliding or getattr(base.config, "_attn_implementation", None) not in ("sdpa", "eager"):
+        return False
+    few = torch.tensor([0, len(texts.mask) - 1, 0, 0], device=tokens.device)
+    rows = torch.stack([tokens, tokens, tokens.flip(0), 2 * tokens])
+    kept = torch.ones(rows.shape[:2], dtype=torch.long, device=rows.device)
+    try:
+        alone, together = (continued(base, texts, Packing.of(few, slots), rows, kept, 1) for slots in (1, 2))
+    except (ValueError, RuntimeError, IndexError, TypeError):
+        return False
+    return torch.allclose(together, alone, rtol=precision, atol=precision * float(alone.abs().max()))
