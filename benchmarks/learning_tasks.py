@@ -1,0 +1,117 @@
+"""Tasks of benchmarks/learning.py: a model with an adapter, and data in three splits."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from hf_flops.padding import Feed
+from recipes.assets import minilm, sentences
+from recipes.images import load_images, load_vit, pixel_dataset, pretrained_vit
+from recipes.vit import RecipeArguments, adapter_model
+
+
+@dataclass(frozen=True)
+class LearningTask:
+    """A model with an adapter, and its data.
+
+    Attributes:
+        name: in tables.
+        model: seed → a new model with an untrained adapter.
+        splits: "train", "validation", "test" → tensors (M, ...) by name.
+        budget: rows of a run.
+    """
+
+    name: str
+    model: Callable[[int], nn.Module]
+    splits: dict[str, dict[str, Tensor]]
+    budget: int
+
+    @property
+    def train(self) -> list[dict[str, Any]]:
+        """The training samples, one by one, with their numbers."""
+        data = self.splits["train"]
+        return [{**{name: value[i] for name, value in data.items()}, "sample_id": i} for i in range(len(data["labels"]))]
+
+    @torch.no_grad()
+    def accuracy(self, model: nn.Module, part: str) -> float:
+        """Return the share of right answers on a split."""
+        was, right, data = model.training, 0, self.splits[part]
+        model.eval()
+        order = data["attention_mask"].sum(1).argsort() if "attention_mask" in data else torch.arange(len(data["labels"]))
+        for index in order.split(100):
+            batch = Feed({name: value[index] for name, value in data.items()}, frozenset(["right"])).whole
+            right += int((model(**batch).logits.argmax(-1) == batch["labels"]).sum())
+        model.train(was)
+        return right / len(data["labels"])
+
+
+def fashion() -> LearningTask:
+    """The small ViT with LoRA's B matrices and a new head, on five new classes of Fashion-MNIST, 100 images each."""
+    task = load_images("fashion_mnist", seed=0)
+    path = pretrained_vit(task)
+    labels = np.asarray(task.train["label"])
+    kept = np.concatenate([np.flatnonzero(labels == c)[:100] for c in range(len(task.class_names))])
+    _, processor = load_vit(path, task)
+    splits = {}
+    for part, data in (("train", task.train.select(kept)), ("validation", task.validation), ("test", task.test)):
+        data = data.select(range(min(1000, len(data))))
+        splits[part] = dict(zip(("pixel_values", "labels"), pixel_dataset(data, processor).tensors, strict=True))
+    return LearningTask("Fashion", lambda seed: adapter_model(RecipeArguments(), path, task, seed), splits, 60_000)
+
+
+def reviews() -> LearningTask:
+    """MiniLM with LoRA's B matrices in the last two layers and a new head, on the sentiment of movie reviews."""
+
+    def model(seed: int) -> nn.Module:
+        set_seed(seed)
+        base = AutoModelForSequenceClassification.from_pretrained(minilm(), num_labels=2)
+        config = LoraConfig(
+            r=8,
+            lora_alpha=16,
+            target_modules=["query", "value"],
+            layers_to_transform=[4, 5],
+            modules_to_save=["classifier"],
+        )
+        adapted = get_peft_model(base, config)
+        for name, parameter in adapted.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and "lora_A" not in name)
+        return adapted
+
+    pairs, tokenizer = sentences(), AutoTokenizer.from_pretrained(minilm())
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()
+    bounds = {"train": order[:2000], "validation": order[2000:2400], "test": order[2400:2900]}
+    splits = {}
+    for part, index in bounds.items():
+        texts = [pairs[i][0] for i in index]
+        tokens = tokenizer(texts, truncation=True, max_length=48, padding=True, return_tensors="pt")
+        own = {name: tokens[name] for name in ("input_ids", "attention_mask")}
+        splits[part] = {**own, "labels": torch.tensor([pairs[i][1] for i in index])}
+    return LearningTask("reviews", model, splits, 24_000)
+
+
+def digits() -> LearningTask:
+    """The small ViT with LoRA's B matrices and a new head, on five new classes of scikit-learn's digits."""
+    task = load_images("digits", seed=0)
+    path = pretrained_vit(task)
+    _, processor = load_vit(path, task)
+    splits = {
+        part: dict(zip(("pixel_values", "labels"), pixel_dataset(getattr(task, part), processor).tensors, strict=True))
+        for part in ("train", "validation", "test")
+    }
+    return LearningTask("digits", lambda seed: adapter_model(RecipeArguments(), path, task, seed), splits, 60_000)
+
+
+TASKS: dict[str, Callable[[], LearningTask]] = {"fashion": fashion, "reviews": reviews, "digits": digits}
