@@ -99,10 +99,11 @@ class FlopsArgumentsMixin:
             "choices": list(PRESETS),
         },
     )
-    queries_per_sample: int = field(
+    queries_per_sample: int | str = field(
         default=16,
         metadata={
-            "help": "Rows of forward passes per sample and step, on average over the batch; the clean row is one of them."
+            "help": "Rows of forward passes per sample and step, on average over the batch, the clean row being one of "
+            "them; or 'auto': few while the gradient is clear, more as it fades."
         },
     )
     allocator: str | None = field(
@@ -212,15 +213,17 @@ class FlopsArgumentsMixin:
     def _check_numbers(self) -> None:
         self.rows_per_forward = _number(int, "auto" if self.rows_per_forward is None else self.rows_per_forward)
         self.perturbation_scale = _number(float, self.perturbation_scale)
+        self.queries_per_sample = _number(int, self.queries_per_sample)
         queries, scale, rows = self.queries_per_sample, self.perturbation_scale, self.rows_per_forward
         _require(
-            isinstance(queries, int) and queries >= 1,
-            f"queries_per_sample={queries!r} must be a whole number, 1 or more (2 or more to estimate a gradient).",
+            queries == "auto" or (isinstance(queries, int) and queries >= 1),
+            f"queries_per_sample={queries!r} must be a whole number, 1 or more (2 or more to estimate a gradient), or "
+            "'auto'.",
         )
         least = ESTIMATORS[str(self.estimator)]
         clean = least.baseline or ALLOCATORS[str(self.allocator)].needs_clean
         _require(
-            queries >= len(least.signs) + clean,
+            queries == "auto" or queries >= len(least.signs) + clean,  # type: ignore[operator]
             f"queries_per_sample={queries} is too few: estimator={self.estimator!r} with allocator={self.allocator!r} "
             f"needs at least {len(least.signs) + clean} rows per sample, the clean one included.",
         )

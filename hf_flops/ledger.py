@@ -40,7 +40,7 @@ class Ledger:
             return {}
         mean = {name: sum(values) / len(values) for name, values in self._window.items()}
         signal, variance = mean.pop("gradient_signal"), mean.pop("gradient_variance")
-        sample_signal = mean.pop("sample_signal")
+        sample_signal, _ = mean.pop("sample_signal"), mean.pop("head_signal")
         summary = {
             **mean,
             "dropped_rows": sum(self._window["dropped_rows"]),

@@ -114,8 +114,11 @@ class _Step:
         # Where no element counts (every label is ignored) there is nothing to average, and the update is zero.
         normalizer = (float(self.elements.sum()) * batches if elements is None else elements) or 1.0
         self.method.perturbation.vector.add_to_gradients(update / normalizer)
-        if self.method.head is not None:
-            self.method.head.vector.add_to_gradients(self._head_gradient(self.method.head) / normalizer)
+        known = 0.0  # squared norm of what needs no estimate
+        if method.head is not None:
+            exact = self._head_gradient(method.head) / normalizer
+            method.head.vector.add_to_gradients(exact)
+            known = float(exact.square().sum())
         squares = mean_squares(rows, deltas, self.units)
         self.method.allocator.update(features, counts, squares)
         if self.prediction is not None and method.control is not None:
@@ -123,6 +126,7 @@ class _Step:
         loss = self.clean.sums if self.clean is not None else self.perturbed / counts
         facts = self.method.perturbation.grouped, self.dimension
         metrics = summarise(update / normalizer, squares / normalizer**2, counts, rows, deltas / normalizer, *facts)
+        metrics["head_signal"] = known
         used = (len(rows) + self.replayed) * len(self.method.estimator.signs) * (self.samples // self.units)
         used += self.samples * self.method.needs_clean
         total = loss[loss.isfinite()].sum() / normalizer

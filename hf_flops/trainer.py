@@ -155,12 +155,14 @@ class FlopsTrainerMixin:
                 self._set_up(model, forward, inputs)
             precision = precision_of(self.model, autocast=self.args.bf16)
             place, method = self._place(inputs), self._method(precision)
-            method = self._tuning.complete(method, forward, inputs, precision=precision, seed=place.seed)
+            options = {"precision": precision, "seed": place.seed, "step": place.step}
+            method = self._tuning.complete(method, forward, inputs, **options)
             elements = self._elements(num_items_in_batch)
             batches = self.current_gradient_accumulation_steps
             result = estimate_gradient(forward, inputs, method, place, elements, batches)
         self.ledger.rows, self._tuning.rows = self.ledger.rows + self._tuning.rows, 0
         self.ledger.record(result, self._ids)
+        self._tuning.learn(result, method)
         return result.loss.to(self.args.device)
 
     def _prepare_inputs(self, inputs: Any) -> Any:
@@ -210,13 +212,13 @@ class FlopsTrainerMixin:
 
     def _method(self: Any, precision: float) -> Method:
         """Put the method together, as far as the arguments fix it."""
-        args, scale = self.args, self.args.perturbation_scale
+        scale = self.args.perturbation_scale
         return Method(
             objective=self._objective,
             perturbation=self._perturbation,
             estimator=self._estimator,
             allocator=self._allocator,
-            queries_per_sample=args.queries_per_sample,
+            queries_per_sample=self._queries_per_sample,
             scale=scale if isinstance(scale, (int, float)) else 1e-3 if precision < 1e-3 else 1e-2,
             rows_per_forward=1,
             reuse=self._reuse,
@@ -252,7 +254,12 @@ class FlopsTrainerMixin:
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Count 2 operations per parameter, token and row: the third of the stock count, times the queries."""
-        return super().floating_point_ops(inputs) // 3 * self.args.queries_per_sample  # type: ignore[misc, attr-defined]
+        return super().floating_point_ops(inputs) // 3 * self._queries_per_sample  # type: ignore[misc]
+
+    @property
+    def _queries_per_sample(self: Any) -> int:
+        queries = self._tuning.queries
+        return self.args.queries_per_sample if queries is None else queries.rows
 
     def _save_optimizer_and_scheduler(self: Any, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]

@@ -9,8 +9,9 @@ from typing import Any
 
 from .calibration import calibrate
 from .chunks import ChunkPlanner
-from .method import Method
+from .method import Method, StepResult
 from .objectives import Forward
+from .query_budget import AutoQueries
 from .trimming import may_be_cut, padding_is_idle
 
 logger = logging.getLogger(__name__)
@@ -24,6 +25,7 @@ class Tuning:
         memory: bytes that a forward pass may take on top of the model, or None for most of what is free.
         scale: whether to find epsilon out.
         trim: whether padding may be cut off.
+        queries: what chooses queries per sample; None where the method's number stays.
 
     Attributes:
         rows: rows that went through the model to find epsilon out, to be charged to the ledger.
@@ -31,11 +33,17 @@ class Tuning:
     """
 
     def __init__(
-        self, rows: int | None = None, memory: float | None = None, *, scale: bool = False, trim: bool = True
+        self,
+        rows: int | None = None,
+        memory: float | None = None,
+        *,
+        scale: bool = False,
+        trim: bool = True,
+        queries: AutoQueries | None = None,
     ) -> None:
         self.planner = ChunkPlanner(rows, memory)
         self.rows, self.found, self._calibrating = 0, dict[str, float](), scale
-        self._trim = trim
+        self._trim, self.queries = trim, queries
         self.idle: dict[str, bool] = {}  # side → whether the loss is the same without its padding, once that is known
 
     @classmethod
@@ -45,10 +53,18 @@ class Tuning:
         rows = None if args.rows_per_forward == "auto" else args.rows_per_forward
         # Noise on the outputs of many tokens depends on their number.
         trim = args.perturbation != "activation"
-        return cls(rows, memory, scale=args.perturbation_scale == "auto", trim=trim)
+        queries = AutoQueries() if args.queries_per_sample == "auto" else None
+        return cls(rows, memory, scale=args.perturbation_scale == "auto", trim=trim, queries=queries)
 
     def complete(
-        self, method: Method, forward: Forward, inputs: Mapping[str, Any], *, precision: float = 1e-4, seed: int = 0
+        self,
+        method: Method,
+        forward: Forward,
+        inputs: Mapping[str, Any],
+        *,
+        precision: float = 1e-4,
+        seed: int = 0,
+        step: int = 0,
     ) -> Method:
         """Return the method with all that is known; runs the model where that tells something new.
 
@@ -58,7 +74,10 @@ class Tuning:
             inputs: a batch.
             precision: relative error of a loss that rounding alone can cause.
             seed: the run's seed.
+            step: the optimizer step.
         """
+        if self.queries is not None:
+            method = replace(method, queries_per_sample=self.queries.at(step))
         self.planner.prepare(method.perturbation.vector.device, method.perturbation.row_bytes)
         if method.objective.per_row and self._trim:
             self.idle.update(padding_is_idle(method.objective, forward, inputs, precision, known=set(self.idle)))
@@ -69,6 +88,11 @@ class Tuning:
         if self._calibrating and not self.found:
             self._calibrate(method, forward, inputs, seed)
         return replace(method, scale=self.found.get("perturbation_scale", method.scale))
+
+    def learn(self, result: StepResult, method: Method) -> None:
+        """Learn from a finished batch how many queries are worth their rows."""
+        if self.queries is not None:
+            self.queries.learn(result, method)
 
     def _calibrate(self, method: Method, forward: Forward, inputs: Mapping[str, Any], seed: int) -> None:
         result = calibrate(forward, inputs, method, seed)
@@ -85,9 +109,12 @@ class Tuning:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resume needs, as JSON-serialisable values."""
-        return {"chunks": self.planner.state_dict(), "padding": self.idle, "found": self.found}
+        queries = None if self.queries is None else self.queries.state_dict()
+        return {"chunks": self.planner.state_dict(), "padding": self.idle, "found": self.found, "queries": queries}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a state from `state_dict`."""
         self.planner.load_state_dict(state["chunks"])
         self.idle, self.found = dict(state["padding"]), dict(state["found"])
+        if self.queries is not None and state["queries"] is not None:
+            self.queries.load_state_dict(state["queries"])

@@ -1,0 +1,128 @@
+"""Variance of one step's estimate on MiniLM, parameters fixed after 150 steps of backprop: ours, its parts, MeZO.
+
+The adapter is LoRA's B matrices in the last two layers and a new head. For batches that come after, the gradient by backprop
+and estimates from real forwards at equal rows (16 per sample, the clean one included) are compared:
+`sum ||estimate - gradient||^2 / sum ||gradient||^2`. What learns from past steps learns on other batches before.
+
+    python benchmarks/variance.py
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from records import Record, quiet  # isort: skip
+from tasks import reviews  # isort: skip
+
+from hf_flops import Method, Place, estimate_gradient
+from hf_flops.allocators import Optimal, Uniform
+from hf_flops.control_variates import LogitJacobian
+from hf_flops.estimators import Antithetic, OneSided
+from hf_flops.heads import find_head
+from hf_flops.independence import choose_reuse
+from hf_flops.objectives import TappedLoss
+from hf_flops.perturbations import perturb
+
+QUERIES, BATCH, STEPS = 16, 32, 150
+OPTIONS: dict[str, dict[str, bool]] = {
+    "flops": {},
+    "no control variate": {"control": False},
+    "noise on the head": {"head": False},
+    "equal counts": {"optimal": False},
+    "rows alone (none of the three)": {"control": False, "head": False, "optimal": False},
+}
+
+
+def forward_of(model: nn.Module) -> Any:
+    """Return what runs the model."""
+
+    def forward(inputs: Any) -> tuple[Tensor, Any]:
+        outputs = model(**inputs)
+        return outputs.loss, outputs
+
+    return forward
+
+
+def ours(
+    model: nn.Module, inputs: Any, *, control: bool = True, head: bool = True, optimal: bool = True, rows: int = 64
+) -> Method:
+    """Build the default method, or one without some of its ingredients."""
+    forward, objective = forward_of(model), TappedLoss(logits=True)
+    found = find_head(model, objective, forward, inputs) if head else None
+    known = set(found.vector.names) if found is not None else set()
+    names = [name for name, p in model.named_parameters() if p.requires_grad and name not in known]
+    perturbation = perturb(model, rowwise=names)
+    reuse, reason = choose_reuse(model, objective, forward, inputs, perturbation)
+    assert reason is None, reason
+    allocator = Optimal() if optimal else Uniform()
+    variate = LogitJacobian() if control else None
+    return Method(
+        objective, perturbation, OneSided(), allocator, QUERIES, 1e-3, rows, reuse=reuse, head=found, control=variate
+    )
+
+
+def mezo(model: nn.Module, inputs: Any, rows: int = 64) -> Method:
+    """Build the MeZO preset."""
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    perturbation = perturb(model, shared=names, distribution="gaussian")
+    reuse, _ = choose_reuse(model, TappedLoss(), forward_of(model), inputs, perturbation)
+    return Method(TappedLoss(), perturbation, Antithetic(), Uniform(), QUERIES, 1e-3, rows, reuse=reuse)
+
+
+def gradient(model: nn.Module) -> Tensor:
+    """Take the gradient (d,) off the parameters."""
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad and p.grad is not None])
+
+
+def measure(model: nn.Module, method: Method, warm: list[Any], batches: list[Any]) -> dict[str, float]:
+    """Return the relative variance, and the rows of a step."""
+    error = size = rows = 0.0
+    for step, (inputs, ids) in enumerate(warm + batches):
+        model.zero_grad()
+        result = estimate_gradient(forward_of(model), inputs, method, Place(step=step, ids=ids))
+        if step >= len(warm):
+            found = gradient(model)
+            model.zero_grad()
+            model(**inputs).loss.backward()
+            error += float((found - gradient(model)).square().sum())
+            size += float(gradient(model).square().sum())
+            rows += result.rows
+    return {"variance": error / size, "rows": rows / len(batches)}
+
+
+def main() -> None:
+    """Measure, print, and write results/variance.json."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--warm", type=int, default=60)
+    parser.add_argument("--batches", type=int, default=12)
+    options = parser.parse_args()
+    quiet()
+    task = reviews(0, layers_to_transform=[4, 5])
+    model, record = task.model, Record("variance")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and "lora_A" not in name)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], task.learning_rate)
+    stream = task.batches(0, BATCH)
+    for _ in range(STEPS):
+        model.zero_grad()
+        model(**next(stream)[0]).loss.backward()
+        optimizer.step()
+    warm, batches = ([next(stream) for _ in range(n)] for n in (options.warm, options.batches))
+    with torch.no_grad():
+        methods = {name: ours(model, warm[0][0], **without) for name, without in OPTIONS.items()}
+        methods["mezo"] = mezo(model, warm[0][0])
+    dimension = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    for name, method in reversed(methods.items()):
+        learns = method.control is not None or isinstance(method.allocator, Optimal)
+        found = measure(model, method, warm if learns else [], batches)
+        record.keep(name, {**found, "dimension": dimension})
+        ratio = found["variance"] / record.entries["mezo"]["variance"]
+        print(f"{name:32} {found['variance']:8.1f}  {ratio:.3f} of MeZO's, {found['rows']:.0f} rows", flush=True)
+
+
+if __name__ == "__main__":
+    main()
