@@ -15,6 +15,7 @@ from transformers import Trainer
 
 from .allocators import ALLOCATORS, Allocator
 from .args import FlopsTrainingArguments
+from .budget import QueryBudget
 from .checks import (
     check_arguments,
     check_ready,
@@ -104,6 +105,10 @@ class FlopsTrainerMixin:
         self.ledger = Ledger()
         with quantised_base_allowed(model):
             super().__init__(model, args, *positional, **kwargs)  # type: ignore[call-arg]
+        self._budget: QueryBudget | None = None
+        if args.max_queries is not None:
+            self._budget = QueryBudget(args.max_queries, args.queries_per_sample, lambda: self.ledger)
+            self.add_callback(self._budget)  # type: ignore[attr-defined]
         self._announce()
 
     def _announce(self: Any) -> None:
@@ -143,17 +148,20 @@ class FlopsTrainerMixin:
         inputs = without_cache(self.model, self._prepare_inputs(inputs))
         context = self.compute_loss_context_manager()
         with evaluation_mode(model), torch.no_grad(), context, shared_texts(self.model, inputs):
-            forward = self._forward_function(model)
+            forward = self.ledger.metered(self._forward_function(model))
             self._hold_back()
             if self._objective is None or self._perturbation is None or self._reuse is None:
                 self._set_up(model, forward, inputs)
             precision = precision_of(self.model, autocast=self.args.bf16)
             place, method = self._place(inputs), self._method(precision)
             method = self._tuning.complete(method, forward, inputs, precision=precision, seed=place.seed)
+            self.ledger.rows, self._tuning.rows = self.ledger.rows + self._tuning.rows, 0
+            if self._budget is not None and not self._budget.allows(batch_size(inputs), self.state.global_step):
+                model.zero_grad()  # the step is not taken, not even in part
+                return torch.zeros((), device=self.args.device)
             elements = self._elements(num_items_in_batch)
             batches = self.current_gradient_accumulation_steps
             result = estimate_gradient(forward, inputs, method, place, elements, batches)
-        self.ledger.rows, self._tuning.rows = self.ledger.rows + self._tuning.rows, 0
         self.ledger.record(result, self._ids)
         return result.loss.to(self.args.device)
 
