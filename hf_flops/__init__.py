@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .errors import ConfigurationError, FlopsError, NonFiniteError, ObjectiveError
     from .method import Method, StepResult
     from .objectives import CallableObjective
+    from .rewards import GeneratedMetric, Metric
     from .rows import Place
     from .step import estimate_gradient
     from .suffix import SuffixPromptModel
@@ -25,7 +26,9 @@ _HOMES = {
     "FlopsTrainer": "trainer",
     "FlopsTrainerMixin": "trainer",
     "FlopsTrainingArguments": "args",
+    "GeneratedMetric": "rewards",
     "Method": "method",
+    "Metric": "rewards",
     "NonFiniteError": "errors",
     "ObjectiveError": "errors",
     "Place": "rows",
@@ -42,7 +45,9 @@ __all__ = [
     "FlopsTrainer",
     "FlopsTrainerMixin",
     "FlopsTrainingArguments",
+    "GeneratedMetric",
     "Method",
+    "Metric",
     "NonFiniteError",
     "ObjectiveError",
     "Place",

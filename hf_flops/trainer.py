@@ -58,8 +58,8 @@ class FlopsTrainerMixin:
         model: a model with trainable parameters, or a plain one together with `peft_config`.
         args: `FlopsTrainingArguments`, or any arguments class with `FlopsArgumentsMixin`.
         peft_config: a PEFT configuration to wrap the model with.
-        objective: what to minimise instead of the model's own loss: an `Objective`, or a function that maps (outputs,
-            inputs) of R rows to (R,) losses; it needs no derivative.
+        objective: what to minimise instead of the model's own loss: a function that maps (outputs, inputs) of R rows to
+            (R,) losses, a `Metric` or `GeneratedMetric` to be improved, or an `Objective`; it needs no derivative.
         allocator: an instance, in place of the name in `args`.
         estimator: an instance, in place of the name in `args`.
         perturbation: an instance, in place of the name in `args`; it skips the self-check.
@@ -99,7 +99,7 @@ class FlopsTrainerMixin:
         self._perturbation = self._given_perturbation = perturbation
         self._held: frozenset[str] = frozenset()
         self._reuse: Reuse | None = None
-        self._tuning = Tuning.of(args)
+        self._tuning = Tuning.of(args, self._objective)
         self._position, self._position_step = 0, -1
         self._ids: list[int] | None = None
         self.ledger = Ledger()
@@ -130,7 +130,7 @@ class FlopsTrainerMixin:
         """Train as the stock trainer does; each run starts with a new ledger and allocator and a new self-check."""
         self._perturbation, self._reuse, self._position_step = self._given_perturbation, None, -1
         self._allocator = self._given_allocator or ALLOCATORS[self.args.allocator]()
-        self.ledger, self._tuning = Ledger(), Tuning.of(self.args)
+        self.ledger, self._tuning = Ledger(), Tuning.of(self.args, self._objective)
         if not self._own_objective:
             self._objective = None
         return super().train(*args, **kwargs)  # type: ignore[misc]
@@ -183,7 +183,7 @@ class FlopsTrainerMixin:
     def _forward_function(self: Any, model: nn.Module) -> Callable[[Mapping[str, Any]], tuple[Tensor | None, Any]]:
         """Return what runs the model; labels are not needed where the objective is the user's own."""
         if self._own_objective:
-            return partial(_run, model)
+            return partial(getattr(self._objective, "run", _run), model)
         if self.compute_loss_func is None:
             return lambda inputs: self.compute_loss(model, dict(inputs), return_outputs=True)
 
@@ -207,6 +207,8 @@ class FlopsTrainerMixin:
             raise ObjectiveError(
                 f"The batch has no labels: its keys are {sorted(inputs)}, and none of {self.label_names} is among them."
             )
+        if getattr(self._objective, "generates", False):
+            forward = self.ledger.metered(partial(_run, model))
         chosen = set_up(self.args, self.model, forward, inputs, self._objective, self._perturbation, self._held)
         self._objective, self._perturbation, self._reuse = chosen
 
