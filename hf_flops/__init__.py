@@ -9,7 +9,7 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .args import FlopsArgumentsMixin, FlopsTrainingArguments
-    from .errors import ConfigurationError, FlopsError, NonFiniteError, ObjectiveError
+    from .errors import ConfigurationError, EngineError, FlopsError, NonFiniteError, ObjectiveError
     from .method import Method, StepResult
     from .objectives import CallableObjective
     from .rewards import GeneratedMetric, Metric
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "CallableObjective": "objectives",
     "ConfigurationError": "errors",
+    "EngineError": "errors",
     "FlopsArgumentsMixin": "args",
     "FlopsError": "errors",
     "FlopsTrainer": "trainer",
@@ -40,6 +41,7 @@ _HOMES = {
 __all__ = [
     "CallableObjective",
     "ConfigurationError",
+    "EngineError",
     "FlopsArgumentsMixin",
     "FlopsError",
     "FlopsTrainer",

@@ -17,7 +17,7 @@ FLOORS = {
     "method": 2,
     **dict.fromkeys(["step", "selfcheck", "independence", "prefix_cache", "trimming"], 3),
     **dict.fromkeys(["args", "calibration", "ledger", "plots", "precision", "texts", "setup"], 4),
-    **dict.fromkeys(["budget", "checks", "rewards", "suffix", "tuning"], 5),
+    **dict.fromkeys(["blackbox", "budget", "checks", "rewards", "suffix", "tuning"], 5),
     "trainer": 6,
 }
 ENGINE = {room for room, floor in FLOORS.items() if floor <= 3}
