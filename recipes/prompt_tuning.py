@@ -68,12 +68,12 @@ class RecipeArguments:
     )
     virtual_tokens: int = field(default=8, metadata={"help": "Length of the prompt or prefix."})
     init_text: str = field(
-        default=" All in all, I think that", metadata={"help": "Text that a prompt starts as; empty for random tokens."}
+        default=" All in all, I felt that", metadata={"help": "Text that a prompt starts as; empty for random tokens."}
     )
     lora_rank: int = field(default=2, metadata={"help": "Rank of LoRA on queries and values."})
     per_class: int = field(default=0, metadata={"help": "Training texts per class, 0 for all."})
-    test_texts: int = field(default=1000, metadata={"help": "Held-out texts that are reported on."})
-    validation_texts: int = field(default=200, metadata={"help": "Held-out texts for the learning curve."})
+    test_texts: int = field(default=500, metadata={"help": "Held-out texts that are reported on."})
+    validation_texts: int = field(default=128, metadata={"help": "Held-out texts for the learning curve."})
     text_tokens: int = field(default=48, metadata={"help": "Tokens of a text that are kept."})
     objective: str = field(
         default="loss",
@@ -92,16 +92,17 @@ class RecipeTrainingArguments(FlopsTrainingArguments):
     """Training arguments with defaults for this recipe."""
 
     output_dir: str | None = "outputs/prompt_tuning"
-    learning_rate: float = 3e-3
-    max_steps: int = 200
-    queries_per_sample: int = 16
-    perturbation_scale: float | str | None = None
-    per_device_train_batch_size: int = 16
+    learning_rate: float = 5e-3
+    max_steps: int = 40
+    queries_per_sample: int = 24
+    perturbation_scale: float | str | None = field(
+        default=None, metadata={"help": "Default: 1e-2, which suits embeddings; for accuracy it is measured."}
+    )
+    per_device_train_batch_size: int = 8
     per_device_eval_batch_size: int = 32
     adam_beta2: float = 0.99
-    lr_scheduler_type: str = "cosine"
     eval_strategy: str = "steps"
-    eval_steps: float = 50
+    eval_steps: float = 10
     save_strategy: str = "no"
     logging_steps: float = 10
     report_to: str = "none"
@@ -161,7 +162,9 @@ def trainer_for(method: str, model: Any, args: RecipeTrainingArguments, recipe: 
     if method == "backprop":
         stock = {name: getattr(args, name) for name in TrainingArguments.__dataclass_fields__ if name[0] != "_"}
         return Trainer(args=TrainingArguments(**{**stock, "include_num_input_tokens_seen": "all"}), **common)
-    return FlopsTrainer(args=args, objective=Metric("accuracy") if recipe.objective == "accuracy" else None, **common)
+    objective = Metric("accuracy") if recipe.objective == "accuracy" else None
+    scale = args.perturbation_scale or ("auto" if objective else 1e-2)
+    return FlopsTrainer(args=replace(args, perturbation_scale=scale), objective=objective, **common)
 
 
 def run(method: str, recipe: RecipeArguments, args: RecipeTrainingArguments, task: TextTask) -> tuple[Outcome, Any]:
