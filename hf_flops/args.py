@@ -13,17 +13,30 @@ from .errors import ConfigurationError
 from .estimators import ESTIMATORS
 from .perturbations import DISTRIBUTIONS, PERTURBATIONS
 
-PRESETS: dict[str, dict[str, str]] = {
+PRESETS: dict[str, dict[str, Any]] = {
     # Ours: noise per row, forward differences from one clean row, queries where they pay.
-    "flops": {"perturbation": "auto", "estimator": "one_sided", "allocator": "optimal", "noise": "rademacher"},
+    "flops": {
+        "perturbation": "auto",
+        "estimator": "one_sided",
+        "allocator": "optimal",
+        "noise": "rademacher",
+        "closed_form_head": True,
+    },
     # n-SPSA as published with MeZO (arXiv 2305.17333): one noise for the batch, central differences, equal counts.
-    "mezo": {"perturbation": "shared", "estimator": "antithetic", "allocator": "uniform", "noise": "gaussian"},
+    "mezo": {
+        "perturbation": "shared",
+        "estimator": "antithetic",
+        "allocator": "uniform",
+        "noise": "gaussian",
+        "closed_form_head": False,
+    },
     # What the code published with FLOPS does, its bias included: see `AuthorsBernoulli`.
     "flops-authors": {
         "perturbation": "shared",
         "estimator": "antithetic",
         "allocator": "authors_bernoulli",
         "noise": "gaussian",
+        "closed_form_head": False,
     },
 }
 
@@ -139,6 +152,14 @@ class FlopsArgumentsMixin:
         metadata={
             "help": "GB that the rows of one forward pass may take on top of the model, noise included, where "
             "rows_per_forward='auto'. Default: 80 percent of what is free at the first step."
+        },
+    )
+    closed_form_head: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Where a trainable linear layer makes the logits of the loss, take its gradient from the clean forward "
+            "(residual times input, exact) and leave the noise to the other parameters. Default: true, except for the "
+            "presets 'mezo' and 'flops-authors'."
         },
     )
     lora_parts: str = field(

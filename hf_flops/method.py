@@ -10,6 +10,7 @@ from .allocators import Allocator
 from .chunks import ChunkPlanner
 from .errors import ConfigurationError
 from .estimators import Estimator
+from .heads import ClosedFormHead
 from .objectives import Objective
 from .perturbations import Perturbation
 from .reuse import Reuse
@@ -29,6 +30,7 @@ class Method:
         rows_per_forward: rows that go through the model at a time, or what finds out how many.
         trimmed: sides ("left", "right") at which padding that no row of a forward needs is cut off.
         reuse: modules that run once per sample, because no noise reaches them; see `choose_reuse`.
+        head: the layer whose gradient the clean forward gives, if there is one; the perturbation leaves it alone.
     """
 
     objective: Objective
@@ -40,11 +42,17 @@ class Method:
     rows_per_forward: int | ChunkPlanner
     trimmed: frozenset[str] = frozenset()
     reuse: Reuse = field(default_factory=Reuse)
+    head: ClosedFormHead | None = None
 
     @property
     def needs_clean(self) -> bool:
         """Whether the clean forward is run (and charged)."""
-        return self.estimator.baseline or (self.allocator.needs_clean and self.objective.per_row)
+        return self.estimator.baseline or self.needs_features
+
+    @property
+    def needs_features(self) -> bool:
+        """Whether the clean forward has to show more than losses."""
+        return self.objective.per_row and (self.allocator.needs_clean or self.head is not None)
 
     def budget(self, samples: int) -> int:
         """Return how many queries `samples` samples can afford in all, after the clean rows are paid for."""

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .errors import ObjectiveError
+from .losses import element_weights, slopes, squared_residuals, widen
 from .rows import batch_size
 
 Forward = Callable[[Mapping[str, Any]], tuple[Tensor | None, Any]]
@@ -31,20 +32,28 @@ class RowLosses:
         sums: (R,) float32 or wider, the loss of each row summed over its elements.
         counts: (R,), how many loss elements each row has.
         residuals: (R,) norm of the derivative of a row's loss by the model's outputs, where it was asked for and is known.
+        logits: (R, K) what the loss function was given for each row, where it was asked for and is known.
+        slopes: (R, K) derivative of a row's loss by its logits, where it was asked for and is known.
     """
 
     sums: Tensor
     counts: Tensor
     residuals: Tensor | None = None
+    logits: Tensor | None = None
+    slopes: Tensor | None = None
 
     @classmethod
     def joined(cls, parts: list[RowLosses]) -> RowLosses:
         """Put the findings of consecutive forward passes together."""
         if len(parts) == 1:
             return parts[0]
-        residuals = [part.residuals for part in parts if part.residuals is not None]
+
+        def together(name: str) -> Tensor | None:
+            found = [getattr(part, name) for part in parts]
+            return None if any(values is None for values in found) else torch.cat(found)
+
         sums, counts = torch.cat([part.sums for part in parts]), torch.cat([part.counts for part in parts])
-        return cls(sums, counts, torch.cat(residuals) if residuals else None)
+        return cls(sums, counts, *(together(name) for name in ("residuals", "logits", "slopes")))
 
 
 class Objective(Protocol):
@@ -61,45 +70,15 @@ class Objective(Protocol):
         ...
 
 
-def widen(values: Tensor) -> Tensor:
-    """Convert to float32, or keep float64."""
-    return values if values.dtype == torch.float64 else values.float()
-
-
 @dataclass(frozen=True)
 class _Caught:
-    """One call of a loss function: (E,) losses and weights of its elements, and squared residuals if asked for."""
+    """One call of a loss function: (E,) losses and weights of its elements, and what was asked for beside them."""
 
     losses: Tensor
     weights: Tensor
     squared_residuals: Tensor | None
-
-
-def _weights(name: str, losses: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
-    """Return what each element contributes to the denominator of a mean, in the shape of `losses`."""
-    if name in ("cross_entropy", "nll_loss") and not target.is_floating_point():
-        kept = target != ignore_index
-        if weight is None:
-            return kept.to(losses.dtype)
-        return torch.where(kept, weight[target.clamp(min=0)], 0.0).to(losses.dtype)
-    return torch.ones_like(losses)
-
-
-def _squared_residuals(name: str, prediction: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    """Return `||d loss / d prediction||^2` of each element, ignoring class weights and label smoothing."""
-    if name == "mse_loss":
-        return (2 * (prediction - target)).square()
-    if name == "binary_cross_entropy_with_logits":
-        return (prediction.sigmoid() - target).square()
-    dimension = 1 if prediction.dim() > 1 else 0
-    probabilities = prediction.softmax(dimension) if name == "cross_entropy" else prediction.exp()
-    if target.is_floating_point():
-        return (probabilities - target).square().sum(dimension)
-    kept = target != ignore_index
-    chosen = probabilities.gather(dimension, target.clamp(min=0).unsqueeze(dimension)).squeeze(dimension)
-    # ||p - onehot||^2 = ||p||^2 - 2 p_y + 1, without building the one-hot matrix
-    # (never negative but for rounding)
-    return torch.where(kept, (probabilities.square().sum(dimension) - 2 * chosen + 1).clamp(min=0), 0.0)
+    logits: Tensor | None
+    slopes: Tensor | None
 
 
 class _WideLosses(TorchFunctionMode):
@@ -126,18 +105,20 @@ class _WideLosses(TorchFunctionMode):
 class _Tap(_WideLosses):
     """Catches calls of the standard loss functions and keeps their unreduced values."""
 
-    def __init__(self, features: bool) -> None:
+    def __init__(self, features: bool, logits: bool) -> None:
         super().__init__()
-        self.features = features
+        self.features, self.logits = features, logits
         self.caught: list[_Caught] = []
 
     def loss(self, function: Any, given: dict[str, Any]) -> Tensor:
         reduction = given["reduction"]
         losses = function(**{**given, "size_average": None, "reduce": None, "reduction": "none"})
-        target, ignored = given["target"], given.get("ignore_index", -100)
-        weights = _weights(function.__name__, losses, target, given.get("weight"), ignored)
-        squared = _squared_residuals(function.__name__, given["input"], target, ignored) if self.features else None
-        self.caught.append(_Caught(losses, weights, squared))
+        name, target, ignored = function.__name__, given["target"], given.get("ignore_index", -100)
+        weights = element_weights(name, losses, target, given.get("weight"), ignored)
+        squared = squared_residuals(name, given["input"], target, ignored) if self.features else None
+        logits = given["input"] if self.logits else None
+        slope = slopes(name, given) if self.logits and self.features else None
+        self.caught.append(_Caught(losses, weights, squared, logits, slope))
         if reduction == "none":
             return losses
         return losses.sum() if reduction == "sum" else losses.sum() / weights.sum()
@@ -148,14 +129,20 @@ class TappedLoss:
 
     Works where the loss is one call of `cross_entropy`, `nll_loss`, `mse_loss` or `binary_cross_entropy_with_logits` and
     nothing else is added to it; labels never leave the model, so shifts and padding stay right.
+
+    Args:
+        logits: whether to keep logits, and where features are asked for slopes.
     """
 
     per_row = True
 
+    def __init__(self, logits: bool = False) -> None:
+        self.logits = logits
+
     def __call__(self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False) -> RowLosses:
         """See `Objective`."""
         rows = batch_size(inputs)
-        with _Tap(features) as tap:
+        with _Tap(features, self.logits) as tap:
             loss, _ = forward(inputs)
         if len(tap.caught) != 1:
             raise ObjectiveError(f"the model's loss is made of {len(tap.caught)} calls of torch's loss functions, not one")
@@ -166,7 +153,9 @@ class TappedLoss:
         counts = caught.weights.reshape(rows, -1).sum(1)
         _require_same(loss, sums.sum() / counts.sum())
         squared = caught.squared_residuals
-        return RowLosses(sums, counts, None if squared is None else squared.reshape(rows, -1).sum(1).sqrt())
+        residuals = None if squared is None else squared.reshape(rows, -1).sum(1).sqrt()
+        flat = (None if values is None else values.reshape(rows, -1) for values in (caught.logits, caught.slopes))
+        return RowLosses(sums, counts, residuals, *flat)
 
 
 def _require_same(loss: Tensor | None, mean: Tensor) -> None:

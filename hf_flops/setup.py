@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from .errors import ConfigurationError, ObjectiveError
+from .heads import ClosedFormHead, find_head
 from .independence import choose_reuse
-from .objectives import Forward, Objective
+from .objectives import Forward, Objective, TappedLoss
 from .perturbations import Perturbation
 from .prefix_cache import CachedReuse, SampleStore
 from .reuse import Reuse
@@ -27,8 +28,8 @@ def set_up(
     inputs: Mapping[str, Any],
     objective: Objective | None,
     perturbation: Perturbation | None,
-    held: Container[str],
-) -> tuple[Objective, Perturbation, Reuse]:
+    held: Collection[str],
+) -> tuple[Objective, Perturbation, Reuse, ClosedFormHead | None]:
     """Choose what is not given, with the first batch, and say what was not as hoped.
 
     Args:
@@ -51,15 +52,24 @@ def set_up(
             raise ObjectiveError(f'perturbation="rowwise" needs a loss per row, but {reason}; pass objective=.')
         if reason:
             logger.warning("The loss is taken for the batch as a whole, with shared noise: %s.", reason)
-    probe = getattr(objective, "probe", objective)
+    head = None
     if perturbation is None:
+        if args.closed_form_head:
+            head = find_head(model, objective, forward, inputs, held)
+        if head is not None:
+            objective = TappedLoss(logits=True)
+            held = {*held, *head.vector.names}
+            logger.info("Noise leaves the head alone, whose gradient is exact: %s.", ", ".join(head.vector.names))
+        probe = getattr(objective, "probe", objective)
         options = {"mode": args.perturbation, "distribution": args.noise, "precision": precision, "held": held}
         perturbation, notes = choose_perturbation(model, probe, forward, inputs, **options)
         for note in notes:
             logger.warning("%s", note)
     if getattr(objective, "generates", False):  # its forwards are not those that were looked at
-        return objective, perturbation, Reuse()
-    return objective, perturbation, late_expansion(args, model, probe, forward, inputs, perturbation, precision)
+        return objective, perturbation, Reuse(), head
+    probe = getattr(objective, "probe", objective)
+    reuse = late_expansion(args, model, probe, forward, inputs, perturbation, precision)
+    return objective, perturbation, reuse, head
 
 
 def late_expansion(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from .allocators import Piloted, equal_counts
 from .chunks import ChunkPlanner, Work, in_chunks
 from .counters import seeds
 from .errors import NonFiniteError
+from .heads import ClosedFormHead
 from .method import Method, StepResult
 from .metrics import mean_squares, summarise
 from .objectives import Forward, RowLosses
@@ -66,6 +68,7 @@ class _Step:
         self.feed = Feed(inputs, method.trimmed if method.objective.per_row else frozenset())
         method.reuse.prepare(forward, self.feed.whole, place.ids)
         self.clean: RowLosses | None = None
+        self.head_inputs: list[Tensor] = []  # what the closed-form head was given by the clean forward
         if method.needs_clean:
             self.clean = self._clean()
         else:
@@ -78,7 +81,7 @@ class _Step:
 
     def _clean(self) -> RowLosses:
         """Run the batch as it is: all at once, unless it does not fit in memory."""
-        features, found = self.method.allocator.needs_clean, list[RowLosses]()
+        features, head, found = self.method.needs_features, self.method.head, list[RowLosses]()
         objective, reuse, whole = self.method.objective, self.method.reuse, self.feed.whole
         if not objective.per_row:
             return objective(reuse.through(self.forward, whole), whole, features=features)
@@ -88,7 +91,11 @@ class _Step:
             if len(owner) < self.samples:
                 inputs, columns, cut = self.feed.of(owner)
             forward = reuse.through(self.forward, inputs, None if inputs is whole else owner, cut)
-            found.append(objective(forward, inputs, features=features))
+            watched: AbstractContextManager[list[Tensor]] = nullcontext([]) if head is None else head.watched()
+            with watched as seen:
+                losses = objective(forward, inputs, features=features)
+            found.append(losses)
+            self.head_inputs += [x.reshape(len(owner), -1) for x in seen]
             return columns
 
         in_chunks([self.samples], work, self.planner, whole=True)
@@ -102,6 +109,8 @@ class _Step:
         # Where no element counts (every label is ignored) there is nothing to average, and the update is zero.
         normalizer = (float(self.elements.sum()) * batches if elements is None else elements) or 1.0
         self.method.perturbation.vector.add_to_gradients(update / normalizer)
+        if self.method.head is not None:
+            self.method.head.vector.add_to_gradients(self._head_gradient(self.method.head) / normalizer)
         squares = mean_squares(rows, deltas, self.units)
         self.method.allocator.update(features, counts, squares)
         loss = self.clean.sums if self.clean is not None else self.perturbed / counts
@@ -111,6 +120,16 @@ class _Step:
         used += self.samples * self.method.needs_clean
         total = loss[loss.isfinite()].sum() / normalizer
         return StepResult(total.float(), used, counts, squares, metrics)
+
+    def _head_gradient(self, head: ClosedFormHead) -> Tensor:
+        """Return the gradient of the closed-form head with N = 1; samples without a finite loss leave the average."""
+        clean = self.clean
+        assert clean is not None
+        assert clean.slopes is not None
+        kept = clean.sums.isfinite()
+        share = self.elements.sum() / (self.elements[kept.cpu()].sum() or 1.0)
+        inputs, slopes = (torch.where(kept[:, None], x, 0.0) for x in (torch.cat(self.head_inputs), clean.slopes))
+        return head.gradient(inputs, slopes) * float(share)
 
     def _features(self) -> Features:
         losses = torch.zeros(self.units) if self.clean is None else self.clean.sums.cpu()

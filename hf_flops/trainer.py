@@ -29,6 +29,7 @@ from .checks import (
 )
 from .errors import ObjectiveError
 from .estimators import ESTIMATORS, Estimator
+from .heads import ClosedFormHead
 from .ledger import Ledger
 from .method import Method
 from .objectives import CallableObjective, Objective
@@ -99,6 +100,7 @@ class FlopsTrainerMixin:
         self._perturbation = self._given_perturbation = perturbation
         self._held: frozenset[str] = frozenset()
         self._reuse: Reuse | None = None
+        self._head: ClosedFormHead | None = None
         self._tuning = Tuning.of(args, self._objective)
         self._position, self._position_step = 0, -1
         self._ids: list[int] | None = None
@@ -210,7 +212,7 @@ class FlopsTrainerMixin:
         if getattr(self._objective, "generates", False):
             forward = self.ledger.metered(partial(_run, model))
         chosen = set_up(self.args, self.model, forward, inputs, self._objective, self._perturbation, self._held)
-        self._objective, self._perturbation, self._reuse = chosen
+        self._objective, self._perturbation, self._reuse, self._head = chosen
 
     def _method(self: Any, precision: float) -> Method:
         """Put the method together, as far as the arguments fix it."""
@@ -224,6 +226,7 @@ class FlopsTrainerMixin:
             scale=scale if isinstance(scale, (int, float)) else 1e-3 if precision < 1e-3 else 1e-2,
             rows_per_forward=1,
             reuse=self._reuse,
+            head=self._head,
         )
 
     def _place(self: Any, inputs: dict[str, Any]) -> Place:

@@ -12,15 +12,16 @@ import hf_flops
 PACKAGE = Path(hf_flops.__file__).parent
 # Each room may import the rooms of lower floors; those of the ground floor may also import each other.
 FLOORS = {
-    **dict.fromkeys(["errors", "counters", "_version", "rows", "memory", "padding"], 0),
+    **dict.fromkeys(["errors", "counters", "_version", "rows", "memory", "padding", "losses"], 0),
     **dict.fromkeys(["objectives", "perturbations", "estimators", "allocators", "metrics", "reuse", "chunks"], 1),
-    "method": 2,
-    **dict.fromkeys(["step", "selfcheck", "independence", "prefix_cache", "trimming"], 3),
-    **dict.fromkeys(["args", "calibration", "ledger", "plots", "precision", "texts", "setup"], 4),
-    **dict.fromkeys(["blackbox", "budget", "checks", "rewards", "suffix", "tuning"], 5),
-    "trainer": 6,
+    "heads": 2,
+    "method": 3,
+    **dict.fromkeys(["step", "selfcheck", "independence", "prefix_cache", "trimming"], 4),
+    **dict.fromkeys(["args", "calibration", "ledger", "plots", "precision", "texts", "setup"], 5),
+    **dict.fromkeys(["blackbox", "budget", "checks", "rewards", "suffix", "tuning"], 6),
+    "trainer": 7,
 }
-ENGINE = {room for room, floor in FLOORS.items() if floor <= 3}
+ENGINE = {room for room, floor in FLOORS.items() if floor <= 4}
 HUGGING_FACE = {"transformers", "peft", "accelerate", "datasets", "evaluate"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -1,0 +1,129 @@
+"""A linear head whose outputs are the logits of the loss: its gradient is known from the clean forward, without noise."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .counters import seeds
+from .losses import widen
+from .objectives import Forward, Objective, TappedLoss
+from .perturbations import ParameterVector, displaced
+from .perturbations.noise import draw
+from .rows import batch_size, take
+
+_CHECK_SEED = 20412  # any number: the check's noise has a stream of its own
+
+
+class ClosedFormHead:
+    """The last layer of a model, whose gradient is the product of two things that the clean forward shows.
+
+    With logits `W x_i + b` and r_i the derivative of a sample's loss by its logits (for cross-entropy softmax - onehot), the
+    gradient of the loss is `sum_i r_i x_i^T` for W and `sum_i r_i` for b. So no noise enters here, and what the deltas say
+    is about the other parameters alone.
+
+    Args:
+        module: the layer.
+        names: its trainable tensors, name in the layer → name in the model.
+    """
+
+    def __init__(self, module: nn.Linear, names: Mapping[str, str]) -> None:
+        self.module, self.names = module, dict(names)
+        self.vector = ParameterVector([(name, getattr(module, own)) for own, name in self.names.items()])
+
+    @contextmanager
+    def watched(self) -> Iterator[list[Tensor]]:
+        """Collect what the layer is given by the forwards that are run inside."""
+        seen: list[Tensor] = []
+        handle = self.module.register_forward_hook(lambda module, args, output: seen.append(args[0].detach()))
+        try:
+            yield seen
+        finally:
+            handle.remove()
+
+    def gradient(self, inputs: Tensor, slopes: Tensor) -> Tensor:
+        """Return the gradient (d,) of the summed loss.
+
+        Args:
+            inputs: (R, ..., in) what the layer was given.
+            slopes: (R, K) derivatives of each row's loss by its K logits.
+        """
+        x = widen(inputs.reshape(-1, self.module.in_features))
+        slopes = slopes.reshape(-1, self.module.out_features).to(x)
+        parts = {"weight": slopes.T @ x, "bias": slopes.sum(0)}
+        return torch.cat([parts[own].flatten() for own in self.names])
+
+
+def find_head(
+    model: nn.Module, objective: Objective, forward: Forward, inputs: Mapping[str, Any], held: Collection[str] = ()
+) -> ClosedFormHead | None:
+    """Return the trainable linear layer that makes the logits, if there is one and other tensors are trained beside it.
+
+    Its output must be the loss function's input bit for bit, and with its parameters moved the logits must be what the same
+    inputs and the moved parameters make.
+
+    Args:
+        model: the model, in evaluation mode, gradients off.
+        objective: what is minimised.
+        forward: runs the model.
+        inputs: a batch.
+        held: names of trainable tensors that stay as they are for now.
+    """
+    if not isinstance(objective, TappedLoss):
+        return None
+    few = take(inputs, torch.arange(min(4, batch_size(inputs))))
+    heads, trained = _candidates(model), set(ParameterVector.of(model).names)
+    for head, x in zip(heads, _given(heads, forward, few), strict=True):
+        own = set(head.names.values())
+        alone = trained - set(held) <= own
+        if x is not None and not alone and own.isdisjoint(held) and _agrees(head, x, forward, few):
+            return head
+    return None
+
+
+def _candidates(model: nn.Module) -> list[ClosedFormHead]:
+    """List linear layers with trainable tensors that no other module holds."""
+    users = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    heads = []
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            own = {name: p for name, p in module._parameters.items() if p is not None and p.requires_grad}
+            if own and all(users[id(p)] == 1 for p in own.values()):
+                heads.append(ClosedFormHead(module, {name: names[id(p)] for name, p in own.items()}))
+    return heads
+
+
+def _given(heads: Sequence[ClosedFormHead], forward: Forward, inputs: Mapping[str, Any]) -> list[Tensor | None]:
+    """Return for each head what it was given, if it was called once and its output is just the logits."""
+    outputs: dict[nn.Module, list[Tensor]] = {head.module: [] for head in heads}
+    with ExitStack() as stack:
+        seen = [stack.enter_context(head.watched()) for head in heads]
+        for head in heads:
+            hook = head.module.register_forward_hook(lambda module, args, out: outputs[module].append(out.detach()))
+            stack.callback(hook.remove)
+        logits = TappedLoss(logits=True)(forward, inputs).logits
+    assert logits is not None
+    wanted = widen(logits).reshape(-1)
+    return [
+        given[0] if len(given) == 1 and torch.equal(widen(outputs[head.module][0]).reshape(-1), wanted) else None
+        for head, given in zip(heads, seen, strict=True)
+    ]
+
+
+def _agrees(head: ClosedFormHead, x: Tensor, forward: Forward, inputs: Mapping[str, Any]) -> bool:
+    """Say whether the logits change with the head's parameters as those of a linear layer with the same input do."""
+    vector = head.vector
+    shift = draw("gaussian", seeds(_CHECK_SEED, 0), vector.shapes, vector.device)[0]
+    with displaced(vector, shift), head.watched() as seen:
+        moved = TappedLoss(logits=True)(forward, inputs).logits
+        wanted = head.module(x)
+    if moved is None or len(seen) != 2 or not torch.equal(seen[0], x):
+        return False
+    tolerance = 1e-3 * float(wanted.abs().max())
+    return torch.allclose(widen(moved).reshape(-1), widen(wanted).reshape(-1), rtol=0.0, atol=tolerance)

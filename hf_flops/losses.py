@@ -1,0 +1,76 @@
+"""Torch's standard loss functions, element by element: what an element weighs, and the derivative by the logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def widen(values: Tensor) -> Tensor:
+    """Convert to float32, or keep float64."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def element_weights(name: str, losses: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
+    """Return what each element contributes to the denominator of a mean, in the shape of `losses`."""
+    if name in ("cross_entropy", "nll_loss") and not target.is_floating_point():
+        kept = target != ignore_index
+        if weight is None:
+            return kept.to(losses.dtype)
+        return torch.where(kept, weight[target.clamp(min=0)], 0.0).to(losses.dtype)
+    return torch.ones_like(losses)
+
+
+def squared_residuals(name: str, prediction: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """Return `||d loss / d prediction||^2` of each element, ignoring class weights and label smoothing."""
+    if name == "mse_loss":
+        return (2 * (prediction - target)).square()
+    if name == "binary_cross_entropy_with_logits":
+        return (prediction.sigmoid() - target).square()
+    dimension = 1 if prediction.dim() > 1 else 0
+    probabilities = prediction.softmax(dimension) if name == "cross_entropy" else prediction.exp()
+    if target.is_floating_point():
+        return (probabilities - target).square().sum(dimension)
+    kept = target != ignore_index
+    chosen = probabilities.gather(dimension, target.clamp(min=0).unsqueeze(dimension)).squeeze(dimension)
+    # ||p - onehot||^2 = ||p||^2 - 2 p_y + 1, without building the one-hot matrix
+    # (never negative but for rounding)
+    return torch.where(kept, (probabilities.square().sum(dimension) - 2 * chosen + 1).clamp(min=0), 0.0)
+
+
+def slopes(name: str, given: dict[str, Any]) -> Tensor:
+    """Return the derivative of each element's loss by its logits, in the shape of the logits.
+
+    Class weights, label smoothing, ignored targets and soft targets are accounted for.
+
+    Args:
+        name: of the loss function.
+        given: its arguments by name.
+    """
+    logits, target, weight = given["input"], given["target"], given.get("weight")
+    if name == "mse_loss":
+        return 2 * (logits - target) * (1 if weight is None else weight)
+    if name == "binary_cross_entropy_with_logits":
+        positive = target if given.get("pos_weight") is None else target * given["pos_weight"]
+        found = (positive + 1 - target) * logits.sigmoid() - positive
+        return found if weight is None else found * weight
+    wanted = _wanted(logits, target, given)
+    if name == "nll_loss":
+        return -wanted
+    dimension = 1 if logits.dim() > 1 else 0
+    return logits.softmax(dimension) * wanted.sum(dimension, keepdim=True) - wanted
+
+
+def _wanted(logits: Tensor, target: Tensor, given: dict[str, Any]) -> Tensor:
+    """Return a in `loss = -sum_c a_c log p_c`: what cross-entropy wants of each class, in the shape of the logits."""
+    dimension, classes = (1, logits.shape[1]) if logits.dim() > 1 else (0, len(logits))
+    weight, smoothing = given.get("weight"), given.get("label_smoothing", 0.0)
+    shape = [-1 if i == dimension else 1 for i in range(logits.dim())]
+    weights = logits.new_ones(classes).view(shape) if weight is None else weight.view(shape)
+    if target.is_floating_point():
+        return weights * (target * (1 - smoothing) + smoothing / classes)
+    kept = (target != given.get("ignore_index", -100)).unsqueeze(dimension)
+    chosen = torch.zeros_like(logits).scatter_(dimension, target.clamp(min=0).unsqueeze(dimension), 1.0)
+    return kept * weights * (chosen * (1 - smoothing) + smoothing / classes)
