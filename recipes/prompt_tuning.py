@@ -175,7 +175,8 @@ def run(method: str, recipe: RecipeArguments, args: RecipeTrainingArguments, tas
     template = Template(tokenizer, recipe.template, recipe.text_tokens, recipe.chat)
     collator, tail = DataCollatorWithPadding(tokenizer), recipe.adapter != "suffix"
     own = replace(args, output_dir=str(Path(args.output_dir or "outputs/prompt_tuning", method)))
-    plain = TrainingArguments(output_dir=str(own.output_dir), per_device_eval_batch_size=own.per_device_eval_batch_size)
+    same = ("output_dir", "per_device_eval_batch_size", "use_cpu", "disable_tqdm", "report_to")
+    plain = TrainingArguments(**{name: getattr(own, name) for name in same})
     asked = Trainer(WordClassifier(base, words), plain, data_collator=collator, compute_metrics=accuracy)
     before = asked.evaluate(template.rows(task.test, tail=True))["eval_accuracy"]
     names = ("virtual_tokens", "init_text", "lora_rank")
