@@ -68,7 +68,8 @@ class RecipeArguments:
     )
     virtual_tokens: int = field(default=8, metadata={"help": "Length of the prompt or prefix."})
     init_text: str = field(
-        default=" All in all, I felt that", metadata={"help": "Text that a prompt starts as; empty for random tokens."}
+        default=" All in all, the movie was just",
+        metadata={"help": "Text that a prompt starts as; empty for random tokens."},
     )
     lora_rank: int = field(default=2, metadata={"help": "Rank of LoRA on queries and values."})
     per_class: int = field(default=0, metadata={"help": "Training texts per class, 0 for all."})

@@ -202,17 +202,11 @@ def adapted(
 ) -> nn.Module:
     """Put an adapter on a model: a prompt after or before the text, a prefix in every layer, or LoRA.
 
-    A suffix prompt starts as the last tokens of `init_text` and what the template has after the text, which it replaces; a
-    prompt before the text starts as the first tokens of `init_text`. An empty text leaves random tokens.
+    A prompt starts as the first tokens of `init_text`, repeated as needed; an empty text leaves random tokens. One after the
+    text replaces what the template has there.
     """
     if kind == "suffix":
-        adapter = SuffixPromptModel(model, virtual_tokens, label_words=words)
-        start = template.tokenizer(init_text, add_special_tokens=False)["input_ids"] + template.tail
-        if init_text:
-            tokens = torch.tensor((start * virtual_tokens)[-virtual_tokens:])
-            with torch.no_grad():
-                adapter.prompt.weight.copy_(model.get_input_embeddings().weight[tokens])
-        return adapter
+        return SuffixPromptModel(model, virtual_tokens, init_text or None, template.tokenizer, label_words=words)
     config: Any
     if kind == "prompt":
         config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=virtual_tokens)

@@ -136,7 +136,7 @@ def test_prompts_start_as_texts():
     embeddings = model.get_input_embeddings().weight.detach().clone()
     options = {"virtual_tokens": 3, "init_text": "so very good", "lora_rank": 2}
     suffix = adapted("suffix", model, template, [6, 7], **options)
-    assert suffix.prompt.weight.equal(embeddings[[WORDS.index(word) for word in ("good", "It", "was")]])
+    assert suffix.prompt.weight.equal(embeddings[[WORDS.index(word) for word in ("so", "very", "good")]])
     prompt = adapted("prompt", model, template, [6, 7], **options).model.prompt_encoder["default"].embedding.weight
     assert prompt.equal(embeddings[[WORDS.index(word) for word in ("so", "very", "good")]])
 
