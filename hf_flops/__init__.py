@@ -9,9 +9,10 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .args import FlopsArgumentsMixin, FlopsTrainingArguments
-    from .errors import ConfigurationError, FlopsError, NonFiniteError, ObjectiveError
+    from .errors import ConfigurationError, EngineError, FlopsError, NonFiniteError, ObjectiveError
     from .method import Method, StepResult
     from .objectives import CallableObjective
+    from .rewards import GeneratedMetric, Metric
     from .rows import Place
     from .step import estimate_gradient
     from .suffix import SuffixPromptModel
@@ -20,12 +21,15 @@ if TYPE_CHECKING:
 _HOMES = {
     "CallableObjective": "objectives",
     "ConfigurationError": "errors",
+    "EngineError": "errors",
     "FlopsArgumentsMixin": "args",
     "FlopsError": "errors",
     "FlopsTrainer": "trainer",
     "FlopsTrainerMixin": "trainer",
     "FlopsTrainingArguments": "args",
+    "GeneratedMetric": "rewards",
     "Method": "method",
+    "Metric": "rewards",
     "NonFiniteError": "errors",
     "ObjectiveError": "errors",
     "Place": "rows",
@@ -37,12 +41,15 @@ _HOMES = {
 __all__ = [
     "CallableObjective",
     "ConfigurationError",
+    "EngineError",
     "FlopsArgumentsMixin",
     "FlopsError",
     "FlopsTrainer",
     "FlopsTrainerMixin",
     "FlopsTrainingArguments",
+    "GeneratedMetric",
     "Method",
+    "Metric",
     "NonFiniteError",
     "ObjectiveError",
     "Place",

@@ -106,6 +106,13 @@ class FlopsArgumentsMixin:
             "them; or 'auto': few while the gradient is clear, more as it fades."
         },
     )
+    max_queries: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rows that may go through the model in training, checks included: training stops cleanly before a step "
+            "that would not fit. Default: no limit."
+        },
+    )
     allocator: str | None = field(
         default=None,
         metadata={"help": f"How queries are shared out among the samples of a batch: {', '.join(ALLOCATORS)}."},
@@ -219,6 +226,10 @@ class FlopsArgumentsMixin:
             queries == "auto" or (isinstance(queries, int) and queries >= 1),
             f"queries_per_sample={queries!r} must be a whole number, 1 or more (2 or more to estimate a gradient), or "
             "'auto'.",
+        )
+        most = self.max_queries
+        _require(
+            most is None or (isinstance(most, int) and most >= 1), f"max_queries={most!r} must be a whole number, 1 or more."
         )
         least = ESTIMATORS[str(self.estimator)]
         clean = least.baseline or ALLOCATORS[str(self.allocator)].needs_clean

@@ -16,6 +16,8 @@ from .perturbations import NoiseKeys
 from .rows import Rows, batch_size, expand, take
 
 GRID = tuple(10 ** (exponent / 2) for exponent in range(-8, -1))  # 1e-4 ... 1e-1
+STEP_GRID = tuple(10 ** (exponent / 2) for exponent in range(-6, 2))  # 1e-3 ... 3, for objectives that move in steps
+_SHARE = 0.25  # of queries that should see a step
 _ROWS = 32  # queries at each scale, or 8 where each needs a whole batch
 _STEP = 2**61  # no optimizer step has this number: the noise of a calibration is used by nothing else
 
@@ -26,7 +28,8 @@ class Calibration:
 
     Attributes:
         scale: the step of the difference, epsilon; None where no two steps agree on any signal.
-        signal_to_noise: RMS of the deltas there over the RMS of their error.
+        signal_to_noise: RMS of the deltas there over the RMS of their error; for an objective that moves in steps, the share
+            of the queries that see one there.
         rows: rows that went through the model.
     """
 
@@ -65,25 +68,61 @@ def calibrate(forward: Forward, inputs: Mapping[str, Any], method: Method, seed:
         method: how gradients are estimated; its own scale is not looked at.
         seed: the run's seed.
     """
+    choose, grid = (choose_step_scale, STEP_GRID) if in_steps(method.objective) else (choose_scale, GRID)
+    deltas, used = _evaluated(forward, inputs, method, seed, grid)
+    scale, ratio = choose(deltas, grid)
+    return Calibration(scale, ratio, used)
+
+
+def in_steps(objective: Any) -> bool:
+    """Return whether an objective says that small changes of the parameters leave most rows' numbers as they are."""
+    return bool(getattr(objective, "in_steps", False))
+
+
+def choose_step_scale(deltas: Tensor, scales: tuple[float, ...] = STEP_GRID) -> tuple[float | None, float]:
+    """Return the least scale at which a quarter of the queries sees a step, or else most do, and what share that is.
+
+    Differences estimate the gradient of the objective averaged over the noise. Below this scale most queries see no
+    difference at all and are wasted; far above it the average is over models that have forgotten what they knew.
+
+    Args:
+        deltas: (K, R) the same R queries at K scales, zero where there is no difference.
+        scales: the K scales, growing.
+    """
+    shares = ((deltas != 0) & deltas.isfinite()).double().mean(1)
+    enough = torch.nonzero(shares >= _SHARE).flatten()
+    best = int(enough[0]) if len(enough) else int(shares.argmax())
+    return (scales[best], float(shares[best])) if shares[best] > 0 else (None, 0.0)
+
+
+def _evaluated(
+    forward: Forward, inputs: Mapping[str, Any], method: Method, seed: int, grid: tuple[float, ...]
+) -> tuple[Tensor, int]:
+    """Return (K, R) deltas of the same queries at every scale of the grid, and how many rows that took."""
     samples = batch_size(inputs)
     units, wanted = (samples, _ROWS) if method.objective.per_row else (1, 8)
     rows = expand(torch.full((units,), -(-wanted // units)), 1.0)[slice(wanted)]
     clean = None
-    used = len(rows) * len(GRID) * len(method.estimator.signs) * (samples // units)
+    used = len(rows) * len(grid) * len(method.estimator.signs) * (samples // units)
     if method.estimator.baseline:
         seen = int(rows.owner.max()) + 1
         part = take(inputs, torch.arange(seen)) if method.objective.per_row else inputs
         clean = method.objective(forward, part).sums.double().cpu()
         used += seen if method.objective.per_row else samples
-    scale, ratio = choose_scale(_deltas(forward, inputs, method, rows, clean, seed))
-    return Calibration(scale, ratio, used)
+    return _deltas(forward, inputs, method, rows, clean, seed, grid), used
 
 
 def _deltas(
-    forward: Forward, inputs: Mapping[str, Any], method: Method, rows: Rows, clean: Tensor | None, seed: int
+    forward: Forward,
+    inputs: Mapping[str, Any],
+    method: Method,
+    rows: Rows,
+    clean: Tensor | None,
+    seed: int,
+    grid: tuple[float, ...],
 ) -> Tensor:
     """Return (K, R) deltas of the rows at every scale; clean: (B,) losses or None."""
-    deltas = torch.empty(len(GRID), len(rows), dtype=torch.float64)
+    deltas = torch.empty(len(grid), len(rows), dtype=torch.float64)
     perturbation, per_row = method.perturbation, method.objective.per_row
 
     def work(index: slice) -> int:
@@ -92,7 +131,7 @@ def _deltas(
         keys = NoiseKeys.of(seed, _STEP, chunk.owner, chunk.query, int(chunk.group[0]))
         noise, start = perturbation.draw(keys), None if clean is None else clean[chunk.owner]
         found = []
-        for scale in GRID:
+        for scale in grid:
             losses = []
             for sign in method.estimator.signs:
                 with perturbation.applied(noise, sign * scale):

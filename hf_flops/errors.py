@@ -3,7 +3,8 @@
 FlopsError
 ├── ConfigurationError   an argument, or a combination of arguments, that cannot work (also a ValueError)
 ├── ObjectiveError       the model's loss cannot be taken the way that was asked for (also a ValueError)
-└── NonFiniteError       no perturbed row of a step has a finite loss (also an ArithmeticError)
+├── NonFiniteError       no perturbed row of a step has a finite loss (also an ArithmeticError)
+└── EngineError          a black box refused, failed, or answered with nonsense (also a RuntimeError)
 """
 
 
@@ -21,3 +22,7 @@ class ObjectiveError(FlopsError, ValueError):
 
 class NonFiniteError(FlopsError, ArithmeticError):
     """Not one perturbed row of a step has a finite loss."""
+
+
+class EngineError(FlopsError, RuntimeError):
+    """A black box refused, failed, or answered with nonsense."""

@@ -2,26 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from .method import StepResult
+from .objectives import Forward
+from .rows import batch_size
+
+
+def columns(inputs: Mapping[str, Any]) -> int:
+    """Return how many tokens each row of a batch has, padding included; 0 where it is not text."""
+    for name in ("input_ids", "inputs_embeds"):
+        value = inputs.get(name)
+        if torch.is_tensor(value) and value.dim() > 1:
+            return value.shape[1]
+    return 0
 
 
 class Ledger:
     """Counts rows and queries, and averages the metrics of steps between two logs.
 
     Attributes:
-        rows: rows that went through the model in training so far, clean ones included.
+        rows: rows that went through the model for estimates so far, clean ones and the calibration of epsilon included.
+        all_rows: rows that the model was asked for in training, those of the checks with the first batch included.
+        tokens: tokens of all these rows, padding included, as if every row ran whole.
         sample_queries: sample id → [steps that the sample took part in, queries that it got], for samples that have an id.
         last_step: what the last batch found.
     """
 
     def __init__(self) -> None:
-        self.rows = 0
+        self.rows = self.all_rows = self.tokens = 0
         self.sample_queries: dict[int, list[int]] = {}
         self.last_step: StepResult | None = None
         self._window: dict[str, list[float]] = {}
+
+    def metered(self, forward: Forward) -> Forward:
+        """Return a function that runs the model and counts what it was asked for."""
+
+        def run(inputs: Mapping[str, Any]) -> tuple[Tensor | None, Any]:
+            answer = forward(inputs)
+            rows = batch_size(inputs)
+            self.all_rows, self.tokens = self.all_rows + rows, self.tokens + rows * columns(inputs)
+            return answer
+
+        return run
 
     def record(self, result: StepResult, ids: Sequence[int] | None = None) -> None:
         """Enter a finished batch; ids: (B,) of its samples, if they have any."""
@@ -50,13 +77,15 @@ class Ledger:
             # mean(||g_i||)^2 / B over ||g||^2: below 1, noise per row with the best counts beats shared noise.
             summary["noise_ratio"] = sample_signal / signal
         self._window = {}
-        return {**{name: round(value, 6) for name, value in summary.items()}, "rows": self.rows}
+        counts = {"rows": self.rows, "check_rows": self.all_rows - self.rows, "tokens": self.tokens}
+        return {**{name: round(value, 6) for name, value in summary.items()}, **counts}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resume needs, as JSON-serialisable values."""
-        return {"rows": self.rows, "samples": [[sample, *seen] for sample, seen in self.sample_queries.items()]}
+        counts = {"rows": self.rows, "all_rows": self.all_rows, "tokens": self.tokens}
+        return {**counts, "samples": [[sample, *seen] for sample, seen in self.sample_queries.items()]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a state from `state_dict`."""
-        self.rows = state["rows"]
+        self.rows, self.all_rows, self.tokens = state["rows"], state["all_rows"], state["tokens"]
         self.sample_queries = {sample: [steps, queries] for sample, steps, queries in state["samples"]}

@@ -39,9 +39,9 @@ def set_up(
     Args:
         args: the run's arguments.
         model: the model, in evaluation mode, gradients off.
-        forward: runs the model.
+        forward: runs the model, which does not generate text.
         inputs: a batch.
-        objective: what is minimised, None for the model's own loss.
+        objective: what is minimised, None for the model's own loss; one that moves in steps has a `probe` to check with.
         perturbation: where noise enters, None for what the arguments say.
         held: names of trainable tensors that stay as they are for now.
 
@@ -69,11 +69,15 @@ def set_up(
             objective.logits = True  # type: ignore[attr-defined]
             held = {*held, *head.vector.names}
             logger.info("Noise leaves the head alone, whose gradient is exact: %s.", ", ".join(head.vector.names))
+        probe = getattr(objective, "probe", objective)
         options = {"mode": args.perturbation, "distribution": args.noise, "precision": precision, "held": held}
-        perturbation, notes = choose_perturbation(model, objective, forward, inputs, **options)
+        perturbation, notes = choose_perturbation(model, probe, forward, inputs, **options)
         for note in notes:
             logger.warning("%s", note)
-    reuse = late_expansion(args, model, objective, forward, inputs, perturbation, precision)
+    if getattr(objective, "generates", False):  # its forwards are not those that were looked at
+        return objective, perturbation, Reuse(), head
+    probe = getattr(objective, "probe", objective)
+    reuse = late_expansion(args, model, probe, forward, inputs, perturbation, precision)
     return objective, perturbation, reuse, head
 
 

@@ -16,6 +16,7 @@ from transformers import Trainer
 
 from .allocators import ALLOCATORS, Allocator
 from .args import FlopsTrainingArguments
+from .budget import QueryBudget
 from .checks import (
     check_arguments,
     check_ready,
@@ -60,8 +61,8 @@ class FlopsTrainerMixin:
         model: a model with trainable parameters, or a plain one together with `peft_config`.
         args: `FlopsTrainingArguments`, or any arguments class with `FlopsArgumentsMixin`.
         peft_config: a PEFT configuration to wrap the model with.
-        objective: what to minimise instead of the model's own loss: an `Objective`, or a function that maps (outputs,
-            inputs) of R rows to (R,) losses; it needs no derivative.
+        objective: what to minimise instead of the model's own loss: a function that maps (outputs, inputs) of R rows to
+            (R,) losses, a `Metric` or `GeneratedMetric` to be improved, or an `Objective`; it needs no derivative.
         allocator: an instance, in place of the name in `args`.
         estimator: an instance, in place of the name in `args`.
         perturbation: an instance, in place of the name in `args`; it skips the self-check.
@@ -103,12 +104,16 @@ class FlopsTrainerMixin:
         self._reuse: Reuse | None = None
         self._head: ClosedFormHead | None = None
         self._control = control_variate(args.control_variate)
-        self._tuning = Tuning.of(args)
+        self._tuning = Tuning.of(args, self._objective)
         self._position, self._position_step = 0, -1
         self._ids: list[int] | None = None
         self.ledger = Ledger()
         with quantised_base_allowed(model):
             super().__init__(model, args, *positional, **kwargs)  # type: ignore[call-arg]
+        self._budget: QueryBudget | None = None
+        if args.max_queries is not None:
+            self._budget = QueryBudget(args.max_queries, self._queries_at, lambda: self.ledger)
+            self.add_callback(self._budget)  # type: ignore[attr-defined]
         self._announce()
 
     def _announce(self: Any) -> None:
@@ -130,7 +135,7 @@ class FlopsTrainerMixin:
         """Train as the stock trainer does; each run starts with a new ledger and allocator and a new self-check."""
         self._perturbation, self._reuse, self._position_step = self._given_perturbation, None, -1
         self._allocator = self._given_allocator or ALLOCATORS[self.args.allocator]()
-        self.ledger, self._tuning = Ledger(), Tuning.of(self.args)
+        self.ledger, self._tuning = Ledger(), Tuning.of(self.args, self._objective)
         self._control = control_variate(self.args.control_variate)
         if not self._own_objective:
             self._objective = None
@@ -149,18 +154,20 @@ class FlopsTrainerMixin:
         inputs = without_cache(self.model, self._prepare_inputs(inputs))
         context = self.compute_loss_context_manager()
         with evaluation_mode(model), torch.no_grad(), context, shared_texts(self.model, inputs):
-            forward = self._forward_function(model)
+            forward = self.ledger.metered(self._forward_function(model))
             self._hold_back()
             if self._objective is None or self._perturbation is None or self._reuse is None:
                 self._set_up(model, forward, inputs)
             precision = precision_of(self.model, autocast=self.args.bf16)
             place, method = self._place(inputs), self._method(precision)
-            options = {"precision": precision, "seed": place.seed, "step": place.step}
-            method = self._tuning.complete(method, forward, inputs, **options)
+            method = self._tuning.complete(method, forward, inputs, precision=precision, seed=place.seed)
+            self.ledger.rows, self._tuning.rows = self.ledger.rows + self._tuning.rows, 0
+            if self._budget is not None and not self._budget.allows(batch_size(inputs), self.state.global_step):
+                model.zero_grad()  # the step is not taken, not even in part
+                return torch.zeros((), device=self.args.device)
             elements = self._elements(num_items_in_batch)
             batches = self.current_gradient_accumulation_steps
             result = estimate_gradient(forward, inputs, method, place, elements, batches)
-        self.ledger.rows, self._tuning.rows = self.ledger.rows + self._tuning.rows, 0
         self.ledger.record(result, self._ids)
         self._tuning.learn(result, method)
         return result.loss.to(self.args.device)
@@ -183,7 +190,7 @@ class FlopsTrainerMixin:
     def _forward_function(self: Any, model: nn.Module) -> Callable[[Mapping[str, Any]], tuple[Tensor | None, Any]]:
         """Return what runs the model; labels are not needed where the objective is the user's own."""
         if self._own_objective:
-            return partial(_run, model)
+            return partial(getattr(self._objective, "run", _run), model)
         if self.compute_loss_func is None:
             return lambda inputs: self.compute_loss(model, dict(inputs), return_outputs=True)
 
@@ -207,6 +214,8 @@ class FlopsTrainerMixin:
             raise ObjectiveError(
                 f"The batch has no labels: its keys are {sorted(inputs)}, and none of {self.label_names} is among them."
             )
+        if getattr(self._objective, "generates", False):
+            forward = self.ledger.metered(partial(_run, model))
         chosen = set_up(self.args, self.model, forward, inputs, self._objective, self._perturbation, self._held)
         self._objective, self._perturbation, self._reuse, self._head = chosen
 
@@ -218,7 +227,7 @@ class FlopsTrainerMixin:
             perturbation=self._perturbation,
             estimator=self._estimator,
             allocator=self._allocator,
-            queries_per_sample=self._queries_per_sample,
+            queries_per_sample=self._queries_at(self.state.global_step),
             scale=scale if isinstance(scale, (int, float)) else 1e-3 if precision < 1e-3 else 1e-2,
             rows_per_forward=1,
             reuse=self._reuse,
@@ -254,12 +263,12 @@ class FlopsTrainerMixin:
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Count 2 operations per parameter, token and row: the third of the stock count, times the queries."""
-        return super().floating_point_ops(inputs) // 3 * self._queries_per_sample  # type: ignore[misc]
+        return super().floating_point_ops(inputs) // 3 * self._queries_at(self.state.global_step)  # type: ignore[misc, attr-defined]
 
-    @property
-    def _queries_per_sample(self: Any) -> int:
+    def _queries_at(self: Any, step: int) -> int:
+        """Return the rows per sample of an optimizer step, for which all before are done."""
         queries = self._tuning.queries
-        return self.args.queries_per_sample if queries is None else queries.rows
+        return self.args.queries_per_sample if queries is None else queries.at(step)
 
     def _save_optimizer_and_scheduler(self: Any, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]

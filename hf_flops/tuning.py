@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from .calibration import calibrate
+from .auto_queries import AutoQueries
+from .calibration import STEP_GRID, calibrate, in_steps
 from .chunks import ChunkPlanner
 from .method import Method, StepResult
 from .objectives import Forward
-from .query_budget import AutoQueries
 from .trimming import may_be_cut, padding_is_idle
 
 logger = logging.getLogger(__name__)
@@ -47,24 +47,18 @@ class Tuning:
         self.idle: dict[str, bool] = {}  # side → whether the loss is the same without its padding, once that is known
 
     @classmethod
-    def of(cls, args: Any) -> Tuning:
-        """Start from a run's arguments."""
+    def of(cls, args: Any, objective: Any = None) -> Tuning:
+        """Start from a run's arguments, and what is minimised if that is known."""
         memory = None if args.memory_limit_gb is None else args.memory_limit_gb * 1e9
         rows = None if args.rows_per_forward == "auto" else args.rows_per_forward
         # Noise on the outputs of many tokens depends on their number.
-        trim = args.perturbation != "activation"
+        trim = args.perturbation != "activation" and not getattr(objective, "generates", False)
+        scale = "auto" if in_steps(objective) else None  # the constants are for smooth losses
         queries = AutoQueries() if args.queries_per_sample == "auto" else None
-        return cls(rows, memory, scale=args.perturbation_scale == "auto", trim=trim, queries=queries)
+        return cls(rows, memory, scale=(args.perturbation_scale or scale) == "auto", trim=trim, queries=queries)
 
     def complete(
-        self,
-        method: Method,
-        forward: Forward,
-        inputs: Mapping[str, Any],
-        *,
-        precision: float = 1e-4,
-        seed: int = 0,
-        step: int = 0,
+        self, method: Method, forward: Forward, inputs: Mapping[str, Any], *, precision: float = 1e-4, seed: int = 0
     ) -> Method:
         """Return the method with all that is known; runs the model where that tells something new.
 
@@ -74,17 +68,16 @@ class Tuning:
             inputs: a batch.
             precision: relative error of a loss that rounding alone can cause.
             seed: the run's seed.
-            step: the optimizer step.
         """
-        if self.queries is not None:
-            method = replace(method, queries_per_sample=self.queries.at(step))
         self.planner.prepare(method.perturbation.vector.device, method.perturbation.row_bytes)
         if method.objective.per_row and self._trim:
-            self.idle.update(padding_is_idle(method.objective, forward, inputs, precision, known=set(self.idle)))
+            probe = getattr(method.objective, "probe", method.objective)
+            self.idle.update(padding_is_idle(probe, forward, inputs, precision, known=set(self.idle)))
         sides = frozenset(side for side, idle in self.idle.items() if idle)
         method = replace(method, rows_per_forward=self.planner, trimmed=sides)
         if sides and method.reuse.modules and method.reuse.narrow is None:
-            method.reuse.narrow = may_be_cut(method.reuse, method.objective, forward, inputs, sides, precision)
+            probe = getattr(method.objective, "probe", method.objective)
+            method.reuse.narrow = may_be_cut(method.reuse, probe, forward, inputs, sides, precision)
         if self._calibrating and not self.found:
             self._calibrate(method, forward, inputs, seed)
         return replace(method, scale=self.found.get("perturbation_scale", method.scale))
@@ -95,14 +88,24 @@ class Tuning:
             self.queries.learn(result, method)
 
     def _calibrate(self, method: Method, forward: Forward, inputs: Mapping[str, Any], seed: int) -> None:
-        result = calibrate(forward, inputs, method, seed)
+        result, steps = calibrate(forward, inputs, method, seed), in_steps(method.objective)
         scale = method.scale if result.scale is None else result.scale
         self.rows += result.rows
-        self.found = {"perturbation_scale": scale, "difference_signal_to_noise": result.signal_to_noise}
-        if result.signal_to_noise < 1:
+        self.found = {
+            "perturbation_scale": scale,
+            "changed_queries" if steps else "difference_signal_to_noise": result.signal_to_noise,
+        }
+        if steps and result.scale is None:
+            logger.warning(
+                "No query of the first batch changes the objective, whatever perturbation_scale is up to %.2g; going on "
+                "with %.2g. An objective that nothing changes cannot be followed: start with a smoother one.",
+                STEP_GRID[-1],
+                scale,
+            )
+        if not steps and result.signal_to_noise < 1:
             logger.warning(
                 "perturbation_scale='auto' found no step at which differences are larger than their error (signal to noise "
-                "%.2g); going on with %.2g. A loss in steps, such as accuracy, needs a perturbation_scale of your choice.",
+                "%.2g); going on with %.2g. A loss in steps, such as accuracy, should be given as a Metric.",
                 result.signal_to_noise,
                 scale,
             )

@@ -141,4 +141,4 @@ def test_an_objective_without_such_a_scale_keeps_the_default_and_says_so(tmp_pat
     with caplog.at_level(logging.WARNING):
         run.train()
     assert run._tuning.found == {"perturbation_scale": 1e-3, "difference_signal_to_noise": 0.0}
-    assert "accuracy, needs a perturbation_scale of your choice" in caplog.text
+    assert "accuracy, should be given as a Metric" in caplog.text

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 from hf_flops import ConfigurationError, FlopsTrainer, FlopsTrainingArguments, Method, StepResult
 from hf_flops.allocators import Optimal, Uniform
+from hf_flops.auto_queries import MOST, AutoQueries
 from hf_flops.estimators import Antithetic, OneSided
 from hf_flops.objectives import TappedLoss
 from hf_flops.perturbations import perturb
-from hf_flops.query_budget import MOST, AutoQueries
 from tests.test_heads import adapted
 from tests.tiny import as_dataset, tiny_batch, tiny_model
 

@@ -1,0 +1,116 @@
+"""Engines in this process: a model of transformers, and a session of ONNX Runtime, which knows no autograd."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigurationError, EngineError
+
+
+class _Next(nn.Module):
+    """The logits (R, V) after each row's last real token, of a causal language model of transformers."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.body, self.head = model.base_model, model.get_output_embeddings()
+
+    def forward(self, inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden = self.body(inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        rows = torch.arange(hidden.shape[0], device=hidden.device)
+        return self.head(hidden[rows, attention_mask.sum(1) - 1])
+
+
+class TorchEngine:
+    """A causal language model of transformers as an engine."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model.eval()
+        self._next = _Next(model)
+
+    @torch.no_grad()
+    def __call__(self, inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
+        """See `Engine`."""
+        weight = self.model.get_input_embeddings().weight
+        return self._next(inputs_embeds.to(weight), attention_mask.to(weight.device)).float()
+
+
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ImportError("ONNX engines need ONNX Runtime: pip install 'hf_flops[onnx]'.") from error
+    return onnxruntime
+
+
+def export_onnx(model: Any, path: str | Path, *, int8: bool = False) -> Path:
+    """Write a causal language model as an ONNX file with `inputs_embeds` as its input, for `OnnxEngine`.
+
+    Args:
+        model: the model, in float32.
+        path: the file to write.
+        int8: whether weights become 8-bit integers, and activations are quantised as they come.
+
+    Raises:
+        ConfigurationError: the exported model does not compute what the model does.
+    """
+    runtime, path = _onnxruntime(), Path(path)
+    model.eval()
+    width = model.get_input_embeddings().embedding_dim
+    embeds, mask = torch.randn(2, 5, width, generator=torch.Generator().manual_seed(0)), torch.ones(2, 5, dtype=torch.long)
+    mask[1, 3:] = 0
+    either = dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC)
+    plain = path.with_suffix(".fp32.onnx") if int8 else path
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, of its exporter's insides
+        torch.onnx.export(
+            _Next(model),
+            (embeds, mask),
+            plain,
+            input_names=["inputs_embeds", "attention_mask"],
+            output_names=["logits"],
+            dynamic_shapes={"inputs_embeds": either, "attention_mask": either},
+            dynamo=True,
+            verbose=False,
+        )
+        wanted = model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).logits[[0, 1], [4, 2]]
+    error = float((OnnxEngine(plain)(embeds, mask) - wanted).abs().max())
+    if not error <= 1e-3 * max(1.0, float(wanted.abs().max())):
+        raise ConfigurationError(f"{type(model).__name__} cannot be exported: its logits would differ by {error:.2g}.")
+    if int8:
+        quantization: Any = __import__(f"{runtime.__name__}.quantization", fromlist=["quantize_dynamic"])
+        quantization.quantize_dynamic(plain, path, per_channel=True, weight_type=quantization.QuantType.QInt8)
+        for leftover in (plain, plain.with_name(plain.name + ".data")):
+            leftover.unlink(missing_ok=True)
+    return path
+
+
+class OnnxEngine:
+    """A session of ONNX Runtime on the CPU.
+
+    Args:
+        path: what `export_onnx` wrote.
+        threads: of the session; 0 for as many as there are cores.
+    """
+
+    def __init__(self, path: str | Path, threads: int = 0) -> None:
+        runtime, self.path = _onnxruntime(), Path(path)
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = threads
+        self.session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+    def __repr__(self) -> str:
+        return f"OnnxEngine({str(self.path)!r})"
+
+    def __call__(self, inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
+        """See `Engine`."""
+        given = {"inputs_embeds": inputs_embeds.cpu().numpy(), "attention_mask": attention_mask.cpu().numpy()}
+        try:
+            (logits,) = self.session.run(["logits"], given)
+        except Exception as error:  # ONNX Runtime has no common base class
+            raise EngineError(f"{self!r} failed: {error}") from error
+        return torch.from_numpy(logits)

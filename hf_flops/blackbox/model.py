@@ -1,0 +1,97 @@
+"""A soft prompt before the text of a model that runs somewhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.modeling_outputs import CausalLMOutput
+
+from ..errors import ConfigurationError, EngineError
+from ..objectives import widen
+
+
+class Engine(Protocol):
+    """A language model that is only asked for outputs."""
+
+    def __call__(self, inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return the logits (R, V) of what follows each row's last real token.
+
+        Args:
+            inputs_embeds: (R, T, D) float32.
+            attention_mask: (R, T) int64, zero on padding, which is at the right.
+        """
+        ...
+
+
+class BlackBoxPromptModel(nn.Module):
+    """P trainable virtual tokens before texts that an engine continues; only forward passes can train them.
+
+    Args:
+        engine: what is asked, see `Engine`.
+        embeddings: (V, D) the model's table of input embeddings, kept as it is.
+        label_words: the token of each of C classes.
+        num_virtual_tokens: P.
+        init_tokens: tokens that the prompt starts as, repeated as needed; else random ones.
+
+    Raises:
+        ConfigurationError: fewer than one virtual token, or label words that cannot tell classes apart.
+    """
+
+    embeddings: Tensor
+    label_words: Tensor
+    accepts_loss_kwargs = True  # Trainer's name for `num_items_in_batch`
+
+    def __init__(
+        self,
+        engine: Engine,
+        embeddings: Tensor,
+        label_words: Sequence[int],
+        num_virtual_tokens: int = 8,
+        init_tokens: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(num_virtual_tokens, int) or num_virtual_tokens < 1:
+            raise ConfigurationError(f"num_virtual_tokens={num_virtual_tokens!r} must be a whole number, 1 or more.")
+        if len(set(label_words)) < max(2, len(label_words)):
+            raise ConfigurationError(f"label_words={list(label_words)!r} must be two or more different tokens.")
+        self.engine = engine
+        table = embeddings.detach().float()
+        if init_tokens:
+            tokens = torch.tensor((list(init_tokens) * num_virtual_tokens)[:num_virtual_tokens])
+        else:
+            tokens = torch.randint(len(table), (num_virtual_tokens,))
+        self.prompt = nn.Embedding.from_pretrained(table[tokens].clone(), freeze=False)
+        self.register_buffer("embeddings", table, persistent=False)
+        self.register_buffer("label_words", torch.tensor(label_words))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> CausalLMOutput:
+        """Ask for texts (R, T), padded on either side; labels are (R,) classes, and logits (R, C).
+
+        Raises:
+            EngineError: the answer has another shape than (R, V).
+        """
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        order = (mask == 0).long().argsort(dim=1, stable=True)  # padding goes to the right
+        texts, mask = self.embeddings[input_ids.gather(1, order)], mask.gather(1, order)
+        index = torch.arange(self.prompt.num_embeddings, device=input_ids.device).expand(len(input_ids), -1)
+        rows, ones = torch.cat([self.prompt(index), texts], 1), torch.ones_like(index)
+        with torch.no_grad():
+            answer = self.engine(rows.float(), torch.cat([ones, mask], 1).long())
+        wanted = (len(input_ids), len(self.embeddings))
+        if answer.shape != wanted:
+            raise EngineError(f"{self.engine!r} answered with the shape {tuple(answer.shape)}, where {wanted} was wanted.")
+        logits = answer.to(rows.device)[:, self.label_words]
+        if labels is None:
+            return CausalLMOutput(logits=logits)
+        loss = F.cross_entropy(widen(logits), labels, reduction="mean" if num_items_in_batch is None else "sum")
+        return CausalLMOutput(loss=loss if num_items_in_batch is None else loss / num_items_in_batch, logits=logits)

@@ -1,0 +1,99 @@
+"""A reference server for engines, of the standard library: to try black boxes with, not for the open internet."""
+
+from __future__ import annotations
+
+import argparse
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from safetensors.torch import load, save
+
+from .engines import TorchEngine
+from .model import Engine
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    engine: Engine
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.engine_lock = threading.Lock()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """Answers a POST of safetensors with safetensors."""
+
+    server: Any
+
+    def do_POST(self) -> None:
+        """Run the engine on the rows of the request."""
+        try:
+            given = load(self.rfile.read(int(self.headers["Content-Length"])))
+            rows = given["inputs_embeds"], given["attention_mask"]
+        except Exception as error:
+            return self._answer(400, f"{type(error).__name__}: {error}".encode())
+        try:
+            with self.server.engine_lock:
+                logits = self.server.engine(*rows)
+        except Exception as error:
+            return self._answer(500, f"{type(error).__name__}: {error}".encode())
+        return self._answer(200, save({"logits": logits.contiguous()}))
+
+    def _answer(self, code: int, body: bytes) -> None:
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing."""
+
+
+class EngineServer:
+    """Serves an engine over HTTP in a thread: `with EngineServer(engine) as server: HttpEngine(server.url)`.
+
+    Args:
+        engine: what to serve; it runs one request at a time.
+        host: the address to listen at.
+        port: the port, 0 for any that is free.
+    """
+
+    def __init__(self, engine: Engine, host: str = "127.0.0.1", port: int = 0) -> None:
+        self._server = _Server((host, port), _Handler)
+        self._server.engine, self._host = engine, host
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+
+    @property
+    def url(self) -> str:
+        """Where to post to."""
+        return f"http://{self._host}:{self._server.server_port}/"
+
+    def __enter__(self) -> EngineServer:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+def main() -> None:
+    """Serve a causal language model of the Hub or a folder."""
+    from transformers import AutoModelForCausalLM
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    options = parser.parse_args()
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype="float32")
+    with EngineServer(TorchEngine(model), options.host, options.port) as server:
+        print(f"Serving {options.model} at {server.url}")
+        threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""Objectives that have no gradient: metrics of predictions, and rewards of generated text."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ConfigurationError, ObjectiveError
+from .objectives import Forward, RowLosses, widen
+from .rows import batch_size
+from .texts import split
+
+_GENERATION_INPUTS = ("input_ids", "attention_mask", "pixel_values", "input_features")
+
+
+class Probe:
+    """A number per row that depends smoothly on all logits of its real tokens.
+
+    Metrics say nothing about small changes, so the checks of the first batch look at this in their place.
+    """
+
+    per_row = True
+
+    def __call__(self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False) -> RowLosses:
+        """See `Objective`."""
+        del features
+        _, outputs = forward(inputs)
+        logits, rows, mask = widen(outputs.logits), batch_size(inputs), inputs.get("attention_mask")
+        # Uneven weights, as the sum of all logits may be blind to what a softmax sees.
+        each = (logits * torch.arange(logits.shape[-1], device=logits.device).cos()).sum(-1).reshape(rows, -1)
+        kept = torch.ones_like(each)
+        if torch.is_tensor(mask) and mask.dim() == 2 and each.shape[1] > 1 and mask.shape[1] <= each.shape[1]:
+            kept[:, -mask.shape[1] :] = mask.to(each)  # virtual tokens come first
+        return RowLosses((each * kept).sum(1) / kept.sum(1), torch.ones_like(each[:, 0]))
+
+
+def last_logits(outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
+    """Return the logits (R, V) that predict what follows the last real token, whatever the side of the padding."""
+    logits, mask = outputs.logits, inputs.get("attention_mask")
+    if mask is None:
+        return logits[:, -1]
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    last = torch.where(mask.bool(), columns, -1).amax(1) - mask.shape[1]  # from the end, as virtual tokens come first
+    return logits[torch.arange(len(logits), device=logits.device), last]
+
+
+@dataclass(frozen=True)
+class _Accuracy:
+    """Rates rows by whether the class with the highest logit, or the likeliest of some words, is the right one."""
+
+    label_words: tuple[int, ...] | None = None
+
+    def __call__(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
+        logits, labels = outputs.logits, inputs.get("labels")
+        if self.label_words is not None and logits.dim() == 3:
+            logits = last_logits(outputs, inputs)[:, list(self.label_words)]
+        if labels is None or labels.dim() != 1 or logits.dim() != 2:
+            shapes = tuple(logits.shape), None if labels is None else tuple(labels.shape)
+            raise ObjectiveError(
+                f"Metric('accuracy') needs logits (R, classes) and labels (R,), not {shapes[0]} and {shapes[1]}: give "
+                "label_words=, a token per class, for a language model, or a function of your own."
+            )
+        return (logits.argmax(-1) == labels.to(logits.device)).float()
+
+
+class Metric:
+    """A metric of the model's outputs as the objective of training: an accuracy, a reward.
+
+    What is minimised, and logged as the loss, is the metric with its sign turned where more is better.
+
+    Args:
+        what: "accuracy", or a function that maps (outputs, inputs) of R rows to (R,) numbers.
+        greater_is_better: which way the metric improves.
+        label_words: for "accuracy" of a causal language model on texts with labels (R,): a token for each class.
+        in_steps: whether small changes of the parameters leave most rows' numbers as they are. Then the default of
+            `perturbation_scale` is "auto".
+
+    Raises:
+        ConfigurationError: an unknown name, or label words that cannot tell classes apart.
+    """
+
+    per_row = True
+    generates = False
+
+    def __init__(
+        self,
+        what: str | Callable[[Any, Mapping[str, Any]], Any],
+        *,
+        greater_is_better: bool = True,
+        label_words: Sequence[int] | None = None,
+        in_steps: bool = True,
+    ) -> None:
+        if isinstance(what, str) and what != "accuracy":
+            raise ConfigurationError(
+                f"Metric({what!r}) is unknown: use 'accuracy', a function, or GeneratedMetric for texts."
+            )
+        if label_words is not None and (len(set(label_words)) < len(label_words) or len(label_words) < 2):
+            raise ConfigurationError(f"label_words={list(label_words)!r} must be two or more different tokens.")
+        words = None if label_words is None else tuple(label_words)
+        self.function: Callable[[Any, Mapping[str, Any]], Any] = _Accuracy(words) if isinstance(what, str) else what
+        self.sign, self.in_steps = -1.0 if greater_is_better else 1.0, in_steps
+        self.words, self.probe = words, Probe()
+
+    def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor | None, Any]:
+        """Run the model; without labels where they are classes that stand for words, as it has no use for these."""
+        given = inputs if self.words is None else {name: value for name, value in inputs.items() if name != "labels"}
+        outputs = model(**given)
+        return getattr(outputs, "loss", None), outputs
+
+    def __call__(self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False) -> RowLosses:
+        """See `Objective`."""
+        del features
+        _, outputs = forward(inputs)
+        return _losses(self.function(outputs, inputs), self.sign, batch_size(inputs))
+
+
+class GeneratedMetric:
+    """A metric or reward of the text that the perturbed model generates, all rows of a forward at once.
+
+    Args:
+        what: "exact_match", "f1" (of words) or "rouge_l" (longest common subsequence of words, F1), which compare with the
+            text of the labels; or a function that maps (R texts, inputs) to R numbers.
+        tokenizer: turns tokens into text.
+        greater_is_better: which way the metric improves.
+        options: for the model's `generate`; the default is greedy, so that a row's text depends on its noise alone.
+
+    Raises:
+        ConfigurationError: an unknown name.
+
+    References:
+        Lin (2004), ROUGE: A Package for Automatic Evaluation of Summaries, section 3.
+    """
+
+    per_row = True
+    generates = True
+    in_steps = True
+
+    def __init__(
+        self,
+        what: str | Callable[[list[str], Mapping[str, Any]], Any],
+        tokenizer: Any,
+        *,
+        greater_is_better: bool = True,
+        **options: Any,
+    ) -> None:
+        if isinstance(what, str) and what not in TEXT_SCORES:
+            raise ConfigurationError(f"GeneratedMetric({what!r}) is unknown: use {', '.join(TEXT_SCORES)} or a function.")
+        self.what, self.tokenizer, self.sign = what, tokenizer, -1.0 if greater_is_better else 1.0
+        self.options = {"do_sample": False, "num_beams": 1, **options}
+        self.probe = Probe()
+
+    def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[None, list[str]]:
+        """Generate a text for every row; in place of a plain forward pass."""
+        generator: Any = model
+        own = {name: inputs[name] for name in _GENERATION_INPUTS if name in inputs}
+        labels = inputs.get("labels")
+        if not generator.config.is_encoder_decoder and torch.is_tensor(labels) and labels.dim() == 2:
+            rows = split(inputs["input_ids"], inputs.get("attention_mask"), labels)  # the answer is what is to be found
+            own = {**own, "input_ids": rows.text, "attention_mask": rows.text_mask}
+        tokens, given = generator.generate(**own, **self.options), own.get("input_ids")
+        if given is not None and tokens.shape[1] >= given.shape[1] and tokens[:, : given.shape[1]].equal(given):
+            tokens = tokens[:, given.shape[1] :]  # some models return the text too
+        return None, self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+
+    def references(self, inputs: Mapping[str, Any]) -> list[str]:
+        """Return the text of each row's labels (R, L), those of -100 left out."""
+        labels = inputs.get("labels")
+        if labels is None or labels.dim() != 2:
+            raise ObjectiveError(
+                f"GeneratedMetric({self.what!r}) compares with the text of labels (R, L), and there are none."
+            )
+        return self.tokenizer.batch_decode([row[row != -100] for row in labels], skip_special_tokens=True)
+
+    def __call__(self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False) -> RowLosses:
+        """See `Objective`; `forward` is `run` of the model."""
+        del features
+        _, texts = forward(inputs)
+        if callable(self.what):
+            scores = self.what(texts, inputs)
+        else:
+            score = TEXT_SCORES[self.what]
+            scores = [score(text, wanted) for text, wanted in zip(texts, self.references(inputs), strict=True)]
+        return _losses(scores, self.sign, batch_size(inputs))
+
+
+def _losses(scores: Any, sign: float, rows: int) -> RowLosses:
+    sums = sign * widen(torch.as_tensor(scores))
+    if sums.shape != (rows,):
+        raise ObjectiveError(f"The metric returned numbers of shape {tuple(sums.shape)} for {rows} rows.")
+    return RowLosses(sums, torch.ones_like(sums))
+
+
+def _words(text: str) -> list[str]:
+    return "".join(c if c.isalnum() else " " for c in text.lower()).split()
+
+
+def _f1(common: int, found: int, wanted: int) -> float:
+    return 2 * common / (found + wanted) if found + wanted else 1.0
+
+
+def exact_match(text: str, wanted: str) -> float:
+    """Return 1 where a text has the words that were wanted, whatever its case and punctuation."""
+    return float(_words(text) == _words(wanted))
+
+
+def word_f1(text: str, wanted: str) -> float:
+    """Return the F1 of the words of a text, in any order."""
+    found, words = _words(text), _words(wanted)
+    return _f1((Counter(found) & Counter(words)).total(), len(found), len(words))
+
+
+def rouge_l(text: str, wanted: str) -> float:
+    """Return the F1 of the longest common subsequence of words."""
+    found, words = _words(text), _words(wanted)
+    longest = [0] * (len(words) + 1)
+    for word in found:
+        before = longest[:]
+        for i, other in enumerate(words):
+            longest[i + 1] = before[i] + 1 if word == other else max(before[i + 1], longest[i])
+    return _f1(longest[-1], len(found), len(words))
+
+
+TEXT_SCORES: dict[str, Callable[[str, str], float]] = {"exact_match": exact_match, "f1": word_f1, "rouge_l": rouge_l}

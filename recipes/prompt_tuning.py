@@ -1,0 +1,277 @@
+"""Tune a prompt of a language model, which is only asked for outputs, to tell classes of texts apart.
+
+With no arguments, eight virtual tokens after the text teach SmolLM2-135M-Instruct whether a movie review is good, without a
+backward pass. With a connection, any causal language model and data set of the Hub take their place:
+
+    python recipes/prompt_tuning.py
+    python recipes/prompt_tuning.py --domain products --compare backprop
+    python recipes/prompt_tuning.py --adapter prompt --per_class 16 --objective accuracy
+    python recipes/prompt_tuning.py --model Qwen/Qwen2.5-0.5B-Instruct --domain cornell-movie-review-data/rotten_tomatoes
+    python recipes/prompt_tuning.py recipes/prompt_tuning.yaml
+
+It ends with a table (report.md, results.json), a picture (report.png) and the adapters.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DataCollatorWithPadding, HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.utils import logging as transformers_logging
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also when hf_flops is not installed
+
+from hf_flops import FlopsTrainer, FlopsTrainingArguments, Metric
+from hf_flops.memory import PeakMemory
+from hf_flops.plots import save_report
+from recipes.prompts import (
+    ADAPTERS,
+    DOMAINS,
+    Template,
+    TextTask,
+    WordClassifier,
+    adapted,
+    label_tokens,
+    load_model,
+    load_texts,
+)
+
+METHODS = ("flops", "backprop")
+
+
+@dataclass
+class RecipeArguments:
+    """What is tuned on what, and what it is compared with."""
+
+    model: str | None = field(default=None, metadata={"help": "Hub id or folder; default: the embedded SmolLM2."})
+    domain: str = field(
+        default="movies",
+        metadata={"help": f"Embedded sentences ({', '.join(DOMAINS)}), or a Hub id with columns text, label."},
+    )
+    template: str = field(default="{text} It was", metadata={"help": "How a text is put; the answer comes at its end."})
+    chat: bool = field(default=False, metadata={"help": "Put the text as a user's message, in the model's chat template."})
+    label_words: list[str] = field(
+        default_factory=lambda: [" terrible", " great"], metadata={"help": "One token for each class, in their order."}
+    )
+    adapter: str = field(
+        default="suffix",
+        metadata={
+            "help": "A prompt after the text (cheapest), before it, a prefix in every layer, or LoRA.",
+            "choices": ADAPTERS,
+        },
+    )
+    virtual_tokens: int = field(default=8, metadata={"help": "Length of the prompt or prefix."})
+    init_text: str = field(
+        default=" All in all, the movie was just",
+        metadata={"help": "Text that a prompt starts as; empty for random tokens."},
+    )
+    lora_rank: int = field(default=2, metadata={"help": "Rank of LoRA on queries and values."})
+    per_class: int = field(default=0, metadata={"help": "Training texts per class, 0 for all."})
+    test_texts: int = field(default=500, metadata={"help": "Held-out texts that are reported on."})
+    validation_texts: int = field(default=128, metadata={"help": "Held-out texts for the learning curve."})
+    text_tokens: int = field(default=48, metadata={"help": "Tokens of a text that are kept."})
+    objective: str = field(
+        default="loss",
+        metadata={"help": "'loss', or 'accuracy' itself, which has no gradient.", "choices": ["loss", "accuracy"]},
+    )
+    compare: list[str] = field(
+        default_factory=list, metadata={"help": "'backprop' runs beside it with the same prompt and rows."}
+    )
+    dtype: str = field(
+        default="float32", metadata={"help": "The model's numbers: float32, or bfloat16 where that is faster."}
+    )
+
+
+@dataclass
+class RecipeTrainingArguments(FlopsTrainingArguments):
+    """Training arguments with defaults for this recipe."""
+
+    output_dir: str | None = "outputs/prompt_tuning"
+    learning_rate: float = 5e-3
+    max_steps: int = 40
+    queries_per_sample: int = 24
+    perturbation_scale: float | str | None = field(
+        default=None, metadata={"help": "Default: 1e-2, which suits embeddings; for accuracy it is measured."}
+    )
+    per_device_train_batch_size: int = 8
+    per_device_eval_batch_size: int = 32
+    adam_beta2: float = 0.99
+    eval_strategy: str = "steps"
+    eval_steps: float = 10
+    save_strategy: str = "no"
+    logging_steps: float = 10
+    report_to: str = "none"
+
+
+@dataclass
+class Outcome:
+    """What one method reached."""
+
+    method: str
+    before: float
+    after: float
+    texts: int
+    parameters: int
+    rows: int
+    tokens: int
+    seconds: float
+    peak_megabytes: float
+    steps: int
+    curve: list[tuple[float, float]]
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval of the accuracy."""
+        z, n, p = 1.96, self.texts, self.after
+        centre, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+        return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+
+
+class Curve(TrainerCallback):
+    """Records (rows, validation accuracy) at every evaluation while it trains."""
+
+    def __init__(self) -> None:
+        self.trainer: Any = None
+        self.points: list[tuple[float, float]] = []
+
+    @property
+    def rows(self) -> int:
+        """Rows through the model in training so far."""
+        if hasattr(self.trainer, "ledger"):
+            return self.trainer.ledger.all_rows
+        return self.trainer.state.global_step * self.trainer.args.train_batch_size
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        if self.rows and "eval_accuracy" in metrics:
+            self.points.append((self.rows, metrics["eval_accuracy"]))
+
+
+def accuracy(prediction: Any) -> dict[str, float]:
+    """Compute the share of right answers."""
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+def trainer_for(method: str, model: Any, args: RecipeTrainingArguments, recipe: RecipeArguments, **common: Any) -> Trainer:
+    """Build the trainer of a method: the stock one for backprop, ours otherwise."""
+    common = {"model": model, "compute_metrics": accuracy, **common}
+    if method == "backprop":
+        stock = {name: getattr(args, name) for name in TrainingArguments.__dataclass_fields__ if name[0] != "_"}
+        return Trainer(args=TrainingArguments(**{**stock, "include_num_input_tokens_seen": "all"}), **common)
+    objective = Metric("accuracy") if recipe.objective == "accuracy" else None
+    scale = args.perturbation_scale or ("auto" if objective else 1e-2)
+    return FlopsTrainer(args=replace(args, perturbation_scale=scale), objective=objective, **common)
+
+
+def run(method: str, recipe: RecipeArguments, args: RecipeTrainingArguments, task: TextTask) -> tuple[Outcome, Any]:
+    """Measure the model as it is, tune it with one method, and measure again."""
+    set_seed(args.seed)
+    base, tokenizer = load_model(recipe.model, recipe.dtype)
+    words = label_tokens(tokenizer, recipe.label_words, task.classes)
+    template = Template(tokenizer, recipe.template, recipe.text_tokens, recipe.chat)
+    collator, tail = DataCollatorWithPadding(tokenizer), recipe.adapter != "suffix"
+    own = replace(args, output_dir=str(Path(args.output_dir or "outputs/prompt_tuning", method)))
+    same = ("output_dir", "per_device_eval_batch_size", "use_cpu", "disable_tqdm", "report_to")
+    plain = TrainingArguments(**{name: getattr(own, name) for name in same})
+    asked = Trainer(WordClassifier(base, words), plain, data_collator=collator, compute_metrics=accuracy)
+    before = asked.evaluate(template.rows(task.test, tail=True))["eval_accuracy"]
+    names = ("virtual_tokens", "init_text", "lora_rank")
+    model = adapted(recipe.adapter, base, template, words, **{name: getattr(recipe, name) for name in names})
+    curve = Curve()
+    data = {part: template.rows(getattr(task, part), tail=tail) for part in ("train", "validation", "test")}
+    sets = {"train_dataset": data["train"], "eval_dataset": data["validation"]}
+    curve.trainer = trainer = trainer_for(method, model, own, recipe, data_collator=collator, callbacks=[curve], **sets)
+    with PeakMemory() as memory:
+        start = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - start
+    after = trainer.evaluate(data["test"])["eval_accuracy"]
+    model.save_pretrained(own.output_dir)
+    outcome = Outcome(
+        method=method,
+        before=before,
+        after=after,
+        texts=len(data["test"]),
+        parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        rows=curve.rows,
+        tokens=trainer.ledger.tokens if isinstance(trainer, FlopsTrainer) else int(trainer.state.num_input_tokens_seen),
+        seconds=seconds,
+        peak_megabytes=memory.megabytes,
+        steps=trainer.state.global_step,
+        curve=curve.points[:-1],
+    )
+    return outcome, trainer
+
+
+def table(outcomes: list[Outcome]) -> str:
+    """Lay outcomes out as a Markdown table."""
+    lines = [
+        "| method | zero-shot | tuned | 95 % interval | rows | tokens | seconds | peak memory | steps | parameters |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| {o.method} | {o.before:.1%} | **{o.after:.1%}** | {o.interval[0]:.1%} to {o.interval[1]:.1%} | {o.rows:,} | "
+        f"{o.tokens:,} | {o.seconds:.0f} | +{o.peak_megabytes:,.0f} MB | {o.steps:,} | {o.parameters:,} |"
+        for o in outcomes
+    ]
+    return "\n".join(lines)
+
+
+def report(folder: Path, task: TextTask, recipe: RecipeArguments, args: Any, runs: list[tuple[Outcome, Any]]) -> None:
+    """Write the table, the figures as JSON and the picture, and print the table."""
+    outcomes = [outcome for outcome, _ in runs]
+    text = table(outcomes)
+    print(f"\n{text}\n")
+    notes = (
+        f"Texts: {task.name}, {len(task.train):,} for training, accuracy on {outcomes[0].texts:,} held-out ones. Adapter: "
+        f"{recipe.adapter}; objective: {recipe.objective}. Zero-shot is the model without the adapter, asked with "
+        f"`{recipe.template}` for {', '.join(map(repr, recipe.label_words))}. Rows and tokens are what went through the "
+        "model in training, checks included, as if every row ran whole; a row of backprop also costs a backward pass. "
+        "Seconds include the evaluations for the curve.\n"
+    )
+    (folder / "report.md").write_text(f"# Prompt tuning\n\n{text}\n\n{notes}\n![report](report.png)\n")
+    rate = {"learning_rate": args.learning_rate, "queries_per_sample": args.queries_per_sample, "seed": args.seed}
+    record = {"recipe": asdict(recipe), **rate, "outcomes": [asdict(outcome) for outcome in outcomes]}
+    record |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    (folder / "results.json").write_text(json.dumps(record, indent=1))
+    curves = {o.method: o.curve for o in outcomes if o.curve}
+    if curves:
+        save_report(folder / "report.png", curves, outcomes[0].before)
+    print(f"Report: {folder / 'report.md'}")
+
+
+def parse(arguments: list[str] | None = None) -> tuple[RecipeArguments, RecipeTrainingArguments]:
+    """Read the command line, or a YAML file named on it."""
+    parser = HfArgumentParser([RecipeArguments, RecipeTrainingArguments], description=__doc__.split("\n")[0])
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if len(arguments) == 1 and arguments[0].endswith((".yaml", ".yml")):
+        return parser.parse_yaml_file(arguments[0])
+    recipe, args = parser.parse_args_into_dataclasses(arguments)
+    if unknown := [method for method in recipe.compare if method not in METHODS]:
+        parser.error(f"--compare {unknown[0]} is unknown: choose among {', '.join(METHODS)}")
+    return recipe, args
+
+
+def main(arguments: list[str] | None = None) -> list[Outcome]:
+    """Tune with forward passes, and by the methods that this is compared with."""
+    recipe, args = parse(arguments)
+    transformers_logging.disable_progress_bar()  # of loading and saving; training keeps its own
+    folder = Path(args.output_dir or "outputs/prompt_tuning")
+    folder.mkdir(parents=True, exist_ok=True)
+    sizes = {"validation": recipe.validation_texts, "test": recipe.test_texts, "per_class": recipe.per_class}
+    task = load_texts(recipe.domain, seed=args.seed, **sizes)
+    runs = []
+    for method in dict.fromkeys(["flops", *recipe.compare]):
+        print(f"\n=== {method}: {len(task.train):,} texts of {task.name}")
+        runs.append(run(method, recipe, args, task))
+    report(folder, task, recipe, args, runs)
+    return [outcome for outcome, _ in runs]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""The prompt-tuning recipe: templates, label words, adapters, and a whole run with a tiny model."""
+
+import json
+import random
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerFast
+
+from hf_flops.suffix import CONFIG_FILE
+from recipes import prompt_tuning, prompts
+from recipes.prompts import Template, WordClassifier, adapted, label_tokens, load_texts
+from tests.tiny import generator, tiny_model
+
+WORDS = [
+    "<pad>",
+    "<unk>",
+    "user",
+    "says",
+    "It",
+    "was",
+    "terrible",
+    "great",
+    "good",
+    "bad",
+    "a",
+    "film",
+    "very",
+    "so",
+    "dull",
+]
+CHAT = "{% for m in messages %}{{ m.role }} says {{ m.content }} says {% endfor %}"
+
+
+def tokenizer(chat=CHAT):
+    words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    built = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>", padding_side="right")
+    built.chat_template = chat
+    return built
+
+
+def reviews(domain="movieReviewSnippets", count=80):
+    draw = random.Random(0)
+    rows = []
+    for i in range(count):
+        filler = draw.choices(["a", "film", "very", "so"], k=draw.randint(1, 5))
+        rows.append((" ".join([*filler, "good" if i % 2 else "bad"]), i % 2))
+    return rows
+
+
+def language_model(*unused):
+    return tiny_model("llama", num_hidden_layers=1), tokenizer()
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setattr(prompts, "sentences", reviews)
+    monkeypatch.setattr(prompt_tuning, "load_model", language_model)
+
+
+def words_of(ids):
+    return [WORDS[i] for i in ids]
+
+
+def test_templates_put_texts_and_cut_nothing_but_them():
+    plain = Template(tokenizer(), "so {text} It was", most=2)
+    assert words_of(plain.head("a very good film")) == ["so", "a", "very"]
+    assert words_of(plain.tail) == ["It", "was"]
+    (row,) = plain.rows([("a film", 1)], tail=True)
+    assert (words_of(row["input_ids"]), row["labels"]) == (["so", "a", "film", "It", "was"], 1)
+    chat = Template(tokenizer(), "so {text} It was", most=9, chat=True)
+    assert words_of(chat.head("a film") + chat.tail) == ["user", "says", "so", "a", "film", "says", "It", "was"]
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: Template(tokenizer(), "It was", 9), "must have {text} in it, once"),
+        (lambda: Template(tokenizer(), "{text} {text}", 9), "must have {text} in it, once"),
+        (
+            lambda: Template(tokenizer(chat=None), "{text}", 9, chat=True),
+            "needs a model whose tokenizer has a chat template",
+        ),
+        (lambda: label_tokens(tokenizer(), ["great"], 2), "names 1 words"),
+        (lambda: label_tokens(tokenizer(), ["great", "great"], 2), "'great' stands for two classes"),
+        (lambda: label_tokens(tokenizer(), ["great", "very bad"], 2), "'very bad' is 2 tokens"),
+        (lambda: label_tokens(tokenizer(), ["great", ""], 2), "'' is 0 tokens"),
+    ],
+)
+def test_what_cannot_work_is_refused(make, match):
+    with pytest.raises(SystemExit, match=match):
+        make()
+
+
+def test_few_texts_per_class_and_held_out_ones(tiny):
+    sizes = {"validation": 8, "test": 12}
+    few, other = (load_texts("movies", per_class=3, seed=seed, **sizes) for seed in (0, 1))
+    whole = load_texts("movies", **sizes)
+    assert [label for _, label in few.train] == [0, 0, 0, 1, 1, 1]
+    assert few.train != other.train
+    assert (few.test, few.validation) == (other.test, other.validation) == (whole.test, whole.validation)
+    assert (len(whole.train), len(whole.validation), len(whole.test), whole.classes) == (60, 8, 12, 2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["lora", "prompt", "prefix"])
+def test_the_answer_is_read_after_the_last_token(kind):
+    model, words = tiny_model("llama"), tokenizer()
+    template = Template(words, "{text} It was", most=9)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = adapted(kind, model, template, [6, 7], virtual_tokens=2, init_text="a film", lora_rank=2).eval()
+    rows = template.rows(reviews()[:5], tail=True)
+    batch = DataCollatorWithPadding(words)([{"input_ids": row["input_ids"]} for row in rows])
+    found = made(batch["input_ids"], batch["attention_mask"]).logits
+    for row, logits in zip(rows, found, strict=True):
+        alone = made.model(input_ids=torch.tensor([row["input_ids"]])).logits[0, -1, [6, 7]]
+        torch.testing.assert_close(logits, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_the_loss_of_words_is_that_of_a_classifier():
+    classifier = WordClassifier(tiny_model("llama"), [6, 7])
+    ids, labels = torch.randint(3, 14, (3, 4), generator=generator()), torch.tensor([0, 1, 1])
+    outputs = classifier(ids, torch.ones_like(ids), labels)
+    expected = torch.nn.functional.cross_entropy(outputs.logits, labels)
+    torch.testing.assert_close(outputs.loss, expected)
+    torch.testing.assert_close(classifier(ids, torch.ones_like(ids), labels, num_items_in_batch=6).loss, expected / 2)
+
+
+def test_prompts_start_as_texts():
+    model, template = tiny_model("llama"), Template(tokenizer(), "{text} It was", most=9)
+    embeddings = model.get_input_embeddings().weight.detach().clone()
+    options = {"virtual_tokens": 3, "init_text": "so very good", "lora_rank": 2}
+    suffix = adapted("suffix", model, template, [6, 7], **options)
+    assert suffix.prompt.weight.equal(embeddings[[WORDS.index(word) for word in ("so", "very", "good")]])
+    prompt = adapted("prompt", model, template, [6, 7], **options).model.prompt_encoder["default"].embedding.weight
+    assert prompt.equal(embeddings[[WORDS.index(word) for word in ("so", "very", "good")]])
+
+
+@pytest.mark.parametrize("adapter", ["suffix", "prompt"])
+def test_a_run_leaves_a_report_a_picture_and_adapters(adapter, tiny, tmp_path, capsys):
+    options = (
+        f"--adapter {adapter} --virtual_tokens 3 --max_steps 2 --eval_steps 1 --queries_per_sample 4 --compare backprop"
+    )
+    options += " --per_device_train_batch_size 4 --validation_texts 8 --test_texts 12 --use_cpu True --disable_tqdm True"
+    outcomes = prompt_tuning.main([*options.split(), "--label_words", "terrible", "great", "--output_dir", str(tmp_path)])
+    assert [outcome.method for outcome in outcomes] == ["flops", "backprop"]
+    assert [outcome.steps for outcome in outcomes] == [2, 2]
+    assert outcomes[0].before == outcomes[1].before
+    assert outcomes[0].rows >= 2 * 4 * 4
+    assert outcomes[1].rows == 2 * 4
+    assert all(outcome.tokens > 3 * outcome.rows for outcome in outcomes)
+    report = (tmp_path / "report.md").read_text()
+    assert report.splitlines()[2] in capsys.readouterr().out
+    assert (tmp_path / "report.png").stat().st_size > 10_000
+    assert len(json.loads((tmp_path / "results.json").read_text())["outcomes"][0]["curve"]) == 2
+    name = CONFIG_FILE if adapter == "suffix" else "adapter_config.json"
+    assert (tmp_path / "flops" / name).is_file()
+    assert (tmp_path / "backprop" / name).is_file()
+
+
+def test_a_run_for_accuracy_itself(tiny, tmp_path):
+    options = "--objective accuracy --estimator antithetic --max_steps 1 --per_device_train_batch_size 4 --eval_strategy no"
+    options += " --validation_texts 8 --test_texts 12 --use_cpu True --disable_tqdm True --per_class 4"
+    (outcome,) = prompt_tuning.main([*options.split(), "--label_words", "terrible", "great", "--output_dir", str(tmp_path)])
+    assert outcome.steps == 1
+    low, high = outcome.interval
+    assert 0 <= low <= outcome.after <= high <= 1
+
+
+def test_the_yaml_beside_the_recipe_is_read():
+    recipe, args = prompt_tuning.parse(["recipes/prompt_tuning.yaml"])
+    assert (recipe.domain, recipe.adapter, recipe.label_words) == ("movies", "suffix", [" terrible", " great"])
+    assert args.output_dir == "outputs/prompt_tuning"
