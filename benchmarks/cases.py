@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 from hf_flops import Method, Place, SuffixPromptModel, estimate_gradient
 from hf_flops.allocators import Optimal, Uniform
 from hf_flops.checks import shared_texts, without_cache
+from hf_flops.control_variates import LogitJacobian
 from hf_flops.estimators import Antithetic, OneSided
 from hf_flops.independence import choose_reuse
 from hf_flops.last_logits import LastLogits, with_last_logits
@@ -35,6 +36,7 @@ from hf_flops.perturbations import perturb
 from hf_flops.reuse import Reuse
 from hf_flops.rows import batch_size, take
 from hf_flops.selfcheck import choose_objective, choose_perturbation
+from hf_flops.setup import few_logits
 from recipes.assets import minilm, sentences, smollm2
 
 QUERIES = 16
@@ -123,16 +125,21 @@ class Case:
             ours = self._ours(self.objective)
         names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         shared = perturb(self.model, shared=names, distribution="gaussian")
-        mezo = replace(ours, perturbation=shared, estimator=Antithetic(), allocator=Uniform(), reuse=Reuse())
+        mezo = replace(ours, perturbation=shared, estimator=Antithetic(), allocator=Uniform(), reuse=Reuse(), control=None)
         return {"plain": self.plain, "ours": self._step(ours), "mezo": self._step(mezo), "backprop": self.backprop}
 
     def _ours(self, objective: Objective) -> Method:
         perturbation, notes = choose_perturbation(self.model, objective, self.forward, self.inputs)
         reuse, reason = choose_reuse(self.model, objective, self.forward, self.inputs, perturbation)
+        if type(objective) is TappedLoss:
+            objective.logits = few_logits(self.forward, self.inputs)
+        control = LogitJacobian() if getattr(objective, "logits", False) else None
         for note in [*notes, reason]:
             if note:
                 print(f"{self.name}: {note}")
-        return Method(objective, perturbation, OneSided(), Optimal(), QUERIES, 1e-3, self.chunk, reuse=reuse)
+        return Method(
+            objective, perturbation, OneSided(), Optimal(), QUERIES, 1e-3, self.chunk, reuse=reuse, control=control
+        )
 
     def _step(self, method: Method) -> Callable[[], None]:
         def run() -> None:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import load, save
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -40,12 +37,12 @@ from .reuse import Reuse
 from .rows import Place, batch_size
 from .selfcheck import precision_of
 from .setup import set_up
+from .state import load_state, save_state
 from .step import estimate_gradient
 from .tuning import Tuning
 
 logger = logging.getLogger(__name__)
 SAMPLE_ID = "sample_id"
-STATE_FILE, CONTROL_FILE = "flops_state.json", "flops_control.safetensors"
 
 
 class FlopsTrainerMixin:
@@ -273,29 +270,14 @@ class FlopsTrainerMixin:
     def _save_optimizer_and_scheduler(self: Any, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
         if self.args.should_save:
-            parts = {"allocator": self._allocator, "ledger": self.ledger, "tuning": self._tuning}
-            state = {name: part.state_dict() for name, part in parts.items()}
-            if self._control is not None:
-                _replace(Path(output_dir, CONTROL_FILE), save(self._control.state_dict()))
-            _replace(Path(output_dir, STATE_FILE), json.dumps(state).encode())
+            save_state(output_dir, self._parts(), self._control)
 
     def _load_optimizer_and_scheduler(self: Any, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
-        path = Path(checkpoint or "", STATE_FILE)
-        if checkpoint is not None and path.is_file():
-            state = json.loads(path.read_text())
-            self._allocator.load_state_dict(state["allocator"])
-            self.ledger.load_state_dict(state["ledger"])
-            self._tuning.load_state_dict(state["tuning"])
-            if self._control is not None and (control := path.with_name(CONTROL_FILE)).is_file():
-                self._control.load_state_dict(load(control.read_bytes()))
+        load_state(checkpoint, self._parts(), self._control)
 
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_bytes(content)
-    unfinished.replace(path)
+    def _parts(self: Any) -> dict[str, Any]:
+        return {"allocator": self._allocator, "ledger": self.ledger, "tuning": self._tuning}
 
 
 def _run(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor | None, Any]:

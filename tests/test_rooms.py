@@ -17,7 +17,7 @@ FLOORS = {
     **dict.fromkeys(["heads", "control_variates"], 2),
     "method": 3,
     **dict.fromkeys(["step", "selfcheck", "independence", "last_logits", "prefix_cache", "trimming"], 4),
-    **dict.fromkeys(["args", "calibration", "ledger", "plots", "precision", "texts", "setup", "auto_queries"], 5),
+    **dict.fromkeys(["args", "calibration", "ledger", "plots", "precision", "texts", "setup", "state", "auto_queries"], 5),
     **dict.fromkeys(["blackbox", "budget", "checks", "packing", "rewards", "tuning"], 6),
     **dict.fromkeys(["suffix", "trainer"], 7),
 }
