@@ -90,7 +90,7 @@ def main() -> None:
     for axes, (name, entries) in zip(all_axes[0], tasks.items(), strict=True):
         print(f"\n## {name}\n\n{table(entries)}")
         draw(axes, name, entries)
-    all_axes[0][0].legend(fontsize=8)
+    all_axes[0][-1].legend(fontsize=8)
     figure.savefig(ROOT / "docs" / "learning.png", dpi=110)
 
 

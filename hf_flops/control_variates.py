@@ -64,10 +64,8 @@ class Prediction:
         self.innovation = torch.zeros_like(jacobian)  # sum over rows of (change - J z) z^T
         self.sums = torch.zeros(4, dtype=torch.float64)  # rows; squared errors; delta x prediction; squared predictions
 
-    def remainder(
-        self, noise: RowNoise, owner: Tensor, deltas: Tensor, changes: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Return what the prediction leaves of the deltas (R,), and what there is to be learned from the rows; see `add`.
+    def remainder(self, noise: RowNoise, owner: Tensor, deltas: Tensor, changes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what the prediction leaves of the deltas (R,), errors of the logits' changes (R, M), and sums for `add`.
 
         Args:
             noise: of the rows.
@@ -82,13 +80,12 @@ class Prediction:
         errors = torch.where(fine[:, None], errors, 0.0)
         seen, expected = torch.where(fine, deltas, 0.0), torch.where(fine, predicted, 0.0)
         sums = [fine.sum(), errors.square().sum(), seen @ expected, expected @ expected]
-        learned = noise.weighted_sum(errors.to(self.jacobian))
-        return deltas - self.trust * predicted, (learned, torch.stack([x.double() for x in sums]))
+        return deltas - self.trust * predicted, errors.to(self.jacobian), torch.stack([x.double() for x in sums])
 
-    def add(self, learned: tuple[Tensor, Tensor]) -> None:
-        """Take in what rows taught."""
-        self.innovation += learned[0]
-        self.sums += learned[1]
+    def add(self, innovation: Tensor, sums: Tensor) -> None:
+        """Take in what rows taught: `sum error z^T` (M, d), and the sums from `remainder`."""
+        self.innovation += innovation
+        self.sums += sums
 
     def baseline(self, weights: Tensor) -> Tensor:
         """Return `sum_i weights[i] h_i` (d,), to be added to an estimate whose rows have that weight (B,) in all."""

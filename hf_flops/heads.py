@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .counters import seeds
 from .losses import widen
-from .objectives import Forward, Objective, TappedLoss
+from .objectives import Forward, Objective, RowLosses, TappedLoss
 from .perturbations import ParameterVector, displaced
 from .perturbations.noise import draw
 from .rows import batch_size, take
@@ -46,15 +46,19 @@ class ClosedFormHead:
         finally:
             handle.remove()
 
-    def gradient(self, inputs: Tensor, slopes: Tensor) -> Tensor:
-        """Return the gradient (d,) of the summed loss.
+    def gradient(self, inputs: Tensor, clean: RowLosses) -> Tensor:
+        """Return the gradient (d,) of the summed loss; samples without a finite loss leave the average.
 
         Args:
-            inputs: (R, ..., in) what the layer was given.
-            slopes: (R, K) derivatives of each row's loss by its K logits.
+            inputs: (B, ...) what the layer was given.
+            clean: what the forward that gave it these found.
         """
-        x = widen(inputs.reshape(-1, self.module.in_features))
-        slopes = slopes.reshape(-1, self.module.out_features).to(x)
+        assert clean.slopes is not None
+        kept = clean.sums.isfinite()
+        share = clean.counts.sum() / clean.counts[kept].sum() if bool(clean.counts[kept].sum()) else 1.0
+        x, slopes = (torch.where(kept[:, None], part.reshape(len(kept), -1), 0.0) for part in (inputs, clean.slopes))
+        x = widen(x.reshape(-1, self.module.in_features))
+        slopes = slopes.reshape(-1, self.module.out_features).to(x) * share
         parts = {"weight": slopes.T @ x, "bias": slopes.sum(0)}
         return torch.cat([parts[own].flatten() for own in self.names])
 

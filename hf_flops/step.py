@@ -15,7 +15,6 @@ from .chunks import ChunkPlanner, Work, in_chunks
 from .control_variates import Prediction
 from .counters import seeds
 from .errors import NonFiniteError
-from .heads import ClosedFormHead
 from .method import Method, StepResult
 from .metrics import mean_squares, summarise
 from .objectives import Forward, RowLosses
@@ -106,41 +105,30 @@ class _Step:
     def run(self, elements: float | None, batches: int) -> StepResult:
         features, method = self._features(), self.method
         if method.control is not None and self.clean is not None and method.allocator.weighted:
-            vector, size = method.perturbation.vector, getattr(method.perturbation, "rowwise_size", 0)
-            self.prediction = method.control.start(self.clean, size, vector.device, self.place.step)
+            size = getattr(method.perturbation, "rowwise_size", 0)
+            self.prediction = method.control.start(self.clean, size, self.update.device, self.place.step)
         rows, deltas = self._rounds(features)
         counts = torch.bincount(rows.owner, minlength=self.units)
         update = self._without_non_finite(rows, deltas)
         # Where no element counts (every label is ignored) there is nothing to average, and the update is zero.
         normalizer = (float(self.elements.sum()) * batches if elements is None else elements) or 1.0
         self.method.perturbation.vector.add_to_gradients(update / normalizer)
-        known = 0.0  # squared norm of what needs no estimate
-        if method.head is not None:
-            exact = self._head_gradient(method.head) / normalizer
+        exact = torch.zeros(1)  # what needs no estimate
+        if method.head is not None and self.clean is not None:
+            exact = method.head.gradient(torch.cat(self.head_inputs), self.clean) / normalizer
             method.head.vector.add_to_gradients(exact)
-            known = float(exact.square().sum())
         squares = mean_squares(rows, deltas, self.units)
         self.method.allocator.update(features, counts, squares)
         if self.prediction is not None and method.control is not None:
             method.control.finish(self.prediction)
         loss = self.clean.sums if self.clean is not None else self.perturbed / counts
-        facts = self.method.perturbation.grouped, self.dimension
+        facts = method.perturbation.grouped, self.dimension
         metrics = summarise(update / normalizer, squares / normalizer**2, counts, rows, deltas / normalizer, *facts)
-        metrics["head_signal"] = known
+        metrics["head_signal"] = float(exact.square().sum())
         used = (len(rows) + self.replayed) * len(self.method.estimator.signs) * (self.samples // self.units)
         used += self.samples * self.method.needs_clean
         total = loss[loss.isfinite()].sum() / normalizer
         return StepResult(total.float(), used, counts, squares, metrics)
-
-    def _head_gradient(self, head: ClosedFormHead) -> Tensor:
-        """Return the gradient of the closed-form head with N = 1; samples without a finite loss leave the average."""
-        clean = self.clean
-        assert clean is not None
-        assert clean.slopes is not None
-        kept = clean.sums.isfinite()
-        share = self.elements.sum() / (self.elements[kept.cpu()].sum() or 1.0)
-        inputs, slopes = (torch.where(kept[:, None], x, 0.0) for x in (torch.cat(self.head_inputs), clean.slopes))
-        return head.gradient(inputs, slopes) * float(share)
 
     def _features(self) -> Features:
         losses = torch.zeros(self.units) if self.clean is None else self.clean.sums.cpu()
@@ -181,21 +169,31 @@ class _Step:
             chunk = rows[index]
             noise = self._noise(chunk)
             own, losses, changes, columns = self._evaluate(chunk, noise)
-            predicted, learned = self.method.perturbation.row_noise(noise) if self.prediction else None, None
-            if self.prediction is not None and changes is not None and predicted is not None:
-                own, learned = self.prediction.remainder(predicted, chunk.owner, own, changes)
+            errors = sums = None
+            if self.prediction is not None and changes is not None:
+                row_noise: Any = self.method.perturbation.row_noise(noise)
+                own, errors, sums = self.prediction.remainder(row_noise, chunk.owner, own, changes)
             coefficients = torch.where(own.isfinite(), own * chunk.weight, 0.0)
-            pulled = self.method.perturbation.pull_back(noise, coefficients)
+            pulled, innovation = self._pull_back(noise, coefficients, errors)
             # Memory may have run out before: from here on nothing large is made.
             deltas[index], self.dimension = own, self.method.perturbation.dimension(noise)
             self.perturbed.index_add_(0, chunk.owner, losses.mean(0).double())
             self.update.add_(pulled)
-            if self.prediction is not None and learned is not None:
-                self.prediction.add(learned)
+            if self.prediction is not None and sums is not None:
+                self.prediction.add(innovation, sums)
             return columns
 
         self._in_chunks(rows, work, self.planner)
         return rows, deltas
+
+    def _pull_back(self, noise: Any, coefficients: Tensor, errors: Tensor | None) -> tuple[Tensor, Any]:
+        """Return `sum_r c_r z_r` (d,) for coefficients (R,), and (M, d) for errors (R, M); the noise is unpacked once."""
+        perturbation = self.method.perturbation
+        own: Any = None if errors is None else perturbation.row_noise(noise)
+        if errors is None or perturbation.rowwise_size < perturbation.vector.size:
+            return perturbation.pull_back(noise, coefficients), None if own is None else own.weighted_sum(errors)
+        both = own.weighted_sum(torch.cat([coefficients[:, None].to(errors), errors], 1))
+        return both[0], both[1:]
 
     def _in_chunks(self, rows: Rows, work: Work, planner: ChunkPlanner) -> None:
         per_row, grouped = self.method.objective.per_row, self.method.perturbation.grouped

@@ -38,8 +38,8 @@ from recipes.images import ImageTask, PixelDataset, collate, load_images, load_v
 METHODS = [*PRESETS, "backprop"]
 # Best of a grid on the validation split, the same for every method: benchmarks/vit_learning_rates.py.
 LEARNING_RATES: dict[str, dict[str, float]] = {
-    "digits": {"flops": 1.6e-1, "mezo": 2e-2, "flops-authors": 4e-2, "backprop": 8e-2},
-    "fashion_mnist": {"flops": 4e-2, "mezo": 2e-2, "flops-authors": 2e-2, "backprop": 2e-2},
+    "digits": {"flops": 4e-2, "mezo": 2e-2, "flops-authors": 4e-2, "backprop": 8e-2},
+    "fashion_mnist": {"flops": 2e-2, "mezo": 2e-2, "flops-authors": 2e-2, "backprop": 2e-2},
 }
 
 
