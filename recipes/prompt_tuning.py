@@ -94,7 +94,7 @@ class RecipeTrainingArguments(FlopsTrainingArguments):
 
     output_dir: str | None = "outputs/prompt_tuning"
     learning_rate: float = 5e-3
-    max_steps: int = 40
+    max_steps: int = 80
     queries_per_sample: int = 24
     perturbation_scale: float | str | None = field(
         default=None, metadata={"help": "Default: 1e-2, which suits embeddings; for accuracy it is measured."}
