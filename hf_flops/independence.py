@@ -160,32 +160,19 @@ def choose_reuse(
         everything = ParameterVector.of(model)
         offset = draw("gaussian", seeds(_CHECK_SEED, 2), everything.shapes, everything.device)[0]
         with displaced(everything, 0.05 * offset):  # a head that starts at zero hides what is below it
-            return _choose(model, objective, forward, inputs, perturbation, precision, cached)
+            modules = independent_modules(model, forward, inputs, perturbation, per_row=objective.per_row)
+            if not modules:
+                return Reuse(), None
+            reuse = Reuse(modules)
+            few = take(inputs, torch.arange(min(2, batch_size(inputs)))) if objective.per_row else inputs
+            _simplify(reuse, forward, few, cached)
+            for _ in range(2):
+                if _agrees(reuse, objective, forward, inputs, perturbation, precision):
+                    return reuse, None
+                reuse = Reuse(modules)  # with all outputs: the objective may look at what the model does not return
+        return Reuse(), "the losses of rows were not the same with it"
     except Exception as error:
         return Reuse(), f"{type(error).__name__}: {error}"
-
-
-def _choose(
-    model: nn.Module,
-    objective: Objective,
-    forward: Forward,
-    inputs: Mapping[str, Any],
-    perturbation: Perturbation,
-    precision: float,
-    cached: bool,
-) -> tuple[Reuse, str | None]:
-    """See `choose_reuse`, whose parameters have been moved off their starting values."""
-    modules = independent_modules(model, forward, inputs, perturbation, per_row=objective.per_row)
-    if not modules:
-        return Reuse(), None
-    reuse = Reuse(modules)
-    few = take(inputs, torch.arange(min(2, batch_size(inputs)))) if objective.per_row else inputs
-    _simplify(reuse, forward, few, cached)
-    for _ in range(2):
-        if _agrees(reuse, objective, forward, inputs, perturbation, precision):
-            return reuse, None
-        reuse = Reuse(modules)  # once more with all outputs: the objective may look at what the model does not return
-    return Reuse(), "the losses of rows were not the same with it"
 
 
 def _simplify(reuse: Reuse, forward: Forward, inputs: Mapping[str, Any], cached: bool) -> None:

@@ -6,11 +6,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def widen(values: Tensor) -> Tensor:
     """Convert to float32, or keep float64."""
     return values if values.dtype == torch.float64 else values.float()
+
+
+def mean_cross_entropy(logits: Tensor, targets: Tensor, items: Tensor | int | None) -> Tensor:
+    """Return the cross-entropy of (E, C) logits, summed over `items`, Trainer's `num_items_in_batch`; None for its mean."""
+    loss = F.cross_entropy(widen(logits), targets, reduction="mean" if items is None else "sum")
+    return loss if items is None else loss / items
 
 
 def element_weights(name: str, losses: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:

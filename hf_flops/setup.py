@@ -61,7 +61,7 @@ def set_up(
         objective = with_last_logits(model, objective, forward, inputs, precision)
     if ours and args.control_variate != "none" and type(objective) is TappedLoss:
         objective.logits = few_logits(forward, inputs)
-    head = None
+    head, probe = None, getattr(objective, "probe", objective)
     if perturbation is None:
         if ours and args.closed_form_head:
             head = find_head(model, objective, forward, inputs, held)
@@ -69,14 +69,12 @@ def set_up(
             objective.logits = True  # type: ignore[attr-defined]
             held = {*held, *head.vector.names}
             logger.info("Noise leaves the head alone, whose gradient is exact: %s.", ", ".join(head.vector.names))
-        probe = getattr(objective, "probe", objective)
         options = {"mode": args.perturbation, "distribution": args.noise, "precision": precision, "held": held}
         perturbation, notes = choose_perturbation(model, probe, forward, inputs, **options)
         for note in notes:
             logger.warning("%s", note)
     if getattr(objective, "generates", False):  # its forwards are not those that were looked at
         return objective, perturbation, Reuse(), head
-    probe = getattr(objective, "probe", objective)
     reuse = late_expansion(args, model, probe, forward, inputs, perturbation, precision)
     return objective, perturbation, reuse, head
 

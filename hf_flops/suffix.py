@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils import PushToHubMixin
 
 from .errors import ConfigurationError
-from .objectives import widen
+from .losses import mean_cross_entropy
 from .packing import Packing, continued, may_be_packed
 from .selfcheck import precision_of
 from .texts import Split, TextCache, split
@@ -121,9 +121,8 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
         if labels is None:
             return CausalLMOutput(logits=logits)
         targets = labels if labels.dim() == 1 else rows.targets
-        reduction = "mean" if num_items_in_batch is None else "sum"
-        loss = F.cross_entropy(widen(logits.flatten(0, -2)), targets.flatten(), reduction=reduction)
-        return CausalLMOutput(loss=loss if num_items_in_batch is None else loss / num_items_in_batch, logits=logits)
+        loss = mean_cross_entropy(logits.flatten(0, -2), targets.flatten(), num_items_in_batch)
+        return CausalLMOutput(loss=loss, logits=logits)
 
     @contextmanager
     def cached_texts(self, inputs: Mapping[str, Any]) -> Iterator[None]:

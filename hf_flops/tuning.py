@@ -70,13 +70,12 @@ class Tuning:
             seed: the run's seed.
         """
         self.planner.prepare(method.perturbation.vector.device, method.perturbation.row_bytes)
+        probe = getattr(method.objective, "probe", method.objective)
         if method.objective.per_row and self._trim:
-            probe = getattr(method.objective, "probe", method.objective)
             self.idle.update(padding_is_idle(probe, forward, inputs, precision, known=set(self.idle)))
         sides = frozenset(side for side, idle in self.idle.items() if idle)
         method = replace(method, rows_per_forward=self.planner, trimmed=sides)
         if sides and method.reuse.modules and method.reuse.narrow is None:
-            probe = getattr(method.objective, "probe", method.objective)
             method.reuse.narrow = may_be_cut(method.reuse, probe, forward, inputs, sides, precision)
         if self._calibrating and not self.found:
             self._calibrate(method, forward, inputs, seed)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DataCollatorWithPadding, HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also when hf_flops is not installed
@@ -30,6 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also when hf_
 from hf_flops import FlopsTrainer, FlopsTrainingArguments, Metric
 from hf_flops.memory import PeakMemory
 from hf_flops.plots import save_report
+from recipes import common
+from recipes.common import accuracy, stock_arguments
 from recipes.prompts import (
     ADAPTERS,
     DOMAINS,
@@ -152,20 +154,14 @@ class Curve(TrainerCallback):
             self.points.append((self.rows, metrics["eval_accuracy"]))
 
 
-def accuracy(prediction: Any) -> dict[str, float]:
-    """Compute the share of right answers."""
-    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
-
-
-def trainer_for(method: str, model: Any, args: RecipeTrainingArguments, recipe: RecipeArguments, **common: Any) -> Trainer:
+def trainer_for(method: str, model: Any, args: RecipeTrainingArguments, recipe: RecipeArguments, **options: Any) -> Trainer:
     """Build the trainer of a method: the stock one for backprop, ours otherwise."""
-    common = {"model": model, "compute_metrics": accuracy, **common}
+    options = {"model": model, "compute_metrics": accuracy, **options}
     if method == "backprop":
-        stock = {name: getattr(args, name) for name in TrainingArguments.__dataclass_fields__ if name[0] != "_"}
-        return Trainer(args=TrainingArguments(**{**stock, "include_num_input_tokens_seen": "all"}), **common)
+        return Trainer(args=stock_arguments(args, include_num_input_tokens_seen="all"), **options)
     objective = Metric("accuracy") if recipe.objective == "accuracy" else None
     scale = args.perturbation_scale or ("auto" if objective else 1e-2)
-    return FlopsTrainer(args=replace(args, perturbation_scale=scale), objective=objective, **common)
+    return FlopsTrainer(args=replace(args, perturbation_scale=scale), objective=objective, **options)
 
 
 def run(method: str, recipe: RecipeArguments, args: RecipeTrainingArguments, task: TextTask) -> tuple[Outcome, Any]:
@@ -247,14 +243,7 @@ def report(folder: Path, task: TextTask, recipe: RecipeArguments, args: Any, run
 
 def parse(arguments: list[str] | None = None) -> tuple[RecipeArguments, RecipeTrainingArguments]:
     """Read the command line, or a YAML file named on it."""
-    parser = HfArgumentParser([RecipeArguments, RecipeTrainingArguments], description=__doc__.split("\n")[0])
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if len(arguments) == 1 and arguments[0].endswith((".yaml", ".yml")):
-        return parser.parse_yaml_file(arguments[0])
-    recipe, args = parser.parse_args_into_dataclasses(arguments)
-    if unknown := [method for method in recipe.compare if method not in METHODS]:
-        parser.error(f"--compare {unknown[0]} is unknown: choose among {', '.join(METHODS)}")
-    return recipe, args
+    return common.parse([RecipeArguments, RecipeTrainingArguments], __doc__, METHODS, arguments)
 
 
 def main(arguments: list[str] | None = None) -> list[Outcome]:

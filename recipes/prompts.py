@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_outputs import CausalLMOutput
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from hf_flops import SuffixPromptModel
+from hf_flops.losses import mean_cross_entropy
 from recipes.assets import sentences, smollm2
 
 DOMAINS = {  # of the embedded sentences; see `recipes.assets.sentences`
@@ -172,8 +172,7 @@ class WordClassifier(nn.Module):
         logits = logits[torch.arange(len(index), device=index.device), index][:, self.words]
         if labels is None:
             return CausalLMOutput(logits=logits)
-        loss = F.cross_entropy(logits.float(), labels, reduction="mean" if num_items_in_batch is None else "sum")
-        return CausalLMOutput(loss=loss if num_items_in_batch is None else loss / num_items_in_batch, logits=logits)
+        return CausalLMOutput(loss=mean_cross_entropy(logits, labels, num_items_in_batch), logits=logits)
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:
         """Save the adapter."""

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also when hf_flops is not installed
@@ -33,6 +33,8 @@ from hf_flops import FlopsTrainer, FlopsTrainingArguments
 from hf_flops.args import PRESETS
 from hf_flops.memory import PeakMemory
 from hf_flops.plots import save_report
+from recipes import common
+from recipes.common import accuracy, stock_arguments
 from recipes.images import ImageTask, PixelDataset, collate, load_images, load_vit, pixel_dataset, pretrained_vit
 
 METHODS = [*PRESETS, "backprop"]
@@ -125,11 +127,6 @@ class Curve(TrainerCallback):
             self.points.append((self.rows, metrics["eval_accuracy"]))
 
 
-def accuracy(prediction: Any) -> dict[str, float]:
-    """Compute the share of right answers."""
-    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
-
-
 def adapter_model(recipe: RecipeArguments, path: str, task: ImageTask, seed: int) -> torch.nn.Module:
     """Load the backbone and put LoRA and a new head on it, the same for every method."""
     set_seed(seed)
@@ -151,7 +148,7 @@ def trainer_for(
     method: str, model: torch.nn.Module, args: RecipeTrainingArguments, curve: Curve, train: Any, validation: Any
 ) -> Trainer:
     """Build the trainer of a method: the stock one for backprop, ours with a preset for the rest."""
-    common: dict[str, Any] = {
+    options: dict[str, Any] = {
         "model": model,
         "train_dataset": train,
         "eval_dataset": validation,
@@ -160,10 +157,9 @@ def trainer_for(
         "callbacks": [curve],
     }
     if method == "backprop":
-        stock = {name: getattr(args, name) for name in TrainingArguments.__dataclass_fields__ if name[0] != "_"}
-        trainer: Trainer = Trainer(args=TrainingArguments(**stock), **common)
+        trainer: Trainer = Trainer(args=stock_arguments(args), **options)
     else:
-        trainer = FlopsTrainer(args=replace(args, preset=method, **PRESETS[method]), **common)
+        trainer = FlopsTrainer(args=replace(args, preset=method, **PRESETS[method]), **options)
     curve.trainer = trainer
     return trainer
 
@@ -275,14 +271,7 @@ def report(folder: Path, task: ImageTask, recipe: RecipeArguments, runs: list[tu
 
 def parse(arguments: list[str] | None = None) -> tuple[RecipeArguments, RecipeTrainingArguments]:
     """Read the command line, or a YAML file named on it."""
-    parser = HfArgumentParser([RecipeArguments, RecipeTrainingArguments], description=__doc__.split("\n")[0])
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if len(arguments) == 1 and arguments[0].endswith((".yaml", ".yml")):
-        return parser.parse_yaml_file(arguments[0])
-    recipe, args = parser.parse_args_into_dataclasses(arguments)
-    if unknown := [method for method in recipe.compare if method not in METHODS]:
-        parser.error(f"--compare {unknown[0]} is unknown: choose among {', '.join(METHODS)}")
-    return recipe, args
+    return common.parse([RecipeArguments, RecipeTrainingArguments], __doc__, METHODS, arguments)
 
 
 def load_data(recipe: RecipeArguments, seed: int) -> tuple[str, ImageTask, dict[str, PixelDataset]]:

@@ -7,11 +7,10 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.modeling_outputs import CausalLMOutput
 
 from ..errors import ConfigurationError, EngineError
-from ..objectives import widen
+from ..losses import mean_cross_entropy
 
 
 class Engine(Protocol):
@@ -93,5 +92,4 @@ class BlackBoxPromptModel(nn.Module):
         logits = answer.to(rows.device)[:, self.label_words]
         if labels is None:
             return CausalLMOutput(logits=logits)
-        loss = F.cross_entropy(widen(logits), labels, reduction="mean" if num_items_in_batch is None else "sum")
-        return CausalLMOutput(loss=loss if num_items_in_batch is None else loss / num_items_in_batch, logits=logits)
+        return CausalLMOutput(loss=mean_cross_entropy(logits, labels, num_items_in_batch), logits=logits)
