@@ -9,7 +9,7 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .args import FlopsArgumentsMixin, FlopsTrainingArguments
-    from .errors import ConfigurationError, EngineError, FlopsError, NonFiniteError, ObjectiveError
+    from .errors import ConfigurationError, EngineError, FlopsError, NonFiniteError, ObjectiveError, ProcessError
     from .method import Method, StepResult
     from .objectives import CallableObjective
     from .rewards import GeneratedMetric, Metric
@@ -33,6 +33,7 @@ _HOMES = {
     "NonFiniteError": "errors",
     "ObjectiveError": "errors",
     "Place": "rows",
+    "ProcessError": "errors",
     "StepResult": "method",
     "SuffixPromptModel": "suffix",
     "estimate_gradient": "step",
@@ -53,6 +54,7 @@ __all__ = [
     "NonFiniteError",
     "ObjectiveError",
     "Place",
+    "ProcessError",
     "StepResult",
     "SuffixPromptModel",
     "__version__",

@@ -46,16 +46,18 @@ class ClosedFormHead:
         finally:
             handle.remove()
 
-    def gradient(self, inputs: Tensor, clean: RowLosses) -> Tensor:
+    def gradient(self, inputs: Tensor, clean: RowLosses, whole: RowLosses | None = None) -> Tensor:
         """Return the gradient (d,) of the summed loss; samples without a finite loss leave the average.
 
         Args:
             inputs: (B, ...) what the layer was given.
             clean: what the forward that gave it these found.
+            whole: what was found for all samples, where these are a part of them and the gradient is that of the part.
         """
         assert clean.slopes is not None
-        kept = clean.sums.isfinite()
-        share = clean.counts.sum() / clean.counts[kept].sum() if bool(clean.counts[kept].sum()) else 1.0
+        kept, whole = clean.sums.isfinite(), clean if whole is None else whole
+        finite = whole.counts[whole.sums.isfinite()].sum()
+        share = whole.counts.sum() / finite if bool(finite) else 1.0
         x, slopes = (torch.where(kept[:, None], part.reshape(len(kept), -1), 0.0) for part in (inputs, clean.slopes))
         x = widen(x.reshape(-1, self.module.in_features))
         slopes = slopes.reshape(-1, self.module.out_features).to(x) * share

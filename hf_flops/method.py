@@ -11,6 +11,7 @@ from .chunks import ChunkPlanner
 from .control_variates import ControlVariate
 from .errors import ConfigurationError
 from .estimators import Estimator
+from .exchange import Exchange
 from .heads import ClosedFormHead
 from .objectives import Objective
 from .perturbations import Perturbation
@@ -33,6 +34,10 @@ class Method:
         reuse: modules that run once per sample, because no noise reaches them; see `choose_reuse`.
         head: the layer whose gradient the clean forward gives, if there is one; the perturbation leaves it alone.
         control: predicts deltas from past steps and takes the predictions out of the noise; None for no control variate.
+        exchange: the other processes of the run, and what they tell each other.
+
+    Raises:
+        ConfigurationError: processes share scalars only, and something needs more than that.
     """
 
     objective: Objective
@@ -46,6 +51,16 @@ class Method:
     reuse: Reuse = field(default_factory=Reuse)
     head: ClosedFormHead | None = None
     control: ControlVariate | None = None
+    exchange: Exchange = field(default_factory=Exchange)
+
+    def __post_init__(self) -> None:
+        if self.exchange.scalars and self.control is not None:
+            raise ConfigurationError('A control variate learns from gradients: with reduce="scalars" there is none.')
+        if self.exchange.scalars and self.perturbation.replays:
+            raise ConfigurationError(
+                'reduce="scalars" draws all noise again in every process, but noise on outputs needs the forwards too: use '
+                'perturbation="auto" or "rowwise".'
+            )
 
     @property
     def needs_clean(self) -> bool:

@@ -114,6 +114,8 @@ class CachedReuse(Reuse):
         store: where outputs are kept.
     """
 
+    remembers = True
+
     def __init__(self, reuse: Reuse, store: SampleStore) -> None:
         super().__init__(reuse.modules)
         self.unused, self.derived, self.store = reuse.unused, reuse.derived, store
@@ -126,7 +128,7 @@ class CachedReuse(Reuse):
         with super().installed():
             self._new = []
             yield
-            if self._complete():
+            if self.complete:
                 self._keep_samples(self._new)
 
     def prepare(self, forward: Call, inputs: Mapping[str, Any], ids: Sequence[int] | None) -> None:
@@ -145,7 +147,7 @@ class CachedReuse(Reuse):
             return
         if missing:
             self.record(forward, take(inputs, torch.tensor(missing)))
-            if not self._complete():
+            if not self.complete:
                 return
             for i, entry in zip(missing, self._keep_samples([samples[i] for i in missing]), strict=True):
                 entries[i] = entry

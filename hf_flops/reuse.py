@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from .rows import batch_size
+from .rows import batch_size, take
 
 Call = Callable[..., Any]
 Output = tuple[list[Any], TreeSpec]
@@ -51,7 +51,10 @@ class Reuse:
         unused: modules whose output is read by others of `modules` only; NaN is handed on in its place, without memory.
         derived: small modules whose output follows from those of others; see `find_derived`.
         narrow: whether recorded outputs may be cut where a chunk has less padding than the batch; None until it is known.
+        remembers: whether outputs are kept from one step to the next.
     """
+
+    remembers = False
 
     def __init__(self, modules: Mapping[nn.Module, tuple[bool, ...]] | None = None) -> None:
         self.modules = dict(modules or {})
@@ -62,6 +65,7 @@ class Reuse:
         self._samples = self._columns = 0
         self._cut: slice | None = None
         self._owner: Tensor | None = None
+        self._place: Tensor | None = None  # (B,) where each sample of the batch is in the record; None where all are
         self._running = self._stopping = False
 
     @contextmanager
@@ -69,6 +73,7 @@ class Reuse:
         """Replace the modules' `forward` for one step; nothing is left on the model or kept after it."""
         with ExitStack() as stack:
             stack.callback(self._kept.clear)
+            self._place = None
             for module in self.modules:
                 stack.enter_context(replaced_forward(module, partial(self._stand_in, module)))
             yield
@@ -93,7 +98,8 @@ class Reuse:
         def run(given: Mapping[str, Any]) -> Any:
             if given is not inputs:
                 return forward(given)
-            self._running, self._owner, self._cut = True, owner, cut
+            self._running, self._cut = True, cut
+            self._owner = owner if owner is None or self._place is None else self._place[owner]
             self._samples = batch_size(inputs) if owner is None else self._samples
             self._columns = columns_of(inputs) if owner is None else self._columns
             try:
@@ -105,7 +111,7 @@ class Reuse:
 
     def record(self, forward: Call, inputs: Mapping[str, Any]) -> None:
         """Run the batch no further than to the last module's output, where no clean forward would record it."""
-        if self._complete():
+        if self.complete:
             return
         self._stopping = True
         try:
@@ -114,6 +120,39 @@ class Reuse:
             pass
         finally:
             self._stopping = False
+
+    def of_samples(self, owner: Tensor, samples: int) -> None:
+        """Say that the next record is of the samples `owner` (b,) of a batch of B; rows may then repeat these only."""
+        self._place = torch.full((samples,), -1).index_put((owner,), torch.arange(len(owner)))
+
+    def extend(self, forward: Call, inputs: Mapping[str, Any], owner: Tensor) -> None:
+        """Record what is lacking of the samples that rows repeat, where the record is of a part of the batch.
+
+        Args:
+            forward: runs the model.
+            inputs: the batch.
+            owner: (R,) int64, the samples of the rows.
+        """
+        samples = batch_size(inputs)
+        place = torch.full((samples,), -1) if self._place is None else self._place
+        new = owner.unique()
+        new = new[place[new] < 0]
+        if not self.modules or not len(new) or (self._place is None and self.complete):
+            return
+        before, known = dict(self._kept), self._samples if self.complete else 0
+        self._kept.clear()
+        self._place = None
+        self.record(forward, take(inputs, new))
+        if known and self.complete:
+            self._kept.update({module: self._joined(module, before[module]) for module in self.modules})
+        self._place = place.index_put((new,), torch.arange(known, known + len(new)))
+        self._samples = known + len(new)
+
+    def _joined(self, module: nn.Module, before: Output) -> Output:
+        """Put what was recorded of a module for further samples behind what was before."""
+        after, spec = self._kept[module]
+        pairs = zip(before[0], after, self.modules[module], strict=True)
+        return [_behind(old, new) if rows else old for old, new, rows in pairs], spec
 
     def drop_unused(self, unnoticed: Callable[[], bool]) -> None:
         """Find `unused`: put NaN in place of one recorded output after the other, and ask if the model's outputs stay."""
@@ -136,7 +175,9 @@ class Reuse:
                 else:
                     self._kept[module] = output
 
-    def _complete(self) -> bool:
+    @property
+    def complete(self) -> bool:
+        """Whether the outputs of all modules are recorded."""
         return len(self._kept) == len(self.modules)
 
     def _stand_in(self, module: nn.Module, original: Call) -> Call:
@@ -155,7 +196,7 @@ class Reuse:
         # A copy, because what follows may write into the output.
         copy = _hollow if module in self.unused else _clone
         self._kept[module] = ([copy(leaf) for leaf in leaves], spec)
-        if self._stopping and self._complete():
+        if self._stopping and self.complete:
             raise _Recorded
 
     def _repeated(self, module: nn.Module, owner: Tensor) -> Any:
@@ -187,6 +228,11 @@ def columns_of(inputs: Mapping[str, Any]) -> int:
     """Return how many tokens the texts of a batch have, padding included; 0 where there are none."""
     mask = inputs.get("attention_mask")
     return mask.shape[1] if torch.is_tensor(mask) and mask.dim() == 2 else 0
+
+
+def _behind(old: Tensor, new: Tensor) -> Tensor:
+    """Return (a + b, ...) for (a, ...) and (b, ...); what takes no memory still takes none."""
+    return torch.cat([old, new]) if any(old.stride()) else old[:1].expand(len(old) + len(new), *old.shape[1:])
 
 
 def _clone(leaf: Any) -> Any:

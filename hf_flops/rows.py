@@ -59,12 +59,20 @@ class Rows:
         """Return these rows followed by others."""
         return Rows(*(torch.cat([getattr(self, field.name), getattr(other, field.name)]) for field in fields(self)))
 
+    def order(self) -> Tensor:
+        """Return what sorts the rows (R,) by sample, and those of a sample by query."""
+        return torch.argsort(self.owner * (int(self.query.max()) + 1 if len(self) else 1) + self.query)
+
+    def sorted(self) -> Rows:
+        """Return the rows by sample, and those of a sample by query."""
+        return self[self.order()]
+
     def stretches(self, *, within_groups: bool) -> list[int]:
         """Return how many consecutive rows may go together: all, or those of each group if `within_groups`."""
         return torch.unique_consecutive(self.group, return_counts=True)[1].tolist() if within_groups else [len(self)]
 
-    def lacking(self, deltas: Tensor, samples: int) -> tuple[Rows, Tensor]:
-        """Return rows to be pulled back once more, where others of their sample were dropped, and with what coefficients.
+    def lacking(self, deltas: Tensor, samples: int) -> Tensor:
+        """Return what the coefficients (R,) of rows lack, where others of their sample were dropped.
 
         Args:
             deltas: (R,) float32, not finite where a row was dropped.
@@ -73,9 +81,8 @@ class Rows:
         total, kept = torch.zeros(2, samples)
         total.index_add_(0, self.owner, self.weight)
         kept.index_add_(0, self.owner, self.weight * deltas.isfinite())
-        share = torch.where(kept > 0, total / kept.clamp(min=1e-30) - 1, 0.0)[self.owner] * deltas.isfinite()
-        index = torch.nonzero(share > 1e-6).flatten()
-        return self[index], (deltas * self.weight * share)[index]
+        share = torch.where(kept > 0, total / kept.clamp(min=1e-30) - 1, 0.0)[self.owner]
+        return torch.where(deltas.isfinite() & (share > 1e-6), deltas * self.weight * share, 0.0)
 
 
 def expand(

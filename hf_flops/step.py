@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +11,8 @@ from torch import Tensor
 
 from .allocators import Piloted, equal_counts
 from .chunks import ChunkPlanner, Work, in_chunks
-from .control_variates import Prediction
+from .clean import Clean, clean_forward
+from .control_variates import MOST_LOGITS, Prediction
 from .counters import seeds
 from .errors import NonFiniteError
 from .method import Method, StepResult
@@ -30,6 +30,8 @@ def estimate_gradient(
     place: Place,
     elements: float | None = None,
     batches: int = 1,
+    *,
+    last: bool = True,
 ) -> StepResult:
     """Add an estimate of the loss's gradient to the `.grad` of the perturbed parameters.
 
@@ -44,6 +46,8 @@ def estimate_gradient(
         elements: N, the number of loss elements that the optimizer step averages over.
         batches: where `elements` is None, over how many batches the step averages: N is then this many times the batch's
             own number of loss elements.
+        last: whether the batch is the last of its optimizer step. Several processes that sum gradients wait for it: until
+            then `.grad` stays as it is, and the metrics lack what only the sum can tell.
 
     Raises:
         ConfigurationError: `queries_per_sample` does not pay for one query per sample.
@@ -53,7 +57,7 @@ def estimate_gradient(
         Ren et al. (2025), FLOPS, arXiv 2410.05966, section 3.
     """
     with torch.no_grad(), method.reuse.installed():
-        return _Step(forward, inputs, method, place).run(elements, batches)
+        return _Step(forward, inputs, method, place).run(elements, batches, last)
 
 
 class _Step:
@@ -67,11 +71,13 @@ class _Step:
         self.planner = ChunkPlanner.of(method.rows_per_forward)
         self.feed = Feed(inputs, method.trimmed if method.objective.per_row else frozenset())
         method.reuse.prepare(forward, self.feed.whole, place.ids)
+        self.exchange = method.exchange
+        self.found: Clean | None = None  # by the clean forward
         self.clean: RowLosses | None = None
-        self.head_inputs: list[Tensor] = []  # what the closed-form head was given by the clean forward
         if method.needs_clean:
-            self.clean = self._clean()
-        else:
+            self.found = self._clean()
+            self.clean = self.found.losses
+        elif self.exchange.alone:
             method.reuse.record(forward, self.feed.whole)
         self.replayed = self.dimension = 0  # rows that went through again; random numbers in the noise of a row
         self.elements = torch.zeros(self.units)  # loss elements of each sample, known after the first forward
@@ -80,55 +86,65 @@ class _Step:
         vector = method.perturbation.vector
         self.update = torch.zeros(vector.size, device=vector.device)  # the estimate, with N = 1
 
-    def _clean(self) -> RowLosses:
-        """Run the batch as it is: all at once, unless it does not fit in memory."""
-        features, head, found = self.method.needs_features, self.method.head, list[RowLosses]()
-        objective, reuse, whole = self.method.objective, self.method.reuse, self.feed.whole
-        if not objective.per_row:
-            return objective(reuse.through(self.forward, whole), whole, features=features)
+    def _clean(self) -> Clean:
+        method, control = self.method, self.method.control is not None
+        # Beyond so many logits there is no control variate, and what it would look at need not travel.
+        return clean_forward(
+            self.forward,
+            method.objective,
+            self.samples,
+            feed=self.feed,
+            reuse=method.reuse,
+            planner=self.planner,
+            exchange=self.exchange,
+            features=method.needs_features,
+            head=method.head,
+            most_logits=MOST_LOGITS if control else 0,
+        )
 
-        def work(chunk: slice) -> int:
-            owner, inputs, columns, cut = torch.arange(self.samples)[chunk], whole, self.feed.columns, None
-            if len(owner) < self.samples:
-                inputs, columns, cut = self.feed.of(owner)
-            forward = reuse.through(self.forward, inputs, None if inputs is whole else owner, cut)
-            watched: AbstractContextManager[list[Tensor]] = nullcontext([]) if head is None else head.watched()
-            with watched as seen:
-                losses = objective(forward, inputs, features=features)
-            found.append(losses)
-            self.head_inputs += [x.reshape(len(owner), -1) for x in seen]
-            return columns
-
-        in_chunks([self.samples], work, self.planner, whole=True)
-        return RowLosses.joined(found)
-
-    def run(self, elements: float | None, batches: int) -> StepResult:
+    def run(self, elements: float | None, batches: int, last: bool) -> StepResult:
         features, method = self._features(), self.method
         if method.control is not None and self.clean is not None and method.allocator.weighted:
             size = getattr(method.perturbation, "rowwise_size", 0)
             self.prediction = method.control.start(self.clean, size, self.update.device, self.place.step)
-        rows, deltas = self._rounds(features)
+        rows, deltas, mine = self._rounds(features)
         counts = torch.bincount(rows.owner, minlength=self.units)
-        update = self._without_non_finite(rows, deltas)
+        update = self._without_non_finite(rows, deltas, mine)
         # Where no element counts (every label is ignored) there is nothing to average, and the update is zero.
         normalizer = (float(self.elements.sum()) * batches if elements is None else elements) or 1.0
-        self.method.perturbation.vector.add_to_gradients(update / normalizer)
-        exact = torch.zeros(1)  # what needs no estimate
-        if method.head is not None and self.clean is not None:
-            exact = method.head.gradient(torch.cat(self.head_inputs), self.clean) / normalizer
-            method.head.vector.add_to_gradients(exact)
+        known = not self.exchange.waiting
+        settled = self._settle(update / normalizer, normalizer, last)
         squares = mean_squares(rows, deltas, self.units)
-        self.method.allocator.update(features, counts, squares)
-        if self.prediction is not None and method.control is not None:
-            method.control.finish(self.prediction)
+        method.allocator.update(features, counts, squares)
         loss = self.clean.sums if self.clean is not None else self.perturbed / counts
+        gradient, exact = settled or (torch.zeros(1), torch.zeros(1))
         facts = method.perturbation.grouped, self.dimension
-        metrics = summarise(update / normalizer, squares / normalizer**2, counts, rows, deltas / normalizer, *facts)
+        metrics = summarise(gradient, squares / normalizer**2, counts, rows, deltas / normalizer, *facts)
         metrics["head_signal"] = float(exact.square().sum())
-        used = (len(rows) + self.replayed) * len(self.method.estimator.signs) * (self.samples // self.units)
-        used += self.samples * self.method.needs_clean
+        if settled is None or not known:
+            del metrics["gradient_signal"], metrics["head_signal"]  # only the sum over all batches is known
+        used = (len(rows) + self.replayed) * len(method.estimator.signs) * (self.samples // self.units)
+        used += self.samples * method.needs_clean
         total = loss[loss.isfinite()].sum() / normalizer
         return StepResult(total.float(), used, counts, squares, metrics)
+
+    def _settle(self, update: Tensor, normalizer: float, last: bool) -> tuple[Tensor, Tensor] | None:
+        """Add the update (d,) to the gradients, and the head's; returns both, or None where processes put it off."""
+        method, exact, prediction = self.method, torch.zeros(1), self.prediction
+        if method.head is not None and self.found is not None:
+            exact = method.head.gradient(self.found.head_inputs, self.found.own, self.found.losses) / normalizer
+        taught = [] if prediction is None else [prediction.innovation, prediction.sums]
+        settled = self.exchange.settle([update, exact, *taught], last=last)
+        if settled is None:
+            return None
+        update, exact, *taught = settled
+        method.perturbation.vector.add_to_gradients(update)
+        if method.head is not None:
+            method.head.vector.add_to_gradients(exact)
+        if prediction is not None and method.control is not None:
+            prediction.innovation, prediction.sums = taught
+            method.control.finish(prediction)
+        return update, exact
 
     def _features(self) -> Features:
         losses = torch.zeros(self.units) if self.clean is None else self.clean.sums.cpu()
@@ -139,8 +155,8 @@ class _Step:
         ids = place.ids if place.ids is not None and len(place.ids) == self.units else None
         return Features(losses, residuals, place.step, place.position, place.epoch, place.seed, lengths, ids)
 
-    def _rounds(self, features: Features) -> tuple[Rows, Tensor]:
-        """Run all queries, in two rounds where the allocator wants a pilot; returns them and their deltas (R,)."""
+    def _rounds(self, features: Features) -> tuple[Rows, Tensor, Tensor]:
+        """Run all queries, in two rounds where the allocator wants a pilot; returns what `_round` does."""
         allocator: Any = self.method.allocator
         if not self.method.objective.per_row:
             return self._round(equal_counts(self.units, self.budget))
@@ -148,43 +164,58 @@ class _Step:
         if plan is None:
             return self._round(allocator.counts(features, self.budget))
         pilot, shares = plan
-        first, seen = self._round(pilot, share=shares)
+        first, seen, mine = self._round(pilot, share=shares)
         squares, left = mean_squares(first, seen, self.units), self.budget - len(first)
-        second, later = self._round(
+        second, later, own = self._round(
             allocator.second_counts(features, squares, pilot, shares, left), share=1 - shares, after=pilot
         )
-        return first.then(second), torch.cat([seen, later])
+        return first.then(second), torch.cat([seen, later]), torch.cat([mine, own])
 
-    def _round(self, counts: Tensor, **options: Any) -> tuple[Rows, Tensor]:
-        """Run so many queries of each sample and add what they say to the update; returns them and their deltas (R,)."""
+    def _round(self, counts: Tensor, **options: Any) -> tuple[Rows, Tensor, Tensor]:
+        """Run so many queries of each sample and add what they say to the update.
+
+        Returns:
+            All rows, their deltas (R,), and (R,) whether this process ran them.
+        """
         # N is only known once a forward has shown how many elements each sample has: rows are laid out with N = 1.
+        counts = self.exchange.share.first(counts.int()).long()  # the same arithmetic may round differently on another machine
         rows = expand(counts, 1.0, weighted=self.method.allocator.weighted, **options)
         if self.method.allocator.shuffled and self.method.objective.per_row:
             order = seeds(self.place.seed, self.place.step, rows.owner.numpy(), rows.query.numpy()).argsort()
             rows = replace(rows[torch.from_numpy(order)], group=torch.arange(len(rows)) // self.units)
-        rows = self.feed.ordered(rows, within_groups=self.method.perturbation.grouped)
-        deltas = torch.empty(len(rows))
+        parts = self.exchange.parts(rows, self.feed, grouped=self.method.perturbation.grouped)
+        own = parts[self.exchange.share.rank]
+        if not self.exchange.alone and (self.clean is None or self.method.reuse.complete):
+            self.method.reuse.extend(self.forward, self.feed.whole, own.owner)
+        found = torch.empty(len(own), 3)  # deltas; losses; elements
 
         def work(index: slice) -> int:
-            chunk = rows[index]
+            chunk = own[index]
             noise = self._noise(chunk)
-            own, losses, changes, columns = self._evaluate(chunk, noise)
+            deltas, losses, elements, changes, columns = self._evaluate(chunk, noise)
             errors = sums = None
             if self.prediction is not None and changes is not None:
                 row_noise: Any = self.method.perturbation.row_noise(noise)
-                own, errors, sums = self.prediction.remainder(row_noise, chunk.owner, own, changes)
-            coefficients = torch.where(own.isfinite(), own * chunk.weight, 0.0)
-            pulled, innovation = self._pull_back(noise, coefficients, errors)
+                deltas, errors, sums = self.prediction.remainder(row_noise, chunk.owner, deltas, changes)
+            if not self.exchange.scalars:
+                coefficients = torch.where(deltas.isfinite(), deltas * chunk.weight, 0.0)
+                pulled, innovation = self._pull_back(noise, coefficients, errors)
             # Memory may have run out before: from here on nothing large is made.
-            deltas[index], self.dimension = own, self.method.perturbation.dimension(noise)
-            self.perturbed.index_add_(0, chunk.owner, losses.mean(0).double())
-            self.update.add_(pulled)
+            found[index] = torch.stack([deltas, losses.mean(0).float(), elements], 1)
+            self.dimension = self.method.perturbation.dimension(noise)
+            if not self.exchange.scalars:
+                self.update.add_(pulled)
             if self.prediction is not None and sums is not None:
                 self.prediction.add(innovation, sums)
             return columns
 
-        self._in_chunks(rows, work, self.planner)
-        return rows, deltas
+        self._in_chunks(own, work, self.planner)
+        # Where there was no clean forward, losses and elements of the rows stand for it.
+        rows, found, mine = self.exchange.gathered(parts, found[:, :1] if self.clean is not None else found)
+        if self.clean is None:
+            self.perturbed.index_add_(0, rows.owner, found[:, 1].double())
+            self.elements[rows.owner] = found[:, 2]
+        return rows, found[:, 0], mine
 
     def _pull_back(self, noise: Any, coefficients: Tensor, errors: Tensor | None) -> tuple[Tensor, Any]:
         """Return `sum_r c_r z_r` (d,) for coefficients (R,), and (M, d) for errors (R, M); the noise is unpacked once."""
@@ -204,8 +235,12 @@ class _Step:
         keys = NoiseKeys.of(seed, step, positions, chunk.query, int(chunk.group[0]))
         return self.method.perturbation.draw(keys)
 
-    def _evaluate(self, chunk: Rows, noise: Any) -> tuple[Tensor, Tensor, Tensor | None, int]:
-        """Run a chunk at every sign; returns deltas (R,), losses (S, R), changes of logits (R, K) and a row's columns."""
+    def _evaluate(self, chunk: Rows, noise: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None, int]:
+        """Run a chunk at every sign.
+
+        Returns:
+            Deltas (R,), losses (S, R), loss elements (R,), changes of logits (R, K), and the columns of a row.
+        """
         method = self.method
         owner = chunk.owner if method.objective.per_row else torch.arange(self.samples)
         inputs, columns, cut = self.feed.of(owner)
@@ -214,30 +249,47 @@ class _Step:
         for sign in method.estimator.signs:
             with method.perturbation.applied(noise, sign * method.scale):
                 found.append(method.objective(forward, inputs))
-        self.elements[chunk.owner] = found[0].counts.cpu().float()
         losses, clean = torch.stack([part.sums.cpu() for part in found]), self.clean
         deltas = method.estimator.deltas(losses, None if clean is None else clean.sums.cpu()[chunk.owner], method.scale)
         changes = None
         if self.prediction is not None and all(part.logits is not None for part in found):
             logits = torch.stack([part.logits.cpu().float() for part in found])  # type: ignore[union-attr]
             changes = method.estimator.deltas(logits, self.prediction.logits[chunk.owner], method.scale)
-        return deltas.float(), losses, changes, columns
+        return deltas.float(), losses, found[0].counts.cpu().float(), changes, columns
 
-    def _without_non_finite(self, rows: Rows, deltas: Tensor) -> Tensor:
-        """Re-spread the weight of rows that were dropped for a non-finite loss; returns the update (d,)."""
+    def _without_non_finite(self, rows: Rows, deltas: Tensor, mine: Tensor) -> Tensor:
+        """Re-spread the weight of rows that were dropped for a non-finite loss; returns the update (d,).
+
+        It is that of this process's rows, `mine` (R,), where processes sum, and of all rows where they share scalars.
+        """
         finite = deltas.isfinite()
         kept = torch.bincount(rows.owner[finite], minlength=self.units) > 0
-        if self.prediction is not None:
-            self.update[: self.prediction.jacobian.shape[1]] += self.prediction.baseline(kept.float())
-        if bool(finite.all()):
-            return self.update
         if not bool(finite.any()):
             raise NonFiniteError(
                 f"All {len(rows)} perturbed rows of optimizer step {self.place.step} have a non-finite loss: lower "
                 f"perturbation_scale (now {self.method.scale:g}) or the learning rate, and look at the batch for NaN."
             )
+        if self.prediction is not None and self.exchange.share.rank == 0:
+            self.update[: self.prediction.jacobian.shape[1]] += self.prediction.baseline(kept.float())
         # First among the rows of the same sample: what they lack is added, from noise that is drawn again.
-        again, extra = rows.lacking(deltas, self.units)
+        lacking = torch.zeros(len(rows)) if bool(finite.all()) else rows.lacking(deltas, self.units)
+        if self.exchange.scalars:
+            coefficients = torch.where(finite, deltas * rows.weight, 0.0) + lacking
+            self.update = self.exchange.regenerated(self.method.perturbation, self.place, rows, coefficients)
+        else:
+            self._pull_back_again(rows, torch.where(mine, lacking, 0.0))
+        self._share_facts()
+        if bool(finite.all()):
+            return self.update
+        # Then, for samples without any finite row, among the loss elements of the other samples.
+        return self.update * float(self.elements.sum() / (self.elements[kept].sum() or 1.0))
+
+    def _pull_back_again(self, rows: Rows, lacking: Tensor) -> None:
+        """Add the noise of rows once more, with coefficients (R,)."""
+        index = torch.nonzero(lacking).flatten()
+        if self.method.perturbation.grouped:
+            index = index[rows.group[index].argsort(stable=True)]
+        again, extra = rows[index], lacking[index]
 
         def work(part: slice) -> int:
             noise = self._noise(again[part])
@@ -248,5 +300,10 @@ class _Step:
             return 1
 
         self._in_chunks(again, work, ChunkPlanner(self.planner.size))
-        # Then, for samples without any finite row, among the loss elements of the other samples.
-        return self.update * float(self.elements.sum() / (self.elements[kept].sum() or 1.0))
+
+    def _share_facts(self) -> None:
+        """Let every process know how many rows were replayed, and of how many numbers noise is made."""
+        if not self.exchange.alone:
+            world, own = self.exchange.share.world, torch.tensor([[self.replayed, self.dimension]])
+            facts = self.exchange.share.gather(own, [1] * world)
+            self.replayed, self.dimension = int(facts[:, 0].sum()), int(facts[:, 1].max())

@@ -1,0 +1,98 @@
+"""The clean forward of a step: the batch as it is, each process running its part of the samples."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .chunks import ChunkPlanner, in_chunks
+from .exchange import Exchange
+from .heads import ClosedFormHead
+from .objectives import Forward, Objective, RowLosses
+from .padding import Feed
+from .reuse import Reuse
+from .rows import take
+
+
+@dataclass(frozen=True)
+class Clean:
+    """What the clean forward found.
+
+    Attributes:
+        losses: of all samples.
+        own: of the samples that this process ran, with slopes where they were asked for.
+        head_inputs: (b, ...) what the closed-form head was given for these; empty without a head.
+    """
+
+    losses: RowLosses
+    own: RowLosses
+    head_inputs: Tensor
+
+
+def clean_forward(
+    forward: Forward,
+    objective: Objective,
+    samples: int,
+    *,
+    feed: Feed,
+    reuse: Reuse,
+    planner: ChunkPlanner,
+    exchange: Exchange,
+    features: bool = False,
+    head: ClosedFormHead | None = None,
+    most_logits: int = 0,
+) -> Clean:
+    """Run the batch, this process's samples all at once unless they do not fit in memory.
+
+    Where processes share scalars only, the gradient of a closed-form head must not travel: then each runs all samples.
+
+    Args:
+        forward: runs the model.
+        objective: what is minimised.
+        samples: B.
+        feed: gives inputs of samples.
+        reuse: what is recorded for the rows that follow.
+        planner: how much fits.
+        exchange: the other processes.
+        features: whether residuals are wanted.
+        head: the layer to watch.
+        most_logits: up to how many logits per sample these, and their slopes, are wanted of all samples.
+    """
+    whole = feed.whole
+    if not objective.per_row:
+        losses = objective(reuse.through(forward, whole), whole, features=features)
+        return Clean(losses, losses, torch.zeros(0))
+    pieces, found, seen = [slice(0, samples)], list[RowLosses](), list[Tensor]()
+    if not exchange.alone:
+        if reuse.remembers:
+            reuse.record(forward, whole)
+        if samples >= exchange.share.world and not (exchange.scalars and head is not None):
+            pieces = exchange.share.cut(samples)
+    mine = torch.arange(samples)[pieces[exchange.share.rank % len(pieces)]]
+
+    def work(chunk: slice) -> int:
+        owner = mine[chunk]
+        inputs, columns, cut = whole, feed.columns, None
+        if len(owner) == len(mine) < samples and not reuse.complete:
+            inputs = take(whole, owner)
+            reuse.of_samples(owner, samples)
+        elif len(owner) < samples:
+            inputs, columns, cut = feed.of(owner)
+        recording = len(owner) == len(mine) and not reuse.complete
+        run = reuse.through(forward, inputs, None if inputs is whole or recording else owner, cut)
+        watched: AbstractContextManager[list[Tensor]] = nullcontext([]) if head is None else head.watched()
+        with watched as given:
+            losses = objective(run, inputs, features=features)
+        found.append(losses)
+        seen.extend(x.reshape(len(owner), -1) for x in given)
+        return columns
+
+    in_chunks([len(mine)], work, planner, whole=True)
+    own = RowLosses.joined(found)
+    sizes = [piece.stop - piece.start for piece in pieces]
+    wanted = own.logits is not None and own.logits[0].numel() <= most_logits
+    losses = own if len(pieces) == 1 else exchange.losses(own, sizes, logits=wanted)
+    return Clean(losses, own, torch.cat(seen) if seen else torch.zeros(0))
