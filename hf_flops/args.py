@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,11 @@ from .allocators import ALLOCATORS
 from .control_variates import CONTROL_VARIATES
 from .errors import ConfigurationError
 from .estimators import ESTIMATORS
+from .exchange import REDUCE
+from .launch import check_launch
 from .perturbations import DISTRIBUTIONS, PERTURBATIONS
+
+logger = logging.getLogger(__name__)
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Ours: noise per row, forward differences from one clean row, queries where they pay.
@@ -55,6 +59,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "control_variate": tuple(CONTROL_VARIATES),
     "lora_parts": LORA_PARTS,
     "prefix_cache": ("memory", "disk"),
+    "reduce": REDUCE,
 }
 
 
@@ -69,12 +74,6 @@ def _number(kind: type, value: Any) -> Any:
         return kind(value) if isinstance(value, str) else value
     except ValueError:
         return value
-
-
-def check_processes(known: int = 1) -> None:
-    """Refuse a run of several processes: `known` ones, or those that the environment tells of."""
-    processes = max(int(os.environ.get("WORLD_SIZE") or 1), known)
-    _require(processes == 1, f"{processes} processes were started, but forward-only training supports one so far.")
 
 
 @dataclass
@@ -202,20 +201,45 @@ class FlopsArgumentsMixin:
         default=None, metadata={"help": "Seed of the perturbations. Default: the seed of the run."}
     )
 
+    reduce: str = field(
+        default="gradient",
+        metadata={
+            "help": "What several processes tell each other: 'gradient' (the adapter's gradient is summed, once per optimizer "
+            "step) or 'scalars' (losses and seeds only, a few bytes per query; every process draws all noise again).",
+            "choices": list(REDUCE),
+        },
+    )
+
     def __post_init__(self) -> None:
-        check_processes()  # before the stock arguments wait for the other processes
         self._check_choices()
+        self._check_scalars()
         self._check_numbers()
         self._check_stock_options()
         super().__post_init__()  # type: ignore[misc]
+        check_launch(self.world_size)  # type: ignore[attr-defined]
 
     def _check_choices(self) -> None:
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             _require(value is None or value in choices, f"{name}={value!r} is unknown: choose one of {', '.join(choices)}.")
+        if self.reduce == "scalars" and self.control_variate is None and PRESETS[self.preset]["control_variate"] != "none":
+            logger.info('reduce="scalars": no control variate, which learns from what does not travel.')
+            self.control_variate = "none"
         for name, value in PRESETS[self.preset].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
+
+    def _check_scalars(self) -> None:
+        _require(
+            self.reduce != "scalars" or self.control_variate == "none",
+            f"control_variate={self.control_variate!r} learns from gradients, which do not travel with reduce='scalars': use "
+            "reduce='gradient', or 'none'.",
+        )
+        _require(
+            self.reduce != "scalars" or self.perturbation != "activation",
+            "perturbation='activation' needs the forwards of all rows to draw its noise again, which reduce='scalars' would do "
+            "in every process: use reduce='gradient', or 'auto'.",
+        )
 
     def _check_numbers(self) -> None:
         self.rows_per_forward = _number(int, "auto" if self.rows_per_forward is None else self.rows_per_forward)

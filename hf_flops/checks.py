@@ -10,21 +10,25 @@ from typing import Any
 
 from torch import nn
 
-from .args import FlopsArgumentsMixin, check_processes
+from .args import FlopsArgumentsMixin
 from .errors import ConfigurationError
+from .launch import check_launch
 from .precision import keep_masters
 
 logger = logging.getLogger(__name__)
 
 
 def check_arguments(args: Any) -> None:
-    """Refuse arguments of the wrong class and runs of several processes; switch DataParallel off."""
+    """Refuse arguments of the wrong class and processes that do not know each other; switch off what is not for us."""
     if not issubclass(type(args), FlopsArgumentsMixin):
         raise ConfigurationError(
             f"args is a {type(args).__name__}: use FlopsTrainingArguments, or put FlopsArgumentsMixin before your class."
         )
-    check_processes(args.world_size)
-    args._n_gpu = min(args.n_gpu, 1)
+    check_launch(args.world_size)
+    args._n_gpu = min(args.n_gpu, 1)  # no DataParallel
+    if args.world_size > 1:
+        args.average_tokens_across_devices = False  # every process reads, and counts, the tokens of all
+    args.enable_jit_checkpoint = False  # `Leave` saves on SIGTERM, in all processes alike
 
 
 def check_ready(model: nn.Module, data: Any, needs_clean: bool, samples: int) -> None:

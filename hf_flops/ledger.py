@@ -66,14 +66,12 @@ class Ledger:
         if not self._window:
             return {}
         mean = {name: sum(values) / len(values) for name, values in self._window.items()}
-        signal, variance = mean.pop("gradient_signal"), mean.pop("gradient_variance")
-        sample_signal, _ = mean.pop("sample_signal"), mean.pop("head_signal")
-        summary = {
-            **mean,
-            "dropped_rows": sum(self._window["dropped_rows"]),
-            "signal_to_noise": max(signal, 0.0) / variance if variance > 0 else 0.0,
-        }
-        if signal > 0:
+        signal, variance = mean.pop("gradient_signal", None), mean.pop("gradient_variance")
+        sample_signal, _ = mean.pop("sample_signal"), mean.pop("head_signal", None)
+        summary = {**mean, "dropped_rows": sum(self._window["dropped_rows"])}
+        if signal is not None:  # else processes sum gradients less often than there are batches
+            summary["signal_to_noise"] = max(signal, 0.0) / variance if variance > 0 else 0.0
+        if signal is not None and signal > 0:
             # mean(||g_i||)^2 / B over ||g||^2: below 1, noise per row with the best counts beats shared noise.
             summary["noise_ratio"] = sample_signal / signal
         self._window = {}

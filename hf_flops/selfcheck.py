@@ -187,6 +187,7 @@ def choose_perturbation(
     distribution: str = "rademacher",
     precision: float = 1e-4,
     held: Container[str] = (),
+    replayed: bool = True,
 ) -> tuple[Perturbation, list[str]]:
     """Return the perturbation for every trainable tensor, and messages for the user.
 
@@ -201,6 +202,7 @@ def choose_perturbation(
         distribution: a name in `DISTRIBUTIONS`.
         precision: see `precision_of`.
         held: names of trainable tensors that stay as they are for now.
+        replayed: whether noise may be such that it takes a forward to draw it again.
 
     Raises:
         ConfigurationError: nothing is trainable, or `mode="rowwise"` cannot be had.
@@ -241,7 +243,7 @@ def choose_perturbation(
     if not rowwise and not shared:
         raise ConfigurationError("The loss depends on none of the trainable parameters.")
     activation: list[str] = []
-    if mode != "rowwise" and found.rowwise:
+    if mode != "rowwise" and found.rowwise and replayed:
         activation = PinCheck(model, sums, precision).run(found.rowwise, smaller=mode == "auto")
     rowwise = [name for name in rowwise if name not in activation]
     chosen = perturb(

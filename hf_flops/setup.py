@@ -70,6 +70,7 @@ def set_up(
             held = {*held, *head.vector.names}
             logger.info("Noise leaves the head alone, whose gradient is exact: %s.", ", ".join(head.vector.names))
         options = {"mode": args.perturbation, "distribution": args.noise, "precision": precision, "held": held}
+        options["replayed"] = args.reduce != "scalars"
         perturbation, notes = choose_perturbation(model, probe, forward, inputs, **options)
         for note in notes:
             logger.warning("%s", note)

@@ -28,7 +28,8 @@ def load_state(folder: str | None, parts: Mapping[str, Any], control: ControlVar
         return
     state = json.loads(path.read_text())
     for name, part in parts.items():
-        part.load_state_dict(state[name])
+        if name in state:
+            part.load_state_dict(state[name])
     if control is not None and (tensors := path.with_name(CONTROL_FILE)).is_file():
         control.load_state_dict(load(tensors.read_bytes()))
 

@@ -25,6 +25,7 @@ from .checks import (
     without_cache,
     wrap_with_adapter,
 )
+from .checkpoints import Leave, WholeCheckpoints
 from .control_variates import control_variate
 from .errors import ObjectiveError
 from .estimators import ESTIMATORS, Estimator
@@ -33,6 +34,7 @@ from .ledger import Ledger
 from .method import Method
 from .objectives import CallableObjective, Objective
 from .perturbations import Perturbation
+from .processes import ManyProcesses
 from .reuse import Reuse
 from .rows import Place, batch_size
 from .selfcheck import precision_of
@@ -45,7 +47,7 @@ logger = logging.getLogger(__name__)
 SAMPLE_ID = "sample_id"
 
 
-class FlopsTrainerMixin:
+class FlopsTrainerMixin(WholeCheckpoints, ManyProcesses):
     """Forward-only training for any class derived from `transformers.Trainer`: `class T(FlopsTrainerMixin, SomeTrainer)`.
 
     A data set column `sample_id` (whole numbers) never reaches the model; it lets the trainer count queries per sample, and
@@ -66,7 +68,7 @@ class FlopsTrainerMixin:
         kwargs: everything else that the stock trainer takes.
 
     Raises:
-        ConfigurationError: nothing is trainable, the data set is empty, several processes, or unsuitable arguments.
+        ConfigurationError: nothing is trainable, the data set is empty, or unsuitable arguments or processes.
     """
 
     _tag_names: ClassVar = ["hf-flops", "forward-only", "zeroth-order"]
@@ -111,6 +113,9 @@ class FlopsTrainerMixin:
         if args.max_queries is not None:
             self._budget = QueryBudget(args.max_queries, self._queries_at, lambda: self.ledger)
             self.add_callback(self._budget)  # type: ignore[attr-defined]
+        self._leave = Leave()
+        self.add_callback(self._leave)  # type: ignore[attr-defined]
+        self._start_sharing()
         self._announce()
 
     def _announce(self: Any) -> None:
@@ -128,15 +133,22 @@ class FlopsTrainerMixin:
         widen_trainable(model)
         return model
 
-    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """Train as the stock trainer does; each run starts with a new ledger and allocator and a new self-check."""
+    def train(self: Any, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as the stock trainer does; each run starts with a new ledger and allocator and a new self-check.
+
+        Raises:
+            ConfigurationError: there is no whole checkpoint to resume from.
+            SystemExit: SIGTERM has arrived, and the run has saved.
+        """
         self._perturbation, self._reuse, self._position_step = self._given_perturbation, None, -1
         self._allocator = self._given_allocator or ALLOCATORS[self.args.allocator]()
         self.ledger, self._tuning = Ledger(), Tuning.of(self.args, self._objective)
         self._control = control_variate(self.args.control_variate)
         if not self._own_objective:
             self._objective = None
-        return super().train(*args, **kwargs)  # type: ignore[misc]
+        self._start_sharing()
+        with self._leave.listening(alone=self.args.world_size == 1):
+            return super().train(self._chosen_checkpoint(resume_from_checkpoint), *args, **kwargs)  # type: ignore[misc]
 
     def training_step(
         self: Any, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -149,22 +161,28 @@ class FlopsTrainerMixin:
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
         inputs = without_cache(self.model, self._prepare_inputs(inputs))
+        self._meet(model, inputs)
         context = self.compute_loss_context_manager()
         with evaluation_mode(model), torch.no_grad(), context, shared_texts(self.model, inputs):
             forward = self.ledger.metered(self._forward_function(model))
             self._hold_back()
-            if self._objective is None or self._perturbation is None or self._reuse is None:
+            new = self._objective is None or self._perturbation is None or self._reuse is None
+            if new:
                 self._set_up(model, forward, inputs)
             precision = precision_of(self.model, autocast=self.args.bf16)
             place, method = self._place(inputs), self._method(precision)
             method = self._tuning.complete(method, forward, inputs, precision=precision, seed=place.seed)
+            method = self._agreed(method) if new else method
             self.ledger.rows, self._tuning.rows = self.ledger.rows + self._tuning.rows, 0
             if self._budget is not None and not self._budget.allows(batch_size(inputs), self.state.global_step):
                 model.zero_grad()  # the step is not taken, not even in part
+                self._exchange.forget()
                 return torch.zeros((), device=self.args.device)
             elements = self._elements(num_items_in_batch)
             batches = self.current_gradient_accumulation_steps
-            result = estimate_gradient(forward, inputs, method, place, elements, batches)
+            last, before = self.accelerator.sync_gradients, (self.ledger.all_rows, self.ledger.tokens)
+            result = estimate_gradient(forward, inputs, method, place, elements, batches, last=last)
+            self._count_together(before, result)
         self.ledger.record(result, self._ids)
         self._tuning.learn(result, method)
         return result.loss.to(self.args.device)
@@ -230,6 +248,7 @@ class FlopsTrainerMixin:
             reuse=self._reuse,
             head=self._head,
             control=self._control,
+            exchange=self._exchange,
         )
 
     def _place(self: Any, inputs: dict[str, Any]) -> Place:
@@ -255,12 +274,13 @@ class FlopsTrainerMixin:
     def log(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add rows used and the averages of the estimator's metrics to the training log."""
         if "loss" in logs:
-            logs = {**logs, **self._tuning.found, **self.ledger.summary()}
+            logs = {**logs, **self._tuning.found, **self.ledger.summary(), **self._traffic()}
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+    def floating_point_ops(self: Any, inputs: dict[str, Any]) -> int:
         """Count 2 operations per parameter, token and row: the third of the stock count, times the queries."""
-        return super().floating_point_ops(inputs) // 3 * self._queries_at(self.state.global_step)  # type: ignore[misc, attr-defined]
+        flos = super().floating_point_ops(inputs) // 3 * self._queries_at(self.state.global_step)  # type: ignore[misc]
+        return flos // self.args.world_size
 
     def _queries_at(self: Any, step: int) -> int:
         """Return the rows per sample of an optimizer step, for which all before are done."""
@@ -277,7 +297,7 @@ class FlopsTrainerMixin:
         load_state(checkpoint, self._parts(), self._control)
 
     def _parts(self: Any) -> dict[str, Any]:
-        return {"allocator": self._allocator, "ledger": self.ledger, "tuning": self._tuning}
+        return {"allocator": self._allocator, "ledger": self.ledger, "tuning": self._tuning, "batch": self._batch()}
 
 
 def _run(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor | None, Any]:

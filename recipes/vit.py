@@ -159,7 +159,7 @@ def trainer_for(
     if method == "backprop":
         trainer: Trainer = Trainer(args=stock_arguments(args), **options)
     else:
-        trainer = FlopsTrainer(args=replace(args, preset=method, **PRESETS[method]), **options)
+        trainer = FlopsTrainer(args=replace(args, preset=method, **dict.fromkeys(PRESETS[method])), **options)
     curve.trainer = trainer
     return trainer
 

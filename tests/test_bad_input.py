@@ -131,13 +131,34 @@ def test_plain_arguments_are_refused(arguments):
         trainer(arguments(TrainingArguments))
 
 
-def test_several_processes_are_refused(arguments, monkeypatch):
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "2 processes were started, but each takes itself for the only one.*use_cpu=True"),
+        (
+            {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
+            "asked for several processes but started one.*MULTI_CPU.*torchrun",
+        ),
+        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP shards the model for a backward pass"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed shards the model"),
+    ],
+)
+def test_launchers_that_start_something_else_are_found(environment, message, arguments, monkeypatch):
     args = arguments()
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with refused(ConfigurationError, "2 processes were started"):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with refused(ConfigurationError, message):
         trainer(args)
-    with refused(ConfigurationError, "2 processes were started"):
-        arguments()  # and does not wait for the other one
+    if "WORLD_SIZE" not in environment:  # with it, arguments for CPUs would wait for the others
+        with refused(ConfigurationError, message):
+            arguments()
+
+
+@pytest.mark.parametrize("option", [{"control_variate": "logit_jacobian"}, {"perturbation": "activation"}])
+def test_what_scalars_cannot_tell_is_refused(option, arguments):
+    with refused(ConfigurationError, f"{next(iter(option))}.*reduce='gradient'"):
+        arguments(reduce="scalars", **option)
+    assert arguments(reduce="scalars").control_variate == "none"
 
 
 # --- models ---

@@ -12,7 +12,7 @@ import hf_flops
 PACKAGE = Path(hf_flops.__file__).parent
 # Each room may import the rooms of lower floors; those of the ground floor may also import each other.
 FLOORS = {
-    **dict.fromkeys(["errors", "counters", "_version", "rows", "memory", "padding", "losses", "share"], 0),
+    **dict.fromkeys(["errors", "counters", "_version", "rows", "memory", "padding", "losses", "share", "launch"], 0),
     **dict.fromkeys(["objectives", "perturbations", "estimators", "allocators", "metrics", "reuse", "chunks"], 1),
     **dict.fromkeys(["heads", "control_variates", "regenerate"], 2),
     "exchange": 3,
@@ -20,6 +20,7 @@ FLOORS = {
     **dict.fromkeys(["step", "selfcheck", "independence", "last_logits", "prefix_cache", "trimming"], 5),
     **dict.fromkeys(["args", "calibration", "ledger", "plots", "precision", "texts", "setup", "state", "auto_queries"], 6),
     **dict.fromkeys(["blackbox", "budget", "checks", "packing", "rewards", "tuning"], 7),
+    **dict.fromkeys(["processes", "checkpoints"], 7),
     **dict.fromkeys(["suffix", "trainer"], 8),
 }
 ENGINE = {room for room, floor in FLOORS.items() if floor <= 5}

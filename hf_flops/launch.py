@@ -1,0 +1,41 @@
+"""Launchers that start other processes than were meant: found before anything is written, and said what to do instead."""
+
+from __future__ import annotations
+
+import os
+
+from .errors import ConfigurationError
+
+_INSTEAD = (
+    "Start with `torchrun --nproc_per_node N script.py` or `accelerate launch --multi_gpu --num_processes N --num_machines 1 "
+    "script.py`; on CPUs the training arguments need use_cpu=True with either."
+)
+_MPI = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def check_launch(world: int) -> None:
+    """Refuse a run whose processes do not know of each other, or that is to be sharded.
+
+    Args:
+        world: how many processes the run has, as far as this one knows.
+
+    Raises:
+        ConfigurationError: the environment tells of something else.
+    """
+    started = max([int(os.environ.get(name) or 1) for name in ("WORLD_SIZE", *_MPI)])
+    if started > 1 and world == 1:
+        raise ConfigurationError(
+            f"{started} processes were started, but each takes itself for the only one and would train alone, all of them "
+            f"into the same output_dir. {_INSTEAD}"
+        )
+    # What accelerate's launcher sets where it was asked for several processes and starts one, as with --cpu or MULTI_CPU.
+    if world == 1 and started == 1 and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
+        raise ConfigurationError(
+            "`accelerate launch` was asked for several processes but started one, as it does with --cpu or distributed_type "
+            f"MULTI_CPU. {_INSTEAD} If one process is meant, unset MASTER_ADDR and MASTER_PORT."
+        )
+    for name, what in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
+        if os.environ.get(name, "").lower() == "true":
+            raise ConfigurationError(
+                f"{name}=true: {what} shards the model for a backward pass, which there is none of. {_INSTEAD}"
+            )
