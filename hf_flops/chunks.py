@@ -44,6 +44,7 @@ class ChunkPlanner:
         limit: bytes that a chunk may take on top of the model, noise included; None for 80 % of what is free.
 
     Attributes:
+        given: the size that was asked for, None where it is found out.
         size: rows that the next chunk may have.
         settled: whether the size is final, but for a shortage of memory.
         costs: size → least seconds per row and column that it took.
@@ -51,10 +52,11 @@ class ChunkPlanner:
     """
 
     def __init__(self, size: int | None = None, limit: float | None = None) -> None:
+        self.given = size
         self.size, self.settled = FIRST if size is None else size, size is not None
         self.costs: dict[int, float] = {}
         self.ceiling = MOST if size is None else 2**62
-        self.limit, self.device, self._fixed, self._prepared = limit, torch.device("cpu"), size is not None, False
+        self.limit, self.device, self._prepared = limit, torch.device("cpu"), False
         self._peak, self._timed, self._warned = math.nan, -1, False  # rows timed at this size; -1: not even run
 
     @classmethod
@@ -67,7 +69,7 @@ class ChunkPlanner:
         if self._prepared:
             return
         self.device, self._prepared = device, True
-        if self._fixed:
+        if self.given is not None:
             return
         if self.limit is None:
             self.limit = _SHARE * free_memory(device)
@@ -161,7 +163,7 @@ class ChunkPlanner:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a state from `state_dict`; a size that the user gave stays."""
-        if not self._fixed:
+        if self.given is None:
             self.size, self.settled, self.ceiling = state["size"], state["settled"], state["ceiling"]
             self.costs = {int(size): cost for size, cost in state["costs"]}
 
@@ -180,6 +182,8 @@ def in_chunks(lengths: Iterable[int], work: Work, planner: ChunkPlanner, *, whol
         end = start + length
         while start < end:
             stop = min(start + (planner.ceiling if whole else planner.size), end)
+            if end - stop == 1 and stop - start > 2:
+                stop -= 1  # a row alone is multiplied in another way, and rounded otherwise
             chunk = slice(start, stop)
             most = 0 if whole else length  # a whole stretch is no trial
             if planner.run(lambda chunk=chunk: work(chunk), stop - start, most):  # type: ignore[misc]

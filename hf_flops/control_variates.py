@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .objectives import RowLosses
-from .perturbations.noise import RowNoise
+from .perturbations.noise import RowNoise, accumulator
 
 MOST_LOGITS = 32  # per row; beyond them the Jacobian is too much to learn and to hold
 _MOST_NUMBERS = 2**27  # of the Jacobian
@@ -61,7 +61,7 @@ class Prediction:
 
     def __init__(self, jacobian: Tensor, slopes: Tensor, logits: Tensor, trust: float, basis: Tensor) -> None:
         self.jacobian, self.slopes, self.logits, self.trust, self.basis = jacobian, slopes, logits, trust, basis
-        self.innovation = torch.zeros_like(jacobian)  # sum over rows of (change - J z) z^T
+        self.innovation = torch.zeros_like(jacobian, dtype=accumulator(jacobian.device))  # sum over rows of (change - J z) z^T
         self.sums = torch.zeros(4, dtype=torch.float64)  # rows; squared errors; delta x prediction; squared predictions
 
     def remainder(self, noise: RowNoise, owner: Tensor, deltas: Tensor, changes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,8 +78,8 @@ class Prediction:
         errors = changes @ self.basis - wanted.cpu()
         fine = errors.isfinite().all(1) & deltas.isfinite()
         errors = torch.where(fine[:, None], errors, 0.0)
-        seen, expected = torch.where(fine, deltas, 0.0), torch.where(fine, predicted, 0.0)
-        sums = [fine.sum(), errors.square().sum(), seen @ expected, expected @ expected]
+        seen, expected = torch.where(fine, deltas, 0.0).double(), torch.where(fine, predicted, 0.0).double()
+        sums = [fine.sum(), errors.double().square().sum(), seen @ expected, expected @ expected]
         return deltas - self.trust * predicted, errors.to(self.jacobian), torch.stack([x.double() for x in sums])
 
     def add(self, innovation: Tensor, sums: Tensor) -> None:
@@ -154,7 +154,7 @@ class LogitJacobian:
         error = errors / rows
         unknown = _START * error if self._unknown < 0 else self._unknown
         gain = unknown / (unknown + self.jacobian.shape[1] * error / rows)
-        self.jacobian = self.jacobian + gain / rows * innovation
+        self.jacobian = self.jacobian + (gain / rows * innovation).to(self.jacobian)
         self._unknown = min((1 - gain) * unknown + _DRIFT * error, error)
         self._use = _KEPT * self._use + torch.tensor([used, squares], dtype=torch.float64)
 

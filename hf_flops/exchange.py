@@ -44,15 +44,29 @@ class Exchange:
         """Whether there is only one process."""
         return self.share.world == 1
 
-    def parts(self, rows: Rows, feed: Feed, *, grouped: bool) -> list[Rows]:
+    def parts(self, rows: Rows, feed: Feed, *, grouped: bool, chunk: int | None = None) -> list[Rows]:
         """Cut rows into the pieces of all processes, each in the order in which it goes through the model.
 
-        A piece has few samples where noise is per row, so that what runs once per sample runs in one process mostly; where
-        noise is shared it has few groups, so that forwards stay large.
+        Rows of a sample stay together where noise is per row, so that what runs once per sample runs in few processes; where
+        noise is shared those of a group do, so that forwards stay large. Whole chunks are dealt out where there are enough
+        to be fair, because then what a forward is given, and so its rounding, does not depend on the number of processes.
+
+        Args:
+            rows: of all processes.
+            feed: knows which rows have padding.
+            grouped: whether noise is shared.
+            chunk: rows that go through the model at a time, if that is fixed.
         """
-        if not (self.alone or grouped):
-            rows = rows.sorted()
-        return [feed.ordered(rows[piece], within_groups=grouped) for piece in self.share.cut(len(rows))]
+        world, ordered = self.share.world, feed.ordered(rows if grouped else rows.sorted(), within_groups=grouped)
+        chunks = -(-len(rows) // chunk) if chunk else 0
+        if grouped or self.alone or chunks < world or (chunks % world and chunks < 4 * world):
+            rows = rows if grouped else rows.sorted()
+            whole = self.alone
+            return [ordered if whole else feed.ordered(rows[own], within_groups=grouped) for own in self.share.cut(len(rows))]
+        # 0, 1, 2, 2, 1, 0, 0, ...: the first chunks have the widest rows.
+        dealt = [[n for n in range(chunks) if min(n % (2 * world), 2 * world - 1 - n % (2 * world)) == r] for r in range(world)]
+        index = torch.arange(len(rows)).split(chunk)  # type: ignore[arg-type]
+        return [ordered[torch.cat([index[n] for n in own])] for own in dealt]
 
     def gathered(self, parts: Sequence[Rows], own: Tensor) -> tuple[Rows, Tensor, Tensor]:
         """Put the rows of all processes together, in an order that does not depend on their number.
@@ -76,7 +90,7 @@ class Exchange:
         """Put the clean losses of all processes together; logits and slopes only if they are wanted."""
         names = ["sums", "counts", "residuals"] + ["logits", "slopes"] * logits
         found = {name: values for name in names if (values := getattr(own, name)) is not None}
-        flat = [values.reshape(len(values), -1).to(own.sums) for values in found.values()]
+        flat = [(values if values.dim() > 1 else values[:, None]).to(own.sums) for values in found.values()]
         widths = [part.shape[1] for part in flat]
         gathered = self.share.gather(torch.cat(flat, 1), sizes).split(widths, 1)
         return RowLosses(**{

@@ -14,9 +14,10 @@ from .counters import seeds
 from .losses import widen
 from .objectives import Forward, Objective, RowLosses, TappedLoss
 from .perturbations import ParameterVector, displaced
-from .perturbations.noise import draw
+from .perturbations.noise import accumulator, draw
 from .rows import batch_size, take
 
+_WIDE = 2**24  # logits of a batch; more of them would take much memory in float64
 _CHECK_SEED = 20412  # any number: the check's noise has a stream of its own
 
 
@@ -58,8 +59,10 @@ class ClosedFormHead:
         kept, whole = clean.sums.isfinite(), clean if whole is None else whole
         finite = whole.counts[whole.sums.isfinite()].sum()
         share = whole.counts.sum() / finite if bool(finite) else 1.0
-        x, slopes = (torch.where(kept[:, None], part.reshape(len(kept), -1), 0.0) for part in (inputs, clean.slopes))
+        x, slopes = (torch.where(kept[:, None], part.flatten(1), 0.0) for part in (inputs, clean.slopes))
         x = widen(x.reshape(-1, self.module.in_features))
+        if slopes.numel() < _WIDE:  # so that it matters less than a float32's last bit in what order samples are summed
+            x = x.to(accumulator(x.device))
         slopes = slopes.reshape(-1, self.module.out_features).to(x) * share
         parts = {"weight": slopes.T @ x, "bias": slopes.sum(0)}
         return torch.cat([parts[own].flatten() for own in self.names])

@@ -55,6 +55,10 @@ class RowLosses:
         sums, counts = torch.cat([part.sums for part in parts]), torch.cat([part.counts for part in parts])
         return cls(sums, counts, *(together(name) for name in ("residuals", "logits", "slopes")))
 
+    def without_rows(self) -> RowLosses:
+        """Return the findings of no row at all."""
+        return RowLosses(*(None if values is None else values[:0] for values in vars(self).values()))
+
 
 class Objective(Protocol):
     """What is minimised.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .perturbations import NoiseKeys, Perturbation
+from .perturbations import NoiseKeys, Perturbation, accumulator
 
 
 def regenerate(
@@ -18,7 +18,7 @@ def regenerate(
     groups: Tensor,
     rows_per_chunk: int,
 ) -> Tensor:
-    """Return `sum_r coefficients[r] * noise[r]` (d,) float32 for rows in any order.
+    """Return `sum_r coefficients[r] * noise[r]` (d,) float64 for rows in any order.
 
     Args:
         perturbation: draws the noise; one that `replays` forwards cannot be drawn again without them.
@@ -30,7 +30,8 @@ def regenerate(
         groups: (R,) int64; rows of a group have the same noise where noise is shared.
         rows_per_chunk: rows whose noise is held at a time.
     """
-    update = torch.zeros(perturbation.vector.size, device=perturbation.vector.device)
+    device = perturbation.vector.device
+    update = torch.zeros(perturbation.vector.size, dtype=accumulator(device), device=device)
     order, lengths = torch.arange(len(positions)), [len(positions)]
     if perturbation.grouped:
         order = groups.argsort(stable=True)

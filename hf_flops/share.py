@@ -32,9 +32,10 @@ class Share:
     def __init__(self) -> None:
         self.sent = 0
 
-    def cut(self, number: int) -> list[slice]:
-        """Cut so many things into one even piece for each process; the first pieces may have one more."""
-        edges = [number * rank // self.world for rank in range(self.world + 1)]
+    def cut(self, number: int, least: int = 1) -> list[slice]:
+        """Cut so many things into one even piece for each process; none has fewer than `least`, but for those that get none."""
+        busy = max(1, min(self.world, number // least))
+        edges = [number * min(rank, busy) // busy for rank in range(self.world + 1)]
         return [slice(start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
 
     def gather(self, own: Tensor, sizes: Sequence[int]) -> Tensor:

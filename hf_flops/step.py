@@ -19,7 +19,7 @@ from .method import Method, StepResult
 from .metrics import mean_squares, summarise
 from .objectives import Forward, RowLosses
 from .padding import Feed
-from .perturbations import NoiseKeys
+from .perturbations import NoiseKeys, accumulator
 from .rows import Features, Place, Rows, batch_size, expand
 
 
@@ -84,7 +84,7 @@ class _Step:
         self.perturbed = torch.zeros(self.units, dtype=torch.float64)  # summed losses of each sample's perturbed rows
         self.prediction: Prediction | None = None
         vector = method.perturbation.vector
-        self.update = torch.zeros(vector.size, device=vector.device)  # the estimate, with N = 1
+        self.update = torch.zeros(vector.size, dtype=accumulator(vector.device), device=vector.device)  # with N = 1
 
     def _clean(self) -> Clean:
         method, control = self.method, self.method.control is not None
@@ -183,7 +183,8 @@ class _Step:
         if self.method.allocator.shuffled and self.method.objective.per_row:
             order = seeds(self.place.seed, self.place.step, rows.owner.numpy(), rows.query.numpy()).argsort()
             rows = replace(rows[torch.from_numpy(order)], group=torch.arange(len(rows)) // self.units)
-        parts = self.exchange.parts(rows, self.feed, grouped=self.method.perturbation.grouped)
+        grouped, size = self.method.perturbation.grouped, self.planner.given
+        parts = self.exchange.parts(rows, self.feed, grouped=grouped, chunk=size)
         own = parts[self.exchange.share.rank]
         if not self.exchange.alone and (self.clean is None or self.method.reuse.complete):
             self.method.reuse.extend(self.forward, self.feed.whole, own.owner)
@@ -222,8 +223,8 @@ class _Step:
         perturbation = self.method.perturbation
         own: Any = None if errors is None else perturbation.row_noise(noise)
         if errors is None or perturbation.rowwise_size < perturbation.vector.size:
-            return perturbation.pull_back(noise, coefficients), None if own is None else own.weighted_sum(errors)
-        both = own.weighted_sum(torch.cat([coefficients[:, None].to(errors), errors], 1))
+            return perturbation.pull_back(noise, coefficients), None if own is None else own.exact_sum(errors)
+        both = own.exact_sum(torch.cat([coefficients[:, None].to(errors), errors], 1))
         return both[0], both[1:]
 
     def _in_chunks(self, rows: Rows, work: Work, planner: ChunkPlanner) -> None:
@@ -303,7 +304,9 @@ class _Step:
 
     def _share_facts(self) -> None:
         """Let every process know how many rows were replayed, and of how many numbers noise is made."""
-        if not self.exchange.alone:
+        if not self.method.perturbation.replays:
+            self.dimension = self.method.perturbation.vector.size
+        elif not self.exchange.alone:
             world, own = self.exchange.share.world, torch.tensor([[self.replayed, self.dimension]])
             facts = self.exchange.share.gather(own, [1] * world)
             self.replayed, self.dimension = int(facts[:, 0].sum()), int(facts[:, 1].max())

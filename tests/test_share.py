@@ -22,7 +22,7 @@ from hf_flops.share import Share
 from tests.ranks import played
 from tests.tiny import model_forward, tiny_batch, tiny_model
 
-WORLDS = (2, 3)
+WORLDS = (3,)
 MODELS = {kind: tiny_model(kind).double() for kind in ("vit", "llama")}  # not in a thread: the generator is global
 
 

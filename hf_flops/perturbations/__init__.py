@@ -9,7 +9,7 @@ from torch import nn
 from .activation import ActivationNoise
 from .base import ParameterVector, Perturbation
 from .combined import CombinedNoise
-from .noise import DISTRIBUTIONS, NoiseKeys, bytes_per_row
+from .noise import DISTRIBUTIONS, NoiseKeys, accumulator, bytes_per_row
 from .pinned import PinCheck
 from .rowwise import RowwiseNoise
 from .rules import RowMismatch
@@ -59,6 +59,7 @@ __all__ = [
     "RowMismatch",
     "RowwiseNoise",
     "SharedNoise",
+    "accumulator",
     "bytes_per_row",
     "displaced",
     "perturb",

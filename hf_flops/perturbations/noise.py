@@ -19,6 +19,7 @@ from ..counters import seeds, words
 
 SHARED_POSITION = 2**62  # no sample has this position: the stream of noise that all samples share
 ALL = slice(None)
+EXACT = 512  # rows of signs whose digits float32 adds up without rounding
 BLOCK = 2**18  # numbers of noise that are unpacked at a time: what a processor's cache holds
 
 
@@ -183,18 +184,37 @@ class RowNoise:
         Returns:
             (d,) or (M, d).
         """
-        columns = coefficients.view(len(self), -1)
+        return self._summed(coefficients.view(len(self), -1)).view(*coefficients.shape[1:], -1)
+
+    def _summed(self, columns: Tensor, among: slice = ALL) -> Tensor:
+        """Return (M, d) for (R, M) coefficients of some rows."""
         total = columns.new_zeros(columns.shape[1], sum(shape.numel() for shape in self.shapes))
         for index, own in self._pieces():
             part = total[:, own]
-            for rows in blocks(len(self), sum(self.layouts[index])):
-                left, *right = self.factors(index, rows)
+            for rows in blocks(len(columns), sum(self.layouts[index])):
+                start = among.start or 0
+                left, *right = self.factors(index, slice(rows.start + start, rows.stop + start))
                 if right:
                     for matrix, column in zip(part.view(-1, *self.shapes[index]), columns[rows].T, strict=True):
                         matrix.addmm_((left * column[:, None]).T, right[0])
                 else:
                     part.addmm_(columns[rows].T, left)
-        return total.view(*coefficients.shape[1:], -1)
+        return total
+
+    def exact_sum(self, coefficients: Tensor) -> Tensor:
+        """Return what `weighted_sum` does as float64: of independent signs the same bits in whatever order rows come.
+
+        Coefficients are rounded to multiples of 2^-30 and cut into three digits of 15 bits, the sums of which float32 holds.
+        """
+        wide, columns = accumulator(coefficients.device), coefficients.view(len(self), -1)
+        if not isinstance(self.numbers, Signs) or any(len(own) == 2 for own in self.layouts):
+            return self.weighted_sum(coefficients).to(wide)
+        total, digits = 0.0, torch.cat(_digits(columns.to(wide)), 1).float()
+        for start in range(0, len(self), EXACT):
+            rows = slice(start, start + EXACT)
+            high, middle, low = self._summed(digits[rows], rows).to(wide).chunk(3)
+            total = total + (high + middle * 2.0**-15 + low * 2.0**-30)
+        return torch.as_tensor(total).view(*coefficients.shape[1:], -1)
 
     def dot(self, vectors: Tensor) -> Tensor:
         """Return the products (R, M) of every row's noise with vectors (M, d)."""
@@ -216,6 +236,23 @@ class RowNoise:
         for index, shape in enumerate(self.shapes):
             yield index, slice(start, start + shape.numel())
             start += shape.numel()
+
+
+def accumulator(device: torch.device) -> torch.dtype:
+    """Return the type that sums over rows are kept in: float64, where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def rounded(coefficients: Tensor) -> Tensor:
+    """Round to multiples of 2^-30, so that sums of them are exact."""
+    return (coefficients.to(accumulator(coefficients.device)) * 2.0**30).round() * 2.0**-30
+
+
+def _digits(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cut numbers into wholes, multiples of 2^-15 and multiples of 2^-30, each as a whole number."""
+    high = values.round()
+    middle = ((values - high) * 2.0**15).round()
+    return high, middle, ((values - high - middle * 2.0**-15) * 2.0**30).round()
 
 
 def layout(shape: torch.Size, rank_one: bool) -> tuple[int, ...]:

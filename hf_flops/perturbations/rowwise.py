@@ -151,4 +151,4 @@ class RowwiseNoise:
 
     def pull_back(self, noise: RowNoise, coefficients: Tensor) -> Tensor:
         """See `Perturbation.pull_back`."""
-        return noise.weighted_sum(coefficients.to(self.vector.device, torch.float32))
+        return noise.exact_sum(coefficients.to(self.vector.device, torch.float32))

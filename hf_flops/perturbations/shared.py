@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .base import ParameterVector
-from .noise import NoiseKeys, draw
+from .noise import NoiseKeys, accumulator, draw, rounded
 
 
 @contextmanager
@@ -66,4 +66,4 @@ class SharedNoise:
 
     def pull_back(self, noise: Tensor, coefficients: Tensor) -> Tensor:
         """See `Perturbation.pull_back`."""
-        return noise * coefficients.sum()
+        return noise.to(accumulator(noise.device)) * rounded(coefficients).sum().to(noise.device)
