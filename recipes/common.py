@@ -14,6 +14,16 @@ def accuracy(prediction: Any) -> dict[str, float]:
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
+def check_compared(args: Any, methods: Collection[str]) -> None:
+    """Refuse backprop by several processes: the stock trainer would be measured before it trains, and then not be wrapped.
+
+    Raises:
+        ValueError: names the number of processes.
+    """
+    if args.world_size > 1 and "backprop" in methods:
+        raise ValueError(f"backprop is for comparison by one process, not {args.world_size}: leave it out, or start one.")
+
+
 def stock_arguments(args: Any, **changes: Any) -> TrainingArguments:
     """Return the part of the arguments that the stock trainer knows."""
     stock = {name: getattr(args, name) for name in TrainingArguments.__dataclass_fields__ if name[0] != "_"}

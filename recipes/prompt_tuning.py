@@ -167,7 +167,8 @@ def trainer_for(method: str, model: Any, args: RecipeTrainingArguments, recipe: 
 def run(method: str, recipe: RecipeArguments, args: RecipeTrainingArguments, task: TextTask) -> tuple[Outcome, Any]:
     """Measure the model as it is, tune it with one method, and measure again."""
     set_seed(args.seed)
-    base, tokenizer = load_model(recipe.model, recipe.dtype)
+    with args.main_process_first():
+        base, tokenizer = load_model(recipe.model, recipe.dtype)
     words = label_tokens(tokenizer, recipe.label_words, task.classes)
     template = Template(tokenizer, recipe.template, recipe.text_tokens, recipe.chat)
     collator, tail = DataCollatorWithPadding(tokenizer), recipe.adapter != "suffix"
@@ -187,7 +188,8 @@ def run(method: str, recipe: RecipeArguments, args: RecipeTrainingArguments, tas
         trainer.train()
         seconds = time.perf_counter() - start
     after = trainer.evaluate(data["test"])["eval_accuracy"]
-    model.save_pretrained(own.output_dir)
+    if args.process_index == 0:
+        model.save_pretrained(own.output_dir)
     outcome = Outcome(
         method=method,
         before=before,
@@ -253,12 +255,17 @@ def main(arguments: list[str] | None = None) -> list[Outcome]:
     folder = Path(args.output_dir or "outputs/prompt_tuning")
     folder.mkdir(parents=True, exist_ok=True)
     sizes = {"validation": recipe.validation_texts, "test": recipe.test_texts, "per_class": recipe.per_class}
-    task = load_texts(recipe.domain, seed=args.seed, **sizes)
-    runs = []
-    for method in dict.fromkeys(["flops", *recipe.compare]):
-        print(f"\n=== {method}: {len(task.train):,} texts of {task.name}")
+    methods = list(dict.fromkeys(["flops", *recipe.compare]))
+    common.check_compared(args, methods)
+    with args.main_process_first():
+        task = load_texts(recipe.domain, seed=args.seed, **sizes)
+    runs, first = [], args.process_index == 0
+    for method in methods:
+        if first:
+            print(f"\n=== {method}: {len(task.train):,} texts of {task.name}")
         runs.append(run(method, recipe, args, task))
-    report(folder, task, recipe, args, runs)
+    if first:
+        report(folder, task, recipe, args, runs)
     return [outcome for outcome, _ in runs]
 
 

@@ -8,6 +8,7 @@ connection, any image classifier and data set of the Hub take their place:
     python recipes/vit.py --method mezo --compare flops backprop --output_dir outputs/mezo
     python recipes/vit.py --model google/vit-base-patch16-224-in21k --dataset beans --lora_rank 8
     python recipes/vit.py recipes/vit.yaml
+    torchrun --nproc_per_node 2 recipes/vit.py --use_cpu true --per_device_train_batch_size 16
 
 It ends with a table (report.md, results.json), a picture (report.png) and the adapters.
 """
@@ -294,12 +295,17 @@ def main() -> None:
     transformers_logging.disable_progress_bar()  # of loading and saving; training keeps its own
     folder = Path(args.output_dir or "outputs/vit")
     folder.mkdir(parents=True, exist_ok=True)
-    path, task, data = load_data(recipe, args.seed)
-    runs = []
-    for method in dict.fromkeys([recipe.method, *recipe.compare]):
-        print(f"\n=== {method}: {len(data['train']):,} images of {', '.join(task.class_names)}")
+    methods = list(dict.fromkeys([recipe.method, *recipe.compare]))
+    common.check_compared(args, methods)
+    with args.main_process_first():
+        path, task, data = load_data(recipe, args.seed)
+    runs, first = [], args.process_index == 0
+    for method in methods:
+        if first:
+            print(f"\n=== {method}: {len(data['train']):,} images of {', '.join(task.class_names)}")
         runs.append(run(method, recipe, args, path, task, data))
-    report(folder, task, recipe, runs)
+    if first:
+        report(folder, task, recipe, runs)
 
 
 if __name__ == "__main__":

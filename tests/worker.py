@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -73,11 +74,21 @@ def finish(trainer: FlopsTrainer, name: str) -> None:
         (folder / f"{name}.json").write_text(json.dumps(trainer.state.log_history))
 
 
+def ending(end: tuple[int, int, int] | None) -> Any:
+    """Return what sends a signal to the process of some rank after some step: (signal, rank, step)."""
+
+    def act(step: int) -> None:
+        if end is not None and (int(os.environ.get("RANK", 0)), step) == (end[1], end[2]):
+            os.kill(os.getpid(), end[0])
+
+    return act
+
+
 def main() -> None:
     """Run what the command line says, going on from the last checkpoint if there is one and `resume` is set."""
     for options in json.loads(sys.argv[1]):
         name, resume = options.pop("name", "final"), options.pop("resume", False)
-        trainer = build(options)
+        trainer = build(options, ending(options.pop("end", None)))
         trainer.train(resume_from_checkpoint=last_checkpoint(trainer.args.output_dir) if resume else None)
         finish(trainer, name)
 

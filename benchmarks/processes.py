@@ -1,0 +1,152 @@
+"""What several processes are worth and what they tell each other: rows per second of one and two, and bytes per step.
+
+    python benchmarks/processes.py speed   # two processes with one thread each against one process with one thread
+    python benchmarks/processes.py bytes   # both exchanges, adapters of 10^4 and 10^7 parameters
+
+Runs take turns, and medians over steps are compared. Bytes are what a process hands over, each counted once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from records import Record, quiet  # isort: skip
+
+SPEED = {"hidden": 192, "layers": 6, "rank": 4, "samples": 32, "queries": 16, "steps": 8, "rows": 64}
+SMALL = {"hidden": 128, "layers": 2, "rank": 20, "samples": 32, "queries": 4, "steps": 3, "rows": 16}
+LARGE = {"hidden": 512, "layers": 5, "rank": 1000, "samples": 8, "queries": 4, "steps": 2, "rows": 2}
+
+
+def work(options: dict[str, Any]) -> None:
+    """Train a ViT of random weights for a few steps, and print what was measured; run by a launcher."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import TrainerCallback, ViTConfig, ViTForImageClassification
+
+    from hf_flops import FlopsTrainer, FlopsTrainingArguments
+
+    quiet()
+
+    class Clock(TrainerCallback):
+        def __init__(self) -> None:
+            self.seconds, self.sent, self.rows = [], [], []
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.seconds.append(time.perf_counter())
+            self.sent.append(trainer._share.sent)
+            self.rows.append(trainer.ledger.rows)
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": options["hidden"], "intermediate_size": 4 * options["hidden"], "num_attention_heads": 4}
+    config = ViTConfig(image_size=32, patch_size=4, num_hidden_layers=options["layers"], num_labels=10, **sizes)
+    adapter = LoraConfig(r=options["rank"], target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = get_peft_model(ViTForImageClassification(config), adapter)
+    data = [{"pixel_values": torch.randn(3, 32, 32), "labels": i % 10} for i in range(4 * options["samples"])]
+    args = FlopsTrainingArguments(
+        output_dir=options["folder"],
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_strategy="no",
+        max_steps=options["steps"] + 2,
+        queries_per_sample=options["queries"],
+        rows_per_forward=options["rows"],
+        reduce=options["reduce"],
+        control_variate="none",
+        per_device_train_batch_size=options["samples"] // int(os.environ.get("WORLD_SIZE", 1)),
+    )
+    clock = Clock()
+    trainer = FlopsTrainer(model, args, train_dataset=data, callbacks=[clock])
+    trainer.train()
+    if args.process_index == 0:
+        kept = slice(1, None)  # the first steps check, and warm up
+        rows = np.diff(clock.rows)[kept]
+        found = {
+            "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "rows_per_step": int(np.median(rows)),
+            "rows_per_second": float(np.median(rows / np.diff(clock.seconds)[kept])),
+            "sent_bytes_per_step": float(np.median(np.diff(clock.sent)[kept])),
+            "loss": trainer.state.log_history[-1]["train_loss"],
+        }
+        Path(options["folder"], "found.json").write_text(json.dumps(found))
+
+
+def run(processes: int, reduce: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Launch a run with one thread per process; returns what process 0 measured."""
+    with tempfile.TemporaryDirectory() as folder:
+        worker = [str(Path(__file__).resolve()), "--worker", json.dumps({**options, "reduce": reduce, "folder": folder})]
+        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, *(launcher if processes > 1 else []), *worker]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(done.stderr[-3000:])
+        return json.loads(Path(folder, "found.json").read_text())
+
+
+def speed(repeats: int) -> None:
+    """Compare rows per second; both exchanges."""
+    record = Record("processes")
+    print("| exchange | rows/s, 1 process | rows/s, 2 processes | ratio |\n| --- | --- | --- | --- |")
+    for reduce in ("gradient", "scalars"):
+        found = {processes: [] for processes in (1, 2)}
+        for _ in range(repeats):
+            for processes, runs in found.items():
+                runs.append(run(processes, reduce, SPEED))
+        rates = {processes: float(np.median([own["rows_per_second"] for own in runs])) for processes, runs in found.items()}
+        ratio = rates[2] / rates[1]
+        record.keep(f"speed-{reduce}", {"rows_per_second": rates, "ratio": ratio, "runs": found, **SPEED})
+        print(f"| {reduce} | {rates[1]:.0f} | {rates[2]:.0f} | {ratio:.2f} |", flush=True)
+
+
+def bytes_sent() -> None:
+    """Count bytes per step and query for a small and a large adapter; both exchanges."""
+    record = Record("processes")
+    print("| parameters | exchange | bytes per step | bytes per query of a process |\n| --- | --- | --- | --- |")
+    for options in (SMALL, LARGE):
+        for reduce in ("gradient", "scalars"):
+            found = run(2, reduce, options)
+            queries = (found["rows_per_step"] - options["samples"]) / 2
+            found["sent_bytes_per_query"] = found["sent_bytes_per_step"] / queries
+            record.keep(f"bytes-{reduce}-{found['parameters']}", {**found, **options})
+            print(
+                f"| {found['parameters']:,} | {reduce} | {found['sent_bytes_per_step']:,.0f} | "
+                f"{found['sent_bytes_per_query']:,.1f} |",
+                flush=True,
+            )
+            assert reduce == "gradient" or found["sent_bytes_per_query"] <= 16
+
+
+def main() -> None:
+    """Measure what the command line names; write results/processes.json."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", nargs="?", choices=["speed", "bytes"])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.worker:
+        return work(chosen.worker)
+    quiet()
+    if chosen.what != "bytes":
+        speed(chosen.repeats)
+    if chosen.what != "speed":
+        bytes_sent()
+    return None
+
+
+if __name__ == "__main__":
+    main()

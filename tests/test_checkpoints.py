@@ -1,0 +1,139 @@
+"""Checkpoints: whole or not there, exact to resume from, and saved when the run is told to leave."""
+
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_flops import ConfigurationError
+from hf_flops.allocators import ALLOCATORS
+from hf_flops.checkpoints import MANIFEST, UNFINISHED, is_whole, last_checkpoint
+from tests.worker import build
+
+OPTIONS = {"max_steps": 5, "samples": 4, "size": 14, "logging_steps": 1}  # a step of two samples ends an epoch
+
+
+def flat(trainer):
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad])
+
+
+def run(folder, act=None, resume=None, **options):
+    trainer = build({**OPTIONS, "output_dir": str(folder), **options}, act)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def some(allocators):
+    return [name if name in allocators else pytest.param(name, marks=pytest.mark.slow) for name in ALLOCATORS]
+
+
+@pytest.mark.parametrize("allocator", some(["two_stage", "gaussian"]))
+def test_every_allocator_resumes_in_the_middle_of_an_epoch(allocator, tmp_path):
+    whole = run(tmp_path, allocator=allocator, save_strategy="steps", save_steps=2, gradient_accumulation_steps=2)
+    again = run(tmp_path, None, str(tmp_path / "checkpoint-2"), allocator=allocator, gradient_accumulation_steps=2)
+    assert flat(again).equal(flat(whole))
+    assert again._allocator.state_dict() == whole._allocator.state_dict()
+
+
+def test_sigterm_saves_and_leaves_and_the_resumed_run_is_the_undisturbed_one(tmp_path):
+    def told(step):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as left:
+        run(tmp_path / "told", told)
+    assert left.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert os.listdir(tmp_path / "told") == ["checkpoint-3"]
+    assert flat(run(tmp_path / "told", None, True)).equal(flat(run(tmp_path / "alone")))
+
+
+def test_a_checkpoint_appears_when_it_is_whole(tmp_path):
+    trainer = build({**OPTIONS, "output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 2})
+    stock, fail = trainer._save_rng_state, [4]
+
+    def save_rng_state(folder):
+        if trainer.state.global_step in fail:
+            raise OSError("the disk is full")
+        stock(folder)
+
+    trainer._save_rng_state = save_rng_state
+    with pytest.raises(OSError, match="full"):
+        trainer.train()
+    assert sorted(os.listdir(tmp_path)) == [UNFINISHED, "checkpoint-2"]
+    assert get_last_checkpoint(tmp_path) == last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    fail.clear()
+    trainer.train(resume_from_checkpoint=True)
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-2", "checkpoint-4", "checkpoint-5"]
+    assert flat(trainer).equal(flat(run(tmp_path / "alone")))
+
+
+def test_a_checkpoint_that_lost_a_file_or_its_end_is_passed_over(tmp_path, caplog):
+    run(tmp_path, save_strategy="steps", save_steps=1)
+    folders = [tmp_path / f"checkpoint-{step}" for step in range(1, 6)]
+    assert all(map(is_whole, folders))
+    (folders[4] / "optimizer.pt").unlink()
+    (folders[3] / "optimizer.pt").write_bytes(b"PK")
+    (folders[2] / "trainer_state.json").unlink()
+    folders[1].rename(tmp_path / "keep-2")
+    assert last_checkpoint(tmp_path) == str(folders[0])
+    assert "checkpoint-5 is not a whole checkpoint" in caplog.text
+    with pytest.raises(ConfigurationError, match="checkpoint-4' lacks files"):
+        run(tmp_path, None, str(folders[3]))
+    shutil.rmtree(folders[0])
+    with pytest.raises(ConfigurationError, match="holds no whole checkpoint"):
+        run(tmp_path, None, True)
+
+
+def test_a_replaced_checkpoint_is_the_old_one_or_the_new_one(tmp_path):
+    run(tmp_path, save_strategy="steps", save_steps=5)
+    (tmp_path / UNFINISHED).mkdir()
+    (tmp_path / "checkpoint-5").rename(tmp_path / UNFINISHED / "checkpoint-5.old")  # killed before the new one's turn
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-5")
+    (tmp_path / "checkpoint-5" / "mark").touch()
+    run(tmp_path, save_strategy="steps", save_steps=5)
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-5"]
+    assert "mark" not in os.listdir(tmp_path / "checkpoint-5")
+
+
+def test_the_best_model_is_known_by_where_it_is(tmp_path):
+    trainer = build({**OPTIONS, "output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps",
+                     "eval_steps": 1, "load_best_model_at_end": True, "save_total_limit": 2})
+    trainer.eval_dataset = trainer.train_dataset
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    assert best == str(tmp_path / f"checkpoint-{trainer.state.best_global_step}")
+    assert sorted(os.listdir(tmp_path)) == sorted({os.path.basename(best), "checkpoint-5", *os.listdir(tmp_path)})
+    assert len(os.listdir(tmp_path)) == 2
+    assert json.loads((tmp_path / "checkpoint-5" / "trainer_state.json").read_text())["best_model_checkpoint"] == best
+    saved = load_file(f"{best}/adapter_model.safetensors")
+    mine = {name: p for name, p in trainer.model.named_parameters() if "lora_B" in name}
+    assert all(p.equal(saved[name.replace(".default", "")]) for name, p in mine.items())
+
+
+def test_generators_come_back_on_another_number_of_processes(tmp_path):
+    trainer = run(tmp_path, save_strategy="steps", save_steps=5)
+    folder = tmp_path / "checkpoint-5"
+    (folder / "rng_state.pth").rename(folder / "rng_state_0.pth")
+    torch.manual_seed(7)
+    trainer._load_rng_state(str(folder))
+    state = torch.load(folder / "rng_state_0.pth", weights_only=False)["cpu"]
+    assert torch.get_rng_state().equal(state)
+
+
+def test_another_batch_is_noticed(tmp_path, caplog):
+    run(tmp_path, save_strategy="steps", save_steps=2, max_steps=2)
+    run(tmp_path, None, True, max_steps=3, samples=2)
+    assert "4 samples in an optimizer step, this one has 2" in caplog.text
+
+
+def test_a_manifest_names_every_file(tmp_path):
+    run(tmp_path, save_strategy="steps", save_steps=5)
+    names = set(os.listdir(tmp_path / "checkpoint-5"))
+    assert set(json.loads((tmp_path / "checkpoint-5" / MANIFEST).read_text())) == names - {MANIFEST}
