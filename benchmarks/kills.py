@@ -37,7 +37,7 @@ def command(processes: int, options: dict[str, Any]) -> list[str]:
     worker = [str(ROOT / "tests" / "worker.py"), json.dumps([options])]
     if processes == 1:
         return [sys.executable, *worker]
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0", *worker]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), *worker]
 
 
 def start(processes: int, options: dict[str, Any]) -> subprocess.Popen:

@@ -89,7 +89,7 @@ def run(processes: int, reduce: str, options: dict[str, Any]) -> dict[str, Any]:
     """Launch a run with one thread per process; returns what process 0 measured."""
     with tempfile.TemporaryDirectory() as folder:
         worker = [str(Path(__file__).resolve()), "--worker", json.dumps({**options, "reduce": reduce, "folder": folder})]
-        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, *(launcher if processes > 1 else []), *worker]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -13,7 +13,7 @@ from .control_variates import CONTROL_VARIATES
 from .errors import ConfigurationError
 from .estimators import ESTIMATORS
 from .exchange import REDUCE
-from .launch import check_launch
+from .launch import check_environment, check_world
 from .perturbations import DISTRIBUTIONS, PERTURBATIONS
 
 logger = logging.getLogger(__name__)
@@ -211,19 +211,20 @@ class FlopsArgumentsMixin:
     )
 
     def __post_init__(self) -> None:
+        check_environment()
         self._check_choices()
         self._check_scalars()
         self._check_numbers()
         self._check_stock_options()
         super().__post_init__()  # type: ignore[misc]
-        check_launch(self.world_size)  # type: ignore[attr-defined]
+        check_world(self.world_size)  # type: ignore[attr-defined]
 
     def _check_choices(self) -> None:
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             _require(value is None or value in choices, f"{name}={value!r} is unknown: choose one of {', '.join(choices)}.")
         if self.reduce == "scalars" and self.control_variate is None and PRESETS[self.preset]["control_variate"] != "none":
-            logger.info('reduce="scalars": no control variate, which learns from what does not travel.')
+            logger.warning('reduce="scalars" goes without a control variate, which learns from what does not travel.')
             self.control_variate = "none"
         for name, value in PRESETS[self.preset].items():
             if getattr(self, name) is None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from .args import FlopsArgumentsMixin
 from .errors import ConfigurationError
-from .launch import check_launch
+from .launch import check_environment, check_world
 from .precision import keep_masters
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,8 @@ def check_arguments(args: Any) -> None:
         raise ConfigurationError(
             f"args is a {type(args).__name__}: use FlopsTrainingArguments, or put FlopsArgumentsMixin before your class."
         )
-    check_launch(args.world_size)
+    check_environment()
+    check_world(args.world_size)
     args._n_gpu = min(args.n_gpu, 1)  # no DataParallel
     if args.world_size > 1:
         args.average_tokens_across_devices = False  # every process reads, and counts, the tokens of all

@@ -13,23 +13,14 @@ _INSTEAD = (
 _MPI = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
-def check_launch(world: int) -> None:
-    """Refuse a run whose processes do not know of each other, or that is to be sharded.
-
-    Args:
-        world: how many processes the run has, as far as this one knows.
+def check_environment() -> None:
+    """Refuse a launcher that started one process where several were meant, or that is to shard the model.
 
     Raises:
-        ConfigurationError: the environment tells of something else.
+        ConfigurationError: the environment tells of it.
     """
-    started = max([int(os.environ.get(name) or 1) for name in ("WORLD_SIZE", *_MPI)])
-    if started > 1 and world == 1:
-        raise ConfigurationError(
-            f"{started} processes were started, but each takes itself for the only one and would train alone, all of them "
-            f"into the same output_dir. {_INSTEAD}"
-        )
     # What accelerate's launcher sets where it was asked for several processes and starts one, as with --cpu or MULTI_CPU.
-    if world == 1 and started == 1 and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
+    if _started() == 1 and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
         raise ConfigurationError(
             "`accelerate launch` was asked for several processes but started one, as it does with --cpu or distributed_type "
             f"MULTI_CPU. {_INSTEAD} If one process is meant, unset MASTER_ADDR and MASTER_PORT."
@@ -39,3 +30,23 @@ def check_launch(world: int) -> None:
             raise ConfigurationError(
                 f"{name}=true: {what} shards the model for a backward pass, which there is none of. {_INSTEAD}"
             )
+
+
+def check_world(world: int) -> None:
+    """Refuse processes that do not know of each other.
+
+    Args:
+        world: how many processes the run has, as far as this one knows.
+
+    Raises:
+        ConfigurationError: the environment tells of more.
+    """
+    if _started() > 1 and world == 1:
+        raise ConfigurationError(
+            f"{_started()} processes were started, but each takes itself for the only one and would train alone, all of them "
+            f"into the same output_dir. {_INSTEAD}"
+        )
+
+
+def _started() -> int:
+    return max(int(os.environ.get(name) or 1) for name in ("WORLD_SIZE", *_MPI))

@@ -149,7 +149,7 @@ def test_launchers_that_start_something_else_are_found(environment, message, arg
         monkeypatch.setenv(name, value)
     with refused(ConfigurationError, message):
         trainer(args)
-    if "WORLD_SIZE" not in environment:  # with it, arguments for CPUs would wait for the others
+    if "WORLD_SIZE" not in environment:  # with that, arguments for CPUs would wait for the others
         with refused(ConfigurationError, message):
             arguments()
 

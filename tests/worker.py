@@ -62,7 +62,10 @@ def build(options: dict[str, Any], act: Any = None) -> FlopsTrainer:
     )
     args.per_device_train_batch_size = samples // args.gradient_accumulation_steps // args.world_size
     data = [{**row, "sample_id": i} for i, row in enumerate(as_dataset(tiny_batch(kind, size)))]
-    return FlopsTrainer(adapted(kind), args, train_dataset=data, callbacks=[Hook(act)] if act else None)
+    held_out = data if args.eval_strategy != "no" else None
+    return FlopsTrainer(
+        adapted(kind), args, train_dataset=data, eval_dataset=held_out, callbacks=[Hook(act)] if act else None
+    )
 
 
 def finish(trainer: FlopsTrainer, name: str) -> None:
