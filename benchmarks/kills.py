@@ -1,7 +1,7 @@
 """A run that is killed again and again (`kill -9` at random moments) and resumed each time, on one process or two.
 
-It must end with the parameters of the run that was never disturbed. Every process of the run is killed at once, so that a kill
-can hit the middle of a save.
+It must end with the parameters of the run that was never disturbed. Every process of the run is killed at once, so that a
+kill can hit the middle of a save.
 
     python benchmarks/kills.py --kills 20
 """
@@ -98,8 +98,10 @@ def main() -> None:
     seen = disturb(options, chosen.kills, random.Random(chosen.seed))
     wanted, found = (load_file(scratch / name / "final.safetensors") for name in ("alone", "killed"))
     error = max(float((wanted[name] - found[name]).abs().max()) for name in wanted)
-    print(f"{len(seen)} kills, {sum(kill['half_written'] for kill in seen)} of them in the middle of a save; the final "
-          f"parameters differ from the undisturbed run's by {error:.2g} at most")
+    print(
+        f"{len(seen)} kills, {sum(kill['half_written'] for kill in seen)} of them in the middle of a save; the final "
+        f"parameters differ from the undisturbed run's by {error:.2g} at most"
+    )
     Record("kills").keep(chosen.reduce, {"steps": chosen.steps, "kills": seen, "largest_difference": error})
     shutil.rmtree(scratch)
     assert len(seen) == chosen.kills, f"the run was over after {len(seen)} kills: raise --steps"

@@ -204,8 +204,8 @@ class FlopsArgumentsMixin:
     reduce: str = field(
         default="gradient",
         metadata={
-            "help": "What several processes tell each other: 'gradient' (the adapter's gradient is summed, once per optimizer "
-            "step) or 'scalars' (losses and seeds only, a few bytes per query; every process draws all noise again).",
+            "help": "What several processes tell each other: 'gradient' (the adapter's gradient is summed, once per "
+            "optimizer step) or 'scalars' (losses and seeds, a few bytes per query; every process draws all noise).",
             "choices": list(REDUCE),
         },
     )
@@ -233,13 +233,13 @@ class FlopsArgumentsMixin:
     def _check_scalars(self) -> None:
         _require(
             self.reduce != "scalars" or self.control_variate == "none",
-            f"control_variate={self.control_variate!r} learns from gradients, which do not travel with reduce='scalars': use "
-            "reduce='gradient', or 'none'.",
+            f"control_variate={self.control_variate!r} learns from gradients, which do not travel with reduce='scalars': "
+            "use reduce='gradient', or 'none'.",
         )
         _require(
             self.reduce != "scalars" or self.perturbation != "activation",
-            "perturbation='activation' needs the forwards of all rows to draw its noise again, which reduce='scalars' would do "
-            "in every process: use reduce='gradient', or 'auto'.",
+            "perturbation='activation' needs the forwards of all rows to draw its noise again, which reduce='scalars' would "
+            "do in every process: use reduce='gradient', or 'auto'.",
         )
 
     def _check_numbers(self) -> None:

@@ -35,7 +35,7 @@ def is_whole(folder: str | Path) -> bool:
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """Return the whole checkpoint of the latest step in a folder, or None; half-written and half-deleted ones are left out."""
+    """Return the whole checkpoint of the latest step in a folder, or None; those half written or deleted do not count."""
     for old in Path(folder, UNFINISHED).glob("*.old"):  # its successor was about to take its place
         if not Path(folder, old.stem).exists():
             old.rename(Path(folder, old.stem))
@@ -80,7 +80,7 @@ class WholeCheckpoints:
         return os.path.join(folder, UNFINISHED) if self._saving else folder
 
     def _save_checkpoint(self: Any, model: Any, trial: Any) -> None:
-        """Let the stock trainer save in a folder beside, and move the checkpoint to its place when all processes are done."""
+        """Let the stock trainer save in a folder beside, and move the checkpoint to its place when all are done."""
         run, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
         unfinished, folder = run / UNFINISHED / name, run / name
         if self.args.local_process_index == 0:

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from .chunks import ChunkPlanner, in_chunks
-from .exchange import Exchange
-from .heads import ClosedFormHead
-from .objectives import Forward, Objective, RowLosses
+from .control_variates import MOST_LOGITS
+from .method import Method
+from .objectives import Forward, RowLosses
 from .padding import Feed
-from .reuse import Reuse
 from .rows import take
 
 
@@ -32,35 +31,20 @@ class Clean:
     head_inputs: Tensor
 
 
-def clean_forward(
-    forward: Forward,
-    objective: Objective,
-    samples: int,
-    *,
-    feed: Feed,
-    reuse: Reuse,
-    planner: ChunkPlanner,
-    exchange: Exchange,
-    features: bool = False,
-    head: ClosedFormHead | None = None,
-    most_logits: int = 0,
-) -> Clean:
+def clean_forward(forward: Forward, method: Method, samples: int, feed: Feed, planner: ChunkPlanner) -> Clean:
     """Run the batch, this process's samples all at once unless they do not fit in memory.
 
     Where processes share scalars only, the gradient of a closed-form head must not travel: then each runs all samples.
 
     Args:
         forward: runs the model.
-        objective: what is minimised.
+        method: how the gradient is estimated.
         samples: B.
         feed: gives inputs of samples.
-        reuse: what is recorded for the rows that follow.
         planner: how much fits.
-        exchange: the other processes.
-        features: whether residuals are wanted.
-        head: the layer to watch.
-        most_logits: up to how many logits per sample these, and their slopes, are wanted of all samples.
     """
+    objective, reuse, head, exchange = method.objective, method.reuse, method.head, method.exchange
+    features = method.needs_features
     whole = feed.whole
     if not objective.per_row:
         losses = objective(reuse.through(forward, whole), whole, features=features)
@@ -98,7 +82,8 @@ def clean_forward(
     if idle:
         own, given = own.without_rows(), given[:0]
     sizes = [piece.stop - piece.start for piece in pieces]
-    wanted = own.logits is not None and own.logits.shape[1] <= most_logits
+    # Beyond so many logits there is no control variate, and what it would look at need not travel.
+    wanted = method.control is not None and own.logits is not None and own.logits.shape[1] <= MOST_LOGITS
     losses = own if len(pieces) == 1 else exchange.losses(own, sizes, logits=wanted)
     if len(pieces) == 1 and exchange.share.rank > 0 and not exchange.scalars:
         own, given = own.without_rows(), given[:0]  # what is summed must be told by one process only

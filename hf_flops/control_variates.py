@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .objectives import RowLosses
-from .perturbations.noise import RowNoise, accumulator
+from .perturbations.exact import accumulator
+from .perturbations.noise import RowNoise
 
 MOST_LOGITS = 32  # per row; beyond them the Jacobian is too much to learn and to hold
 _MOST_NUMBERS = 2**27  # of the Jacobian
@@ -61,7 +62,9 @@ class Prediction:
 
     def __init__(self, jacobian: Tensor, slopes: Tensor, logits: Tensor, trust: float, basis: Tensor) -> None:
         self.jacobian, self.slopes, self.logits, self.trust, self.basis = jacobian, slopes, logits, trust, basis
-        self.innovation = torch.zeros_like(jacobian, dtype=accumulator(jacobian.device))  # sum over rows of (change - J z) z^T
+        self.innovation = torch.zeros_like(
+            jacobian, dtype=accumulator(jacobian.device)
+        )  # sum over rows of (change - J z) z^T
         self.sums = torch.zeros(4, dtype=torch.float64)  # rows; squared errors; delta x prediction; squared predictions
 
     def remainder(self, noise: RowNoise, owner: Tensor, deltas: Tensor, changes: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -57,16 +57,17 @@ class Exchange:
             grouped: whether noise is shared.
             chunk: rows that go through the model at a time, if that is fixed.
         """
-        world, ordered = self.share.world, feed.ordered(rows if grouped else rows.sorted(), within_groups=grouped)
-        chunks = -(-len(rows) // chunk) if chunk else 0
-        if grouped or self.alone or chunks < world or (chunks % world and chunks < 4 * world):
-            rows = rows if grouped else rows.sorted()
-            whole = self.alone
-            return [ordered if whole else feed.ordered(rows[own], within_groups=grouped) for own in self.share.cut(len(rows))]
-        # 0, 1, 2, 2, 1, 0, 0, ...: the first chunks have the widest rows.
-        dealt = [[n for n in range(chunks) if min(n % (2 * world), 2 * world - 1 - n % (2 * world)) == r] for r in range(world)]
-        index = torch.arange(len(rows)).split(chunk)  # type: ignore[arg-type]
-        return [ordered[torch.cat([index[n] for n in own])] for own in dealt]
+        world, chunks = self.share.world, -(-len(rows) // chunk) if chunk else 0
+        rows = rows if grouped else rows.sorted()
+        fair = chunks >= world and (chunks % world == 0 or chunks >= 4 * world)
+        if self.alone or grouped or not fair:
+            return [feed.ordered(rows[own], within_groups=grouped) for own in self.share.cut(len(rows))]
+        ordered = feed.ordered(rows, within_groups=False)
+        dealt: list[list[Tensor]] = [[] for _ in range(world)]
+        for number, index in enumerate(torch.arange(len(rows)).split(chunk or 1)):
+            turn = number % (2 * world)  # 0, 1, 2, 2, 1, 0, 0, ...: the first chunks have the widest rows
+            dealt[min(turn, 2 * world - 1 - turn)].append(index)
+        return [ordered[torch.cat(own)] for own in dealt]
 
     def gathered(self, parts: Sequence[Rows], own: Tensor) -> tuple[Rows, Tensor, Tensor]:
         """Put the rows of all processes together, in an order that does not depend on their number.
@@ -93,9 +94,12 @@ class Exchange:
         flat = [(values if values.dim() > 1 else values[:, None]).to(own.sums) for values in found.values()]
         widths = [part.shape[1] for part in flat]
         gathered = self.share.gather(torch.cat(flat, 1), sizes).split(widths, 1)
-        return RowLosses(**{
-            name: part if name in ("logits", "slopes") else part[:, 0] for name, part in zip(found, gathered, strict=True)
-        })
+        return RowLosses(
+            **{
+                name: part if name in ("logits", "slopes") else part[:, 0]
+                for name, part in zip(found, gathered, strict=True)
+            }
+        )
 
     def settle(self, own: list[Tensor], *, last: bool) -> list[Tensor] | None:
         """Return the sums over all processes, and over the batches since the last time; None while more are to come.
@@ -126,6 +130,4 @@ class Exchange:
         """Make the update (d,) from the coefficients (R,) of all rows."""
         size = max(1, min(4096, int(_NOISE // max(1.0, perturbation.row_bytes))))
         positions = rows.owner + place.position
-        return regenerate(
-            perturbation, place.seed, place.step, positions, rows.query, coefficients, rows.group, size
-        )
+        return regenerate(perturbation, place.seed, place.step, positions, rows.query, coefficients, rows.group, size)

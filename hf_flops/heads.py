@@ -14,7 +14,8 @@ from .counters import seeds
 from .losses import widen
 from .objectives import Forward, Objective, RowLosses, TappedLoss
 from .perturbations import ParameterVector, displaced
-from .perturbations.noise import accumulator, draw
+from .perturbations.exact import accumulator
+from .perturbations.noise import draw
 from .rows import batch_size, take
 
 _WIDE = 2**24  # logits of a batch; more of them would take much memory in float64

@@ -7,8 +7,8 @@ import os
 from .errors import ConfigurationError
 
 _INSTEAD = (
-    "Start with `torchrun --nproc_per_node N script.py` or `accelerate launch --multi_gpu --num_processes N --num_machines 1 "
-    "script.py`; on CPUs the training arguments need use_cpu=True with either."
+    "Start with `torchrun --nproc_per_node N script.py` or `accelerate launch --multi_gpu --num_processes N --num_machines "
+    "1 script.py`; on CPUs the training arguments need use_cpu=True with either."
 )
 _MPI = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
@@ -43,8 +43,8 @@ def check_world(world: int) -> None:
     """
     if _started() > 1 and world == 1:
         raise ConfigurationError(
-            f"{_started()} processes were started, but each takes itself for the only one and would train alone, all of them "
-            f"into the same output_dir. {_INSTEAD}"
+            f"{_started()} processes were started, but each takes itself for the only one and would train alone, all of "
+            f"them into the same output_dir. {_INSTEAD}"
         )
 
 

@@ -40,7 +40,9 @@ class ManyProcesses:
         """Begin a run: with what the arguments say, and as if the processes had never met."""
         args = self.args
         if args.world_size > 1 and str(args.train_sampling_strategy) == "batch_rebalance":
-            raise ConfigurationError("train_sampling_strategy='batch_rebalance' gives each process other samples: use another.")
+            raise ConfigurationError(
+                "train_sampling_strategy='batch_rebalance' gives each process other samples: use another."
+            )
         if not isinstance(getattr(self, "_share", None), ProcessShare):
             self._share = ProcessShare(args.device) if args.world_size > 1 else Share()
         self._exchange = Exchange(self._share, args.reduce, every_batch=args.queries_per_sample == "auto")
@@ -67,9 +69,9 @@ class ManyProcesses:
         other = torch.nonzero(found // 2 != found[0] // 2).flatten().tolist()
         if other:
             raise ConfigurationError(
-                f"At optimizer step {self.state.global_step} process {other[0]} has other samples than process 0, but all must "
-                "read the same: give every process the whole data set, and let augmentation depend on torch's, numpy's or "
-                "Python's global generator only."
+                f"At optimizer step {self.state.global_step} process {other[0]} has other samples than process 0, but all "
+                "must read the same: give every process the whole data set, and let augmentation depend on the global "
+                "generators only."
             )
         self._leave.agreed = bool((found % 2).any())
 
@@ -97,7 +99,9 @@ class ManyProcesses:
         if self._share.world > 1:
             rows, tokens = before
             self.ledger.all_rows = rows + result.rows
-            self.ledger.tokens = tokens + int(self._share.total(torch.tensor([self.ledger.tokens - tokens], dtype=torch.int32)))
+            self.ledger.tokens = tokens + int(
+                self._share.total(torch.tensor([self.ledger.tokens - tokens], dtype=torch.int32))
+            )
 
     def _traffic(self: Any) -> dict[str, int]:
         """Return what the log says about other processes."""

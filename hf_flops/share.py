@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other: tensors gathered and summed, every byte counted, and no one waits for the dead."""
+"""What the processes of a run tell each other: tensors gathered and summed, every byte counted, no waiting for the dead."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -33,13 +34,13 @@ class Share:
         self.sent = 0
 
     def cut(self, number: int, least: int = 1) -> list[slice]:
-        """Cut so many things into one even piece for each process; none has fewer than `least`, but for those that get none."""
+        """Cut so many things into one even piece for each process; none has fewer than `least`, unless it has none."""
         busy = max(1, min(self.world, number // least))
         edges = [number * min(rank, busy) // busy for rank in range(self.world + 1)]
-        return [slice(start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
+        return [slice(start, stop) for start, stop in pairwise(edges)]
 
     def gather(self, own: Tensor, sizes: Sequence[int]) -> Tensor:
-        """Put the pieces of all processes together: (n, ...) of this one, n being its entry in `sizes`, to (sum(sizes), ...)."""
+        """Put the pieces (n, ...) of all processes together, n by process being `sizes`: (sum(sizes), ...)."""
         del sizes
         return own
 
@@ -157,4 +158,4 @@ class ProcessShare(Share):
         names = dict(enumerate(self._names))
         lost = ", ".join(f"process {rank} ({names.get(rank, 'not yet known')})" for rank in gone if rank != self.rank)
         what = f"{lost} of {self.world} has ended or cannot be reached" if lost else f"a transfer failed ({error})"
-        return f"{what}; process {self.rank} stops. Start again with resume_from_checkpoint=True to go on from the last save."
+        return f"{what}; process {self.rank} stops. Start again with resume_from_checkpoint=True to go on from the last."

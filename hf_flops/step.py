@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 
 from .allocators import Piloted, equal_counts
-from .chunks import ChunkPlanner, Work, in_chunks
+from .chunks import ChunkPlanner
 from .clean import Clean, clean_forward
-from .control_variates import MOST_LOGITS, Prediction
+from .control_variates import Prediction
 from .counters import seeds
 from .errors import NonFiniteError
 from .method import Method, StepResult
 from .metrics import mean_squares, summarise
 from .objectives import Forward, RowLosses
 from .padding import Feed
-from .perturbations import NoiseKeys, accumulator
+from .perturbations import accumulator
+from .queries import Queries
 from .rows import Features, Place, Rows, batch_size, expand
 
 
@@ -75,7 +76,7 @@ class _Step:
         self.found: Clean | None = None  # by the clean forward
         self.clean: RowLosses | None = None
         if method.needs_clean:
-            self.found = self._clean()
+            self.found = clean_forward(forward, method, self.samples, self.feed, self.planner)
             self.clean = self.found.losses
         elif self.exchange.alone:
             method.reuse.record(forward, self.feed.whole)
@@ -83,30 +84,16 @@ class _Step:
         self.elements = torch.zeros(self.units)  # loss elements of each sample, known after the first forward
         self.perturbed = torch.zeros(self.units, dtype=torch.float64)  # summed losses of each sample's perturbed rows
         self.prediction: Prediction | None = None
+        self.queries = Queries(forward, method, place, self.feed, self.samples, self.clean)
         vector = method.perturbation.vector
         self.update = torch.zeros(vector.size, dtype=accumulator(vector.device), device=vector.device)  # with N = 1
-
-    def _clean(self) -> Clean:
-        method, control = self.method, self.method.control is not None
-        # Beyond so many logits there is no control variate, and what it would look at need not travel.
-        return clean_forward(
-            self.forward,
-            method.objective,
-            self.samples,
-            feed=self.feed,
-            reuse=method.reuse,
-            planner=self.planner,
-            exchange=self.exchange,
-            features=method.needs_features,
-            head=method.head,
-            most_logits=MOST_LOGITS if control else 0,
-        )
 
     def run(self, elements: float | None, batches: int, last: bool) -> StepResult:
         features, method = self._features(), self.method
         if method.control is not None and self.clean is not None and method.allocator.weighted:
             size = getattr(method.perturbation, "rowwise_size", 0)
             self.prediction = method.control.start(self.clean, size, self.update.device, self.place.step)
+            self.queries.prediction = self.prediction
         rows, deltas, mine = self._rounds(features)
         counts = torch.bincount(rows.owner, minlength=self.units)
         update = self._without_non_finite(rows, deltas, mine)
@@ -178,7 +165,9 @@ class _Step:
             All rows, their deltas (R,), and (R,) whether this process ran them.
         """
         # N is only known once a forward has shown how many elements each sample has: rows are laid out with N = 1.
-        counts = self.exchange.share.first(counts.int()).long()  # the same arithmetic may round differently on another machine
+        counts = self.exchange.share.first(
+            counts.int()
+        ).long()  # the same arithmetic may round differently on another machine
         rows = expand(counts, 1.0, weighted=self.method.allocator.weighted, **options)
         if self.method.allocator.shuffled and self.method.objective.per_row:
             order = seeds(self.place.seed, self.place.step, rows.owner.numpy(), rows.query.numpy()).argsort()
@@ -192,15 +181,15 @@ class _Step:
 
         def work(index: slice) -> int:
             chunk = own[index]
-            noise = self._noise(chunk)
-            deltas, losses, elements, changes, columns = self._evaluate(chunk, noise)
+            noise = self.queries.noise(chunk)
+            deltas, losses, elements, changes, columns = self.queries.evaluate(chunk, noise)
             errors = sums = None
             if self.prediction is not None and changes is not None:
                 row_noise: Any = self.method.perturbation.row_noise(noise)
                 deltas, errors, sums = self.prediction.remainder(row_noise, chunk.owner, deltas, changes)
             if not self.exchange.scalars:
                 coefficients = torch.where(deltas.isfinite(), deltas * chunk.weight, 0.0)
-                pulled, innovation = self._pull_back(noise, coefficients, errors)
+                pulled, innovation = self.queries.pull_back(noise, coefficients, errors)
             # Memory may have run out before: from here on nothing large is made.
             found[index] = torch.stack([deltas, losses.mean(0).float(), elements], 1)
             self.dimension = self.method.perturbation.dimension(noise)
@@ -210,53 +199,13 @@ class _Step:
                 self.prediction.add(innovation, sums)
             return columns
 
-        self._in_chunks(own, work, self.planner)
+        self.queries.in_chunks(own, work, self.planner)
         # Where there was no clean forward, losses and elements of the rows stand for it.
         rows, found, mine = self.exchange.gathered(parts, found[:, :1] if self.clean is not None else found)
         if self.clean is None:
             self.perturbed.index_add_(0, rows.owner, found[:, 1].double())
             self.elements[rows.owner] = found[:, 2]
         return rows, found[:, 0], mine
-
-    def _pull_back(self, noise: Any, coefficients: Tensor, errors: Tensor | None) -> tuple[Tensor, Any]:
-        """Return `sum_r c_r z_r` (d,) for coefficients (R,), and (M, d) for errors (R, M); the noise is unpacked once."""
-        perturbation = self.method.perturbation
-        own: Any = None if errors is None else perturbation.row_noise(noise)
-        if errors is None or perturbation.rowwise_size < perturbation.vector.size:
-            return perturbation.pull_back(noise, coefficients), None if own is None else own.exact_sum(errors)
-        both = own.exact_sum(torch.cat([coefficients[:, None].to(errors), errors], 1))
-        return both[0], both[1:]
-
-    def _in_chunks(self, rows: Rows, work: Work, planner: ChunkPlanner) -> None:
-        per_row, grouped = self.method.objective.per_row, self.method.perturbation.grouped
-        in_chunks(rows.stretches(within_groups=grouped) if per_row else [1] * len(rows), work, planner)
-
-    def _noise(self, chunk: Rows) -> Any:
-        seed, step, positions = self.place.seed, self.place.step, chunk.owner + self.place.position
-        keys = NoiseKeys.of(seed, step, positions, chunk.query, int(chunk.group[0]))
-        return self.method.perturbation.draw(keys)
-
-    def _evaluate(self, chunk: Rows, noise: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None, int]:
-        """Run a chunk at every sign.
-
-        Returns:
-            Deltas (R,), losses (S, R), loss elements (R,), changes of logits (R, K), and the columns of a row.
-        """
-        method = self.method
-        owner = chunk.owner if method.objective.per_row else torch.arange(self.samples)
-        inputs, columns, cut = self.feed.of(owner)
-        forward = method.reuse.through(self.forward, inputs, owner, cut)
-        found: list[RowLosses] = []
-        for sign in method.estimator.signs:
-            with method.perturbation.applied(noise, sign * method.scale):
-                found.append(method.objective(forward, inputs))
-        losses, clean = torch.stack([part.sums.cpu() for part in found]), self.clean
-        deltas = method.estimator.deltas(losses, None if clean is None else clean.sums.cpu()[chunk.owner], method.scale)
-        changes = None
-        if self.prediction is not None and all(part.logits is not None for part in found):
-            logits = torch.stack([part.logits.cpu().float() for part in found])  # type: ignore[union-attr]
-            changes = method.estimator.deltas(logits, self.prediction.logits[chunk.owner], method.scale)
-        return deltas.float(), losses, found[0].counts.cpu().float(), changes, columns
 
     def _without_non_finite(self, rows: Rows, deltas: Tensor, mine: Tensor) -> Tensor:
         """Re-spread the weight of rows that were dropped for a non-finite loss; returns the update (d,).
@@ -293,14 +242,14 @@ class _Step:
         again, extra = rows[index], lacking[index]
 
         def work(part: slice) -> int:
-            noise = self._noise(again[part])
+            noise = self.queries.noise(again[part])
             if self.method.perturbation.replays:
-                self._evaluate(again[part], noise)
+                self.queries.evaluate(again[part], noise)
                 self.replayed += part.stop - part.start
             self.update.add_(self.method.perturbation.pull_back(noise, extra[part]))
             return 1
 
-        self._in_chunks(again, work, ChunkPlanner(self.planner.size))
+        self.queries.in_chunks(again, work, ChunkPlanner(self.planner.size))
 
     def _share_facts(self) -> None:
         """Let every process know how many rows were replayed, and of how many numbers noise is made."""

@@ -14,6 +14,7 @@ from transformers import Trainer
 from .allocators import ALLOCATORS, Allocator
 from .args import FlopsTrainingArguments
 from .budget import QueryBudget
+from .checkpoints import Leave, WholeCheckpoints
 from .checks import (
     check_arguments,
     check_ready,
@@ -25,7 +26,6 @@ from .checks import (
     without_cache,
     wrap_with_adapter,
 )
-from .checkpoints import Leave, WholeCheckpoints
 from .control_variates import control_variate
 from .errors import ObjectiveError
 from .estimators import ESTIMATORS, Estimator

@@ -1,4 +1,4 @@
-"""Runs that a launcher starts: two and four processes go the way of one, go on from each other's checkpoints, and never hang."""
+"""Runs that a launcher starts: several processes go the way of one, resume from each other's checkpoints, and never hang."""
 
 import json
 import os
@@ -20,6 +20,8 @@ BASE = {"max_steps": 6, "samples": 8, "size": 30, "logging_steps": 1}  # the las
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--num_machines", "1"]
 ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_processes"]
+
+MULTI = [*ACCELERATE[:-1], "--multi_gpu", ACCELERATE[-1]]
 
 
 def launch(launcher, runs, *, timeout=300, environment=None):
@@ -49,7 +51,8 @@ def same(folder, name, wanted):
 
 
 def test_two_processes_go_the_way_of_one_and_one_goes_on_from_their_checkpoint(tmp_path):
-    runs = [{**BASE, "output_dir": str(tmp_path / r), "reduce": r, "name": r, "save_strategy": "steps", "save_steps": 2} for r in REDUCE]
+    every = {"save_strategy": "steps", "save_steps": 2}
+    runs = [{**BASE, **every, "output_dir": str(tmp_path / r), "reduce": r, "name": r} for r in REDUCE]
     done = launch([*TORCHRUN, "2"], runs)
     assert done.returncode == 0, done.stderr
     for reduce in REDUCE:
@@ -64,7 +67,7 @@ def test_two_processes_go_the_way_of_one_and_one_goes_on_from_their_checkpoint(t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
-@pytest.mark.parametrize("launcher", [TORCHRUN, [*ACCELERATE[:-1], "--multi_gpu", ACCELERATE[-1]]], ids=["torchrun", "accelerate"])
+@pytest.mark.parametrize("launcher", [TORCHRUN, MULTI], ids=["torchrun", "accelerate"])
 def test_launchers_and_kinds_of_models(launcher, processes, tmp_path):
     variants = {
         "llama": {"kind": "llama"},

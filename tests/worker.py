@@ -1,6 +1,6 @@
 """A run that tests and benchmarks start with a launcher: trains a tiny model and writes what became of it.
 
-    torchrun --nproc_per_node 2 tests/worker.py '{"output_dir": "...", "samples": 4}'
+torchrun --nproc_per_node 2 tests/worker.py '{"output_dir": "...", "samples": 4}'
 """
 
 from __future__ import annotations

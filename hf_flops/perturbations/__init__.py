@@ -9,7 +9,8 @@ from torch import nn
 from .activation import ActivationNoise
 from .base import ParameterVector, Perturbation
 from .combined import CombinedNoise
-from .noise import DISTRIBUTIONS, NoiseKeys, accumulator, bytes_per_row
+from .exact import accumulator
+from .noise import DISTRIBUTIONS, NoiseKeys, bytes_per_row
 from .pinned import PinCheck
 from .rowwise import RowwiseNoise
 from .rules import RowMismatch

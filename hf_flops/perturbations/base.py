@@ -86,5 +86,5 @@ class Perturbation(Protocol):
         ...
 
     def pull_back(self, noise: Any, coefficients: Tensor) -> Tensor:
-        """Return `sum_r coefficients[r] * noise[r]` as a flat vector (d,), float64 where it can be exact; coefficients: (R,)."""
+        """Return `sum_r coefficients[r] * noise[r]` as a flat vector (d,), in float64 if it is exact; coefficients: (R,)."""
         ...

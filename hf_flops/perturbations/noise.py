@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from ..counters import seeds, words
+from .exact import ROWS, accumulator, cut, joined
 
 SHARED_POSITION = 2**62  # no sample has this position: the stream of noise that all samples share
 ALL = slice(None)
-EXACT = 512  # rows of signs whose digits float32 adds up without rounding
 BLOCK = 2**18  # numbers of noise that are unpacked at a time: what a processor's cache holds
 
 
@@ -209,12 +209,11 @@ class RowNoise:
         wide, columns = accumulator(coefficients.device), coefficients.view(len(self), -1)
         if not isinstance(self.numbers, Signs) or any(len(own) == 2 for own in self.layouts):
             return self.weighted_sum(coefficients).to(wide)
-        total, digits = 0.0, torch.cat(_digits(columns.to(wide)), 1).float()
-        for start in range(0, len(self), EXACT):
-            rows = slice(start, start + EXACT)
-            high, middle, low = self._summed(digits[rows], rows).to(wide).chunk(3)
-            total = total + (high + middle * 2.0**-15 + low * 2.0**-30)
-        return torch.as_tensor(total).view(*coefficients.shape[1:], -1)
+        total, digits = columns.new_zeros((), dtype=wide), cut(columns).float()
+        for start in range(0, len(self), ROWS):
+            rows = slice(start, start + ROWS)
+            total = total + joined(self._summed(digits[rows], rows).to(wide))
+        return total.view(*coefficients.shape[1:], -1)
 
     def dot(self, vectors: Tensor) -> Tensor:
         """Return the products (R, M) of every row's noise with vectors (M, d)."""
@@ -236,23 +235,6 @@ class RowNoise:
         for index, shape in enumerate(self.shapes):
             yield index, slice(start, start + shape.numel())
             start += shape.numel()
-
-
-def accumulator(device: torch.device) -> torch.dtype:
-    """Return the type that sums over rows are kept in: float64, where the device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def rounded(coefficients: Tensor) -> Tensor:
-    """Round to multiples of 2^-30, so that sums of them are exact."""
-    return (coefficients.to(accumulator(coefficients.device)) * 2.0**30).round() * 2.0**-30
-
-
-def _digits(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Cut numbers into wholes, multiples of 2^-15 and multiples of 2^-30, each as a whole number."""
-    high = values.round()
-    middle = ((values - high) * 2.0**15).round()
-    return high, middle, ((values - high - middle * 2.0**-15) * 2.0**30).round()
 
 
 def layout(shape: torch.Size, rank_one: bool) -> tuple[int, ...]:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .base import ParameterVector
-from .noise import NoiseKeys, accumulator, draw, rounded
+from .exact import accumulator, rounded
+from .noise import NoiseKeys, draw
 
 
 @contextmanager
