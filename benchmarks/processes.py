@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 from records import Record, quiet  # isort: skip
 
-SPEED = {"hidden": 192, "layers": 6, "rank": 4, "samples": 32, "queries": 16, "steps": 8, "rows": 64}
+SPEED = {"hidden": 96, "layers": 4, "rank": 4, "samples": 32, "queries": 16, "steps": 5, "rows": 64}
 SMALL = {"hidden": 128, "layers": 2, "rank": 20, "samples": 32, "queries": 4, "steps": 3, "rows": 16}
 LARGE = {"hidden": 512, "layers": 5, "rank": 1000, "samples": 8, "queries": 4, "steps": 2, "rows": 2}
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from itertools import pairwise
 from typing import Any
 
@@ -55,6 +55,10 @@ class Share:
     def everyone(self, value: Any) -> list[Any]:
         """Return what every process has, by number."""
         return [value]
+
+    def watched(self) -> AbstractContextManager[None]:
+        """Return a context in which transfers of others, too, say which process has gone."""
+        return nullcontext()
 
     def agree(self, values: dict[str, Any], when: str) -> None:
         """Refuse to go on with processes that differ.
@@ -143,6 +147,16 @@ class ProcessShare(Share):
                         raise RuntimeError("another process has reported trouble")
             work.wait()
         except RuntimeError as error:
+            raise ProcessError(self._blame(error)) from error
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """See `Share.watched`."""
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, ProcessError) or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                raise
             raise ProcessError(self._blame(error)) from error
 
     def _blame(self, error: Exception) -> str:

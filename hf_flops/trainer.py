@@ -147,7 +147,7 @@ class FlopsTrainerMixin(WholeCheckpoints, ManyProcesses):
         if not self._own_objective:
             self._objective = None
         self._start_sharing()
-        with self._leave.listening(alone=self.args.world_size == 1):
+        with self._leave.listening(alone=self.args.world_size == 1), self._share.watched():
             return super().train(self._chosen_checkpoint(resume_from_checkpoint), *args, **kwargs)  # type: ignore[misc]
 
     def training_step(

@@ -254,7 +254,8 @@ def test_queries_see_the_slope_along_their_pull_back(kind, mode):
         gradients = [torch.autograd.grad(loss, vector.parameters, retain_graph=True) for loss in losses]
         flat = [torch.cat([piece.flatten() for piece in gradient]) for gradient in gradients]
     if mode == "auto":  # as few outputs as inputs, so that the weights can do what the noise did
-        slopes = torch.stack([g @ perturbation.pull_back(noise, row) for g, row in zip(flat, torch.eye(4), strict=True)])
+        pulled = [perturbation.pull_back(noise, row) for row in torch.eye(4)]
+        slopes = torch.stack([g @ own.to(g) for g, own in zip(flat, pulled, strict=True)])
         torch.testing.assert_close(deltas, slopes, rtol=0.05, atol=0.05 * float(slopes.abs().max()))
 
 

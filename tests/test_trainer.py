@@ -384,9 +384,9 @@ def test_the_seed_fixes_the_run(arguments):
 def test_noise_is_placed_by_step_position_and_epoch(arguments, monkeypatch):
     places = []
 
-    def estimate_gradient(forward, inputs, method, place, *rest):
+    def estimate_gradient(forward, inputs, method, place, *rest, **options):
         places.append((place.seed, place.step, place.position, round(place.epoch * 3)))
-        return original(forward, inputs, method, place, *rest)
+        return original(forward, inputs, method, place, *rest, **options)
 
     original = hf_flops.trainer.estimate_gradient
     monkeypatch.setattr(hf_flops.trainer, "estimate_gradient", estimate_gradient)
