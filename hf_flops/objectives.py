@@ -57,7 +57,8 @@ class RowLosses:
 
     def without_rows(self) -> RowLosses:
         """Return the findings of no row at all."""
-        return RowLosses(*(None if values is None else values[:0] for values in vars(self).values()))
+        none: dict[str, Any] = {name: None if values is None else values[:0] for name, values in vars(self).items()}
+        return RowLosses(**none)
 
 
 class Objective(Protocol):
