@@ -202,8 +202,8 @@ class FlopsArgumentsMixin:
     trajectory_log: bool = field(
         default=False,
         metadata={
-            "help": "Write trajectory.log into the output folder: what rebuilds the adapter of every step bit for bit, without "
-            "data and without forward passes (hf-flops replay), in a few bytes per query. Switches closed_form_head and "
+            "help": "Write trajectory.log into the output folder: what rebuilds the adapter of every step bit for bit, "
+            "without data and forward passes (hf-flops replay), in a few bytes per query. Switches closed_form_head and "
             "control_variate off, which are more than a number per query."
         },
     )

@@ -10,8 +10,8 @@ def parser() -> argparse.ArgumentParser:
     """Return what reads the arguments."""
     own = argparse.ArgumentParser(
         prog="hf-flops replay",
-        description="Rebuild an adapter bit for bit from the log that training with trajectory_log=True wrote: without data, "
-        "and without forward passes. Every step is compared with the fingerprints that training left in the log.",
+        description="Rebuild an adapter bit for bit from the log that training with trajectory_log=True wrote: without "
+        "data and without forward passes. Every step is compared with the fingerprints that training left in the log.",
     )
     own.add_argument("log", help="trajectory.log, or the output folder that it lies in")
     own.add_argument("--output", metavar="DIR", help="where the adapter is saved")

@@ -90,7 +90,7 @@ class Replay:
         here = f"torch {torch.__version__}"
         return (
             f"it was trained with torch {self._session['torch']} on {self._session['device']}, and is replayed with {here}; "
-            "sums may be rounded in another order on another processor, or something else changed the adapter while it trained."
+            "sums may be rounded in another order on another processor, or something else changed the adapter in training."
         )
 
     def _begin(self, session: dict[str, Any]) -> None:
