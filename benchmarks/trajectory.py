@@ -1,4 +1,4 @@
-"""What a trajectory log takes, and how much faster its replay is than the training: the adapter must be the same bit for bit.
+"""What a trajectory log takes, and how much faster than training its replay is: the adapter must be the same bit for bit.
 
     python benchmarks/trajectory.py --task reviews --steps 500
 

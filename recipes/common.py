@@ -13,23 +13,11 @@ from transformers import HfArgumentParser, TrainingArguments
 from hf_flops import FlopsArgumentsMixin
 
 # What --help shows of the stock trainer's arguments, beside the recipe's own and those of forward-only training.
-STOCK = [
-    "output_dir",
-    "max_steps",
-    "num_train_epochs",
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "optim",
-    "weight_decay",
-    "max_grad_norm",
-    "eval_strategy",
-    "save_strategy",
-    "seed",
-    "use_cpu",
-]
+STOCK = (
+    *("output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size"),
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm"),
+    *("eval_strategy", "save_strategy", "seed", "use_cpu"),
+)
 
 
 def accuracy(prediction: Any) -> dict[str, float]:
