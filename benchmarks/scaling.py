@@ -59,20 +59,17 @@ def simulate(record: Record, repeats: int, seeds: int) -> None:
     constants = record.entries["constants"]
     d = constants["parameters"]
     costs = Costs(constants["row_seconds"], constants["number_seconds"][f"rademacher {d}"], d)
-    cheaper = constants["number_seconds"][f"rank_one {d}"] / costs.number  # drawing and summing rank-one noise
     problem, found = Problem(), {}
     for workers in WORKERS:
         own: dict[str, Any] = {"bias": bias(problem, workers, max(64, repeats * 8 // workers))}
         for name, quorum in (("quorum", True), ("everyone", False)):
             runs = [race(problem, workers, costs, seed, quorum=quorum) for seed in range(seeds)]
             own[name] = {key: float(np.median([run[key] for run in runs])) for key in runs[0]}
-            own[name]["seconds with rank-one noise"] = own[name]["seconds"] - own[name]["noise again"] * (1 - cheaper)
             own[name]["range"] = [min(run["seconds"] for run in runs), max(run["seconds"] for run in runs)]
         queries = 8 * workers
         own["step"] = {
             "forward": 8 * costs.row,
             "again": costs.again(queries),
-            "rank one again": costs.again(queries) * cheaper,
             "scalars": costs.exchange(queries, workers, scalars=True),
             "gradient": costs.exchange(queries, workers, scalars=False),
             "received_bytes": {"scalars": MESSAGE * queries, "gradient": 8 * d},
@@ -97,14 +94,12 @@ def draw(record: Record) -> None:
         left.errorbar(np.array(workers) * shift, mean, half, fmt="o", markersize=4, capsize=3, label=label)
     left.axhline(1, color="#52525b", linewidth=1, linestyle="--")
     left.set(title="A tenth of the workers is lost", ylabel="estimate along the gradient (1: unbiased), 95 % interval")
-    parts = {"forward": "forward, 8 rows", "again": "noise again, signs", "rank one again": "noise again, rank one"}
+    parts = {"forward": "forward, 8 rows", "again": "noise drawn and summed again"}
     for key, label in (parts | {"scalars": "exchange of scalars", "gradient": "exchange of a gradient"}).items():
         middle.plot(workers, [found[str(w)]["step"][key] for w in workers], "o-", markersize=4, label=label)
     middle.set(title="What a step is made of", ylabel="seconds", yscale="log")
     for name, label in (("quorum", "first 90 % of the answers"), ("everyone", "waiting for everyone")):
         right.plot(workers, [found[str(w)][name]["seconds"] for w in workers], "o-", markersize=4, label=label)
-    cheap = [found[str(w)]["quorum"]["seconds with rank-one noise"] for w in workers]
-    right.plot(workers, cheap, "o-", markersize=4, label="first 90 %, rank-one noise")
     first = found[str(workers[0])]["quorum"]["seconds"]
     right.plot(workers, [first * workers[0] / w for w in workers], ":", color="#a1a1aa", label="in proportion")
     right.set(title="Time to the target", ylabel="seconds", yscale="log")

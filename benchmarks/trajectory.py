@@ -2,13 +2,14 @@
 
     python benchmarks/trajectory.py --task reviews --steps 500
 
-The replay is timed inside the process, and as the command `hf-flops replay` in a process of its own. Times are the processor's.
+The replay is timed in the process, and as the command `hf-flops replay` in one of its own; all times are of the processor.
 """
 
 from __future__ import annotations
 
 import argparse
 import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -21,7 +22,6 @@ from transformers import TrainerCallback
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import subprocess
 
 from benchmarks.learning_tasks import TASKS
 from benchmarks.records import Record, quiet
