@@ -54,13 +54,13 @@ def measure() -> dict[str, Any]:
     return {"row_seconds": float(np.median(times)), "tokens": tokens, "number_seconds": per_number, "parameters": 73_728}
 
 
-def simulate(record: Record, repeats: int, seeds: int) -> None:
+def simulate(record: Record, numbers: list[int], repeats: int, seeds: int) -> None:
     """Simulate, print, keep and draw."""
     constants = record.entries["constants"]
     d = constants["parameters"]
     costs = Costs(constants["row_seconds"], constants["number_seconds"][f"rademacher {d}"], d)
-    problem, found = Problem(), {}
-    for workers in WORKERS:
+    problem, found = Problem(), record.entries.get("simulation", {"workers": {}})["workers"]
+    for workers in numbers:
         own: dict[str, Any] = {"bias": bias(problem, workers, max(64, repeats * 8 // workers))}
         for name, quorum in (("quorum", True), ("everyone", False)):
             runs = [race(problem, workers, costs, seed, quorum=quorum) for seed in range(seeds)]
@@ -78,6 +78,7 @@ def simulate(record: Record, repeats: int, seeds: int) -> None:
         bars = ", ".join(f"{name} {mean:.3f} ± {half:.3f}" for name, (mean, half) in own["bias"].items())
         print(f"{workers:>5} workers: {bars}; to the target: {own['quorum']['seconds']:,.0f} s with a quorum in "
               f"{own['quorum']['steps']:.0f} steps, {own['everyone']['seconds']:,.0f} s with everyone")  # fmt: skip
+    found = {key: found[key] for key in sorted(found, key=int)}
     record.keep("simulation", {"workers": found, "seeds": seeds, "target": problem.target})
 
 
@@ -118,6 +119,7 @@ def main() -> None:
     parser.add_argument("what", choices=("measure", "simulate", "draw"))
     parser.add_argument("--repeats", type=int, default=2000, help="estimates for each interval at 8 workers, fewer at more")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--workers", type=int, nargs="+", default=list(WORKERS), help="what to simulate (again)")
     given = parser.parse_args()
     quiet()
     record = Record("scaling")
@@ -125,7 +127,7 @@ def main() -> None:
         record.keep("constants", measure())
         print(record.entries["constants"])
     if given.what == "simulate":
-        simulate(record, given.repeats, given.seeds)
+        simulate(record, given.workers, given.repeats, given.seeds)
     if given.what != "measure":
         draw(record)
 
