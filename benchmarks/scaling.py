@@ -94,7 +94,7 @@ def draw(record: Record) -> None:
         mean, half = np.array([found[str(w)]["bias"][name] for w in workers]).T
         left.errorbar(np.array(workers) * shift, mean, half, fmt="o", markersize=4, capsize=3, label=label)
     left.axhline(1, color="#52525b", linewidth=1, linestyle="--")
-    left.set(title="A tenth of the workers is lost", ylabel="estimate along the gradient (1: unbiased), 95 % interval")
+    left.set(title="A tenth of the workers is lost", ylabel="estimate along the gradient, 95 % interval")
     parts = {"forward": "forward, 8 rows", "again": "noise drawn and summed again"}
     for key, label in (parts | {"scalars": "exchange of scalars", "gradient": "exchange of a gradient"}).items():
         middle.plot(workers, [found[str(w)]["step"][key] for w in workers], "o-", markersize=4, label=label)
