@@ -106,7 +106,7 @@ def draw(record: Record) -> None:
     right.set(title="Time to the target", ylabel="seconds", yscale="log")
     for axes in (left, middle, right):
         axes.set_xscale("log", base=2)
-        axes.set_xticks(workers, [f"{w:,}" for w in workers])
+        axes.set_xticks(workers, [f"{w:,}" if w != 2048 else "" for w in workers])
         axes.set_xlabel("workers")
         axes.legend(frameon=False, fontsize=8)
     figure.savefig(ROOT / "docs" / "scaling.png", dpi=110)
