@@ -182,11 +182,11 @@ def vit_lora(layers: list[int] | None = None) -> Case:
 
 
 def smollm2_lora(layers: list[int] | None = None) -> Case:
-    """SmolLM2-135M, 4 texts of 32 tokens and an answer, 64 rows."""
+    """SmolLM2-135M, 8 texts of 32 tokens and an answer, 128 rows."""
     model = AutoModelForCausalLM.from_pretrained(smollm2())
     name = "SmolLM2, LoRA in all layers" if layers is None else "SmolLM2, LoRA in the last third"
     model = lora(model, layers, ["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    return Case(name, model, texts(smollm2(), 4, 32, answers=True), 32)
+    return Case(name, model, texts(smollm2(), 8, 32, answers=True), 64)
 
 
 def smollm2_prompt() -> Case:
