@@ -14,6 +14,7 @@ from transformers import Trainer
 from .allocators import ALLOCATORS, Allocator
 from .args import FlopsTrainingArguments
 from .budget import QueryBudget
+from .cards import TAGS, ModelCards
 from .checks import (
     check_arguments,
     check_ready,
@@ -29,7 +30,7 @@ from .control_variates import control_variate
 from .errors import ObjectiveError
 from .estimators import ESTIMATORS, Estimator
 from .heads import ClosedFormHead
-from .ledger import Ledger
+from .ledger import Ledger, class_labels
 from .method import Method
 from .objectives import CallableObjective, Objective
 from .perturbations import Perturbation
@@ -40,12 +41,13 @@ from .setup import set_up
 from .state import load_state, save_state
 from .step import estimate_gradient
 from .tuning import Tuning
+from .watching import Watched
 
 logger = logging.getLogger(__name__)
 SAMPLE_ID = "sample_id"
 
 
-class FlopsTrainerMixin:
+class FlopsTrainerMixin(ModelCards, Watched):
     """Forward-only training for any class derived from `transformers.Trainer`: `class T(FlopsTrainerMixin, SomeTrainer)`.
 
     A data set column `sample_id` (whole numbers) never reaches the model; it lets the trainer count queries per sample, and
@@ -53,6 +55,7 @@ class FlopsTrainerMixin:
 
     Attributes:
         ledger: rows used, queries per sample, and what the last step found.
+        costs: what the last run cost, or this one so far.
 
     Args:
         model: a model with trainable parameters, or a plain one together with `peft_config`.
@@ -69,7 +72,7 @@ class FlopsTrainerMixin:
         ConfigurationError: nothing is trainable, the data set is empty, several processes, or unsuitable arguments.
     """
 
-    _tag_names: ClassVar = ["hf-flops", "forward-only", "zeroth-order"]
+    _tag_names: ClassVar = list(TAGS)
     _name = "FLOPS"
     _paper: ClassVar = {"title": "FLOPS: Forward Learning with OPtimal Sampling", "id": "2410.05966"}
 
@@ -111,6 +114,7 @@ class FlopsTrainerMixin:
         if args.max_queries is not None:
             self._budget = QueryBudget(args.max_queries, self._queries_at, lambda: self.ledger)
             self.add_callback(self._budget)  # type: ignore[attr-defined]
+        self._watch()
         self._announce()
 
     def _announce(self: Any) -> None:
@@ -165,7 +169,7 @@ class FlopsTrainerMixin:
             elements = self._elements(num_items_in_batch)
             batches = self.current_gradient_accumulation_steps
             result = estimate_gradient(forward, inputs, method, place, elements, batches)
-        self.ledger.record(result, self._ids)
+        self.ledger.record(result, self._ids, class_labels(inputs))
         self._tuning.learn(result, method)
         return result.loss.to(self.args.device)
 
