@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .plots import COLOURS, draw_queries, draw_signal
+from .plots import COLOURS, draw_queries
 
 Windows = Sequence[tuple[int, Mapping[int, Sequence[int]]]]  # rows so far, class → (samples, their queries)
 
@@ -34,7 +34,7 @@ def draw_seeds(axes: Any, curves: Sequence[Sequence[tuple[float, float]]], xlabe
         axes.fill_between(grid, mean - spread, mean + spread, label="± standard deviation", **band)
         axes.legend(frameon=False)
     if "accuracy" in measure:
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
     axes.set(xlabel=xlabel, ylabel=measure)
 
 
@@ -62,7 +62,7 @@ def draw_classes_over_time(axes: Any, windows: Windows) -> None:
     mesh = axes.pcolormesh(edges, np.arange(len(labels) + 1) - 0.5, values, cmap="YlOrBr")
     axes.figure.colorbar(mesh, ax=axes, label="queries per sample")
     _class_ticks(axes.yaxis, labels)
-    axes.set(xlabel="rows through the model", ylabel="class", title="Queries of each class over time")
+    axes.set(xlabel="rows through the model", ylabel="class", title="Queries of each class over time (white: none drawn)")
 
 
 def _per_class(windows: Windows) -> tuple[list[int], np.ndarray]:
@@ -115,6 +115,21 @@ def save_queries(path: str | Path, samples: Sequence[float], windows: Windows) -
         draw_classes(panels[-2], windows)
         draw_classes_over_time(panels[-1], windows)
     figure.savefig(path, dpi=120)
+
+
+def draw_signal(axes: Any, signal: Sequence[tuple[float, float]]) -> None:
+    """Draw the signal to noise of the estimates, (rows, ratio) pairs, and their mean over a fifth of the run.
+
+    Single entries are noisy, and 0 where the estimate of the signal came out negative.
+    """
+    rows, ratios = np.array(signal, dtype=float).T
+    width = max(1, len(rows) // 10)
+    sums = np.convolve(ratios, np.ones(2 * width + 1))[width:-width]
+    means = sums / np.convolve(np.ones(len(rows)), np.ones(2 * width + 1))[width:-width]
+    axes.plot(rows, ratios, ".", color=COLOURS["flops"], alpha=0.35, markersize=5)
+    axes.plot(rows, means, color=COLOURS["flops"], linewidth=1.6)
+    axes.set(xlabel="rows through the model", ylabel="signal / variance of an estimate", title="Signal to noise")
+    axes.set_ylim(bottom=0)
 
 
 def save_signal(path: str | Path, signal: Sequence[tuple[float, float]], gain: Sequence[tuple[float, float]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from enum import Enum
 from typing import Any
 
@@ -32,7 +33,8 @@ def changed_settings(args: Any) -> dict[str, Any]:
 
 def as_code(args: Any) -> str:
     """Return a call of the arguments' class that sets what differs from the defaults."""
-    lines = [f"    {name}={value!r}," for name, value in changed_settings(args).items()]
+    changed = changed_settings(args).items()
+    lines = [f"    {name}={json.dumps(value) if isinstance(value, str) else repr(value)}," for name, value in changed]
     return "\n".join([f"{type(args).__name__}(", '    output_dir="outputs",', *lines, ")"])
 
 
