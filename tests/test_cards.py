@@ -43,8 +43,7 @@ def trainer_of(tmp_path, **options):
         logging_steps=1,
         use_cpu=True,
         disable_tqdm=True,
-        report_to="none",
-        **{"max_steps": 2, "save_strategy": "no", **options},
+        **{"max_steps": 2, "save_strategy": "no", "report_to": "none", **options},
     )
     base = tiny_model("vit")
     base.add_model_tags(["of-the-base"])

@@ -64,6 +64,19 @@ def test_tensorboard_gets_the_numbers(tmp_path):
     assert read.Scalars("train/rows")[-1].value == trainer.ledger.rows
 
 
+@pytest.mark.filterwarnings("ignore")  # of what is not ours
+def test_wandb_gets_the_numbers_offline(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}.items():
+        monkeypatch.setenv(name, value)
+    trainer = trainer_of(tmp_path, report_to="wandb")
+    trainer.train()
+    summary = dict(wandb.run.summary)
+    wandb.finish()
+    assert {f"train/{name}" for name in LOGGED} <= set(summary)
+    assert summary["train/rows"] == trainer.ledger.rows
+
+
 def test_the_progress_bar_counts_rows(tmp_path, monkeypatch):
     shown = io.StringIO()
     monkeypatch.setattr("hf_flops.progress.tqdm", _bar_to(shown))
@@ -108,13 +121,13 @@ def test_expected_rows_are_exact_at_the_end(used, checks, step, most):
 
 
 def test_early_stopping_at_the_best_model_with_everything_on(tmp_path):
-    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 9}
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 5}
     trainer = trainer_of(tmp_path, load_best_model_at_end=True, **options)
     trainer.add_callback(EarlyStoppingCallback(2))
     trainer.train()
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-5)
-    assert len(losses) in (9, losses.index(min(losses)) + 3)  # the end, or two without a better one
+    assert len(losses) in (5, losses.index(min(losses)) + 3)  # the end, or two without a better one
     assert {path.name for path in (tmp_path / "adapter").glob("*.png")} == set(PICTURES)
 
 
@@ -145,10 +158,12 @@ def test_a_curve_is_accuracy_at_the_rows_before_it():
     assert curve_of(entries) == ("training loss", [(10, 0.0, 2.0)])
 
 
-def test_pictures_are_drawn_where_there_is_something_to_draw(tmp_path):
+def test_pictures_are_drawn_where_there_is_something_to_draw(tmp_path, monkeypatch):
     assert draw_pictures(tmp_path, history(), ledger_of()) == list(PICTURES)
     assert all(imread(tmp_path / name).std() > 0.01 for name in PICTURES)
     assert draw_pictures(tmp_path, history(points=2), ledger_of()) == []
+    for name in ("save_learning_curve", "save_signal"):
+        monkeypatch.setattr(pictures, name, lambda *arguments: None)
     assert "queries.png" not in draw_pictures(tmp_path, history(), Ledger())
 
 
