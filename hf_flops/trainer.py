@@ -260,7 +260,7 @@ class FlopsTrainerMixin(ModelCards, Watched):
         """Add rows used and the averages of the estimator's metrics to the training log."""
         if "loss" in logs:
             logs = {**logs, **self._tuning.found, **self.ledger.summary()}
-        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+        super().log(logs, *args, **kwargs)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Count 2 operations per parameter, token and row: the third of the stock count, times the queries."""
