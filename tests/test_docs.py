@@ -1,6 +1,8 @@
 """The code blocks of README and docs run as they stand, each file's in one go; their links lead somewhere."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,3 +53,10 @@ def test_broken_links_are_seen():
 def test_the_site_has_every_page_and_no_other():
     pages = re.findall(r": ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
     assert sorted(pages) == sorted(page.name for page in PAGES[1:])
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocstrings")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    assert "estimate_gradient" in (tmp_path / "api" / "index.html").read_text()
