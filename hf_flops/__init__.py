@@ -9,7 +9,7 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .args import FlopsArgumentsMixin, FlopsTrainingArguments
-    from .errors import ConfigurationError, EngineError, FlopsError, NonFiniteError, ObjectiveError
+    from .errors import ConfigurationError, EngineError, FlopsError, NonFiniteError, ObjectiveError, TrajectoryError
     from .method import Method, StepResult
     from .objectives import CallableObjective
     from .rewards import GeneratedMetric, Metric
@@ -35,6 +35,7 @@ _HOMES = {
     "Place": "rows",
     "StepResult": "method",
     "SuffixPromptModel": "suffix",
+    "TrajectoryError": "errors",
     "estimate_gradient": "step",
 }
 
@@ -55,6 +56,7 @@ __all__ = [
     "Place",
     "StepResult",
     "SuffixPromptModel",
+    "TrajectoryError",
     "__version__",
     "estimate_gradient",
 ]

@@ -14,15 +14,18 @@ PACKAGE = Path(hf_flops.__file__).parent
 FLOORS = {
     **dict.fromkeys(["errors", "counters", "_version", "rows", "memory", "padding", "losses"], 0),
     **dict.fromkeys(["objectives", "perturbations", "estimators", "allocators", "metrics", "reuse", "chunks"], 1),
-    **dict.fromkeys(["heads", "control_variates"], 2),
+    "replayable": 1,
+    **dict.fromkeys(["heads", "control_variates", "regenerate"], 2),
     "method": 3,
     **dict.fromkeys(["step", "selfcheck", "independence", "last_logits", "prefix_cache", "trimming"], 4),
     **dict.fromkeys(["args", "calibration", "ledger", "plots", "precision", "texts", "setup", "state", "auto_queries"], 5),
-    **dict.fromkeys(["blackbox", "budget", "checks", "packing", "rewards", "tuning"], 6),
+    **dict.fromkeys(["blackbox", "budget", "checks", "packing", "rewards", "trajectory", "tuning"], 6),
     **dict.fromkeys(["costs", "progress", "run_plots", "settings"], 6),
     **dict.fromkeys(["pictures", "suffix"], 7),
     **dict.fromkeys(["cards", "watching"], 8),
     "trainer": 9,
+    "commands": 10,
+    "cli": 11,
 }
 ENGINE = {room for room, floor in FLOORS.items() if floor <= 4}
 HUGGING_FACE = {"transformers", "peft", "accelerate", "datasets", "evaluate"}
