@@ -191,6 +191,13 @@ class FlopsArgumentsMixin:
             "sample and step in place of once per row; does not change the result."
         },
     )
+    pictures: bool = field(
+        default=True,
+        metadata={
+            "help": "Draw the run into the output folder when it ends (learning curve, where the queries went, signal to "
+            "noise), if matplotlib is installed and the log has three entries or more."
+        },
+    )
     prefix_cache: str | None = field(
         default=None,
         metadata={

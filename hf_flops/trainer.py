@@ -14,6 +14,7 @@ from transformers import Trainer
 from .allocators import ALLOCATORS, Allocator
 from .args import FlopsTrainingArguments
 from .budget import QueryBudget
+from .cards import TAGS, ModelCards
 from .checks import (
     check_arguments,
     check_ready,
@@ -29,7 +30,7 @@ from .control_variates import control_variate
 from .errors import ObjectiveError
 from .estimators import ESTIMATORS, Estimator
 from .heads import ClosedFormHead
-from .ledger import Ledger
+from .ledger import Ledger, class_labels
 from .method import Method
 from .objectives import CallableObjective, Objective
 from .perturbations import Perturbation
@@ -41,12 +42,13 @@ from .state import load_state, save_state
 from .step import estimate_gradient
 from .trajectory.recorder import TrajectoryRecorder
 from .tuning import Tuning
+from .watching import Watched
 
 logger = logging.getLogger(__name__)
 SAMPLE_ID = "sample_id"
 
 
-class FlopsTrainerMixin:
+class FlopsTrainerMixin(ModelCards, Watched):
     """Forward-only training for any class derived from `transformers.Trainer`: `class T(FlopsTrainerMixin, SomeTrainer)`.
 
     A data set column `sample_id` (whole numbers) never reaches the model; it lets the trainer count queries per sample, and
@@ -54,6 +56,7 @@ class FlopsTrainerMixin:
 
     Attributes:
         ledger: rows used, queries per sample, and what the last step found.
+        costs: what the last run cost, or this one so far.
 
     Args:
         model: a model with trainable parameters, or a plain one together with `peft_config`.
@@ -70,7 +73,7 @@ class FlopsTrainerMixin:
         ConfigurationError: nothing is trainable, the data set is empty, several processes, or unsuitable arguments.
     """
 
-    _tag_names: ClassVar = ["hf-flops", "forward-only", "zeroth-order"]
+    _tag_names: ClassVar = list(TAGS)
     _name = "FLOPS"
     _paper: ClassVar = {"title": "FLOPS: Forward Learning with OPtimal Sampling", "id": "2410.05966"}
 
@@ -115,6 +118,7 @@ class FlopsTrainerMixin:
         self._recorder = TrajectoryRecorder() if args.trajectory_log else None
         if self._recorder is not None:
             self.add_callback(self._recorder)  # type: ignore[attr-defined]
+        self._watch()
         self._announce()
 
     def _announce(self: Any) -> None:
@@ -171,7 +175,7 @@ class FlopsTrainerMixin:
             elements = self._elements(num_items_in_batch)
             batches = self.current_gradient_accumulation_steps
             result = estimate_gradient(forward, inputs, method, place, elements, batches)
-        self.ledger.record(result, self._ids)
+        self.ledger.record(result, self._ids, class_labels(inputs))
         if self._recorder is not None:
             self._recorder.batch(result.trace, place.seed, method.perturbation)
         self._tuning.learn(result, method)
@@ -264,7 +268,7 @@ class FlopsTrainerMixin:
         """Add rows used and the averages of the estimator's metrics to the training log."""
         if "loss" in logs:
             logs = {**logs, **self._tuning.found, **self.ledger.summary()}
-        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+        super().log(logs, *args, **kwargs)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Count 2 operations per parameter, token and row: the third of the stock count, times the queries."""
