@@ -9,6 +9,7 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .args import FlopsArgumentsMixin, FlopsTrainingArguments
+    from .contrastive import ContrastiveLoss
     from .errors import ConfigurationError, EngineError, FlopsError, NonFiniteError, ObjectiveError
     from .method import Method, StepResult
     from .objectives import CallableObjective
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "CallableObjective": "objectives",
     "ConfigurationError": "errors",
+    "ContrastiveLoss": "contrastive",
     "EngineError": "errors",
     "FlopsArgumentsMixin": "args",
     "FlopsError": "errors",
@@ -41,6 +43,7 @@ _HOMES = {
 __all__ = [
     "CallableObjective",
     "ConfigurationError",
+    "ContrastiveLoss",
     "EngineError",
     "FlopsArgumentsMixin",
     "FlopsError",

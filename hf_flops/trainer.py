@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from .alignment import Alignment
 from .allocators import ALLOCATORS, Allocator
 from .args import FlopsTrainingArguments
 from .budget import QueryBudget
@@ -25,10 +26,12 @@ from .checks import (
     without_cache,
     wrap_with_adapter,
 )
+from .contrastive import ContrastiveLoss
 from .control_variates import control_variate
 from .errors import ObjectiveError
 from .estimators import ESTIMATORS, Estimator
 from .heads import ClosedFormHead
+from .image_text import contrastive_base, require_return_loss, same_texts, with_plain_flag
 from .ledger import Ledger
 from .method import Method
 from .objectives import CallableObjective, Objective
@@ -93,6 +96,9 @@ class FlopsTrainerMixin:
         plain = objective is None or hasattr(objective, "per_row")
         self._objective: Any = objective if plain else CallableObjective(objective)  # type: ignore[arg-type]
         self._own_objective = objective is not None
+        self._contrast = objective if isinstance(objective, ContrastiveLoss) else None
+        self._alignment: Alignment | None = None
+        self._towers_refused = False
         self._given_allocator = allocator
         self._allocator: Allocator = allocator or ALLOCATORS[args.allocator]()
         self._estimator: Estimator = estimator or ESTIMATORS[args.estimator]()
@@ -134,6 +140,7 @@ class FlopsTrainerMixin:
         self._allocator = self._given_allocator or ALLOCATORS[self.args.allocator]()
         self.ledger, self._tuning = Ledger(), Tuning.of(self.args, self._objective)
         self._control = control_variate(self.args.control_variate)
+        self._alignment, self._towers_refused = None, False
         if not self._own_objective:
             self._objective = None
         return super().train(*args, **kwargs)  # type: ignore[misc]
@@ -148,26 +155,54 @@ class FlopsTrainerMixin:
         """
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
-        inputs = without_cache(self.model, self._prepare_inputs(inputs))
+        inputs = without_cache(self.model, with_plain_flag(self._prepare_inputs(inputs)))
         context = self.compute_loss_context_manager()
         with evaluation_mode(model), torch.no_grad(), context, shared_texts(self.model, inputs):
             forward = self.ledger.metered(self._forward_function(model))
             self._hold_back()
-            if self._objective is None or self._perturbation is None or self._reuse is None:
-                self._set_up(model, forward, inputs)
-            precision = precision_of(self.model, autocast=self.args.bf16)
-            place, method = self._place(inputs), self._method(precision)
-            method = self._tuning.complete(method, forward, inputs, precision=precision, seed=place.seed)
-            self.ledger.rows, self._tuning.rows = self.ledger.rows + self._tuning.rows, 0
+            if not self._aligned(forward, inputs):
+                if self._objective is None or self._perturbation is None or self._reuse is None:
+                    self._set_up(model, forward, inputs)
+                method = self._complete_method(forward, inputs)
             if self._budget is not None and not self._budget.allows(batch_size(inputs), self.state.global_step):
                 model.zero_grad()  # the step is not taken, not even in part
                 return torch.zeros((), device=self.args.device)
-            elements = self._elements(num_items_in_batch)
-            batches = self.current_gradient_accumulation_steps
-            result = estimate_gradient(forward, inputs, method, place, elements, batches)
+            place, batches = self._place(inputs), self.current_gradient_accumulation_steps
+            if self._alignment is not None:
+                queries = self._queries_at(self.state.global_step)
+                result, method = self._alignment.step(inputs, place, queries, batches)
+            else:
+                elements = self._elements(num_items_in_batch)
+                result = estimate_gradient(forward, inputs, method, place, elements, batches)
         self.ledger.record(result, self._ids)
-        self._tuning.learn(result, method)
+        if method is not None:
+            self._tuning.learn(result, method)
         return result.loss.to(self.args.device)
+
+    def _towers(self: Any) -> Alignment | None:
+        """Return what estimates the gradient of a contrastive loss from single images and texts; None for other losses."""
+        if self._alignment is None and not self._towers_refused and contrastive_base(self.model) is not None:
+            whole = self.args.perturbation == "shared" or self._given_perturbation or self.compute_loss_func
+            if not whole and (self._contrast is not None or not self._own_objective):
+                contrast = self._contrast or ContrastiveLoss()
+                allocator, metered = self._given_allocator, lambda forward: self.ledger.metered(forward)
+                self._alignment = Alignment(self.args, self.model, contrast, self._estimator, allocator, metered)
+        return self._alignment
+
+    def _aligned(self: Any, forward: Any, inputs: dict[str, Any]) -> bool:
+        """Get the towers of a contrastive model ready; returns False where the loss is none of theirs."""
+        alignment = self._towers()
+        if alignment is not None and not alignment.set_up(forward, inputs, self._held, own=self._contrast is None):
+            logger.warning("The loss of %s is not that of its embeddings' cosines.", type(alignment.base).__name__)
+            self._alignment, self._towers_refused = None, True
+        return self._alignment is not None
+
+    def _complete_method(self: Any, forward: Any, inputs: dict[str, Any]) -> Method:
+        """Return the method of a step, with what was found out so far or is now."""
+        precision = precision_of(self.model, autocast=self.args.bf16)
+        method = self._tuning.complete(self._method(precision), forward, inputs, precision=precision, seed=self._seed())
+        self.ledger.rows, self._tuning.rows = self.ledger.rows + self._tuning.rows, 0
+        return method
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         """Prepare inputs as the stock trainer does, after taking the samples' ids out."""
@@ -207,6 +242,16 @@ class FlopsTrainerMixin:
     def _set_up(self: Any, model: nn.Module, forward: Any, inputs: dict[str, Any]) -> None:
         """Choose objective and perturbation with the first batch, and say what was not as hoped."""
         named = [name for name in self.label_names if name in inputs]
+        base = contrastive_base(self.model)
+        if base is not None and (self._contrast is not None or not self._own_objective):
+            if self._contrast is not None:
+                self._objective = self._contrast.bind(base)
+            else:
+                require_return_loss(base, inputs)
+                named = ["return_loss"]
+            warning = self._contrast is None and same_texts(inputs)
+            if warning:
+                logger.warning("%s", warning)
         if not self._own_objective and not self.can_return_loss and not named:
             raise ObjectiveError(
                 f"The batch has no labels: its keys are {sorted(inputs)}, and none of {self.label_names} is among them."
@@ -239,9 +284,11 @@ class FlopsTrainerMixin:
             self._position, self._position_step = 0, step
         position = self._position
         self._position += batch_size(inputs)
-        seed = self.args.seed if self.args.noise_seed is None else self.args.noise_seed
         ids = None if self._ids is None else tuple(self._ids)
-        return Place(seed=seed, step=step, position=position, epoch=self.state.epoch or 0.0, ids=ids)
+        return Place(seed=self._seed(), step=step, position=position, epoch=self.state.epoch or 0.0, ids=ids)
+
+    def _seed(self: Any) -> int:
+        return self.args.seed if self.args.noise_seed is None else self.args.noise_seed
 
     def _elements(self: Any, num_items_in_batch: Tensor | int | None) -> float | None:
         """Return the number of loss elements of the whole optimizer step, where the stock trainer's count is ours.
@@ -270,14 +317,16 @@ class FlopsTrainerMixin:
     def _save_optimizer_and_scheduler(self: Any, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
         if self.args.should_save:
-            save_state(output_dir, self._parts(), self._control)
+            save_state(output_dir, *self._parts())
 
     def _load_optimizer_and_scheduler(self: Any, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
-        load_state(checkpoint, self._parts(), self._control)
+        load_state(checkpoint, *self._parts())
 
-    def _parts(self: Any) -> dict[str, Any]:
-        return {"allocator": self._allocator, "ledger": self.ledger, "tuning": self._tuning}
+    def _parts(self: Any) -> tuple[dict[str, Any], Any]:
+        """Return what has a state: parts by name, and the control variate."""
+        parts, alignment = {"allocator": self._allocator, "ledger": self.ledger, "tuning": self._tuning}, self._towers()
+        return (parts, self._control) if alignment is None else ({**parts, "alignment": alignment}, alignment.controls)
 
 
 def _run(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor | None, Any]:

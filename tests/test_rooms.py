@@ -12,14 +12,16 @@ import hf_flops
 PACKAGE = Path(hf_flops.__file__).parent
 # Each room may import the rooms of lower floors; those of the ground floor may also import each other.
 FLOORS = {
-    **dict.fromkeys(["errors", "counters", "_version", "rows", "memory", "padding", "losses"], 0),
+    **dict.fromkeys(["errors", "counters", "_version", "rows", "memory", "padding", "losses", "similarity"], 0),
     **dict.fromkeys(["objectives", "perturbations", "estimators", "allocators", "metrics", "reuse", "chunks"], 1),
-    **dict.fromkeys(["heads", "control_variates"], 2),
+    **dict.fromkeys(["heads", "control_variates", "contrastive"], 2),
     "method": 3,
     **dict.fromkeys(["step", "selfcheck", "independence", "last_logits", "prefix_cache", "trimming"], 4),
     **dict.fromkeys(["args", "calibration", "ledger", "plots", "precision", "texts", "setup", "state", "auto_queries"], 5),
     **dict.fromkeys(["blackbox", "budget", "checks", "packing", "rewards", "tuning"], 6),
-    **dict.fromkeys(["suffix", "trainer"], 7),
+    **dict.fromkeys(["towers", "image_text"], 5),
+    **dict.fromkeys(["suffix", "alignment"], 7),
+    "trainer": 8,
 }
 ENGINE = {room for room, floor in FLOORS.items() if floor <= 4}
 HUGGING_FACE = {"transformers", "peft", "accelerate", "datasets", "evaluate"}
