@@ -184,10 +184,6 @@ class ContrastiveLoss:
         """Run a model for its embeddings."""
         return None, model(**{name: value for name, value in inputs.items() if name not in ("labels", "return_loss")})
 
-    def bind(self, model: Any) -> BatchContrast:
-        """Return the objective that takes the loss of a model's batch as a whole, for shared noise."""
-        return BatchContrast(self, model)
-
 
 class BatchContrast:
     """A contrastive loss of the batch as a whole: see `Objective`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -10,9 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .contrastive import SIDES, text_keys
+from .contrastive import SIDES, BatchContrast, ContrastiveLoss, text_keys
 from .errors import ObjectiveError
-from .objectives import Forward
+from .objectives import BatchLoss, Forward
+from .rows import batch_size
+
+logger = logging.getLogger("hf_flops.trainer")
 
 
 def contrastive_base(model: nn.Module) -> Any:
@@ -78,6 +82,25 @@ def require_return_loss(base: Any, inputs: Mapping[str, Any]) -> None:
             f"The batch asks {type(base).__name__} for no loss: it has no return_loss=True (its keys are {sorted(inputs)}), "
             "so let the data collator add it, or give objective=ContrastiveLoss()."
         )
+
+
+def whole_batch(model: nn.Module, inputs: Mapping[str, Any], contrast: ContrastiveLoss | None) -> BatchLoss | BatchContrast:
+    """Return the loss of a batch as a whole, for noise that all of it shares; None stands for the model's own loss.
+
+    Raises:
+        ObjectiveError: the batch asks for no loss, lacks images or texts, or does not pair them as the loss does.
+    """
+    base = contrastive_base(model)
+    images, texts = (batch_size(part) for part in tower_inputs(base, inputs).values())
+    (contrast or ContrastiveLoss()).pairing(inputs, texts, images)
+    if contrast is not None:
+        return BatchContrast(contrast, base)
+    if "labels" in inputs:
+        raise ObjectiveError("The batch's labels say nothing to the model's own loss: give objective=ContrastiveLoss().")
+    require_return_loss(base, inputs)
+    if warning := same_texts(inputs):
+        logger.warning("%s", warning)
+    return BatchLoss()
 
 
 def with_plain_flag(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from .control_variates import control_variate
 from .errors import ObjectiveError
 from .estimators import ESTIMATORS, Estimator
 from .heads import ClosedFormHead
-from .image_text import contrastive_base, require_return_loss, same_texts, with_plain_flag
+from .image_text import contrastive_base, whole_batch, with_plain_flag
 from .ledger import Ledger
 from .method import Method
 from .objectives import CallableObjective, Objective
@@ -242,16 +242,9 @@ class FlopsTrainerMixin:
     def _set_up(self: Any, model: nn.Module, forward: Any, inputs: dict[str, Any]) -> None:
         """Choose objective and perturbation with the first batch, and say what was not as hoped."""
         named = [name for name in self.label_names if name in inputs]
-        base = contrastive_base(self.model)
-        if base is not None and (self._contrast is not None or not self._own_objective):
-            if self._contrast is not None:
-                self._objective = self._contrast.bind(base)
-            else:
-                require_return_loss(base, inputs)
-                named = ["return_loss"]
-            warning = self._contrast is None and same_texts(inputs)
-            if warning:
-                logger.warning("%s", warning)
+        if contrastive_base(self.model) is not None and (self._contrast is not None or not self._own_objective):
+            self._objective = whole_batch(self.model, inputs, self._contrast)
+            named = ["return_loss"]
         if not self._own_objective and not self.can_return_loss and not named:
             raise ObjectiveError(
                 f"The batch has no labels: its keys are {sorted(inputs)}, and none of {self.label_names} is among them."
