@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .step import estimate_gradient
     from .suffix import SuffixPromptModel
     from .trainer import FlopsTrainer, FlopsTrainerMixin
+    from .visual_prompts import VisualPrompt
 
 _HOMES = {
     "CallableObjective": "objectives",
@@ -37,6 +38,7 @@ _HOMES = {
     "Place": "rows",
     "StepResult": "method",
     "SuffixPromptModel": "suffix",
+    "VisualPrompt": "visual_prompts",
     "estimate_gradient": "step",
 }
 
@@ -58,6 +60,7 @@ __all__ = [
     "Place",
     "StepResult",
     "SuffixPromptModel",
+    "VisualPrompt",
     "__version__",
     "estimate_gradient",
 ]

@@ -180,8 +180,8 @@ class TowerShares:
         if rows < sum(needed.values()):
             enough = -(-(clean + sum(needed.values())) // sizes["image"])
             raise ConfigurationError(
-                f"queries_per_sample={queries} is too few for {sizes['image']} images and {sizes['text']} texts: a clean row "
-                f"each, and {max(least.values())} more where noise enters its tower: use {enough} or more."
+                f"queries_per_sample={queries} is too few for {sizes['image']} images and {sizes['text']} texts: a clean "
+                f"row each, and {max(least.values())} more where noise enters its tower: use {enough} or more."
             )
         weights = self.weights if sum(self.weights.get(side, 0.0) for side in noisy) > 0 else {}
         weights = weights if noisy.keys() <= weights.keys() else dict.fromkeys(noisy, 1.0)

@@ -148,7 +148,7 @@ def test_a_frozen_tower_runs_its_batch_once_whatever_the_queries(tmp_path):
             made.set_up(forward, batch, frozenset(), own=True)
             for name in rows:
 
-                def count(module, args, kwargs, name=name):
+                def count(module, args, kwargs, name=name, rows=rows):
                     rows[name] += len(kwargs["pixel_values" if name == "vision_model" else "input_ids"])
 
                 getattr(model.get_base_model(), name).register_forward_pre_hook(count, with_kwargs=True)

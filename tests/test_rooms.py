@@ -19,7 +19,7 @@ FLOORS = {
     **dict.fromkeys(["step", "selfcheck", "independence", "last_logits", "prefix_cache", "trimming"], 4),
     **dict.fromkeys(["args", "calibration", "ledger", "plots", "precision", "texts", "setup", "state", "auto_queries"], 5),
     **dict.fromkeys(["blackbox", "budget", "checks", "packing", "rewards", "tuning"], 6),
-    **dict.fromkeys(["towers", "image_text"], 5),
+    **dict.fromkeys(["towers", "image_text", "visual_prompts"], 5),
     **dict.fromkeys(["suffix", "alignment"], 7),
     "trainer": 8,
 }
