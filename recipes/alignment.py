@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, TrainableTokensConfig, get_peft_model
 from torch import nn
-from transformers import AutoModel, AutoTokenizer, Trainer, set_seed
+from transformers import AutoConfig, AutoModel, AutoTokenizer, Trainer, set_seed
 from transformers.utils import logging as transformers_logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also when hf_flops is not installed
@@ -154,14 +154,22 @@ def load_task(recipe: RecipeArguments, seed: int) -> Task:
     if recipe.classes == "base":
         classes["new"] = [label for label in range(count) if label not in base]
     context = trained_context(tokenizer, recipe.prompt_size) if recipe.adapter == "context" else ()
-    fixed = "siglip" in str(getattr(tokenizer, "name_or_path", "")).lower() or "siglip" in type(tokenizer).__name__.lower()
-    sentences = Sentences(class_words(images), tokenizer, context, "max_length" if fixed else True)
+    sentences = Sentences(class_words(images), tokenizer, context, *text_shape(recipe.model))
     shots = recipe.shots or (16 if recipe.model else 100)
     per_class = -(-recipe.test_images // count)
     parts = [pixel_rows(images.train, processor, base, shots, seed), pixel_rows(images.validation, processor, base, 50, seed)]
     test = {name: pixel_rows(images.test, processor, own, per_class, 0) for name, own in classes.items()}
     collate = PairCollator(sentences, base, recipe.loss or ("classes" if recipe.model else "pairs"))
     return Task(images, *parts, test, sentences, classes, collate, path)
+
+
+def text_shape(model: str | None) -> tuple[int, bool | str]:
+    """Return the most tokens that a text may have, and how shorter ones are filled up: SigLIP was trained on full length."""
+    if model is None:
+        return 64, True
+    config = AutoConfig.from_pretrained(model)
+    longest = min(config.text_config.max_position_embeddings, 77)
+    return longest, "max_length" if config.model_type.startswith("siglip") else True
 
 
 def trained_context(tokenizer: Any, size: int) -> tuple[int, ...]:

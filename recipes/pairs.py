@@ -60,6 +60,8 @@ def class_words(task: ImageTask) -> list[str]:
 class Pooled(nn.Module):
     """An encoder whose pooled output is its first token, or the mean of its real ones; for models without a trained pooler.
 
+    A frozen text encoder remembers what it made of a sentence.
+
     Args:
         encoder: returns `last_hidden_state` (R, T, D), or (R, D, H, W).
         pooling: "first" or "mean".
@@ -68,6 +70,7 @@ class Pooled(nn.Module):
     def __init__(self, encoder: PreTrainedModel, pooling: str) -> None:
         super().__init__()
         self.encoder, self.pooling, self.config = encoder, pooling, encoder.config
+        self._known: dict[bytes, Tensor] = {}
 
     def forward(
         self,
@@ -76,17 +79,35 @@ class Pooled(nn.Module):
         attention_mask: Tensor | None = None,
         **others: Any,
     ) -> BaseModelOutputWithPooling:
-        """Return the encoder's last hidden state and the pooled one (R, D)."""
-        given = {"pixel_values": pixel_values, "input_ids": input_ids, "attention_mask": attention_mask}
-        hidden = self.encoder(**{name: value for name, value in given.items() if value is not None}).last_hidden_state
-        if hidden.dim() == 4:
-            pooled = hidden.mean((2, 3))
-        elif self.pooling == "first":
-            pooled = hidden[:, 0]
+        """Return the pooled hidden state (R, D)."""
+        if input_ids is None:
+            pooled = self._pooled({"pixel_values": pixel_values}, None)
+        elif attention_mask is None or any(parameter.requires_grad for parameter in self.encoder.parameters()):
+            given = {"input_ids": input_ids, "attention_mask": attention_mask}
+            pooled = self._pooled({name: value for name, value in given.items() if value is not None}, attention_mask)
         else:
-            mask = torch.ones_like(hidden[..., :1]) if attention_mask is None else attention_mask.unsqueeze(-1).to(hidden)
-            pooled = (hidden * mask).sum(1) / mask.sum(1)
-        return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=pooled)
+            pooled = self._remembered(input_ids, attention_mask)
+        return BaseModelOutputWithPooling(last_hidden_state=pooled.unsqueeze(1), pooler_output=pooled)
+
+    def _pooled(self, given: dict[str, Any], mask: Tensor | None) -> Tensor:
+        hidden = self.encoder(**given).last_hidden_state
+        if hidden.dim() == 4:
+            return hidden.mean((2, 3))
+        if self.pooling == "first":
+            return hidden[:, 0]
+        weights = torch.ones_like(hidden[..., :1]) if mask is None else mask.unsqueeze(-1).to(hidden)
+        return (hidden * weights).sum(1) / weights.sum(1)
+
+    @torch.no_grad()
+    def _remembered(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        keys = [row[kept].numpy().tobytes() for row, kept in zip(input_ids.cpu(), attention_mask.cpu().bool(), strict=True)]
+        new = [index for index, key in enumerate(keys) if key not in self._known]
+        if new:
+            training, _ = self.encoder.training, self.encoder.eval()  # a frozen encoder has no use for dropout
+            found = self._pooled({"input_ids": input_ids[new], "attention_mask": attention_mask[new]}, attention_mask[new])
+            self.encoder.train(training)
+            self._known.update((keys[index], row.clone()) for index, row in zip(new, found, strict=True))
+        return torch.stack([self._known[key] for key in keys])
 
 
 def dual_encoder(vision: str, text: str, dimension: int, seed: int) -> VisionTextDualEncoderModel:
@@ -142,12 +163,14 @@ class Sentences:
         words: what the classes are called.
         tokenizer: of the model.
         context: trained tokens that each text starts with.
+        longest: tokens that a text may have.
         padding: how short texts are filled up.
     """
 
     words: list[str]
     tokenizer: Any
     context: tuple[int, ...] = ()
+    longest: int = 64
     padding: bool | str = True
 
     def texts(self, template: str, classes: Sequence[int]) -> list[str]:
@@ -156,10 +179,9 @@ class Sentences:
 
     def tokens(self, texts: list[str]) -> dict[str, Tensor]:
         """Return input_ids and attention_mask (C, T) of texts, after the start token the trained context."""
-        longest = getattr(self.tokenizer, "model_max_length", 512)
-        options = {"max_length": min(longest, 64) - len(self.context), "truncation": True, "return_tensors": "pt"}
-        found = dict(self.tokenizer(texts, padding=self.padding, **options))
-        found.pop("token_type_ids", None)
+        options = {"max_length": self.longest - len(self.context), "truncation": True, "return_tensors": "pt"}
+        given = self.tokenizer(texts, padding=self.padding, **options)
+        found = {name: given[name] for name in ("input_ids", "attention_mask")}
         if self.context:
             own = torch.tensor(self.context).expand(len(texts), -1)
             found = {n: torch.cat([v[:, :1], own if n == "input_ids" else torch.ones_like(own), v[:, 1:]], 1) for n, v in found.items()}

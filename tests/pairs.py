@@ -26,10 +26,10 @@ TOKENS = 6
 LORA = {"clip": ["q_proj", "v_proj"], "siglip": ["q_proj", "v_proj"], "dual": ["q_proj", "v_proj", "query", "value"]}
 
 
-def pair_model(kind: str, seed: int = 0) -> nn.Module:
+def pair_model(kind: str, seed: int = 0, positions: int = TOKENS) -> nn.Module:
     """Build a tiny model of a kind in `KINDS`, without touching the global generator."""
     image = {"image_size": 8, "patch_size": 4, **SIZES}
-    text = {"vocab_size": VOCABULARY, "max_position_embeddings": TOKENS, **SIZES}
+    text = {"vocab_size": VOCABULARY, "max_position_embeddings": positions, **SIZES}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if kind == "clip":
