@@ -1,8 +1,8 @@
 """Tune the learning rate of every method of recipes/alignment.py on grids of five, then measure each at its best.
 
-The grids are searched on validation images, with validation accuracy by held-out sentences and seed 0; the best value of each
-method is then run with three other seeds, which also choose the training images and the new projections, and tested. Rows,
-trained parameters, batches and epochs are the same for all. Runs that the record holds already are not repeated.
+The grids are searched on validation images, by zero-shot accuracy with seed 0; the best value of each method is then run
+with three other seeds, which also choose the training images and the new projections, and tested. Rows, trained parameters,
+batches and epochs are the same for all. Runs that the record holds already are not repeated.
 
     python benchmarks/alignment.py
 """

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from .allocators import ALLOCATORS, Allocator
 from .contrastive import SIDES, ContrastiveBatch, ContrastiveLoss
-from .control_variates import control_variate
 from .errors import ConfigurationError
 from .estimators import Estimator
 from .heads import find_head
@@ -25,7 +24,7 @@ from .perturbations import ParameterVector
 from .rows import Place, batch_size, take
 from .selfcheck import choose_perturbation, precision_of
 from .setup import late_expansion
-from .towers import Tower, TowerLoss, TowerShares, estimate_alignment, numbered
+from .towers import Controls, Tower, TowerLoss, TowerShares, estimate_alignment, numbered
 from .tuning import Tuning
 
 logger = logging.getLogger("hf_flops.trainer")
@@ -229,6 +228,8 @@ class Alignment:
             if len(found.counts) == len(counts):
                 counts, squares = counts + found.counts, squares + found.mean_squares
         rows = sum(found.rows for found in results.values()) + sum(still.values())
+        for tuning in self.tunings.values():  # what epsilon took, if it was measured
+            rows, tuning.rows = rows + tuning.rows, 0
         return StepResult(torch.tensor(batch.loss / batches), rows, counts, squares, metrics)
 
     def state_dict(self) -> dict[str, Any]:
@@ -243,21 +244,3 @@ class Alignment:
             self.allocators[side].load_state_dict(state["allocators"][side])
             self.tunings[side].load_state_dict(state["tunings"][side])
         self.shares.weights = dict(state["shares"])
-
-
-class Controls:
-    """The control variate of each tower, as one for checkpoints."""
-
-    def __init__(self, name: str) -> None:
-        self.parts = {side: control_variate(name) for side in SIDES}
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return what a resume needs."""
-        found = ((side, part.state_dict()) for side, part in self.parts.items() if part is not None)
-        return {f"{side}.{name}": tensor for side, state in found for name, tensor in state.items()}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take up a state from `state_dict`."""
-        for side, part in self.parts.items():
-            if part is not None:
-                part.load_state_dict({n.partition(".")[2]: t for n, t in state.items() if n.startswith(f"{side}.")})

@@ -196,7 +196,7 @@ class BatchContrast:
     per_row = False
 
     def __init__(self, contrast: ContrastiveLoss, model: Any) -> None:
-        self.contrast, self.model = contrast, model
+        self.contrast, self.model, self.run = contrast, model, contrast.run
 
     def __call__(self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False) -> RowLosses:
         """See `Objective`."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .contrastive import SIDES, ContrastiveBatch
+from .control_variates import control_variate
 from .errors import ConfigurationError
 from .heads import ClosedFormHead
 from .losses import widen
@@ -191,3 +192,21 @@ class TowerShares:
             wanted = min(max(rows * weights[side] / total, needed[side]), rows - others)
             shares[side] = int(wanted) // sizes[side]
         return shares
+
+
+class Controls:
+    """The control variate of each tower, as one for checkpoints."""
+
+    def __init__(self, name: str) -> None:
+        self.parts = {side: control_variate(name) for side in SIDES}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what a resume needs."""
+        found = ((side, part.state_dict()) for side, part in self.parts.items() if part is not None)
+        return {f"{side}.{name}": tensor for side, state in found for name, tensor in state.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take up a state from `state_dict`."""
+        for side, part in self.parts.items():
+            if part is not None:
+                part.load_state_dict({n.partition(".")[2]: t for n, t in state.items() if n.startswith(f"{side}.")})

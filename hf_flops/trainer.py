@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from .alignment import Alignment
 from .allocators import ALLOCATORS, Allocator
 from .args import FlopsTrainingArguments
 from .budget import QueryBudget
@@ -26,15 +25,15 @@ from .checks import (
     without_cache,
     wrap_with_adapter,
 )
-from .contrastive import ContrastiveLoss
 from .control_variates import control_variate
 from .errors import ObjectiveError
 from .estimators import ESTIMATORS, Estimator
 from .heads import ClosedFormHead
-from .image_text import contrastive_base, whole_batch, with_plain_flag
+from .image_text import with_plain_flag
 from .ledger import Ledger
 from .method import Method
 from .objectives import CallableObjective, Objective
+from .pair_steps import PairSteps
 from .perturbations import Perturbation
 from .reuse import Reuse
 from .rows import Place, batch_size
@@ -96,9 +95,7 @@ class FlopsTrainerMixin:
         plain = objective is None or hasattr(objective, "per_row")
         self._objective: Any = objective if plain else CallableObjective(objective)  # type: ignore[arg-type]
         self._own_objective = objective is not None
-        self._contrast = objective if isinstance(objective, ContrastiveLoss) else None
-        self._alignment: Alignment | None = None
-        self._towers_refused = False
+        self._pairs = PairSteps(objective)
         self._given_allocator = allocator
         self._allocator: Allocator = allocator or ALLOCATORS[args.allocator]()
         self._estimator: Estimator = estimator or ESTIMATORS[args.estimator]()
@@ -140,7 +137,7 @@ class FlopsTrainerMixin:
         self._allocator = self._given_allocator or ALLOCATORS[self.args.allocator]()
         self.ledger, self._tuning = Ledger(), Tuning.of(self.args, self._objective)
         self._control = control_variate(self.args.control_variate)
-        self._alignment, self._towers_refused = None, False
+        self._pairs.reset()
         if not self._own_objective:
             self._objective = None
         return super().train(*args, **kwargs)  # type: ignore[misc]
@@ -160,7 +157,8 @@ class FlopsTrainerMixin:
         with evaluation_mode(model), torch.no_grad(), context, shared_texts(self.model, inputs):
             forward = self.ledger.metered(self._forward_function(model))
             self._hold_back()
-            if not self._aligned(forward, inputs):
+            alignment = self._pairs.ready(self, forward, inputs)
+            if alignment is None:
                 if self._objective is None or self._perturbation is None or self._reuse is None:
                     self._set_up(model, forward, inputs)
                 method = self._complete_method(forward, inputs)
@@ -168,9 +166,8 @@ class FlopsTrainerMixin:
                 model.zero_grad()  # the step is not taken, not even in part
                 return torch.zeros((), device=self.args.device)
             place, batches = self._place(inputs), self.current_gradient_accumulation_steps
-            if self._alignment is not None:
-                queries = self._queries_at(self.state.global_step)
-                result, method = self._alignment.step(inputs, place, queries, batches)
+            if alignment is not None:
+                result, method = alignment.step(inputs, place, self._queries_at(self.state.global_step), batches)
             else:
                 elements = self._elements(num_items_in_batch)
                 result = estimate_gradient(forward, inputs, method, place, elements, batches)
@@ -178,24 +175,6 @@ class FlopsTrainerMixin:
         if method is not None:
             self._tuning.learn(result, method)
         return result.loss.to(self.args.device)
-
-    def _towers(self: Any) -> Alignment | None:
-        """Return what estimates the gradient of a contrastive loss from single images and texts; None for other losses."""
-        if self._alignment is None and not self._towers_refused and contrastive_base(self.model) is not None:
-            whole = self.args.perturbation == "shared" or self._given_perturbation or self.compute_loss_func
-            if not whole and (self._contrast is not None or not self._own_objective):
-                contrast = self._contrast or ContrastiveLoss()
-                allocator, metered = self._given_allocator, lambda forward: self.ledger.metered(forward)
-                self._alignment = Alignment(self.args, self.model, contrast, self._estimator, allocator, metered)
-        return self._alignment
-
-    def _aligned(self: Any, forward: Any, inputs: dict[str, Any]) -> bool:
-        """Get the towers of a contrastive model ready; returns False where the loss is none of theirs."""
-        alignment = self._towers()
-        if alignment is not None and not alignment.set_up(forward, inputs, self._held, own=self._contrast is None):
-            logger.warning("The loss of %s is not that of its embeddings' cosines.", type(alignment.base).__name__)
-            self._alignment, self._towers_refused = None, True
-        return self._alignment is not None
 
     def _complete_method(self: Any, forward: Any, inputs: dict[str, Any]) -> Method:
         """Return the method of a step, with what was found out so far or is now."""
@@ -242,10 +221,9 @@ class FlopsTrainerMixin:
     def _set_up(self: Any, model: nn.Module, forward: Any, inputs: dict[str, Any]) -> None:
         """Choose objective and perturbation with the first batch, and say what was not as hoped."""
         named = [name for name in self.label_names if name in inputs]
-        if contrastive_base(self.model) is not None and (self._contrast is not None or not self._own_objective):
-            self._objective = whole_batch(self.model, inputs, self._contrast)
-            named = ["return_loss"]
-        if not self._own_objective and not self.can_return_loss and not named:
+        pairs = self._pairs.whole(self, inputs)
+        self._objective = self._objective if pairs is None else pairs
+        if pairs is None and not self._own_objective and not self.can_return_loss and not named:
             raise ObjectiveError(
                 f"The batch has no labels: its keys are {sorted(inputs)}, and none of {self.label_names} is among them."
             )
@@ -318,7 +296,8 @@ class FlopsTrainerMixin:
 
     def _parts(self: Any) -> tuple[dict[str, Any], Any]:
         """Return what has a state: parts by name, and the control variate."""
-        parts, alignment = {"allocator": self._allocator, "ledger": self.ledger, "tuning": self._tuning}, self._towers()
+        parts = {"allocator": self._allocator, "ledger": self.ledger, "tuning": self._tuning}
+        alignment = self._pairs.alignment(self)
         return (parts, self._control) if alignment is None else ({**parts, "alignment": alignment}, alignment.controls)
 
 

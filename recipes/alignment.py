@@ -23,25 +23,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, TrainableTokensConfig, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, Trainer, set_seed
+from transformers import AutoModel, AutoTokenizer, Trainer, set_seed
 from transformers.utils import logging as transformers_logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also when hf_flops is not installed
 
-from hf_flops import ContrastiveLoss, FlopsTrainer, FlopsTrainingArguments, VisualPrompt
+from hf_flops import ContrastiveLoss, FlopsTrainer, FlopsTrainingArguments
 from hf_flops.args import PRESETS
 from recipes import common
 from recipes.alignment_report import report
 from recipes.assets import minilm
 from recipes.common import stock_arguments
 from recipes.images import ImageTask, load_images, pretrained_vit
-from recipes.pairs import PairCollator, PixelRows, Sentences, class_words, dual_encoder, is_contrastive, load_processor
-from recipes.pairs import pixel_rows, scores
+from recipes.pairs import PairCollator, PixelRows, Sentences, class_words, pixel_rows, scores
+from recipes.two_towers import ADAPTERS, adapted, dual_encoder, load_processor, text_shape, trained_context
 
 METHODS = ["flops", "mezo", "spsa-gc", "backprop"]
-ADAPTERS = ["lora", "border", "tokens", "context"]
 # Best of a grid on validation images, the same for every method that uses AdamW: benchmarks/alignment_learning_rates.py.
 LEARNING_RATES = {"flops": 1e-2, "mezo": 1e-2, "spsa-gc": 1e-1, "backprop": 1e-2}
 # BlackVIP's code: two-sided differences averaged, Nesterov momentum, a step of a / (step + 1)^0.4.
@@ -60,7 +58,9 @@ class RecipeArguments:
     dataset: str = field(
         default="auto", metadata={"help": "'digits', 'fashion_mnist', 'auto' (the latter where installed) or a Hub id."}
     )
-    shots: int | None = field(default=None, metadata={"help": "Training images per class; default: 16, or 100 for two encoders."})
+    shots: int | None = field(
+        default=None, metadata={"help": "Training images per class; default: 16, or 100 for two encoders."}
+    )
     classes: str = field(
         default="all", metadata={"help": "Classes to train: 'all', or 'base', the first half, to test on 'new' ones too."}
     )
@@ -69,12 +69,15 @@ class RecipeArguments:
     )
     adapter: str = field(
         default="lora",
-        metadata={"help": "LoRA, a 'border' of pixels, 'tokens' beside patches, a trained 'context' of texts.", "choices": ADAPTERS},
+        metadata={
+            "help": "LoRA, a 'border' of pixels, 'tokens' beside patches, or a trained 'context' of texts.",
+            "choices": list(ADAPTERS),
+        },
     )
     towers: str = field(default="image", metadata={"help": "Where LoRA is: 'image', 'text' or 'both'."})
     lora_rank: int = field(default=2, metadata={"help": "Rank of LoRA on queries and values; its B matrices are trained."})
     prompt_size: int = field(default=4, metadata={"help": "Pixels of the border, or number of tokens."})
-    test_images: int = field(default=2000, metadata={"help": "Images to test on, 0 for all."})
+    test_images: int = field(default=1000, metadata={"help": "Images to test on, 0 for all."})
     method: str = field(default="flops", metadata={"help": "What trains the adapter.", "choices": METHODS})
     compare: list[str] = field(
         default_factory=list, metadata={"help": f"Methods to run beside it on the same rows: {', '.join(METHODS)}."}
@@ -87,7 +90,7 @@ class RecipeTrainingArguments(FlopsTrainingArguments):
 
     output_dir: str | None = "outputs/alignment"
     learning_rate: float | None = field(default=None, metadata={"help": "Default: the best of a grid for each method."})  # type: ignore[assignment]
-    num_train_epochs: float = 5
+    num_train_epochs: float = 3
     queries_per_sample: int | str = 8
     rows_per_forward: int | str | None = 256
     per_device_train_batch_size: int = 32
@@ -141,8 +144,6 @@ def load_task(recipe: RecipeArguments, seed: int) -> Task:
     if recipe.model:
         path: str | tuple[str, str] = recipe.model
         vision = text = recipe.model
-        if not is_contrastive(recipe.model):
-            raise ValueError(f"{recipe.model!r} has no image and text towers: name encoders with --vision_model and --text_model.")
     else:
         vision = recipe.vision_model or pretrained_vit(load_images(images.name, seed=seed))
         text = recipe.text_model or minilm()
@@ -154,28 +155,14 @@ def load_task(recipe: RecipeArguments, seed: int) -> Task:
     if recipe.classes == "base":
         classes["new"] = [label for label in range(count) if label not in base]
     context = trained_context(tokenizer, recipe.prompt_size) if recipe.adapter == "context" else ()
-    sentences = Sentences(class_words(images), tokenizer, context, *text_shape(recipe.model))
+    sentences = Sentences(class_words(images), tokenizer, context, *(text_shape(recipe.model) if recipe.model else ()))
     shots = recipe.shots or (16 if recipe.model else 100)
     per_class = -(-recipe.test_images // count)
-    parts = [pixel_rows(images.train, processor, base, shots, seed), pixel_rows(images.validation, processor, base, 50, seed)]
+    own = ((images.train, shots), (images.validation, 50))
+    parts = [pixel_rows(part, processor, base, most, seed) for part, most in own]
     test = {name: pixel_rows(images.test, processor, own, per_class, 0) for name, own in classes.items()}
     collate = PairCollator(sentences, base, recipe.loss or ("classes" if recipe.model else "pairs"))
     return Task(images, *parts, test, sentences, classes, collate, path)
-
-
-def text_shape(model: str | None) -> tuple[int, bool | str]:
-    """Return the most tokens that a text may have, and how shorter ones are filled up: SigLIP was trained on full length."""
-    if model is None:
-        return 64, True
-    config = AutoConfig.from_pretrained(model)
-    longest = min(config.text_config.max_position_embeddings, 77)
-    return longest, "max_length" if config.model_type.startswith("siglip") else True
-
-
-def trained_context(tokenizer: Any, size: int) -> tuple[int, ...]:
-    """Return the tokens that a trained context is made of: the last ordinary ones of the vocabulary, which texts hardly use."""
-    special = set(tokenizer.all_special_ids)
-    return tuple([token for token in range(tokenizer.vocab_size - 1, -1, -1) if token not in special][:size])
 
 
 def adapted_model(recipe: RecipeArguments, task: Task, seed: int) -> nn.Module:
@@ -183,31 +170,8 @@ def adapted_model(recipe: RecipeArguments, task: Task, seed: int) -> nn.Module:
     set_seed(seed)
     single = isinstance(task.path, str)
     model: Any = AutoModel.from_pretrained(task.path) if single else dual_encoder(*task.path, recipe.projection_dim, seed)
-    model.requires_grad_(False)
-    projections = [] if single else ["visual_projection", "text_projection"]
-    if recipe.adapter in ("border", "tokens"):
-        model.vision_model = VisualPrompt(model.vision_model, recipe.adapter, recipe.prompt_size)
-        for name in projections:
-            getattr(model, name).requires_grad_(True)
-        return model
-    if recipe.adapter == "context":
-        layer = next(name for name, module in model.text_model.named_modules() if isinstance(module, nn.Embedding))
-        config: Any = TrainableTokensConfig(token_indices=list(task.sentences.context), target_modules=[layer.split(".")[-1]])
-        model = get_peft_model(model, config)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(parameter.requires_grad or name.endswith(tuple(f"{p}.weight" for p in projections)))
-        return model
-    towers = {"image": "vision_model", "text": "text_model", "both": "(vision_model|text_model)"}[recipe.towers]
-    config = LoraConfig(
-        r=recipe.lora_rank,
-        lora_alpha=2 * recipe.lora_rank,
-        target_modules=rf".*{towers}.*\.(q_proj|v_proj|query|value|q_lin|v_lin)",
-        modules_to_save=projections or None,
-    )
-    model = get_peft_model(model, config)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(parameter.requires_grad and "lora_A" not in name)
-    return model
+    options = {"towers": recipe.towers, "rank": recipe.lora_rank, "size": recipe.prompt_size}
+    return adapted(model, recipe.adapter, projections=not single, context=task.sentences.context, **options)
 
 
 class BackpropTrainer(Trainer):

@@ -28,8 +28,8 @@ SHADES = {**COLOURS, "spsa-gc": "#0d9488"}
 def table(outcomes: Sequence[Any]) -> str:
     """Lay outcomes out as a Markdown table: a line for each method and set of classes."""
     lines = [
-        "| method | classes | zero-shot accuracy before | after | image to text, recall at 1 | at 5 | text to image, at 1 | at 5 "
-        "| rows | seconds | learning rate |",
+        "| method | classes | zero-shot accuracy before | after | image to text, recall at 1 | at 5 | text to image, at 1 "
+        "| at 5 | rows | seconds | learning rate |",
         "| --- " * 11 + "|",
     ]
     for o in outcomes:
@@ -98,7 +98,8 @@ def _draw_example(axes: Any, pixels: torch.Tensor, before: tuple[str, bool], aft
     for place, moment, (text, right) in ((-0.06, "before", before), (-0.44, "after", after)):
         lines = "\n".join(textwrap.wrap(text, 23))
         own = {"transform": axes.transAxes, "va": "top", "ha": "left", "fontsize": 8.5, "linespacing": 1.15}
-        axes.text(0, place, f"{moment} {'✓' if right else '✗'}", color=RIGHT if right else WRONG, **{**own, "fontweight": "bold"})
+        mark, colour = ("✓", RIGHT) if right else ("✗", WRONG)
+        axes.text(0, place, f"{moment} {mark}", color=colour, fontweight="bold", **own)
         axes.text(0, place - 0.1, lines, color="#18181b" if moment == "after" else "#71717a", **own)
 
 
@@ -112,7 +113,8 @@ def draw(path: Path, task: Any, start: nn.Module, runs: Sequence[tuple[Any, nn.M
     figure = plt.figure(figsize=(2.1 * max(columns, 4) + 0.6, 3.4 + 3.15 * lines), layout="none")
     height = 3.4 + 3.15 * lines
     _draw_measures(figure.add_axes((0.06, 1 - 2.7 / height, 0.92, 2.0 / height)), [outcome for outcome, _ in runs])
-    title = f"Images and the nearest of {len(HELD_OUT_TEMPLATES) * len(task.sentences.words)} sentences, trained by {runs[0][0].method}"
+    count = len(HELD_OUT_TEMPLATES) * len(task.sentences.words)
+    title = f"Images and the nearest of {count} sentences, before and after training with {runs[0][0].method}"
     figure.text(0.06, 1 - 3.5 / height, title, fontsize=12)
     for index in range(len(rows)):
         line, column = divmod(index, columns)
@@ -130,10 +132,10 @@ def report(folder: Path, task: Any, start: nn.Module, runs: Sequence[tuple[Any, 
     text = f"{table(outcomes)}\n\n{verdict(outcomes)}"
     print(f"\n{text}\n")
     notes = (
-        f"Data: {task.images.name}, {len(task.train):,} images of {', '.join(task.sentences.words)}; {outcomes[0].parameters:,} "
-        f"trained parameters. Measured with sentences of {len(HELD_OUT_TEMPLATES)} templates that were not trained on. Rows: "
-        "an image, a text or (for methods that perturb the batch as a whole, and backprop) a pair through the model in training; "
-        "clean ones are counted too, and a row of backprop also costs a backward pass.\n"
+        f"Data: {task.images.name}, {len(task.train):,} images of {', '.join(task.sentences.words)}; "
+        f"{outcomes[0].parameters:,} trained parameters. Measured with {len(HELD_OUT_TEMPLATES)} templates "
+        "that were not trained on. Rows: an image, a text or (for backprop and methods that perturb a batch as a whole) a "
+        "pair through the model in training; clean ones count too, and a row of backprop also costs a backward pass.\n"
     )
     (folder / "report.md").write_text(f"# Images and sentences\n\n{text}\n\n{notes}\n![report](report.png)\n")
     draw(folder / "report.png", task, start, runs)

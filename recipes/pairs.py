@@ -1,4 +1,4 @@
-"""Images with sentences for the alignment recipe: templates, two encoders made one model, batches, and what is measured."""
+"""Images with sentences for the alignment recipe: templates, batches, and what is measured."""
 
 from __future__ import annotations
 
@@ -10,17 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoTokenizer,
-    PreTrainedModel,
-    VisionTextDualEncoderConfig,
-    VisionTextDualEncoderModel,
-)
-from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import logging as transformers_logging
 
 from recipes.images import ImageTask, pixel_dataset
 
@@ -38,6 +27,7 @@ HELD_OUT_TEMPLATES = (
     "a product shot of the {}, for sale.",
     "somebody bought a {} and took this photo.",
 )
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 WORDS = {
     "fashion_mnist": {
         "T-shirt/top": "t-shirt",
@@ -47,7 +37,7 @@ WORDS = {
         "Bag": "handbag",
         "Ankle boot": "ankle boot",
     },
-    "digits": dict(zip("0123456789", "zero one two three four five six seven eight nine".split(), strict=True)),
+    "digits": {str(i): word for i, word in enumerate(DIGITS)},
 }
 
 
@@ -55,104 +45,6 @@ def class_words(task: ImageTask) -> list[str]:
     """Return what sentences call the classes."""
     known = WORDS.get(task.name, {})
     return [known.get(name, name.lower().replace("_", " ")) for name in task.class_names]
-
-
-class Pooled(nn.Module):
-    """An encoder whose pooled output is its first token, or the mean of its real ones; for models without a trained pooler.
-
-    A frozen text encoder remembers what it made of a sentence.
-
-    Args:
-        encoder: returns `last_hidden_state` (R, T, D), or (R, D, H, W).
-        pooling: "first" or "mean".
-    """
-
-    def __init__(self, encoder: PreTrainedModel, pooling: str) -> None:
-        super().__init__()
-        self.encoder, self.pooling, self.config = encoder, pooling, encoder.config
-        self._known: dict[bytes, Tensor] = {}
-
-    def forward(
-        self,
-        pixel_values: Tensor | None = None,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        **others: Any,
-    ) -> BaseModelOutputWithPooling:
-        """Return the pooled hidden state (R, D)."""
-        if input_ids is None:
-            pooled = self._pooled({"pixel_values": pixel_values}, None)
-        elif attention_mask is None or any(parameter.requires_grad for parameter in self.encoder.parameters()):
-            given = {"input_ids": input_ids, "attention_mask": attention_mask}
-            pooled = self._pooled({name: value for name, value in given.items() if value is not None}, attention_mask)
-        else:
-            pooled = self._remembered(input_ids, attention_mask)
-        return BaseModelOutputWithPooling(last_hidden_state=pooled.unsqueeze(1), pooler_output=pooled)
-
-    def _pooled(self, given: dict[str, Any], mask: Tensor | None) -> Tensor:
-        hidden = self.encoder(**given).last_hidden_state
-        if hidden.dim() == 4:
-            return hidden.mean((2, 3))
-        if self.pooling == "first":
-            return hidden[:, 0]
-        weights = torch.ones_like(hidden[..., :1]) if mask is None else mask.unsqueeze(-1).to(hidden)
-        return (hidden * weights).sum(1) / weights.sum(1)
-
-    @torch.no_grad()
-    def _remembered(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        keys = [row[kept].numpy().tobytes() for row, kept in zip(input_ids.cpu(), attention_mask.cpu().bool(), strict=True)]
-        new = [index for index, key in enumerate(keys) if key not in self._known]
-        if new:
-            training, _ = self.encoder.training, self.encoder.eval()  # a frozen encoder has no use for dropout
-            found = self._pooled({"input_ids": input_ids[new], "attention_mask": attention_mask[new]}, attention_mask[new])
-            self.encoder.train(training)
-            self._known.update((keys[index], row.clone()) for index, row in zip(new, found, strict=True))
-        return torch.stack([self._known[key] for key in keys])
-
-
-def dual_encoder(vision: str, text: str, dimension: int, seed: int) -> VisionTextDualEncoderModel:
-    """Put new projections on any two encoders: the first token of the images, the mean of the texts' tokens."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # the loading report presents heads that are left out as a fault
-    try:
-        towers = [Pooled(_encoder(path), pooling) for path, pooling in ((vision, "first"), (text, "mean"))]
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-    configs = (tower.config for tower in towers)
-    config = VisionTextDualEncoderConfig.from_vision_text_configs(*configs, projection_dim=dimension)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return VisionTextDualEncoderModel(config, *towers).eval()
-
-
-def _encoder(path: str) -> PreTrainedModel:
-    try:
-        return AutoModel.from_pretrained(path, add_pooling_layer=False)
-    except TypeError:
-        return AutoModel.from_pretrained(path)
-
-
-def load_processor(path: str) -> Any:
-    """Load a model's image processor.
-
-    Raises:
-        ValueError: it has none.
-    """
-    try:
-        return AutoImageProcessor.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{path!r} has no image processor (preprocessor_config.json), so what its images should look like is unknown: "
-            "name a model that has one with --image_processor."
-        ) from error
-
-
-def is_contrastive(path: str) -> bool:
-    """Return whether a model has two towers of its own, as CLIP and SigLIP do."""
-    config = AutoConfig.from_pretrained(path)
-    return hasattr(config, "vision_config") and hasattr(config, "text_config") and hasattr(config, "projection_dim") or (
-        config.model_type.startswith("siglip") and hasattr(config, "text_config")
-    )
 
 
 @dataclass
@@ -184,13 +76,14 @@ class Sentences:
         found = {name: given[name] for name in ("input_ids", "attention_mask")}
         if self.context:
             own = torch.tensor(self.context).expand(len(texts), -1)
-            found = {n: torch.cat([v[:, :1], own if n == "input_ids" else torch.ones_like(own), v[:, 1:]], 1) for n, v in found.items()}
+            added = {"input_ids": own, "attention_mask": torch.ones_like(own)}
+            found = {name: torch.cat([value[:, :1], added[name], value[:, 1:]], 1) for name, value in found.items()}
         return found
 
 
 @dataclass
 class PairCollator:
-    """Makes batches of images with sentences; the template depends on the batch's samples alone, so all methods see the same.
+    """Makes batches of images with sentences; the template depends on the samples alone, so all methods see the same.
 
     Attributes:
         sentences: of the classes.
@@ -234,9 +127,8 @@ def pixel_rows(dataset: Any, processor: Any, classes: Sequence[int], per_class: 
     order = np.random.default_rng(seed).permutation(len(labels))
     kept = np.concatenate([order[labels[order] == label][: per_class or None] for label in classes])
     rows = pixel_dataset(dataset.select(np.sort(kept)), processor)
-    found = [rows[i] for i in range(len(rows))] if rows.tensors is None else None
-    pixels, targets = rows.tensors if found is None else (torch.stack([r[k] for r in found]) for k in ("pixel_values", "labels"))
-    return PixelRows(pixels, targets)
+    found = [rows[index] for index in range(len(rows))]
+    return PixelRows(*(torch.stack([row[name] for row in found]) for name in ("pixel_values", "labels")))
 
 
 @torch.no_grad()

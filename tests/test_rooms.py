@@ -21,7 +21,8 @@ FLOORS = {
     **dict.fromkeys(["blackbox", "budget", "checks", "packing", "rewards", "tuning"], 6),
     **dict.fromkeys(["towers", "image_text", "visual_prompts"], 5),
     **dict.fromkeys(["suffix", "alignment"], 7),
-    "trainer": 8,
+    "pair_steps": 8,
+    "trainer": 9,
 }
 ENGINE = {room for room, floor in FLOORS.items() if floor <= 4}
 HUGGING_FACE = {"transformers", "peft", "accelerate", "datasets", "evaluate"}
