@@ -61,7 +61,8 @@ class FlopsTrainerMixin:
         args: `FlopsTrainingArguments`, or any arguments class with `FlopsArgumentsMixin`.
         peft_config: a PEFT configuration to wrap the model with.
         objective: what to minimise instead of the model's own loss: a function that maps (outputs, inputs) of R rows to
-            (R,) losses, a `Metric` or `GeneratedMetric` to be improved, or an `Objective`; it needs no derivative.
+            (R,) losses, a `Metric` or `GeneratedMetric` to be improved, a `ContrastiveLoss`, or an `Objective`; it needs no
+            derivative.
         allocator: an instance, in place of the name in `args`.
         estimator: an instance, in place of the name in `args`.
         perturbation: an instance, in place of the name in `args`; it skips the self-check.
