@@ -23,7 +23,8 @@ from records import ROOT, Record, quiet  # isort: skip
 
 sys.path.insert(0, str(ROOT))
 
-from recipes.alignment import METHODS, RecipeArguments, RecipeTrainingArguments, Task, load_task, run
+from recipes.alignment import RecipeArguments, RecipeTrainingArguments, Task, load_task, run
+from recipes.alignment_methods import METHODS
 
 ADAM = [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
 GRIDS = {"flops": ADAM, "mezo": ADAM, "backprop": ADAM, "spsa-gc": [1e-5, 1e-4, 1e-3, 1e-2, 1e-1]}  # SGD: steps of decades

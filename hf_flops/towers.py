@@ -100,11 +100,10 @@ def estimate_alignment(
     place: Place,
     batches: int = 1,
 ) -> tuple[dict[str, StepResult], ContrastiveBatch]:
-    """Add an estimate of a contrastive loss's gradient to the `.grad` of both towers' trained parameters.
+    """Add an estimate of a contrastive loss's gradient to both towers' `.grad`; returns what noisy towers found, and the loss.
 
-    With u_i the embeddings of one tower, `dL = sum_i dL/du_i du_i`: so the rows of an embedding's queries, each with the
-    batch's other embeddings as they are, estimate its part of the gradient, and the sum over both towers is unbiased for
-    that of the batch's loss, for any counts that are fixed before the noise. A tower without noise runs once.
+    With u_i all embeddings, `dL = sum_i dL/du_i du_i`: an embedding's queries, the batch's others as they are, estimate its
+    part, and the sum is unbiased for any counts that are fixed before the noise. A tower without noise runs once.
 
     Args:
         towers: by side.
@@ -112,9 +111,6 @@ def estimate_alignment(
         contrast: maps embeddings of texts (C, D) and images (B, D) to the loss of the batch.
         place: where the batch lies in the run.
         batches: over how many batches the optimizer step averages.
-
-    Returns:
-        What each noisy tower's estimate found, and the batch.
     """
     with torch.no_grad(), ExitStack() as stack:
         steps: dict[str, Step] = {}

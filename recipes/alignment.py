@@ -22,29 +22,20 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import AutoModel, AutoTokenizer, Trainer, set_seed
+from transformers import AutoModel, AutoTokenizer, set_seed
 from transformers.utils import logging as transformers_logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also when hf_flops is not installed
 
-from hf_flops import ContrastiveLoss, FlopsTrainer, FlopsTrainingArguments
-from hf_flops.args import PRESETS
+from hf_flops import FlopsTrainingArguments
 from recipes import common
+from recipes.alignment_methods import LEARNING_RATES, METHODS, trainer_for
 from recipes.alignment_report import report
 from recipes.assets import minilm
-from recipes.common import stock_arguments
 from recipes.images import ImageTask, load_images, pretrained_vit
 from recipes.pairs import PairCollator, PixelRows, Sentences, class_words, pixel_rows, scores
 from recipes.two_towers import ADAPTERS, adapted, dual_encoder, load_processor, text_shape, trained_context
-
-METHODS = ["flops", "mezo", "spsa-gc", "backprop"]
-# Best of a grid on validation images, the same for every method that uses AdamW: benchmarks/alignment_learning_rates.py.
-LEARNING_RATES = {"flops": 1e-2, "mezo": 1e-2, "spsa-gc": 1e-1, "backprop": 1e-2}
-# BlackVIP's code: two-sided differences averaged, Nesterov momentum, a step of a / (step + 1)^0.4.
-SPSA_GC = {"preset": "mezo", **PRESETS["mezo"], "noise": "rademacher"}
-
 
 @dataclass
 class RecipeArguments:
@@ -174,34 +165,6 @@ def adapted_model(recipe: RecipeArguments, task: Task, seed: int) -> nn.Module:
     return adapted(model, recipe.adapter, projections=not single, context=task.sentences.context, **options)
 
 
-class BackpropTrainer(Trainer):
-    """The stock trainer with the recipe's contrastive loss."""
-
-    contrast = ContrastiveLoss(same_texts="positives")
-
-    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
-        """Return the loss of a batch."""
-        inputs = {name: value for name, value in inputs.items() if name != "sample_id"}
-        _, outputs = self.contrast.run(model, inputs)
-        base = getattr(model, "get_base_model", lambda: model)()
-        loss = self.contrast.loss(outputs, inputs, base.logit_scale, getattr(base, "logit_bias", None))
-        return (loss, outputs) if return_outputs else loss
-
-
-def trainer_for(method: str, model: nn.Module, args: RecipeTrainingArguments, task: Task) -> Trainer:
-    """Build the trainer of a method: the stock one for backprop, ours with a preset for the rest."""
-    options: dict[str, Any] = {"model": model, "train_dataset": task.train, "data_collator": task.collate}
-    if method == "backprop":
-        return BackpropTrainer(args=stock_arguments(args, remove_unused_columns=False), **options)
-    options["objective"] = ContrastiveLoss(same_texts="positives")
-    preset = SPSA_GC if method == "spsa-gc" else {"preset": method, **PRESETS[method]}
-    if method == "spsa-gc":
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.SGD(trained, lr=args.learning_rate, momentum=0.9, nesterov=True)
-        options["optimizers"] = (optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (step + 1) ** -0.4))
-    return FlopsTrainer(args=replace(args, remove_unused_columns=False, **preset), **options)
-
-
 def evaluate(model: nn.Module, task: Task) -> dict[str, dict[str, float]]:
     """Measure on the test images of each set of classes."""
     return {name: scores(model, task.test[name], task.sentences, own) for name, own in task.classes.items()}
@@ -212,7 +175,7 @@ def run(method: str, recipe: RecipeArguments, args: RecipeTrainingArguments, tas
     model = adapted_model(recipe, task, args.seed)
     rate = args.learning_rate or LEARNING_RATES[method]
     own = replace(args, learning_rate=rate, output_dir=str(Path(args.output_dir or "outputs/alignment", method)))
-    trainer = trainer_for(method, model, own, task)
+    trainer = trainer_for(method, model, own, task.train, task.collate)
     before, start = evaluate(model, task), time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start

@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, ViTConfig, ViTImageProcessorPil, ViTModel
 
 from recipes import alignment
+from recipes.alignment_methods import METHODS
 from recipes.images import load_images
 from recipes.pairs import (
     DIGITS,
@@ -66,7 +67,7 @@ def recipe(folder, *options):
 def test_two_encoders_by_every_method(folders, tmp_path):
     towers = ["--vision_model", str(folders / "vit"), "--text_model", str(folders / "bert"), "--projection_dim", "6"]
     outcomes = recipe(tmp_path, *towers, "--compare", "mezo", "spsa-gc", "backprop")
-    assert [outcome.method for outcome in outcomes] == alignment.METHODS
+    assert [outcome.method for outcome in outcomes] == METHODS
     assert len({outcome.parameters for outcome in outcomes}) == 1
     assert len({json.dumps(outcome.before) for outcome in outcomes}) == 1
     rows = {outcome.method: outcome.rows for outcome in outcomes}
