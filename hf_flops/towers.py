@@ -100,7 +100,7 @@ def estimate_alignment(
     place: Place,
     batches: int = 1,
 ) -> tuple[dict[str, StepResult], ContrastiveBatch]:
-    """Add an estimate of a contrastive loss's gradient to both towers' `.grad`; returns what noisy towers found, and the loss.
+    """Add an estimate of a contrastive loss's gradient to `.grad`; return what noisy towers found, and the loss.
 
     With u_i all embeddings, `dL = sum_i dL/du_i du_i`: an embedding's queries, the batch's others as they are, estimate its
     part, and the sum is unbiased for any counts that are fixed before the noise. A tower without noise runs once.

@@ -37,6 +37,7 @@ from recipes.images import ImageTask, load_images, pretrained_vit
 from recipes.pairs import PairCollator, PixelRows, Sentences, class_words, pixel_rows, scores
 from recipes.two_towers import ADAPTERS, adapted, dual_encoder, load_processor, text_shape, trained_context
 
+
 @dataclass
 class RecipeArguments:
     """What is trained on what, and what it is compared with."""

@@ -40,7 +40,8 @@ def trainer_for(method: str, model: nn.Module, args: Any, data: Any, collate: An
     options: dict[str, Any] = {"model": model, "train_dataset": data, "data_collator": collate}
     if method == "backprop":
         return BackpropTrainer(args=stock_arguments(args, remove_unused_columns=False), **options)
-    preset: dict[str, Any] = {"preset": method, **PRESETS[method]} if method in PRESETS else {"preset": "mezo", **PRESETS["mezo"]}
+    name = "mezo" if method == "spsa-gc" else method
+    preset: dict[str, Any] = {"preset": name, **PRESETS[name]}
     if method == "spsa-gc":
         preset["noise"] = "rademacher"
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

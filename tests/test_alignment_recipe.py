@@ -86,7 +86,8 @@ def test_two_encoders_by_every_method(folders, tmp_path):
         ("siglip", ["--adapter", "tokens", "--loss", "pairs"]),
     ],
 )
-def test_models_with_two_towers_by_every_adapter(kind, options, folders, tmp_path):
+def test_models_with_two_towers_by_every_adapter(kind, options, folders, tmp_path, monkeypatch):
+    monkeypatch.setattr("recipes.alignment_report.draw", lambda *args: None)
     (outcome,) = recipe(tmp_path, "--model", str(folders / kind), *options)
     assert set(outcome.after) == ({"base", "new"} if "base" in options else {"all"})
     assert outcome.parameters > 0

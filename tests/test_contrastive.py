@@ -112,19 +112,21 @@ def backprop(model, batch):
     return wanted
 
 
-@pytest.mark.parametrize(("kind", "estimator"), [("clip", "one_sided"), ("siglip", "antithetic"), ("dual", "one_sided")])
-def test_the_estimate_is_the_gradient_in_the_mean(kind, estimator, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "estimator", "draws"), [("clip", "one_sided", 3000), ("siglip", "antithetic", 800), ("dual", "one_sided", 800)]
+)
+def test_the_estimate_is_the_gradient_in_the_mean(kind, estimator, draws, tmp_path):
     model, batch = adapted(kind), pair_batch(4)
     base = model.get_base_model()
     for name in ("logit_scale", "logit_bias"):
         if hasattr(base, name):
             getattr(base, name).requires_grad_(True)
     wanted = backprop(model, batch)
-    # 3,000 queries of each image and each text, in one step
-    made, forward = alignment(model, tmp_path, queries_per_sample=6002, estimator=estimator, rows_per_forward=2048)
+    # so many queries of each image and each text, in one step
+    made, forward = alignment(model, tmp_path, estimator=estimator, rows_per_forward=2048)
     with torch.no_grad():
         assert made.set_up(forward, batch, frozenset(), own=True)
-        made.step(batch, Place(), 6002, 1)
+        made.step(batch, Place(), 2 + 2 * draws * len(made.estimator.signs), 1)
     found = gradients(model)
     assert found.keys() == wanted.keys()
     noisy = {name for tower in made.towers.values() for name in tower.method.perturbation.vector.names}
@@ -157,8 +159,7 @@ def test_a_frozen_tower_runs_its_batch_once_whatever_the_queries(tmp_path):
         assert result.rows == 4 * queries == sum(rows.values())
 
 
-@pytest.mark.parametrize("preset", ["flops", "mezo"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "preset"), [*((kind, "flops") for kind in KINDS), ("clip", "mezo")])
 def test_training_lowers_the_loss_and_never_calls_backward(kind, preset, tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("backward was called")
@@ -168,7 +169,7 @@ def test_training_lowers_the_loss_and_never_calls_backward(kind, preset, tmp_pat
     data = as_pairs(pair_batch(8))
     save = None if kind == "siglip" else ["visual_projection", "text_projection"]
     config = LoraConfig(r=1, target_modules=LORA[kind], modules_to_save=save)
-    steps, rate = (12, 3e-2) if preset == "flops" else (40, 1e-2)
+    steps, rate = (8, 3e-2) if preset == "flops" else (30, 1e-2)
     args = arguments(tmp_path, max_steps=steps, preset=preset, learning_rate=rate, per_device_train_batch_size=8)
     model = pair_model(kind)
     before = copy.deepcopy(model.state_dict())
