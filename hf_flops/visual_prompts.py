@@ -41,7 +41,12 @@ class VisualPrompt(nn.Module):
             raise ConfigurationError(f"kind={kind!r} of size={size!r} is no visual prompt: use {KINDS} of 1 or more.")
         self.vision_model, self.kind, self.size = vision_model.requires_grad_(False), kind, size
         self.config: Any = getattr(vision_model, "config", None)
-        config = getattr(self.config, "vision_config", self.config)
+        config: Any = getattr(self.config, "vision_config", self.config)
+        needed = "hidden_size" if kind == "tokens" else "image_size"
+        if not hasattr(config, needed):
+            raise ConfigurationError(
+                f"{type(vision_model).__name__} has no config.{needed}, the measure of a prompt of {kind}."
+            )
         if kind == "tokens":
             self.prompt = nn.Embedding(size, config.hidden_size)
             self._embeddings  # noqa: B018 - it must be there

@@ -68,6 +68,8 @@ def test_bad_prompts_are_one_clear_sentence():
     with pytest.raises(ConfigurationError, match="covers an image of 8 x 8"):
         VisualPrompt(vit, "border", 4)
     model = torch.nn.Linear(2, 2)
+    with pytest.raises(ConfigurationError, match=r"Linear has no config.image_size"):
+        VisualPrompt(model)
     model.config = vit.config
     with pytest.raises(ConfigurationError, match="has no module called embeddings"):
         VisualPrompt(model, "tokens")
