@@ -45,7 +45,7 @@ class VisualPrompt(nn.Module):
         needed = "hidden_size" if kind == "tokens" else "image_size"
         if not hasattr(config, needed):
             raise ConfigurationError(
-                f"{type(vision_model).__name__} has no config.{needed}, the measure of a prompt of {kind}."
+                f"{type(vision_model).__name__} has no config.{needed}, which kind={kind!r} needs."
             )
         if kind == "tokens":
             self.prompt = nn.Embedding(size, config.hidden_size)
