@@ -44,9 +44,7 @@ class VisualPrompt(nn.Module):
         config: Any = getattr(self.config, "vision_config", self.config)
         needed = "hidden_size" if kind == "tokens" else "image_size"
         if not hasattr(config, needed):
-            raise ConfigurationError(
-                f"{type(vision_model).__name__} has no config.{needed}, which kind={kind!r} needs."
-            )
+            raise ConfigurationError(f"{type(vision_model).__name__} has no config.{needed}, which kind={kind!r} needs.")
         if kind == "tokens":
             self.prompt = nn.Embedding(size, config.hidden_size)
             self._embeddings  # noqa: B018 - it must be there
