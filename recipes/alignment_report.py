@@ -95,8 +95,8 @@ def _draw_example(axes: Any, pixels: torch.Tensor, before: tuple[str, bool], aft
     axes.set_xticks([])
     axes.set_yticks([])
     axes.spines[:].set_color("#e4e4e7")
-    for place, moment, (text, right) in ((-0.06, "before", before), (-0.44, "after", after)):
-        lines = "\n".join(textwrap.wrap(text, 23))
+    for place, moment, (text, right) in ((-0.06, "before", before), (-0.48, "after", after)):
+        lines = "\n".join(textwrap.wrap(text, 26))
         own = {"transform": axes.transAxes, "va": "top", "ha": "left", "fontsize": 8.5, "linespacing": 1.15}
         mark, colour = ("✓", RIGHT) if right else ("✗", WRONG)
         axes.text(0, place, f"{moment} {mark}", color=colour, fontweight="bold", **own)
