@@ -26,28 +26,36 @@ sys.path.insert(0, str(ROOT))
 from recipes.alignment import RecipeArguments, RecipeTrainingArguments, Task, load_task, run
 from recipes.alignment_methods import METHODS
 
+ALONE = "flops, projections alone"  # no noise and no query: what is exact is all that is trained
 ADAM = [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
-GRIDS = {"flops": ADAM, "mezo": ADAM, "backprop": ADAM, "spsa-gc": [1e-5, 1e-4, 1e-3, 1e-2, 1e-1]}  # SGD: steps of decades
+GRIDS = {
+    "flops": ADAM,
+    ALONE: ADAM,
+    "mezo": ADAM,
+    "backprop": ADAM,
+    "spsa-gc": [1e-5, 1e-4, 1e-3, 1e-2, 1e-1],
+}  # SGD: steps of decades
 MEASURES = ("accuracy", "image_to_text_1", "image_to_text_5", "text_to_image_1", "text_to_image_5")
 
 
 @cache
-def task(classes: str, seed: int) -> tuple[RecipeArguments, Task]:
+def task(classes: str, seed: int, adapter: str) -> tuple[RecipeArguments, Task]:
     """Load the recipe's default task with the training images of a seed."""
-    recipe = RecipeArguments(classes=classes)
+    recipe = RecipeArguments(classes=classes, adapter=adapter)
     return recipe, load_task(recipe, seed)
 
 
-def measure(method: str, rate: float, classes: str, seed: int) -> dict[str, Any]:
+def measure(name: str, rate: float, classes: str, seed: int) -> dict[str, Any]:
     """Train and test once, quietly."""
     options = {"disable_tqdm": True, "logging_strategy": "no", "output_dir": "outputs/benchmark"}
     args = RecipeTrainingArguments(learning_rate=rate, seed=seed, **options)
-    recipe, own = task(classes, seed)
+    method, adapter = ("flops", "none") if name == ALONE else (name, "lora")
+    recipe, own = task(classes, seed, adapter)
     with contextlib.redirect_stdout(io.StringIO()):
         found = asdict(run(method, recipe, args, own)[0])
     after = ", ".join(f"{name} {scores['accuracy']:.3f}" for name, scores in found["after"].items())
     print(
-        f"{method:9} lr {rate:<6g} seed {seed}: validation {found['validation']:.3f}, test {after}, {found['rows']:,} rows, "
+        f"{name:24} lr {rate:<6g} seed {seed}: validation {found['validation']:.3f}, test {after}, {found['rows']:,} rows, "
         f"{found['seconds']:.0f} s",
         flush=True,
     )
@@ -70,7 +78,7 @@ def main() -> None:
     """Search the grids, measure the best, write results/alignment_<classes>.json."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--classes", default="all", choices=["all", "base"])
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=[*METHODS, ALONE], choices=[*METHODS, ALONE])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     options = parser.parse_args()
     quiet()

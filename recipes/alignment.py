@@ -62,7 +62,7 @@ class RecipeArguments:
     adapter: str = field(
         default="lora",
         metadata={
-            "help": "LoRA, a 'border' of pixels, 'tokens' beside patches, or a trained 'context' of texts.",
+            "help": "LoRA, a 'border' of pixels, 'tokens' beside patches, a trained 'context' of texts, or 'none'.",
             "choices": list(ADAPTERS),
         },
     )

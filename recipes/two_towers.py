@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from hf_flops import VisualPrompt
 
-ADAPTERS = ("lora", "border", "tokens", "context")
+ADAPTERS = ("lora", "border", "tokens", "context", "none")
 
 
 class Pooled(nn.Module):
@@ -146,7 +146,7 @@ def adapted(
 
     Args:
         model: with two towers.
-        adapter: LoRA (its B matrices), a visual prompt of a kind, or a context of texts.
+        adapter: LoRA (its B matrices), a visual prompt of a kind, a context of texts, or "none" beside projections.
         projections: whether to train what projects the embeddings as well.
         towers: where LoRA is: "image", "text" or "both".
         rank: of LoRA.
@@ -160,12 +160,12 @@ def adapted(
     elif adapter == "context":
         name = next(name for name, module in model.text_model.named_modules() if isinstance(module, nn.Embedding))
         model = get_peft_model(model, TrainableTokensConfig(token_indices=[*context], target_modules=[name.split(".")[-1]]))
-    else:
+    elif adapter == "lora":
         place = {"image": "vision_model", "text": "text_model", "both": "(vision_model|text_model)"}[towers]
         layers = rf".*{place}.*\.(q_proj|v_proj|query|value|q_lin|v_lin)"
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers, modules_to_save=heads or None)
         model = get_peft_model(model, config)
     for name, parameter in model.named_parameters():
-        head = adapter != "lora" and name.endswith(tuple(f"{head}.weight" for head in heads))
+        head = adapter != "lora" and bool(heads) and name.endswith(tuple(f"{head}.weight" for head in heads))
         parameter.requires_grad_(head or (parameter.requires_grad and "lora_A" not in name))
     return model
