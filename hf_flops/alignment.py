@@ -90,9 +90,7 @@ class Alignment:
         parts, labels = self._split(inputs)
         if own and labels is None and self._held is None:
             require_return_loss(self.base, inputs)
-            with self._linked(parts, self._contrast(None, given=False)) as batch:
-                loss = forward(inputs)[0]
-            if loss is None or not abs(float(loss) - batch.loss) <= 10 * self.precision * max(1.0, abs(batch.loss)):
+            if not self._matches(forward, inputs, parts):
                 return False
         self.towers = {side: self._tower(side, parts[side], held) for side in SIDES}
         self._held = held
@@ -101,6 +99,16 @@ class Alignment:
                 "No embedding depends on a trainable parameter: add an adapter, or unfreeze a projection."
             )
         return True
+
+    def _matches(self, forward: Forward, inputs: Mapping[str, Any], parts: Inputs) -> bool:
+        """Say whether the model's own loss of a batch is that of its towers' embeddings."""
+        try:
+            with self._linked(parts, self._contrast(None, given=False)) as batch:
+                loss = forward(inputs)[0]
+        except (ValueError, RuntimeError, IndexError, TypeError) as error:
+            logger.info("The towers' embeddings make no loss: %s: %s.", type(error).__name__, error)
+            return False
+        return loss is not None and abs(float(loss) - batch.loss) <= 10 * self.precision * max(1.0, abs(batch.loss))
 
     def step(self, inputs: Mapping[str, Any], place: Place, queries: int, batches: int) -> tuple[StepResult, Method | None]:
         """Estimate the gradient of a batch; returns what was found, and the method of a tower that noise enters.

@@ -290,3 +290,20 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path):
     parts = (dict(trainer.model.named_parameters()) for trainer in (whole, resumed))
     for one, other in zip(*(part.values() for part in parts), strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_model_with_another_loss_falls_back_to_the_batch_as_a_whole(tmp_path, monkeypatch, caplog):
+    model = adapted("clip")
+    base, original = model.get_base_model(), type(model.get_base_model()).forward
+
+    def forward(self, *args, **kwargs):
+        outputs = original(self, *args, **kwargs)
+        outputs.loss = outputs.loss + outputs.image_embeds.square().mean()
+        return outputs
+
+    monkeypatch.setattr(type(base), "forward", forward)
+    args = arguments(tmp_path, max_steps=1)
+    trainer = FlopsTrainer(model=model, args=args, train_dataset=as_pairs(pair_batch(4)), data_collator=collate)
+    trainer.train()
+    assert "The loss of CLIPModel is not that of its embeddings' cosines." in caplog.text
+    assert len(trainer.ledger.last_step.counts) == 1
