@@ -95,9 +95,7 @@ class Alignment:
         self.towers = {side: self._tower(side, parts[side], held) for side in SIDES}
         self._held = held
         if all(tower.method is None and tower.head is None for tower in self.towers.values()):
-            raise ConfigurationError(
-                "No embedding depends on a trainable parameter: add an adapter, or unfreeze a projection."
-            )
+            raise ConfigurationError("No embedding depends on a trainable parameter: add an adapter (peft_config=).")
         return True
 
     def _matches(self, forward: Forward, inputs: Mapping[str, Any], parts: Inputs) -> bool:
@@ -160,9 +158,8 @@ class Alignment:
         model, forward, loss = self.model, self.forwards[side], TowerLoss(side)
         trained = set(ParameterVector.of(model).names)
         names = used_tensors(model, forward, take(inputs, torch.tensor([0]))) - set(held)
-        head = None
-        if names and self.args.closed_form_head:
-            head = find_head(model, loss, forward, inputs, trained - names)
+        exact = bool(names) and self.args.closed_form_head
+        head = find_head(model, loss, forward, inputs, trained - names) if exact else None
         if head is not None:
             names -= set(head.vector.names)
             logger.info("Noise leaves what projects %ss alone, whose gradient is exact: %s.", side, *head.vector.names)
@@ -236,8 +233,8 @@ class Alignment:
             if len(found.counts) == len(counts):
                 counts, squares = counts + found.counts, squares + found.mean_squares
         rows = sum(found.rows for found in results.values()) + sum(still.values())
-        for tuning in self.tunings.values():  # what epsilon took, if it was measured
-            rows, tuning.rows = rows + tuning.rows, 0
+        for tuning in self.tunings.values():
+            rows, tuning.rows = rows + tuning.rows, 0  # what epsilon took, if it was measured
         return StepResult(torch.tensor(batch.loss / batches), rows, counts, squares, metrics)
 
     def state_dict(self) -> dict[str, Any]:
