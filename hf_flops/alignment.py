@@ -61,8 +61,7 @@ class Alignment:
         self.forwards = {side: metered(tower_forward(self.base, side)) for side in SIDES}
         self.towers: dict[str, Tower] = {}
         self._held: Collection[str] | None = None
-        self.shares = TowerShares()
-        self._warned = False
+        self.shares, self._warned = TowerShares(), False
 
     @property
     def precision(self) -> float:

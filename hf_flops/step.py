@@ -57,10 +57,7 @@ def estimate_gradient(
 
 
 class Step:
-    """The intermediate results of one call of `estimate_gradient`; made, it has run the clean forward.
-
-    For the arguments see there.
-    """
+    """The intermediate results of one call of `estimate_gradient`; once it is made, the clean forward has run."""
 
     def __init__(self, forward: Forward, inputs: Mapping[str, Any], method: Method, place: Place) -> None:
         self.forward, self.method, self.place = forward, method, place
