@@ -10,7 +10,7 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .args import FlopsArgumentsMixin, FlopsTrainingArguments
     from .contrastive import ContrastiveLoss
-    from .errors import ConfigurationError, EngineError, FlopsError, NonFiniteError, ObjectiveError
+    from .errors import ConfigurationError, EngineError, FlopsError, NonFiniteError, ObjectiveError, TrajectoryError
     from .method import Method, StepResult
     from .objectives import CallableObjective
     from .rewards import GeneratedMetric, Metric
@@ -38,6 +38,7 @@ _HOMES = {
     "Place": "rows",
     "StepResult": "method",
     "SuffixPromptModel": "suffix",
+    "TrajectoryError": "errors",
     "VisualPrompt": "visual_prompts",
     "estimate_gradient": "step",
 }
@@ -60,6 +61,7 @@ __all__ = [
     "Place",
     "StepResult",
     "SuffixPromptModel",
+    "TrajectoryError",
     "VisualPrompt",
     "__version__",
     "estimate_gradient",

@@ -13,6 +13,7 @@ from .control_variates import CONTROL_VARIATES
 from .errors import ConfigurationError
 from .estimators import ESTIMATORS
 from .perturbations import DISTRIBUTIONS, PERTURBATIONS
+from .replayable import replayable
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Ours: noise per row, forward differences from one clean row, queries where they pay.
@@ -198,6 +199,14 @@ class FlopsArgumentsMixin:
         },
     )
     prefix_cache_gb: float = field(default=4.0, metadata={"help": "Room for prefix_cache, in gigabytes."})
+    trajectory_log: bool = field(
+        default=False,
+        metadata={
+            "help": "Write trajectory.log into the output folder: what rebuilds the adapter of every step bit for bit, "
+            "without data and forward passes (hf-flops replay), in a few bytes per query. Switches closed_form_head and "
+            "control_variate off, which are more than a number per query."
+        },
+    )
     noise_seed: int | None = field(
         default=None, metadata={"help": "Seed of the perturbations. Default: the seed of the run."}
     )
@@ -213,7 +222,8 @@ class FlopsArgumentsMixin:
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             _require(value is None or value in choices, f"{name}={value!r} is unknown: choose one of {', '.join(choices)}.")
-        for name, value in PRESETS[self.preset].items():
+        defaults = PRESETS[self.preset] | (replayable(self) if self.trajectory_log else {})
+        for name, value in defaults.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
 

@@ -4,7 +4,8 @@ FlopsError
 ├── ConfigurationError   an argument, or a combination of arguments, that cannot work (also a ValueError)
 ├── ObjectiveError       the model's loss cannot be taken the way that was asked for (also a ValueError)
 ├── NonFiniteError       no perturbed row of a step has a finite loss (also an ArithmeticError)
-└── EngineError          a black box refused, failed, or answered with nonsense (also a RuntimeError)
+├── EngineError          a black box refused, failed, or answered with nonsense (also a RuntimeError)
+└── TrajectoryError      a trajectory log is damaged, or does not lead where it should (also a RuntimeError)
 """
 
 
@@ -26,3 +27,7 @@ class NonFiniteError(FlopsError, ArithmeticError):
 
 class EngineError(FlopsError, RuntimeError):
     """A black box refused, failed, or answered with nonsense."""
+
+
+class TrajectoryError(FlopsError, RuntimeError):
+    """A trajectory log is damaged, or does not lead where it should."""

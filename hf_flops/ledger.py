@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,6 +39,12 @@ class Ledger:
         self.sample_queries: dict[int, list[int]] = {}
         self.last_step: StepResult | None = None
         self._window: dict[str, list[float]] = {}
+        self._began = time.monotonic()  # earlier by what a run took before it was resumed
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the run began, evaluations included."""
+        return round(time.monotonic() - self._began, 3)
 
     def metered(self, forward: Forward) -> Forward:
         """Return a function that runs the model and counts what it was asked for."""
@@ -78,14 +85,15 @@ class Ledger:
             summary["noise_ratio"] = sample_signal / signal
         self._window = {}
         counts = {"rows": self.rows, "check_rows": self.all_rows - self.rows, "tokens": self.tokens}
-        return {**{name: round(value, 6) for name, value in summary.items()}, **counts}
+        return {**{name: round(value, 6) for name, value in summary.items()}, **counts, "seconds": self.seconds}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resume needs, as JSON-serialisable values."""
-        counts = {"rows": self.rows, "all_rows": self.all_rows, "tokens": self.tokens}
+        counts = {"rows": self.rows, "all_rows": self.all_rows, "tokens": self.tokens, "seconds": self.seconds}
         return {**counts, "samples": [[sample, *seen] for sample, seen in self.sample_queries.items()]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a state from `state_dict`."""
         self.rows, self.all_rows, self.tokens = state["rows"], state["all_rows"], state["tokens"]
+        self._began = time.monotonic() - state.get("seconds", 0.0)
         self.sample_queries = {sample: [steps, queries] for sample, steps, queries in state["samples"]}

@@ -14,6 +14,7 @@ from .estimators import Estimator
 from .heads import ClosedFormHead
 from .objectives import Objective
 from .perturbations import Perturbation
+from .regenerate import Trace
 from .reuse import Reuse
 
 
@@ -82,6 +83,7 @@ class StepResult:
         counts: (B,) int64, queries per sample; one entry where the loss belongs to the batch as a whole.
         mean_squares: (B,) mean squared delta per sample, an estimate of `||grad s_i||^2`; NaN where none is finite.
         metrics: numbers for the log.
+        trace: what the estimate was made of, the closed-form head and the control variate left aside.
     """
 
     loss: Tensor
@@ -89,3 +91,4 @@ class StepResult:
     counts: Tensor
     mean_squares: Tensor
     metrics: dict[str, float]
+    trace: Trace | None = None

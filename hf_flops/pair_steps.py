@@ -8,6 +8,7 @@ from typing import Any
 
 from .alignment import Alignment
 from .contrastive import ContrastiveLoss
+from .errors import ConfigurationError
 from .image_text import contrastive_base, whole_batch
 from .objectives import Forward, Objective
 
@@ -43,6 +44,10 @@ class PairSteps:
     def ready(self, trainer: Any, forward: Forward, inputs: Mapping[str, Any]) -> Alignment | None:
         """Return the same, set up with the batch where that is due; None, with a message, where the loss is another one."""
         alignment = self.alignment(trainer)
+        if alignment is not None and trainer._recorder is not None:
+            raise ConfigurationError(
+                'trajectory_log=True cannot tell queries of images from those of texts: leave it, or use perturbation="shared".'
+            )
         if alignment is not None and not alignment.set_up(forward, inputs, trainer._held, own=self.contrast is None):
             logger.warning("The loss of %s is not that of its embeddings' cosines.", type(alignment.base).__name__)
             self._alignment, self._refused = None, True

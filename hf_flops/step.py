@@ -20,6 +20,7 @@ from .metrics import mean_squares, summarise
 from .objectives import Forward, RowLosses
 from .padding import Feed
 from .perturbations import NoiseKeys
+from .regenerate import Trace
 from .rows import Features, Place, Rows, batch_size, expand
 
 
@@ -79,6 +80,8 @@ class Step:
         self.prediction: Prediction | None = None
         vector = method.perturbation.vector
         self.update = torch.zeros(vector.size, device=vector.device)  # the estimate, with N = 1
+        self.pulled: list[tuple[Rows, Tensor]] = []  # the chunks that it is the sum of, and their coefficients
+        self.factor = 1.0  # what that sum has to be multiplied by
 
     def _clean(self) -> RowLosses:
         """Run the batch as it is: all at once, unless it does not fit in memory."""
@@ -129,7 +132,8 @@ class Step:
         used = (len(rows) + self.replayed) * len(self.method.estimator.signs) * (self.samples // self.units)
         used += self.samples * self.method.needs_clean
         total = loss[loss.isfinite()].sum() / normalizer
-        return StepResult(total.float(), used, counts, squares, metrics)
+        trace = Trace.of(self.pulled, self.place.position, self.factor, normalizer)
+        return StepResult(total.float(), used, counts, squares, metrics, trace)
 
     def _features(self) -> Features:
         losses = torch.zeros(self.units) if self.clean is None else self.clean.sums.cpu()
@@ -180,6 +184,7 @@ class Step:
             deltas[index], self.dimension = own, self.method.perturbation.dimension(noise)
             self.perturbed.index_add_(0, chunk.owner, losses.mean(0).double())
             self.update.add_(pulled)
+            self.pulled.append((chunk, coefficients))
             if self.prediction is not None and sums is not None:
                 self.prediction.add(innovation, sums)
             return columns
@@ -246,8 +251,10 @@ class Step:
                 self._evaluate(again[part], noise)
                 self.replayed += part.stop - part.start
             self.update.add_(self.method.perturbation.pull_back(noise, extra[part]))
+            self.pulled.append((again[part], extra[part]))
             return 1
 
         self._in_chunks(again, work, ChunkPlanner(self.planner.size))
         # Then, for samples without any finite row, among the loss elements of the other samples.
-        return self.update * float(self.elements.sum() / (self.elements[kept].sum() or 1.0))
+        self.factor = float(self.elements.sum() / (self.elements[kept].sum() or 1.0))
+        return self.update * self.factor

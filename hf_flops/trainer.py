@@ -41,6 +41,7 @@ from .selfcheck import precision_of
 from .setup import set_up
 from .state import load_state, save_state
 from .step import estimate_gradient
+from .trajectory.recorder import TrajectoryRecorder
 from .tuning import Tuning
 
 logger = logging.getLogger(__name__)
@@ -115,6 +116,9 @@ class FlopsTrainerMixin:
         if args.max_queries is not None:
             self._budget = QueryBudget(args.max_queries, self._queries_at, lambda: self.ledger)
             self.add_callback(self._budget)  # type: ignore[attr-defined]
+        self._recorder = TrajectoryRecorder() if args.trajectory_log else None
+        if self._recorder is not None:
+            self.add_callback(self._recorder)  # type: ignore[attr-defined]
         self._announce()
 
     def _announce(self: Any) -> None:
@@ -165,6 +169,8 @@ class FlopsTrainerMixin:
                 method = self._complete_method(forward, inputs)
             if self._budget is not None and not self._budget.allows(batch_size(inputs), self.state.global_step):
                 model.zero_grad()  # the step is not taken, not even in part
+                if self._recorder is not None:
+                    self._recorder.discard()
                 return torch.zeros((), device=self.args.device)
             place, batches = self._place(inputs), self.current_gradient_accumulation_steps
             if alignment is not None:
@@ -173,6 +179,8 @@ class FlopsTrainerMixin:
                 elements = self._elements(num_items_in_batch)
                 result = estimate_gradient(forward, inputs, method, place, elements, batches)
         self.ledger.record(result, self._ids)
+        if self._recorder is not None:
+            self._recorder.batch(result.trace, place.seed, method.perturbation)
         if method is not None:
             self._tuning.learn(result, method)
         return result.loss.to(self.args.device)
@@ -290,6 +298,12 @@ class FlopsTrainerMixin:
         super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
         if self.args.should_save:
             save_state(output_dir, *self._parts())
+
+    def save_state(self: Any) -> None:
+        """Save the trainer's state as the stock trainer does, and the method's beside it."""
+        super().save_state()  # type: ignore[misc]
+        if self.args.should_save:
+            save_state(self.args.output_dir, *self._parts())
 
     def _load_optimizer_and_scheduler(self: Any, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]

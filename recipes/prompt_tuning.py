@@ -188,6 +188,7 @@ def run(method: str, recipe: RecipeArguments, args: RecipeTrainingArguments, tas
         seconds = time.perf_counter() - start
     after = trainer.evaluate(data["test"])["eval_accuracy"]
     model.save_pretrained(own.output_dir)
+    trainer.save_state()  # for hf-flops plot
     outcome = Outcome(
         method=method,
         before=before,

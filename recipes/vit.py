@@ -159,7 +159,7 @@ def trainer_for(
     if method == "backprop":
         trainer: Trainer = Trainer(args=stock_arguments(args), **options)
     else:
-        trainer = FlopsTrainer(args=replace(args, preset=method, **PRESETS[method]), **options)
+        trainer = FlopsTrainer(args=replace(args, preset=method, **dict.fromkeys(PRESETS[method])), **options)
     curve.trainer = trainer
     return trainer
 
@@ -180,6 +180,7 @@ def run(
         seconds = time.perf_counter() - start
     after = trainer.evaluate(data["test"], metric_key_prefix="test")["test_accuracy"]
     trainer.save_model()
+    trainer.save_state()  # for hf-flops plot
     outcome = Outcome(
         method=method,
         learning_rate=rate,
@@ -288,9 +289,9 @@ def load_data(recipe: RecipeArguments, seed: int) -> tuple[str, ImageTask, dict[
     return path, task, parts
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Run the method, and those that it is compared with."""
-    recipe, args = parse()
+    recipe, args = parse(arguments)
     transformers_logging.disable_progress_bar()  # of loading and saving; training keeps its own
     folder = Path(args.output_dir or "outputs/vit")
     folder.mkdir(parents=True, exist_ok=True)
