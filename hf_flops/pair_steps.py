@@ -46,7 +46,7 @@ class PairSteps:
         alignment = self.alignment(trainer)
         if alignment is not None and trainer._recorder is not None:
             raise ConfigurationError(
-                'trajectory_log=True cannot tell queries of images from those of texts: leave it, or use perturbation="shared".'
+                'trajectory_log=True cannot tell queries of images from those of texts: use perturbation="shared".'
             )
         if alignment is not None and not alignment.set_up(forward, inputs, trainer._held, own=self.contrast is None):
             logger.warning("The loss of %s is not that of its embeddings' cosines.", type(alignment.base).__name__)
