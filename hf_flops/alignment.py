@@ -238,7 +238,7 @@ class Alignment:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resume needs, as JSON-serialisable values."""
-        parts = {"allocators": self.allocators, "tunings": self.tunings}
+        parts: dict[str, dict[str, Any]] = {"allocators": self.allocators, "tunings": self.tunings}
         found = {name: {side: part[side].state_dict() for side in SIDES} for name, part in parts.items()}
         return {**found, "shares": self.shares.weights}
 
