@@ -9,6 +9,7 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .args import FlopsArgumentsMixin, FlopsTrainingArguments
+    from .contrastive import ContrastiveLoss
     from .errors import ConfigurationError, EngineError, FlopsError, NonFiniteError, ObjectiveError, TrajectoryError
     from .method import Method, StepResult
     from .objectives import CallableObjective
@@ -17,10 +18,12 @@ if TYPE_CHECKING:
     from .step import estimate_gradient
     from .suffix import SuffixPromptModel
     from .trainer import FlopsTrainer, FlopsTrainerMixin
+    from .visual_prompts import VisualPrompt
 
 _HOMES = {
     "CallableObjective": "objectives",
     "ConfigurationError": "errors",
+    "ContrastiveLoss": "contrastive",
     "EngineError": "errors",
     "FlopsArgumentsMixin": "args",
     "FlopsError": "errors",
@@ -36,12 +39,14 @@ _HOMES = {
     "StepResult": "method",
     "SuffixPromptModel": "suffix",
     "TrajectoryError": "errors",
+    "VisualPrompt": "visual_prompts",
     "estimate_gradient": "step",
 }
 
 __all__ = [
     "CallableObjective",
     "ConfigurationError",
+    "ContrastiveLoss",
     "EngineError",
     "FlopsArgumentsMixin",
     "FlopsError",
@@ -57,6 +62,7 @@ __all__ = [
     "StepResult",
     "SuffixPromptModel",
     "TrajectoryError",
+    "VisualPrompt",
     "__version__",
     "estimate_gradient",
 ]

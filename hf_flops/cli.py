@@ -14,6 +14,7 @@ from .errors import FlopsError
 COMMANDS: dict[str, tuple[str, str]] = {
     "vit": ("vit", "adapt a vision transformer to new classes with forward passes only"),
     "prompt": ("prompt", "tune a prompt of a language model with forward passes only"),
+    "align": ("align", "align images with texts, or classify images by sentences, with forward passes only"),
     "compare": ("compare", "presets side by side on one task at the same rows"),
     "plot": ("plot", "pictures of a run: learning curve, where the queries went, signal to noise"),
     "replay": ("replay", "rebuild an adapter from its trajectory log, or verify a checkpoint against it"),

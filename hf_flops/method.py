@@ -51,7 +51,7 @@ class Method:
     @property
     def needs_clean(self) -> bool:
         """Whether the clean forward is run (and charged)."""
-        return self.estimator.baseline or self.needs_features
+        return self.estimator.baseline or self.needs_features or getattr(self.objective, "needs_clean", False)
 
     @property
     def needs_features(self) -> bool:

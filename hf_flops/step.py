@@ -54,11 +54,11 @@ def estimate_gradient(
         Ren et al. (2025), FLOPS, arXiv 2410.05966, section 3.
     """
     with torch.no_grad(), method.reuse.installed():
-        return _Step(forward, inputs, method, place).run(elements, batches)
+        return Step(forward, inputs, method, place).run(elements, batches)
 
 
-class _Step:
-    """The intermediate results of one call of `estimate_gradient`."""
+class Step:
+    """The intermediate results of one call of `estimate_gradient`; once it is made, the clean forward has run."""
 
     def __init__(self, forward: Forward, inputs: Mapping[str, Any], method: Method, place: Place) -> None:
         self.forward, self.method, self.place = forward, method, place
@@ -106,6 +106,7 @@ class _Step:
         return RowLosses.joined(found)
 
     def run(self, elements: float | None, batches: int) -> StepResult:
+        """Run the queries, and add what they say to the gradients; for the arguments see `estimate_gradient`."""
         features, method = self._features(), self.method
         if method.control is not None and self.clean is not None and method.allocator.weighted:
             size = getattr(method.perturbation, "rowwise_size", 0)
@@ -213,7 +214,7 @@ class _Step:
         """Run a chunk at every sign; returns deltas (R,), losses (S, R), changes of logits (R, K) and a row's columns."""
         method = self.method
         owner = chunk.owner if method.objective.per_row else torch.arange(self.samples)
-        inputs, columns, cut = self.feed.of(owner)
+        inputs, columns, cut = self.feed.of(owner) if method.objective.per_row else (self.feed.whole, 1, None)
         forward = method.reuse.through(self.forward, inputs, owner, cut)
         found: list[RowLosses] = []
         for sign in method.estimator.signs:

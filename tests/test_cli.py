@@ -47,7 +47,7 @@ def test_an_unknown_command_is_refused(capsys):
     assert "frobnicate" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["vit", "prompt"])
+@pytest.mark.parametrize("command", ["vit", "prompt", "align"])
 def test_help_of_a_recipe_shows_what_matters_and_no_more(command, capsys):
     def shown(option):
         with pytest.raises(SystemExit) as end:

@@ -12,17 +12,18 @@ import hf_flops
 PACKAGE = Path(hf_flops.__file__).parent
 # Each room may import the rooms of lower floors; those of the ground floor may also import each other.
 FLOORS = {
-    **dict.fromkeys(["errors", "counters", "_version", "rows", "memory", "padding", "losses"], 0),
+    **dict.fromkeys(["errors", "counters", "_version", "rows", "memory", "padding", "losses", "similarity"], 0),
     **dict.fromkeys(["objectives", "perturbations", "estimators", "allocators", "metrics", "reuse", "chunks"], 1),
     "replayable": 1,
-    **dict.fromkeys(["heads", "control_variates", "regenerate"], 2),
+    **dict.fromkeys(["heads", "control_variates", "regenerate", "contrastive"], 2),
     "method": 3,
     **dict.fromkeys(["step", "selfcheck", "independence", "last_logits", "prefix_cache", "trimming"], 4),
     **dict.fromkeys(["args", "calibration", "ledger", "plots", "precision", "texts", "setup", "state", "auto_queries"], 5),
+    **dict.fromkeys(["towers", "image_text", "visual_prompts"], 5),
     **dict.fromkeys(["blackbox", "budget", "checks", "packing", "rewards", "trajectory", "tuning"], 6),
     **dict.fromkeys(["costs", "progress", "run_plots", "settings"], 6),
-    **dict.fromkeys(["pictures", "suffix"], 7),
-    **dict.fromkeys(["cards", "watching"], 8),
+    **dict.fromkeys(["pictures", "suffix", "alignment"], 7),
+    **dict.fromkeys(["cards", "watching", "pair_steps"], 8),
     "trainer": 9,
     "commands": 10,
     "cli": 11,
