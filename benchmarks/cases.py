@@ -118,7 +118,7 @@ class Case:
         return self.objective.installed() if isinstance(self.objective, LastLogits) else nullcontext()
 
     def methods(self) -> dict[str, Callable[[], None]]:
-        """Return what runs a step, for each of `SIDES`; set-up and self-checks are done here."""
+        """Return what runs a step, for each of `SIDES` and for ours without the control variate; checks are done here."""
         with torch.no_grad():
             objective, _ = choose_objective(self.forward, self.inputs)
             self.objective = with_last_logits(self.model, objective, self.forward, self.inputs)
@@ -126,7 +126,8 @@ class Case:
         names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         shared = perturb(self.model, shared=names, distribution="gaussian")
         mezo = replace(ours, perturbation=shared, estimator=Antithetic(), allocator=Uniform(), reuse=Reuse(), control=None)
-        return {"plain": self.plain, "ours": self._step(ours), "mezo": self._step(mezo), "backprop": self.backprop}
+        sides = {"plain": self.plain, "ours": self._step(ours), "mezo": self._step(mezo), "backprop": self.backprop}
+        return sides if ours.control is None else {**sides, "no control": self._step(replace(ours, control=None))}
 
     def _ours(self, objective: Objective) -> Method:
         perturbation, notes = choose_perturbation(self.model, objective, self.forward, self.inputs)
@@ -181,11 +182,11 @@ def vit_lora(layers: list[int] | None = None) -> Case:
 
 
 def smollm2_lora(layers: list[int] | None = None) -> Case:
-    """SmolLM2-135M, 4 texts of 32 tokens and an answer, 64 rows."""
+    """SmolLM2-135M, 8 texts of 32 tokens and an answer, 128 rows."""
     model = AutoModelForCausalLM.from_pretrained(smollm2())
     name = "SmolLM2, LoRA in all layers" if layers is None else "SmolLM2, LoRA in the last third"
     model = lora(model, layers, ["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    return Case(name, model, texts(smollm2(), 4, 32, answers=True), 32)
+    return Case(name, model, texts(smollm2(), 8, 32, answers=True), 64)
 
 
 def smollm2_prompt() -> Case:

@@ -3,8 +3,8 @@
 Every method trains the same adapter from the same start on the same batches. Its learning rate, and the number of queries
 per sample of the forward-only ones, come from one grid, by the mean validation accuracy along the run with seed 0. The best
 is then run with other seeds; their curves are of the test split. The target is 90 % of the way from the untrained adapter to
-the best accuracy of backprop with the same adapter. Every row through the model counts, clean ones too; seconds are those
-of training, without evaluations.
+the best accuracy of backprop with the same adapter. Every row through the model counts, clean ones too; seconds are of
+the processor, summed over threads, in training without evaluations.
 
     python benchmarks/learning.py --task fashion
     python benchmarks/learning.py --quick
@@ -45,7 +45,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 GRID = [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
 QUERIES = [4, 16]
-BATCH, POINTS = 32, 16
+BATCH = 32
 
 
 @dataclass
@@ -77,8 +77,8 @@ class Run:
 class Watch(TrainerCallback):
     """Evaluates as training goes on, and stops the clock meanwhile."""
 
-    def __init__(self, task: LearningTask, part: str, steps: int, run: Run) -> None:
-        self.task, self.part, self.every, self.run = task, part, max(1, steps // POINTS), run
+    def __init__(self, task: LearningTask, part: str, every: int, run: Run) -> None:
+        self.task, self.part, self.every, self.run = task, part, every, run
         self.trainer: Any = None
         self.seconds, self.start = 0.0, 0.0
 
@@ -89,13 +89,13 @@ class Watch(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.look(0)
-        self.start = time.perf_counter()
+        self.start = time.process_time()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.every == 0:
-            self.seconds += time.perf_counter() - self.start
+            self.seconds += time.process_time() - self.start
             self.look(state.global_step)
-            self.start = time.perf_counter()
+            self.start = time.process_time()
 
 
 class LossSpread(TrainerCallback):
@@ -111,11 +111,11 @@ class LossSpread(TrainerCallback):
             gradient.div_(norm)
 
 
-def train(method: str, task: LearningTask, run: Run, budget: int, part: str) -> Run:
-    """Train once, to so many rows, and watch one split."""
+def train(method: str, task: LearningTask, run: Run, budget: int, part: str, points: int) -> Run:
+    """Train once, to so many rows, and watch one split at so many points."""
     rows = BATCH if method == "backprop" else BATCH * run.queries
-    steps = max(POINTS, budget // rows)
-    watch, normalised = Watch(task, part, steps, run), method == "fzoo"
+    steps = max(points, budget // rows)
+    watch, normalised = Watch(task, part, max(1, steps // points), run), method == "fzoo"
     options: dict[str, Any] = {
         "output_dir": "outputs/learning",
         "per_device_train_batch_size": BATCH,
@@ -149,11 +149,11 @@ def train(method: str, task: LearningTask, run: Run, budget: int, part: str) -> 
 
 
 def tuned(
-    method: str, task: LearningTask, budget: int, grid: list[float], queries: list[int]
+    method: str, task: LearningTask, budget: int, grid: list[float], queries: list[int], points: int
 ) -> tuple[Run, dict[str, float]]:
     """Return the best run of the grid, and the mean validation accuracy of all."""
     queries = [1] if method == "backprop" else queries
-    runs = [train(method, task, Run(rate, q, 0), budget, "validation") for q in queries for rate in grid]
+    runs = [train(method, task, Run(rate, q, 0), budget, "validation", points) for q in queries for rate in grid]
     return max(runs, key=lambda run: run.mean), {f"lr {run.rate:g}, q {run.queries}": run.mean for run in runs}
 
 
@@ -163,6 +163,9 @@ def main() -> None:
     parser.add_argument("--task", choices=TASKS, default="fashion")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--budget", type=int, help="rows of each run")
+    parser.add_argument("--tuning_budget", type=int, help="rows of each run of the grid; by default as many")
+    parser.add_argument("--again", action="store_true", help="take what an earlier run's grid found best")
+    parser.add_argument("--points", type=int, default=16, help="evaluations of a run")
     parser.add_argument("--grid", nargs="+", type=float, default=GRID)
     parser.add_argument("--queries", nargs="+", type=int, default=QUERIES)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
@@ -176,9 +179,15 @@ def main() -> None:
     budget = options.budget or task.budget
     record = Record(f"learning_{options.task}{'_quick' if options.quick else ''}", indent=None)
     for method in options.methods:
-        limit = budget // 8 if method == "backprop" else budget
-        best, grid = tuned(method, task, limit, options.grid, options.queries)
-        runs = [train(method, task, replace(best, seed=seed, curve=[]), limit, "test") for seed in options.seeds]
+        share = 8 if method == "backprop" else 1
+        first, limit = (options.tuning_budget or budget) // share, budget // share
+        if options.again:
+            before = record.entries[method]
+            best, grid = Run(before["rate"], before["queries"], 0), before["validation"]
+        else:
+            best, grid = tuned(method, task, first, options.grid, options.queries, options.points)
+        anew = [replace(best, seed=seed, curve=[]) for seed in options.seeds]
+        runs = [train(method, task, run, limit, "test", options.points) for run in anew]
         found = {
             "rate": best.rate,
             "queries": best.queries,

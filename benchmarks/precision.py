@@ -75,13 +75,14 @@ def main() -> None:
     """Measure cases; write results/precision.json."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("cases", nargs="*", default=["minilm"])
+    parser.add_argument("--estimators", nargs="+", choices=ESTIMATORS, default=list(ESTIMATORS))
     options = parser.parse_args()
     if unknown := set(options.cases) - set(SETTINGS):
         parser.error(f"unknown cases {sorted(unknown)}: choose among {', '.join(SETTINGS)}")
     quiet()
     record = Record("precision")
     for name in options.cases:
-        for estimator in ESTIMATORS:
+        for estimator in options.estimators:
             found = measure(name, estimator)
             print(found, flush=True)
             record.keep(f"{name}, {estimator}", found)

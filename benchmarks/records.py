@@ -36,6 +36,8 @@ class Record:
 
     def keep(self, name: str, found: dict[str, Any]) -> None:
         """Write an entry to the file."""
-        self.entries[name] = {**found, **self.environment}
         self.path.parent.mkdir(exist_ok=True)
+        if self.path.is_file():  # another run may have written meanwhile
+            self.entries = json.loads(self.path.read_text())
+        self.entries[name] = {**found, **self.environment}
         self.path.write_text(json.dumps(self.entries, indent=self.indent))

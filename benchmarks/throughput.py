@@ -1,7 +1,8 @@
 """Rows per second of our step, of the MeZO preset and of backprop, against plain inference of the same rows.
 
 Sides take turns in one process, and medians are compared: machines are shared and noisy. `overhead` is the part of our step
-that is spent outside the model's forward (noise inside the layers belongs to the forward).
+that is spent outside the model's forward (noise inside the layers belongs to the forward), `control variate` what a step is
+longer by than one without it; both are shares of our step.
 
     python benchmarks/throughput.py                        # all cases
     python benchmarks/throughput.py minilm minilm-third    # some
@@ -22,10 +23,10 @@ from records import Record, quiet  # isort: skip
 def measure(case: Case, repeats: int) -> dict[str, Any]:
     """Time every side in turn; returns medians in seconds and the ratios of rows per second to plain inference."""
     methods = case.methods()
-    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+    seconds: dict[str, list[float]] = {side: [] for side in methods}
     overhead = []
     for turn in range(repeats + 1):
-        for side in SIDES:
+        for side in methods:
             case.model.zero_grad()
             case.seconds = 0.0
             start = time.perf_counter()
@@ -46,6 +47,7 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
         "rows_per_second": {side: case.rows / own for side, own in medians.items()},
         "against_plain": {side: medians["plain"] / own for side, own in medians.items()},
         "overhead": float(np.median(overhead)),
+        "control_variate": 1 - medians["no control"] / medians["ours"] if "no control" in medians else 0.0,
     }
 
 
@@ -59,14 +61,14 @@ def main() -> None:
         parser.error(f"unknown cases {sorted(unknown)}: choose among {', '.join(CASES)}")
     quiet()
     record = Record("throughput")
-    print("| case | rows/s, plain | ours / plain | MeZO / plain | backprop / plain | overhead |\n| --- |" + " --- |" * 5)
+    print("| case | rows/s, plain | ours / plain | MeZO / plain | backprop / plain | overhead | control variate |")
+    print("| --- |" + " --- |" * 6)
     for name in options.cases or CASES:
         found = measure(CASES[name](), options.repeats)
         record.keep(name, found)
         ratios = " | ".join(f"{found['against_plain'][side]:.2f}" for side in SIDES[1:])
-        print(
-            f"| {found['case']} | {found['rows_per_second']['plain']:.0f} | {ratios} | {found['overhead']:.1%} |", flush=True
-        )
+        shares = f"{found['overhead']:.1%} | {found['control_variate']:.1%}"
+        print(f"| {found['case']} | {found['rows_per_second']['plain']:.0f} | {ratios} | {shares} |", flush=True)
 
 
 if __name__ == "__main__":

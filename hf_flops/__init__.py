@@ -9,7 +9,16 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .args import FlopsArgumentsMixin, FlopsTrainingArguments
-    from .errors import ConfigurationError, EngineError, FlopsError, NonFiniteError, ObjectiveError, ProcessError
+    from .contrastive import ContrastiveLoss
+    from .errors import (
+        ConfigurationError,
+        EngineError,
+        FlopsError,
+        NonFiniteError,
+        ObjectiveError,
+        ProcessError,
+        TrajectoryError,
+    )
     from .method import Method, StepResult
     from .objectives import CallableObjective
     from .rewards import GeneratedMetric, Metric
@@ -17,10 +26,12 @@ if TYPE_CHECKING:
     from .step import estimate_gradient
     from .suffix import SuffixPromptModel
     from .trainer import FlopsTrainer, FlopsTrainerMixin
+    from .visual_prompts import VisualPrompt
 
 _HOMES = {
     "CallableObjective": "objectives",
     "ConfigurationError": "errors",
+    "ContrastiveLoss": "contrastive",
     "EngineError": "errors",
     "FlopsArgumentsMixin": "args",
     "FlopsError": "errors",
@@ -36,12 +47,15 @@ _HOMES = {
     "ProcessError": "errors",
     "StepResult": "method",
     "SuffixPromptModel": "suffix",
+    "TrajectoryError": "errors",
+    "VisualPrompt": "visual_prompts",
     "estimate_gradient": "step",
 }
 
 __all__ = [
     "CallableObjective",
     "ConfigurationError",
+    "ContrastiveLoss",
     "EngineError",
     "FlopsArgumentsMixin",
     "FlopsError",
@@ -57,6 +71,8 @@ __all__ = [
     "ProcessError",
     "StepResult",
     "SuffixPromptModel",
+    "TrajectoryError",
+    "VisualPrompt",
     "__version__",
     "estimate_gradient",
 ]

@@ -15,6 +15,7 @@ from .estimators import ESTIMATORS
 from .exchange import REDUCE
 from .launch import check_environment, check_world
 from .perturbations import DISTRIBUTIONS, PERTURBATIONS
+from .replayable import replayable
 
 logger = logging.getLogger(__name__)
 
@@ -189,6 +190,13 @@ class FlopsArgumentsMixin:
             "sample and step in place of once per row; does not change the result."
         },
     )
+    pictures: bool = field(
+        default=True,
+        metadata={
+            "help": "Draw the run into the output folder when it ends (learning curve, where the queries went, signal to "
+            "noise), if matplotlib is installed and the log has three entries or more."
+        },
+    )
     prefix_cache: str | None = field(
         default=None,
         metadata={
@@ -197,6 +205,14 @@ class FlopsArgumentsMixin:
         },
     )
     prefix_cache_gb: float = field(default=4.0, metadata={"help": "Room for prefix_cache, in gigabytes."})
+    trajectory_log: bool = field(
+        default=False,
+        metadata={
+            "help": "Write trajectory.log into the output folder: what rebuilds the adapter of every step bit for bit, "
+            "without data and forward passes (hf-flops replay), in a few bytes per query. Switches closed_form_head and "
+            "control_variate off, which are more than a number per query."
+        },
+    )
     noise_seed: int | None = field(
         default=None, metadata={"help": "Seed of the perturbations. Default: the seed of the run."}
     )
@@ -218,6 +234,10 @@ class FlopsArgumentsMixin:
         self._check_stock_options()
         super().__post_init__()  # type: ignore[misc]
         check_world(self.world_size)  # type: ignore[attr-defined]
+        _require(
+            not self.trajectory_log or self.world_size == 1,  # type: ignore[attr-defined]
+            "trajectory_log=True is for one process, as of several none has all numbers: use one, or switch it off.",
+        )
 
     def _check_choices(self) -> None:
         for name, choices in _CHOICES.items():
@@ -226,7 +246,8 @@ class FlopsArgumentsMixin:
         if self.reduce == "scalars" and self.control_variate is None and PRESETS[self.preset]["control_variate"] != "none":
             logger.warning('reduce="scalars" goes without a control variate, which learns from what does not travel.')
             self.control_variate = "none"
-        for name, value in PRESETS[self.preset].items():
+        defaults = PRESETS[self.preset] | (replayable(self) if self.trajectory_log else {})
+        for name, value in defaults.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -38,25 +39,41 @@ class Calibration:
     rows: int
 
 
-def choose_scale(deltas: Tensor, scales: tuple[float, ...] = GRID) -> tuple[float | None, float]:
-    """Return the scale at which deltas of the same queries depend least on the scale, and their signal-to-noise ratio.
+def choose_scale(deltas: Tensor, scales: tuple[float, ...] = GRID, order: int = 1) -> tuple[float | None, float]:
+    """Return the scale at which deltas have the least error, and their signal-to-noise ratio there.
 
-    Where rounding rules, deltas at neighbouring scales have independent errors of `rounding / epsilon`; where curvature
-    rules they differ by what epsilon adds. So their mean squared difference is about the squared error at the worse of the
-    two, their mean product is the squared signal, and the neighbours with the best ratio enclose the best scale. Nothing is
-    assumed of rounding, which may also swallow a small perturbation whole: then the product vanishes as well.
+    Deltas of the same queries at neighbouring scales have independent errors from rounding, `rounding / epsilon`, and from
+    curvature errors that grow as `epsilon ** order`. So their mean squared difference is `a (1 / low^2 + 1 / high^2) +
+    b (high^order - low^order)^2`; a and b are fitted to all pairs by least squares of relative errors, and the error
+    `a / epsilon^2 + b epsilon^(2 order)` is least at `(a / (order b)) ** (1 / (2 order + 2))`. The mean product of
+    neighbours is the squared signal. Where only one of the errors is to be seen, the neighbours that agree best enclose the
+    scale. Pairs in which rounding swallows most perturbations whole are left out.
 
     Args:
         deltas: (K, R) the same R queries at K scales.
         scales: the K scales, growing.
+        order: by which power of epsilon the error of curvature grows: 1 for one-sided differences, 2 for antithetic ones.
     """
     low, high = deltas[:-1].double(), deltas[1:].double()
-    error, signal = (high - low).square().mean(1) / 2, (high * low).mean(1)
-    ratio = torch.where((signal > 0) & error.isfinite(), signal / error.clamp(min=1e-30), 0.0)
-    best = int(ratio.argmax())
-    if not float(ratio[best]) > 1e-2:
+    steps = torch.tensor(scales, dtype=torch.float64)
+    difference, signal = (high - low).square().mean(1), (high * low).mean(1)
+    seen = difference.isfinite() & (difference > 0) & ((low != 0).double().mean(1) >= 0.5)
+    if not bool(seen.any()):
         return None, 0.0
-    return (scales[best] * scales[best + 1]) ** 0.5, float(ratio[best].sqrt())
+    low_high = (steps[:-1] * steps[1:]).sqrt()[seen]
+    signal, difference = signal[seen], difference[seen]
+    rounding, curvature = steps[:-1] ** -2 + steps[1:] ** -2, (steps[1:] ** order - steps[:-1] ** order) ** 2
+    shares = torch.stack([rounding[seen] / difference, curvature[seen] / difference], 1)
+    sizes = shares.norm(dim=0)
+    a, b = (torch.linalg.lstsq(shares / sizes, torch.ones(len(shares), 1).double()).solution.flatten() / sizes).tolist()
+    if a > 0 and b > 0:
+        best = min(max((a / (order * b)) ** (1 / (2 * order + 2)), scales[0]), scales[-1])
+        squared = float(signal[(low_high.log() - math.log(best)).abs().argmin()])
+        error = a / best**2 + b * best ** (2 * order)
+    else:  # only one of the two errors is to be seen: between the neighbours that agree best
+        pair = int((signal / difference).argmax())
+        best, squared, error = float(low_high[pair]), float(signal[pair]), float(difference[pair] / 2)
+    return (best, (squared / error) ** 0.5) if squared > 1e-2 * error else (None, 0.0)
 
 
 def calibrate(forward: Forward, inputs: Mapping[str, Any], method: Method, seed: int = 0) -> Calibration:
@@ -68,10 +85,10 @@ def calibrate(forward: Forward, inputs: Mapping[str, Any], method: Method, seed:
         method: how gradients are estimated; its own scale is not looked at.
         seed: the run's seed.
     """
-    choose, grid = (choose_step_scale, STEP_GRID) if in_steps(method.objective) else (choose_scale, GRID)
-    deltas, used = _evaluated(forward, inputs, method, seed, grid)
-    scale, ratio = choose(deltas, grid)
-    return Calibration(scale, ratio, used)
+    steps = in_steps(method.objective)
+    deltas, used = _evaluated(forward, inputs, method, seed, STEP_GRID if steps else GRID)
+    found = choose_step_scale(deltas) if steps else choose_scale(deltas, order=len(method.estimator.signs))
+    return Calibration(*found, used)
 
 
 def in_steps(objective: Any) -> bool:

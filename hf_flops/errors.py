@@ -5,7 +5,8 @@ FlopsError
 ├── ObjectiveError       the model's loss cannot be taken the way that was asked for (also a ValueError)
 ├── NonFiniteError       no perturbed row of a step has a finite loss (also an ArithmeticError)
 ├── EngineError          a black box refused, failed, or answered with nonsense (also a RuntimeError)
-└── ProcessError         another process of the run has ended or does not answer (also a RuntimeError)
+├── ProcessError         another process of the run has ended or does not answer (also a RuntimeError)
+└── TrajectoryError      a trajectory log is damaged, or does not lead where it should (also a RuntimeError)
 """
 
 
@@ -31,3 +32,7 @@ class EngineError(FlopsError, RuntimeError):
 
 class ProcessError(FlopsError, RuntimeError):
     """Another process of the run has ended or does not answer."""
+
+
+class TrajectoryError(FlopsError, RuntimeError):
+    """A trajectory log is damaged, or does not lead where it should."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from .objectives import RowLosses
 from .padding import Feed
 from .perturbations import Perturbation
-from .regenerate import regenerate
+from .regenerate import in_turn, regenerate
 from .rows import Place, Rows
 from .share import Share
 
@@ -126,8 +126,12 @@ class Exchange:
         """Drop what was put off: its step is not taken."""
         self._waiting = None
 
-    def regenerated(self, perturbation: Perturbation, place: Place, rows: Rows, coefficients: Tensor) -> Tensor:
-        """Make the update (d,) from the coefficients (R,) of all rows."""
+    def regenerated(
+        self, perturbation: Perturbation, place: Place, rows: Rows, coefficients: Tensor
+    ) -> tuple[Tensor, list[tuple[Rows, Tensor]]]:
+        """Make the update (d,) from the coefficients (R,) of all rows; returns also the chunks that it is the sum of."""
         size = max(1, min(4096, int(_NOISE // max(1.0, perturbation.row_bytes))))
         positions = rows.owner + place.position
-        return regenerate(perturbation, place.seed, place.step, positions, rows.query, coefficients, rows.group, size)
+        update = regenerate(perturbation, place.seed, place.step, positions, rows.query, coefficients, rows.group, size)
+        chunks = in_turn(rows.group, size, grouped=perturbation.grouped)
+        return update, [(rows[chunk], coefficients[chunk]) for chunk in chunks]

@@ -84,14 +84,16 @@ def find_head(
         inputs: a batch.
         held: names of trainable tensors that stay as they are for now.
     """
-    if not isinstance(objective, TappedLoss):
+    if not hasattr(objective, "logits"):
         return None
     few = take(inputs, torch.arange(min(4, batch_size(inputs))))
     heads, trained = _candidates(model), set(ParameterVector.of(model).names)
-    for head, x in zip(heads, _given(heads, forward, few), strict=True):
+    tapped = isinstance(objective, TappedLoss)
+    watched = TappedLoss(logits=True) if tapped else objective
+    for head, x in zip(heads, _given(heads, watched, forward, few), strict=True):
         own = set(head.names.values())
-        alone = trained - set(held) <= own
-        if x is not None and not alone and own.isdisjoint(held) and _agrees(head, x, forward, few):
+        alone = tapped and trained - set(held) <= own
+        if x is not None and not alone and own.isdisjoint(held) and _agrees(head, x, watched, forward, few):
             return head
     return None
 
@@ -109,7 +111,9 @@ def _candidates(model: nn.Module) -> list[ClosedFormHead]:
     return heads
 
 
-def _given(heads: Sequence[ClosedFormHead], forward: Forward, inputs: Mapping[str, Any]) -> list[Tensor | None]:
+def _given(
+    heads: Sequence[ClosedFormHead], objective: Objective, forward: Forward, inputs: Mapping[str, Any]
+) -> list[Tensor | None]:
     """Return for each head what it was given, if it was called once and its output is just the logits."""
     outputs: dict[nn.Module, list[Tensor]] = {head.module: [] for head in heads}
     with ExitStack() as stack:
@@ -117,7 +121,7 @@ def _given(heads: Sequence[ClosedFormHead], forward: Forward, inputs: Mapping[st
         for head in heads:
             hook = head.module.register_forward_hook(lambda module, args, out: outputs[module].append(out.detach()))
             stack.callback(hook.remove)
-        logits = TappedLoss(logits=True)(forward, inputs).logits
+        logits = objective(forward, inputs).logits
     assert logits is not None
     wanted = widen(logits).reshape(-1)
     return [
@@ -126,12 +130,12 @@ def _given(heads: Sequence[ClosedFormHead], forward: Forward, inputs: Mapping[st
     ]
 
 
-def _agrees(head: ClosedFormHead, x: Tensor, forward: Forward, inputs: Mapping[str, Any]) -> bool:
+def _agrees(head: ClosedFormHead, x: Tensor, objective: Objective, forward: Forward, inputs: Mapping[str, Any]) -> bool:
     """Say whether the logits change with the head's parameters as those of a linear layer with the same input do."""
     vector = head.vector
     shift = draw("gaussian", seeds(_CHECK_SEED, 0), vector.shapes, vector.device)[0]
     with displaced(vector, shift), head.watched() as seen:
-        moved = TappedLoss(logits=True)(forward, inputs).logits
+        moved = objective(forward, inputs).logits
         wanted = head.module(x)
     if moved is None or len(seen) != 2 or not torch.equal(seen[0], x):
         return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,14 @@ def columns(inputs: Mapping[str, Any]) -> int:
     return 0
 
 
+def class_labels(inputs: Mapping[str, Any]) -> list[int] | None:
+    """Return the class of each sample of a batch; None where labels are not one whole number per sample."""
+    labels = inputs.get("labels")
+    if not torch.is_tensor(labels) or labels.dim() != 1 or labels.is_floating_point():
+        return None
+    return labels.tolist()
+
+
 class Ledger:
     """Counts rows and queries, and averages the metrics of steps between two logs.
 
@@ -30,14 +39,23 @@ class Ledger:
         all_rows: rows that the model was asked for in training, those of the checks with the first batch included.
         tokens: tokens of all these rows, padding included, as if every row ran whole.
         sample_queries: sample id → [steps that the sample took part in, queries that it got], for samples that have an id.
+        class_windows: [rows so far, {class: [samples, their queries]}] for each stretch of the run, at most 64.
         last_step: what the last batch found.
     """
 
     def __init__(self) -> None:
         self.rows = self.all_rows = self.tokens = 0
         self.sample_queries: dict[int, list[int]] = {}
+        self.class_windows: list[tuple[int, dict[int, list[int]]]] = []
         self.last_step: StepResult | None = None
         self._window: dict[str, list[float]] = {}
+        self._classes: dict[int, list[int]] = {}
+        self._began = time.monotonic()  # earlier by what a run took before it was resumed
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the run began, evaluations included."""
+        return round(time.monotonic() - self._began, 3)
 
     def metered(self, forward: Forward) -> Forward:
         """Return a function that runs the model and counts what it was asked for."""
@@ -50,16 +68,30 @@ class Ledger:
 
         return run
 
-    def record(self, result: StepResult, ids: Sequence[int] | None = None) -> None:
-        """Enter a finished batch; ids: (B,) of its samples, if they have any."""
+    def record(self, result: StepResult, ids: Sequence[int] | None = None, labels: Sequence[int] | None = None) -> None:
+        """Enter a finished batch; ids, labels: (B,) of its samples, if they have any."""
         self.last_step = result
         self.rows += result.rows
         if ids is not None and len(ids) == len(result.counts):
             for sample, count in zip(ids, result.counts.tolist(), strict=True):
                 seen = self.sample_queries.setdefault(sample, [0, 0])
                 seen[0], seen[1] = seen[0] + 1, seen[1] + count
+        if labels is not None and len(labels) == len(result.counts):
+            for label, count in zip(labels, result.counts.tolist(), strict=True):
+                _add(self._classes, label, [1, count])
         for name, value in result.metrics.items():
             self._window.setdefault(name, []).append(value)
+
+    def _close_window(self) -> None:
+        """End a stretch of the run; where there are many, neighbours become one."""
+        if self._classes:
+            self.class_windows.append((self.rows, self._classes))
+            self._classes = {}
+        if len(self.class_windows) > 64:
+            for (_, before), (_, classes) in zip(self.class_windows[::2], self.class_windows[1::2], strict=False):
+                for label, seen in before.items():
+                    _add(classes, label, seen)
+            self.class_windows = self.class_windows[1::2] + self.class_windows[len(self.class_windows) // 2 * 2 :]
 
     def summary(self) -> dict[str, float]:
         """Average what was recorded since the last call; a ratio is taken between averages, as single steps are noisy."""
@@ -74,16 +106,27 @@ class Ledger:
         if signal is not None and signal > 0:
             # mean(||g_i||)^2 / B over ||g||^2: below 1, noise per row with the best counts beats shared noise.
             summary["noise_ratio"] = sample_signal / signal
+        self._close_window()
         self._window = {}
         counts = {"rows": self.rows, "check_rows": self.all_rows - self.rows, "tokens": self.tokens}
-        return {**{name: round(value, 6) for name, value in summary.items()}, **counts}
+        return {**{name: round(value, 6) for name, value in summary.items()}, **counts, "seconds": self.seconds}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resume needs, as JSON-serialisable values."""
-        counts = {"rows": self.rows, "all_rows": self.all_rows, "tokens": self.tokens}
-        return {**counts, "samples": [[sample, *seen] for sample, seen in self.sample_queries.items()]}
+        counts = {"rows": self.rows, "all_rows": self.all_rows, "tokens": self.tokens, "seconds": self.seconds}
+        windows = [[rows, [[label, *seen] for label, seen in classes.items()]] for rows, classes in self.class_windows]
+        samples = [[sample, *seen] for sample, seen in self.sample_queries.items()]
+        return {**counts, "samples": samples, "classes": windows}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a state from `state_dict`."""
         self.rows, self.all_rows, self.tokens = state["rows"], state["all_rows"], state["tokens"]
+        self._began = time.monotonic() - state.get("seconds", 0.0)
         self.sample_queries = {sample: [steps, queries] for sample, steps, queries in state["samples"]}
+        self.class_windows = [(rows, {label: seen for label, *seen in found}) for rows, found in state.get("classes", [])]
+
+
+def _add(classes: dict[int, list[int]], label: int, seen: Sequence[int]) -> None:
+    """Add [samples, queries] to those of a class."""
+    before = classes.get(label, [0, 0])
+    classes[label] = [before[0] + seen[0], before[1] + seen[1]]

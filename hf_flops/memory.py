@@ -50,6 +50,11 @@ def free_memory(device: torch.device) -> float:
     return min(free, _number(f"{group}.max") - used)  # a comparison with NaN is false, and leaves `free`
 
 
+def peak_memory() -> int | None:
+    """Return the most bytes that the process has held so far, on the GPU if there is one; None where nothing tells."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status("VmHWM")
+
+
 class PeakMemory:
     """Measures the peak of a process's memory above what it held at the start: `with PeakMemory() as memory: ...`.
 

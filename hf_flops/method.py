@@ -15,6 +15,7 @@ from .exchange import Exchange
 from .heads import ClosedFormHead
 from .objectives import Objective
 from .perturbations import Perturbation
+from .regenerate import Trace
 from .reuse import Reuse
 
 
@@ -65,7 +66,7 @@ class Method:
     @property
     def needs_clean(self) -> bool:
         """Whether the clean forward is run (and charged)."""
-        return self.estimator.baseline or self.needs_features
+        return self.estimator.baseline or self.needs_features or getattr(self.objective, "needs_clean", False)
 
     @property
     def needs_features(self) -> bool:
@@ -97,6 +98,7 @@ class StepResult:
         counts: (B,) int64, queries per sample; one entry where the loss belongs to the batch as a whole.
         mean_squares: (B,) mean squared delta per sample, an estimate of `||grad s_i||^2`; NaN where none is finite.
         metrics: numbers for the log.
+        trace: what the estimate was made of, the closed-form head and the control variate left aside.
     """
 
     loss: Tensor
@@ -104,3 +106,4 @@ class StepResult:
     counts: Tensor
     mean_squares: Tensor
     metrics: dict[str, float]
+    trace: Trace | None = None

@@ -24,7 +24,7 @@ def summarise(
 
     `E delta^2 = ||grad s_i||^2`, so row-wise noise gives `tr Cov = (d + 1) sum_i ||grad s_i||^2 / n_i / N^2`; where a group
     shares its noise, its summed coefficient takes the place of delta. `||estimate||^2 - tr Cov` is an unbiased estimate of
-    the squared gradient norm.
+    the squared gradient norm. `effective_queries` per sample, all alike, would have the variance of the counts used.
 
     Args:
         gradient: (d,) the estimate.
@@ -52,5 +52,6 @@ def summarise(
         "sample_signal": float(squares.sqrt().mean()) ** 2 * len(counts),
         "allocation_entropy": entropy,
         "allocation_gain": gain,
+        "effective_queries": gain * float(counts.sum()) / len(counts),
         "dropped_rows": float((~finite).sum()),
     }

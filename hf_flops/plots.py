@@ -100,3 +100,45 @@ def save_report(
         draw_images(part, pictures, captions, title)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def draw_signal(axes: Any, signal: Sequence[tuple[float, float]]) -> None:
+    """Draw the signal to noise of the estimates, (rows, ratio) pairs, which fades as training gets on."""
+    rows, ratios = np.array(signal, dtype=float).T
+    axes.plot(rows, np.maximum(ratios, 1e-4), ".-", color=COLOURS["flops"], markersize=4, linewidth=1.2)
+    axes.set_yscale("log")
+    axes.set(xlabel="rows through the model", ylabel="signal / variance of an estimate", title="Signal to noise")
+
+
+def save_run(
+    path: str | Path,
+    curve: Sequence[tuple[float, float, float]],
+    measure: str,
+    signal: Sequence[tuple[float, float]] = (),
+    queries: Sequence[float] = (),
+) -> None:
+    """Save one picture of a run from its log.
+
+    Args:
+        path: where to; the ending decides the format.
+        curve: (rows, seconds, value) triples.
+        measure: what the value is.
+        signal: see `draw_signal`; left out where empty.
+        queries: queries per step of each sample; left out where empty.
+    """
+    plt = pyplot()
+    panels = 2 + bool(signal) + bool(queries)
+    figure, grid = plt.subplots(-(-panels // 2), 2, figsize=(11, 3.8 * -(-panels // 2)), layout="constrained")
+    axes = list(np.atleast_1d(grid).flat)
+    rows, seconds, values = np.array(curve, dtype=float).reshape(-1, 3).T
+    for own, x, label in ((axes[0], rows, "rows through the model"), (axes[1], seconds, "seconds")):
+        own.plot(x, values, ".-", color=COLOURS["flops"], markersize=5, linewidth=1.4)
+        own.set(xlabel=label, ylabel=measure, title=f"{measure[0].upper()}{measure[1:]} against {label.split()[0]}")
+    if signal:
+        draw_signal(axes[2], signal)
+    if queries:
+        draw_queries(axes[panels - 1], queries, float(np.mean(queries)))
+    for own in axes[panels:]:
+        own.axis("off")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

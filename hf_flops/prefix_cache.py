@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .errors import ConfigurationError
 from .reuse import Call, Output, Reuse, columns_of
-from .rows import batch_size, take
+from .rows import ROW, batch_size, take
 
 Layout = tuple[tuple[str, Any], ...]
 
@@ -37,6 +37,7 @@ def raw_bytes(tensor: Tensor) -> Any:
 
 def identify(inputs: Mapping[str, Any], ids: Sequence[int]) -> list[Sample]:
     """Identify the samples of a batch; ids: (B,)."""
+    inputs = {name: value for name, value in inputs.items() if name != ROW}  # a place in the batch says nothing of a sample
     per_row = {k: v for k, v in inputs.items() if isinstance(v, (list, tuple)) or (torch.is_tensor(v) and v.dim() > 0)}
     shared = [(name, repr(value)) for name, value in inputs.items() if name not in per_row]
     found = []

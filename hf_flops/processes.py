@@ -59,8 +59,8 @@ class ManyProcesses:
         if not self._met:
             names = [*_SAME, *(field.name for field in fields(FlopsArgumentsMixin))]
             shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
-            own = {name: getattr(self.args, name) for name in names}
-            self._share.agree({**own, "the trained parameters' shapes": shapes}, "at the start")
+            said = {name: getattr(self.args, name) for name in names}
+            self._share.agree({**said, "the trained parameters' shapes": shapes}, "at the start")
             for parameter in (p for p in model.parameters() if p.requires_grad):
                 parameter.data.copy_(self._share.first(parameter.data))
             self._met = True

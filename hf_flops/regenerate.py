@@ -1,11 +1,45 @@
-"""The update of a step, made again from what its rows are called and what they count: no noise is stored or sent."""
+"""A step's update again, from the few numbers that made it: no data, no forward pass, no noise that is stored or sent."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .perturbations import NoiseKeys, Perturbation, accumulator
+from .rows import Rows
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What the update of a batch was made of, in the order in which it was summed.
+
+    Attributes:
+        rows: R query rows, those first that were pulled back first.
+        coefficients: (R,) float32, what each row's noise was multiplied by.
+        chunks: rows of each chunk.
+        position: index of the batch's first sample in the global batch of the step.
+        factor: what the sum was multiplied by, because samples were dropped.
+        normalizer: N, what it was divided by then.
+    """
+
+    rows: Rows
+    coefficients: Tensor
+    chunks: list[int]
+    position: int
+    factor: float
+    normalizer: float
+
+    @classmethod
+    def of(cls, parts: Sequence[tuple[Rows, Tensor]], position: int, factor: float, normalizer: float) -> Trace:
+        """Join the rows and coefficients of chunks."""
+        (rows, coefficients), *others = parts
+        for more, _ in others:
+            rows = rows.then(more)
+        coefficients = torch.cat([coefficients, *(more for _, more in others)])
+        return cls(rows, coefficients, [len(part) for part, _ in parts], position, factor, normalizer)
 
 
 def regenerate(
@@ -16,28 +50,37 @@ def regenerate(
     queries: Tensor,
     coefficients: Tensor,
     groups: Tensor,
-    rows_per_chunk: int,
+    rows_per_chunk: int | Sequence[int],
 ) -> Tensor:
-    """Return `sum_r coefficients[r] * noise[r]` (d,) float64 for rows in any order.
+    """Return `sum_r c_r z_r` (d,) float64 for rows in any order; with the same chunks it is the same bit for bit.
 
     Args:
-        perturbation: draws the noise; one that `replays` forwards cannot be drawn again without them.
+        perturbation: where noise enters; its pull-back must not need a forward.
         seed: the run's seed.
-        step: the optimizer step.
+        step: optimizer steps done before this one.
         positions: (R,) int64, index of each row's sample in the global batch of the step.
         queries: (R,) int64, which query of its sample each row is.
         coefficients: (R,) float32.
         groups: (R,) int64; rows of a group have the same noise where noise is shared.
-        rows_per_chunk: rows whose noise is held at a time.
+        rows_per_chunk: rows whose noise is there at a time, or those of each chunk, as they come (no chunk may leave its
+            group then, where noise is shared).
     """
     device = perturbation.vector.device
     update = torch.zeros(perturbation.vector.size, dtype=accumulator(device), device=device)
-    order, lengths = torch.arange(len(positions)), [len(positions)]
-    if perturbation.grouped:
+    if isinstance(rows_per_chunk, int):
+        chunks = in_turn(groups, rows_per_chunk, grouped=perturbation.grouped)
+    else:
+        chunks = list(torch.arange(len(positions)).split(list(rows_per_chunk)))
+    for chunk in chunks:
+        keys = NoiseKeys.of(seed, step, positions[chunk], queries[chunk], int(groups[chunk[0]]))
+        update.add_(perturbation.pull_back(perturbation.draw(keys), coefficients[chunk]))
+    return update
+
+
+def in_turn(groups: Tensor, rows_per_chunk: int, *, grouped: bool) -> list[Tensor]:
+    """Return the indices of the rows of each chunk, where groups (R,) are kept apart if noise is shared."""
+    order, lengths = torch.arange(len(groups)), [len(groups)]
+    if grouped:
         order = groups.argsort(stable=True)
         lengths = torch.unique_consecutive(groups[order], return_counts=True)[1].tolist()
-    for stretch in order.split(lengths):
-        for chunk in stretch.split(rows_per_chunk):
-            keys = NoiseKeys.of(seed, step, positions[chunk], queries[chunk], int(groups[chunk[0]]))
-            update += perturbation.pull_back(perturbation.draw(keys), coefficients[chunk])
-    return update
+    return [chunk for stretch in order.split(lengths) for chunk in stretch.split(rows_per_chunk)]

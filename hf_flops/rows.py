@@ -12,6 +12,7 @@ from torch import Tensor
 from .errors import ObjectiveError
 
 MAIN_INPUTS = ("labels", "input_ids", "pixel_values", "inputs_embeds", "input_features", "input_values")
+ROW = "row_of_batch"  # an input that numbers the rows of a batch, where what they are compared with is of the batch
 
 
 @dataclass(frozen=True)

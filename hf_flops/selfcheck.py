@@ -197,8 +197,8 @@ def choose_perturbation(
         forward: runs the model.
         inputs: a batch.
         mode: "auto" (per row where that is right, shared elsewhere, and on the outputs of heads that see one token of each
-            row where that needs fewer random numbers), "activation" (on outputs wherever that is right), "rowwise" (an
-            error where it is not right) or "shared".
+            row where that needs fewer random numbers), "weights" (the same but never on outputs), "activation" (on outputs
+            wherever that is right), "rowwise" (an error where it is not right) or "shared".
         distribution: a name in `DISTRIBUTIONS`.
         precision: see `precision_of`.
         held: names of trainable tensors that stay as they are for now.
@@ -243,7 +243,7 @@ def choose_perturbation(
     if not rowwise and not shared:
         raise ConfigurationError("The loss depends on none of the trainable parameters.")
     activation: list[str] = []
-    if mode != "rowwise" and found.rowwise and replayed:
+    if mode in ("auto", "activation") and found.rowwise and replayed:
         activation = PinCheck(model, sums, precision).run(found.rowwise, smaller=mode == "auto")
     rowwise = [name for name in rowwise if name not in activation]
     chosen = perturb(

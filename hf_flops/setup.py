@@ -69,7 +69,8 @@ def set_up(
             objective.logits = True  # type: ignore[attr-defined]
             held = {*held, *head.vector.names}
             logger.info("Noise leaves the head alone, whose gradient is exact: %s.", ", ".join(head.vector.names))
-        options = {"mode": args.perturbation, "distribution": args.noise, "precision": precision, "held": held}
+        mode = "weights" if args.trajectory_log and args.perturbation == "auto" else args.perturbation
+        options = {"mode": mode, "distribution": args.noise, "precision": precision, "held": held}
         options["replayed"] = args.reduce != "scalars"
         perturbation, notes = choose_perturbation(model, probe, forward, inputs, **options)
         for note in notes:

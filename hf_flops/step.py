@@ -21,6 +21,7 @@ from .objectives import Forward, RowLosses
 from .padding import Feed
 from .perturbations import accumulator
 from .queries import Queries
+from .regenerate import Trace
 from .rows import Features, Place, Rows, batch_size, expand
 
 
@@ -58,11 +59,11 @@ def estimate_gradient(
         Ren et al. (2025), FLOPS, arXiv 2410.05966, section 3.
     """
     with torch.no_grad(), method.reuse.installed():
-        return _Step(forward, inputs, method, place).run(elements, batches, last)
+        return Step(forward, inputs, method, place).run(elements, batches, last)
 
 
-class _Step:
-    """The intermediate results of one call of `estimate_gradient`."""
+class Step:
+    """The intermediate results of one call of `estimate_gradient`; once it is made, the clean forward has run."""
 
     def __init__(self, forward: Forward, inputs: Mapping[str, Any], method: Method, place: Place) -> None:
         self.forward, self.method, self.place = forward, method, place
@@ -87,8 +88,17 @@ class _Step:
         self.queries = Queries(forward, method, place, self.feed, self.samples, self.clean)
         vector = method.perturbation.vector
         self.update = torch.zeros(vector.size, dtype=accumulator(vector.device), device=vector.device)  # with N = 1
+        self.pulled: list[tuple[Rows, Tensor]] = []  # the chunks that it is the sum of, and their coefficients
+        self.factor = 1.0  # what that sum has to be multiplied by
 
-    def run(self, elements: float | None, batches: int, last: bool) -> StepResult:
+    def told(self, clean: RowLosses) -> None:
+        """Go on with other clean losses than the objective found, where it took the other tower to know them."""
+        assert self.found is not None
+        self.found = replace(self.found, losses=clean, own=clean)
+        self.clean = self.queries.clean = clean
+
+    def run(self, elements: float | None, batches: int, last: bool = True) -> StepResult:
+        """Run the queries, and add what they say to the gradients; for the arguments see `estimate_gradient`."""
         features, method = self._features(), self.method
         if method.control is not None and self.clean is not None and method.allocator.weighted:
             size = getattr(method.perturbation, "rowwise_size", 0)
@@ -113,7 +123,9 @@ class _Step:
         used = (len(rows) + self.replayed) * len(method.estimator.signs) * (self.samples // self.units)
         used += self.samples * method.needs_clean
         total = loss[loss.isfinite()].sum() / normalizer
-        return StepResult(total.float(), used, counts, squares, metrics)
+        whole = self.exchange.alone or self.exchange.scalars  # of several processes that sum, none has all chunks
+        trace = Trace.of(self.pulled, self.place.position, self.factor, normalizer) if whole else None
+        return StepResult(total.float(), used, counts, squares, metrics, trace)
 
     def _settle(self, update: Tensor, normalizer: float, last: bool) -> tuple[Tensor, Tensor] | None:
         """Add the update (d,) to the gradients, and the head's; returns both, or None where processes put it off."""
@@ -195,6 +207,7 @@ class _Step:
             self.dimension = self.method.perturbation.dimension(noise)
             if not self.exchange.scalars:
                 self.update.add_(pulled)
+                self.pulled.append((chunk, coefficients))
             if self.prediction is not None and sums is not None:
                 self.prediction.add(innovation, sums)
             return columns
@@ -225,14 +238,13 @@ class _Step:
         lacking = torch.zeros(len(rows)) if bool(finite.all()) else rows.lacking(deltas, self.units)
         if self.exchange.scalars:
             coefficients = torch.where(finite, deltas * rows.weight, 0.0) + lacking
-            self.update = self.exchange.regenerated(self.method.perturbation, self.place, rows, coefficients)
+            self.update, self.pulled = self.exchange.regenerated(self.method.perturbation, self.place, rows, coefficients)
         else:
             self._pull_back_again(rows, torch.where(mine, lacking, 0.0))
         self._share_facts()
-        if bool(finite.all()):
-            return self.update
-        # Then, for samples without any finite row, among the loss elements of the other samples.
-        return self.update * float(self.elements.sum() / (self.elements[kept].sum() or 1.0))
+        if not bool(finite.all()):  # then, for samples without any finite row, among the loss elements of the others
+            self.factor = float(self.elements.sum() / (self.elements[kept].sum() or 1.0))
+        return self.update * self.factor
 
     def _pull_back_again(self, rows: Rows, lacking: Tensor) -> None:
         """Add the noise of rows once more, with coefficients (R,)."""
@@ -247,6 +259,7 @@ class _Step:
                 self.queries.evaluate(again[part], noise)
                 self.replayed += part.stop - part.start
             self.update.add_(self.method.perturbation.pull_back(noise, extra[part]))
+            self.pulled.append((again[part], extra[part]))
             return 1
 
         self.queries.in_chunks(again, work, ChunkPlanner(self.planner.size))

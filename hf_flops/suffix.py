@@ -98,7 +98,7 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> CausalLMOutput:
-        """Run [text][prompt][answer] for every row.
+        """Run text, prompt and answer of every row.
 
         Args:
             input_ids: (R, L) int64, padded on either side.
@@ -141,7 +141,7 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
-        """Return the tokens (R, .) that the base model generates after [text][prompt]; options as for its `generate`."""
+        """Return the tokens (R, .) that the base model generates after text and prompt; options as for its `generate`."""
         rows = self._split(input_ids, attention_mask, None)
         embeddings = torch.cat([self.base.get_input_embeddings()(rows.text), self._prompts(len(input_ids))], 1)
         mask = F.pad(rows.text_mask, (0, self.prompt.num_embeddings), value=1)

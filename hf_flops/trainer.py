@@ -14,6 +14,7 @@ from transformers import Trainer
 from .allocators import ALLOCATORS, Allocator
 from .args import FlopsTrainingArguments
 from .budget import QueryBudget
+from .cards import TAGS, ModelCards
 from .checkpoints import Leave, WholeCheckpoints
 from .checks import (
     check_arguments,
@@ -30,9 +31,11 @@ from .control_variates import control_variate
 from .errors import ObjectiveError
 from .estimators import ESTIMATORS, Estimator
 from .heads import ClosedFormHead
-from .ledger import Ledger
+from .image_text import with_plain_flag
+from .ledger import Ledger, class_labels
 from .method import Method
 from .objectives import CallableObjective, Objective
+from .pair_steps import PairSteps
 from .perturbations import Perturbation
 from .processes import ManyProcesses
 from .reuse import Reuse
@@ -41,13 +44,15 @@ from .selfcheck import precision_of
 from .setup import set_up
 from .state import load_state, save_state
 from .step import estimate_gradient
+from .trajectory.recorder import TrajectoryRecorder
 from .tuning import Tuning
+from .watching import Watched
 
 logger = logging.getLogger(__name__)
 SAMPLE_ID = "sample_id"
 
 
-class FlopsTrainerMixin(WholeCheckpoints, ManyProcesses):
+class FlopsTrainerMixin(ModelCards, Watched, WholeCheckpoints, ManyProcesses):
     """Forward-only training for any class derived from `transformers.Trainer`: `class T(FlopsTrainerMixin, SomeTrainer)`.
 
     A data set column `sample_id` (whole numbers) never reaches the model; it lets the trainer count queries per sample, and
@@ -55,13 +60,15 @@ class FlopsTrainerMixin(WholeCheckpoints, ManyProcesses):
 
     Attributes:
         ledger: rows used, queries per sample, and what the last step found.
+        costs: what the last run cost, or this one so far.
 
     Args:
         model: a model with trainable parameters, or a plain one together with `peft_config`.
         args: `FlopsTrainingArguments`, or any arguments class with `FlopsArgumentsMixin`.
         peft_config: a PEFT configuration to wrap the model with.
         objective: what to minimise instead of the model's own loss: a function that maps (outputs, inputs) of R rows to
-            (R,) losses, a `Metric` or `GeneratedMetric` to be improved, or an `Objective`; it needs no derivative.
+            (R,) losses, a `Metric` or `GeneratedMetric` to be improved, a `ContrastiveLoss`, or an `Objective`; it needs no
+            derivative.
         allocator: an instance, in place of the name in `args`.
         estimator: an instance, in place of the name in `args`.
         perturbation: an instance, in place of the name in `args`; it skips the self-check.
@@ -71,7 +78,7 @@ class FlopsTrainerMixin(WholeCheckpoints, ManyProcesses):
         ConfigurationError: nothing is trainable, the data set is empty, or unsuitable arguments or processes.
     """
 
-    _tag_names: ClassVar = ["hf-flops", "forward-only", "zeroth-order"]
+    _tag_names: ClassVar = list(TAGS)
     _name = "FLOPS"
     _paper: ClassVar = {"title": "FLOPS: Forward Learning with OPtimal Sampling", "id": "2410.05966"}
 
@@ -95,6 +102,7 @@ class FlopsTrainerMixin(WholeCheckpoints, ManyProcesses):
         plain = objective is None or hasattr(objective, "per_row")
         self._objective: Any = objective if plain else CallableObjective(objective)  # type: ignore[arg-type]
         self._own_objective = objective is not None
+        self._pairs = PairSteps(objective)
         self._given_allocator = allocator
         self._allocator: Allocator = allocator or ALLOCATORS[args.allocator]()
         self._estimator: Estimator = estimator or ESTIMATORS[args.estimator]()
@@ -115,7 +123,11 @@ class FlopsTrainerMixin(WholeCheckpoints, ManyProcesses):
             self.add_callback(self._budget)  # type: ignore[attr-defined]
         self._leave = Leave()
         self.add_callback(self._leave)  # type: ignore[attr-defined]
+        self._recorder = TrajectoryRecorder() if args.trajectory_log else None
+        if self._recorder is not None:
+            self.add_callback(self._recorder)  # type: ignore[attr-defined]
         self._start_sharing()
+        self._watch()
         self._announce()
 
     def _announce(self: Any) -> None:
@@ -144,6 +156,7 @@ class FlopsTrainerMixin(WholeCheckpoints, ManyProcesses):
         self._allocator = self._given_allocator or ALLOCATORS[self.args.allocator]()
         self.ledger, self._tuning = Ledger(), Tuning.of(self.args, self._objective)
         self._control = control_variate(self.args.control_variate)
+        self._pairs.reset()
         if not self._own_objective:
             self._objective = None
         self._start_sharing()
@@ -160,32 +173,49 @@ class FlopsTrainerMixin(WholeCheckpoints, ManyProcesses):
         """
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
-        inputs = without_cache(self.model, self._prepare_inputs(inputs))
+        inputs = without_cache(self.model, with_plain_flag(self._prepare_inputs(inputs)))
         self._meet(model, inputs)
         context = self.compute_loss_context_manager()
         with evaluation_mode(model), torch.no_grad(), context, shared_texts(self.model, inputs):
             forward = self.ledger.metered(self._forward_function(model))
             self._hold_back()
-            new = self._objective is None or self._perturbation is None or self._reuse is None
-            if new:
-                self._set_up(model, forward, inputs)
-            precision = precision_of(self.model, autocast=self.args.bf16)
-            place, method = self._place(inputs), self._method(precision)
-            method = self._tuning.complete(method, forward, inputs, precision=precision, seed=place.seed)
-            method = self._agreed(method) if new else method
-            self.ledger.rows, self._tuning.rows = self.ledger.rows + self._tuning.rows, 0
+            alignment = self._pairs.ready(self, forward, inputs)
+            method: Any = None if alignment is not None else self._complete_method(model, forward, inputs)
             if self._budget is not None and not self._budget.allows(batch_size(inputs), self.state.global_step):
-                model.zero_grad()  # the step is not taken, not even in part
-                self._exchange.forget()
-                return torch.zeros((), device=self.args.device)
-            elements = self._elements(num_items_in_batch)
-            batches = self.current_gradient_accumulation_steps
-            last, before = self.accelerator.sync_gradients, (self.ledger.all_rows, self.ledger.tokens)
-            result = estimate_gradient(forward, inputs, method, place, elements, batches, last=last)
-            self._count_together(before, result)
-        self.ledger.record(result, self._ids)
-        self._tuning.learn(result, method)
+                return self._refuse_step(model)
+            place, batches = self._place(inputs), self.current_gradient_accumulation_steps
+            if alignment is not None:
+                result, method = alignment.step(inputs, place, self._queries_at(self.state.global_step), batches)
+            else:
+                elements = self._elements(num_items_in_batch)
+                last, before = self.accelerator.sync_gradients, (self.ledger.all_rows, self.ledger.tokens)
+                result = estimate_gradient(forward, inputs, method, place, elements, batches, last=last)
+                self._count_together(before, result)
+        self.ledger.record(result, self._ids, class_labels(inputs))
+        if self._recorder is not None:
+            self._recorder.batch(result.trace, place.seed, method.perturbation)
+        if method is not None:
+            self._tuning.learn(result, method)
         return result.loss.to(self.args.device)
+
+    def _refuse_step(self: Any, model: nn.Module) -> Tensor:
+        """Take nothing of an optimizer step that the budget does not allow, not even in part."""
+        model.zero_grad()
+        self._exchange.forget()
+        if self._recorder is not None:
+            self._recorder.discard()
+        return torch.zeros((), device=self.args.device)
+
+    def _complete_method(self: Any, model: nn.Module, forward: Any, inputs: dict[str, Any]) -> Method:
+        """Return the method of a step, with what was found out so far or is now."""
+        new = self._objective is None or self._perturbation is None or self._reuse is None
+        if new:
+            self._set_up(model, forward, inputs)
+        precision = precision_of(self.model, autocast=self.args.bf16)
+        method = self._tuning.complete(self._method(precision), forward, inputs, precision=precision, seed=self._seed())
+        method = self._agreed(method) if new else method
+        self.ledger.rows, self._tuning.rows = self.ledger.rows + self._tuning.rows, 0
+        return method
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         """Prepare inputs as the stock trainer does, after taking the samples' ids out."""
@@ -225,7 +255,9 @@ class FlopsTrainerMixin(WholeCheckpoints, ManyProcesses):
     def _set_up(self: Any, model: nn.Module, forward: Any, inputs: dict[str, Any]) -> None:
         """Choose objective and perturbation with the first batch, and say what was not as hoped."""
         named = [name for name in self.label_names if name in inputs]
-        if not self._own_objective and not self.can_return_loss and not named:
+        pairs = self._pairs.whole(self, inputs)
+        self._objective = self._objective if pairs is None else pairs
+        if pairs is None and not self._own_objective and not self.can_return_loss and not named:
             raise ObjectiveError(
                 f"The batch has no labels: its keys are {sorted(inputs)}, and none of {self.label_names} is among them."
             )
@@ -258,9 +290,11 @@ class FlopsTrainerMixin(WholeCheckpoints, ManyProcesses):
             self._position, self._position_step = 0, step
         position = self._position
         self._position += batch_size(inputs)
-        seed = self.args.seed if self.args.noise_seed is None else self.args.noise_seed
         ids = None if self._ids is None else tuple(self._ids)
-        return Place(seed=seed, step=step, position=position, epoch=self.state.epoch or 0.0, ids=ids)
+        return Place(seed=self._seed(), step=step, position=position, epoch=self.state.epoch or 0.0, ids=ids)
+
+    def _seed(self: Any) -> int:
+        return self.args.seed if self.args.noise_seed is None else self.args.noise_seed
 
     def _elements(self: Any, num_items_in_batch: Tensor | int | None) -> float | None:
         """Return the number of loss elements of the whole optimizer step, where the stock trainer's count is ours.
@@ -275,7 +309,7 @@ class FlopsTrainerMixin(WholeCheckpoints, ManyProcesses):
         """Add rows used and the averages of the estimator's metrics to the training log."""
         if "loss" in logs:
             logs = {**logs, **self._tuning.found, **self.ledger.summary(), **self._traffic()}
-        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+        super().log(logs, *args, **kwargs)
 
     def floating_point_ops(self: Any, inputs: dict[str, Any]) -> int:
         """Count 2 operations per parameter, token and row: the third of the stock count, times the queries."""
@@ -290,14 +324,23 @@ class FlopsTrainerMixin(WholeCheckpoints, ManyProcesses):
     def _save_optimizer_and_scheduler(self: Any, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
         if self.args.should_save:
-            save_state(output_dir, self._parts(), self._control)
+            save_state(output_dir, *self._parts())
+
+    def save_state(self: Any) -> None:
+        """Save the trainer's state as the stock trainer does, and the method's beside it."""
+        super().save_state()  # type: ignore[misc]
+        if self.args.should_save:
+            save_state(self.args.output_dir, *self._parts())
 
     def _load_optimizer_and_scheduler(self: Any, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
-        load_state(checkpoint, self._parts(), self._control)
+        load_state(checkpoint, *self._parts())
 
-    def _parts(self: Any) -> dict[str, Any]:
-        return {"allocator": self._allocator, "ledger": self.ledger, "tuning": self._tuning, "batch": self._batch()}
+    def _parts(self: Any) -> tuple[dict[str, Any], Any]:
+        """Return what has a state: parts by name, and the control variate."""
+        parts = {"allocator": self._allocator, "ledger": self.ledger, "tuning": self._tuning, "batch": self._batch()}
+        alignment = self._pairs.alignment(self)
+        return (parts, self._control) if alignment is None else ({**parts, "alignment": alignment}, alignment.controls)
 
 
 def _run(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor | None, Any]:

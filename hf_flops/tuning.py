@@ -30,6 +30,7 @@ class Tuning:
     Attributes:
         rows: rows that went through the model to find epsilon out, to be charged to the ledger.
         found: epsilon and its signal-to-noise ratio, by name, for the log.
+        scale: epsilon of the last method that was completed; None before the first.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Tuning:
     ) -> None:
         self.planner = ChunkPlanner(rows, memory)
         self.rows, self.found, self._calibrating = 0, dict[str, float](), scale
+        self.scale: float | None = None
         self._trim, self.queries = trim, queries
         self.idle: dict[str, bool] = {}  # side → whether the loss is the same without its padding, once that is known
 
@@ -79,7 +81,8 @@ class Tuning:
             method.reuse.narrow = may_be_cut(method.reuse, probe, forward, inputs, sides, precision)
         if self._calibrating and not self.found:
             self._calibrate(method, forward, inputs, seed)
-        return replace(method, scale=self.found.get("perturbation_scale", method.scale))
+        self.scale = self.found.get("perturbation_scale", method.scale)
+        return replace(method, scale=self.scale)
 
     def learn(self, result: StepResult, method: Method) -> None:
         """Learn from a finished batch how many queries are worth their rows."""

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Collection, Sequence
+from dataclasses import fields
 from typing import Any
 
 from transformers import HfArgumentParser, TrainingArguments
+
+from hf_flops import FlopsArgumentsMixin
+
+# What --help shows of the stock trainer's arguments, beside the recipe's own and those of forward-only training.
+STOCK = (
+    *("output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size"),
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm"),
+    *("eval_strategy", "save_strategy", "seed", "use_cpu"),
+)
 
 
 def accuracy(prediction: Any) -> dict[str, float]:
@@ -34,9 +45,23 @@ def parse(kinds: Sequence[Any], description: str, methods: Collection[str], argu
     """Read a recipe's arguments, which name methods to `compare`, and its trainer's from the command line or a YAML file."""
     parser = HfArgumentParser(list(kinds), description=description.split("\n")[0])
     arguments = sys.argv[1:] if arguments is None else arguments
+    if {"-h", "--help", "--help_all"} & set(arguments):
+        print_help(parser, kinds[0], everything="--help_all" in arguments)
+        parser.exit()
     if len(arguments) == 1 and arguments[0].endswith((".yaml", ".yml")):
         return parser.parse_yaml_file(arguments[0])
     recipe, args = parser.parse_args_into_dataclasses(arguments)
     if unknown := [method for method in recipe.compare if method not in methods]:
         parser.error(f"--compare {unknown[0]} is unknown: choose among {', '.join(methods)}")
     return recipe, args
+
+
+def print_help(parser: HfArgumentParser, recipe: Any, *, everything: bool) -> None:
+    """Print the arguments that matter here, or everything that the stock trainer takes."""
+    shown = {"help", *STOCK, *(field.name for kind in (recipe, FlopsArgumentsMixin) for field in fields(kind))}
+    for action in parser._actions:
+        if not everything and (action.dest not in shown or action.option_strings[0].startswith("--no_")):
+            action.help = argparse.SUPPRESS
+    parser.usage = "%(prog)s [OPTIONS], or %(prog)s FILE.yaml with options by name"
+    parser.epilog = "Every option of transformers' TrainingArguments works too: --help_all lists them."
+    parser.print_help()

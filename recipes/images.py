@@ -53,8 +53,10 @@ class ImageTask:
         return list(self.train.features["label"].names)
 
 
-def load_images(name: str = "auto", seed: int = 0) -> ImageTask:
+def load_images(name: str = "auto", seed: int = 0, *, every_class: bool = False) -> ImageTask:
     """Load "digits", "fashion_mnist" or a Hub image dataset; `seed` fixes the splits and nothing else.
+
+    The embedded sets' rows of old classes, which the small ViT was pre-trained on, are apart unless `every_class`.
 
     Raises:
         FileNotFoundError: Fashion-MNIST is not installed.
@@ -66,11 +68,11 @@ def load_images(name: str = "auto", seed: int = 0) -> ImageTask:
     if name == "digits":
         images, labels = load_digits(return_X_y=True)
         pixels = (images * (255 / 16)).round().astype(np.uint8).reshape(-1, 8, 8)
-        return _split_by_class(name, (pixels, labels), None, seed)
+        return _split_by_class(name, (pixels, labels), None, seed, every_class)
     if name == "fashion_mnist":
         kinds = ("images-idx3", "labels-idx1")
         train, test = ([_read_idx(folder / f"{part}-{kind}-ubyte.gz") for kind in kinds] for part in ("train", "t10k"))
-        return _split_by_class(name, train, test, seed)
+        return _split_by_class(name, train, test, seed, every_class)
     return _load_hub(name, seed)
 
 
@@ -86,13 +88,15 @@ def _read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=4 + 4 * content[3]).reshape(dimensions)
 
 
-def _split_by_class(name: str, train: Sequence[np.ndarray], test: Sequence[np.ndarray] | None, seed: int) -> ImageTask:
+def _split_by_class(
+    name: str, train: Sequence[np.ndarray], test: Sequence[np.ndarray] | None, seed: int, every_class: bool
+) -> ImageTask:
     """Split off the old classes; a part is its images (N, H, W) uint8 and labels (N,) integer."""
-    old = OLD_CLASSES[name]
+    old = [] if every_class else OLD_CLASSES[name]
     new = sorted({*range(len(CLASS_NAMES[name]))} - {*old})
     held_out = None if test is None else _select_classes(name, *test, new)
     splits = _split(_select_classes(name, *train, new), held_out, seed)
-    return ImageTask(name, *splits, old=_select_classes(name, *train, old))
+    return ImageTask(name, *splits, old=_select_classes(name, *train, old) if old else None)
 
 
 def _select_classes(name: str, images: np.ndarray, labels: np.ndarray, classes: list[int]) -> Dataset:

@@ -190,6 +190,7 @@ def run(method: str, recipe: RecipeArguments, args: RecipeTrainingArguments, tas
     after = trainer.evaluate(data["test"])["eval_accuracy"]
     if args.process_index == 0:
         model.save_pretrained(own.output_dir)
+    trainer.save_state()  # for hf-flops plot
     outcome = Outcome(
         method=method,
         before=before,

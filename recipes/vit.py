@@ -181,6 +181,7 @@ def run(
         seconds = time.perf_counter() - start
     after = trainer.evaluate(data["test"], metric_key_prefix="test")["test_accuracy"]
     trainer.save_model()
+    trainer.save_state()  # for hf-flops plot
     outcome = Outcome(
         method=method,
         learning_rate=rate,
@@ -289,9 +290,9 @@ def load_data(recipe: RecipeArguments, seed: int) -> tuple[str, ImageTask, dict[
     return path, task, parts
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Run the method, and those that it is compared with."""
-    recipe, args = parse()
+    recipe, args = parse(arguments)
     transformers_logging.disable_progress_bar()  # of loading and saving; training keeps its own
     folder = Path(args.output_dir or "outputs/vit")
     folder.mkdir(parents=True, exist_ok=True)

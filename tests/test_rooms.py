@@ -13,15 +13,23 @@ PACKAGE = Path(hf_flops.__file__).parent
 # Each room may import the rooms of lower floors; those of the ground floor may also import each other.
 FLOORS = {
     **dict.fromkeys(["errors", "counters", "_version", "rows", "memory", "padding", "losses", "share", "launch"], 0),
+    "similarity": 0,
     **dict.fromkeys(["objectives", "perturbations", "estimators", "allocators", "metrics", "reuse", "chunks"], 1),
-    **dict.fromkeys(["heads", "control_variates", "regenerate"], 2),
+    "replayable": 1,
+    **dict.fromkeys(["heads", "control_variates", "regenerate", "contrastive"], 2),
     "exchange": 3,
     "method": 4,
     **dict.fromkeys(["clean", "queries"], 5),
     **dict.fromkeys(["step", "selfcheck", "independence", "last_logits", "prefix_cache", "trimming"], 6),
     **dict.fromkeys(["args", "calibration", "ledger", "plots", "precision", "texts", "setup", "state", "auto_queries"], 7),
+    **dict.fromkeys(["towers", "image_text", "visual_prompts"], 7),
     **dict.fromkeys(["blackbox", "budget", "checks", "packing", "rewards", "tuning", "processes", "checkpoints"], 8),
-    **dict.fromkeys(["suffix", "trainer"], 9),
+    **dict.fromkeys(["costs", "progress", "run_plots", "settings", "trajectory"], 8),
+    **dict.fromkeys(["pictures", "suffix", "alignment"], 9),
+    **dict.fromkeys(["cards", "watching", "pair_steps"], 10),
+    "trainer": 11,
+    "commands": 12,
+    "cli": 13,
 }
 ENGINE = {room for room, floor in FLOORS.items() if floor <= 6}
 HUGGING_FACE = {"transformers", "peft", "accelerate", "datasets", "evaluate"}

@@ -41,7 +41,7 @@ class ParameterVector:
     def views(self, flat: Tensor) -> list[Tensor]:
         """Split the last dimension of (..., d) into one (..., *shape) view per parameter."""
         return [
-            flat[..., piece].view(*flat.shape[:-1], *parameter.shape)
+            flat[..., piece].view((*flat.shape[:-1], *parameter.shape))
             for piece, parameter in zip(self.slices, self.parameters, strict=True)
         ]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .base import ParameterVector
 from .noise import ALL, NoiseKeys, RowNoise, blocks, bytes_per_row, draw
-from .rules import FACTORED, Noise, RowMismatch
+from .rules import FACTORED, Noise, RowMismatch, linear, moved_linear
 from .sites import Site, find_sites
 
 
@@ -95,6 +95,39 @@ def _patch(site: Site, noise: RowNoise, scale: float, fired: Callable[[], None])
     return restore
 
 
+def _fits(site: Site, noise: RowNoise) -> bool:
+    """Return whether a site is a plain linear layer whose weight every row can have a moved copy of."""
+    module = site.module
+    plain = site.rule is linear and type(module).forward is nn.Linear.forward and "forward" not in module.__dict__
+    return plain and "weight" in site.tensors and not noise.is_rank_one(site.tensors["weight"])
+
+
+def _replace(site: Site, noise: RowNoise, scale: float, fired: Callable[[], None]) -> Callable[[], None]:
+    """Let a linear layer compute with each row's own weights at once, and return what undoes it.
+
+    One batched product instead of the layer's own and another for the noise: about what the layer costs without noise.
+    """
+    module: Any = site.module
+    rows, original, pieces = len(noise), module.forward, list(blocks(len(noise), _width(site, noise)))
+
+    def forward(x: Tensor) -> Tensor:
+        fired()
+        if x.dtype != module.weight.dtype or torch.is_autocast_enabled(x.device.type):
+            parts = zip(_split(x, rows, pieces), _split(original(x), rows, pieces), pieces, strict=True)
+            return torch.cat([linear(module, a, b, _own(site, noise, piece, b.device), scale) for a, b, piece in parts])
+        results: list[Tensor] = []
+        for own, piece in zip(_split(x, rows, pieces), pieces, strict=True):
+            results.append(moved_linear(module, own, _own(site, noise, piece, x.device), scale))
+        return results[0] if len(results) == 1 else torch.cat(results)
+
+    module.forward = forward
+
+    def restore() -> None:
+        del module.forward
+
+    return restore
+
+
 class RowwiseNoise:
     """Every row of a forward pass has noise of its own: see `Perturbation`.
 
@@ -134,7 +167,7 @@ class RowwiseNoise:
         removers: list[Callable[[], None]] = []
         try:
             for site in self.sites:
-                install = _patch if site.method else _watch
+                install = _patch if site.method else _replace if _fits(site, noise) else _watch
                 removers.append(install(site, noise, scale, partial(ran.update, site.tensors.values())))
             yield
         finally:

@@ -63,6 +63,21 @@ def linear(module: nn.Linear, x: Tensor, out: Tensor, noise: Noise, scale: float
     return _product(x, out, noise, False, scale)
 
 
+def moved_linear(module: nn.Linear, x: Tensor, noise: Noise, scale: float) -> Tensor:
+    """Return what `nn.Linear` makes of x (R * m, .., in) where every row has weights of its own: (R * m, .., out)."""
+    rows = by_row(x, noise, x.shape[-1])
+    weight = torch.add(module.weight, noise["weight"].to(module.weight.dtype), alpha=scale)
+    if weight.shape[1] < weight.shape[2]:  # batched products are faster where the long side of the weight is read along
+        out = torch.bmm(weight, rows.transpose(1, 2)).transpose(1, 2)
+    else:
+        out = torch.bmm(rows, weight.transpose(1, 2))
+    if module.bias is not None:
+        out = out + module.bias
+    if "bias" in noise:
+        out = out.add_(noise["bias"].unsqueeze(1).to(out.dtype), alpha=scale)
+    return out.reshape(*x.shape[:-1], out.shape[-1])
+
+
 def conv1d_gpt2(module: nn.Module, x: Tensor, out: Tensor, noise: Noise, scale: float) -> Tensor:
     """The `Conv1D` of GPT-2, a linear layer with its weight transposed: weight (in, out)."""
     return _product(x, out, noise, True, scale)

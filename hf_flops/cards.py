@@ -1,0 +1,95 @@
+"""The model card: how an adapter was trained, what that cost, and how to repeat and cite it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+
+from .costs import RunCosts
+from .pictures import PICTURES
+from .settings import as_code
+
+TAGS = ("hf-flops", "forward-only", "zeroth-order")
+CITATION = """@inproceedings{ren2025flops,
+  title = {{FLOPS}: Forward Learning with {OPtimal} Sampling},
+  author = {Ren, Tao and Zhang, Zishi and Jiang, Jinyang and Li, Guanghao and Zhang, Zeliang and Feng, Mingqian and
+            Peng, Yijie},
+  booktitle = {International Conference on Learning Representations},
+  year = {2025},
+  eprint = {2410.05966},
+  archivePrefix = {arXiv},
+}"""
+
+
+class ModelCards:
+    """Makes `create_model_card`, and so `push_to_hub`, tell of forward-only training; put in front of a trainer class."""
+
+    costs: RunCosts
+
+    def create_model_card(self: Any, *positional: Any, **options: Any) -> None:
+        """Write the stock card, with our tags beside those of the model, the adapter and the caller, and our sections."""
+        super().create_model_card(*positional, **options)  # type: ignore[misc]
+        path = Path(self.args.output_dir, "README.md")
+        if not self.is_world_process_zero() or not path.is_file():
+            return
+        card, tags = ModelCard.load(path), options.get("tags") or []
+        own = [tags] if isinstance(tags, str) else tags
+        stock = ["generated_from_trainer"]
+        card.data.tags = sorted(
+            {*(card.data.tags or []), *own, *stock, *(getattr(self.model, "model_tags", None) or []), *TAGS}
+        )
+        if not card.data.get("base_model"):  # an empty name, of a model made from its configuration, is refused by the Hub
+            card.data.pop("base_model", None)
+        card.text = (
+            "\n\n".join([card.text.rstrip(), *sections(self.args, self.costs.so_far(), pictures(path.parent))]) + "\n"
+        )
+        card.save(path)
+
+
+def pictures(folder: Path) -> list[tuple[str, str]]:
+    """Return (file, caption) of the pictures that lie in an output folder."""
+    return [(name, caption) for name, caption in PICTURES.items() if (folder / name).is_file()]
+
+
+def sections(args: Any, costs: Mapping[str, float], drawn: Iterable[tuple[str, str]]) -> list[str]:
+    """Return the parts of a card that forward-only training adds.
+
+    Args:
+        args: the arguments of the run.
+        costs: see `RunCosts.so_far`.
+        drawn: (file, caption) of pictures beside the card.
+    """
+    parts = [
+        "## Forward-only training",
+        "This adapter was trained by `hf_flops` with forward passes only: its gradient was estimated from perturbed rows, "
+        "without backpropagation ([FLOPS](https://arxiv.org/abs/2410.05966)).",
+    ]
+    if costs["rows"]:
+        parts += ["### What it cost", cost_table(costs)]
+    if shown := [f"![{caption}]({name})" for name, caption in drawn]:
+        parts += ["### Pictures", *shown]
+    return [
+        *parts,
+        "### Settings",
+        "The arguments that differ from their defaults:",
+        f"```python\n{as_code(args)}\n```",
+        "## Citation",
+        f"```bibtex\n{CITATION}\n```",
+    ]
+
+
+def cost_table(costs: Mapping[str, float]) -> str:
+    """Return what a run cost as a table in Markdown; see `RunCosts.so_far`."""
+    rows = f"{costs['rows']:,}"
+    if costs["check_rows"]:
+        rows += f" ({costs['check_rows']:,} of them to check the first batch)"
+    lines = {"rows through the model": rows, "tokens, padding included": f"{costs['tokens']:,}"}
+    if not costs["tokens"]:
+        del lines["tokens, padding included"]
+    lines["seconds"] = f"{costs['seconds']:,.1f}"
+    if "peak_memory" in costs:
+        lines["peak memory of the process"] = f"{costs['peak_memory'] / 2**20:,.0f} MB"
+    return "\n".join(["| | |", "| --- | ---: |", *(f"| {name} | {value} |" for name, value in lines.items())])

@@ -1,0 +1,53 @@
+"""The command `hf-flops`: a table of subcommands, each of which is imported only when it is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from importlib import import_module
+
+from ._version import __version__
+from .errors import FlopsError
+
+# name: (module with `main(arguments) -> exit code`, what it does)
+COMMANDS: dict[str, tuple[str, str]] = {
+    "vit": ("vit", "adapt a vision transformer to new classes with forward passes only"),
+    "prompt": ("prompt", "tune a prompt of a language model with forward passes only"),
+    "align": ("align", "align images with texts, or classify images by sentences, with forward passes only"),
+    "compare": ("compare", "presets side by side on one task at the same rows"),
+    "plot": ("plot", "pictures of a run: learning curve, where the queries went, signal to noise"),
+    "replay": ("replay", "rebuild an adapter from its trajectory log, or verify a checkpoint against it"),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return what reads the name of the subcommand; the subcommand reads the rest."""
+    width = max(map(len, COMMANDS)) + 2
+    table = "\n".join(f"  {name:<{width}}{what}" for name, (_, what) in COMMANDS.items())
+    own = argparse.ArgumentParser(
+        prog="hf-flops",
+        description="Fine-tune PEFT adapters with forward passes only.",
+        epilog=f"commands:\n{table}\n\n`hf-flops COMMAND --help` tells more of each.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    own.add_argument("--version", action="version", version=__version__)
+    own.add_argument("command", choices=list(COMMANDS), metavar="COMMAND", help="what to do")
+    own.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="its arguments")
+    return own
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a subcommand; returns the exit code: 0 for success, 1 for an error that the message explains."""
+    given = parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    command = import_module(f".commands.{COMMANDS[given.command][0]}", __package__)
+    try:
+        return command.main(given.arguments)
+    except FlopsError as error:
+        print(f"hf-flops {given.command}: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

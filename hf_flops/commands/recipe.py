@@ -1,0 +1,37 @@
+"""Finds the recipes: beside the package in a checkout, inside it where it was installed."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigurationError
+
+PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def recipe(name: str) -> Any:
+    """Return the module of a recipe.
+
+    Raises:
+        ConfigurationError: it was not installed.
+    """
+    places = [folder for folder in (PACKAGE / "bundled", PACKAGE.parent) if (folder / "recipes" / f"{name}.py").is_file()]
+    if not places:
+        raise ConfigurationError(f"The recipe {name} is not installed: install hf_flops anew, or run it from a checkout.")
+    if str(places[0]) not in sys.path:
+        sys.path.insert(0, str(places[0]))
+    return import_module(f"recipes.{name}")
+
+
+def run(name: str, command: str, arguments: list[str] | None) -> int:
+    """Run a recipe as a subcommand; returns the exit code."""
+    arguments = sys.argv[2:] if arguments is None else arguments
+    before, sys.argv = sys.argv, [f"hf-flops {command}", *arguments]  # the recipe's help names what was called
+    try:
+        recipe(name).main(arguments)
+    finally:
+        sys.argv = before
+    return 0

@@ -1,0 +1,143 @@
+"""The panels of a run's pictures: its learning curve, where the queries went, how clear the estimates were."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .plots import COLOURS, draw_queries
+
+Windows = Sequence[tuple[int, Mapping[int, Sequence[int]]]]  # rows so far, class → (samples, their queries)
+
+
+def draw_seeds(axes: Any, curves: Sequence[Sequence[tuple[float, float]]], xlabel: str, measure: str) -> None:
+    """Draw a learning curve: of one run, or the mean of runs that differ in their seed, with their standard deviation.
+
+    Args:
+        axes: where to draw.
+        curves: (place, value) pairs of each run.
+        xlabel: what the place is.
+        measure: what the value is.
+    """
+    runs = [np.array(curve, dtype=float).T for curve in curves]
+    if len(runs) == 1:
+        axes.plot(*runs[0], ".-", color=COLOURS["flops"], markersize=5, linewidth=1.4)
+    else:  # where all runs have been
+        grid = np.linspace(max(x[0] for x, _ in runs), min(x[-1] for x, _ in runs), 100)
+        values = np.array([np.interp(grid, x, y) for x, y in runs])
+        mean, spread = values.mean(0), values.std(0, ddof=1)
+        axes.plot(grid, mean, color=COLOURS["flops"], linewidth=1.6, label=f"mean of {len(runs)} seeds")
+        band = {"color": COLOURS["flops"], "alpha": 0.2, "linewidth": 0}
+        axes.fill_between(grid, mean - spread, mean + spread, label="± standard deviation", **band)
+        axes.legend(frameon=False)
+    if "accuracy" in measure:
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
+    axes.set(xlabel=xlabel, ylabel=measure)
+
+
+def draw_classes(axes: Any, windows: Windows) -> None:
+    """Draw the queries per sample of each class, over the whole run.
+
+    Args:
+        axes: where to draw.
+        windows: (rows so far, {class: (samples, their queries)}) of each stretch of the run.
+    """
+    labels, grid = _per_class(windows)
+    samples, queries = grid.sum(0).T
+    axes.bar(range(len(labels)), queries / samples, color=COLOURS["flops"], alpha=0.6)
+    axes.axhline(queries.sum() / samples.sum(), color="#52525b", linestyle="--", linewidth=1)
+    _class_ticks(axes.xaxis, labels)
+    axes.set(xlabel="class", ylabel="queries per sample", title="Queries of each class (dashed: all)")
+
+
+def draw_classes_over_time(axes: Any, windows: Windows) -> None:
+    """Draw how many queries a sample of each class got in each stretch of the run; see `draw_classes`."""
+    labels, grid = _per_class(windows)
+    edges = [0, *(rows for rows, _ in windows)]
+    with np.errstate(invalid="ignore"):
+        values = (grid[..., 1] / grid[..., 0]).T  # NaN, which stays white, where a class was not drawn
+    mesh = axes.pcolormesh(edges, np.arange(len(labels) + 1) - 0.5, values, cmap="YlOrBr")
+    axes.figure.colorbar(mesh, ax=axes, label="queries per sample")
+    _class_ticks(axes.yaxis, labels)
+    axes.set(xlabel="rows through the model", ylabel="class", title="Queries of each class over time (white: none drawn)")
+
+
+def _per_class(windows: Windows) -> tuple[list[int], np.ndarray]:
+    """Return the classes, and (windows, classes, 2): samples and their queries."""
+    labels = sorted({label for _, classes in windows for label in classes})
+    return labels, np.array([[classes.get(label, (0, 0)) for label in labels] for _, classes in windows], dtype=float)
+
+
+def _class_ticks(axis: Any, labels: Sequence[int]) -> None:
+    step = -(-len(labels) // 12)
+    axis.set_ticks(range(0, len(labels), step), [str(label) for label in labels[::step]])
+
+
+def _panels(count: int) -> tuple[Any, Any]:
+    """Return a figure and `count` axes beside each other, without a word to pyplot, whose backend is the user's."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Pictures need matplotlib: pip install 'hf_flops[plots]'.") from error
+    figure = Figure(figsize=(5.5 * count, 4.0), layout="constrained")
+    return figure, np.atleast_1d(figure.subplots(1, count))
+
+
+def save_learning_curve(path: str | Path, curves: Sequence[Sequence[tuple[float, float, float]]], measure: str) -> None:
+    """Save a learning curve against rows and against seconds.
+
+    Args:
+        path: where to; the ending decides the format.
+        curves: (rows, seconds, value) triples of each run; several differ in their seed.
+        measure: what the value is.
+    """
+    figure, (left, right) = _panels(2)
+    draw_seeds(left, [[(rows, value) for rows, _, value in curve] for curve in curves], "rows through the model", measure)
+    draw_seeds(right, [[(seconds, value) for _, seconds, value in curve] for curve in curves], "seconds", measure)
+    figure.savefig(path, dpi=120)
+
+
+def save_queries(path: str | Path, samples: Sequence[float], windows: Windows) -> None:
+    """Save where the queries went: to which samples, to which classes, and when.
+
+    Args:
+        path: where to; the ending decides the format.
+        samples: queries per step of each sample; left out where empty.
+        windows: see `draw_classes`; left out where empty.
+    """
+    figure, panels = _panels(bool(samples) + 2 * bool(windows))
+    if samples:
+        draw_queries(panels[0], samples, float(np.mean(samples)))
+    if windows:
+        draw_classes(panels[-2], windows)
+        draw_classes_over_time(panels[-1], windows)
+    figure.savefig(path, dpi=120)
+
+
+def draw_signal(axes: Any, signal: Sequence[tuple[float, float]]) -> None:
+    """Draw the signal to noise of the estimates, (rows, ratio) pairs, and their mean over a fifth of the run.
+
+    Single entries are noisy, and 0 where the estimate of the signal came out negative.
+    """
+    rows, ratios = np.array(signal, dtype=float).T
+    width = max(1, len(rows) // 10)
+    sums = np.convolve(ratios, np.ones(2 * width + 1))[width:-width]
+    means = sums / np.convolve(np.ones(len(rows)), np.ones(2 * width + 1))[width:-width]
+    axes.plot(rows, ratios, ".", color=COLOURS["flops"], alpha=0.35, markersize=5)
+    axes.plot(rows, means, color=COLOURS["flops"], linewidth=1.6)
+    axes.set(xlabel="rows through the model", ylabel="signal / variance of an estimate", title="Signal to noise")
+    axes.set_ylim(bottom=0)
+
+
+def save_signal(path: str | Path, signal: Sequence[tuple[float, float]], gain: Sequence[tuple[float, float]]) -> None:
+    """Save how clear the estimates were over time, and what the allocation gained; (rows, value) pairs each."""
+    figure, (left, right) = _panels(2)
+    draw_signal(left, signal)
+    rows, values = np.array(gain, dtype=float).reshape(-1, 2).T
+    right.plot(rows, values, ".-", color=COLOURS["flops"], markersize=4, linewidth=1.2)
+    right.axhline(1.0, color="#52525b", linestyle="--", linewidth=1)
+    right.set(xlabel="rows through the model", ylabel="variance of equal counts / ours", title="What the allocation gained")
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,104 @@
+"""Losses of the similarities of images and texts: their elements, derivatives, and what a change of one column does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Terms(Protocol):
+    """A loss of the similarities (C, B) of C texts and B images, as a sum over their elements."""
+
+    @property
+    def T(self) -> Terms:
+        """Return the same loss of the transposed similarities."""
+        ...
+
+    def elements(self, logits: Tensor) -> Tensor:
+        """Return (C, B) what each pair contributes to the loss."""
+        ...
+
+    def slopes(self, logits: Tensor) -> Tensor:
+        """Return (C, B) the derivative of the loss."""
+        ...
+
+    def changes(self, logits: Tensor, columns: Tensor, shifts: Tensor) -> Tensor:
+        """Return (R,) how the loss changes where a column changes: columns (R,) int64, shifts (R, C)."""
+        ...
+
+
+@dataclass(frozen=True)
+class SoftmaxTerms:
+    """Cross-entropy of each text over the images, and of each image over the texts, with weighted targets.
+
+    A text with weights w over its images contributes `sum_i w_i (logsumexp of its row - similarity to i)`.
+
+    Attributes:
+        by_text: (C, B) weights of the pairs in the texts' cross-entropies.
+        by_image: (C, B) weights of the pairs in the images' cross-entropies.
+
+    References:
+        Radford et al. (2021), CLIP, arXiv 2103.00020, figure 3.
+    """
+
+    by_text: Tensor
+    by_image: Tensor
+
+    @property
+    def T(self) -> SoftmaxTerms:
+        """See `Terms`."""
+        return SoftmaxTerms(self.by_image.T, self.by_text.T)
+
+    def elements(self, logits: Tensor) -> Tensor:
+        """See `Terms`."""
+        return -self.by_text * logits.log_softmax(1) - self.by_image * logits.log_softmax(0)
+
+    def slopes(self, logits: Tensor) -> Tensor:
+        """See `Terms`."""
+        wanted = self.by_text + self.by_image
+        return self.by_text.sum(1, keepdim=True) * logits.softmax(1) + self.by_image.sum(0) * logits.softmax(0) - wanted
+
+    def changes(self, logits: Tensor, columns: Tensor, shifts: Tensor) -> Tensor:
+        """See `Terms`: a row's logsumexp changes by `log1p(p expm1(shift))`, which keeps the digits of small shifts."""
+        factors = shifts.expm1()
+        rows = self.by_text.sum(1) * (logits.softmax(1)[:, columns].T * factors).log1p()  # (R, C)
+        own = self.by_image.sum(0)[columns] * (logits.softmax(0)[:, columns].T * factors).sum(1).log1p()
+        wanted = (self.by_text + self.by_image)[:, columns].T
+        return rows.sum(1) + own - (wanted * shifts).sum(1)
+
+
+@dataclass(frozen=True)
+class SigmoidTerms:
+    """Every pair on its own: does this text belong to this image or not?
+
+    Attributes:
+        signs: (C, B) +1 for pairs, -1 for others.
+        weight: of each element in the loss.
+
+    References:
+        Zhai et al. (2023), SigLIP, arXiv 2303.15343, section 3.2.
+    """
+
+    signs: Tensor
+    weight: float
+
+    @property
+    def T(self) -> SigmoidTerms:
+        """See `Terms`."""
+        return SigmoidTerms(self.signs.T, self.weight)
+
+    def elements(self, logits: Tensor) -> Tensor:
+        """See `Terms`."""
+        return self.weight * F.softplus(-self.signs * logits)
+
+    def slopes(self, logits: Tensor) -> Tensor:
+        """See `Terms`."""
+        return -self.weight * self.signs * (-self.signs * logits).sigmoid()
+
+    def changes(self, logits: Tensor, columns: Tensor, shifts: Tensor) -> Tensor:
+        """See `Terms`: `softplus(x + s) - softplus(x) = log1p(sigmoid(x) expm1(s))`."""
+        signs, before = self.signs[:, columns].T, logits[:, columns].T
+        return self.weight * ((-signs * before).sigmoid() * (-signs * shifts).expm1()).log1p().sum(1)

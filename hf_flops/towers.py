@@ -1,0 +1,209 @@
+"""One step of a contrastive loss: each tower's noisy rows on their own, what the clean forward tells exactly beside them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .contrastive import SIDES, ContrastiveBatch
+from .control_variates import control_variate
+from .errors import ConfigurationError
+from .heads import ClosedFormHead
+from .losses import widen
+from .method import Method, StepResult
+from .objectives import Forward, RowLosses
+from .rows import ROW, Place, batch_size
+from .step import Step
+
+_TEXTS = 2**40  # texts have noise of their own, also where a tensor is in both towers: no image has this position
+_KEPT = 0.95  # of what past steps told about the towers' shares
+
+
+class TowerProbe:
+    """A number per row that depends smoothly on all of its embedding: what the checks of the first batch look at."""
+
+    per_row = True
+
+    def __call__(self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False) -> RowLosses:
+        """See `Objective`."""
+        del features
+        values = widen(forward(inputs)[1])
+        sums = values @ torch.arange(values.shape[1], device=values.device).to(values).cos()
+        return RowLosses(sums, torch.ones_like(sums))
+
+
+class TowerLoss:
+    """The loss of a batch with one embedding of a tower replaced: see `Objective`.
+
+    Until `batch` is known, as in the clean forward, it finds embeddings only.
+
+    Args:
+        side: whose embeddings, of "image" or "text".
+    """
+
+    per_row = logits = needs_clean = True
+
+    def __init__(self, side: str) -> None:
+        self.side, self.probe = side, TowerProbe()
+        self.batch: ContrastiveBatch | None = None
+
+    def __call__(self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False) -> RowLosses:
+        """See `Objective`; `inputs` number their rows."""
+        del features
+        _, embeddings = forward(inputs)
+        if self.batch is None:
+            sums = torch.zeros(len(embeddings), dtype=torch.float64)
+            return RowLosses(sums, torch.ones_like(sums), logits=widen(embeddings))
+        return self.batch.replaced(self.side, inputs[ROW], embeddings)
+
+
+@dataclass
+class Tower:
+    """One of the two encoders.
+
+    Attributes:
+        loss: what is minimised, one of its embeddings at a time.
+        forward: maps its inputs to (None, embeddings (R, D)).
+        method: how its gradient is estimated; None where no noise enters it.
+        head: what projects its embeddings, where that is trained and has its exact gradient.
+    """
+
+    loss: TowerLoss
+    forward: Forward
+    method: Method | None = None
+    head: ClosedFormHead | None = None
+
+    def embeddings(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """Run the batch once; returns its embeddings (U, D), and what the head was given."""
+        if self.head is None:
+            return self.forward(inputs)[1], None
+        with self.head.watched() as seen:
+            embeddings = self.forward(inputs)[1]
+        return embeddings, seen[0]
+
+
+def numbered(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Number the rows of a tower's inputs."""
+    return {**inputs, ROW: torch.arange(batch_size(inputs))}
+
+
+def estimate_alignment(
+    towers: Mapping[str, Tower],
+    inputs: Mapping[str, Mapping[str, Any]],
+    contrast: Callable[[Tensor, Tensor], ContrastiveBatch],
+    place: Place,
+    batches: int = 1,
+) -> tuple[dict[str, StepResult], ContrastiveBatch]:
+    """Add an estimate of a contrastive loss's gradient to `.grad`; return what noisy towers found, and the loss.
+
+    With u_i all embeddings, `dL = sum_i dL/du_i du_i`: an embedding's queries, the batch's others as they are, estimate its
+    part, and the sum is unbiased for any counts that are fixed before the noise. A tower without noise runs once.
+
+    Args:
+        towers: by side.
+        inputs: of each tower, its rows numbered.
+        contrast: maps embeddings of texts (C, D) and images (B, D) to the loss of the batch.
+        place: where the batch lies in the run.
+        batches: over how many batches the optimizer step averages.
+    """
+    with torch.no_grad(), ExitStack() as stack:
+        steps: dict[str, Step] = {}
+        found: dict[str, tuple[Tensor, Tensor | None]] = {}
+        for side, tower in towers.items():
+            if tower.method is None:
+                found[side] = tower.embeddings(inputs[side])
+                continue
+            stack.enter_context(tower.method.reuse.installed())
+            own = place if side == "image" else replace(place, position=place.position + _TEXTS)
+            steps[side] = step = Step(tower.forward, inputs[side], tower.method, own)
+            assert step.clean is not None
+            found[side] = step.clean.logits, None  # type: ignore[assignment]
+        batch = contrast(found["text"][0], found["image"][0])
+        results = {}
+        for side, tower in towers.items():
+            clean, given = batch.clean(side), found[side][1]
+            if side in steps:
+                stack.callback(setattr, tower.loss, "batch", None)
+                tower.loss.batch = batch
+                steps[side].told(clean)
+                results[side] = steps[side].run(None, batches)
+            elif tower.head is not None and given is not None:
+                tower.head.vector.add_to_gradients(tower.head.gradient(given, clean) / (len(clean.sums) * batches))
+    return results, batch
+
+
+class TowerShares:
+    """Shares a step's rows out among the towers.
+
+    The variance is `sum over towers of d sum_i ||g_i||^2 / n_i`, g_i the gradient through one embedding and d the tower's
+    number of noisy parameters. It is least for rows in proportion to `sqrt(d) sum_i ||g_i||`, which past deltas tell.
+
+    Attributes:
+        weights: that number by side, for towers that had a step.
+    """
+
+    def __init__(self) -> None:
+        self.weights: dict[str, float] = {}
+
+    def learn(self, towers: Mapping[str, Tower], results: Mapping[str, StepResult]) -> None:
+        """Learn from a finished batch."""
+        for side, found in results.items():
+            method = towers[side].method
+            assert method is not None
+            # deltas are those of U times the loss
+            weight = math.sqrt(method.perturbation.vector.size) * float(found.mean_squares.nan_to_num(0.0).sqrt().mean())
+            self.weights[side] = _KEPT * self.weights.get(side, weight) + (1 - _KEPT) * weight
+
+    def share(self, towers: Mapping[str, Tower], sizes: Mapping[str, int], queries: int) -> dict[str, int]:
+        """Return the rows per embedding of each noisy tower, beside the clean ones.
+
+        Args:
+            towers: by side.
+            sizes: how many embeddings each has.
+            queries: rows per image, all included.
+
+        Raises:
+            ConfigurationError: not every embedding can have a query.
+        """
+        noisy = {side: tower.method for side, tower in towers.items() if tower.method is not None}
+        least = {side: len(method.estimator.signs) for side, method in noisy.items()}
+        clean, needed = sum(sizes.values()), {side: count * sizes[side] for side, count in least.items()}
+        rows = queries * sizes["image"] - clean
+        if rows < sum(needed.values()):
+            enough = -(-(clean + sum(needed.values())) // sizes["image"])
+            raise ConfigurationError(
+                f"queries_per_sample={queries} is too few for {sizes['image']} images and {sizes['text']} texts: a clean "
+                f"row each, and {max(least.values())} more where noise enters its tower: use {enough} or more."
+            )
+        weights = self.weights if sum(self.weights.get(side, 0.0) for side in noisy) > 0 else {}
+        weights = weights if noisy.keys() <= weights.keys() else dict.fromkeys(noisy, 1.0)
+        total, shares = sum(weights[side] for side in noisy), {}
+        for side in [side for side in SIDES if side in noisy]:
+            others = sum(needed.values()) - needed[side]
+            wanted = min(max(rows * weights[side] / total, needed[side]), rows - others)
+            shares[side] = int(wanted) // sizes[side]
+        return shares
+
+
+class Controls:
+    """The control variate of each tower, as one for checkpoints."""
+
+    def __init__(self, name: str) -> None:
+        self.parts = {side: control_variate(name) for side in SIDES}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what a resume needs."""
+        found = ((side, part.state_dict()) for side, part in self.parts.items() if part is not None)
+        return {f"{side}.{name}": tensor for side, state in found for name, tensor in state.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take up a state from `state_dict`."""
+        for side, part in self.parts.items():
+            if part is not None:
+                part.load_state_dict({n.partition(".")[2]: t for n, t in state.items() if n.startswith(f"{side}.")})

@@ -1,0 +1,46 @@
+"""Is a base model the one that a logged run was trained on?"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import TrajectoryError
+from .start import digests
+
+
+def check_base(says: Mapping[str, Any], base: str | Path) -> int:
+    """Load a base model and compare its tensors with those of the run; returns how many were compared.
+
+    Args:
+        says: the log's first record.
+        base: a folder or an id of the Hub.
+
+    Raises:
+        TrajectoryError: it is another model, or not one of transformers.
+    """
+    import transformers
+
+    wanted = says["base"]
+    kind = getattr(transformers, wanted["class"], None)
+    if kind is None:
+        raise TrajectoryError(f"The run's base is a {wanted['class']}, which transformers cannot load: leave --base out.")
+    verbosity, _ = transformers.logging.get_verbosity(), transformers.logging.set_verbosity_error()
+    try:  # a head may have another size there: it is not of the base if it was trained
+        model = kind.from_pretrained(str(base), dtype=wanted["dtype"], ignore_mismatched_sizes=True)
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    here = digests(model)
+    known = set(here.values())
+    other = [name for name, digest in wanted["digests"].items() if digest not in known]
+    if other:
+        raise TrajectoryError(
+            f"{base} is not the base of the run ({wanted['name'] or wanted['class']}): {len(other)} of "
+            f"{len(wanted['digests'])} tensors differ, {other[0]} among them."
+        )
+    logging.getLogger(__name__).info("The base is the one of the run: %d tensors are the same.", len(wanted["digests"]))
+    return len(wanted["digests"])

@@ -1,0 +1,116 @@
+"""Writes the trajectory log while a run trains."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from ..errors import ConfigurationError
+from ..regenerate import Trace
+from . import LOG_FILE, optimizers, rules, start
+from .framing import Appender, Record, read
+from .records import StepRecord, changes, fingerprint, pack, unpack
+
+logger = logging.getLogger(__name__)
+
+
+class TrajectoryRecorder(TrainerCallback):
+    """Records every optimizer step of a run in its output folder; see docs/trajectory.md."""
+
+    def __init__(self) -> None:
+        self._file: Appender | None = None
+        self._own: dict[str, Any] = {}
+        self._traces: list[Trace] = []
+        self._seed, self._perturbation = 0, None
+        self._rules: list[list[Any]] | None = None
+        self._said: list[list[Any]] | None = None  # the rules that the log knows of
+        self._groups: list[dict[str, Any]] = []
+        self._now: list[dict[str, Any]] = []
+
+    def batch(self, trace: Trace | None, seed: int, perturbation: Any) -> None:
+        """Take down what a batch adds to the gradient of the coming step."""
+        if perturbation is not self._perturbation:
+            self._rules, self._perturbation = rules.describe(perturbation), perturbation
+        self._seed = seed
+        if trace is not None:
+            self._traces.append(trace)
+
+    def discard(self) -> None:
+        """Forget the batches of a step that is not taken."""
+        self._traces = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin the log, or go on with it after the step of the checkpoint."""
+        model, path = kwargs["model"], Path(args.output_dir, LOG_FILE)
+        self.__init__()  # type: ignore[misc]
+        self._own = start.trainable(model)
+        session = {
+            "optimizer": optimizers.describe(kwargs["optimizer"], {id(p): name for name, p in self._own.items()}),
+            "max_grad_norm": args.max_grad_norm,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "device": next(iter(self._own.values())).device.type,
+        }
+        if state.global_step == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = Appender(path)
+            self._file.append(0, pack("start", *start.describe(model)))
+        else:
+            self._file = Appender(path, self._last(path, state.global_step))
+        self._file.append(state.global_step, pack("session", session, {}))
+
+    def _last(self, path: Path, step: int) -> Record:
+        """Return the record of the step that a checkpoint was saved after, and check that it led there."""
+        last = None
+        for record in read(path) if path.is_file() else ():
+            if record.step > step:
+                break
+            last = record
+        if last is None or last.step < step:
+            reached = f"ends after step {last.step}" if last is not None else "is not there"
+            raise ConfigurationError(
+                f"trajectory_log cannot go on after step {step}, because {path} {reached}: put the log of the interrupted "
+                "run there, or resume without trajectory_log."
+            )
+        kind, says, tensors = unpack(last.payload)
+        prints = [fingerprint(parameter) for parameter in self._own.values()]
+        if kind == "step" and StepRecord.unpack(says, tensors).fingerprints != prints:
+            raise ConfigurationError(
+                f"trajectory_log cannot go on after step {step}, because the checkpoint is not what {path} led to: see "
+                "hf-flops replay --verify."
+            )
+        logger.info("The trajectory log goes on after step %d.", step)
+        return last
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take down the optimizer's arguments, as the scheduler left them."""
+        self._now = optimizers.arguments(kwargs["optimizer"])
+        if all(parameter.grad is None for parameter in self._own.values()):
+            self.discard()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the step's record."""
+        if self._file is None:
+            return
+        prints = [fingerprint(parameter) for parameter in self._own.values()]
+        told = None if self._rules == self._said else self._rules
+        grouped = bool(getattr(self._perturbation, "grouped", False))
+        groups = changes(self._groups, self._now)
+        record = StepRecord(self._seed, state.global_step, self._traces, told, groups, prints, grouped)
+        self._file.append(state.global_step + 1, record.pack())
+        self._traces, self._said, self._groups = [], self._rules, self._now
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """See to it that the log is on the disk before a checkpoint is."""
+        if self._file is not None and (control.should_save or control.should_training_stop):
+            self._file.sync()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the log."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None

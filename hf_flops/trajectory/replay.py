@@ -1,0 +1,182 @@
+"""Rebuilds an adapter from the log of its run, bit for bit: no data, no model, no forward pass."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..errors import TrajectoryError
+from ..perturbations import Perturbation
+from ..regenerate import regenerate
+from . import LOG_FILE, optimizers, rules
+from .framing import read
+from .records import StepRecord, fingerprint, unpack
+
+TRAINABLE_FILE = "trainable.safetensors"
+
+
+class Replay:
+    """The adapter of a run on its way from the first step on.
+
+    Args:
+        path: the log, or the output folder that holds it.
+
+    Attributes:
+        says: what the log's first record says of the run.
+        parameters: the trainable tensors by name, as they are after `step`.
+        step: optimizer steps done.
+
+    Raises:
+        TrajectoryError: there is no such log, or it is damaged.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        path = Path(path, LOG_FILE) if Path(path).is_dir() else Path(path)
+        if not path.is_file():
+            raise TrajectoryError(f"There is no trajectory log at {path}: train with trajectory_log=True to write one.")
+        self.path, self.step = path, 0
+        self._records = read(path)
+        first = next(self._records, None)
+        if first is None:
+            raise TrajectoryError(f"{path} is empty: the run was stopped before it began.")
+        _, self.says, self._stored = unpack(first.payload)
+        self.parameters = {name: nn.Parameter(self._first(name)) for name in self.says["trainable"]}
+        self._optimizer: Any = None
+        self._session: dict[str, Any] = {}
+        self._groups: list[dict[str, Any]] = []
+        self._perturbation: Perturbation | None = None
+
+    def _first(self, name: str) -> Tensor:
+        """Return a tensor as it was when the run began."""
+        shape, kind = self.says["tensors"][name]
+        return torch.zeros(shape, dtype=getattr(torch, kind)) if name in self.says["zero"] else self._stored[name].clone()
+
+    def run(self, until: int | None = None) -> Iterator[StepRecord]:
+        """Take the steps one after the other, up to and with step `until`, and yield the record of each.
+
+        Raises:
+            TrajectoryError: the log is damaged, or what is rebuilt is not what was trained.
+        """
+        while until is None or self.step < until:
+            record = next(self._records, None)
+            if record is None:
+                break
+            kind, says, tensors = unpack(record.payload)
+            if kind == "session":
+                self._begin(says)
+                continue
+            found = StepRecord.unpack(says, tensors)
+            with _threads(self._session["threads"]):
+                self._take(found)
+            self.step = record.step
+            yield found
+        if until is not None and self.step < until:
+            raise TrajectoryError(f"{self.path} ends after step {self.step}: step {until} is not in it.")
+
+    def departed(self, record: StepRecord) -> list[str]:
+        """Return the names of the tensors that are not what they were in training after a step."""
+        pairs = zip(self.parameters.items(), record.fingerprints, strict=True)
+        return [name for (name, parameter), wanted in pairs if fingerprint(parameter) != wanted]
+
+    def surroundings(self) -> str:
+        """Say under what a session trained, for a replay that departs from it."""
+        here = f"torch {torch.__version__}"
+        return (
+            f"it was trained with torch {self._session['torch']} on {self._session['device']}, and is replayed with {here}; "
+            "sums may be rounded in another order on another processor, or something else changed the adapter in training."
+        )
+
+    def _begin(self, session: dict[str, Any]) -> None:
+        """Go on as a session of the run did."""
+        if session["device"] != "cpu" and torch.get_device_module(session["device"]).is_available():
+            for parameter in self.parameters.values():
+                parameter.data = parameter.data.to(session["device"])
+        if self._optimizer is not None and session["optimizer"]["class"] != self._session["optimizer"]["class"]:
+            raise TrajectoryError(f"{self.path} changes its optimizer after step {self.step}, which cannot be replayed.")
+        self._session, self._groups = session, []
+
+    def _take(self, record: StepRecord) -> None:
+        """Take one optimizer step."""
+        if record.rules is not None:
+            self._perturbation = rules.build(record.rules, self.parameters)
+        for trace in record.traces:
+            rows, perturbation = trace.rows, self._perturbation
+            assert perturbation is not None
+            update = regenerate(
+                perturbation, record.seed, record.step, rows.owner, rows.query, trace.coefficients, rows.group, trace.chunks
+            )
+            perturbation.vector.add_to_gradients(update * trace.factor / trace.normalizer)
+        known = self._groups or [{}] * len(record.groups)
+        self._groups = [{**old, **new} for old, new in zip(known, record.groups, strict=True)]
+        if self._optimizer is None:
+            self._optimizer = optimizers.build(self._session["optimizer"], self._groups, self.parameters)
+        for group, values in zip(self._optimizer.param_groups, self._groups, strict=True):
+            group.update(optimizers.restored(values))
+        if self._session["max_grad_norm"]:
+            torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self._session["max_grad_norm"])
+        self._optimizer.step()
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors of the adapter's file, by the names that they have there."""
+        own = {name: parameter.detach() for name, parameter in self.parameters.items()}
+        if self.says["adapter"] is None:
+            return own
+        files = self.says["adapter"]["files"]
+        return {key: own[name] if name else self._first(f"file:{key}") for key, name in files.items()}
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the adapter as PEFT does, or the trainable tensors alone where there is none; returns the file."""
+        folder, adapter = Path(folder), self.says["adapter"]
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / (TRAINABLE_FILE if adapter is None else "adapter_model.safetensors")
+        save_file({name: tensor.contiguous() for name, tensor in self.tensors().items()}, path, metadata={"format": "pt"})
+        if adapter is not None:
+            (folder / "adapter_config.json").write_text(json.dumps(adapter["config"], indent=2, sort_keys=True))
+        return path
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    """Let torch use so many threads for a while: sums over parts of a tensor depend on it."""
+    before = torch.get_num_threads()
+    if before == number:
+        yield
+        return
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def replay(path: str | Path, folder: str | Path | None = None, step: int | None = None) -> Replay:
+    """Rebuild the adapter of a run, as it was after a step (the last one by default), and write it into a folder.
+
+    Args:
+        path: the log, or the output folder that holds it.
+        folder: where the adapter is saved; None for nowhere.
+        step: optimizer steps to be done.
+
+    Raises:
+        TrajectoryError: the log is damaged, or what is rebuilt is not what was trained: then nothing is written.
+    """
+    rebuilt = Replay(path)
+    for record in rebuilt.run(step):
+        departed = rebuilt.departed(record)
+        if departed:
+            raise TrajectoryError(
+                f"The replay departs from the training at step {rebuilt.step}, in {', '.join(departed[:3])}"
+                f"{f' and {len(departed) - 3} more' if len(departed) > 3 else ''}: {rebuilt.surroundings()}"
+            )
+    if folder is not None:
+        rebuilt.save(folder)
+    return rebuilt

@@ -1,0 +1,45 @@
+"""Which perturbations can be replayed, what is recorded of them, and what draws the same noise without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..errors import ConfigurationError
+from ..perturbations import CombinedNoise, ParameterVector, Perturbation, RowwiseNoise, SharedNoise
+
+_RULES: dict[type, str] = {RowwiseNoise: "rowwise", SharedNoise: "shared"}
+
+
+class Unwatched(RowwiseNoise):
+    """The noise of `RowwiseNoise` for parameters that belong to no model: it can be drawn and pulled back only."""
+
+    def __init__(self, vector: ParameterVector, distribution: str) -> None:
+        self.vector, self.distribution, self.rowwise_size = vector, distribution, vector.size
+
+
+def describe(perturbation: Perturbation) -> list[list[Any]]:
+    """Return [rule, distribution, names] for each part of a perturbation.
+
+    Raises:
+        ConfigurationError: its pull-back needs a forward pass, or it is of an unknown kind.
+    """
+    parts: Sequence[Any] = getattr(perturbation, "parts", [perturbation])
+    for part in parts:
+        if type(part) not in _RULES:
+            raise ConfigurationError(
+                f"trajectory_log cannot replay {type(part).__name__}, whose noise is not known without a forward pass: use "
+                'perturbation="rowwise" or "shared".'
+            )
+    return [[_RULES[type(part)], part.distribution, list(part.vector.names)] for part in parts]
+
+
+def build(said: Sequence[Sequence[Any]], parameters: Mapping[str, nn.Parameter]) -> Perturbation:
+    """Return what draws the noise of a perturbation that `describe` saw, for the parameters by name."""
+    parts: list[Perturbation] = []
+    for rule, distribution, names in said:
+        vector = ParameterVector([(name, parameters[name]) for name in names])
+        parts.append(Unwatched(vector, distribution) if rule == "rowwise" else SharedNoise(vector, distribution))
+    return parts[0] if len(parts) == 1 else CombinedNoise(parts)

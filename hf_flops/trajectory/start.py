@@ -1,0 +1,91 @@
+"""Where a run starts: the adapter's first values, the files that it is saved as, and what tells its base apart."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._version import __version__
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the trainable parameters by name, in the model's order."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def describe(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return what the first record says of a model: in words, and the tensors that nothing else tells."""
+    own, base = trainable(model), getattr(model, "get_base_model", lambda: model)()
+    config, files, kept = _files(model, own)
+    values: dict[str, Tensor] = {**own, **{f"file:{name}": tensor for name, tensor in kept.items()}}
+    zero = [name for name, tensor in values.items() if not bool(tensor.detach().any())]
+    stored = {name: tensor for name, tensor in values.items() if name not in zero}
+    kinds = {name: [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")] for name, tensor in values.items()}
+    shared = {tensor.untyped_storage().data_ptr() for tensor in kept.values()}
+    says = {
+        "version": __version__,
+        "tensors": kinds,
+        "zero": zero,
+        "trainable": list(own),
+        "adapter": None if files is None else {"config": config, "files": files},
+        "base": {
+            "class": type(base).__name__,
+            "name": getattr(getattr(base, "config", None), "name_or_path", ""),
+            "dtype": str(getattr(base, "dtype", torch.float32)).removeprefix("torch."),
+            "digests": digests(model, shared),
+        },
+    }
+    return says, stored
+
+
+def _files(model: Any, own: Mapping[str, nn.Parameter]) -> tuple[dict[str, Any], dict[str, str] | None, dict[str, Tensor]]:
+    """Return PEFT's configuration, which trainable parameter each tensor of its file is (or ""), and the other tensors.
+
+    The second is None where the model has no adapter, or saves something else than its parameters.
+    """
+    if not hasattr(model, "peft_config"):
+        return {}, None, {}
+    from peft import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    places = {parameter.data_ptr(): name for name, parameter in own.items()}
+    files = {key: places.get(tensor.data_ptr(), "") for key, tensor in state.items()}
+    for name in sorted(set(own) - set(files.values())):  # what is saved as a copy, as prompts are
+        alike = [key for key, taken in files.items() if not taken and torch.equal(state[key], own[name])]
+        if len(alike) != 1:
+            return {}, None, {}
+        files[alike[0]] = name
+    config = copy.copy(model.peft_config[model.active_adapter])
+    config.inference_mode = True
+    said = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    if config.task_type is None:  # as PEFT does, for loading without a class
+        base = type(model.get_base_model())
+        said["auto_mapping"] = {"base_model_class": base.__name__, "parent_library": base.__module__}
+    return said, files, {key: state[key] for key, name in files.items() if not name}
+
+
+def digests(model: nn.Module, without: Iterable[int] = ()) -> dict[str, str]:
+    """Return a digest of each frozen tensor of a model's base by its name there.
+
+    Args:
+        model: the model; what an adapter replaced in it does not count.
+        without: addresses of tensors that belong to the adapter.
+    """
+    found, left_out = {}, set(without)
+    for name, parameter in model.named_parameters():
+        kept = parameter.requires_grad or ".original_module." in name or parameter.untyped_storage().data_ptr() in left_out
+        if not kept:
+            name = name.removeprefix("base_model.").removeprefix("model.") if hasattr(model, "peft_config") else name
+            found[name.replace(".base_layer.", ".")] = digest(parameter)
+    return found
+
+
+def digest(tensor: Tensor) -> str:
+    """Return the first 64 bits of the SHA-256 of a tensor's bytes."""
+    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(content).hexdigest()[:16]  # type: ignore[arg-type]

@@ -1,0 +1,120 @@
+"""Compares a checkpoint with what its log leads to, step by step and tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..errors import TrajectoryError
+from .records import fingerprint
+from .replay import Replay
+
+_FILES = ("adapter_model.safetensors", "model.safetensors", "trainable.safetensors")
+
+
+@dataclass
+class Departure:
+    """A tensor of a checkpoint that is not what the log leads to.
+
+    Attributes:
+        name: of the tensor, in the checkpoint's file.
+        numbers: how many of its numbers differ.
+        size: how many it has.
+        most: largest difference; NaN where it is missing, or has another shape.
+        step: the last step after which the log has the tensor as it is in the checkpoint; None if it never is.
+    """
+
+    name: str
+    numbers: int
+    size: int
+    most: float
+    step: int | None = None
+
+    def __str__(self) -> str:
+        if self.most != self.most:
+            return f"{self.name}: missing, or of another shape"
+        instead = "no step of the log has it so" if self.step is None else f"it is that of step {self.step}"
+        return f"{self.name}: {self.numbers:,} of {self.size:,} numbers differ, by {self.most:.3g} at most; {instead}"
+
+
+@dataclass
+class Verdict:
+    """What a comparison found.
+
+    Attributes:
+        step: optimizer steps that the checkpoint is compared after.
+        departures: the tensors of the checkpoint that differ.
+        first: the first step after which the replay itself is not what training had, and the tensors; None if there is none.
+        surroundings: what may have made a replay differ.
+    """
+
+    step: int
+    departures: list[Departure] = field(default_factory=list)
+    first: tuple[int, list[str]] | None = None
+    surroundings: str = ""
+
+    @property
+    def right(self) -> bool:
+        """Whether the checkpoint is, bit for bit, what the log leads to."""
+        return not self.departures and self.first is None
+
+    def __str__(self) -> str:
+        if self.right:
+            return f"The checkpoint is what the log leads to after step {self.step}, bit for bit."
+        lines = []
+        if self.first is not None:
+            step, names = self.first
+            lines.append(f"The replay departs from the training at step {step}, in {', '.join(names)}: {self.surroundings}")
+        if self.departures:
+            lines.append(f"The checkpoint departs from the log at step {self.step}:")
+        return "\n".join([*lines, *(f"  {departure}" for departure in self.departures)])
+
+
+def verify(path: str | Path, checkpoint: str | Path, step: int | None = None) -> Verdict:
+    """Replay a log up to the step of a checkpoint and compare the two.
+
+    Args:
+        path: the log, or the output folder that holds it.
+        checkpoint: a folder with the weights; its trainer_state.json says after which step it was saved.
+        step: the step, where the folder does not say it; the log's last one by default.
+
+    Raises:
+        TrajectoryError: the log is damaged or does not reach the step, or the folder holds no weights.
+    """
+    folder = Path(checkpoint)
+    state = folder / "trainer_state.json"
+    if step is None and state.is_file():
+        step = json.loads(state.read_text())["global_step"]
+    weights = next((folder / name for name in _FILES if (folder / name).is_file()), None)
+    if weights is None:
+        raise TrajectoryError(f"{folder} holds none of {', '.join(_FILES)}.")
+    found, log = load_file(weights), Replay(path)
+    names = list(log.says["trainable"])
+    files = (log.says["adapter"] or {"files": {name: name for name in names}})["files"]
+    prints = {own: fingerprint(found[key]) for key, own in files.items() if own and key in found}
+    last_alike: dict[str, int] = {n: 0 for n in prints if fingerprint(log.parameters[n]) == prints[n]}
+    first = None
+    for record in log.run(step):
+        last_alike.update({n: log.step for n, p in zip(names, record.fingerprints, strict=True) if prints.get(n) == p})
+        if first is None and (departed := log.departed(record)):
+            first = log.step, departed
+    wanted = log.tensors()
+    departures = [d for key in wanted if (d := _compare(key, found.get(key), wanted[key])) is not None]
+    for departure in departures:
+        departure.step = last_alike.get(files[departure.name])
+    return Verdict(log.step, departures, first, log.surroundings())
+
+
+def _compare(name: str, found: Tensor | None, wanted: Tensor) -> Departure | None:
+    wanted = wanted.cpu()
+    if found is None or found.shape != wanted.shape or found.dtype != wanted.dtype:
+        return Departure(name, wanted.numel(), wanted.numel(), torch.nan)
+    if fingerprint(found) == fingerprint(wanted):
+        return None
+    apart = (found.double() - wanted.double()).abs()
+    return Departure(name, int((found != wanted).sum()), wanted.numel(), float(apart.max()))

@@ -1,0 +1,108 @@
+"""The command hf-flops: it starts without torch, and its subcommands do what they say."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hf_flops
+from hf_flops.cli import COMMANDS, main
+from hf_flops.commands import compare, plot
+from hf_flops.commands.recipe import recipe
+
+ROOT = Path(hf_flops.__file__).parent.parent
+HISTORY = [
+    {"loss": 1.2, "rows": 640, "seconds": 1.0, "signal_to_noise": 0.02, "step": 10},
+    {"eval_accuracy": 0.5, "eval_loss": 1.0, "step": 10},
+    {"loss": 0.9, "rows": 1280, "seconds": 2.5, "signal_to_noise": 0.01, "step": 20},
+    {"eval_accuracy": 0.75, "eval_loss": 0.8, "step": 20},
+]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["replay", "--help"], ["plot", "--help"], ["compare", "--help"]])
+def test_help_loads_neither_torch_nor_transformers(arguments):
+    code = (
+        "import sys\nfrom hf_flops.cli import main\n"
+        f"try:\n    main({arguments!r})\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        "print('LOADED', *(name for name in ('torch', 'transformers', 'peft', 'numpy') if name in sys.modules))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert out.splitlines()[-1].split() == ["LOADED"]
+    if arguments == ["--help"]:
+        assert all(name in out for name in COMMANDS)
+
+
+def test_every_command_has_a_module_with_a_main():
+    for module, _ in COMMANDS.values():
+        tree = ast.parse((ROOT / "hf_flops" / "commands" / f"{module}.py").read_text())
+        assert "main" in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def test_an_unknown_command_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["frobnicate"])
+    assert "frobnicate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["vit", "prompt", "align"])
+def test_help_of_a_recipe_shows_what_matters_and_no_more(command, capsys):
+    def shown(option):
+        with pytest.raises(SystemExit) as end:
+            main([command, option])
+        assert end.value.code == 0
+        return capsys.readouterr().out
+
+    short, everything = shown("--help"), shown("--help_all")
+    assert short.startswith(f"usage: hf-flops {command} ")
+    assert all(option in short for option in ("--queries_per_sample", "--learning_rate", "--trajectory_log", "--lora_rank"))
+    assert "--hub_token" not in short
+    assert "--hub_token" in everything
+
+
+def test_the_recipes_are_found_beside_the_package_and_their_files_are_read():
+    own = recipe("vit")
+    parsed, args = own.parse([str(ROOT / "recipes" / "vit.yaml")])
+    assert parsed.compare == ["mezo", "backprop"]
+    assert args.queries_per_sample == 32
+
+
+def test_plot_reads_the_newest_state_of_a_run_and_draws_it(tmp_path):
+    with pytest.raises(hf_flops.ConfigurationError, match=r"holds no trainer_state\.json"):
+        plot.read_run(tmp_path)
+    for step, history in ((9, HISTORY[:2]), (10, HISTORY)):  # 10 is newer than 9, though not in the order of text
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+        (folder / "flops_state.json").write_text(json.dumps({"ledger": {"samples": [[0, 2, 30], [1, 2, 10]]}}))
+    assert plot.read_run(tmp_path) == {
+        "curve": [(640, 1.0, 0.5), (1280, 2.5, 0.75)],
+        "measure": "validation accuracy",
+        "signal": [(640, 0.02), (1280, 0.01)],
+        "queries": [15.0, 5.0],
+    }
+    assert main(["plot", str(tmp_path)]) == 0
+    assert (tmp_path / "run.png").stat().st_size > 5_000
+
+
+def test_plot_falls_back_to_the_training_loss_and_wants_rows(tmp_path):
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": HISTORY[::2]}))
+    run = plot.read_run(tmp_path)
+    assert (run["measure"], [value for *_, value in run["curve"]]) == ("training loss", [1.2, 0.9])
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": [{"loss": 1.0, "step": 1}]}))
+    with pytest.raises(hf_flops.ConfigurationError, match="no log of rows"):
+        plot.read_run(tmp_path)
+
+
+def test_compare_gives_every_preset_the_same_rows(monkeypatch, capsys):
+    ran = []
+    monkeypatch.setattr(compare, "run", lambda *call: ran.append(call) or 0)
+    assert compare.main(["--presets", "mezo", "flops", "--rows", "500", "--dataset", "digits"]) == 0
+    options = ["--method", "mezo", "--output_dir", "outputs/compare", "--compare", "flops", "--max_queries", "500"]
+    assert ran == [("vit", "compare", [*options, "--dataset", "digits"])]
+    for wrong in (["--presets", "spsa"], ["--presets", "flops", "backprop", "--rows", "500"]):
+        with pytest.raises(SystemExit):
+            compare.main(wrong)
+    assert "spsa" in capsys.readouterr().err
