@@ -51,6 +51,7 @@ def build(options: dict[str, Any], act: Any = None) -> FlopsTrainer:
             "use_cpu": True,
             "report_to": "none",
             "disable_tqdm": True,
+            "pictures": False,
             "save_strategy": "no",
             "logging_steps": 1,
             "rows_per_forward": 8,
