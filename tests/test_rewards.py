@@ -237,7 +237,8 @@ def test_the_scale_of_a_metric_is_measured_unless_given(tmp_path, caplog):
     assert entry["changed_queries"] >= 0.25
     assert trainer.ledger.rows == 32 * len(STEP_GRID) + 8 + 64
     given = found(perturbation_scale=0.1)[1]
-    assert given["perturbation_scale"] == 0.1 and "changed_queries" not in given
+    assert given["perturbation_scale"] == 0.1
+    assert "changed_queries" not in given
     with caplog.at_level(logging.WARNING):
         found(objective=Metric(lambda outputs, inputs: torch.zeros(len(inputs["labels"]))))
     assert "No query of the first batch changes the objective" in caplog.text
