@@ -203,7 +203,8 @@ def test_the_trainer_uses_it_and_steps_to_the_same_place(tmp_path):
             trainer.train()
         assert (max(columns[-2:]) < TOKENS) == (own is None)
         weights.append(torch.cat([p.flatten() for p in model.parameters() if p.requires_grad]))
-    torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-5)
+    # Rounding is divided by epsilon, and Adam makes steps of 0.1 even of small gradients.
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-4)
 
 
 @given(samples=st.lists(st.integers(0, 3), min_size=1, max_size=5))
