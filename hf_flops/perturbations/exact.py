@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+DIGIT = 2.0**-15  # of one
 ROWS = 512  # whose digits, times signs, float32 adds up without rounding: 2^15 x 2^9 = 2^24
 
 
@@ -19,14 +20,8 @@ def rounded(coefficients: Tensor) -> Tensor:
 
 
 def cut(coefficients: Tensor) -> Tensor:
-    """Cut numbers (R, M) into (R, 3 M) whole numbers: wholes, multiples of 2^-15, and multiples of 2^-30."""
+    """Cut numbers (R, M) into (R, 3 M) whole numbers: wholes, multiples of `DIGIT`, and multiples of its square."""
     values = coefficients.to(accumulator(coefficients.device))
     high = values.round()
     middle = ((values - high) * 2.0**15).round()
     return torch.cat([high, middle, ((values - high - middle * 2.0**-15) * 2.0**30).round()], 1)
-
-
-def joined(digits: Tensor) -> Tensor:
-    """Return what digits (3 M, d), or sums of them, stand for: (M, d)."""
-    high, middle, low = digits.chunk(3)
-    return high + middle * 2.0**-15 + low * 2.0**-30

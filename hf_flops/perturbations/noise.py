@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..counters import seeds, words
-from .exact import ROWS, accumulator, cut, joined
+from .exact import DIGIT, ROWS, accumulator, cut
 
 SHARED_POSITION = 2**62  # no sample has this position: the stream of noise that all samples share
 ALL = slice(None)
@@ -209,10 +209,13 @@ class RowNoise:
         wide, columns = accumulator(coefficients.device), coefficients.view(len(self), -1)
         if not isinstance(self.numbers, Signs) or any(len(own) == 2 for own in self.layouts):
             return self.weighted_sum(coefficients).to(wide)
-        total, digits = columns.new_zeros((), dtype=wide), cut(columns).float()
+        digits, sums = cut(columns).float(), columns.shape[1]
+        used = digits.any(0).nonzero().flatten()  # coefficients below a half have no wholes
+        total = columns.new_zeros(sums, sum(shape.numel() for shape in self.shapes), dtype=wide)
         for start in range(0, len(self), ROWS):
             rows = slice(start, start + ROWS)
-            total = total + joined(self._summed(digits[rows], rows).to(wide))
+            for column, found in zip(used.tolist(), self._summed(digits[rows][:, used], rows), strict=True):
+                total[column % sums].add_(found, alpha=DIGIT ** (column // sums))
         return total.view(*coefficients.shape[1:], -1)
 
     def dot(self, vectors: Tensor) -> Tensor:
