@@ -128,6 +128,18 @@ def test_only_the_trainable_part_of_a_module_moves():
         assert_equals_oracle(module, randn(4, 3), 4)
 
 
+def test_a_layer_may_be_called_by_the_name_of_its_input():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.layer(input=x)
+
+    assert_equals_oracle(Named(), randn(4, 2, 3), 4)
+
+
 def test_tied_weights_move_together():
     class Tied(nn.Module):
         def __init__(self):

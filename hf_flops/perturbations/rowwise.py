@@ -49,28 +49,29 @@ def _split(values: Tensor, rows: int, pieces: list[slice]) -> list[Tensor]:
     return list(values.split([each * (piece.stop - piece.start) for piece in pieces]))
 
 
-def _watch(site: Site, noise: RowNoise, scale: float, fired: Callable[[], None]) -> Callable[[], None]:
-    """Install a forward hook that applies the site's rule, and return what removes it.
+def _in_pieces(site: Site, noise: RowNoise, scale: float, x: Tensor, out: Tensor) -> Tensor:
+    """Apply the site's rule to (R * m, ...) a few rows at a time, so that unpacked noise stays in the cache."""
+    pieces = list(blocks(len(noise), _width(site, noise)))
+    outs = _split(out, len(noise), pieces)
+    results = [
+        site.rule(site.module, own_x, own_out, _own(site, noise, piece, out.device), scale)
+        for own_x, own_out, piece in zip(_split(x, len(noise), pieces), outs, pieces, strict=True)
+    ]
+    if len(results) == 1:
+        return results[0]
+    in_place = all(result.data_ptr() == own.data_ptr() for result, own in zip(results, outs, strict=True))
+    return out if in_place else torch.cat(results)
 
-    The rule gets a few rows at a time, so that unpacked noise stays in the cache.
-    """
-    rows, rule = len(noise), site.rule
-    pieces = list(blocks(rows, _width(site, noise)))
+
+def _watch(site: Site, noise: RowNoise, scale: float, fired: Callable[[], None]) -> Callable[[], None]:
+    """Install a forward hook that applies the site's rule, and return what removes it."""
 
     def hook(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> Any:
         x = args[0] if args else next(iter(kwargs.values()))
         if not torch.is_tensor(out) or not torch.is_tensor(x):
             raise RowMismatch(f"{type(module).__name__} does not map one tensor to one tensor")
         fired()
-        outs = _split(out, rows, pieces)
-        results = [
-            rule(module, own_x, own_out, _own(site, noise, piece, out.device), scale)
-            for own_x, own_out, piece in zip(_split(x, rows, pieces), outs, pieces, strict=True)
-        ]
-        if len(results) == 1:
-            return results[0]
-        in_place = all(result.data_ptr() == own.data_ptr() for result, own in zip(results, outs, strict=True))
-        return out if in_place else torch.cat(results)
+        return _in_pieces(site, noise, scale, x, out)
 
     # Before other hooks: what narrows a float32 module's output must not round the noise away.
     return site.module.register_forward_hook(hook, with_kwargs=True, prepend=True).remove
@@ -108,16 +109,16 @@ def _replace(site: Site, noise: RowNoise, scale: float, fired: Callable[[], None
     One batched product instead of the layer's own and another for the noise: about what the layer costs without noise.
     """
     module: Any = site.module
-    rows, original, pieces = len(noise), module.forward, list(blocks(len(noise), _width(site, noise)))
+    original, pieces = module.forward, list(blocks(len(noise), _width(site, noise)))
 
-    def forward(x: Tensor) -> Tensor:
+    def forward(input: Tensor) -> Tensor:  # called as that of `nn.Linear` is, by position or by name
         fired()
-        if x.dtype != module.weight.dtype or torch.is_autocast_enabled(x.device.type):
-            parts = zip(_split(x, rows, pieces), _split(original(x), rows, pieces), pieces, strict=True)
-            return torch.cat([linear(module, a, b, _own(site, noise, piece, b.device), scale) for a, b, piece in parts])
-        results: list[Tensor] = []
-        for own, piece in zip(_split(x, rows, pieces), pieces, strict=True):
-            results.append(moved_linear(module, own, _own(site, noise, piece, x.device), scale))
+        if input.dtype != module.weight.dtype or torch.is_autocast_enabled(input.device.type):
+            return _in_pieces(site, noise, scale, input, original(input))
+        results = [
+            moved_linear(module, own, _own(site, noise, piece, input.device), scale)
+            for own, piece in zip(_split(input, len(noise), pieces), pieces, strict=True)
+        ]
         return results[0] if len(results) == 1 else torch.cat(results)
 
     module.forward = forward
