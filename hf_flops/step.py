@@ -177,9 +177,8 @@ class Step:
             All rows, their deltas (R,), and (R,) whether this process ran them.
         """
         # N is only known once a forward has shown how many elements each sample has: rows are laid out with N = 1.
-        counts = self.exchange.share.first(
-            counts.int()
-        ).long()  # the same arithmetic may round differently on another machine
+        # The arithmetic behind counts may round differently on another machine: those of process 0 are everyone's.
+        counts = self.exchange.share.first(counts.int()).long()
         rows = expand(counts, 1.0, weighted=self.method.allocator.weighted, **options)
         if self.method.allocator.shuffled and self.method.objective.per_row:
             order = seeds(self.place.seed, self.place.step, rows.owner.numpy(), rows.query.numpy()).argsort()
