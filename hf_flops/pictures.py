@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
 from .ledger import Ledger
-from .run_plots import save_learning_curve, save_queries, save_signal
+from .run_plots import Log, curve_of, save_learning_curve, save_queries, save_signal, series_of
 
 logger = logging.getLogger(__name__)
 PICTURES = {
@@ -21,7 +20,6 @@ PICTURES = {
     "signal.png": "Signal to noise and what the allocation gained",
 }
 _FEWEST = 3  # points that make a curve
-Log = Sequence[Mapping[str, Any]]
 
 
 class Pictures(TrainerCallback):
@@ -44,29 +42,6 @@ class Pictures(TrainerCallback):
             logger.info("No pictures of the run: %s", error)
         except Exception as error:
             logger.warning("The pictures of the run could not be drawn (%s: %s).", type(error).__name__, error)
-
-
-def curve_of(history: Log) -> tuple[str, list[tuple[float, float, float]]]:
-    """Return what a learning curve shows, and its (rows, seconds, value) triples.
-
-    The value is accuracy where the log has it, else the validation loss, else the training loss. Evaluations happen at the
-    rows of the last log that is not after them.
-    """
-    names = ("eval_accuracy", "eval_loss", "loss")
-    name = next((name for name in names if any(name in entry for entry in history)), "loss")
-    points, rows, seconds = list[tuple[float, float, float]](), 0.0, 0.0
-    for entry in history:
-        rows, seconds = entry.get("rows", rows), entry.get("seconds", seconds)
-        if name in entry and rows and math.isfinite(entry[name]):
-            points.append((rows, seconds, entry[name]))
-    return {"eval_accuracy": "validation accuracy", "eval_loss": "validation loss", "loss": "training loss"}[name], points
-
-
-def series_of(history: Log, name: str) -> list[tuple[float, float]]:
-    """Return (rows, value) of a number in the log, where it is finite."""
-    return [
-        (entry["rows"], entry[name]) for entry in history if "rows" in entry and math.isfinite(entry.get(name, math.nan))
-    ]
 
 
 def draw_pictures(folder: str | Path, history: Log, ledger: Ledger) -> list[str]:

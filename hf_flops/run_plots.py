@@ -1,7 +1,8 @@
-"""The panels of a run's pictures: its learning curve, where the queries went, how clear the estimates were."""
+"""The pictures of a run, from its log: its learning curve, where the queries went, how clear the estimates were."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,31 @@ import numpy as np
 
 from .plots import COLOURS, draw_queries
 
+Log = Sequence[Mapping[str, Any]]  # entries of the stock trainer's log
 Windows = Sequence[tuple[int, Mapping[int, Sequence[int]]]]  # rows so far, class → (samples, their queries)
+
+
+def curve_of(history: Log) -> tuple[str, list[tuple[float, float, float]]]:
+    """Return what a learning curve shows, and its (rows, seconds, value) triples.
+
+    The value is accuracy where the log has it, else the validation loss, else the training loss. Evaluations happen at the
+    rows of the last log that is not after them.
+    """
+    names = ("eval_accuracy", "eval_loss", "loss")
+    name = next((name for name in names if any(name in entry for entry in history)), "loss")
+    points, rows, seconds = list[tuple[float, float, float]](), 0.0, 0.0
+    for entry in history:
+        rows, seconds = entry.get("rows", rows), entry.get("seconds", seconds)
+        if name in entry and rows and math.isfinite(entry[name]):
+            points.append((rows, seconds, entry[name]))
+    return {"eval_accuracy": "validation accuracy", "eval_loss": "validation loss", "loss": "training loss"}[name], points
+
+
+def series_of(history: Log, name: str) -> list[tuple[float, float]]:
+    """Return (rows, value) of a number in the log, where it is finite."""
+    return [
+        (entry["rows"], entry[name]) for entry in history if "rows" in entry and math.isfinite(entry.get(name, math.nan))
+    ]
 
 
 def draw_seeds(axes: Any, curves: Sequence[Sequence[tuple[float, float]]], xlabel: str, measure: str) -> None:
@@ -76,14 +101,18 @@ def _class_ticks(axis: Any, labels: Sequence[int]) -> None:
     axis.set_ticks(range(0, len(labels), step), [str(label) for label in labels[::step]])
 
 
-def _panels(count: int) -> tuple[Any, Any]:
-    """Return a figure and `count` axes beside each other, without a word to pyplot, whose backend is the user's."""
+def _panels(count: int, across: int = 3) -> tuple[Any, Any]:
+    """Return a figure and `count` axes, so many beside each other, without a word to pyplot, whose backend is the user's."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("Pictures need matplotlib: pip install 'hf_flops[plots]'.") from error
-    figure = Figure(figsize=(5.5 * count, 4.0), layout="constrained")
-    return figure, np.atleast_1d(figure.subplots(1, count))
+    down, across = -(-count // across), min(count, across)
+    figure = Figure(figsize=(5.5 * across, 4.0 * down), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(down, across)).ravel()
+    for empty in axes[count:]:
+        empty.axis("off")
+    return figure, axes[:count]
 
 
 def save_learning_curve(path: str | Path, curves: Sequence[Sequence[tuple[float, float, float]]], measure: str) -> None:
@@ -94,10 +123,14 @@ def save_learning_curve(path: str | Path, curves: Sequence[Sequence[tuple[float,
         curves: (rows, seconds, value) triples of each run; several differ in their seed.
         measure: what the value is.
     """
-    figure, (left, right) = _panels(2)
-    draw_seeds(left, [[(rows, value) for rows, _, value in curve] for curve in curves], "rows through the model", measure)
-    draw_seeds(right, [[(seconds, value) for _, seconds, value in curve] for curve in curves], "seconds", measure)
+    figure, panels = _panels(2)
+    _draw_both(panels, curves, measure)
     figure.savefig(path, dpi=120)
+
+
+def _draw_both(panels: Any, curves: Sequence[Sequence[tuple[float, float, float]]], measure: str) -> None:
+    for axes, place, xlabel in zip(panels, (0, 1), ("rows through the model", "seconds"), strict=True):
+        draw_seeds(axes, [[(point[place], point[2]) for point in curve] for curve in curves], xlabel, measure)
 
 
 def save_queries(path: str | Path, samples: Sequence[float], windows: Windows) -> None:
@@ -140,4 +173,29 @@ def save_signal(path: str | Path, signal: Sequence[tuple[float, float]], gain: S
     right.plot(rows, values, ".-", color=COLOURS["flops"], markersize=4, linewidth=1.2)
     right.axhline(1.0, color="#52525b", linestyle="--", linewidth=1)
     right.set(xlabel="rows through the model", ylabel="variance of equal counts / ours", title="What the allocation gained")
+    figure.savefig(path, dpi=120)
+
+
+def save_run(
+    path: str | Path,
+    curve: Sequence[tuple[float, float, float]],
+    measure: str,
+    signal: Sequence[tuple[float, float]] = (),
+    queries: Sequence[float] = (),
+) -> None:
+    """Save one picture of a whole run.
+
+    Args:
+        path: where to; the ending decides the format.
+        curve: (rows, seconds, value) triples.
+        measure: what the value is.
+        signal: see `draw_signal`; left out where empty.
+        queries: queries per step of each sample; left out where empty.
+    """
+    figure, panels = _panels(2 + bool(signal) + bool(queries), across=2)
+    _draw_both(panels[:2], [curve], measure)
+    if signal:
+        draw_signal(panels[2], signal)
+    if queries:
+        draw_queries(panels[-1], queries, float(np.mean(queries)))
     figure.savefig(path, dpi=120)

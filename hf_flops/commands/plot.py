@@ -47,43 +47,31 @@ def read_run(folder: str | Path) -> dict[str, Any]:
         "curve": (rows, seconds, value) of each evaluation, or of each log where there was none; "measure": what the value
         is; "signal": (rows, signal to noise) of each log; "queries": queries per step of each sample.
     """
+    from ..run_plots import curve_of, series_of
     from ..state import STATE_FILE
 
     place = newest(Path(folder))
     history = json.loads((place / STEP_FILE).read_text())["log_history"]
-    logs = [entry for entry in history if "rows" in entry]
-    if not logs:
+    if not any("rows" in entry for entry in history):
         raise ConfigurationError(
             f"{place} has no log of rows: it is not of a FlopsTrainer, or logging_steps was never reached."
         )
-    evaluated = next((name for name in ("eval_accuracy", "eval_loss") if any(name in entry for entry in history)), None)
-    at = {entry["step"]: (entry["rows"], entry.get("seconds", 0.0)) for entry in logs}
-    curve = [(*at[step], entry[evaluated or "loss"]) for entry, step in _places(history, at, evaluated or "loss")]
+    measure, curve = curve_of(history)
     samples = []
     if (place / STATE_FILE).is_file():
         samples = json.loads((place / STATE_FILE).read_text())["ledger"]["samples"]
     return {
         "curve": curve,
-        "measure": (evaluated or "training loss").replace("eval_", "validation "),
-        "signal": [(entry["rows"], entry["signal_to_noise"]) for entry in logs if "signal_to_noise" in entry],
+        "measure": measure,
+        "signal": series_of(history, "signal_to_noise"),
         "queries": [queries / steps for _, steps, queries in samples],
     }
-
-
-def _places(history: list[dict[str, Any]], at: dict[int, Any], name: str) -> list[tuple[dict[str, Any], int]]:
-    """Return the entries that hold a value, each with the last logged step that is not after it."""
-    found = []
-    for entry in history:
-        before = [step for step in at if step <= entry["step"]]
-        if name in entry and before:
-            found.append((entry, max(before)))
-    return found
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Draw the run and say where the picture is."""
     given = parser().parse_args(arguments)
-    from ..plots import save_run
+    from ..run_plots import save_run
 
     run, path = read_run(given.run), Path(given.output or Path(given.run, "run.png"))
     save_run(path, **run)
