@@ -10,7 +10,7 @@ from peft import AdaptionPromptConfig, CartridgeConfig, LoraConfig, get_peft_mod
 from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceClassification, TrainingArguments
 
 from hf_flops import ConfigurationError, FlopsTrainer, FlopsTrainingArguments, NonFiniteError, ObjectiveError
-from tests.tiny import CLASSES, SIZES, TASKS, VOCABULARY, as_dataset, tiny_batch, tiny_model
+from tests.tiny import CLASSES, SIZES, TASKS, VOCABULARY, as_dataset, tiny_batch, tiny_model, training_arguments
 
 TARGETS = {"vit": ["q_proj", "v_proj"], "bert": ["query", "value"], "llama": ["q_proj", "v_proj"]}
 
@@ -28,8 +28,7 @@ def arguments(tmp_path):
 
     def build(kind=FlopsTrainingArguments, **options):
         few = {"queries_per_sample": 4} if kind is FlopsTrainingArguments else {}
-        fixed = {"output_dir": str(tmp_path), "report_to": "none", "use_cpu": True, "disable_tqdm": True}
-        return kind(**fixed, **{**few, "max_steps": 2, "logging_steps": 1, "save_strategy": "no", **options})
+        return training_arguments(tmp_path, kind, **{**few, "max_steps": 2, "logging_steps": 1, **options})
 
     return build
 

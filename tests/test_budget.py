@@ -9,9 +9,9 @@ import pytest
 import torch
 from peft import PeftModel
 
-from hf_flops import ConfigurationError, FlopsTrainer, FlopsTrainingArguments
+from hf_flops import ConfigurationError, FlopsTrainer
 from tests.test_trainer import adapted, data, flat, logged
-from tests.tiny import tiny_model
+from tests.tiny import tiny_model, training_arguments
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -26,14 +26,10 @@ def arguments(folder, **options):
         "per_device_train_batch_size": 4,
         "queries_per_sample": 4,
         "max_steps": 50,
-        "save_strategy": "no",
         "logging_steps": 1,
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
         "rows_per_forward": 8,
     }
-    return FlopsTrainingArguments(output_dir=str(folder), **{**defaults, **options})
+    return training_arguments(folder, **{**defaults, **options})
 
 
 def counted(model):

@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import default_data_collator
 
-from hf_flops import ConfigurationError, ContrastiveLoss, FlopsTrainer, FlopsTrainingArguments, ObjectiveError
+from hf_flops import ConfigurationError, ContrastiveLoss, FlopsTrainer, ObjectiveError
 from hf_flops.alignment import Alignment
 from hf_flops.contrastive import ContrastiveBatch
 from hf_flops.estimators import ESTIMATORS
 from hf_flops.image_text import with_plain_flag
 from hf_flops.rows import Place
 from tests.pairs import KINDS, LORA, as_pairs, collate, pair_batch, pair_model
-from tests.tiny import generator
+from tests.tiny import generator, training_arguments
 
 SIZE = st.integers(1, 5)
 
@@ -87,7 +87,7 @@ def adapted(kind, projections=True, towers=("vision_model", "text_model")):
 
 def arguments(folder, **options):
     options = {"max_steps": 2, "per_device_train_batch_size": 4, "queries_per_sample": 8, "learning_rate": 1e-2} | options
-    return FlopsTrainingArguments(output_dir=str(folder), report_to="none", save_strategy="no", disable_tqdm=True, **options)
+    return training_arguments(folder, **options)
 
 
 def alignment(model, folder, contrast=None, **options):

@@ -10,12 +10,12 @@ from peft import LNTuningConfig, LoraConfig, PeftModel, PromptTuningConfig, get_
 from torch import nn
 from torch.nn import functional as F
 
-from hf_flops import FlopsTrainer, FlopsTrainingArguments
+from hf_flops import FlopsTrainer
 from hf_flops.counters import seeds
 from hf_flops.objectives import BatchLoss, TappedLoss
 from hf_flops.perturbations import NoiseKeys, ParameterVector, RowwiseNoise, SharedNoise
 from hf_flops.precision import keep_masters
-from tests.tiny import TASKS, as_dataset, model_forward, tiny_batch, tiny_model
+from tests.tiny import TASKS, as_dataset, model_forward, tiny_batch, tiny_model, training_arguments
 
 pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")  # PEFT, of norms
 HALF = [torch.bfloat16, torch.float16]
@@ -120,8 +120,7 @@ def arguments(folder, **options):
         "logging_steps": 12,
         "lr_scheduler_type": "constant",
     }
-    common = {"save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True}
-    return FlopsTrainingArguments(str(folder), **{**defaults, **common, **options})
+    return training_arguments(folder, **{**defaults, **options})
 
 
 def dataset(kind, dtype, samples=8):

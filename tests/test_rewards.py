@@ -14,7 +14,6 @@ from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_mo
 from hf_flops import (
     ConfigurationError,
     FlopsTrainer,
-    FlopsTrainingArguments,
     GeneratedMetric,
     Metric,
     ObjectiveError,
@@ -25,7 +24,7 @@ from hf_flops.perturbations import NoiseKeys, ParameterVector, RowwiseNoise
 from hf_flops.rewards import Probe, exact_match, last_logits, rouge_l, word_f1
 from hf_flops.rows import take
 from tests.test_suffix import batch, draw_rows
-from tests.tiny import as_dataset, generator, tiny_batch, tiny_model
+from tests.tiny import as_dataset, generator, tiny_batch, tiny_model, training_arguments
 
 WORDS = st.lists(st.sampled_from(["a", "b", "c"]), max_size=6).map(" ".join)
 
@@ -49,14 +48,10 @@ def arguments(folder, **options):
         "per_device_train_batch_size": 8,
         "queries_per_sample": 8,
         "max_steps": 2,
-        "save_strategy": "no",
         "logging_steps": 1,
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
         "rows_per_forward": 64,
     }
-    return FlopsTrainingArguments(output_dir=str(folder), **{**defaults, **options})
+    return training_arguments(folder, **{**defaults, **options})
 
 
 def built(make):

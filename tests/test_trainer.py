@@ -31,7 +31,7 @@ from hf_flops.args import PRESETS
 from hf_flops.estimators import Antithetic
 from hf_flops.objectives import TappedLoss
 from hf_flops.perturbations import ParameterVector, RowwiseNoise
-from tests.tiny import SIZES, TASKS, VOCABULARY, as_dataset, tiny_batch, tiny_model
+from tests.tiny import SIZES, TASKS, VOCABULARY, as_dataset, tiny_batch, tiny_model, training_arguments
 
 TARGETS = {"vit": ["q_proj", "v_proj"], "bert": ["query", "value"], "t5": ["q", "v"]}
 BOTH = [(Trainer, TrainingArguments), (FlopsTrainer, FlopsTrainingArguments)]
@@ -52,16 +52,11 @@ def arguments(tmp_path):
     def build(kind=FlopsTrainingArguments, **options):
         few = {"queries_per_sample": 4} if issubclass(kind, FlopsArgumentsMixin) else {}
         defaults = {
-            "output_dir": str(tmp_path),
             "per_device_train_batch_size": 4,
             "max_steps": 2,
-            "save_strategy": "no",
             "logging_steps": 1,
-            "report_to": "none",
-            "use_cpu": True,
-            "disable_tqdm": True,
         }
-        return kind(**{**defaults, **few, **options})
+        return training_arguments(tmp_path, kind, **{**defaults, **few, **options})
 
     return build
 

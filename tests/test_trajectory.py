@@ -20,7 +20,7 @@ from hf_flops.trajectory.framing import Appender, read
 from hf_flops.trajectory.replay import Replay, replay
 from hf_flops.trajectory.verify import verify
 from tests.test_trainer import adapted, data, flat, parameters
-from tests.tiny import tiny_model
+from tests.tiny import tiny_model, training_arguments
 
 QUIET = {"max_examples": 5, "deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
 
@@ -31,13 +31,9 @@ def arguments(folder, **options):
         "queries_per_sample": 4,
         "max_steps": 2,
         "learning_rate": 0.02,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
         "trajectory_log": True,
     }
-    return FlopsTrainingArguments(output_dir=str(folder), **{**defaults, **options})
+    return training_arguments(folder, **{**defaults, **options})
 
 
 def trained(folder, model=None, kind="vit", samples=12, resume=None, callbacks=(), options=None, **extra):

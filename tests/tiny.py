@@ -21,6 +21,8 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from hf_flops import FlopsTrainingArguments
+
 SIZES: dict[str, int] = {
     "hidden_size": 16,
     "num_hidden_layers": 2,
@@ -91,3 +93,9 @@ def model_forward(model: nn.Module):
         return outputs.loss, outputs
 
     return forward
+
+
+def training_arguments(folder: Any, kind: Any = FlopsTrainingArguments, **options: Any) -> Any:
+    """Return training arguments that are quiet and save nothing, unless told otherwise."""
+    quiet = {"output_dir": str(folder), "save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+    return kind(**{**quiet, **options})
