@@ -24,7 +24,6 @@ from typing import Any
 
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, set_seed
-from transformers.utils import logging as transformers_logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also when hf_flops is not installed
 
@@ -175,7 +174,7 @@ def run(method: str, recipe: RecipeArguments, args: RecipeTrainingArguments, tas
     """Train with one method and test."""
     model = adapted_model(recipe, task, args.seed)
     rate = args.learning_rate or LEARNING_RATES[method]
-    own = replace(args, learning_rate=rate, output_dir=str(Path(args.output_dir or "outputs/alignment", method)))
+    own = replace(args, learning_rate=rate, output_dir=str(Path(str(args.output_dir), method)))
     trainer = trainer_for(method, model, own, task.train, task.collate)
     before, start = evaluate(model, task), time.perf_counter()
     trainer.train()
@@ -203,13 +202,11 @@ def parse(arguments: list[str] | None = None) -> tuple[RecipeArguments, RecipeTr
 def main(arguments: list[str] | None = None) -> list[Outcome]:
     """Run the method, and those that it is compared with."""
     recipe, args = parse(arguments)
-    transformers_logging.disable_progress_bar()  # of loading and saving; training keeps its own
-    folder = Path(args.output_dir or "outputs/alignment")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder, methods = common.begin(args, [recipe.method, *recipe.compare])
     task = load_task(recipe, args.seed)
     start = adapted_model(recipe, task, args.seed)
     runs = []
-    for method in dict.fromkeys([recipe.method, *recipe.compare]):
+    for method in methods:
         print(f"\n=== {method}: {len(task.train):,} images of {', '.join(task.sentences.words)}")
         outcome, model = run(method, recipe, args, task)
         model.save_pretrained(folder / method) if hasattr(model, "save_pretrained") else None

@@ -6,9 +6,11 @@ import argparse
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.utils import logging as transformers_logging
 
 from hf_flops import FlopsArgumentsMixin
 
@@ -25,14 +27,18 @@ def accuracy(prediction: Any) -> dict[str, float]:
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
-def check_compared(args: Any, methods: Collection[str]) -> None:
-    """Refuse backprop by several processes: the stock trainer would be measured before it trains, and then not be wrapped.
+def begin(args: Any, methods: Sequence[str]) -> tuple[Path, list[str]]:
+    """Make the output folder; returns it and the methods to run, each once.
 
     Raises:
-        ValueError: names the number of processes.
+        ValueError: backprop by several processes: the stock trainer is measured before it trains, and then not wrapped.
     """
+    transformers_logging.disable_progress_bar()  # of loading and saving; training keeps its own
     if args.world_size > 1 and "backprop" in methods:
         raise ValueError(f"backprop is for comparison by one process, not {args.world_size}: leave it out, or start one.")
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder, list(dict.fromkeys(methods))
 
 
 def stock_arguments(args: Any, **changes: Any) -> TrainingArguments:

@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.utils import logging as transformers_logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also when hf_flops is not installed
 
@@ -172,7 +171,7 @@ def run(method: str, recipe: RecipeArguments, args: RecipeTrainingArguments, tas
     words = label_tokens(tokenizer, recipe.label_words, task.classes)
     template = Template(tokenizer, recipe.template, recipe.text_tokens, recipe.chat)
     collator, tail = DataCollatorWithPadding(tokenizer), recipe.adapter != "suffix"
-    own = replace(args, output_dir=str(Path(args.output_dir or "outputs/prompt_tuning", method)))
+    own = replace(args, output_dir=str(Path(str(args.output_dir), method)))
     same = ("output_dir", "per_device_eval_batch_size", "use_cpu", "disable_tqdm", "report_to")
     plain = TrainingArguments(**{name: getattr(own, name) for name in same})
     asked = Trainer(WordClassifier(base, words), plain, data_collator=collator, compute_metrics=accuracy)
@@ -252,12 +251,8 @@ def parse(arguments: list[str] | None = None) -> tuple[RecipeArguments, RecipeTr
 def main(arguments: list[str] | None = None) -> list[Outcome]:
     """Tune with forward passes, and by the methods that this is compared with."""
     recipe, args = parse(arguments)
-    transformers_logging.disable_progress_bar()  # of loading and saving; training keeps its own
-    folder = Path(args.output_dir or "outputs/prompt_tuning")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder, methods = common.begin(args, ["flops", *recipe.compare])
     sizes = {"validation": recipe.validation_texts, "test": recipe.test_texts, "per_class": recipe.per_class}
-    methods = list(dict.fromkeys(["flops", *recipe.compare]))
-    common.check_compared(args, methods)
     with args.main_process_first():
         task = load_texts(recipe.domain, seed=args.seed, **sizes)
     runs, first = [], args.process_index == 0

@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, set_seed
-from transformers.utils import logging as transformers_logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also when hf_flops is not installed
 
@@ -171,7 +170,7 @@ def run(
     """Train the adapter with one method and test it."""
     model = adapter_model(recipe, path, task, args.seed)
     rate = args.learning_rate or LEARNING_RATES.get(task.name, LEARNING_RATES["fashion_mnist"])[method]
-    own = replace(args, learning_rate=rate, output_dir=str(Path(args.output_dir or "outputs/vit", method)))
+    own = replace(args, learning_rate=rate, output_dir=str(Path(str(args.output_dir), method)))
     curve = Curve()
     trainer = trainer_for(method, model, own, curve, data["train"], data["validation"])
     before = trainer.evaluate(data["test"], metric_key_prefix="test")["test_accuracy"]
@@ -293,11 +292,7 @@ def load_data(recipe: RecipeArguments, seed: int) -> tuple[str, ImageTask, dict[
 def main(arguments: list[str] | None = None) -> None:
     """Run the method, and those that it is compared with."""
     recipe, args = parse(arguments)
-    transformers_logging.disable_progress_bar()  # of loading and saving; training keeps its own
-    folder = Path(args.output_dir or "outputs/vit")
-    folder.mkdir(parents=True, exist_ok=True)
-    methods = list(dict.fromkeys([recipe.method, *recipe.compare]))
-    common.check_compared(args, methods)
+    folder, methods = common.begin(args, [recipe.method, *recipe.compare])
     with args.main_process_first():
         path, task, data = load_data(recipe, args.seed)
     runs, first = [], args.process_index == 0
