@@ -87,18 +87,18 @@ class FlopsArgumentsMixin:
         ConfigurationError: a value is unknown or out of range, or a stock option needs a backward pass.
     """
 
-    learning_rate: float | str | None = field(  # type: ignore[assignment]
+    learning_rate: float | str | None = field(
         default=1e-3,
         metadata={
-            "help": "Step size of the optimizer; forward-only training of adapters wants about 1e-3. Or 'auto': 1e-3 to start "
-            "with, and learning_rate_search."
+            "help": "Step size of the optimizer; forward-only training of adapters wants about 1e-3. Or 'auto': 1e-3 to "
+            "start with, and learning_rate_search."
         },
     )
     learning_rate_search: bool = field(
         default=False,
         metadata={
-            "help": "Multiply the schedule's rates by what line searches along the run's own way find, from learning_rate on; "
-            "a search costs about three rows per sample, after 1, 2, 4, ... and then every 32 steps."
+            "help": "Multiply the schedule's rates by what line searches along the run's own way find, from learning_rate "
+            "on; a search costs about three rows per sample, after 1, 2, 4, ... and then every 32 steps."
         },
     )
     preset: str = field(
@@ -317,7 +317,8 @@ class FlopsArgumentsMixin:
         optimizer = str(getattr(self.optim, "value", self.optim))  # type: ignore[attr-defined]
         _require(
             not self.learning_rate_search or "schedule_free" not in optimizer,
-            f"optim={optimizer!r} is not for a learning rate search, as it trains at other points than it keeps: choose another.",
+            f"optim={optimizer!r} is not for a learning rate search, as it trains at other points than it keeps: choose "
+            "another.",
         )
 
     def _check_stock_options(self) -> None:
@@ -341,5 +342,5 @@ class FlopsArgumentsMixin:
 
 
 @dataclass
-class FlopsTrainingArguments(FlopsArgumentsMixin, TrainingArguments):
+class FlopsTrainingArguments(FlopsArgumentsMixin, TrainingArguments):  # type: ignore[misc]
     """`transformers.TrainingArguments` with the fields of `FlopsArgumentsMixin`."""

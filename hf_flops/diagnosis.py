@@ -135,8 +135,7 @@ def doctor(
     """
     with tempfile.TemporaryDirectory() as folder, _generators_kept(), _listening() as notes:
         if args is None:
-            small = {"per_device_train_batch_size": 16, "queries_per_sample": 4, "report_to": "none"}
-            args = FlopsTrainingArguments(folder, **small)
+            args = FlopsTrainingArguments(folder, per_device_train_batch_size=16, queries_per_sample=4, report_to="none")
         scale, rows = args.perturbation_scale, args.queries_per_sample
         queries = 4 if rows == "auto" else rows
         changes = {**_QUIET, "output_dir": folder, "perturbation_scale": "auto", "queries_per_sample": queries}
@@ -149,6 +148,8 @@ def doctor(
 
 class _Trial(FlopsTrainer):
     """Takes down what steps take and find."""
+
+    model: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.method: Method | None = None
@@ -213,7 +214,8 @@ def _way(part: Any, trainer: Any) -> tuple[str, str]:
 def _facts(trainer: _Trial, scale: Any, target: float) -> Iterator[Fact]:
     """Yield what was measured and what is suggested."""
     method, tuning, steps = trainer.method, trainer._tuning, trainer.state.global_step
-    assert method is not None and trainer._rate is not None
+    assert method is not None
+    assert trainer._rate is not None
     precision = precision_of(trainer.model, autocast=trainer.args.bf16)
     yield Fact("trained numbers", sum(rule.size for rule in rules_of(trainer)), "of the tensors above")
     yield Fact("precision", precision, f"relative rounding of a loss in {'16' if precision > 1e-3 else '32'} bits")

@@ -1,4 +1,4 @@
-"""A learning rate that is found while training: a multiplier on top of the schedule, and where it was far off, a way back."""
+"""A learning rate that is found while training: a multiplier of the schedule, and a way back where it was far off."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from .clean import clean_forward
 from .errors import ConfigurationError
-from .line_search import LONGER, MOST_LOOKS, SHORTER, Found, line_search
+from .line_search import MOST_LOOKS, SHORTER, Found, line_search
 from .method import Method
 from .objectives import Forward
 from .padding import Feed
@@ -25,6 +25,7 @@ from .rows import batch_size
 logger = logging.getLogger("hf_flops.trainer")
 RATE_FILE = "flops_rate.pt"
 MOST_STEPS = 32  # of a window
+_EARLY, _LATE = (1 / 8, 64.0), (1 / 4, 4.0)  # factors that a window of up to 8 steps may have, and a longer one
 
 
 class RateSearch(TrainerCallback):
@@ -55,8 +56,8 @@ class RateSearch(TrainerCallback):
         self._stock = [group["lr"] for group in groups]
         if any(rate is None for rate in self._stock):
             raise ConfigurationError(
-                f"learning_rate_search multiplies the optimizer's learning rates, but {args.optim!s} has none: choose another "
-                "optim, or switch the search off."
+                f"learning_rate_search multiplies the optimizer's learning rates, but {args.optim!s} has none: choose "
+                "another optim, or switch the search off."
             )
         for group, rate in zip(groups, self._stock, strict=True):
             group["lr"] = rate * self.multiplier
@@ -111,10 +112,14 @@ class RateSearch(TrainerCallback):
         """Take up the factor of a length that is clearly better than 1."""
         group, mean = optimizer.param_groups[0], self._rates / self._steps
         rate, before = float(group["lr"]), self.multiplier
-        if best > 1 and rate > 1.001 * mean:  # a warmup, which will multiply the rate itself
-            self.multiplier = max(before, before * best * mean / max(rate, float(group.get("initial_lr", rate))))
+        least, most = _EARLY if self._steps <= 8 else _LATE
+        factor = min(max(best, least), most)
+        if factor > 1 and rate > 1.001 * mean:  # a warmup, which will multiply the rate itself
+            self.multiplier = max(before, before * factor * mean / max(rate, float(group.get("initial_lr", rate))))
         else:
-            self.multiplier = before * max(best, 1 / LONGER[-1])
+            self.multiplier = before * factor
+        if factor in (least, most):  # far off: the sooner the next look, the better
+            self.window = max(1, self.window // 2)
         if best < SHORTER[0]:
             state = getattr(optimizer, "optimizer", optimizer).state
             for parameter, kept in zip(vector.parameters, self._state, strict=True):

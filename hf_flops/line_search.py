@@ -10,7 +10,7 @@ from torch import Tensor
 
 LONGER, SHORTER = (2.0, 8.0, 64.0), (1 / 2, 1 / 8, 1 / 64, 0.0)
 MOST_LOOKS = 6  # lengths that a search looks at, at most
-_CLEAR = 2.0  # standard errors of a paired difference
+_CLEAR = 1.0  # standard errors of a paired difference
 _BLIND = 0.01  # of the loss: what counts as its error where it is one number for the whole batch
 
 

@@ -162,7 +162,7 @@ class FlopsTrainerMixin(ModelCards, Watched, SearchesRate, WholeCheckpoints, Man
             self._objective = None
         self._start_sharing()
         with self._leave.listening(alone=self.args.world_size == 1), self._share.watched():
-            return super().train(self._chosen_checkpoint(resume_from_checkpoint), *args, **kwargs)  # type: ignore[misc]
+            return super().train(self._chosen_checkpoint(resume_from_checkpoint), *args, **kwargs)
 
     def training_step(
         self: Any, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -324,7 +324,7 @@ class FlopsTrainerMixin(ModelCards, Watched, SearchesRate, WholeCheckpoints, Man
         return self.args.queries_per_sample if queries is None else queries.at(step)
 
     def _save_optimizer_and_scheduler(self: Any, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+        super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
             save_state(output_dir, *self._parts())
 
@@ -335,7 +335,7 @@ class FlopsTrainerMixin(ModelCards, Watched, SearchesRate, WholeCheckpoints, Man
             save_state(self.args.output_dir, *self._parts())
 
     def _load_optimizer_and_scheduler(self: Any, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        super()._load_optimizer_and_scheduler(checkpoint)
         load_state(checkpoint, *self._parts())
 
     def _parts(self: Any) -> tuple[dict[str, Any], Any]:

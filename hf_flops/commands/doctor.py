@@ -48,20 +48,21 @@ def configured(name: str, model: Any, task_type: str | None, rank: int) -> Any:
         known = ", ".join(["dora", "prompt", "prefix", "ln", *(member.lower() for member in PeftType.__members__)])
         raise ConfigurationError(f"--peft {name} is no method of the installed PEFT: choose one of {known}.")
     config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[kind]]
-    fields, options = config.__dataclass_fields__, {"task_type": task_type}
+    options: dict[str, Any] = {"task_type": task_type}
+    fields: Any = config.__dataclass_fields__
     modules = [module for module, _ in model.named_modules()]
     last = {module.rpartition(".")[2] for module in modules}
     if "target_modules" in fields and kind != "LN_TUNING":
-        options["target_modules"] = next((list(pair) for pair in TARGETS if set(pair) <= last), "all-linear")  # type: ignore[assignment]
+        options["target_modules"] = next((list(pair) for pair in TARGETS if set(pair) <= last), "all-linear")
     elif kind == "LN_TUNING":
         norms = sorted({module.rpartition(".")[2] for module in modules if "norm" in module.rpartition(".")[2].lower()})
-        options["target_modules"] = norms  # type: ignore[assignment]
+        options["target_modules"] = norms
     sizes: dict[str, Any] = {"r": rank, "num_virtual_tokens": rank, "feedforward_modules": []}
     options |= {name: value for name, value in sizes.items() if name in fields}
     if name.upper() == "DORA":
-        options["use_dora"] = True  # type: ignore[assignment]
+        options["use_dora"] = True
     if "modules_to_save" in fields and "classifier" in last and task_type is None:
-        options["modules_to_save"] = ["classifier"]  # type: ignore[assignment]
+        options["modules_to_save"] = ["classifier"]
     return config(**options)
 
 
