@@ -1,5 +1,6 @@
 """The learning rate that is found while training: where it goes from a start far off, what it costs, what stays exact."""
 
+import gc
 import math
 
 import pytest
@@ -19,6 +20,13 @@ from tests.worker import build
 
 CONSTANT = {"lr_scheduler_type": "constant"}
 OPTIONS = {"samples": 4, "size": 16, "logging_steps": 1, "learning_rate_search": True}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _collect_young_objects_only():
+    gc.freeze()  # every `train()` collects garbage, which takes long with everything that is imported
+    yield
+    gc.unfreeze()
 
 
 def run(folder, act=None, resume=None, **options):
@@ -89,18 +97,25 @@ def test_a_warmup_is_not_mistaken_for_a_rate_that_is_too_small():
 
 
 def test_every_row_is_charged_and_a_budget_is_kept(tmp_path):
-    seen, budget = [], 150
-    trainer = build({**OPTIONS, "output_dir": str(tmp_path), "max_steps": 40, "max_queries": budget})
+    seen, before, budget = [], [], 250
+
+    def act(step):
+        if step == 1:  # the checks of the first batch, some of which end early, are behind
+            seen.clear()
+            before.append(trainer.ledger.all_rows)
+
+    trainer = build({**OPTIONS, "output_dir": str(tmp_path), "max_steps": 40, "max_queries": budget}, act)
     hook = trainer.model.register_forward_pre_hook(lambda m, a, k: seen.append(len(k["labels"])), with_kwargs=True)
     trainer.train()
     hook.remove()
-    assert trainer.ledger.all_rows == sum(seen) <= budget
+    assert trainer.ledger.all_rows - before[0] == sum(seen)
+    assert budget - 16 - MOST_LOOKS * 4 < trainer.ledger.all_rows <= budget
     searched = trainer.ledger.rows - 16 * trainer.state.global_step
-    assert searched >= 3 * 4 * 3
+    assert searched >= 3 * 3 * 4
     assert searched % 4 == 0
 
 
-@pytest.mark.parametrize("start", [0.01, 10.0])
+@pytest.mark.parametrize("start", [10.0, pytest.param(0.01, marks=pytest.mark.slow)])
 def test_a_resumed_run_goes_on_alike(start, tmp_path):
     every = {"learning_rate": start, "max_steps": 9, "gradient_accumulation_steps": 2, **CONSTANT}
     whole = run(tmp_path, save_strategy="steps", save_steps=5, **every)
@@ -108,7 +123,7 @@ def test_a_resumed_run_goes_on_alike(start, tmp_path):
     assert flat(again).equal(flat(whole))
     assert again._rate.multiplier == whole._rate.multiplier
     assert again.ledger.rows == whole.ledger.rows
-    assert (whole._rate.multiplier != 1) == (start == 10.0)
+    assert whole._rate.multiplier < 1 or start == 0.01
 
 
 def test_parameters_are_bit_for_bit_what_they_were_if_a_forward_raises():
@@ -140,11 +155,11 @@ def test_processes_that_see_other_losses_go_the_way_of_the_first():
         search.due(0, vector, optimizer)
         weight.data.fill_(1.0)
         search._steps, search._rates = 1, 1.0
-        goal = 4.0 if share.rank == 0 else 16.0
+        goal = 2.0 if share.rank == 0 else 8.0
         search.search(lambda: (weight.detach() - goal).square(), vector, optimizer, share.first)
         return weight.detach().tolist(), search.multiplier
 
-    assert played(2, act) == [([4.0] * 3, 4.0)] * 2
+    assert played(2, act) == [([2.0] * 3, 2.0)] * 2
 
 
 def test_a_long_window_changes_the_rate_by_less_and_far_off_the_next_is_shorter():
