@@ -60,7 +60,7 @@ def test_two_processes_go_the_way_of_one_and_one_goes_on_from_their_checkpoint(t
         folder, wanted = tmp_path / reduce, alone(tmp_path / "alone", reduce=reduce, **search[reduce])
         entries = same(folder, reduce, wanted)
         assert all(entry["sent_bytes"] > 0 for entry in entries)
-        again = build({**BASE, "output_dir": str(folder), "reduce": reduce})
+        again = build({**BASE, **search[reduce], "output_dir": str(folder), "reduce": reduce})
         again.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
         for name, value in wanted[0].items():
             torch.testing.assert_close(again.model.get_parameter(name).detach(), value, rtol=0, atol=1e-5)

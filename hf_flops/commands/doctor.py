@@ -122,6 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Take the trial's steps and print what they show."""
     given = parser().parse_args(arguments)
     import tempfile
+    import warnings
 
     from transformers.utils import logging as transformers_logging
 
@@ -142,7 +143,8 @@ def main(arguments: list[str] | None = None) -> int:
                 f"--adapter {given.adapter} holds no adapter_config.json: name a folder that PEFT saved."
             )
         model = PeftModel.from_pretrained(model, given.adapter, is_trainable=True)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of other libraries, beside a table
         args = FlopsTrainingArguments(
             folder,
             per_device_train_batch_size=given.batch_size,
