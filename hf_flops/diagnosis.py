@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-import logging
 import math
-import random
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -20,11 +16,12 @@ from transformers.trainer_callback import PrinterCallback
 
 from .args import FlopsTrainingArguments
 from .auto_queries import AutoQueries
-from .checks import wrap_with_adapter
+from .calibration import Calibration, calibrate, in_steps
 from .memory import PeakMemory
 from .method import Method
 from .perturbations import ActivationNoise, ParameterVector
 from .selfcheck import precision_of
+from .throwaway import copied, generators_kept, listening
 from .trainer import FlopsTrainer
 
 _QUIET: dict[str, Any] = {
@@ -124,7 +121,7 @@ def doctor(
     Args:
         model: a model with trainable parameters, or a plain one together with `peft_config`.
         train_dataset: a few batches of data as for training.
-        args: as for training; by default 4 rows for each of 16 samples. Its `learning_rate` is where the search starts.
+        args: as for training; by default 4 rows for each of 32 samples. Its `learning_rate` is where the search starts.
         peft_config: a PEFT configuration to wrap the copy with.
         steps: optimizer steps of the trial, 2 or more.
         target: signal to noise to predict the steps for.
@@ -133,17 +130,16 @@ def doctor(
     Raises:
         ConfigurationError: what training would refuse.
     """
-    with tempfile.TemporaryDirectory() as folder, _generators_kept(), _listening() as notes:
+    with tempfile.TemporaryDirectory() as folder, generators_kept(), listening() as notes:
         if args is None:
-            args = FlopsTrainingArguments(folder, per_device_train_batch_size=16, queries_per_sample=4, report_to="none")
-        scale, rows = args.perturbation_scale, args.queries_per_sample
-        queries = 4 if rows == "auto" else rows
-        changes = {**_QUIET, "output_dir": folder, "perturbation_scale": "auto", "queries_per_sample": queries}
+            args = FlopsTrainingArguments(folder, per_device_train_batch_size=32, queries_per_sample=4, report_to="none")
+        queries = 4 if args.queries_per_sample == "auto" else args.queries_per_sample
+        changes = {**_QUIET, "output_dir": folder, "queries_per_sample": queries}
         trial = replace(args, max_steps=max(2, steps), **changes)
-        trainer = _Trial(_copy(model, peft_config), trial, train_dataset=train_dataset, **kwargs)
+        trainer = _Trial(copied(model, peft_config), trial, train_dataset=train_dataset, **kwargs)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-        return Diagnosis(rules_of(trainer), {fact.name: fact for fact in _facts(trainer, scale, target)}, notes)
+        return Diagnosis(rules_of(trainer), {fact.name: fact for fact in _facts(trainer, target)}, notes)
 
 
 class _Trial(FlopsTrainer):
@@ -155,10 +151,13 @@ class _Trial(FlopsTrainer):
         self.method: Method | None = None
         self.auto, self.speeds, self.found = AutoQueries(), list[float](), list[tuple[float, float]]()
         self.megabytes = math.nan
+        self.calibration = Calibration(None, 0.0, 0)
         super().__init__(*args, **kwargs)
 
-    def _complete_method(self, *args: Any, **kwargs: Any) -> Method:
-        self.method = super()._complete_method(*args, **kwargs)
+    def _complete_method(self, model: nn.Module, forward: Any, inputs: Any) -> Method:
+        self.method = super()._complete_method(model, forward, inputs)
+        if self.state.global_step == self.args.max_steps - 2:  # a new head hides the adapter at the first step
+            self.calibration = calibrate(forward, inputs, self.method, self._seed())
         return self.method
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -211,22 +210,27 @@ def _way(part: Any, trainer: Any) -> tuple[str, str]:
     return "shared", "no rule per row agrees with moving it explicitly"
 
 
-def _facts(trainer: _Trial, scale: Any, target: float) -> Iterator[Fact]:
+def _facts(trainer: _Trial, target: float) -> Iterator[Fact]:
     """Yield what was measured and what is suggested."""
-    method, tuning, steps = trainer.method, trainer._tuning, trainer.state.global_step
+    method, found, steps = trainer.method, trainer.calibration, trainer.state.global_step
     assert method is not None
     assert trainer._rate is not None
     precision = precision_of(trainer.model, autocast=trainer.args.bf16)
     yield Fact("trained numbers", sum(rule.size for rule in rules_of(trainer)), "of the tensors above")
     yield Fact("precision", precision, f"relative rounding of a loss in {'16' if precision > 1e-3 else '32'} bits")
-    signal = next((value for name, value in tuning.found.items() if name != "perturbation_scale"), 0.0)
-    given = "" if scale in (None, "auto") else f"; {scale:g} was given"
-    yield Fact("epsilon", tuning.scale, f"least error of differences: their signal to noise there is {signal:.3g}{given}")
+    if found.scale is None:
+        reason = "no step of the difference shows any signal"
+    elif in_steps(method.objective):
+        reason = f"the least at which queries see a step of the objective: {found.signal_to_noise:.0%} of them do"
+    else:
+        reason = f"least error of differences: their signal to noise there is {found.signal_to_noise:.3g}"
+    scale = method.scale if found.scale is None else found.scale
+    yield Fact("epsilon", scale, f"{reason}; training would take {method.scale:.3g}")
     speed = float(np.median(trainer.speeds[1:] or trainer.speeds))
     yield Fact("rows per second", speed, f"median of {len(trainer.speeds[1:]) or 1} steps")
     yield Fact("peak memory (MB)", trainer.megabytes, "of one step, above what the process held before")
-    found = np.array(trainer.found or [(0.0, 1.0)])
-    ratio = max(float(found[:, 0].mean()), 0.0) / max(float(found[:, 1].mean()), 1e-30)
+    signal, variance = np.array(trainer.found or [(0.0, 1.0)]).mean(0).tolist()
+    ratio = max(signal, 0.0) / max(variance, 1e-30)
     each = f"{method.queries_per_sample} rows for each of {trainer.args.train_batch_size} samples"
     yield Fact("signal to noise of a step", ratio, f"squared gradient without an exact head over variance, {each}")
     wanted = math.ceil(target / ratio) if ratio > 0 else None
@@ -242,46 +246,3 @@ def _facts(trainer: _Trial, scale: Any, target: float) -> Iterator[Fact]:
 
 def _shown(value: Any) -> str:
     return "?" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
-
-
-def _copy(model: nn.Module, peft_config: Any) -> nn.Module:
-    """Return a model that shares storage with another where it is frozen, and has trained tensors of its own."""
-    memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        plain = type(parameter) is nn.Parameter
-        memo[id(parameter)] = nn.Parameter(parameter.data, parameter.requires_grad) if plain else parameter
-    own = copy.deepcopy(model, memo)
-    if peft_config is not None:
-        own = wrap_with_adapter(own, copy.deepcopy(peft_config))
-    for parameter in own.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.clone()
-    return own
-
-
-@contextmanager
-def _generators_kept() -> Iterator[None]:
-    """Bring the global generators back, which the stock trainer seeds."""
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-
-
-@contextmanager
-def _listening() -> Iterator[list[str]]:
-    """Hear what the library says, in place of who listens otherwise."""
-    said: list[str] = []
-    own = logging.getLogger("hf_flops")
-    handler, propagated = logging.Handler(logging.WARNING), own.propagate
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    own.addHandler(handler)
-    own.propagate = False
-    try:
-        yield said
-    finally:
-        own.removeHandler(handler)
-        own.propagate = propagated
