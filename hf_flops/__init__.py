@@ -10,6 +10,7 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .args import FlopsArgumentsMixin, FlopsTrainingArguments
     from .contrastive import ContrastiveLoss
+    from .diagnosis import Diagnosis, doctor
     from .errors import (
         ConfigurationError,
         EngineError,
@@ -32,6 +33,7 @@ _HOMES = {
     "CallableObjective": "objectives",
     "ConfigurationError": "errors",
     "ContrastiveLoss": "contrastive",
+    "Diagnosis": "diagnosis",
     "EngineError": "errors",
     "FlopsArgumentsMixin": "args",
     "FlopsError": "errors",
@@ -49,6 +51,7 @@ _HOMES = {
     "SuffixPromptModel": "suffix",
     "TrajectoryError": "errors",
     "VisualPrompt": "visual_prompts",
+    "doctor": "diagnosis",
     "estimate_gradient": "step",
 }
 
@@ -56,6 +59,7 @@ __all__ = [
     "CallableObjective",
     "ConfigurationError",
     "ContrastiveLoss",
+    "Diagnosis",
     "EngineError",
     "FlopsArgumentsMixin",
     "FlopsError",
@@ -74,6 +78,7 @@ __all__ = [
     "TrajectoryError",
     "VisualPrompt",
     "__version__",
+    "doctor",
     "estimate_gradient",
 ]
 

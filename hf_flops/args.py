@@ -87,9 +87,19 @@ class FlopsArgumentsMixin:
         ConfigurationError: a value is unknown or out of range, or a stock option needs a backward pass.
     """
 
-    learning_rate: float = field(
+    learning_rate: float | str | None = field(
         default=1e-3,
-        metadata={"help": "Step size of the optimizer; forward-only training of adapters wants about 1e-3."},
+        metadata={
+            "help": "Step size of the optimizer; forward-only training of adapters wants about 1e-3. Or 'auto': 1e-3 to "
+            "start with, and learning_rate_search."
+        },
+    )
+    learning_rate_search: bool = field(
+        default=False,
+        metadata={
+            "help": "Multiply the schedule's rates by what line searches along the run's own way find, from learning_rate "
+            "on; a search costs about three rows per sample, after 1, 2, 4, ... and then every 32 steps."
+        },
     )
     preset: str = field(
         default="flops",
@@ -99,7 +109,7 @@ class FlopsArgumentsMixin:
             "choices": list(PRESETS),
         },
     )
-    queries_per_sample: int | str = field(
+    queries_per_sample: int | str | None = field(
         default=16,
         metadata={
             "help": "Rows of forward passes per sample and step, on average over the batch, the clean row being one of "
@@ -231,6 +241,7 @@ class FlopsArgumentsMixin:
         self._check_choices()
         self._check_scalars()
         self._check_numbers()
+        self._check_rate()
         self._check_stock_options()
         super().__post_init__()  # type: ignore[misc]
         check_world(self.world_size)  # type: ignore[attr-defined]
@@ -293,6 +304,23 @@ class FlopsArgumentsMixin:
         limit = self.memory_limit_gb
         _require(limit is None or 0 < limit < float("inf"), f"memory_limit_gb={limit!r} must be positive and finite.")
 
+    def _check_rate(self) -> None:
+        rate = self.learning_rate = _number(float, self.learning_rate)
+        if rate == "auto":
+            self.learning_rate, self.learning_rate_search = 1e-3, True
+        _require(not isinstance(rate, str) or rate == "auto", f"learning_rate={rate!r} must be a number, or 'auto'.")
+        _require(
+            not (self.learning_rate_search and self.trajectory_log),
+            "trajectory_log=True cannot replay a learning rate search, which moves parameters by more than estimates: give "
+            "learning_rate a number, or switch one of the two off.",
+        )
+        optimizer = str(getattr(self.optim, "value", self.optim))  # type: ignore[attr-defined]
+        _require(
+            not self.learning_rate_search or "schedule_free" not in optimizer,
+            f"optim={optimizer!r} is not for a learning rate search, as it trains at other points than it keeps: choose "
+            "another.",
+        )
+
     def _check_stock_options(self) -> None:
         """Refuse, or quietly switch off, options of `TrainingArguments` that belong to the backward pass."""
         given: Any = self
@@ -314,5 +342,5 @@ class FlopsArgumentsMixin:
 
 
 @dataclass
-class FlopsTrainingArguments(FlopsArgumentsMixin, TrainingArguments):
+class FlopsTrainingArguments(FlopsArgumentsMixin, TrainingArguments):  # type: ignore[misc]
     """`transformers.TrainingArguments` with the fields of `FlopsArgumentsMixin`."""

@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "prompt": ("prompt", "tune a prompt of a language model with forward passes only"),
     "align": ("align", "align images with texts, or classify images by sentences, with forward passes only"),
     "compare": ("compare", "presets side by side on one task at the same rows"),
+    "doctor": ("doctor", "what training would do with a model, a method and data, and a learning rate to begin with"),
     "plot": ("plot", "pictures of a run: learning curve, where the queries went, signal to noise"),
     "replay": ("replay", "rebuild an adapter from its trajectory log, or verify a checkpoint against it"),
 }

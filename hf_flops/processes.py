@@ -18,7 +18,7 @@ from transformers.trainer_utils import seed_worker
 from .args import FlopsArgumentsMixin
 from .errors import ConfigurationError
 from .exchange import Exchange
-from .method import Method, StepResult
+from .method import Method
 from .share import ProcessShare, Share
 
 logger = logging.getLogger("hf_flops.trainer")
@@ -94,11 +94,11 @@ class ManyProcesses:
         self._tuning.found.update({"perturbation_scale": scale} if "perturbation_scale" in self._tuning.found else {})
         return replace(method, scale=scale)
 
-    def _count_together(self: Any, before: tuple[int, int], result: StepResult) -> None:
-        """Enter into the ledger what all processes ran since it said `before`; what each ran alike counts once."""
+    def _count_together(self: Any, before: tuple[int, int], ran: int) -> None:
+        """Enter into the ledger the rows that all processes ran since it said `before`; what each ran alike counts once."""
         if self._share.world > 1:
             rows, tokens = before
-            self.ledger.all_rows = rows + result.rows
+            self.ledger.all_rows = rows + ran
             self.ledger.tokens = tokens + int(
                 self._share.total(torch.tensor([self.ledger.tokens - tokens], dtype=torch.int32))
             )

@@ -32,6 +32,7 @@ from .errors import ObjectiveError
 from .estimators import ESTIMATORS, Estimator
 from .heads import ClosedFormHead
 from .image_text import with_plain_flag
+from .learning_rate import SearchesRate
 from .ledger import Ledger, class_labels
 from .method import Method
 from .objectives import CallableObjective, Objective
@@ -52,7 +53,7 @@ logger = logging.getLogger(__name__)
 SAMPLE_ID = "sample_id"
 
 
-class FlopsTrainerMixin(ModelCards, Watched, WholeCheckpoints, ManyProcesses):
+class FlopsTrainerMixin(ModelCards, Watched, SearchesRate, WholeCheckpoints, ManyProcesses):
     """Forward-only training for any class derived from `transformers.Trainer`: `class T(FlopsTrainerMixin, SomeTrainer)`.
 
     A data set column `sample_id` (whole numbers) never reaches the model; it lets the trainer count queries per sample, and
@@ -161,7 +162,7 @@ class FlopsTrainerMixin(ModelCards, Watched, WholeCheckpoints, ManyProcesses):
             self._objective = None
         self._start_sharing()
         with self._leave.listening(alone=self.args.world_size == 1), self._share.watched():
-            return super().train(self._chosen_checkpoint(resume_from_checkpoint), *args, **kwargs)  # type: ignore[misc]
+            return super().train(self._chosen_checkpoint(resume_from_checkpoint), *args, **kwargs)
 
     def training_step(
         self: Any, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -181,6 +182,7 @@ class FlopsTrainerMixin(ModelCards, Watched, WholeCheckpoints, ManyProcesses):
             self._hold_back()
             alignment = self._pairs.ready(self, forward, inputs)
             method: Any = None if alignment is not None else self._complete_method(model, forward, inputs)
+            self._search_rate(forward, inputs, method)
             if self._budget is not None and not self._budget.allows(batch_size(inputs), self.state.global_step):
                 return self._refuse_step(model)
             place, batches = self._place(inputs), self.current_gradient_accumulation_steps
@@ -190,7 +192,7 @@ class FlopsTrainerMixin(ModelCards, Watched, WholeCheckpoints, ManyProcesses):
                 elements = self._elements(num_items_in_batch)
                 last, before = self.accelerator.sync_gradients, (self.ledger.all_rows, self.ledger.tokens)
                 result = estimate_gradient(forward, inputs, method, place, elements, batches, last=last)
-                self._count_together(before, result)
+                self._count_together(before, result.rows)
         self.ledger.record(result, self._ids, class_labels(inputs))
         if self._recorder is not None:
             self._recorder.batch(result.trace, place.seed, method.perturbation)
@@ -322,7 +324,7 @@ class FlopsTrainerMixin(ModelCards, Watched, WholeCheckpoints, ManyProcesses):
         return self.args.queries_per_sample if queries is None else queries.at(step)
 
     def _save_optimizer_and_scheduler(self: Any, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+        super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
             save_state(output_dir, *self._parts())
 
@@ -333,7 +335,7 @@ class FlopsTrainerMixin(ModelCards, Watched, WholeCheckpoints, ManyProcesses):
             save_state(self.args.output_dir, *self._parts())
 
     def _load_optimizer_and_scheduler(self: Any, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        super()._load_optimizer_and_scheduler(checkpoint)
         load_state(checkpoint, *self._parts())
 
     def _parts(self: Any) -> tuple[dict[str, Any], Any]:

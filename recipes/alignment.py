@@ -80,7 +80,9 @@ class RecipeTrainingArguments(FlopsTrainingArguments):
     """Training arguments with defaults for this recipe; the learning rate depends on the method."""
 
     output_dir: str | None = "outputs/alignment"
-    learning_rate: float | None = field(default=None, metadata={"help": "Default: the best of a grid for each method."})  # type: ignore[assignment]
+    learning_rate: float | str | None = field(
+        default=None, metadata={"help": "Default: the best of a grid for each method."}
+    )  # type: ignore[assignment]
     num_train_epochs: float = 3
     queries_per_sample: int | str = 8
     rows_per_forward: int | str | None = 256

@@ -94,7 +94,7 @@ class RecipeTrainingArguments(FlopsTrainingArguments):
     """Training arguments with defaults for this recipe."""
 
     output_dir: str | None = "outputs/prompt_tuning"
-    learning_rate: float = 5e-3
+    learning_rate: float | str | None = 5e-3
     max_steps: int = 80
     queries_per_sample: int = 24
     perturbation_scale: float | str | None = field(

@@ -71,7 +71,7 @@ class RecipeTrainingArguments(FlopsTrainingArguments):
     """Training arguments with defaults for this recipe; the learning rate depends on method and data set."""
 
     output_dir: str | None = "outputs/vit"
-    learning_rate: float | None = field(  # type: ignore[assignment]
+    learning_rate: float | str | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Default: the best of the same grid for each method, on the validation split."}
     )
     num_train_epochs: float = 10

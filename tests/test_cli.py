@@ -22,7 +22,9 @@ HISTORY = [
 ]
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["replay", "--help"], ["plot", "--help"], ["compare", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["replay", "--help"], ["plot", "--help"], ["compare", "--help"], ["doctor", "--help"]]
+)
 def test_help_loads_neither_torch_nor_transformers(arguments):
     code = (
         "import sys\nfrom hf_flops.cli import main\n"

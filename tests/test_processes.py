@@ -52,14 +52,15 @@ def same(folder, name, wanted):
 
 def test_two_processes_go_the_way_of_one_and_one_goes_on_from_their_checkpoint(tmp_path):
     every = {"save_strategy": "steps", "save_steps": 2}
-    runs = [{**BASE, **every, "output_dir": str(tmp_path / r), "reduce": r, "name": r} for r in REDUCE]
+    search = {r: {"learning_rate_search": r == "gradient"} for r in REDUCE}
+    runs = [{**BASE, **every, **search[r], "output_dir": str(tmp_path / r), "reduce": r, "name": r} for r in REDUCE]
     done = launch([*TORCHRUN, "2"], runs)
     assert done.returncode == 0, done.stderr
     for reduce in REDUCE:
-        folder, wanted = tmp_path / reduce, alone(tmp_path / "alone", reduce=reduce)
+        folder, wanted = tmp_path / reduce, alone(tmp_path / "alone", reduce=reduce, **search[reduce])
         entries = same(folder, reduce, wanted)
         assert all(entry["sent_bytes"] > 0 for entry in entries)
-        again = build({**BASE, "output_dir": str(folder), "reduce": reduce})
+        again = build({**BASE, **search[reduce], "output_dir": str(folder), "reduce": reduce})
         again.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
         for name, value in wanted[0].items():
             torch.testing.assert_close(again.model.get_parameter(name).detach(), value, rtol=0, atol=1e-5)

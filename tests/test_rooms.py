@@ -14,6 +14,7 @@ PACKAGE = Path(hf_flops.__file__).parent
 FLOORS = {
     **dict.fromkeys(["errors", "counters", "_version", "rows", "memory", "padding", "losses", "share", "launch"], 0),
     "similarity": 0,
+    "line_search": 1,
     **dict.fromkeys(["objectives", "perturbations", "estimators", "allocators", "metrics", "reuse", "chunks"], 1),
     "replayable": 1,
     **dict.fromkeys(["heads", "control_variates", "regenerate", "contrastive"], 2),
@@ -24,12 +25,13 @@ FLOORS = {
     **dict.fromkeys(["args", "calibration", "ledger", "plots", "precision", "texts", "setup", "state", "auto_queries"], 7),
     **dict.fromkeys(["towers", "image_text", "visual_prompts"], 7),
     **dict.fromkeys(["blackbox", "budget", "checks", "packing", "rewards", "tuning", "processes", "checkpoints"], 8),
-    **dict.fromkeys(["costs", "progress", "run_plots", "settings", "trajectory"], 8),
-    **dict.fromkeys(["pictures", "suffix", "alignment"], 9),
+    **dict.fromkeys(["costs", "learning_rate", "progress", "run_plots", "settings", "trajectory"], 8),
+    **dict.fromkeys(["pictures", "suffix", "alignment", "throwaway"], 9),
     **dict.fromkeys(["cards", "watching", "pair_steps"], 10),
     "trainer": 11,
-    "commands": 12,
-    "cli": 13,
+    "diagnosis": 12,
+    "commands": 13,
+    "cli": 14,
 }
 ENGINE = {room for room, floor in FLOORS.items() if floor <= 6}
 HUGGING_FACE = {"transformers", "peft", "accelerate", "datasets", "evaluate"}

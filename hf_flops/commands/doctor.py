@@ -1,0 +1,156 @@
+"""`hf-flops doctor`: what training would do with a model, a PEFT method and data, before any run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigurationError
+from .recipe import recipe
+
+TARGETS = (("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"), ("q", "v"), ("c_attn",))
+WIDTH = 48  # tokens of a text
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return what reads the arguments."""
+    own = argparse.ArgumentParser(
+        prog="hf-flops doctor",
+        description="Take a few steps on a copy of an adapter and say, with reasons: which noise each tensor gets, epsilon, "
+        "rows per second, memory, signal to noise, and a learning rate and queries per sample to begin with.",
+    )
+    own.add_argument("--model", default="vit", help="vit, minilm, smollm2 (embedded), a folder or a Hub id; default: vit")
+    own.add_argument("--peft", default="lora", help="lora, dora, ia3, vera, prompt, prefix, ln or any other type of PEFT's")
+    own.add_argument("--adapter", metavar="DIR", help="an adapter that was saved, in place of --peft")
+    own.add_argument("--data", help="images or reviews (embedded), or a Hub id or folder; default: what suits the model")
+    own.add_argument("--rank", type=int, default=8, help="of LoRA and its kin, or virtual tokens; default: %(default)s")
+    own.add_argument("--batch_size", type=int, default=32, help="samples of a step; default: %(default)s")
+    own.add_argument("--queries_per_sample", type=int, default=4, help="rows of each; default: %(default)s")
+    own.add_argument("--steps", type=int, default=32, help="of the trial; default: %(default)s")
+    own.add_argument("--json", action="store_true", help="print everything as JSON")
+    return own
+
+
+def configured(name: str, model: Any, task_type: str | None, rank: int) -> Any:
+    """Return PEFT's configuration of a method, with what suits the model.
+
+    Raises:
+        ConfigurationError: there is no such method.
+    """
+    from peft import PeftType
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    short = {"DORA": "LORA", "PROMPT": "PROMPT_TUNING", "PREFIX": "PREFIX_TUNING", "LN": "LN_TUNING", "P": "P_TUNING"}
+    kind = short.get(name.upper(), name.upper())
+    if kind not in PeftType.__members__:
+        known = ", ".join(["dora", "prompt", "prefix", "ln", *(member.lower() for member in PeftType.__members__)])
+        raise ConfigurationError(f"--peft {name} is no method of the installed PEFT: choose one of {known}.")
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[kind]]
+    options: dict[str, Any] = {"task_type": task_type}
+    fields: Any = config.__dataclass_fields__
+    modules = [module for module, _ in model.named_modules()]
+    last = {module.rpartition(".")[2] for module in modules}
+    if "target_modules" in fields and kind != "LN_TUNING":
+        options["target_modules"] = next((list(pair) for pair in TARGETS if set(pair) <= last), "all-linear")
+    elif kind == "LN_TUNING":
+        norms = sorted({module.rpartition(".")[2] for module in modules if "norm" in module.rpartition(".")[2].lower()})
+        options["target_modules"] = norms
+    sizes: dict[str, Any] = {"r": rank, "num_virtual_tokens": rank, "feedforward_modules": []}
+    options |= {name: value for name, value in sizes.items() if name in fields}
+    if name.upper() == "DORA":
+        options["use_dora"] = True
+    if "modules_to_save" in fields and "classifier" in last and task_type is None:
+        options["modules_to_save"] = ["classifier"]
+    return config(**options)
+
+
+def images(name: str, data: str | None) -> tuple[Any, Any, Any, None]:
+    """Return an image classifier, samples, and what collates them."""
+    own = recipe("images")
+    task = own.load_images("auto" if data in (None, "images") else data)
+    model, processor = own.load_vit(own.pretrained_vit(task) if name == "vit" else name, task)
+    return model, own.pixel_dataset(task.train, processor), own.collate, None
+
+
+def texts(name: str, data: str | None, *, causal: bool) -> tuple[Any, Any, Any, str]:
+    """Return a classifier of texts or a language model, samples, what collates them, and PEFT's name for the task."""
+    import transformers
+
+    own = recipe("prompts")
+    task = own.load_texts("movies" if data in (None, "reviews") else data, validation=0, test=0)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    found = [tokenizer(text, truncation=True, max_length=WIDTH) for text, _ in task.train[:2000]]
+    rows = [{key: row[key] for key in ("input_ids", "attention_mask")} for row in found]
+    if causal:
+        collate: Any = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)
+        return transformers.AutoModelForCausalLM.from_pretrained(name), rows, collate, "CAUSAL_LM"
+    kind = transformers.AutoModelForSequenceClassification
+    model = kind.from_pretrained(name, num_labels=task.classes, ignore_mismatched_sizes=True)
+    labelled = [{**row, "labels": label} for row, (_, label) in zip(rows, task.train, strict=False)]
+    return model, labelled, transformers.DataCollatorWithPadding(tokenizer), "SEQ_CLS"
+
+
+def loaded(name: str, data: str | None) -> tuple[Any, Any, Any, str | None]:
+    """Return a model, samples for it, what collates them, and PEFT's name for the task.
+
+    Raises:
+        ConfigurationError: there is no such model, or the data cannot be read.
+    """
+    from transformers import AutoConfig
+
+    embedded = {"minilm": "minilm", "smollm2": "smollm2"}
+    try:
+        if name == "vit":
+            return images(name, data)
+        place = getattr(recipe("assets"), embedded[name])() if name in embedded else name
+        config = AutoConfig.from_pretrained(place)
+        if hasattr(config, "image_size"):
+            return images(place, data)
+        return texts(place, data, causal=any("CausalLM" in kind for kind in config.architectures or []))
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ConfigurationError(
+            f"--model {name} with --data {data or 'of its kind'} cannot be loaded: {reason}."
+        ) from error
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Take the trial's steps and print what they show."""
+    given = parser().parse_args(arguments)
+    import tempfile
+    import warnings
+
+    from transformers.utils import logging as transformers_logging
+
+    from ..args import FlopsTrainingArguments
+    from ..diagnosis import doctor
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    model, samples, collate, task_type = loaded(given.model, given.data)
+    config = None
+    if given.adapter is None:
+        config = configured(given.peft, model, task_type, given.rank)
+    else:
+        from peft import PeftModel
+
+        if not Path(given.adapter, "adapter_config.json").is_file():
+            raise ConfigurationError(
+                f"--adapter {given.adapter} holds no adapter_config.json: name a folder that PEFT saved."
+            )
+        model = PeftModel.from_pretrained(model, given.adapter, is_trainable=True)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of other libraries, beside a table
+        args = FlopsTrainingArguments(
+            folder,
+            per_device_train_batch_size=given.batch_size,
+            queries_per_sample=given.queries_per_sample,
+            report_to="none",
+        )
+        found = doctor(model, samples, args=args, peft_config=config, steps=given.steps, data_collator=collate)
+    print(json.dumps(found.as_dict(), indent=1) if given.json else found)
+    return 0

@@ -1,0 +1,248 @@
+"""What training would do with a model, a method and data, and what it would take: found by a short trial on a copy."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers.trainer_callback import PrinterCallback
+
+from .args import FlopsTrainingArguments
+from .auto_queries import AutoQueries
+from .calibration import Calibration, calibrate, in_steps
+from .memory import PeakMemory
+from .method import Method
+from .perturbations import ActivationNoise, ParameterVector
+from .selfcheck import precision_of
+from .throwaway import copied, generators_kept, listening
+from .trainer import FlopsTrainer
+
+_QUIET: dict[str, Any] = {
+    "max_queries": None,
+    "num_train_epochs": 1e6,
+    "lr_scheduler_type": "constant",
+    "warmup_steps": 0,
+    "save_strategy": "no",
+    "eval_strategy": "no",
+    "logging_strategy": "no",
+    "load_best_model_at_end": False,
+    "push_to_hub": False,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "pictures": False,
+    "trajectory_log": False,
+    "learning_rate_search": True,
+}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How the gradient of a trainable tensor is had.
+
+    Attributes:
+        tensor: its name.
+        size: of how many numbers it is.
+        way: "exact", "per row", "row by row", "on outputs", "shared", "held back" or "none".
+        reason: why.
+    """
+
+    tensor: str
+    size: int
+    way: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Fact:
+    """Something that was found or is suggested, and why."""
+
+    name: str
+    value: Any
+    reason: str
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What the trial found.
+
+    Attributes:
+        rules: one for each trainable tensor, in the model's order.
+        facts: by name: what was measured and what is suggested.
+        notes: what the trainer said.
+    """
+
+    rules: list[Rule]
+    facts: dict[str, Fact]
+    notes: list[str]
+
+    def __getitem__(self, name: str) -> Any:
+        """Return the value of a fact."""
+        return self.facts[name].value
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything as JSON-serialisable values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        alike: dict[tuple[str, str], list[Rule]] = {}
+        for rule in self.rules:
+            alike.setdefault((rule.way, rule.reason), []).append(rule)
+        lines = [f"{'noise':<12}{'tensors':>8}{'numbers':>10}  reason"]
+        for (way, reason), rules in alike.items():
+            lines.append(f"{way:<12}{len(rules):>8}{sum(rule.size for rule in rules):>10,}  {reason}")
+            lines += [f"{'':32}{rule.tensor}" for rule in rules[:2]]
+            lines += [f"{'':32}... and {len(rules) - 2} more"] * (len(rules) > 2)
+        lines += ["", f"{'':28}{'value':>12}  reason"]
+        lines += [f"{fact.name:<28}{_shown(fact.value):>12}  {fact.reason}" for fact in self.facts.values()]
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def doctor(
+    model: nn.Module,
+    train_dataset: Any,
+    *,
+    args: FlopsTrainingArguments | None = None,
+    peft_config: Any = None,
+    steps: int = 32,
+    target: float = 1.0,
+    **kwargs: Any,
+) -> Diagnosis:
+    """Find out what training would do, by a few steps of it on a copy; nothing of the model is changed.
+
+    The copy shares what is frozen, so it takes the memory of the adapter only.
+
+    Args:
+        model: a model with trainable parameters, or a plain one together with `peft_config`.
+        train_dataset: a few batches of data as for training.
+        args: as for training; by default 4 rows for each of 32 samples. Its `learning_rate` is where the search starts.
+        peft_config: a PEFT configuration to wrap the copy with.
+        steps: optimizer steps of the trial, 2 or more.
+        target: signal to noise to predict the steps for.
+        kwargs: what else `FlopsTrainer` takes: an objective, a collator, ...
+
+    Raises:
+        ConfigurationError: what training would refuse.
+    """
+    with tempfile.TemporaryDirectory() as folder, generators_kept(), listening() as notes:
+        if args is None:
+            args = FlopsTrainingArguments(folder, per_device_train_batch_size=32, queries_per_sample=4, report_to="none")
+        queries = 4 if args.queries_per_sample == "auto" else args.queries_per_sample
+        changes = {**_QUIET, "output_dir": folder, "queries_per_sample": queries}
+        trial = replace(args, max_steps=max(2, steps), **changes)
+        trainer = _Trial(copied(model, peft_config), trial, train_dataset=train_dataset, **kwargs)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        return Diagnosis(rules_of(trainer), {fact.name: fact for fact in _facts(trainer, target)}, notes)
+
+
+class _Trial(FlopsTrainer):
+    """Takes down what steps take and find."""
+
+    model: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.method: Method | None = None
+        self.auto, self.speeds, self.found = AutoQueries(), list[float](), list[tuple[float, float]]()
+        self.megabytes = math.nan
+        self.calibration = Calibration(None, 0.0, 0)
+        super().__init__(*args, **kwargs)
+
+    def _complete_method(self, model: nn.Module, forward: Any, inputs: Any) -> Method:
+        self.method = super()._complete_method(model, forward, inputs)
+        if self.state.global_step == self.args.max_steps - 2:  # a new head hides the adapter at the first step
+            self.calibration = calibrate(forward, inputs, self.method, self._seed())
+        return self.method
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Take a step with a clock beside it, the last one with an eye on memory."""
+        before, start = self.ledger.all_rows, time.perf_counter()
+        if self.state.global_step == self.args.max_steps - 1:
+            with PeakMemory(self.args.device) as memory:
+                loss = super().training_step(*args, **kwargs)
+            self.megabytes = memory.megabytes
+        else:
+            loss = super().training_step(*args, **kwargs)
+            self.speeds.append((self.ledger.all_rows - before) / (time.perf_counter() - start))
+        result = self.ledger.last_step
+        if result is not None and self.method is not None and "gradient_signal" in result.metrics:
+            self.auto.at(self.state.global_step)
+            self.auto.learn(result, self.method)
+            self.found.append((result.metrics["gradient_signal"], result.metrics["gradient_variance"]))
+        return loss
+
+
+def rules_of(trainer: Any) -> list[Rule]:
+    """Return how a trainer that has taken a step gets the gradient of each trainable tensor."""
+    ways: dict[str, tuple[str, str]] = {}
+    for part in getattr(trainer._perturbation, "parts", [trainer._perturbation]):
+        for site in getattr(part, "sites", []) if not isinstance(part, ActivationNoise) else []:
+            if getattr(site.rule, "__name__", "") == "looped":
+                names = [part.vector.names[index] for index in site.tensors.values()]
+                ways.update(dict.fromkeys(names, ("row by row", "no rule for all rows at once agrees with moving it")))
+        for name in part.vector.names:
+            ways.setdefault(name, _way(part, trainer))
+    if trainer._head is not None:
+        reason = "it makes the loss's logits: residual times input, from the clean forward"
+        ways.update(dict.fromkeys(trainer._head.vector.names, ("exact", reason)))
+    ways.update(dict.fromkeys(trainer._held, ("held back", f"lora_parts={trainer.args.lora_parts!r}")))
+    vector, idle = ParameterVector.of(trainer.model), ("none", "the loss does not depend on it")
+    pairs = zip(vector.names, vector.parameters, strict=True)
+    return [Rule(name, parameter.numel(), *ways.get(name, idle)) for name, parameter in pairs]
+
+
+def _way(part: Any, trainer: Any) -> tuple[str, str]:
+    """Return how the noise of a part of the perturbation enters, and why."""
+    if isinstance(part, ActivationNoise):
+        return "on outputs", "agrees with moving it, and takes fewer random numbers than weights"
+    if not part.grouped:
+        return "per row", "gave each row the loss that moving it explicitly gives"
+    if trainer.args.perturbation == "shared":
+        return "shared", "asked for"
+    if not trainer._objective.per_row:
+        return "shared", "the loss belongs to the batch as a whole"
+    return "shared", "no rule per row agrees with moving it explicitly"
+
+
+def _facts(trainer: _Trial, target: float) -> Iterator[Fact]:
+    """Yield what was measured and what is suggested."""
+    method, found, steps = trainer.method, trainer.calibration, trainer.state.global_step
+    assert method is not None
+    assert trainer._rate is not None
+    precision = precision_of(trainer.model, autocast=trainer.args.bf16)
+    yield Fact("trained numbers", sum(rule.size for rule in rules_of(trainer)), "of the tensors above")
+    yield Fact("precision", precision, f"relative rounding of a loss in {'16' if precision > 1e-3 else '32'} bits")
+    if found.scale is None:
+        reason = "no step of the difference shows any signal"
+    elif in_steps(method.objective):
+        reason = f"the least at which queries see a step of the objective: {found.signal_to_noise:.0%} of them do"
+    else:
+        reason = f"least error of differences: their signal to noise there is {found.signal_to_noise:.3g}"
+    scale = method.scale if found.scale is None else found.scale
+    yield Fact("epsilon", scale, f"{reason}; training would take {method.scale:.3g}")
+    speed = float(np.median(trainer.speeds[1:] or trainer.speeds))
+    yield Fact("rows per second", speed, f"median of {len(trainer.speeds[1:]) or 1} steps")
+    yield Fact("peak memory (MB)", trainer.megabytes, "of one step, above what the process held before")
+    signal, variance = np.array(trainer.found or [(0.0, 1.0)]).mean(0).tolist()
+    ratio = max(signal, 0.0) / max(variance, 1e-30)
+    each = f"{method.queries_per_sample} rows for each of {trainer.args.train_batch_size} samples"
+    yield Fact("signal to noise of a step", ratio, f"squared gradient without an exact head over variance, {each}")
+    wanted = math.ceil(target / ratio) if ratio > 0 else None
+    reason = "whose mean has it" if ratio > 0 else f"no signal was seen in {steps} steps"
+    yield Fact(f"steps to signal to noise {target:g}", wanted, reason)
+    rate = trainer.args.learning_rate * trainer._rate.multiplier
+    yield Fact(
+        "learning_rate", float(f"{rate:.2g}"), f"line searches in {steps} steps, from {trainer.args.learning_rate:g} on"
+    )
+    queries = trainer.auto.at(steps)
+    yield Fact("queries_per_sample", queries, "most progress per row at this signal and noise, the exact head's included")
+
+
+def _shown(value: Any) -> str:
+    return "?" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.3g}"

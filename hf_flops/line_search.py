@@ -1,0 +1,63 @@
+"""A line search along the way that training took: would a shorter or a longer way have been better?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+LONGER, SHORTER = (2.0, 8.0, 64.0), (1 / 2, 1 / 8, 1 / 64, 0.0)
+MOST_LOOKS = 6  # lengths that a search looks at, at most
+_CLEAR = 1.0  # standard errors of a paired difference
+_BLIND = 0.01  # of the loss: what counts as its error where it is one number for the whole batch
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a line search found.
+
+    Attributes:
+        best: the length with the least loss, the way that was taken being 1.
+        clear: whether its loss is less than that of 1 beyond what the choice of samples explains.
+        looks: how many lengths were tried.
+    """
+
+    best: float
+    clear: bool
+    looks: int
+
+
+def line_search(losses: Callable[[float], Tensor]) -> Found:
+    """Try lengths from 1 on in the direction in which the loss falls, for as long as it does.
+
+    Args:
+        losses: returns the losses (B,) of the same B samples at a length, 0 being where the way began.
+    """
+    best, seen = 1.0, {1.0: losses(1.0)}
+    for lengths in (LONGER, SHORTER):
+        for length in lengths:
+            seen[length] = losses(length)
+            if _mean(seen[length]) < _mean(seen[best]):
+                best = length
+            elif lengths is LONGER or _mean(seen[best]) < math.inf:
+                break
+        if best != 1.0:
+            break
+    return Found(best, best != 1.0 and _clear(seen[best], seen[1.0]), len(seen))
+
+
+def _mean(losses: Tensor) -> float:
+    """Return the mean of losses (B,), infinite if it is not a number."""
+    mean = float(losses.double().mean())
+    return mean if math.isfinite(mean) else math.inf
+
+
+def _clear(one: Tensor, two: Tensor) -> bool:
+    """Say whether losses (B,) are clearly less than others (B,) of the same samples."""
+    if not bool(two.isfinite().all()):
+        return True
+    gain = (two - one).double()
+    error = gain.std() / len(gain) ** 0.5 if len(gain) > 1 else _BLIND * two.abs()
+    return bool(gain.mean() > _CLEAR * error)
