@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -23,7 +26,7 @@ from .perturbations import ParameterVector
 from .rows import batch_size
 
 logger = logging.getLogger("hf_flops.trainer")
-RATE_FILE = "flops_rate.pt"
+RATE_FILE = "flops_rate.safetensors"
 MOST_STEPS = 32  # of a window
 _EARLY, _LATE = (1 / 8, 64.0), (1 / 4, 4.0)  # factors that a window of up to 8 steps may have, and a longer one
 
@@ -138,16 +141,27 @@ class RateSearch(TrainerCallback):
     def save(self, folder: str) -> None:
         """Write what a resume needs into a folder."""
         numbers = {"multiplier": self.multiplier, "window": self.window, "steps": self._steps, "rates": self._rates}
-        torch.save({**numbers, "start": self._start, "state": self._state}, Path(folder, RATE_FILE))
+        tensors, state = {f"start.{i}": value for i, value in enumerate(self._start)}, []
+        for i, kept in enumerate(self._state):
+            tensors |= {f"state.{i}.{name}": value for name, value in kept.items() if torch.is_tensor(value)}
+            state.append({name: value for name, value in kept.items() if not torch.is_tensor(value)})
+        about = {"numbers": json.dumps({**numbers, "state": state})}
+        save_file({name: value.contiguous() for name, value in tensors.items()}, Path(folder, RATE_FILE), about)
 
     def load(self, folder: str | None) -> None:
         """Take up what `save` wrote, if it did."""
         if folder is None or not (path := Path(folder, RATE_FILE)).is_file():
             return
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        with safe_open(path, "pt") as file:
+            found = json.loads(file.metadata()["numbers"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is not a dict
         self.multiplier, self.window = found["multiplier"], found["window"]
-        self._steps, self._rates = found["steps"], found["rates"]
-        self._start, self._state = found["start"], found["state"]
+        self._steps, self._rates, self._state = found["steps"], found["rates"], found["state"]
+        self._start = [tensors[f"start.{i}"] for i in range(len(self._state))]
+        for name, value in tensors.items():
+            kind, i, *rest = name.split(".", 2)
+            if kind == "state":
+                self._state[int(i)][rest[0]] = value
 
 
 def _beside(value: Any, parameter: Tensor) -> Any:
