@@ -15,7 +15,7 @@ FLOORS = {
     **dict.fromkeys(["errors", "counters", "_version", "rows", "memory", "padding", "losses", "share", "launch"], 0),
     "similarity": 0,
     **dict.fromkeys(["objectives", "perturbations", "estimators", "allocators", "metrics", "reuse", "chunks"], 1),
-    "replayable": 1,
+    **dict.fromkeys(["replayable", "baselines"], 1),
     **dict.fromkeys(["heads", "control_variates", "regenerate", "contrastive"], 2),
     "exchange": 3,
     "method": 4,
