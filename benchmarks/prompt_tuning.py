@@ -5,7 +5,7 @@ holds are not repeated. Seconds are of the processor, in training with the evalu
 
     python benchmarks/prompt_tuning.py --methods flops backprop
     python benchmarks/prompt_tuning.py --domain products
-    python benchmarks/prompt_tuning.py --objective accuracy
+    python benchmarks/prompt_tuning.py --objective accuracy --max_steps 40
     python benchmarks/prompt_tuning.py --adapter prompt --engine onnx-int8
 """
 
@@ -14,10 +14,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 import numpy as np
@@ -30,19 +31,37 @@ from recipes import prompt_tuning
 from recipes.prompt_report import Outcome
 from recipes.prompts import load_texts
 
+AFTERWARDS = ("objective", "compare", "per_class", "validation_texts", "lora_rank")  # do not change what training begins with
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's, two-sided, by the number of seeds
 
 
-def measure(method: str, options: Sequence[str], seed: int, known: Outcome | None) -> tuple[Outcome, dict[str, Any]]:
-    """Train and test once, quietly; returns what the recipe found, and the same with processor time and the trainer's log."""
+def begins_as(options: Sequence[str]) -> dict[str, Any]:
+    """Return the options that say what is measured before training, whatever the seed; nothing if it is random."""
+    recipe = prompt_tuning.parse(list(options))[0]
+    if recipe.adapter not in ("suffix", "prompt") or not recipe.init_text:
+        return {}
+    return {name: value for name, value in asdict(recipe).items() if name not in AFTERWARDS}
+
+
+def known_start(options: Sequence[str], entries: dict[str, Any]) -> Outcome | None:
+    """Return an outcome of the record that began with the same model and prompt, if there is one."""
+    start = begins_as(options)
+    for name, entry in entries.items():
+        if start and begins_as(shlex.split(name) if name != "defaults" else []) == start:
+            for run in (run for runs in entry["runs"].values() for run in runs.values()):
+                return Outcome(**{field.name: run[field.name] for field in fields(Outcome)})
+    return None
+
+
+def measure(method: str, options: Sequence[str], seed: int, known: Outcome | None) -> dict[str, Any]:
+    """Train and test once, quietly; returns what the recipe found, with processor time and what the trainer's log says."""
     always = ("--disable_tqdm", "True", "--output_dir", "outputs/benchmark", "--seed", str(seed))
     recipe, args = prompt_tuning.parse([*options, *always])
     sizes = {"validation": recipe.validation_texts, "test": recipe.test_texts, "per_class": recipe.per_class}
     task = load_texts(recipe.domain, seed=seed, **sizes)
-    same_start = recipe.adapter in ("suffix", "prompt") and recipe.init_text  # whatever the seed
     start = time.process_time()
     with contextlib.redirect_stdout(io.StringIO()):
-        outcome, trainer = prompt_tuning.run(method, recipe, args, task, known if same_start else None)
+        outcome, trainer = prompt_tuning.run(method, recipe, args, task, known)
     found = asdict(outcome) | {"processor_seconds": time.process_time() - start}
     log = {name: value for entry in trainer.state.log_history for name, value in entry.items()}
     found |= {name: log[name] for name in ("perturbation_scale", "changed_queries") if name in log}
@@ -52,7 +71,7 @@ def measure(method: str, options: Sequence[str], seed: int, known: Outcome | Non
         f"{found['processor_seconds']:.0f} processor seconds",
         flush=True,
     )
-    return outcome, found
+    return found
 
 
 def spread(values: Sequence[float]) -> str:
@@ -94,13 +113,13 @@ def main() -> None:
     own, options = parser.parse_known_args()
     quiet()
     record = Record("prompt_tuning")
-    name, known = " ".join(options) or "defaults", None
+    name = shlex.join(options) or "defaults"
     entry = record.entries.get(name, {"runs": {}})
     for seed in [] if own.table else own.seeds:
         for method in own.methods:
             runs = entry["runs"].setdefault(method, {})
             if str(seed) not in runs:
-                known, runs[str(seed)] = measure(method, options, seed, known)
+                runs[str(seed)] = measure(method, options, seed, known_start(options, record.entries))
                 record.keep(name, entry)
     print(table(record.entries))
 

@@ -33,4 +33,5 @@ def black_box(
     """Put a prompt before the texts that an engine continues; it starts as `adapted` says."""
     tokens = template.tokenizer(init_text, add_special_tokens=False)["input_ids"] or None
     embeddings = model.get_input_embeddings().weight
-    return BlackBoxPromptModel(engine_of(kind, model, folder), embeddings, words, virtual_tokens, tokens)
+    precision = 3e-2 if kind == "onnx-int8" else 1e-4
+    return BlackBoxPromptModel(engine_of(kind, model, folder), embeddings, words, virtual_tokens, tokens, precision)

@@ -15,7 +15,7 @@ from hf_flops.rows import expand
 from tests.test_step import Fixed, run
 from tests.tiny import generator
 
-SAMPLES, WIDTH, SCALE = 5, 3, 0.7
+SAMPLES, SCALE = 5, 0.7
 
 
 class Right(CallableObjective):
@@ -27,17 +27,17 @@ class Right(CallableObjective):
         super().__init__(lambda outputs, inputs: -(outputs > 0).float())
 
 
-def scores():
-    model = nn.Linear(WIDTH, 1)
+def scores(width=3):
+    model = nn.Linear(width, 1)
     with torch.no_grad():
-        model.weight.copy_(torch.tensor([[0.4, -0.2, 0.1]]))
+        model.weight.copy_(0.4 * torch.randn(1, width, generator=generator(2)))
         model.bias.fill_(0.1)
-    inputs = {"features": torch.randn(SAMPLES, WIDTH, generator=generator(3)), "labels": torch.zeros(SAMPLES)}
+    inputs = {"features": torch.randn(SAMPLES, width, generator=generator(3)), "labels": torch.zeros(SAMPLES)}
     return model, inputs
 
 
-def estimates(count, objective=None, **options):
-    model, inputs = scores()
+def estimates(count, objective=None, width=3, **options):
+    model, inputs = scores(width)
     found = []
     for step in range(count):
         options |= {"forward": lambda batch: (None, model(batch["features"]).squeeze(-1)), "rows_per_forward": 99}
@@ -61,33 +61,36 @@ def test_each_delta_is_measured_against_the_others_of_its_sample(data, counts):
         assert found[row].item() == pytest.approx(expected, abs=1e-5, nan_ok=True)
 
 
-@pytest.mark.parametrize("kind", ["rowwise", "shared"])
-@pytest.mark.parametrize("allocator", [Fixed([1, 2, 1, 5, 6]), TwoStage()], ids=["uneven counts", "two rounds"])
+@pytest.mark.parametrize(
+    ("kind", "allocator"),
+    [("shared", Fixed([1, 2, 1, 5, 6])), ("rowwise", TwoStage())],
+    ids=["uneven counts of shared noise", "two rounds of noise per row"],
+)
 def test_the_mean_of_many_estimates_is_the_gradient_of_the_smoothed_objective(kind, allocator):
     model, inputs = scores()
     extended = torch.cat([inputs["features"], torch.ones(SAMPLES, 1)], 1)
     margins, spread = model(inputs["features"]).detach(), SCALE * extended.norm(dim=1, keepdim=True)
     density = (-0.5 * (margins / spread).square()).exp() / (spread * math.sqrt(2 * math.pi))
     wanted = -(density * extended).mean(0)  # of -Phi(margin / spread), which is the chance to be right
-    found = estimates(700, kind=kind, allocator=allocator, queries_per_sample=4)
+    found = estimates(300, kind=kind, allocator=allocator, queries_per_sample=4)
     error = found.mean(0) - wanted
     assert (error.abs() < 4.5 * found.std(0) / len(found) ** 0.5).all()
 
 
 def test_the_variance_is_what_the_formula_says():
-    queries, many = 8, 1500
-    model, inputs = scores()
+    queries, width = 8, 40
+    model, inputs = scores(width)
     plain = CallableObjective(Right().function)  # the same without a word about steps
-    options = {"allocator": Uniform(), "queries_per_sample": queries + 1}
-    ours, before = (float(estimates(many, objective, **options).var(0).sum()) for objective in (None, plain))
+    options = {"allocator": Uniform(), "queries_per_sample": queries + 1, "width": width}
+    ours, before = (float(estimates(200, objective, **options).var(0).sum()) for objective in (None, plain))
     extended = torch.cat([inputs["features"], torch.ones(SAMPLES, 1)], 1)
     margins = model(inputs["features"]).detach().squeeze(-1)
     p = 0.5 * (1 + torch.erf(margins / (SCALE * extended.norm(dim=1)) / 2**0.5))
     clean, v = (margins > 0).float(), p * (1 - p)
     old = v + (p - clean).square()
     new = v * (1 + (queries - 1) / queries**2) + (p - clean).square() / queries**2
-    # Noise of d numbers multiplies the square of a delta by about d; what is left of the gradient itself is small.
-    assert ours / before == pytest.approx(float(new.sum() / old.sum()), rel=0.12)
+    # d numbers of noise multiply the square of a delta by about d, which is large beside the squared gradient.
+    assert ours / before == pytest.approx(float(new.sum() / old.sum()), rel=0.15)
     assert ours < 0.85 * before
 
 
