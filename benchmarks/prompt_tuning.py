@@ -31,7 +31,7 @@ from recipes import prompt_tuning
 from recipes.prompt_report import Outcome
 from recipes.prompts import load_texts
 
-AFTERWARDS = ("objective", "compare", "per_class", "validation_texts", "lora_rank")  # do not change what training begins with
+AFTERWARDS = ("objective", "compare", "per_class", "validation_texts", "lora_rank")  # what training begins with lacks them
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's, two-sided, by the number of seeds
 
 
@@ -86,7 +86,7 @@ def spread(values: Sequence[float]) -> str:
 def table(entries: dict[str, Any]) -> str:
     """Lay all entries out as a Markdown table, seeds together."""
     lines = [
-        "| options | method | seeds | untrained prompt | tuned | improvement, 95 % | backprop's gain had | rows | seconds |",
+        "| options | method | seeds | untrained | tuned | improvement, 95 % | of backprop's gain | rows | seconds |",
         "| --- " * 9 + "|",
     ]
     for name, entry in entries.items():
@@ -98,8 +98,8 @@ def table(entries: dict[str, Any]) -> str:
             tuned = f"{np.mean(after):.1%} ± {np.std(after, ddof=1):.1%}" if len(after) > 1 else f"{after[0]:.1%}"
             rows, seconds = (np.median([run[n] for run in runs.values()]) for n in ("rows", "processor_seconds"))
             lines.append(
-                f"| {name} | {method} | {len(runs)} | {np.mean(start):.1%} | {tuned} | {spread(list(gains[method].values()))} "
-                f"| {'' if share is None else f'{share:.0%}'} | {rows:,.0f} | {seconds:.0f} |"
+                f"| {name} | {method} | {len(runs)} | {np.mean(start):.1%} | {tuned} "
+                f"| {spread(list(gains[method].values()))} | {'' if share is None else f'{share:.0%}'} | {rows:,.0f} | {seconds:.0f} |"
             )
     return "\n".join(lines)
 

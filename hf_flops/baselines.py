@@ -11,8 +11,8 @@ from .rows import Rows
 def against_others(deltas: Tensor, rows: Rows, units: int) -> Tensor:
     """Return deltas (R,) less the mean of the others of their sample and of a zero, which stands for the clean row.
 
-    A delta is `(s_k - c) / epsilon` with the clean loss c as its baseline. As `E z_k = 0`, any number that does not depend on
-    z_k may take its place without a bias. Where s_k has mean m and variance v under the noise, the expected square of a delta
+    A delta is `(s_k - c) / epsilon` with the clean loss c as its baseline. As `E z_k = 0`, any number that does not depend
+    on z_k may take its place without a bias. Where s_k has mean m and variance v under the noise, a delta's expected square
     is `v + (m - c)^2` over epsilon squared; against the mean of c and the n - 1 other losses of the sample it is
     `v (1 + (n - 1) / n^2) + (m - c)^2 / n^2`. A loss that moves in steps has `m - c` as large as the root of v; a smooth
     one has none. Deltas that are not finite stay so, and count for no other.

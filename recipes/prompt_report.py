@@ -44,18 +44,18 @@ class Outcome:
 def table(outcomes: list[Outcome]) -> str:
     """Lay outcomes out as a Markdown table."""
     lines = [
-        "| method | zero-shot | untrained prompt | tuned | 95 % interval | rows | tokens | seconds | peak memory | steps | parameters |",
+        "| method | zero-shot | untrained | tuned | 95 % interval | rows | tokens | seconds | memory | steps | parameters |",
         "| --- " * 11 + "|",
     ]
     lines += [
-        f"| {o.method} | {o.before:.1%} | {o.start:.1%} | **{o.after:.1%}** | {o.interval[0]:.1%} to {o.interval[1]:.1%} | {o.rows:,} | "
-        f"{o.tokens:,} | {o.seconds:.0f} | +{o.peak_megabytes:,.0f} MB | {o.steps:,} | {o.parameters:,} |"
+        f"| {o.method} | {o.before:.1%} | {o.start:.1%} | **{o.after:.1%}** | {o.interval[0]:.1%} to {o.interval[1]:.1%} "
+        f"| {o.rows:,} | {o.tokens:,} | {o.seconds:.0f} | +{o.peak_megabytes:,.0f} MB | {o.steps:,} | {o.parameters:,} |"
         for o in outcomes
     ]
     return "\n".join(lines)
 
 
-def report(folder: Path, task: TextTask, recipe: RecipeArguments, args: Any, runs: list[tuple[Outcome, Any]]) -> None:
+def report(folder: Path, task: TextTask, recipe: Any, args: Any, runs: list[tuple[Outcome, Any]]) -> None:
     """Write the table, the figures as JSON and the picture, and print the table."""
     outcomes = [outcome for outcome, _ in runs]
     text = table(outcomes)
@@ -63,7 +63,8 @@ def report(folder: Path, task: TextTask, recipe: RecipeArguments, args: Any, run
     notes = (
         f"Texts: {task.name}, {len(task.train):,} for training, accuracy on {outcomes[0].texts:,} held-out ones. Adapter: "
         f"{recipe.adapter}; objective: {recipe.objective}. Zero-shot is the model without the adapter, asked with "
-        f"`{recipe.template}` for {', '.join(map(repr, recipe.label_words))}. Rows and tokens are what went through the "
+        f"`{recipe.template}` for {', '.join(map(repr, recipe.label_words))}; untrained is the adapter as "
+        "it starts. Rows and tokens are what went through the "
         "model in training, checks included, as if every row ran whole; a row of backprop also costs a backward pass. "
         "Seconds include the evaluations for the curve.\n"
     )
