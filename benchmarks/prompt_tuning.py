@@ -94,12 +94,12 @@ def table(entries: dict[str, Any]) -> str:
         for method, runs in entry["runs"].items():
             after, start = ([run[moment] for run in runs.values()] for moment in ("after", "start"))
             both = sorted(set(gains[method]) & set(gains.get("backprop", {})))
-            share = sum(gains[method][s] for s in both) / sum(gains["backprop"][s] for s in both) if both else None
+            share = f"{sum(gains[method][s] for s in both) / sum(gains['backprop'][s] for s in both):.0%}" if both else ""
             tuned = f"{np.mean(after):.1%} ± {np.std(after, ddof=1):.1%}" if len(after) > 1 else f"{after[0]:.1%}"
             rows, seconds = (np.median([run[n] for run in runs.values()]) for n in ("rows", "processor_seconds"))
             lines.append(
                 f"| {name} | {method} | {len(runs)} | {np.mean(start):.1%} | {tuned} "
-                f"| {spread(list(gains[method].values()))} | {'' if share is None else f'{share:.0%}'} | {rows:,.0f} | {seconds:.0f} |"
+                f"| {spread(list(gains[method].values()))} | {share} | {rows:,.0f} | {seconds:.0f} |"
             )
     return "\n".join(lines)
 
