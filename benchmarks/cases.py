@@ -145,7 +145,7 @@ class Case:
     def _step(self, method: Method) -> Callable[[], None]:
         def run() -> None:
             start = time.perf_counter()
-            with torch.no_grad(), shared_texts(self.model, self.inputs):
+            with torch.no_grad(), shared_texts(self.model, self.inputs, method.needs_clean):
                 self.seconds += time.perf_counter() - start  # texts that all rows share are a forward, too
                 run.rows = estimate_gradient(self.timed, self.inputs, method, Place()).rows  # type: ignore[attr-defined]
 

@@ -102,10 +102,13 @@ def without_cache(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     return {**inputs, "use_cache": False}
 
 
-def shared_texts(model: nn.Module, inputs: Mapping[str, Any]) -> AbstractContextManager[None]:
-    """Let a model that can, as `SuffixPromptModel` does, run what all rows of a batch's samples share once for a step."""
+def shared_texts(model: nn.Module, inputs: Mapping[str, Any], clean: bool) -> AbstractContextManager[None]:
+    """Let a model that can, as `SuffixPromptModel` does, run what all rows of a batch's samples share once for a step.
+
+    With `clean`, the samples will also be run as they are.
+    """
     cached = getattr(model, "cached_texts", None)
-    return nullcontext() if cached is None else cached(inputs)
+    return nullcontext() if cached is None else cached(inputs, clean=clean)
 
 
 def held_back(model: nn.Module, parts: str, progress: float) -> frozenset[str]:

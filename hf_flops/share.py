@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import socket
 import time
@@ -93,9 +94,11 @@ class ProcessShare(Share):
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         super().__init__()
+        self._troubled = False
         self.rank, self.world, self.device = dist.get_rank(), dist.get_world_size(), torch.device(device)
         self._store = dist.distributed_c10d._get_default_store()
         self._names: list[str] = []
+        atexit.register(self._part)
         self._names = self.everyone(f"pid {os.getpid()} on {socket.gethostname()}")
 
     def gather(self, own: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -159,9 +162,14 @@ class ProcessShare(Share):
                 raise
             raise ProcessError(self._blame(error)) from error
 
+    def _part(self) -> None:
+        """Close the connections before the interpreter goes: gloo's threads, left alone, may abort a process."""
+        if not self._troubled and dist.is_initialized():
+            dist.destroy_process_group()
+
     def _blame(self, error: Exception) -> str:
         """Ask around who is still there, and say who is not."""
-        gone = list(range(self.world))
+        self._troubled, gone = True, list(range(self.world))  # from here on nobody waits for the others
         with suppress(RuntimeError):  # the store is gone with the machine that kept it
             self._store.set("hf_flops/trouble", "1")
             self._store.set(f"hf_flops/alive/{self.rank}", "1")

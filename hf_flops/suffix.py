@@ -20,7 +20,7 @@ from .errors import ConfigurationError
 from .losses import mean_cross_entropy
 from .packing import Packing, continued, may_be_packed
 from .selfcheck import precision_of
-from .texts import Split, TextCache, split
+from .texts import Ending, Split, TextCache, split
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "suffix_prompt.json"  # the former is where Trainer puts a state dict
 
@@ -125,13 +125,18 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
         return CausalLMOutput(loss=loss, logits=logits)
 
     @contextmanager
-    def cached_texts(self, inputs: Mapping[str, Any]) -> Iterator[None]:
-        """Keep the texts of a batch as keys and values for a while, for all rows made of its samples; then drop them."""
+    def cached_texts(self, inputs: Mapping[str, Any], *, clean: bool = False) -> Iterator[None]:
+        """Keep the texts of a batch as keys and values for a while, for all rows made of its samples; then drop them.
+
+        Args:
+            inputs: the batch.
+            clean: its samples will be run with the prompt as it is, too: that is done in the same forward.
+        """
         before = self._texts
         try:
             if self._shares():
                 rows = self._split(inputs["input_ids"], inputs.get("attention_mask"), inputs.get("labels"))
-                self._texts = self._read(rows, rows.keys())
+                self._texts = self._read(rows, rows.keys(), self._ending(rows) if clean else None)
                 if self._packs is None:
                     prompt = self.prompt.weight.to(self.base.dtype)
                     self._packs = may_be_packed(self.base, self._texts, prompt, precision_of(self.base))
@@ -187,9 +192,16 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
         """Whether rows with the same text can share its keys and values: nothing that changes them is trained."""
         return not any(parameter.requires_grad for parameter in self.base.parameters())
 
-    def _read(self, rows: Split, keys: Sequence[Any]) -> TextCache:
+    def _read(self, rows: Split, keys: Sequence[Any], ending: Ending | None = None) -> TextCache:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._shares()):
-            return TextCache(self.base, rows, keys)
+            return TextCache(self.base, rows, keys, ending)
+
+    def _ending(self, rows: Split) -> Ending:
+        """Return prompt and answer of each row; the last answer token predicts nothing, so it is not run."""
+        answer = rows.answer[:, :-1]
+        tokens = torch.cat([self._prompts(len(answer)), self.base.get_input_embeddings()(answer)], 1)
+        kept = F.pad((rows.targets[:, :-1] != -100).long(), (self.prompt.num_embeddings, 0), value=1)
+        return Ending(tokens, kept, max(1, rows.answer.shape[1]))
 
     def _prompts(self, rows: int) -> Tensor:
         """Return the prompt of each row, (R, P, D) in the base's dtype; noise is added before the cast."""
@@ -200,14 +212,14 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
         """Return the logits (R, A or 1, V) of the answers' tokens, or of the next one."""
         keys = rows.keys() if self._shares() else range(len(rows.text))
         texts = self._texts if self._texts is not None and keys in self._texts else self._read(rows, keys)
-        # The last answer token predicts nothing, so it is not run.
-        answer = rows.answer[:, :-1]
-        tokens = torch.cat([self._prompts(len(answer)), self.base.get_input_embeddings()(answer)], 1)
-        kept = F.pad((rows.targets[:, :-1] != -100).long(), (self.prompt.num_embeddings, 0), value=1)
-        place = texts.rows(keys)
+        ending, place = self._ending(rows), texts.rows(keys)
+        known = texts.known(place, ending)
+        if known is not None:
+            return known
         packs = texts is self._texts and self._packs
-        packing = Packing.cheapest(place, tokens.shape[1], rows.text.shape[1]) if packs else Packing.of(place, 1)
-        return continued(self.base, texts, packing, tokens, kept, max(1, rows.answer.shape[1]))
+        size = ending.tokens.shape[1]
+        packing = Packing.cheapest(place, size, rows.text.shape[1]) if packs else Packing.of(place, 1)
+        return continued(self.base, texts, packing, ending.tokens, ending.kept, ending.last)
 
 
 def _without_base(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

@@ -38,6 +38,31 @@ class Split:
         return [row[len(row) - n :].tobytes() for row, n in zip(self.text.cpu().numpy(), lengths, strict=True)]
 
 
+@dataclass(frozen=True, eq=False)
+class Ending:
+    """What R rows have after their texts.
+
+    Attributes:
+        tokens: (R, S, D) embeddings.
+        kept: (R, S) int64, zero on padding.
+        last: how many logits of a row are asked for, A.
+    """
+
+    tokens: Tensor
+    kept: Tensor
+    last: int
+
+    def rows(self, index: Tensor) -> Ending:
+        """Return some of the rows."""
+        return Ending(self.tokens[index], self.kept[index], self.last)
+
+    def __eq__(self, other: object) -> bool:
+        """Say whether two are the same, number by number."""
+        if not isinstance(other, Ending) or self.last != other.last:
+            return False
+        return torch.equal(self.kept, other.kept) and torch.equal(self.tokens, other.tokens)
+
+
 def split(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None) -> Split:
     """Cut every row into its text (label -100) and its answer (labelled), and leave the padding out.
 
@@ -81,28 +106,40 @@ class TextCache:
         base: a causal language model of transformers.
         texts: R rows, of which every text is run through `base` once.
         keys: R keys, equal where texts are.
+        ending: what the R rows go on with, to be run in the same forward; left out where a layer forgets its text.
 
     Attributes:
         mask: (U, T) int64, zero on padding.
+        ending: of the first row of each text.
+        logits: (U, A, V) that the ending's last tokens have; None where it was not run.
 
     Raises:
         ConfigurationError: the model keeps anything but keys and values.
     """
 
-    def __init__(self, base: Any, texts: Split, keys: Sequence[Hashable]) -> None:
+    def __init__(self, base: Any, texts: Split, keys: Sequence[Hashable], ending: Ending | None = None) -> None:
         first = dict(zip(reversed(keys), reversed(range(len(keys))), strict=True))  # the first row of each text
         self._place = {key: place for place, key in enumerate(first)}
         rows = torch.tensor(list(first.values()), device=texts.text.device)
         ids, self.mask = texts.text[rows], texts.text_mask[rows]
         self._cache = DynamicCache(config=base.config)
-        run(  # without the head: nothing is predicted inside the text
-            base.base_model,
-            input_ids=ids,
-            attention_mask=self.mask,
-            position_ids=(self.mask.cumsum(1) - 1).clamp(min=0),
+        self.ending, self.logits = None if ending is None or self.sliding else ending.rows(rows), None
+        mask, own = self.mask, {"input_ids": ids}
+        if self.ending is not None:
+            own = {"inputs_embeds": torch.cat([base.get_input_embeddings()(ids), self.ending.tokens], 1)}
+            own["logits_to_keep"] = torch.arange(-self.ending.last, 0, device=ids.device) + own["inputs_embeds"].shape[1]
+            mask = torch.cat([mask, self.ending.kept], 1)
+        found = run(
+            base if self.ending is not None else base.base_model,  # without the head: nothing is predicted inside the text
+            **own,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
             past_key_values=self._cache,
             use_cache=True,
         )
+        if self.ending is not None:
+            self.logits = found.logits[:, -self.ending.last :]
+            self._cache.crop(-self.ending.tokens.shape[1])
         kinds = {type(layer) for layer in self._cache.layers}
         if not kinds <= {DynamicLayer, DynamicSlidingWindowLayer} or self._cache.get_seq_length() != ids.shape[1]:
             raise ConfigurationError(
@@ -117,6 +154,12 @@ class TextCache:
     def sliding(self) -> bool:
         """Whether a layer sees a window of the text only."""
         return any(getattr(layer, "is_sliding", False) for layer in self._cache.layers)
+
+    def known(self, place: Tensor, ending: Ending) -> Tensor | None:
+        """Return the logits (R, A, V) of rows that go on as those did that were run with their texts, (R,), else None."""
+        if self.logits is None or self.ending is None or torch.is_grad_enabled():
+            return None
+        return self.logits[place] if self.ending.rows(place) == ending else None
 
     def rows(self, keys: Sequence[Hashable]) -> Tensor:
         """Return (R,) int64, the text of each row."""

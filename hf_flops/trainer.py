@@ -175,8 +175,8 @@ class FlopsTrainerMixin(ModelCards, Watched, WholeCheckpoints, ManyProcesses):
             self.optimizer.train()
         inputs = without_cache(self.model, with_plain_flag(self._prepare_inputs(inputs)))
         self._meet(model, inputs)
-        context = self.compute_loss_context_manager()
-        with evaluation_mode(model), torch.no_grad(), context, shared_texts(self.model, inputs):
+        context, clean = self.compute_loss_context_manager(), self._estimator.baseline or self._allocator.needs_clean
+        with evaluation_mode(model), torch.no_grad(), context, shared_texts(self.model, inputs, clean):
             forward = self.ledger.metered(self._forward_function(model))
             self._hold_back()
             alignment = self._pairs.ready(self, forward, inputs)

@@ -74,7 +74,7 @@ def test_estimates_are_those_of_rows_alone(kind, monkeypatch):
     for packs in (None, False):
         model._packs = packs
         model.zero_grad()
-        with torch.no_grad(), shared_texts(model, inputs):
+        with torch.no_grad(), shared_texts(model, inputs, clean=True):
             estimate_gradient(model_forward(model), inputs, method, Place())
         found.append(model.prompt.weight.grad.clone())
     assert (max(chosen, default=1) > 1) == (kind != "windows")

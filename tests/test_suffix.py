@@ -1,6 +1,7 @@
 """A prompt after the text: the same as full sequences built by hand, but every text is run once."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -111,6 +112,36 @@ def test_rows_with_the_same_text_share_one_run_of_it(kind, cached):
         assert runs == [(texts, 6), (len(chosen), answer - 1)]
         torch.testing.assert_close(found, plain_losses(model, rows)[chosen], rtol=1e-5, atol=1e-5)
     assert model._texts is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_clean_rows_run_in_the_same_forward_as_their_texts(kind):
+    model, rows = suffix(kind), draw_rows([(5, 1), (2, 2), (6, 1)])
+    rows.append((rows[0][0], rows[1][1]))  # a text again, with another answer
+    inputs, runs, objective = batch(rows[:3]), [], TappedLoss()
+    perturbation = RowwiseNoise(model, ParameterVector.of(model), "gaussian")
+    noise = perturbation.draw(keys(3))
+    model.base.register_forward_hook(lambda *args: runs.append(1))
+
+    def sums(chosen=inputs, scale=0.0):
+        runs.clear()
+        with perturbation.applied(noise, scale) if scale else nullcontext():
+            return objective(model_forward(model), chosen).sums
+
+    with model.cached_texts(inputs):
+        plain, moved = sums(), sums(scale=0.3)
+    order, forgets = torch.tensor([2, 1]), kind == "windows"
+    with model.cached_texts(inputs, clean=True):
+        for chosen, expected in ((inputs, plain), (take(inputs, order), plain[order])):
+            torch.testing.assert_close(sums(chosen), expected, rtol=1e-5, atol=1e-5)
+            assert len(runs) == forgets
+        torch.testing.assert_close(sums(scale=0.3), moved, rtol=1e-5, atol=1e-5)
+        assert len(runs) == 1
+    with model.cached_texts(batch(rows), clean=True):  # a text with two answers: these rows are run
+        found = sums(batch(rows))
+        assert len(runs) == 1
+        torch.testing.assert_close(found, plain_losses(model, rows), rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
