@@ -74,6 +74,11 @@ class Method:
         predicted = self.control is not None and getattr(self.objective, "logits", False)
         return self.objective.per_row and (self.allocator.needs_clean or self.head is not None or predicted)
 
+    @property
+    def centred(self) -> bool:
+        """Whether deltas are measured against the sample's other queries; not where that takes a forward for each row."""
+        return self.estimator.baseline and getattr(self.objective, "in_steps", False) and not self.perturbation.replays
+
     def budget(self, samples: int) -> int:
         """Return how many queries `samples` samples can afford in all, after the clean rows are paid for."""
         rows = samples * (self.queries_per_sample - self.needs_clean)

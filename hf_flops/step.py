@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .allocators import Piloted, equal_counts
+from .baselines import against_others
 from .chunks import ChunkPlanner
 from .clean import Clean, clean_forward
 from .control_variates import Prediction
@@ -89,6 +90,7 @@ class Step:
         vector = method.perturbation.vector
         self.update = torch.zeros(vector.size, dtype=accumulator(vector.device), device=vector.device)  # with N = 1
         self.pulled: list[tuple[Rows, Tensor]] = []  # the chunks that it is the sum of, and their coefficients
+        self.corrections: list[Tensor] = []  # of the rows' coefficients, once all losses are known; for each round
         self.factor = 1.0  # what that sum has to be multiplied by
 
     def told(self, clean: RowLosses) -> None:
@@ -217,7 +219,11 @@ class Step:
         if self.clean is None:
             self.perturbed.index_add_(0, rows.owner, found[:, 1].double())
             self.elements[rows.owner] = found[:, 2]
-        return rows, found[:, 0], mine
+        deltas = found[:, 0]
+        if self.method.centred:
+            raw, deltas = deltas, against_others(deltas, rows, self.units)
+            self.corrections.append(torch.where(deltas.isfinite(), (deltas - raw) * rows.weight, 0.0))
+        return rows, deltas, mine
 
     def _without_non_finite(self, rows: Rows, deltas: Tensor, mine: Tensor) -> Tensor:
         """Re-spread the weight of rows that were dropped for a non-finite loss; returns the update (d,).
@@ -239,7 +245,8 @@ class Step:
             coefficients = torch.where(finite, deltas * rows.weight, 0.0) + lacking
             self.update, self.pulled = self.exchange.regenerated(self.method.perturbation, self.place, rows, coefficients)
         else:
-            self._pull_back_again(rows, torch.where(mine, lacking, 0.0))
+            extra = lacking + torch.cat(self.corrections) if self.corrections else lacking
+            self._pull_back_again(rows, torch.where(mine, extra, 0.0))
         self._share_facts()
         if not bool(finite.all()):  # then, for samples without any finite row, among the loss elements of the others
             self.factor = float(self.elements.sum() / (self.elements[kept].sum() or 1.0))

@@ -5,7 +5,8 @@ backward pass. With a connection, any causal language model and data set of the 
 
     python recipes/prompt_tuning.py
     python recipes/prompt_tuning.py --domain products --compare backprop
-    python recipes/prompt_tuning.py --adapter prompt --per_class 16 --objective accuracy
+    python recipes/prompt_tuning.py --objective accuracy
+    python recipes/prompt_tuning.py --adapter prompt --engine onnx-int8
     python recipes/prompt_tuning.py --model Qwen/Qwen2.5-0.5B-Instruct --domain cornell-movie-review-data/rotten_tomatoes
     python recipes/prompt_tuning.py recipes/prompt_tuning.yaml
 
@@ -14,23 +15,22 @@ It ends with a table (report.md, results.json), a picture (report.png) and the a
 
 from __future__ import annotations
 
-import json
 import sys
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also when hf_flops is not installed
 
 from hf_flops import FlopsTrainer, FlopsTrainingArguments, Metric
 from hf_flops.memory import PeakMemory
-from hf_flops.plots import save_report
 from recipes import common
 from recipes.common import accuracy, stock_arguments
+from recipes.engines import ENGINES, black_box
+from recipes.prompt_report import Outcome, report
 from recipes.prompts import (
     ADAPTERS,
     DOMAINS,
@@ -81,6 +81,13 @@ class RecipeArguments:
         default="loss",
         metadata={"help": "'loss', or 'accuracy' itself, which has no gradient.", "choices": ["loss", "accuracy"]},
     )
+    engine: str | None = field(
+        default=None,
+        metadata={
+            "help": "What runs the model, for --adapter prompt: a black box that only answers; default: transformers.",
+            "choices": ENGINES,
+        },
+    )
     compare: list[str] = field(
         default_factory=list, metadata={"help": "'backprop' runs beside it with the same prompt and rows."}
     )
@@ -98,40 +105,16 @@ class RecipeTrainingArguments(FlopsTrainingArguments):
     max_steps: int = 80
     queries_per_sample: int = 24
     perturbation_scale: float | str | None = field(
-        default=None, metadata={"help": "Default: 1e-2, which suits embeddings; for accuracy it is measured."}
+        default=None, metadata={"help": "Default: 1e-2, which suits embeddings; for accuracy 0.1, near their own size."}
     )
     per_device_train_batch_size: int = 8
     per_device_eval_batch_size: int = 32
     adam_beta2: float = 0.99
     eval_strategy: str = "steps"
-    eval_steps: float = 10
+    eval_steps: float = 20
     save_strategy: str = "no"
     logging_steps: float = 10
     report_to: str = "none"
-
-
-@dataclass
-class Outcome:
-    """What one method reached."""
-
-    method: str
-    before: float
-    after: float
-    texts: int
-    parameters: int
-    rows: int
-    tokens: int
-    seconds: float
-    peak_megabytes: float
-    steps: int
-    curve: list[tuple[float, float]]
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Wilson's 95 % interval of the accuracy."""
-        z, n, p = 1.96, self.texts, self.after
-        centre, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-        return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
 
 
 class Curve(TrainerCallback):
@@ -153,46 +136,75 @@ class Curve(TrainerCallback):
             self.points.append((self.rows, metrics["eval_accuracy"]))
 
 
+def by_length(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return samples by length, so that batches of an evaluation have little padding."""
+    return sorted(rows, key=lambda row: len(row["input_ids"]))
+
+
+def adapter_of(recipe: RecipeArguments, args: Any, base: Any, template: Template, words: list[int]) -> Any:
+    """Put what the recipe tunes on the model, or before one that runs in an engine."""
+    names = ("virtual_tokens", "init_text", *([] if recipe.engine else ["lora_rank"]))
+    options = {name: getattr(recipe, name) for name in names}
+    if recipe.engine:
+        return black_box(recipe.engine, base, template, words, folder=Path(str(args.output_dir)), **options)
+    return adapted(recipe.adapter, base, template, words, **options)
+
+
 def trainer_for(method: str, model: Any, args: RecipeTrainingArguments, recipe: RecipeArguments, **options: Any) -> Trainer:
     """Build the trainer of a method: the stock one for backprop, ours otherwise."""
     options = {"model": model, "compute_metrics": accuracy, **options}
     if method == "backprop":
         return Trainer(args=stock_arguments(args, include_num_input_tokens_seen="all"), **options)
     objective = Metric("accuracy") if recipe.objective == "accuracy" else None
-    scale = args.perturbation_scale or ("auto" if objective else 1e-2)
+    scale = args.perturbation_scale or (0.1 if objective else 1e-2)
     return FlopsTrainer(args=replace(args, perturbation_scale=scale), objective=objective, **options)
 
 
-def run(method: str, recipe: RecipeArguments, args: RecipeTrainingArguments, task: TextTask) -> tuple[Outcome, Any]:
-    """Measure the model as it is, tune it with one method, and measure again."""
-    set_seed(args.seed)
+def run(
+    method: str, recipe: RecipeArguments, args: RecipeTrainingArguments, task: TextTask, known: Outcome | None = None
+) -> tuple[Outcome, Any]:
+    """Measure the model as it is, tune it with one method, and measure again.
+
+    Args:
+        method: a name in `METHODS`.
+        recipe: what is tuned.
+        args: the trainer's arguments.
+        task: the texts.
+        known: an outcome of the same model and the same prompt to start with, whose accuracies before training hold.
+    """
     with args.main_process_first():
         base, tokenizer = load_model(recipe.model, recipe.dtype)
     words = label_tokens(tokenizer, recipe.label_words, task.classes)
     template = Template(tokenizer, recipe.template, recipe.text_tokens, recipe.chat)
     collator, tail = DataCollatorWithPadding(tokenizer), recipe.adapter != "suffix"
     own = replace(args, output_dir=str(Path(str(args.output_dir), method)))
-    same = ("output_dir", "per_device_eval_batch_size", "use_cpu", "disable_tqdm", "report_to")
-    plain = TrainingArguments(**{name: getattr(own, name) for name in same})
-    asked = Trainer(WordClassifier(base, words), plain, data_collator=collator, compute_metrics=accuracy)
-    before = asked.evaluate(template.rows(task.test, tail=True))["eval_accuracy"]
-    names = ("virtual_tokens", "init_text", "lora_rank")
-    model = adapted(recipe.adapter, base, template, words, **{name: getattr(recipe, name) for name in names})
+    names = ("output_dir", "per_device_eval_batch_size", "use_cpu", "disable_tqdm", "report_to")
+    plain = TrainingArguments(**{name: getattr(own, name) for name in names})
+
+    def measured(asked: Any, *, tail: bool) -> float:
+        trainer = Trainer(asked, plain, data_collator=collator, compute_metrics=accuracy)
+        return trainer.evaluate(by_length(template.rows(task.test, tail=tail)))["eval_accuracy"]
+
+    before = known.before if known else measured(WordClassifier(base, words), tail=True)
+    set_seed(args.seed)
+    model = adapter_of(recipe, args, base, template, words)
+    start = known.start if known else measured(model, tail=tail)
     curve = Curve()
     data = {part: template.rows(getattr(task, part), tail=tail) for part in ("train", "validation", "test")}
-    sets = {"train_dataset": data["train"], "eval_dataset": data["validation"]}
+    sets = {"train_dataset": data["train"], "eval_dataset": by_length(data["validation"])}
     curve.trainer = trainer = trainer_for(method, model, own, recipe, data_collator=collator, callbacks=[curve], **sets)
     with PeakMemory() as memory:
-        start = time.perf_counter()
+        begun = time.perf_counter()
         trainer.train()
-        seconds = time.perf_counter() - start
-    after = trainer.evaluate(data["test"])["eval_accuracy"]
+        seconds = time.perf_counter() - begun
+    after = trainer.evaluate(by_length(data["test"]))["eval_accuracy"]
     if args.process_index == 0:
-        model.save_pretrained(own.output_dir)
+        getattr(model, "save_pretrained", trainer.save_model)(own.output_dir)
     trainer.save_state()  # for hf-flops plot
     outcome = Outcome(
         method=method,
         before=before,
+        start=start,
         after=after,
         texts=len(data["test"]),
         parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -206,43 +218,6 @@ def run(method: str, recipe: RecipeArguments, args: RecipeTrainingArguments, tas
     return outcome, trainer
 
 
-def table(outcomes: list[Outcome]) -> str:
-    """Lay outcomes out as a Markdown table."""
-    lines = [
-        "| method | zero-shot | tuned | 95 % interval | rows | tokens | seconds | peak memory | steps | parameters |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    lines += [
-        f"| {o.method} | {o.before:.1%} | **{o.after:.1%}** | {o.interval[0]:.1%} to {o.interval[1]:.1%} | {o.rows:,} | "
-        f"{o.tokens:,} | {o.seconds:.0f} | +{o.peak_megabytes:,.0f} MB | {o.steps:,} | {o.parameters:,} |"
-        for o in outcomes
-    ]
-    return "\n".join(lines)
-
-
-def report(folder: Path, task: TextTask, recipe: RecipeArguments, args: Any, runs: list[tuple[Outcome, Any]]) -> None:
-    """Write the table, the figures as JSON and the picture, and print the table."""
-    outcomes = [outcome for outcome, _ in runs]
-    text = table(outcomes)
-    print(f"\n{text}\n")
-    notes = (
-        f"Texts: {task.name}, {len(task.train):,} for training, accuracy on {outcomes[0].texts:,} held-out ones. Adapter: "
-        f"{recipe.adapter}; objective: {recipe.objective}. Zero-shot is the model without the adapter, asked with "
-        f"`{recipe.template}` for {', '.join(map(repr, recipe.label_words))}. Rows and tokens are what went through the "
-        "model in training, checks included, as if every row ran whole; a row of backprop also costs a backward pass. "
-        "Seconds include the evaluations for the curve.\n"
-    )
-    (folder / "report.md").write_text(f"# Prompt tuning\n\n{text}\n\n{notes}\n![report](report.png)\n")
-    rate = {"learning_rate": args.learning_rate, "queries_per_sample": args.queries_per_sample, "seed": args.seed}
-    record = {"recipe": asdict(recipe), **rate, "outcomes": [asdict(outcome) for outcome in outcomes]}
-    record |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    (folder / "results.json").write_text(json.dumps(record, indent=1))
-    curves = {o.method: o.curve for o in outcomes if o.curve}
-    if curves:
-        save_report(folder / "report.png", curves, outcomes[0].before)
-    print(f"Report: {folder / 'report.md'}")
-
-
 def parse(arguments: list[str] | None = None) -> tuple[RecipeArguments, RecipeTrainingArguments]:
     """Read the command line, or a YAML file named on it."""
     return common.parse([RecipeArguments, RecipeTrainingArguments], __doc__, METHODS, arguments)
@@ -252,6 +227,8 @@ def main(arguments: list[str] | None = None) -> list[Outcome]:
     """Tune with forward passes, and by the methods that this is compared with."""
     recipe, args = parse(arguments)
     folder, methods = common.begin(args, ["flops", *recipe.compare])
+    if recipe.engine and (recipe.adapter != "prompt" or "backprop" in methods):
+        raise SystemExit(f"--engine {recipe.engine} only answers: it needs --adapter prompt, and no --compare backprop.")
     sizes = {"validation": recipe.validation_texts, "test": recipe.test_texts, "per_class": recipe.per_class}
     with args.main_process_first():
         task = load_texts(recipe.domain, seed=args.seed, **sizes)
@@ -259,7 +236,7 @@ def main(arguments: list[str] | None = None) -> list[Outcome]:
     for method in methods:
         if first:
             print(f"\n=== {method}: {len(task.train):,} texts of {task.name}")
-        runs.append(run(method, recipe, args, task))
+        runs.append(run(method, recipe, args, task, known=runs[0][0] if runs else None))
     if first:
         report(folder, task, recipe, args, runs)
     return [outcome for outcome, _ in runs]

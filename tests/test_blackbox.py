@@ -134,6 +134,21 @@ def test_nan_from_some_rows_is_passed_over_and_from_all_is_an_error(language_mod
         trainer(Fails(plain, lambda embeds, mask: plain(embeds, mask) * float("nan")), language_model, tmp_path).train()
 
 
+def test_coarse_engines_keep_noise_per_row_if_they_say_so(language_model, tmp_path):
+    calls = iter(range(10_000))
+
+    def coarse(embeds, mask):  # what rounds one way now may round the other way next time
+        logits = TorchEngine(language_model)(embeds, mask)
+        return logits + 3e-3 * torch.randn(logits.shape, generator=generator(next(calls)))
+
+    table = language_model.get_input_embeddings().weight
+    for precision in (1e-4, 3e-2):
+        run = trainer(coarse, language_model, tmp_path, max_steps=1)
+        run.model.precision = BlackBoxPromptModel(coarse, table, WORDS, 3, precision=precision).precision
+        run.train()
+        assert run._perturbation.grouped == (precision == 1e-4)
+
+
 # --- HTTP ---
 
 

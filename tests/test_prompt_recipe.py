@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -170,6 +171,21 @@ def test_a_run_for_accuracy_itself(tiny, tmp_path):
     assert outcome.steps == 1
     low, high = outcome.interval
     assert 0 <= low <= outcome.after <= high <= 1
+
+
+def test_a_black_box_is_tuned_and_what_it_begins_with_is_measured_once(tiny, tmp_path):
+    options = "--adapter prompt --engine torch --virtual_tokens 2 --max_steps 1 --queries_per_sample 4 --eval_strategy no"
+    options += " --per_device_train_batch_size 4 --validation_texts 8 --test_texts 12 --use_cpu True --disable_tqdm True"
+    options = [*options.split(), "--label_words", "terrible", "great", "--output_dir", str(tmp_path)]
+    (first,) = prompt_tuning.main(options)
+    assert first.parameters == 2 * 16
+    assert (tmp_path / "flops" / "model.safetensors").is_file()
+    recipe, args = prompt_tuning.parse(options)
+    task = load_texts("movies", validation=8, test=12)
+    again, _ = prompt_tuning.run("flops", recipe, args, task, known=replace(first, before=-1.0, start=-2.0))
+    assert (again.before, again.start, again.after) == (-1.0, -2.0, first.after)
+    with pytest.raises(SystemExit, match="--engine torch only answers"):
+        prompt_tuning.main([*options, "--compare", "backprop"])
 
 
 def test_the_yaml_beside_the_recipe_is_read():

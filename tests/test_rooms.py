@@ -16,7 +16,7 @@ FLOORS = {
     "similarity": 0,
     "line_search": 1,
     **dict.fromkeys(["objectives", "perturbations", "estimators", "allocators", "metrics", "reuse", "chunks"], 1),
-    "replayable": 1,
+    **dict.fromkeys(["replayable", "baselines"], 1),
     **dict.fromkeys(["heads", "control_variates", "regenerate", "contrastive"], 2),
     "exchange": 3,
     "method": 4,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -53,7 +55,8 @@ def export_onnx(model: Any, path: str | Path, *, int8: bool = False) -> Path:
     Args:
         model: the model, in float32.
         path: the file to write.
-        int8: whether weights become 8-bit integers, and activations are quantised as they come.
+        int8: whether weights become 8-bit integers, in blocks of 32 numbers, and activations are quantised as they come, in
+            blocks too: with one scale for all of them, outliers leave the rest few digits, and rows depend on each other.
 
     Raises:
         ConfigurationError: the exported model does not compute what the model does.
@@ -82,11 +85,22 @@ def export_onnx(model: Any, path: str | Path, *, int8: bool = False) -> Path:
     if not error <= 1e-3 * max(1.0, float(wanted.abs().max())):
         raise ConfigurationError(f"{type(model).__name__} cannot be exported: its logits would differ by {error:.2g}.")
     if int8:
-        quantization: Any = __import__(f"{runtime.__name__}.quantization", fromlist=["quantize_dynamic"])
-        quantization.quantize_dynamic(plain, path, per_channel=True, weight_type=quantization.QuantType.QInt8)
+        _quantise(runtime, plain, path)
         for leftover in (plain, plain.with_name(plain.name + ".data")):
             leftover.unlink(missing_ok=True)
     return path
+
+
+def _quantise(runtime: Any, plain: Path, path: Path) -> None:
+    """Write the 8-bit version of a file."""
+    root, handlers, level = logging.getLogger(), logging.getLogger().handlers[:], logging.getLogger().level
+    module: Any = importlib.import_module(f"{runtime.__name__}.quantization.matmul_nbits_quantizer")
+    root.handlers[:] = handlers  # the module sets the root logger up, and tells of every node
+    root.setLevel(level)
+    module.logger.setLevel(logging.WARNING)
+    quantizer = module.MatMulNBitsQuantizer(str(plain), bits=8, block_size=32, is_symmetric=True, accuracy_level=4)
+    quantizer.process()
+    quantizer.model.save_model_to_file(str(path), False)
 
 
 class OnnxEngine:

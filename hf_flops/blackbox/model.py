@@ -35,6 +35,7 @@ class BlackBoxPromptModel(nn.Module):
         label_words: the token of each of C classes.
         num_virtual_tokens: P.
         init_tokens: tokens that the prompt starts as, repeated as needed; else random ones.
+        precision: relative error of a loss that the engine's rounding can cause, which checks allow for: 3e-2 for int8.
 
     Raises:
         ConfigurationError: fewer than one virtual token, or label words that cannot tell classes apart.
@@ -51,8 +52,10 @@ class BlackBoxPromptModel(nn.Module):
         label_words: Sequence[int],
         num_virtual_tokens: int = 8,
         init_tokens: Sequence[int] | None = None,
+        precision: float = 1e-4,
     ) -> None:
         super().__init__()
+        self.precision = precision
         if not isinstance(num_virtual_tokens, int) or num_virtual_tokens < 1:
             raise ConfigurationError(f"num_virtual_tokens={num_virtual_tokens!r} must be a whole number, 1 or more.")
         if len(set(label_words)) < max(2, len(label_words)):
