@@ -49,7 +49,7 @@ def adapt(digits, tmp_path, seed, **options):
         return before, trainer.evaluate()["eval_accuracy"]
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_the_adapter_learns_new_digits(digits, tmp_path, seed):
     before, after = adapt(digits, tmp_path, seed)
     assert before < 0.3
