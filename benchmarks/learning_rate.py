@@ -1,7 +1,7 @@
 """Does `learning_rate_search` find the rate? From starts far too small and far too large, beside a grid, at the same rows.
 
 The tasks of learning.py with four rows per sample, and as many rows for every run: those of the search are charged. A grid
-of five rates and the rate that learning.py's own tuning found run without the search.
+of five rates runs without the search. Starts are multiples of the rate that learning.py's own tuning found.
 
     python benchmarks/learning_rate.py --task digits
     python benchmarks/learning_rate.py --task fashion
@@ -23,7 +23,6 @@ from learning_tasks import TASKS, LearningTask
 
 from hf_flops import FlopsTrainer, FlopsTrainingArguments
 
-TUNED = {"digits": 3e-2, "fashion": 1e-2, "reviews": 1e-2}
 FACTORS = [1e-2, 1e-1, 1.0, 1e1, 1e2]
 GRID = [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
 BATCH, QUERIES = 32, 4
@@ -86,7 +85,7 @@ def main() -> None:
     parser.add_argument("--no_record", action="store_true", help="print only")
     options = parser.parse_args()
     quiet()
-    task, tuned = TASKS[options.task](), TUNED[options.task]
+    task, tuned = TASKS[options.task](), Record(f"learning_{options.task}").entries["flops"]["rate"]
     record = Record(f"learning_rate_{options.task}", indent=None)
     starts = {f"search from {factor:g} x": (factor * tuned, {"learning_rate_search": True}) for factor in options.factors}
     for name, (rate, more) in {**{f"fixed {rate:g}": (rate, {}) for rate in options.grid}, **starts}.items():

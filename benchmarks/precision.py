@@ -9,8 +9,8 @@ of the differences between the two. |b|^2 is the mean product of different draws
     python benchmarks/precision.py                       # MiniLM
     python benchmarks/precision.py minilm smollm2 --draws 16
 
-Where the processor has no bfloat16, products are computed in float32 and rounded, which is what those that have it do
-(`--native` computes as torch does there: slowly).
+Products are summed in float32 and rounded once, as processors that have bfloat16 do; `--native` leaves them to torch, which
+is slow on those that have none.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", default=["minilm"])
     parser.add_argument("--estimators", nargs="+", choices=ESTIMATORS, default=list(ESTIMATORS))
     parser.add_argument("--draws", type=int, default=16, help="estimates of each, with noise of their own")
-    parser.add_argument("--native", action="store_true", help="products in bfloat16 also where the processor has none")
+    parser.add_argument("--native", action="store_true", help="leave products in bfloat16 to torch")
     options = parser.parse_args()
     if unknown := set(options.cases) - set(SETTINGS):
         parser.error(f"unknown cases {sorted(unknown)}: choose among {', '.join(SETTINGS)}")

@@ -216,7 +216,7 @@ def _facts(trainer: _Trial, target: float) -> Iterator[Fact]:
     assert method is not None
     assert trainer._rate is not None
     precision = precision_of(trainer.model, autocast=trainer.args.bf16)
-    yield Fact("trained numbers", sum(rule.size for rule in rules_of(trainer)), "of the tensors above")
+    yield Fact("trained numbers", ParameterVector.of(trainer.model).size, "of the tensors above")
     yield Fact("precision", precision, f"relative rounding of a loss in {'16' if precision > 1e-3 else '32'} bits")
     if found.scale is None:
         reason = "no step of the difference shows any signal"

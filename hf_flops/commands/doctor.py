@@ -102,11 +102,10 @@ def loaded(name: str, data: str | None) -> tuple[Any, Any, Any, str | None]:
     """
     from transformers import AutoConfig
 
-    embedded = {"minilm": "minilm", "smollm2": "smollm2"}
     try:
         if name == "vit":
             return images(name, data)
-        place = getattr(recipe("assets"), embedded[name])() if name in embedded else name
+        place = getattr(recipe("assets"), name)() if name in ("minilm", "smollm2") else name
         config = AutoConfig.from_pretrained(place)
         if hasattr(config, "image_size"):
             return images(place, data)
