@@ -6,7 +6,7 @@ holds are not repeated. Seconds are of the processor, in training with the evalu
     python benchmarks/prompt_tuning.py --methods flops backprop
     python benchmarks/prompt_tuning.py --domain products
     python benchmarks/prompt_tuning.py --objective accuracy --max_steps 40
-    python benchmarks/prompt_tuning.py --adapter prompt --engine onnx-int8
+    python benchmarks/prompt_tuning.py --engine onnx-int8
 """
 
 from __future__ import annotations

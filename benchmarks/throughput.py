@@ -1,6 +1,7 @@
 """Rows per second of our step, of the MeZO preset and of backprop, against plain inference of the same rows.
 
-Sides take turns in one process, and medians are compared: machines are shared and noisy. `overhead` is the part of our step
+Sides take turns in one process, in another order each time, and are compared within a turn; the medians over turns are
+reported, because machines are shared and noisy. `overhead` is the part of our step
 that is spent outside the model's forward (noise inside the layers belongs to the forward), `control variate` what a step is
 longer by than one without it; both are shares of our step.
 
@@ -11,6 +12,7 @@ longer by than one without it; both are shares of our step.
 from __future__ import annotations
 
 import argparse
+import random
 import time
 from typing import Any
 
@@ -25,8 +27,10 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
     methods = case.methods()
     seconds: dict[str, list[float]] = {side: [] for side in methods}
     overhead = []
+    order, shuffled = list(methods), random.Random(0)
     for turn in range(repeats + 1):
-        for side in methods:
+        shuffled.shuffle(order)
+        for side in order:
             case.model.zero_grad()
             case.seconds = 0.0
             start = time.perf_counter()
@@ -38,6 +42,7 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
                     overhead.append(1 - case.seconds / spent)
     assert methods["ours"].rows == methods["mezo"].rows == case.rows  # type: ignore[attr-defined]
     medians = {side: float(np.median(own)) for side, own in seconds.items()}
+    ratios = {side: np.divide(seconds["plain"], own) for side, own in seconds.items()}
     return {
         "case": case.name,
         "rows": case.rows,
@@ -45,9 +50,12 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in case.model.parameters() if p.requires_grad),
         "seconds": medians,
         "rows_per_second": {side: case.rows / own for side, own in medians.items()},
-        "against_plain": {side: medians["plain"] / own for side, own in medians.items()},
+        "against_plain": {side: float(np.median(own)) for side, own in ratios.items()},
+        "quartiles": {side: np.quantile(own, [0.25, 0.75]).tolist() for side, own in ratios.items()},
         "overhead": float(np.median(overhead)),
-        "control_variate": 1 - medians["no control"] / medians["ours"] if "no control" in medians else 0.0,
+        "control_variate": 1 - float(np.median(np.divide(seconds["no control"], seconds["ours"])))
+        if "no control" in seconds
+        else 0.0,
     }
 
 
@@ -55,7 +63,7 @@ def main() -> None:
     """Measure cases one after the other; write results/throughput.json."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("cases", nargs="*", default=[])
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=9)
     options = parser.parse_args()
     if unknown := set(options.cases) - set(CASES):
         parser.error(f"unknown cases {sorted(unknown)}: choose among {', '.join(CASES)}")

@@ -1,4 +1,4 @@
-"""Engines that only answer, for a prompt before the text: the same model in transformers or in ONNX Runtime."""
+"""Engines that only answer, for a prompt before or after the text: the same model in transformers or in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -28,10 +28,19 @@ def engine_of(kind: str, model: Any, folder: Path) -> Engine:
 
 
 def black_box(
-    kind: str, model: Any, template: Template, words: list[int], *, virtual_tokens: int, init_text: str, folder: Path
+    kind: str,
+    model: Any,
+    template: Template,
+    words: list[int],
+    *,
+    virtual_tokens: int,
+    init_text: str,
+    folder: Path,
+    after: bool,
 ) -> BlackBoxPromptModel:
-    """Put a prompt before the texts that an engine continues; it starts as `adapted` says."""
+    """Put a prompt before or after the texts that an engine continues; it starts as `adapted` says."""
     tokens = template.tokenizer(init_text, add_special_tokens=False)["input_ids"] or None
     embeddings = model.get_input_embeddings().weight
     precision = 3e-2 if kind == "onnx-int8" else 1e-4
-    return BlackBoxPromptModel(engine_of(kind, model, folder), embeddings, words, virtual_tokens, tokens, precision)
+    engine = engine_of(kind, model, folder)
+    return BlackBoxPromptModel(engine, embeddings, words, virtual_tokens, tokens, precision, after)

@@ -6,7 +6,7 @@ backward pass. With a connection, any causal language model and data set of the 
     python recipes/prompt_tuning.py
     python recipes/prompt_tuning.py --domain products --compare backprop
     python recipes/prompt_tuning.py --objective accuracy
-    python recipes/prompt_tuning.py --adapter prompt --engine onnx-int8
+    python recipes/prompt_tuning.py --engine onnx-int8
     python recipes/prompt_tuning.py --model Qwen/Qwen2.5-0.5B-Instruct --domain cornell-movie-review-data/rotten_tomatoes
     python recipes/prompt_tuning.py recipes/prompt_tuning.yaml
 
@@ -84,7 +84,7 @@ class RecipeArguments:
     engine: str | None = field(
         default=None,
         metadata={
-            "help": "What runs the model, for --adapter prompt: a black box that only answers; default: transformers.",
+            "help": "What runs the model, for a suffix or prompt: a black box that only answers; default: transformers.",
             "choices": ENGINES,
         },
     )
@@ -146,7 +146,8 @@ def adapter_of(recipe: RecipeArguments, args: Any, base: Any, template: Template
     names = ("virtual_tokens", "init_text", *([] if recipe.engine else ["lora_rank"]))
     options = {name: getattr(recipe, name) for name in names}
     if recipe.engine:
-        return black_box(recipe.engine, base, template, words, folder=Path(str(args.output_dir)), **options)
+        options |= {"folder": Path(str(args.output_dir)), "after": recipe.adapter == "suffix"}
+        return black_box(recipe.engine, base, template, words, **options)
     return adapted(recipe.adapter, base, template, words, **options)
 
 
@@ -227,8 +228,8 @@ def main(arguments: list[str] | None = None) -> list[Outcome]:
     """Tune with forward passes, and by the methods that this is compared with."""
     recipe, args = parse(arguments)
     folder, methods = common.begin(args, ["flops", *recipe.compare])
-    if recipe.engine and (recipe.adapter != "prompt" or "backprop" in methods):
-        raise SystemExit(f"--engine {recipe.engine} only answers: it needs --adapter prompt, and no --compare backprop.")
+    if recipe.engine and (recipe.adapter not in ("suffix", "prompt") or "backprop" in methods):
+        raise SystemExit(f"--engine {recipe.engine} only answers: it needs --adapter suffix or prompt.")
     sizes = {"validation": recipe.validation_texts, "test": recipe.test_texts, "per_class": recipe.per_class}
     with args.main_process_first():
         task = load_texts(recipe.domain, seed=args.seed, **sizes)

@@ -35,9 +35,9 @@ def batch(samples=8):
     return {"input_ids": ids, "attention_mask": (torch.arange(5) < lengths).long(), "labels": torch.arange(samples) % 2}
 
 
-def prompted(engine, language_model):
+def prompted(engine, language_model, **options):
     table = language_model.get_input_embeddings().weight
-    return BlackBoxPromptModel(engine, table, WORDS, num_virtual_tokens=3, init_tokens=[9, 8])
+    return BlackBoxPromptModel(engine, table, WORDS, num_virtual_tokens=3, init_tokens=[9, 8], **options)
 
 
 def trainer(engine, language_model, folder, **options):
@@ -87,16 +87,17 @@ def crash(*rows):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_answers_are_those_of_prompt_and_text(side, language_model):
-    model, inputs = prompted(TorchEngine(language_model), language_model), batch()
+def test_answers_are_those_of_prompt_and_text(side, after, language_model):
+    model, inputs = prompted(TorchEngine(language_model), language_model, after=after), batch()
     if side == "left":
         order = inputs["attention_mask"].argsort(dim=1, stable=True)
         inputs = {name: value.gather(1, order) if value.dim() == 2 else value for name, value in inputs.items()}
     outputs = model(**inputs)
     for row in range(8):
         text = inputs["input_ids"][row][inputs["attention_mask"][row].bool()]
-        tokens = torch.cat([torch.tensor([9, 8, 9]), text])
+        tokens = torch.cat([text, torch.tensor([9, 8, 9])] if after else [torch.tensor([9, 8, 9]), text])
         expected = language_model(input_ids=tokens[None]).logits[0, -1, WORDS]
         torch.testing.assert_close(outputs.logits[row], expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(outputs.loss, torch.nn.functional.cross_entropy(outputs.logits, inputs["labels"]))

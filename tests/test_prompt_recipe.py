@@ -174,7 +174,7 @@ def test_a_run_for_accuracy_itself(tiny, tmp_path):
 
 
 def test_a_black_box_is_tuned_and_what_it_begins_with_is_measured_once(tiny, tmp_path):
-    options = "--adapter prompt --engine torch --virtual_tokens 2 --max_steps 1 --queries_per_sample 4 --eval_strategy no"
+    options = "--engine torch --virtual_tokens 2 --max_steps 1 --queries_per_sample 4 --eval_strategy no"
     options += " --per_device_train_batch_size 4 --validation_texts 8 --test_texts 12 --use_cpu True --disable_tqdm True"
     options = [*options.split(), "--label_words", "terrible", "great", "--output_dir", str(tmp_path)]
     (first,) = prompt_tuning.main(options)

@@ -1,4 +1,4 @@
-"""A soft prompt before the text of a model that runs somewhere else."""
+"""A soft prompt before or after the text of a model that runs somewhere else."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Engine(Protocol):
 
 
 class BlackBoxPromptModel(nn.Module):
-    """P trainable virtual tokens before texts that an engine continues; only forward passes can train them.
+    """P trainable virtual tokens before or after texts that an engine continues; only forward passes can train them.
 
     Args:
         engine: what is asked, see `Engine`.
@@ -36,6 +36,7 @@ class BlackBoxPromptModel(nn.Module):
         num_virtual_tokens: P.
         init_tokens: tokens that the prompt starts as, repeated as needed; else random ones.
         precision: relative error of a loss that the engine's rounding can cause, which checks allow for: 3e-2 for int8.
+        after: whether the prompt comes after the text, where it learns in fewer rows, instead of before it.
 
     Raises:
         ConfigurationError: fewer than one virtual token, or label words that cannot tell classes apart.
@@ -53,9 +54,10 @@ class BlackBoxPromptModel(nn.Module):
         num_virtual_tokens: int = 8,
         init_tokens: Sequence[int] | None = None,
         precision: float = 1e-4,
+        after: bool = False,
     ) -> None:
         super().__init__()
-        self.precision = precision
+        self.precision, self.after = precision, after
         if not isinstance(num_virtual_tokens, int) or num_virtual_tokens < 1:
             raise ConfigurationError(f"num_virtual_tokens={num_virtual_tokens!r} must be a whole number, 1 or more.")
         if len(set(label_words)) < max(2, len(label_words)):
@@ -83,12 +85,13 @@ class BlackBoxPromptModel(nn.Module):
             EngineError: the answer has another shape than (R, V).
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        order = (mask == 0).long().argsort(dim=1, stable=True)  # padding goes to the right
-        texts, mask = self.embeddings[input_ids.gather(1, order)], mask.gather(1, order)
         index = torch.arange(self.prompt.num_embeddings, device=input_ids.device).expand(len(input_ids), -1)
-        rows, ones = torch.cat([self.prompt(index), texts], 1), torch.ones_like(index)
+        parts = [(self.prompt(index), torch.ones_like(index)), (self.embeddings[input_ids], mask)]
+        rows, mask = (torch.cat(both, 1) for both in zip(*(parts[::-1] if self.after else parts), strict=True))
+        order = (mask == 0).long().argsort(dim=1, stable=True)  # padding goes to the right
+        rows = rows.gather(1, order[:, :, None].expand_as(rows))
         with torch.no_grad():
-            answer = self.engine(rows.float(), torch.cat([ones, mask], 1).long())
+            answer = self.engine(rows.float(), mask.gather(1, order).long())
         wanted = (len(input_ids), len(self.embeddings))
         if answer.shape != wanted:
             raise EngineError(f"{self.engine!r} answered with the shape {tuple(answer.shape)}, where {wanted} was wanted.")

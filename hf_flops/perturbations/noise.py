@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..counters import seeds, words
 from .exact import DIGIT, ROWS, accumulator, cut
@@ -21,6 +21,9 @@ from .exact import DIGIT, ROWS, accumulator, cut
 SHARED_POSITION = 2**62  # no sample has this position: the stream of noise that all samples share
 ALL = slice(None)
 BLOCK = 2**18  # numbers of noise that are unpacked at a time: what a processor's cache holds
+_RUN, _WIDE = 2**13, 2**20  # of them for all parameters of a run, and at a time where they are only summed
+
+_SIGNS = torch.tensor([[1.0 - 2.0 * (byte >> bit & 1) for bit in range(8)] for byte in range(256)])  # of a byte's bits
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,12 @@ class Numbers(Protocol):
         """Return R."""
         ...
 
-    def piece(self, index: int, rows: slice = ALL) -> Tensor:
-        """Return a piece (R, size) float32 of some rows."""
+    def piece(self, index: int, rows: slice = ALL, last: int | None = None) -> Tensor:
+        """Return a piece (R, size) float32 of some rows, or all from it to the last, which must adjoin each other."""
+        ...
+
+    def adjoins(self, index: int) -> bool:
+        """Return whether a piece ends where the next begins."""
         ...
 
 
@@ -80,21 +87,25 @@ class Signs:
     bytes_each: float = 1 / 8
 
     def __init__(self, row_seeds: np.ndarray, sizes: Sequence[int], device: torch.device | str = "cpu") -> None:
-        self.sizes = sizes
+        self.sizes, self.signs = sizes, _SIGNS.to(device)
         lengths = [-(-size // 64) for size in sizes]
-        bits = torch.from_numpy(words(row_seeds, sum(lengths)).view(np.int64)).to(device)  # (R, W)
-        self.bits = [piece.view(torch.int32).unsqueeze(1) for piece in bits.split(lengths, 1)]  # (R, 1, 2 words)
-        self.shifts = torch.arange(32, dtype=torch.int32, device=device).unsqueeze(1)
-        self.one = torch.ones((), device=device)
+        self.starts = list(accumulate((8 * length for length in lengths), initial=0))
+        bits = torch.from_numpy(words(row_seeds, sum(lengths)).view(np.int64)).to(device)
+        self.bytes = bits.view(torch.uint8)  # (R, 8 words)
         self.rows = len(row_seeds)
 
     def __len__(self) -> int:
         return self.rows
 
-    def piece(self, index: int, rows: slice = ALL) -> Tensor:
-        """See `Numbers.piece`: every bit is shifted to where a float has its sign."""
-        signs = (self.bits[index][rows] << self.shifts).view(torch.float32)  # (R, 32, 2 words)
-        return torch.copysign(self.one, signs, out=signs).flatten(1)[:, : self.sizes[index]]
+    def piece(self, index: int, rows: slice = ALL, last: int | None = None) -> Tensor:
+        """See `Numbers.piece`: eight signs are looked up at a time."""
+        last = index if last is None else last
+        own = self.bytes[rows, self.starts[index] : self.starts[last + 1]].int()
+        return nn.functional.embedding(own, self.signs).flatten(1)[:, : sum(self.sizes[index : last + 1])]
+
+    def adjoins(self, index: int) -> bool:
+        """See `Numbers.adjoins`."""
+        return self.sizes[index] % 64 == 0
 
 
 class Normals:
@@ -109,20 +120,24 @@ class Normals:
         values, generator = torch.empty(len(row_seeds), sum(sizes)), torch.Generator()
         for row, seed in zip(values, row_seeds.tolist(), strict=True):
             torch.randn(len(row), generator=generator.manual_seed(seed), out=row)
-        self.pieces = values.to(device).split(list(sizes), 1)
+        self.values, self.starts = values.to(device), list(accumulate(sizes, initial=0))
         self.rows = len(row_seeds)
 
     def __len__(self) -> int:
         return self.rows
 
-    def piece(self, index: int, rows: slice = ALL) -> Tensor:
+    def piece(self, index: int, rows: slice = ALL, last: int | None = None) -> Tensor:
         """See `Numbers.piece`."""
-        return self.pieces[index][rows]
+        return self.values[rows, self.starts[index] : self.starts[(index if last is None else last) + 1]]
+
+    def adjoins(self, index: int) -> bool:
+        """See `Numbers.adjoins`."""
+        return True
 
 
-def blocks(rows: int, numbers: int) -> Iterator[slice]:
-    """Cut rows of that many numbers into blocks of at most `BLOCK` numbers, or of one row."""
-    step = max(1, BLOCK // max(1, numbers))
+def blocks(rows: int, numbers: int, most: int = BLOCK) -> Iterator[slice]:
+    """Cut rows of that many numbers into blocks of at most so many numbers, or of one row."""
+    step = max(1, most // max(1, numbers))
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
@@ -189,16 +204,17 @@ class RowNoise:
     def _summed(self, columns: Tensor, among: slice = ALL) -> Tensor:
         """Return (M, d) for (R, M) coefficients of some rows."""
         total = columns.new_zeros(columns.shape[1], sum(shape.numel() for shape in self.shapes))
-        for index, own in self._pieces():
-            part = total[:, own]
-            for rows in blocks(len(columns), sum(self.layouts[index])):
-                start = among.start or 0
-                left, *right = self.factors(index, slice(rows.start + start, rows.stop + start))
-                if right:
-                    for matrix, column in zip(part.view(-1, *self.shapes[index]), columns[rows].T, strict=True):
-                        matrix.addmm_((left * column[:, None]).T, right[0])
-                else:
-                    part.addmm_(columns[rows].T, left)
+        start = among.start or 0
+        for run, own in self._runs():
+            part, first = total[:, own], run[0]
+            if not self.is_rank_one(first):
+                for rows in blocks(len(columns), part.shape[1], _WIDE):
+                    part.addmm_(columns[rows].T, self._flat(run, slice(rows.start + start, rows.stop + start)))
+                continue
+            for rows in blocks(len(columns), sum(self.layouts[first])):
+                left, right = self.factors(first, slice(rows.start + start, rows.stop + start))
+                for matrix, column in zip(part.view(-1, *self.shapes[first]), columns[rows].T, strict=True):
+                    matrix.addmm_((left * column[:, None]).T, right)
         return total
 
     def exact_sum(self, coefficients: Tensor) -> Tensor:
@@ -221,23 +237,33 @@ class RowNoise:
     def dot(self, vectors: Tensor) -> Tensor:
         """Return the products (R, M) of every row's noise with vectors (M, d)."""
         products = vectors.new_zeros(len(self), len(vectors))
-        for index, own in self._pieces():
-            part = vectors[:, own]
-            for rows in blocks(len(self), sum(self.layouts[index])):
-                left, *right = self.factors(index, rows)
-                if right:
-                    matrices = part.view(-1, *self.shapes[index])
-                    products[rows] += torch.stack([((left @ matrix) * right[0]).sum(1) for matrix in matrices], 1)
-                else:
-                    products[rows].addmm_(left, part.T)
+        for run, own in self._runs():
+            part, first = vectors[:, own], run[0]
+            if not self.is_rank_one(first):
+                for rows in blocks(len(self), part.shape[1], _WIDE):
+                    products[rows].addmm_(self._flat(run, rows), part.T)
+                continue
+            for rows in blocks(len(self), sum(self.layouts[first])):
+                left, right = self.factors(first, rows)
+                matrices = part.view(-1, *self.shapes[first])
+                products[rows] += torch.stack([((left @ matrix) * right).sum(1) for matrix in matrices], 1)
         return products
 
-    def _pieces(self) -> Iterator[tuple[int, slice]]:
-        """Yield each parameter's index and its place in the flat vector."""
-        start = 0
+    def _flat(self, run: range, rows: slice) -> Tensor:
+        """Return the noise (R, numbers) of a run of parameters."""
+        return self.numbers.piece(self.first[run[0]], rows, self.first[run[-1]])
+
+    def _runs(self) -> Iterator[tuple[range, slice]]:
+        """Yield parameters whose noise lies side by side, few enough for `_RUN`, and their place in the flat vector."""
+        first = start = stop = 0
         for index, shape in enumerate(self.shapes):
-            yield index, slice(start, start + shape.numel())
-            start += shape.numel()
+            stop += shape.numel()
+            if index + 1 < len(self.shapes) and not (self.is_rank_one(index) or self.is_rank_one(index + 1)):
+                wide = stop + self.shapes[index + 1].numel() - start > _RUN
+                if self.numbers.adjoins(self.first[index]) and not wide:
+                    continue
+            yield range(first, index + 1), slice(start, stop)
+            first, start = index + 1, stop
 
 
 def layout(shape: torch.Size, rank_one: bool) -> tuple[int, ...]:
