@@ -1,7 +1,9 @@
-"""What several processes are worth and what they tell each other: rows per second of one and two, and bytes per step.
+"""What several processes are worth and what they tell each other: rows per second, bytes per step, and whether
+any number of them goes the same way.
 
     python benchmarks/processes.py speed   # two processes with one thread each against one process with one thread
     python benchmarks/processes.py bytes   # both exchanges, adapters of 10^4 and 10^7 parameters
+    python benchmarks/processes.py same    # two recipes on 1, 2 and 4 processes, both exchanges and launchers
 
 Runs take turns, and medians over steps are compared. "Two apart" are two runs of one process each at the same time, that
 know nothing of each other: what the machine's second core is worth. Bytes are what a process hands over, each counted once.
@@ -30,6 +32,18 @@ from records import Record, quiet  # isort: skip
 SPEED = {"hidden": 96, "layers": 4, "rank": 4, "samples": 32, "queries": 16, "steps": 5, "rows": 64}
 SMALL = {"hidden": 128, "layers": 2, "rank": 20, "samples": 32, "queries": 4, "steps": 3, "rows": 16}
 LARGE = {"hidden": 512, "layers": 5, "rank": 1000, "samples": 8, "queries": 4, "steps": 2, "rows": 2}
+
+RECIPES = {  # samples per optimizer step of all processes together, and options
+    "vit": (32, "--queries_per_sample 16 --rows_per_forward 64 --max_steps 10"),
+    "prompt_tuning": (
+        8,
+        "--queries_per_sample 8 --rows_per_forward 8 --max_steps 6 --test_texts 8 --validation_texts 8 --eval_strategy no",
+    ),
+}
+FILES = ("adapter_model.safetensors", "model.safetensors")  # what recipes leave
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node"]
+ACCELERATE = ["accelerate.commands.launch", "--main_process_port", "0", "--num_machines", "1", "--mixed_precision", "no"]
+ACCELERATE += ["--dynamo_backend", "no", "--multi_gpu", "--num_processes"]
 
 
 def work(options: dict[str, Any]) -> None:
@@ -135,20 +149,59 @@ def bytes_sent() -> None:
             assert reduce == "gradient" or found["sent_bytes_per_query"] <= 16
 
 
+def recipe(name: str, processes: int, reduce: str, launcher: list[str]) -> tuple[list[float], dict[str, Any]]:
+    """Run a recipe with one thread per process; returns its losses and the parameters it trained."""
+    from safetensors.torch import load_file
+
+    samples, options = RECIPES[name]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, *(["-m", *launcher, str(processes)] if processes > 1 else [])]
+        command += [str(ROOT / "recipes" / f"{name}.py"), *options.split(), "--output_dir", folder, "--reduce", reduce]
+        command += ["--per_device_train_batch_size", str(samples // processes), "--logging_steps", "1", "--use_cpu", "true"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(done.stderr[-3000:])
+        history = json.loads(Path(folder, "flops", "trainer_state.json").read_text())["log_history"]
+        file = next(Path(folder, "flops", own) for own in FILES if Path(folder, "flops", own).is_file())
+        return [entry["loss"] for entry in history if "loss" in entry], load_file(file)
+
+
+def same_way(names: list[str]) -> None:
+    """Compare losses and parameters of recipes on two and four processes with those on one."""
+    record = Record("processes")
+    print("| recipe | exchange | launcher | processes | losses differ by | parameters by |\n| --- |" + " --- |" * 5)
+    for name in names:
+        for reduce in ("gradient", "scalars"):
+            losses, parameters = recipe(name, 1, reduce, [])
+            for launcher in (TORCHRUN, ACCELERATE):
+                for processes in (2, 4):
+                    other, others = recipe(name, processes, reduce, launcher)
+                    loss = float(np.abs(np.subtract(losses, other)).max())
+                    parameter = max(float((others[key] - value).abs().max()) for key, value in parameters.items())
+                    kind = launcher[0].split(".")[0]
+                    found = {"steps": len(losses), "losses": loss, "parameters": parameter}
+                    record.keep(f"same-{name}-{reduce}-{kind}-{processes}", found)
+                    print(f"| {name} | {reduce} | {kind} | {processes} | {loss:.1e} | {parameter:.1e} |", flush=True)
+
+
 def main() -> None:
     """Measure what the command line names; write results/processes.json."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", nargs="?", choices=["speed", "bytes"])
+    parser.add_argument("what", nargs="?", choices=["speed", "bytes", "same"])
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.worker:
         return work(chosen.worker)
     quiet()
-    if chosen.what != "bytes":
+    if chosen.what in ("speed", None):
         speed(chosen.repeats)
-    if chosen.what != "speed":
+    if chosen.what in ("bytes", None):
         bytes_sent()
+    if chosen.what in ("same", None):
+        same_way(chosen.recipes)
     return None
 
 

@@ -101,7 +101,9 @@ class RecipeTrainingArguments(FlopsTrainingArguments):
     """Training arguments with defaults for this recipe."""
 
     output_dir: str | None = "outputs/prompt_tuning"
-    learning_rate: float | str | None = 5e-3
+    learning_rate: float | str | None = field(
+        default=None, metadata={"help": "A number or 'auto'. Default: 5e-3; for accuracy 2e-2, as its noise is larger, too."}
+    )
     max_steps: int = 80
     queries_per_sample: int = 24
     perturbation_scale: float | str | None = field(
@@ -154,11 +156,12 @@ def adapter_of(recipe: RecipeArguments, args: Any, base: Any, template: Template
 def trainer_for(method: str, model: Any, args: RecipeTrainingArguments, recipe: RecipeArguments, **options: Any) -> Trainer:
     """Build the trainer of a method: the stock one for backprop, ours otherwise."""
     options = {"model": model, "compute_metrics": accuracy, **options}
+    objective = Metric("accuracy") if recipe.objective == "accuracy" and method == "flops" else None
+    scale, rate = (0.1, 2e-2) if objective else (1e-2, 5e-3)
+    args = replace(args, perturbation_scale=args.perturbation_scale or scale, learning_rate=args.learning_rate or rate)
     if method == "backprop":
         return Trainer(args=stock_arguments(args, include_num_input_tokens_seen="all"), **options)
-    objective = Metric("accuracy") if recipe.objective == "accuracy" else None
-    scale = args.perturbation_scale or (0.1 if objective else 1e-2)
-    return FlopsTrainer(args=replace(args, perturbation_scale=scale), objective=objective, **options)
+    return FlopsTrainer(args=args, objective=objective, **options)
 
 
 def run(
