@@ -59,9 +59,9 @@ def texts(path: str, samples: int, tokens: int, *, answers: bool) -> dict[str, T
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": targets}
 
 
-def lora(model: nn.Module, layers: list[int] | None, names: list[str], **options: Any) -> nn.Module:
-    """Put LoRA of rank 8 on queries and values, of all layers or of some, with B away from zero as in training."""
-    model = get_peft_model(model, LoraConfig(r=8, target_modules=names, layers_to_transform=layers, **options)).eval()
+def lora(model: nn.Module, layers: list[int] | None, names: list[str], rank: int = 8, **options: Any) -> nn.Module:
+    """Put LoRA on queries and values, of all layers or of some, with B away from zero as in training."""
+    model = get_peft_model(model, LoraConfig(r=rank, target_modules=names, layers_to_transform=layers, **options)).eval()
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

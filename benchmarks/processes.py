@@ -5,8 +5,9 @@ any number of them goes the same way.
     python benchmarks/processes.py bytes   # both exchanges, adapters of 10^4 and 10^7 parameters
     python benchmarks/processes.py same    # two recipes on 1, 2 and 4 processes, both exchanges and launchers
 
-Runs take turns, and medians over steps are compared. "Two apart" are two runs of one process each at the same time, that
-know nothing of each other: what the machine's second core is worth. Bytes are what a process hands over, each counted once.
+Speeds are those of runs that live side by side and take turns of a few seconds, stopped in between; the ratio is the median
+over turns. "Two apart" are two runs of one process each at the same time, that know nothing of each other: what the
+machine's second core is worth. Bytes are what a process hands over, each counted once.
 """
 
 from __future__ import annotations
@@ -14,22 +15,23 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from records import Record, quiet  # isort: skip
 
-SPEED = {"hidden": 96, "layers": 4, "rank": 4, "samples": 32, "queries": 16, "steps": 5, "rows": 64}
+SPEED = {"hidden": 96, "layers": 4, "rank": 4, "samples": 32, "queries": 16, "rows": 64}
 SMALL = {"hidden": 128, "layers": 2, "rank": 20, "samples": 32, "queries": 4, "steps": 3, "rows": 16}
 LARGE = {"hidden": 512, "layers": 5, "rank": 1000, "samples": 8, "queries": 4, "steps": 2, "rows": 2}
 
@@ -64,6 +66,9 @@ def work(options: dict[str, Any]) -> None:
             self.seconds.append(time.perf_counter())
             self.sent.append(trainer._share.sent)
             self.rows.append(trainer.ledger.rows)
+            if args.process_index == 0:
+                with Path(options["folder"], "steps").open("a") as file:
+                    file.write(f"{self.seconds[-1]} {trainer.ledger.all_rows}\n")
 
     torch.manual_seed(0)
     sizes = {"hidden_size": options["hidden"], "intermediate_size": 4 * options["hidden"], "num_attention_heads": 4}
@@ -101,34 +106,85 @@ def work(options: dict[str, Any]) -> None:
         Path(options["folder"], "found.json").write_text(json.dumps(found))
 
 
+def start(processes: int, reduce: str, options: dict[str, Any], folder: str) -> subprocess.Popen[str]:
+    """Launch a run with one thread per process."""
+    worker = [str(Path(__file__).resolve()), "--worker", json.dumps({**options, "reduce": reduce, "folder": folder})]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, *(launcher if processes > 1 else []), *worker]
+    pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment, **pipes)
+
+
 def run(processes: int, reduce: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Launch a run with one thread per process; returns what process 0 measured."""
+    """Run to the end; returns what process 0 measured."""
     with tempfile.TemporaryDirectory() as folder:
-        worker = [str(Path(__file__).resolve()), "--worker", json.dumps({**options, "reduce": reduce, "folder": folder})]
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, *(launcher if processes > 1 else []), *worker]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(done.stderr[-3000:])
+        launched = start(processes, reduce, options, folder)
+        _, errors = launched.communicate()
+        if launched.returncode:
+            raise SystemExit(errors[-3000:])
         return json.loads(Path(folder, "found.json").read_text())
 
 
-def speed(repeats: int) -> None:
+class Side:
+    """Runs that are under way together, and stopped together while others have their turn."""
+
+    def __init__(self, launches: int, processes: int, reduce: str) -> None:
+        self.folders = [tempfile.TemporaryDirectory() for _ in range(launches)]
+        self.runs = [start(processes, reduce, {**SPEED, "steps": 10**6}, folder.name) for folder in self.folders]
+
+    def steps(self) -> list[np.ndarray]:
+        """Return for each run (time, rows so far) at the end of its steps."""
+        files = [Path(folder.name, "steps") for folder in self.folders]
+        return [np.loadtxt(file, ndmin=2)[:-1] if file.is_file() else np.zeros((0, 2)) for file in files]  # the last: half
+
+    def turn(self, seconds: float) -> float:
+        """Go on for so long; returns rows per second, from the first step that ends in this time to the last."""
+        begun = time.perf_counter()
+        self.signal(signal.SIGCONT)
+        time.sleep(seconds)
+        self.signal(signal.SIGSTOP)
+        own = [steps[steps[:, 0] > begun] for steps in self.steps()]
+        return float(sum((steps[-1, 1] - steps[0, 1]) / (steps[-1, 0] - steps[0, 0]) for steps in own))
+
+    def signal(self, number: int) -> None:
+        """Signal all processes; launchers put theirs into sessions of their own."""
+        for launched in self.runs:
+            for process in [*psutil.Process(launched.pid).children(recursive=True), psutil.Process(launched.pid)]:
+                process.send_signal(number)
+
+    def close(self) -> None:
+        """End the runs."""
+        self.signal(signal.SIGKILL)
+        for launched, folder in zip(self.runs, self.folders, strict=True):
+            launched.communicate()
+            folder.cleanup()
+
+
+def speed(turns: int) -> None:
     """Compare rows per second; both exchanges."""
     record = Record("processes")
     print("| exchange | rows/s, 1 process | rows/s, 2 processes | ratio | two apart |\n| --- | --- | --- | --- | --- |")
     for reduce in ("gradient", "scalars"):
-        found, apart = {processes: [] for processes in (1, 2)}, []
-        for _ in range(repeats):
-            for processes, runs in found.items():
-                runs.append(run(processes, reduce, SPEED))
-            with ThreadPoolExecutor(2) as pool:
-                apart.append(sum(own["rows_per_second"] for own in pool.map(run, (1, 1), (reduce,) * 2, (SPEED,) * 2)))
-        rates = {processes: float(np.median([own["rows_per_second"] for own in runs])) for processes, runs in found.items()}
-        ratio, most = rates[2] / rates[1], float(np.median(apart)) / rates[1]
-        record.keep(f"speed-{reduce}", {"rows_per_second": rates, "ratio": ratio, "apart": most, "runs": found, **SPEED})
-        print(f"| {reduce} | {rates[1]:.0f} | {rates[2]:.0f} | {ratio:.2f} | {most:.2f} |", flush=True)
+        sides: list[Side] = []
+        try:
+            for launches, processes in ((1, 1), (1, 2), (2, 1)):  # warmed up one after the other
+                sides.append(Side(launches, processes, reduce))
+                while min(map(len, sides[-1].steps())) < 4:
+                    if any(launched.poll() is not None for launched in sides[-1].runs):
+                        raise SystemExit("A run has ended before it could be timed.")
+                    time.sleep(0.5)
+                sides[-1].signal(signal.SIGSTOP)
+            rates = np.array([[side.turn(7.0) for side in sides] for _ in range(turns)])  # (turns, 3)
+        finally:
+            for side in sides:
+                side.close()
+        ratios = rates[:, 1:] / rates[:, :1]
+        (ratio, most), (one, two, _) = np.median(ratios, 0), np.median(rates, 0)
+        quartiles = np.quantile(ratios[:, 0], [0.25, 0.75]).tolist()
+        found = {"ratio": float(ratio), "quartiles": quartiles, "apart": float(most), "rows_per_second": rates.tolist()}
+        record.keep(f"speed-{reduce}", {**found, **SPEED})
+        print(f"| {reduce} | {one:.0f} | {two:.0f} | {ratio:.2f} | {most:.2f} |", flush=True)
 
 
 def bytes_sent() -> None:
@@ -190,14 +246,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", nargs="?", choices=["speed", "bytes", "same"])
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES))
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=9, help="of seven seconds, for each of three sides")
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.worker:
         return work(chosen.worker)
     quiet()
     if chosen.what in ("speed", None):
-        speed(chosen.repeats)
+        speed(chosen.turns)
     if chosen.what in ("bytes", None):
         bytes_sent()
     if chosen.what in ("same", None):
