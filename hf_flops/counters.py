@@ -36,9 +36,12 @@ def seeds(seed: int, *counters: int | np.ndarray) -> np.ndarray:
     return state
 
 
-def words(row_seeds: np.ndarray, count: int) -> np.ndarray:
-    """Return the first `count` 64-bit words of each seed's SplitMix64 stream; seeds (R,) uint64 to (R, count) uint64."""
-    return _mix(row_seeds[:, None] + np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN)
+def words(row_seeds: np.ndarray, count: int, start: int = 0) -> np.ndarray:
+    """Return `count` 64-bit words of each seed's SplitMix64 stream, from word `start` on.
+
+    Seeds (R,) uint64 become (R, count) uint64.
+    """
+    return _mix(row_seeds[:, None] + np.arange(start + 1, start + count + 1, dtype=np.uint64) * _GOLDEN)
 
 
 def uniforms(row_seeds: np.ndarray) -> np.ndarray:

@@ -76,32 +76,36 @@ class Numbers(Protocol):
 
 
 class Signs:
-    """Signs +1 and -1 at one random bit each, which stay packed until a piece is used.
+    """Signs +1 and -1, of one random bit each.
+
+    On the CPU the bits are drawn when a piece is used, and not kept; elsewhere they are drawn at once, and stay packed.
 
     Args:
         row_seeds: (R,) uint64.
         sizes: how many numbers each piece has; a piece starts at a word of its own.
-        device: where the bits are kept and unpacked; they are drawn on the CPU.
+        device: where the bits are unpacked; they are drawn on the CPU.
     """
 
     bytes_each: float = 1 / 8
 
     def __init__(self, row_seeds: np.ndarray, sizes: Sequence[int], device: torch.device | str = "cpu") -> None:
-        self.sizes, self.signs = sizes, _SIGNS.to(device)
-        lengths = [-(-size // 64) for size in sizes]
-        self.starts = list(accumulate((8 * length for length in lengths), initial=0))
-        bits = torch.from_numpy(words(row_seeds, sum(lengths)).view(np.int64)).to(device)
-        self.bytes = bits.view(torch.uint8)  # (R, 8 words)
-        self.rows = len(row_seeds)
+        self.row_seeds, self.sizes, self.signs = row_seeds, sizes, _SIGNS.to(device)
+        self.starts = list(accumulate((-(-size // 64) for size in sizes), initial=0))  # words
+        self.kept = None if torch.device(device).type == "cpu" else self._bytes(0, self.starts[-1], ALL).to(device)
 
     def __len__(self) -> int:
-        return self.rows
+        return len(self.row_seeds)
+
+    def _bytes(self, start: int, stop: int, rows: slice) -> Tensor:
+        """Draw the words from one to another; returns (R, 8 words) uint8."""
+        return torch.from_numpy(words(self.row_seeds[rows], stop - start, start).view(np.uint8))
 
     def piece(self, index: int, rows: slice = ALL, last: int | None = None) -> Tensor:
         """See `Numbers.piece`: eight signs are looked up at a time."""
         last = index if last is None else last
-        own = self.bytes[rows, self.starts[index] : self.starts[last + 1]].int()
-        return nn.functional.embedding(own, self.signs).flatten(1)[:, : sum(self.sizes[index : last + 1])]
+        start, stop = self.starts[index], self.starts[last + 1]
+        own = self._bytes(start, stop, rows) if self.kept is None else self.kept[rows, 8 * start : 8 * stop]
+        return nn.functional.embedding(own.int(), self.signs).flatten(1)[:, : sum(self.sizes[index : last + 1])]
 
     def adjoins(self, index: int) -> bool:
         """See `Numbers.adjoins`."""
