@@ -39,7 +39,7 @@ RECIPES = {  # samples per optimizer step of all processes together, and options
     "vit": (32, "--queries_per_sample 16 --rows_per_forward 64 --max_steps 10"),
     "prompt_tuning": (
         8,
-        "--queries_per_sample 8 --rows_per_forward 8 --max_steps 6 --test_texts 8 --validation_texts 8 --eval_strategy no",
+        "--queries_per_sample 9 --rows_per_forward 8 --max_steps 6 --test_texts 8 --validation_texts 8 --eval_strategy no",
     ),
 }
 FILES = ("adapter_model.safetensors", "model.safetensors")  # what recipes leave
