@@ -168,6 +168,15 @@ class ChunkPlanner:
             self.costs = {int(size): cost for size, cost in state["costs"]}
 
 
+def evenly(number: int, most: int) -> list[int]:
+    """Cut so many rows into as few chunks as `most` rows at a time allow, all as long as each other or longer by one.
+
+    So no chunk is left over that is short, and a process that gets some of them cuts its rows into the same ones.
+    """
+    count = -(-number // most)
+    return [number // count + (i < number % count) for i in range(count)]
+
+
 def in_chunks(lengths: Iterable[int], work: Work, planner: ChunkPlanner, *, whole: bool = False) -> None:
     """Do the work of consecutive stretches of rows, a chunk at a time and never two stretches together.
 
@@ -182,7 +191,9 @@ def in_chunks(lengths: Iterable[int], work: Work, planner: ChunkPlanner, *, whol
         end = start + length
         while start < end:
             stop = min(start + (planner.ceiling if whole else planner.size), end)
-            if end - stop == 1 and stop - start > 2:
+            if planner.settled:
+                stop = start + evenly(end - start, stop - start)[0]
+            elif end - stop == 1 and stop - start > 2:
                 stop -= 1  # a row alone is multiplied in another way, and rounded otherwise
             chunk = slice(start, stop)
             most = 0 if whole else length  # a whole stretch is no trial
