@@ -7,7 +7,7 @@ it adds always stays. Over k draws of noise, float32's mean is the gradient g by
 of the differences between the two. |b|^2 is the mean product of different draws: without bias, from few draws.
 
     python benchmarks/precision.py                       # MiniLM
-    python benchmarks/precision.py smollm2-small --draws 24
+    python benchmarks/precision.py smollm2-small --estimators antithetic
 
 The error of a mean grows with the number of parameters, 460,800 for SmolLM2's LoRA: `smollm2-small` has 7,680 (rank 1, the
 last ten layers, B alone).
@@ -104,7 +104,7 @@ def measure(name: str, estimator: str, draws: int, native: bool) -> dict[str, An
     """Compare one case's estimates."""
     samples, queries = SETTINGS[name]
     set_seed(0)  # the adapter's and the head's first values
-    case = smollm2_small() if name == "smollm2-small" else CASES[name]()
+    case = {**CASES, "smollm2-small": smollm2_small}[name]()
     half = halved(case)
     inputs = {key: value[:samples] for key, value in case.inputs.items()}
     methods = []

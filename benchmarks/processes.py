@@ -43,6 +43,7 @@ RECIPES = {  # samples per optimizer step of all processes together, and options
     ),
 }
 FILES = ("adapter_model.safetensors", "model.safetensors")  # what recipes leave
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node"]
 ACCELERATE = ["accelerate.commands.launch", "--main_process_port", "0", "--num_machines", "1", "--mixed_precision", "no"]
 ACCELERATE += ["--dynamo_backend", "no", "--multi_gpu", "--num_processes"]
@@ -106,23 +107,30 @@ def work(options: dict[str, Any]) -> None:
         Path(options["folder"], "found.json").write_text(json.dumps(found))
 
 
-def start(processes: int, reduce: str, options: dict[str, Any], folder: str) -> subprocess.Popen[str]:
-    """Launch a run with one thread per process."""
-    worker = [str(Path(__file__).resolve()), "--worker", json.dumps({**options, "reduce": reduce, "folder": folder})]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, *(launcher if processes > 1 else []), *worker]
+def launch(processes: int, script: list[str], launcher: list[str] = TORCHRUN) -> subprocess.Popen[str]:
+    """Start a script with one thread per process."""
+    command = [sys.executable, *(["-m", *launcher, str(processes)] if processes > 1 else []), *script]
     pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=environment, **pipes)
+    return subprocess.Popen(command, env=ENVIRONMENT, **pipes)
+
+
+def finish(launched: subprocess.Popen[str]) -> None:
+    """Wait for the end; what went wrong ends the benchmark, too."""
+    _, errors = launched.communicate()
+    if launched.returncode:
+        raise SystemExit(errors[-3000:])
+
+
+def start(processes: int, reduce: str, options: dict[str, Any], folder: str) -> subprocess.Popen[str]:
+    """Launch a run of `work`."""
+    own = json.dumps({**options, "reduce": reduce, "folder": folder})
+    return launch(processes, [str(Path(__file__).resolve()), "--worker", own])
 
 
 def run(processes: int, reduce: str, options: dict[str, Any]) -> dict[str, Any]:
     """Run to the end; returns what process 0 measured."""
     with tempfile.TemporaryDirectory() as folder:
-        launched = start(processes, reduce, options, folder)
-        _, errors = launched.communicate()
-        if launched.returncode:
-            raise SystemExit(errors[-3000:])
+        finish(start(processes, reduce, options, folder))
         return json.loads(Path(folder, "found.json").read_text())
 
 
@@ -211,13 +219,9 @@ def recipe(name: str, processes: int, reduce: str, launcher: list[str]) -> tuple
 
     samples, options = RECIPES[name]
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, *(["-m", *launcher, str(processes)] if processes > 1 else [])]
-        command += [str(ROOT / "recipes" / f"{name}.py"), *options.split(), "--output_dir", folder, "--reduce", reduce]
-        command += ["--per_device_train_batch_size", str(samples // processes), "--logging_steps", "1", "--use_cpu", "true"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(done.stderr[-3000:])
+        script = [str(ROOT / "recipes" / f"{name}.py"), *options.split(), "--output_dir", folder, "--reduce", reduce]
+        script += ["--per_device_train_batch_size", str(samples // processes), "--logging_steps", "1", "--use_cpu", "true"]
+        finish(launch(processes, script, launcher))
         history = json.loads(Path(folder, "flops", "trainer_state.json").read_text())["log_history"]
         file = next(Path(folder, "flops", own) for own in FILES if Path(folder, "flops", own).is_file())
         return [entry["loss"] for entry in history if "loss" in entry], load_file(file)

@@ -168,13 +168,13 @@ class ChunkPlanner:
             self.costs = {int(size): cost for size, cost in state["costs"]}
 
 
-def evenly(number: int, most: int) -> list[int]:
-    """Cut so many rows into as few chunks as `most` rows at a time allow, all as long as each other or longer by one.
+def even(number: int, most: int) -> int:
+    """Return how many of so many rows go first, where they are cut into as few chunks as `most` rows at a time allow.
 
-    So no chunk is left over that is short, and a process that gets some of them cuts its rows into the same ones.
+    All chunks are as long as the first or shorter by one, as `torch.tensor_split` cuts. So no short one is left over, and a
+    process that gets some of them cuts its rows into the same ones.
     """
-    count = -(-number // most)
-    return [number // count + (i < number % count) for i in range(count)]
+    return -(-number // -(-number // most))
 
 
 def in_chunks(lengths: Iterable[int], work: Work, planner: ChunkPlanner, *, whole: bool = False) -> None:
@@ -192,7 +192,7 @@ def in_chunks(lengths: Iterable[int], work: Work, planner: ChunkPlanner, *, whol
         while start < end:
             stop = min(start + (planner.ceiling if whole else planner.size), end)
             if planner.settled:
-                stop = start + evenly(end - start, stop - start)[0]
+                stop = start + even(end - start, stop - start)
             elif end - stop == 1 and stop - start > 2:
                 stop -= 1  # a row alone is multiplied in another way, and rounded otherwise
             chunk = slice(start, stop)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .objectives import RowLosses
-from .perturbations.exact import DIGIT, accumulator
+from .perturbations.exact import DIGIT, accumulator, rounded
 from .perturbations.noise import RowNoise
 
 MOST_LOGITS = 32  # per row; beyond them the Jacobian is too much to learn and to hold
@@ -80,7 +80,7 @@ class Prediction:
         predicted = (self.slopes[owner] * wanted.cpu()).sum(1)
         errors = changes @ self.basis - wanted.cpu()
         fine = errors.isfinite().all(1) & deltas.isfinite()
-        errors = torch.where(fine[:, None], errors, 0.0).mul(1 / DIGIT).round().mul(DIGIT)  # two digits to sum, not three
+        errors = rounded(torch.where(fine[:, None], errors, 0.0), DIGIT)  # two digits to sum, not three
         seen, expected = torch.where(fine, deltas, 0.0).double(), torch.where(fine, predicted, 0.0).double()
         sums = [fine.sum(), errors.double().square().sum(), seen @ expected, expected @ expected]
         return deltas - self.trust * predicted, errors.to(self.jacobian), torch.stack([x.double() for x in sums])

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .chunks import evenly
 from .objectives import RowLosses
 from .padding import Feed
 from .perturbations import Perturbation
@@ -65,7 +64,7 @@ class Exchange:
             return [feed.ordered(rows[own], within_groups=grouped) for own in self.share.cut(len(rows))]
         ordered = feed.ordered(rows, within_groups=False)
         dealt: list[list[Tensor]] = [[] for _ in range(world)]
-        for number, index in enumerate(torch.arange(len(rows)).split(evenly(len(rows), chunk or 1))):
+        for number, index in enumerate(torch.arange(len(rows)).tensor_split(chunks)):
             turn = number % (2 * world)  # 0, 1, 2, 2, 1, 0, 0, ...: the first chunks have the widest rows
             dealt[min(turn, 2 * world - 1 - turn)].append(index)
         return [ordered[torch.cat(own)] for own in dealt]

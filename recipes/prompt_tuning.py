@@ -158,7 +158,9 @@ def trainer_for(method: str, model: Any, args: RecipeTrainingArguments, recipe: 
     options = {"model": model, "compute_metrics": accuracy, **options}
     objective = Metric("accuracy") if recipe.objective == "accuracy" and method == "flops" else None
     scale, rate = (0.1, 2e-2) if objective else (1e-2, 5e-3)
-    args = replace(args, perturbation_scale=args.perturbation_scale or scale, learning_rate=args.learning_rate or rate)
+    scale = scale if args.perturbation_scale is None else args.perturbation_scale
+    rate = rate if args.learning_rate is None else args.learning_rate
+    args = replace(args, perturbation_scale=scale, learning_rate=rate)
     if method == "backprop":
         return Trainer(args=stock_arguments(args, include_num_input_tokens_seen="all"), **options)
     return FlopsTrainer(args=args, objective=objective, **options)
@@ -232,7 +234,8 @@ def main(arguments: list[str] | None = None) -> list[Outcome]:
     recipe, args = parse(arguments)
     folder, methods = common.begin(args, ["flops", *recipe.compare])
     if recipe.engine and (recipe.adapter not in ("suffix", "prompt") or "backprop" in methods):
-        raise SystemExit(f"--engine {recipe.engine} only answers: it needs --adapter suffix or prompt.")
+        wants = "--adapter suffix or prompt, and no --compare backprop"
+        raise SystemExit(f"--engine {recipe.engine} only answers: it needs {wants}.")
     sizes = {"validation": recipe.validation_texts, "test": recipe.test_texts, "per_class": recipe.per_class}
     with args.main_process_first():
         task = load_texts(recipe.domain, seed=args.seed, **sizes)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import hf_flops.chunks
 from hf_flops import FlopsTrainer, FlopsTrainingArguments
-from hf_flops.chunks import ChunkPlanner, evenly, in_chunks, out_of_memory
+from hf_flops.chunks import ChunkPlanner, even, in_chunks, out_of_memory
 from hf_flops.memory import free_memory
 from tests.padded import Cramped, adapted, estimate, padded
 from tests.tiny import as_dataset, model_forward, tiny_batch
@@ -153,11 +153,17 @@ def test_a_shortage_of_memory_halves_the_chunk_and_every_row_is_done_once(length
 
 @given(st.integers(1, 3000), st.integers(1, 300), st.integers(1, 6))
 def test_chunks_are_even_and_a_share_of_them_is_cut_into_the_same(number, most, world):
-    sizes = evenly(number, most)
-    assert (sum(sizes), len(sizes)) == (number, -(-number // most))
+    def cut(rows):
+        sizes = []
+        in_chunks([rows], lambda chunk: sizes.append(chunk.stop - chunk.start), ChunkPlanner(most))
+        return sizes
+
+    sizes = [len(chunk) for chunk in torch.arange(number).tensor_split(-(-number // most))]
+    assert cut(number) == sizes
+    assert even(number, most) == sizes[0] == max(sizes) <= most
     assert max(sizes) - min(sizes) <= 1
     for own in (sizes[rank::world] for rank in range(world)):
-        assert not own or evenly(sum(own), most) == own
+        assert cut(sum(own)) == own
 
 
 def test_other_errors_and_a_single_row_that_does_not_fit_are_raised():

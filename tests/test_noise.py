@@ -39,6 +39,7 @@ def shapes(*sizes):
     return [torch.Size(size) for size in sizes]
 
 
+WORDS = st.lists(st.sampled_from([(64,), (8, 16), (3, 5), (2,)]), min_size=1, max_size=5)  # most are whole words of bits
 SHAPES = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=3).map(torch.Size), min_size=1, max_size=4)
 
 
@@ -57,6 +58,7 @@ def test_signs_are_signs_and_take_a_bit_each(distribution):
     noise = draw(distribution, seeds(1, np.arange(5)), shapes((26, 100), (70,)))
     assert flat(noise).abs().eq(1).all()
     kept = draw(distribution, seeds(1, np.arange(5)), shapes((26, 100), (70,)), "meta").numbers.kept
+    assert noise.numbers.kept is None
     assert kept.numel() <= 5 * ((26 * 100 + 70) / 8 + 3 * 8)
 
 
@@ -82,17 +84,24 @@ def test_a_row_does_not_depend_on_the_rows_drawn_with_it(sizes, distribution):
         assert draw(distribution, keys[row : row + 1], sizes)[0].equal(together[row])
 
 
-@given(
-    st.lists(st.sampled_from([(64,), (8, 16), (3, 5), (2,)]), min_size=1, max_size=5), st.sampled_from(list(DISTRIBUTIONS))
-)
-@pytest.mark.parametrize(("block", "run"), [(1, 1), (200, 200), (2**18, 2**13)])
-def test_sums_and_products_are_those_of_the_rows_however_they_are_cut(block, run, sizes, distribution):
+@given(SHAPES, st.sampled_from(list(DISTRIBUTIONS)), st.sampled_from([1, 20, 2**18]))
+def test_the_weighted_sum_is_that_of_the_rows_however_they_are_cut(sizes, distribution, block):
+    noise = draw(distribution, seeds(0, np.arange(7)), sizes)
+    coefficients = torch.randn(7, generator=torch.Generator().manual_seed(0))
+    with patch.multiple("hf_flops.perturbations.noise", BLOCK=block, _WIDE=block):
+        found = noise.weighted_sum(coefficients)
+    torch.testing.assert_close(found, coefficients @ flat(noise))
+
+
+@given(WORDS, st.sampled_from(list(DISTRIBUTIONS)), st.sampled_from([1, 200, 2**13]))
+def test_parameters_whose_noise_adjoins_are_taken_together(sizes, distribution, most):
     noise, rng = draw(distribution, seeds(0, np.arange(7)), shapes(*sizes)), torch.Generator().manual_seed(0)
     coefficients, vectors = torch.randn(7, 2, generator=rng), torch.randn(3, flat(noise).shape[1], generator=rng)
-    names = {"BLOCK": block, "_WIDE": block, "_RUN": run}
-    with patch.multiple("hf_flops.perturbations.noise", **names):
-        torch.testing.assert_close(noise.weighted_sum(coefficients), coefficients.T @ flat(noise), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(noise.dot(vectors), flat(noise) @ vectors.T, rtol=1e-4, atol=1e-4)
+    with patch.multiple("hf_flops.perturbations.noise", _WIDE=most, _RUN=most):
+        torch.testing.assert_close(noise.weighted_sum(coefficients), coefficients.T @ flat(noise))
+        torch.testing.assert_close(
+            noise.dot(vectors).double(), flat(noise).double() @ vectors.double().T, rtol=1e-5, atol=1e-4
+        )
 
 
 def test_rank_one_noise_has_the_variance_of_independent_signs_and_heavier_tails():

@@ -173,8 +173,11 @@ def test_a_run_for_accuracy_itself(tiny, tmp_path):
     assert 0 <= low <= outcome.after <= high <= 1
 
 
-def test_a_black_box_is_tuned_and_what_it_begins_with_is_measured_once(tiny, tmp_path):
-    options = "--engine torch --virtual_tokens 2 --max_steps 1 --queries_per_sample 4 --eval_strategy no"
+@pytest.mark.parametrize("adapter", ["prompt", "suffix"])
+def test_a_black_box_is_tuned_and_what_it_begins_with_is_measured_once(adapter, tiny, tmp_path):
+    options = (
+        f"--adapter {adapter} --engine torch --virtual_tokens 2 --max_steps 1 --queries_per_sample 4 --eval_strategy no"
+    )
     options += " --per_device_train_batch_size 4 --validation_texts 8 --test_texts 12 --use_cpu True --disable_tqdm True"
     options = [*options.split(), "--label_words", "terrible", "great", "--output_dir", str(tmp_path)]
     (first,) = prompt_tuning.main(options)
@@ -184,7 +187,7 @@ def test_a_black_box_is_tuned_and_what_it_begins_with_is_measured_once(tiny, tmp
     task = load_texts("movies", validation=8, test=12)
     again, _ = prompt_tuning.run("flops", recipe, args, task, known=replace(first, before=-1.0, start=-2.0))
     assert (again.before, again.start, again.after) == (-1.0, -2.0, first.after)
-    with pytest.raises(SystemExit, match="--engine torch only answers"):
+    with pytest.raises(SystemExit, match=r"--engine torch only answers.*no --compare backprop"):
         prompt_tuning.main([*options, "--compare", "backprop"])
 
 

@@ -14,9 +14,9 @@ def accumulator(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def rounded(coefficients: Tensor) -> Tensor:
-    """Round to multiples of 2^-30, so that sums of them are exact."""
-    return (coefficients.to(accumulator(coefficients.device)) * 2.0**30).round() * 2.0**-30
+def rounded(coefficients: Tensor, unit: float = DIGIT**2) -> Tensor:
+    """Round to multiples of a power of two, so that sums of them are exact."""
+    return (coefficients.to(accumulator(coefficients.device)) / unit).round() * unit
 
 
 def cut(coefficients: Tensor) -> Tensor:
