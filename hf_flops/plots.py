@@ -40,7 +40,7 @@ def draw_learning_curves(axes: Any, curves: Mapping[str, Sequence[tuple[float, f
     axes.set(xlabel="rows through the model (log scale)", ylabel="validation accuracy", title="Accuracy against rows")
     axes.margins(x=0.15)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(edgecolor="none", loc="lower right")
 
 
 def draw_queries(axes: Any, mean_queries: Sequence[float], average: float) -> None:
