@@ -134,6 +134,8 @@ class Case:
         reuse, reason = choose_reuse(self.model, objective, self.forward, self.inputs, perturbation)
         if type(objective) is TappedLoss:
             objective.logits = few_logits(self.forward, self.inputs)
+        if isinstance(objective, TappedLoss):
+            objective.listen_late(self.model, self.forward, take(self.inputs, torch.tensor([0])))
         control = LogitJacobian() if getattr(objective, "logits", False) else None
         for note in [*notes, reason]:
             if note:

@@ -45,7 +45,6 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 GRID = [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
 QUERIES = [4, 16]
-BATCH = 32
 
 
 @dataclass
@@ -84,7 +83,7 @@ class Watch(TrainerCallback):
 
     def look(self, step: int) -> None:
         """Add a point to the curve."""
-        rows = self.trainer.ledger.rows if hasattr(self.trainer, "ledger") else step * BATCH
+        rows = self.trainer.ledger.rows if hasattr(self.trainer, "ledger") else step * self.task.batch
         self.run.curve.append((rows, self.seconds, self.task.accuracy(self.trainer.model, self.part)))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -113,12 +112,12 @@ class LossSpread(TrainerCallback):
 
 def train(method: str, task: LearningTask, run: Run, budget: int, part: str, points: int) -> Run:
     """Train once, to so many rows, and watch one split at so many points."""
-    rows = BATCH if method == "backprop" else BATCH * run.queries
+    rows = task.batch if method == "backprop" else task.batch * run.queries
     steps = max(points, budget // rows)
     watch, normalised = Watch(task, part, max(1, steps // points), run), method == "fzoo"
     options: dict[str, Any] = {
         "output_dir": "outputs/learning",
-        "per_device_train_batch_size": BATCH,
+        "per_device_train_batch_size": task.batch,
         "max_steps": steps,
         "learning_rate": run.rate,
         "seed": run.seed,
@@ -136,7 +135,8 @@ def train(method: str, task: LearningTask, run: Run, budget: int, part: str, poi
     if method == "backprop":
         trainer = Trainer(model, TrainingArguments(**options), **common)
     else:
-        args = FlopsTrainingArguments(**options, **METHODS[method], queries_per_sample=run.queries, rows_per_forward=64)
+        own = {**METHODS[method], "perturbation_scale": task.scale}
+        args = FlopsTrainingArguments(**options, **own, queries_per_sample=run.queries, rows_per_forward=64)
         trainer = FlopsTrainer(model, args, **common)
     watch.trainer = trainer
     trainer.train()

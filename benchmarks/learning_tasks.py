@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from hf_flops import SuffixPromptModel
 from recipes.assets import minilm, sentences
 from recipes.images import load_images, load_vit, pixel_dataset, pretrained_vit
+from recipes.prompts import Template, label_tokens, load_model, load_texts
 from recipes.vit import RecipeArguments, adapter_model
 
 
@@ -32,12 +35,16 @@ class LearningTask:
         model: seed → a new model with an untrained adapter.
         splits: "train", "validation", "test" → tensors (M, ...) by name.
         budget: rows of a run.
+        batch: samples of a step.
+        scale: epsilon of every forward-only method; None for their default.
     """
 
     name: str
     model: Callable[[int], nn.Module]
     splits: dict[str, dict[str, Tensor]]
     budget: int
+    batch: int = 32
+    scale: float | None = None
 
     @property
     def train(self) -> list[dict[str, Any]]:
@@ -119,6 +126,46 @@ def reviews() -> LearningTask:
     return LearningTask("reviews", model, splits, 24_000)
 
 
+class _KeptTexts(SuffixPromptModel):
+    """A suffix prompt that finds keys and values of its texts computed: rows cost prompt and answer."""
+
+    def cached_texts(self, inputs: Any, *, clean: bool = False) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+def prompts() -> LearningTask:
+    """SmolLM2-135M with four virtual tokens behind movie reviews; " terrible" or " great" is to follow.
+
+    All layers of a text are frozen whatever the method, so texts have run once, for all: rows cost the prompt.
+    """
+    base, tokenizer = load_model(None, "float32")
+    words = label_tokens(tokenizer, [" terrible", " great"], 2)
+    task = load_texts("movies", validation=200, test=400, seed=0)
+    parts = {"train": task.train[:512], "validation": task.validation, "test": task.test}
+    rows = [row for part in parts.values() for row in Template(tokenizer, "{text} It was", 32).rows(part, tail=False)]
+    found = tokenizer.pad([{"input_ids": row["input_ids"]} for row in rows], return_tensors="pt")
+    data = {**found, "labels": torch.tensor([row["labels"] for row in rows])}
+    sizes = [len(part) for part in parts.values()]
+    splits = dict(zip(parts, ({} for _ in parts), strict=True))
+    for name, values in data.items():
+        for part, own in zip(parts, values.split(sizes), strict=True):
+            splits[part][name] = own
+    first = SuffixPromptModel(base, 4, " The movie was", tokenizer, label_words=words)
+    with torch.no_grad():
+        whole = first._split(data["input_ids"], data["attention_mask"], None)
+        kept = first._read(whole, whole.keys())
+        with first.cached_texts({name: value[:8] for name, value in data.items()}):
+            pass
+
+    def model(seed: int) -> nn.Module:
+        set_seed(seed)
+        own = _KeptTexts(base, 4, " The movie was", tokenizer, label_words=words)
+        own._texts, own._packs = kept, first._packs
+        return own
+
+    return LearningTask("prompts", model, splits, 16_000, batch=8, scale=1e-2)
+
+
 def digits() -> LearningTask:
     """The small ViT with LoRA's B matrices and a new head, on five new classes of scikit-learn's digits."""
     task = load_images("digits", seed=0)
@@ -131,4 +178,4 @@ def digits() -> LearningTask:
     return LearningTask("digits", lambda seed: adapter_model(RecipeArguments(), path, task, seed), splits, 60_000)
 
 
-TASKS: dict[str, Callable[[], LearningTask]] = {"fashion": fashion, "reviews": reviews, "digits": digits}
+TASKS: dict[str, Callable[[], LearningTask]] = {"fashion": fashion, "reviews": reviews, "digits": digits, "prompts": prompts}

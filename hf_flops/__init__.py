@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         ProcessError,
         TrajectoryError,
     )
+    from .f1 import MacroF1
     from .method import Method, StepResult
     from .objectives import CallableObjective
     from .rewards import GeneratedMetric, Metric
@@ -41,6 +42,7 @@ _HOMES = {
     "FlopsTrainerMixin": "trainer",
     "FlopsTrainingArguments": "args",
     "GeneratedMetric": "rewards",
+    "MacroF1": "f1",
     "Method": "method",
     "Metric": "rewards",
     "NonFiniteError": "errors",
@@ -67,6 +69,7 @@ __all__ = [
     "FlopsTrainerMixin",
     "FlopsTrainingArguments",
     "GeneratedMetric",
+    "MacroF1",
     "Method",
     "Metric",
     "NonFiniteError",

@@ -11,7 +11,7 @@ from torch import Tensor
 from .chunks import ChunkPlanner, in_chunks
 from .control_variates import MOST_LOGITS
 from .method import Method
-from .objectives import Forward, RowLosses
+from .objectives import Forward, Objective, RowLosses
 from .padding import Feed
 from .rows import take
 
@@ -22,6 +22,7 @@ class Clean:
 
     Attributes:
         losses: of all samples.
+        objective: what queries are judged by; it may depend on what was found.
         own: of the samples that this process ran, with slopes where they were asked for.
         head_inputs: (b, ...) what the closed-form head was given for these; empty without a head.
     """
@@ -29,6 +30,7 @@ class Clean:
     losses: RowLosses
     own: RowLosses
     head_inputs: Tensor
+    objective: Objective
 
 
 def clean_forward(forward: Forward, method: Method, samples: int, feed: Feed, planner: ChunkPlanner) -> Clean:
@@ -48,7 +50,7 @@ def clean_forward(forward: Forward, method: Method, samples: int, feed: Feed, pl
     whole = feed.whole
     if not objective.per_row:
         losses = objective(reuse.through(forward, whole), whole, features=features)
-        return Clean(losses, losses, torch.zeros(0))
+        return Clean(losses, losses, torch.zeros(0), objective)
     pieces, found, seen = [slice(0, samples)], list[RowLosses](), list[Tensor]()
     if not exchange.alone:
         if reuse.remembers:
@@ -82,9 +84,12 @@ def clean_forward(forward: Forward, method: Method, samples: int, feed: Feed, pl
     if idle:
         own, given = own.without_rows(), given[:0]
     sizes = [piece.stop - piece.start for piece in pieces]
+    settled = getattr(objective, "settled", None)
     # Beyond so many logits there is no control variate, and what it would look at need not travel.
-    wanted = method.control is not None and own.logits is not None and own.logits.shape[1] <= MOST_LOGITS
-    losses = own if len(pieces) == 1 else exchange.losses(own, sizes, logits=wanted)
+    few = method.control is not None and own.logits is not None and own.logits.shape[1] <= MOST_LOGITS
+    losses = own if len(pieces) == 1 else exchange.losses(own, sizes, logits=few or settled is not None)
     if len(pieces) == 1 and exchange.share.rank > 0 and not exchange.scalars:
         own, given = own.without_rows(), given[:0]  # what is summed must be told by one process only
-    return Clean(losses, own, given)
+    if settled is not None:
+        objective, losses = settled(losses, whole)
+    return Clean(losses, own, given, objective)

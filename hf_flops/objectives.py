@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -63,6 +64,9 @@ class RowLosses:
 
 class Objective(Protocol):
     """What is minimised.
+
+    One that judges rows by the rest of the batch has `needs_clean`, so that clean rows always run, and `settled`, which maps
+    what it found for these and the inputs to the objective that queries get, and to the losses of the clean rows.
 
     Attributes:
         per_row: False if the loss belongs to the batch as a whole; then `sums` and `counts` have one entry.
@@ -137,18 +141,53 @@ class TappedLoss:
 
     Args:
         logits: whether to keep logits, and where features are asked for slopes.
+
+    Attributes:
+        after: the module after which to listen; None to listen from the start, which makes every call of torch slower.
     """
 
     per_row = True
+    after: nn.Module | None = None
 
     def __init__(self, logits: bool = False) -> None:
         self.logits = logits
 
+    def listen_late(self, model: nn.Module, forward: Forward, inputs: Mapping[str, Any]) -> None:
+        """Find the module of a model that ends last before the loss, and listen from there on."""
+        last: list[nn.Module] = []
+
+        def ended(module: nn.Module, args: Any, output: Any) -> None:
+            if not tap.caught:
+                last[:] = [module]
+
+        with ExitStack() as stack, _Tap(False, False) as tap:
+            for module in model.modules():
+                stack.callback(module.register_forward_hook(ended).remove)
+            forward(inputs)
+        self.after = last[0] if last else None
+
+    def _listen(self, forward: Forward, inputs: Mapping[str, Any], features: bool) -> tuple[_Tap, Tensor | None]:
+        tap, heard = _Tap(features, self.logits), list[_Tap]()
+        with ExitStack() as stack:
+
+            def begin(*ended: Any) -> None:
+                if not heard:
+                    heard.append(stack.enter_context(tap))
+
+            if self.after is None:
+                begin()
+            else:
+                stack.callback(self.after.register_forward_hook(begin).remove)
+            loss, _ = forward(inputs)
+        return tap, loss
+
     def __call__(self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False) -> RowLosses:
         """See `Objective`."""
         rows = batch_size(inputs)
-        with _Tap(features, self.logits) as tap:
-            loss, _ = forward(inputs)
+        tap, loss = self._listen(forward, inputs, features)
+        if not tap.caught and self.after is not None:  # these inputs take another way
+            self.after = None
+            tap, loss = self._listen(forward, inputs, features)
         if len(tap.caught) != 1:
             raise ObjectiveError(f"the model's loss is made of {len(tap.caught)} calls of torch's loss functions, not one")
         caught = tap.caught[0]

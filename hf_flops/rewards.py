@@ -49,23 +49,41 @@ def last_logits(outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
     return logits[torch.arange(len(logits), device=logits.device), last]
 
 
+def answers(
+    what: str, outputs: Any, inputs: Mapping[str, Any], label_words: Sequence[int] | None
+) -> tuple[Tensor, Tensor, int]:
+    """Return the class with the highest logit (R,), or the likeliest of some words, the labels (R,), and how many there are.
+
+    Args:
+        what: who asks, for the error.
+        outputs: of the model.
+        inputs: its batch.
+        label_words: a token for each class, of a causal language model.
+
+    Raises:
+        ObjectiveError: there is no answer or no label for each row.
+    """
+    logits, labels = outputs.logits, inputs.get("labels")
+    if label_words is not None and logits.dim() == 3:
+        logits = last_logits(outputs, inputs)[:, list(label_words)]
+    if labels is None or labels.dim() != 1 or logits.dim() != 2:
+        shapes = tuple(logits.shape), None if labels is None else tuple(labels.shape)
+        raise ObjectiveError(
+            f"{what} needs logits (R, classes) and labels (R,), not {shapes[0]} and {shapes[1]}: give "
+            "label_words=, a token per class, for a language model, or a function of your own."
+        )
+    return logits.argmax(-1), labels.to(logits.device), logits.shape[1]
+
+
 @dataclass(frozen=True)
 class _Accuracy:
-    """Rates rows by whether the class with the highest logit, or the likeliest of some words, is the right one."""
+    """Rates rows by whether the answer is the right one."""
 
     label_words: tuple[int, ...] | None = None
 
     def __call__(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
-        logits, labels = outputs.logits, inputs.get("labels")
-        if self.label_words is not None and logits.dim() == 3:
-            logits = last_logits(outputs, inputs)[:, list(self.label_words)]
-        if labels is None or labels.dim() != 1 or logits.dim() != 2:
-            shapes = tuple(logits.shape), None if labels is None else tuple(labels.shape)
-            raise ObjectiveError(
-                f"Metric('accuracy') needs logits (R, classes) and labels (R,), not {shapes[0]} and {shapes[1]}: give "
-                "label_words=, a token per class, for a language model, or a function of your own."
-            )
-        return (logits.argmax(-1) == labels.to(logits.device)).float()
+        found, labels, _ = answers("Metric('accuracy')", outputs, inputs, self.label_words)
+        return (found == labels).float()
 
 
 class Metric:
@@ -97,7 +115,7 @@ class Metric:
     ) -> None:
         if isinstance(what, str) and what != "accuracy":
             raise ConfigurationError(
-                f"Metric({what!r}) is unknown: use 'accuracy', a function, or GeneratedMetric for texts."
+                f"Metric({what!r}) is unknown: use 'accuracy', a function, MacroF1, or GeneratedMetric for texts."
             )
         if label_words is not None and (len(set(label_words)) < len(label_words) or len(label_words) < 2):
             raise ConfigurationError(f"label_words={list(label_words)!r} must be two or more different tokens.")

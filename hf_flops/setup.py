@@ -61,6 +61,8 @@ def set_up(
         objective = with_last_logits(model, objective, forward, inputs, precision)
     if ours and args.control_variate != "none" and type(objective) is TappedLoss:
         objective.logits = few_logits(forward, inputs)
+    if ours and isinstance(objective, TappedLoss):
+        objective.listen_late(model, forward, take(inputs, torch.tensor([0])))
     head, probe = None, getattr(objective, "probe", objective)
     if perturbation is None:
         if ours and args.closed_form_head:

@@ -80,6 +80,7 @@ class Step:
         if method.needs_clean:
             self.found = clean_forward(forward, method, self.samples, self.feed, self.planner)
             self.clean = self.found.losses
+            method = self.method = replace(method, objective=self.found.objective)
         elif self.exchange.alone:
             method.reuse.record(forward, self.feed.whole)
         self.replayed = self.dimension = 0  # rows that went through again; random numbers in the noise of a row

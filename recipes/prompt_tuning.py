@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, Trai
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also when hf_flops is not installed
 
-from hf_flops import FlopsTrainer, FlopsTrainingArguments, Metric
+from hf_flops import FlopsTrainer, FlopsTrainingArguments, MacroF1, Metric
 from hf_flops.memory import PeakMemory
 from recipes import common
 from recipes.common import accuracy, stock_arguments
@@ -44,6 +45,11 @@ from recipes.prompts import (
 )
 
 METHODS = ("flops", "backprop")
+OBJECTIVES: dict[str, Callable[[], Metric | None]] = {
+    "loss": lambda: None,
+    "accuracy": lambda: Metric("accuracy"),
+    "macro_f1": MacroF1,
+}
 
 
 @dataclass
@@ -79,7 +85,7 @@ class RecipeArguments:
     text_tokens: int = field(default=48, metadata={"help": "Tokens of a text that are kept."})
     objective: str = field(
         default="loss",
-        metadata={"help": "'loss', or 'accuracy' itself, which has no gradient.", "choices": ["loss", "accuracy"]},
+        metadata={"help": "'loss', or 'accuracy' or 'macro_f1', which have no gradient.", "choices": list(OBJECTIVES)},
     )
     engine: str | None = field(
         default=None,
@@ -102,12 +108,13 @@ class RecipeTrainingArguments(FlopsTrainingArguments):
 
     output_dir: str | None = "outputs/prompt_tuning"
     learning_rate: float | str | None = field(
-        default=None, metadata={"help": "A number or 'auto'. Default: 5e-3; for accuracy 2e-2, as its noise is larger, too."}
+        default=None,
+        metadata={"help": "A number or 'auto'. Default: 5e-3; for metrics 2e-2, as their noise is larger, too."},
     )
     max_steps: int = 80
     queries_per_sample: int = 24
     perturbation_scale: float | str | None = field(
-        default=None, metadata={"help": "Default: 1e-2, which suits embeddings; for accuracy 0.1, near their own size."}
+        default=None, metadata={"help": "Default: 1e-2, which suits embeddings; for metrics 0.1, near their own size."}
     )
     per_device_train_batch_size: int = 8
     per_device_eval_batch_size: int = 32
@@ -156,7 +163,7 @@ def adapter_of(recipe: RecipeArguments, args: Any, base: Any, template: Template
 def trainer_for(method: str, model: Any, args: RecipeTrainingArguments, recipe: RecipeArguments, **options: Any) -> Trainer:
     """Build the trainer of a method: the stock one for backprop, ours otherwise."""
     options = {"model": model, "compute_metrics": accuracy, **options}
-    objective = Metric("accuracy") if recipe.objective == "accuracy" and method == "flops" else None
+    objective = OBJECTIVES[recipe.objective]() if method == "flops" else None
     scale, rate = (0.1, 2e-2) if objective else (1e-2, 5e-3)
     scale = scale if args.perturbation_scale is None else args.perturbation_scale
     rate = rate if args.learning_rate is None else args.learning_rate

@@ -164,9 +164,10 @@ def test_a_run_leaves_a_report_a_picture_and_adapters(adapter, tiny, tmp_path, c
     assert (tmp_path / "backprop" / name).is_file()
 
 
-def test_a_run_for_accuracy_itself(tiny, tmp_path):
-    options = "--objective accuracy --estimator antithetic --max_steps 1 --per_device_train_batch_size 4 --eval_strategy no"
-    options += " --validation_texts 8 --test_texts 12 --use_cpu True --disable_tqdm True --per_class 4"
+@pytest.mark.parametrize("objective", ["accuracy", "macro_f1"])
+def test_a_run_for_a_metric_itself(objective, tiny, tmp_path):
+    options = f"--objective {objective} --estimator antithetic --max_steps 1 --per_device_train_batch_size 4"
+    options += " --eval_strategy no --validation_texts 8 --test_texts 12 --use_cpu True --disable_tqdm True --per_class 4"
     (outcome,) = prompt_tuning.main([*options.split(), "--label_words", "terrible", "great", "--output_dir", str(tmp_path)])
     assert outcome.steps == 1
     low, high = outcome.interval

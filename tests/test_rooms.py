@@ -26,7 +26,7 @@ FLOORS = {
     **dict.fromkeys(["towers", "image_text", "visual_prompts"], 7),
     **dict.fromkeys(["blackbox", "budget", "checks", "packing", "rewards", "tuning", "processes", "checkpoints"], 8),
     **dict.fromkeys(["costs", "learning_rate", "progress", "run_plots", "settings", "trajectory"], 8),
-    **dict.fromkeys(["pictures", "suffix", "alignment", "throwaway"], 9),
+    **dict.fromkeys(["pictures", "suffix", "alignment", "throwaway", "f1"], 9),
     **dict.fromkeys(["cards", "watching", "pair_steps"], 10),
     "trainer": 11,
     "diagnosis": 12,
