@@ -1,0 +1,80 @@
+"""Is what the doctor suggests as good as a grid? Five learning rates by three epsilons, beside its own, at the same rows.
+
+The tasks of learning.py. The best of the grid is that of the mean validation accuracy along the run with seed 0; it and the
+doctor's suggestion are then run with other seeds and judged on the test split. The doctor looks at the training split, and
+nothing is tuned afterwards.
+
+    python benchmarks/doctor.py --task digits
+    python benchmarks/doctor.py --task reviews
+    python benchmarks/doctor.py --task prompts --rows 8000
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from records import ROOT, Record, quiet  # isort: skip
+
+sys.path.insert(0, str(ROOT))
+
+from learning import GRID, Run, train  # isort: skip
+from learning_tasks import TASKS, LearningTask
+
+from hf_flops import FlopsTrainingArguments, doctor
+
+EPSILONS = [1e-4, 1e-3, 1e-2]
+SEEDS = [1, 2, 3]
+
+
+def suggested(task: LearningTask, queries: int) -> dict[str, Any]:
+    """Ask the doctor, with the batches that training will have; returns its facts by name."""
+    args = FlopsTrainingArguments(
+        output_dir="outputs/doctor",
+        per_device_train_batch_size=task.batch,
+        queries_per_sample=queries,
+        rows_per_forward=64,
+        report_to="none",
+    )
+    found = doctor(task.model(0), task.train, args=args)
+    return {name: fact.value for name, fact in found.facts.items()}
+
+
+def main() -> None:
+    """Run all, and write results/doctor_<task>.json."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--task", choices=TASKS, default="digits")
+    parser.add_argument("--rows", type=int, default=26_000)
+    parser.add_argument("--queries", type=int, default=4, help="rows of a sample")
+    parser.add_argument("--points", type=int, default=8, help="evaluations of a run")
+    parser.add_argument("--only_doctor", action="store_true", help="print what it suggests, and run nothing")
+    options = parser.parse_args()
+    quiet()
+    task = TASKS[options.task]()
+    facts = suggested(task, options.queries)
+    print({name: value if value is None else float(f"{value:.3g}") for name, value in facts.items()}, flush=True)
+    if options.only_doctor:
+        return
+
+    def run(rate: float, scale: float, seed: int, part: str) -> Run:
+        own = replace(task, scale=scale)
+        return train("flops", own, Run(rate, options.queries, seed), options.rows, part, options.points)
+
+    grid = {(rate, scale): run(rate, scale, 0, "validation").mean for scale in EPSILONS for rate in GRID}
+    chosen = {"best of the grid": max(grid, key=lambda pair: grid[pair])}
+    chosen["doctor"] = facts["learning_rate"], facts["epsilon"]
+    found: dict[str, Any] = {"facts": facts, "grid": {f"lr {r:g}, epsilon {s:g}": mean for (r, s), mean in grid.items()}}
+    for name, (rate, scale) in chosen.items():
+        runs = [run(rate, scale, seed, "test") for seed in SEEDS]
+        ends = [float(np.mean([accuracy for *_, accuracy in own.curve[-2:]])) for own in runs]
+        found[name] = {"rate": rate, "epsilon": scale, "accuracy": ends, "rows": runs[0].curve[-1][0]}
+        print(f"{task.name:8} {name}: lr {rate:g}, epsilon {scale:.2g}: {np.mean(ends):.1%}", flush=True)
+    Record(f"doctor_{options.task}", indent=1).keep(f"{options.rows} rows", found)
+
+
+if __name__ == "__main__":
+    main()
