@@ -36,8 +36,11 @@ def draw_learning_curves(axes: Any, curves: Mapping[str, Sequence[tuple[float, f
         axes.plot(rows, accuracies, ".-", color=COLOURS.get(method), label=method, markersize=4, linewidth=1.4)
         axes.annotate(f"{accuracies[-1]:.1%}", (rows[-1], accuracies[-1]), textcoords="offset points", xytext=(4, -3))
     axes.axhline(start, color="#a1a1aa", linestyle=":", label="untrained adapter")
-    axes.set_xscale("log")
-    axes.set(xlabel="rows through the model (log scale)", ylabel="validation accuracy", title="Accuracy against rows")
+    seen, label = [rows for points in curves.values() for rows, _ in points if rows > 0], "rows through the model"
+    if seen and max(seen) >= 10 * min(seen):  # labels of a shorter logarithmic axis run into each other
+        axes.set_xscale("log")
+        label += " (log scale)"
+    axes.set(xlabel=label, ylabel="validation accuracy", title="Accuracy against rows")
     axes.margins(x=0.15)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.legend(edgecolor="none", loc="lower right")

@@ -144,3 +144,57 @@ def test_a_users_function_of_the_outputs_is_an_objective():
     assert losses.counts.tolist() == [1, 1, 1, 1]
     with pytest.raises(ObjectiveError, match=r"losses of shape \(\) for 4 rows"):
         CallableObjective(lambda outputs, batch: outputs.logits.mean())(lambda batch: (None, model(**batch)), inputs)
+
+
+class Two(nn.Module):
+    """Classifies with a backbone and a head; where it is told so with the backbone alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.head, self.alone = nn.Linear(4, 3), nn.Linear(3, 3), False
+
+    def forward(self, x, labels):
+        hidden = self.backbone(x)
+        logits = hidden if self.alone else self.head(hidden)
+        return F.cross_entropy(logits, labels), logits
+
+
+def test_the_tap_listens_after_the_last_module_before_the_loss():
+    torch.manual_seed(0)
+    model, seen = Two(), []
+    inputs = {"x": torch.randn(5, 4), "labels": torch.tensor([0, 1, 2, 0, 1])}
+
+    def forward(given):
+        return model(**given)
+
+    def function_modes(*args):
+        seen.append(len(torch.overrides._get_current_function_mode_stack()))
+
+    early, late = TappedLoss(), TappedLoss()
+    late.listen_late(model, forward, inputs)
+    assert late.after is model.head
+    model.backbone.register_forward_hook(function_modes)
+    torch.testing.assert_close(late(forward, inputs).sums, early(forward, inputs).sums, rtol=0, atol=0)
+    assert seen == [0, 1]
+    assert not model.head._forward_hooks
+    model.alone = True  # what it listened for does not come
+    torch.testing.assert_close(late(forward, inputs).sums, early(forward, inputs).sums, rtol=0, atol=0)
+    assert late.after is None
+
+
+def test_a_tap_leaves_nothing_behind_where_a_forward_raises():
+    model = Two()
+    late = TappedLoss()
+    inputs = {"x": torch.randn(5, 4), "labels": torch.tensor([0, 1, 2, 0, 1])}
+    late.listen_late(model, lambda given: model(**given), inputs)
+    with pytest.raises(IndexError):
+        late(lambda given: model(**given), {**inputs, "labels": inputs["labels"] + 7})
+    assert not any(module._forward_hooks for module in model.modules())
+    assert torch.overrides._get_current_function_mode_stack() == []
+
+
+@pytest.mark.parametrize(("kind", "last"), [("vit", "classifier"), ("bert", "classifier"), ("llama", "lm_head")])
+def test_of_real_models_the_last_module_is_the_head(kind, last):
+    model, tap = tiny_model(kind), TappedLoss()
+    tap.listen_late(model, model_forward(model), tiny_batch(kind, 2))
+    assert tap.after is model.get_submodule(last)

@@ -17,6 +17,7 @@ from hf_flops import pictures
 from hf_flops.ledger import Ledger
 from hf_flops.method import StepResult
 from hf_flops.pictures import PICTURES, curve_of, draw_pictures, draw_seeds
+from hf_flops.plots import draw_learning_curves, pyplot
 from hf_flops.progress import RowProgress
 from tests.test_cards import trainer_of
 
@@ -75,6 +76,19 @@ def test_wandb_gets_the_numbers_offline(tmp_path, monkeypatch):
     wandb.finish()
     assert {f"train/{name}" for name in LOGGED} <= set(summary)
     assert summary["train/rows"] == trainer.ledger.rows
+
+
+@pytest.mark.filterwarnings("ignore")  # of what is not ours
+def test_trackio_gets_the_numbers(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    trackio = pytest.importorskip("trackio")
+    told, log = {}, trackio.log
+    monkeypatch.setattr(trackio, "log", lambda metrics, **options: (told.update(metrics), log(metrics, **options)))
+    trainer = trainer_of(tmp_path, report_to="trackio", project="flops")
+    trainer.train()
+    assert {f"train/{name}" for name in LOGGED} <= set(told)
+    assert told["train/rows"] == trainer.ledger.rows
+    assert (tmp_path / "trackio" / "flops.db").stat().st_size > 0
 
 
 def test_the_progress_bar_counts_rows(tmp_path, monkeypatch):
@@ -206,3 +220,11 @@ def test_class_windows_keep_every_query_however_many_there_are(batches):
         given = [count for batch in batches for own, count in batch if own == label]
         assert sum(s for own, s, _ in kept if own == label) == len(given)
         assert sum(q for own, _, q in kept if own == label) == sum(given)
+
+
+@pytest.mark.parametrize(("last", "scale"), [(2_000, "linear"), (20_000, "log")])
+def test_rows_are_on_a_logarithmic_axis_where_there_is_room_for_its_labels(last, scale):
+    axes = pyplot().figure().subplots()
+    draw_learning_curves(axes, {"flops": [(1_000, 0.2), (last, 0.8)], "mezo": [(1_500, 0.3)]}, 0.1)
+    assert axes.get_xscale() == scale
+    assert ("log scale" in axes.get_xlabel()) == (scale == "log")
