@@ -167,7 +167,7 @@ class LogitJacobian:
         if self.jacobian is None:
             return {}
         facts = torch.tensor([self._unknown, *self._use.tolist()], dtype=torch.float64)
-        return {"jacobian": self.jacobian, "basis": self._basis.contiguous(), "facts": facts}
+        return {"jacobian": self.jacobian, "basis": self._basis, "facts": facts}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """See `ControlVariate.load_state_dict`."""
@@ -178,8 +178,8 @@ class LogitJacobian:
 
 
 def _contrasts(classes: int) -> Tensor:
-    """Return (K, K - 1) orthonormal columns that sum to zero."""
-    return torch.linalg.qr(torch.eye(classes)[:, :-1] - 1 / classes)[0]
+    """Return (K, K - 1) orthonormal columns that sum to zero, in the layout that a saved state has: products round by it."""
+    return torch.linalg.qr(torch.eye(classes)[:, :-1] - 1 / classes)[0].contiguous()
 
 
 CONTROL_VARIATES = ("none", "logit_jacobian")

@@ -69,6 +69,25 @@ def test_its_rules_are_those_that_the_trainer_then_takes(kind, name, tmp_path):
     assert all(rule.reason for rule in found.rules)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "ln", "prefix"])
+@pytest.mark.parametrize("name", ["vit", "minilm", "smollm2"])
+def test_its_rules_are_the_trainers_on_real_models(name, method, tmp_path):
+    if name == "smollm2":
+        pytest.importorskip("gguf")
+    if (name, method) == ("vit", "prefix"):
+        method = "vera"  # prefixes are for models of text
+    model, samples, collate, task_type = command.loaded(name, None)
+    config = command.configured(method, model, task_type, 4)
+    args = training_arguments(tmp_path, **FEW, max_steps=1)
+    found = doctor(model, samples, args=args, peft_config=config, steps=2, data_collator=collate)
+    trainer = FlopsTrainer(model, args, train_dataset=samples, peft_config=config, data_collator=collate)
+    trainer.train()
+    assert {rule.tensor: rule.way for rule in found.rules} == ways_of(trainer)
+    print(f"{name}, {method}:", {way: sum(rule.way == way for rule in found.rules) for way in {r.way for r in found.rules}})
+
+
 def adapted():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -106,7 +106,8 @@ def test_an_update_is_the_sum_of_coefficients_times_noise(rows, size, shared, se
         keys = NoiseKeys.of(seed, 5, positions[row : row + 1], queries[row : row + 1], int(queries[row]))
         noise = perturbation.draw(keys)
         wanted += coefficients[row] * (noise if shared else noise[0])
-    torch.testing.assert_close(update, wanted)
+    # Sums over Gaussian noise are float32's, in an order that depends on the processor; those over signs are exact.
+    torch.testing.assert_close(update, wanted, **({} if shared else {"rtol": 1e-6, "atol": 1e-6}))
 
 
 # --- whole runs
