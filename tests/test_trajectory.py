@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from hf_flops import ConfigurationError, FlopsTrainer, FlopsTrainingArguments, TrajectoryError
 from hf_flops.cli import main
-from hf_flops.perturbations import ActivationNoise, NoiseKeys, ParameterVector, RowwiseNoise, SharedNoise
+from hf_flops.perturbations import ActivationNoise, NoiseKeys, ParameterVector, RowwiseNoise, SharedNoise, noise
 from hf_flops.regenerate import regenerate
 from hf_flops.trajectory.base import check_base
 from hf_flops.trajectory.framing import Appender, read
@@ -336,3 +336,13 @@ def test_no_log_is_written_unless_asked_for(tmp_path):
     with pytest.raises(TrajectoryError, match="There is no trajectory log at"):
         replay(tmp_path)
     shutil.rmtree(tmp_path)
+
+
+def test_a_log_of_other_noise_is_not_replayed(tmp_path, monkeypatch):
+    trained(tmp_path)
+    kept = noise._SIGNS.clone()
+    monkeypatch.setattr(noise, "_SIGNS", -kept)  # as another version of the library might draw them
+    with pytest.raises(TrajectoryError, match=r"where the same seed draws other noise \(torch .*replay it there"):
+        replay(tmp_path)
+    monkeypatch.setattr(noise, "_SIGNS", kept)
+    assert replay(tmp_path).step == 2

@@ -53,6 +53,7 @@ class TrajectoryRecorder(TrainerCallback):
             "max_grad_norm": args.max_grad_norm,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
+            "noise": rules.noise_print(),
             "device": next(iter(self._own.values())).device.type,
         }
         if state.global_step == 0:

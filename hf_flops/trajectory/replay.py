@@ -95,6 +95,11 @@ class Replay:
 
     def _begin(self, session: dict[str, Any]) -> None:
         """Go on as a session of the run did."""
+        if session.get("noise") != rules.noise_print():
+            raise TrajectoryError(
+                f"{self.path} was written where the same seed draws other noise (torch {session['torch']}, or another "
+                "version of hf_flops): replay it there."
+            )
         if session["device"] != "cpu" and torch.get_device_module(session["device"]).is_available():
             for parameter in self.parameters.values():
                 parameter.data = parameter.data.to(session["device"])

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import torch
 from torch import nn
 
 from ..errors import ConfigurationError
 from ..perturbations import CombinedNoise, ParameterVector, Perturbation, RowwiseNoise, SharedNoise
+from ..perturbations.noise import DISTRIBUTIONS, draw
+from .start import digest
 
 _RULES: dict[type, str] = {RowwiseNoise: "rowwise", SharedNoise: "shared"}
 
@@ -43,3 +47,9 @@ def build(said: Sequence[Sequence[Any]], parameters: Mapping[str, nn.Parameter])
         vector = ParameterVector([(name, parameters[name]) for name in names])
         parts.append(Unwatched(vector, distribution) if rule == "rowwise" else SharedNoise(vector, distribution))
     return parts[0] if len(parts) == 1 else CombinedNoise(parts)
+
+
+def noise_print() -> str:
+    """Return what tells the noise of a seed apart from that of another version of hf_flops or torch."""
+    shapes, row = [torch.Size([13, 9])], np.ones(1, dtype=np.uint64)
+    return digest(torch.cat([draw(distribution, row, shapes)[0] for distribution in sorted(DISTRIBUTIONS)]))
