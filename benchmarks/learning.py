@@ -110,11 +110,25 @@ class LossSpread(TrainerCallback):
             gradient.div_(norm)
 
 
-def train(method: str, task: LearningTask, run: Run, budget: int, part: str, points: int) -> Run:
-    """Train once, to so many rows, and watch one split at so many points."""
+def train(
+    method: str, task: LearningTask, run: Run, budget: int, part: str, points: int, name: str = "", **changes: Any
+) -> Run:
+    """Train once, to so many rows, and watch one split at so many points.
+
+    Args:
+        method: one of `METHODS`.
+        task: what is trained.
+        run: learning rate, queries and seed; its curve is filled.
+        budget: rows, of backprop too.
+        part: the split to watch.
+        points: how often.
+        name: what to print in place of the method.
+        changes: of the trainer's arguments; `callbacks` are added.
+    """
     rows = task.batch if method == "backprop" else task.batch * run.queries
     steps = max(points, budget // rows)
     watch, normalised = Watch(task, part, max(1, steps // points), run), method == "fzoo"
+    callbacks = [watch, *([LossSpread()] if normalised else []), *changes.pop("callbacks", [])]
     options: dict[str, Any] = {
         "output_dir": "outputs/learning",
         "per_device_train_batch_size": task.batch,
@@ -128,21 +142,22 @@ def train(method: str, task: LearningTask, run: Run, budget: int, part: str, poi
         "report_to": "none",
         "disable_tqdm": True,
         **({"optim": "sgd", "max_grad_norm": 0.0} if normalised else {}),
+        **changes,
     }
-    common: dict[str, Any] = {"train_dataset": task.train, "callbacks": [watch, *([LossSpread()] if normalised else [])]}
+    common: dict[str, Any] = {"train_dataset": task.train, "callbacks": callbacks}
     model = task.model(run.seed)
     trainer: Any
     if method == "backprop":
         trainer = Trainer(model, TrainingArguments(**options), **common)
     else:
-        own = {**METHODS[method], "perturbation_scale": task.scale}
-        args = FlopsTrainingArguments(**options, **own, queries_per_sample=run.queries, rows_per_forward=64)
+        own = {"perturbation_scale": task.scale, "queries_per_sample": run.queries, "rows_per_forward": 64}
+        args = FlopsTrainingArguments(**{**own, **METHODS[method], **options})
         trainer = FlopsTrainer(model, args, **common)
     watch.trainer = trainer
     trainer.train()
     print(
-        f"{task.name:8} {method:26} lr {run.rate:<6g} q {run.queries:<3} seed {run.seed} {part:10} mean {run.mean:.3f}, "
-        f"last {run.curve[-1][2]:.3f}, {run.curve[-1][0]:,} rows, {run.curve[-1][1]:.0f} s",
+        f"{task.name:8} {name or method:26} lr {run.rate:<6g} q {run.queries:<3} seed {run.seed} {part:10} "
+        f"mean {run.mean:.3f}, last {run.curve[-1][2]:.3f}, {run.curve[-1][0]:,} rows, {run.curve[-1][1]:.0f} s",
         flush=True,
     )
     return run
