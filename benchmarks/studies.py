@@ -69,7 +69,7 @@ class Variant:
 
 
 def put(config: Callable[..., PeftConfig], *, only: str = "", **options: Any) -> Callable[[nn.Module], nn.Module]:
-    """Return what puts an adapter and a new head on a model, and trains those of its tensors that have `only` in their names."""
+    """Return what puts an adapter and a new head on a model; tensors of it train that have `only` in their names."""
 
     def on(model: nn.Module) -> nn.Module:
         adapted = get_peft_model(model, config(modules_to_save=["classifier"], **options))

@@ -73,6 +73,23 @@ def test_trainable_parameters_are_kept_in_float32_and_the_model_still_runs(kind,
     assert keep_masters(model) == []  # nothing is done twice
 
 
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(("kind", "bias"), [("vit", "lora_only"), ("vit", "all"), ("bert", "all")])
+@torch.no_grad()
+def test_a_frozen_weight_beside_a_trained_bias_goes_with_it(kind, bias, dtype):
+    names = ["q_proj"] if kind == "vit" else ["query"]
+    model = get_peft_model(tiny_model(kind).to(dtype), LoraConfig(r=2, target_modules=names, bias=bias)).eval()
+    inputs = batch(kind, dtype)
+    before = model(**inputs)
+    keep_masters(model)
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+    for module in model.modules():  # what computes together has one precision
+        assert len({p.dtype for p in module.parameters(recurse=False)}) <= 1
+    if bias == "lora_only":
+        assert any(p.dtype == dtype for p in model.parameters())
+    torch.testing.assert_close(model(**inputs).logits.float(), before.logits.float(), rtol=0.1, atol=0.1)
+
+
 def test_a_model_that_is_trained_as_a_whole_keeps_its_precision():
     assert keep_masters(tiny_model("vit").bfloat16()) == []
     assert keep_masters(adapted("vit", "lora")) == []
