@@ -6,14 +6,15 @@ after a resume, and does not depend on how rows are cut into chunks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..counters import seeds, words
 from .exact import DIGIT, ROWS, accumulator, cut
@@ -53,6 +54,24 @@ class NoiseKeys:
         return cls(rows, int(seeds(seed, step, SHARED_POSITION, group)[0]))
 
 
+Room = Callable[[int], Tensor]
+"""Returns memory for so many float32 numbers, a flat tensor."""
+
+
+class Scratch:
+    """Memory that is used again, so that it stays in the processor's cache: what had the name before is overwritten."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+
+    def room(self, name: str, size: int) -> Tensor:
+        """Return (size,) float32 on the CPU, with whatever it holds."""
+        kept = self._kept.get(name)
+        if kept is None or len(kept) < size:
+            kept = self._kept[name] = torch.empty(size)
+        return kept[:size]
+
+
 class Numbers(Protocol):
     """R rows of independent numbers with mean 0 and variance 1, each row cut into pieces.
 
@@ -66,8 +85,11 @@ class Numbers(Protocol):
         """Return R."""
         ...
 
-    def piece(self, index: int, rows: slice = ALL, last: int | None = None) -> Tensor:
-        """Return a piece (R, size) float32 of some rows, or all from it to the last, which must adjoin each other."""
+    def piece(self, index: int, rows: slice = ALL, last: int | None = None, room: Room | None = None) -> Tensor:
+        """Return a piece (R, size) float32 of some rows, or all from it to the last, which must adjoin each other.
+
+        If it has to be unpacked, that is done in `room` where there is one.
+        """
         ...
 
     def adjoins(self, index: int) -> bool:
@@ -100,12 +122,14 @@ class Signs:
         """Draw the words from one to another; returns (R, 8 words) uint8."""
         return torch.from_numpy(words(self.row_seeds[rows], stop - start, start).view(np.uint8))
 
-    def piece(self, index: int, rows: slice = ALL, last: int | None = None) -> Tensor:
+    def piece(self, index: int, rows: slice = ALL, last: int | None = None, room: Room | None = None) -> Tensor:
         """See `Numbers.piece`: eight signs are looked up at a time."""
         last = index if last is None else last
         start, stop = self.starts[index], self.starts[last + 1]
         own = self._bytes(start, stop, rows) if self.kept is None else self.kept[rows, 8 * start : 8 * stop]
-        return nn.functional.embedding(own.int(), self.signs).flatten(1)[:, : sum(self.sizes[index : last + 1])]
+        out = None if room is None or self.kept is not None else room(8 * own.numel()).view(-1, 8)
+        signs = torch.index_select(self.signs, 0, own.int().flatten(), out=out)
+        return signs.view(len(own), -1)[:, : sum(self.sizes[index : last + 1])]
 
     def adjoins(self, index: int) -> bool:
         """See `Numbers.adjoins`."""
@@ -130,8 +154,9 @@ class Normals:
     def __len__(self) -> int:
         return self.rows
 
-    def piece(self, index: int, rows: slice = ALL, last: int | None = None) -> Tensor:
+    def piece(self, index: int, rows: slice = ALL, last: int | None = None, room: Room | None = None) -> Tensor:
         """See `Numbers.piece`."""
+        del room
         return self.values[rows, self.starts[index] : self.starts[(index if last is None else last) + 1]]
 
     def adjoins(self, index: int) -> bool:
@@ -187,12 +212,12 @@ class RowNoise:
         """Return what a parameter's noise is made of: (R, numel), or (R, out) and (R, in) of an outer product."""
         return tuple(self.numbers.piece(self.first[index] + i, rows) for i in range(len(self.layouts[index])))
 
-    def tensor(self, index: int, rows: slice = ALL) -> Tensor:
-        """Return the noise (R, *shape) of a parameter."""
-        factors = self.factors(index, rows)
-        if len(factors) == 2:
-            return factors[0].unsqueeze(2) * factors[1].unsqueeze(1)
-        return factors[0].view(-1, *self.shapes[index])
+    def tensor(self, index: int, rows: slice = ALL, room: Room | None = None) -> Tensor:
+        """Return the noise (R, *shape) of a parameter, in `room` if there is one and it has to be unpacked."""
+        if not self.is_rank_one(index):
+            return self.numbers.piece(self.first[index], rows, room=room).view(-1, *self.shapes[index])
+        left, right = self.factors(index, rows)
+        return left.unsqueeze(2) * right.unsqueeze(1)
 
     def weighted_sum(self, coefficients: Tensor) -> Tensor:
         """Return `sum_r coefficients[r] * noise[r]`.
@@ -208,12 +233,12 @@ class RowNoise:
     def _summed(self, columns: Tensor, among: slice = ALL) -> Tensor:
         """Return (M, d) for (R, M) coefficients of some rows."""
         total = columns.new_zeros(columns.shape[1], sum(shape.numel() for shape in self.shapes))
-        start = among.start or 0
+        start, room = among.start or 0, partial(Scratch().room, "run")
         for run, own in self._runs():
             part, first = total[:, own], run[0]
             if not self.is_rank_one(first):
                 for rows in blocks(len(columns), part.shape[1], _WIDE):
-                    part.addmm_(columns[rows].T, self._flat(run, slice(rows.start + start, rows.stop + start)))
+                    part.addmm_(columns[rows].T, self._flat(run, slice(rows.start + start, rows.stop + start), room))
                 continue
             for rows in blocks(len(columns), sum(self.layouts[first])):
                 left, right = self.factors(first, slice(rows.start + start, rows.stop + start))
@@ -240,12 +265,12 @@ class RowNoise:
 
     def dot(self, vectors: Tensor) -> Tensor:
         """Return the products (R, M) of every row's noise with vectors (M, d)."""
-        products = vectors.new_zeros(len(self), len(vectors))
+        products, room = vectors.new_zeros(len(self), len(vectors)), partial(Scratch().room, "run")
         for run, own in self._runs():
             part, first = vectors[:, own], run[0]
             if not self.is_rank_one(first):
                 for rows in blocks(len(self), part.shape[1], _WIDE):
-                    products[rows].addmm_(self._flat(run, rows), part.T)
+                    products[rows].addmm_(self._flat(run, rows, room), part.T)
                 continue
             for rows in blocks(len(self), sum(self.layouts[first])):
                 left, right = self.factors(first, rows)
@@ -253,9 +278,9 @@ class RowNoise:
                 products[rows] += torch.stack([((left @ matrix) * right).sum(1) for matrix in matrices], 1)
         return products
 
-    def _flat(self, run: range, rows: slice) -> Tensor:
-        """Return the noise (R, numbers) of a run of parameters."""
-        return self.numbers.piece(self.first[run[0]], rows, self.first[run[-1]])
+    def _flat(self, run: range, rows: slice, room: Room) -> Tensor:
+        """Return the noise (R, numbers) of a run of parameters, in `room` if it has to be unpacked."""
+        return self.numbers.piece(self.first[run[0]], rows, self.first[run[-1]], room)
 
     def _runs(self) -> Iterator[tuple[range, slice]]:
         """Yield parameters whose noise lies side by side, few enough for `_RUN`, and their place in the flat vector."""
