@@ -189,7 +189,7 @@ def table(entries: dict[str, Any]) -> str:
     ]
     for study, variants in entries.items():
         for name, methods in variants.items():
-            for method, found in methods.items():
+            for method, found in methods.items() if isinstance(methods, dict) else []:  # not what the record adds
                 ends = found["accuracy"]
                 lines.append(
                     f"| {study} | {name} | {method} | {found['size']:,} | {found['rate']:g} | {np.mean(ends):.1%} ± "
