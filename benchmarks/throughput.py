@@ -1,9 +1,10 @@
 """Rows per second of our step, of the MeZO preset and of backprop, against plain inference of the same rows.
 
 Sides take turns in one process, in another order each time, and are compared within a turn; the medians over turns are
-reported, because machines are shared and noisy. `overhead` is the part of our step
-that is spent outside the model's forward (noise inside the layers belongs to the forward), `control variate` what a step is
-longer by than one without it; both are shares of our step.
+reported, because machines are shared and noisy. glibc keeps freed memory, for all sides alike: whether it gave blocks of 10 MB
+back to the system, which makes a thousand pages anew for each, was chance, and worth 20 % either way. `overhead` is the part
+of our step that is spent outside the model's forward (noise inside the layers belongs to the forward), `control variate`
+what a step is longer by than one without it; both are shares of our step.
 
     python benchmarks/throughput.py                        # all cases
     python benchmarks/throughput.py minilm minilm-third    # some
@@ -12,7 +13,9 @@ longer by than one without it; both are shares of our step.
 from __future__ import annotations
 
 import argparse
+import os
 import random
+import sys
 import time
 from typing import Any
 
@@ -20,6 +23,8 @@ import numpy as np
 
 from cases import CASES, SIDES, Case  # isort: skip
 from records import Record, quiet  # isort: skip
+
+HEAP = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**34)}  # read when a process starts
 
 
 def measure(case: Case, repeats: int) -> dict[str, Any]:
@@ -67,6 +72,8 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := set(options.cases) - set(CASES):
         parser.error(f"unknown cases {sorted(unknown)}: choose among {', '.join(CASES)}")
+    if not HEAP.keys() <= os.environ.keys():
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **HEAP})
     quiet()
     record = Record("throughput")
     print("| case | rows/s, plain | ours / plain | MeZO / plain | backprop / plain | overhead | control variate |")
