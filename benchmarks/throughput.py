@@ -1,10 +1,11 @@
 """Rows per second of our step, of the MeZO preset and of backprop, against plain inference of the same rows.
 
 Sides take turns in one process, in another order each time, and are compared within a turn; the medians over turns are
-reported, because machines are shared and noisy. glibc keeps freed memory, for all sides alike: whether it gave blocks of 10 MB
-back to the system, which makes a thousand pages anew for each, was chance, and worth 20 % either way. `overhead` is the part
-of our step that is spent outside the model's forward (noise inside the layers belongs to the forward), `control variate`
-what a step is longer by than one without it; both are shares of our step.
+reported, because machines are shared and noisy. glibc keeps freed memory, for all sides alike: whether it gave blocks of
+10 MB back to the system, which makes a thousand pages anew for each, was chance, and worth 20 % either way.
+
+`overhead` is the part of our step that is spent outside the model's forward (noise inside the layers belongs to the
+forward), `control variate` what a step is longer by than one without it; both are shares of our step.
 
     python benchmarks/throughput.py                        # all cases
     python benchmarks/throughput.py minilm minilm-third    # some

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import accumulate
 from typing import Protocol
 
@@ -58,18 +57,17 @@ Room = Callable[[int], Tensor]
 """Returns memory for so many float32 numbers, a flat tensor."""
 
 
-class Scratch:
-    """Memory that is used again, so that it stays in the processor's cache: what had the name before is overwritten."""
+class _Scratch:
+    """Memory that is used again, so that it stays in the processor's cache: what was in it before is overwritten."""
 
     def __init__(self) -> None:
-        self._kept: dict[str, Tensor] = {}
+        self._kept = torch.empty(0)
 
-    def room(self, name: str, size: int) -> Tensor:
+    def __call__(self, size: int) -> Tensor:
         """Return (size,) float32 on the CPU, with whatever it holds."""
-        kept = self._kept.get(name)
-        if kept is None or len(kept) < size:
-            kept = self._kept[name] = torch.empty(size)
-        return kept[:size]
+        if len(self._kept) < size:
+            self._kept = torch.empty(size)
+        return self._kept[:size]
 
 
 class Numbers(Protocol):
@@ -212,12 +210,12 @@ class RowNoise:
         """Return what a parameter's noise is made of: (R, numel), or (R, out) and (R, in) of an outer product."""
         return tuple(self.numbers.piece(self.first[index] + i, rows) for i in range(len(self.layouts[index])))
 
-    def tensor(self, index: int, rows: slice = ALL, room: Room | None = None) -> Tensor:
-        """Return the noise (R, *shape) of a parameter, in `room` if there is one and it has to be unpacked."""
-        if not self.is_rank_one(index):
-            return self.numbers.piece(self.first[index], rows, room=room).view(-1, *self.shapes[index])
-        left, right = self.factors(index, rows)
-        return left.unsqueeze(2) * right.unsqueeze(1)
+    def tensor(self, index: int, rows: slice = ALL) -> Tensor:
+        """Return the noise (R, *shape) of a parameter."""
+        factors = self.factors(index, rows)
+        if len(factors) == 2:
+            return factors[0].unsqueeze(2) * factors[1].unsqueeze(1)
+        return factors[0].view(-1, *self.shapes[index])
 
     def weighted_sum(self, coefficients: Tensor) -> Tensor:
         """Return `sum_r coefficients[r] * noise[r]`.
@@ -233,7 +231,7 @@ class RowNoise:
     def _summed(self, columns: Tensor, among: slice = ALL) -> Tensor:
         """Return (M, d) for (R, M) coefficients of some rows."""
         total = columns.new_zeros(columns.shape[1], sum(shape.numel() for shape in self.shapes))
-        start, room = among.start or 0, partial(Scratch().room, "run")
+        start, room = among.start or 0, _Scratch()
         for run, own in self._runs():
             part, first = total[:, own], run[0]
             if not self.is_rank_one(first):
@@ -265,7 +263,7 @@ class RowNoise:
 
     def dot(self, vectors: Tensor) -> Tensor:
         """Return the products (R, M) of every row's noise with vectors (M, d)."""
-        products, room = vectors.new_zeros(len(self), len(vectors)), partial(Scratch().room, "run")
+        products, room = vectors.new_zeros(len(self), len(vectors)), _Scratch()
         for run, own in self._runs():
             part, first = vectors[:, own], run[0]
             if not self.is_rank_one(first):

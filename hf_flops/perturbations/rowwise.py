@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import ParameterVector
-from .noise import ALL, NoiseKeys, RowNoise, Scratch, blocks, bytes_per_row, draw
+from .noise import ALL, NoiseKeys, RowNoise, blocks, bytes_per_row, draw
 from .rules import FACTORED, Noise, RowMismatch, linear, moved_linear
 from .sites import Site, find_sites
 
@@ -22,15 +22,14 @@ def _factored(site: Site, noise: RowNoise, index: int) -> bool:
     return noise.is_rank_one(index) and site.rule in FACTORED
 
 
-def _own(site: Site, noise: RowNoise, rows: slice, device: torch.device, scratch: Scratch | None = None) -> Noise:
-    """Return the noise of a site's parameters for some rows, as its rule wants it; in `scratch` until the next site's."""
+def _own(site: Site, noise: RowNoise, rows: slice, device: torch.device) -> Noise:
+    """Return the noise of a site's parameters for some rows, as its rule wants it."""
     own: Noise = {}
     for name, index in site.tensors.items():
         if _factored(site, noise, index):
             own[f"{name}.left"], own[f"{name}.right"] = (factor.to(device) for factor in noise.factors(index, rows))
         else:
-            room = None if scratch is None else partial(scratch.room, name)
-            own[name] = noise.tensor(index, rows, room).to(device)
+            own[name] = noise.tensor(index, rows).to(device)
     return own
 
 
@@ -104,11 +103,10 @@ def _fits(site: Site, noise: RowNoise) -> bool:
     return plain and "weight" in site.tensors and not noise.is_rank_one(site.tensors["weight"])
 
 
-def _replace(site: Site, noise: RowNoise, scale: float, fired: Callable[[], None], scratch: Scratch) -> Callable[[], None]:
+def _replace(site: Site, noise: RowNoise, scale: float, fired: Callable[[], None]) -> Callable[[], None]:
     """Let a linear layer compute with each row's own weights at once, and return what undoes it.
 
     One batched product instead of the layer's own and another for the noise: about what the layer costs without noise.
-    Noise and moved weights are in the same memory for every layer.
     """
     module: Any = site.module
     original, pieces = module.forward, list(blocks(len(noise), _width(site, noise)))
@@ -117,11 +115,8 @@ def _replace(site: Site, noise: RowNoise, scale: float, fired: Callable[[], None
         fired()
         if input.dtype != module.weight.dtype or torch.is_autocast_enabled(input.device.type):
             return _in_pieces(site, noise, scale, input, original(input))
-        weight = module.weight
-        again = weight.dtype == torch.float32 and weight.device.type == "cpu" and not torch.is_grad_enabled()
-        own_scratch, room = (scratch, partial(scratch.room, "moved")) if again else (None, None)
         results = [
-            moved_linear(module, own, _own(site, noise, piece, input.device, own_scratch), scale, room)
+            moved_linear(module, own, _own(site, noise, piece, input.device), scale)
             for own, piece in zip(_split(input, len(noise), pieces), pieces, strict=True)
         ]
         return results[0] if len(results) == 1 else torch.cat(results)
@@ -171,10 +166,9 @@ class RowwiseNoise:
         """See `Perturbation.applied`; counts in `fired`, by index of the parameter, how often its rule ran."""
         ran: Counter[int] = Counter() if fired is None else fired
         removers: list[Callable[[], None]] = []
-        replace = partial(_replace, scratch=Scratch())
         try:
             for site in self.sites:
-                install: Any = _patch if site.method else replace if _fits(site, noise) else _watch
+                install = _patch if site.method else _replace if _fits(site, noise) else _watch
                 removers.append(install(site, noise, scale, partial(ran.update, site.tensors.values())))
             yield
         finally:

@@ -14,8 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .noise import Room
-
 Noise = dict[str, Tensor]
 Rule = Callable[[Any, Tensor, Tensor, Noise, float], Tensor]
 
@@ -65,14 +63,10 @@ def linear(module: nn.Linear, x: Tensor, out: Tensor, noise: Noise, scale: float
     return _product(x, out, noise, False, scale)
 
 
-def moved_linear(module: nn.Linear, x: Tensor, noise: Noise, scale: float, room: Room | None = None) -> Tensor:
-    """Return what `nn.Linear` makes of x (R * m, .., in) where every row has weights of its own: (R * m, .., out).
-
-    The weights are made in `room`, if there is one.
-    """
-    rows, shift = by_row(x, noise, x.shape[-1]), noise["weight"].to(module.weight.dtype)
-    out = None if room is None else room(shift.numel()).view(shift.shape)
-    weight = torch.add(module.weight, shift, alpha=scale, out=out)
+def moved_linear(module: nn.Linear, x: Tensor, noise: Noise, scale: float) -> Tensor:
+    """Return what `nn.Linear` makes of x (R * m, .., in) where every row has weights of its own: (R * m, .., out)."""
+    rows = by_row(x, noise, x.shape[-1])
+    weight = torch.add(module.weight, noise["weight"].to(module.weight.dtype), alpha=scale)
     if weight.shape[1] < weight.shape[2]:  # batched products are faster where the long side of the weight is read along
         out = torch.bmm(weight, rows.transpose(1, 2)).transpose(1, 2)
     else:
