@@ -36,7 +36,7 @@ from hf_flops.perturbations import perturb
 from hf_flops.reuse import Reuse
 from hf_flops.rows import batch_size, take
 from hf_flops.selfcheck import choose_objective, choose_perturbation
-from hf_flops.setup import few_logits
+from hf_flops.setup import prepare_tap
 from recipes.assets import minilm, sentences, smollm2
 
 QUERIES = 16
@@ -132,10 +132,7 @@ class Case:
     def _ours(self, objective: Objective) -> Method:
         perturbation, notes = choose_perturbation(self.model, objective, self.forward, self.inputs)
         reuse, reason = choose_reuse(self.model, objective, self.forward, self.inputs, perturbation)
-        if type(objective) is TappedLoss:
-            objective.logits = few_logits(self.forward, self.inputs)
-        if isinstance(objective, TappedLoss):
-            objective.listen_late(self.model, self.forward, take(self.inputs, torch.tensor([0])))
+        prepare_tap(self.model, objective, self.forward, self.inputs, control=True)
         control = LogitJacobian() if getattr(objective, "logits", False) else None
         for note in [*notes, reason]:
             if note:

@@ -70,7 +70,7 @@ def main() -> None:
     found: dict[str, Any] = {"facts": facts, "grid": {f"lr {r:g}, epsilon {s:g}": mean for (r, s), mean in grid.items()}}
     for name, (rate, scale) in chosen.items():
         runs = [run(rate, scale, seed, "test") for seed in SEEDS]
-        ends = [float(np.mean([accuracy for *_, accuracy in own.curve[-2:]])) for own in runs]
+        ends = [own.end for own in runs]
         found[name] = {"rate": rate, "epsilon": scale, "accuracy": ends, "rows": runs[0].curve[-1][0]}
         print(f"{task.name:8} {name}: lr {rate:g}, epsilon {scale:.2g}: {np.mean(ends):.1%}", flush=True)
     Record(f"doctor_{options.task}", indent=1).keep(f"{options.rows} rows", found)

@@ -65,6 +65,11 @@ class Run:
         """Mean accuracy along the run."""
         return float(np.mean([accuracy for _, _, accuracy in self.curve[1:]]))
 
+    @property
+    def end(self) -> float:
+        """Mean accuracy of the last two evaluations."""
+        return float(np.mean([accuracy for _, _, accuracy in self.curve[-2:]]))
+
     def to(self, target: float) -> tuple[int, float] | None:
         """Return rows and seconds to the first point from which the mean of two evaluations is at the target or above."""
         for (rows, seconds, one), (_, _, two) in zip(self.curve, self.curve[1:] + self.curve[-1:], strict=True):

@@ -145,11 +145,8 @@ def prompts() -> LearningTask:
     rows = [row for part in parts.values() for row in Template(tokenizer, "{text} It was", 32).rows(part, tail=False)]
     found = tokenizer.pad([{"input_ids": row["input_ids"]} for row in rows], return_tensors="pt")
     data = {**found, "labels": torch.tensor([row["labels"] for row in rows])}
-    sizes = [len(part) for part in parts.values()]
-    splits = dict(zip(parts, ({} for _ in parts), strict=True))
-    for name, values in data.items():
-        for part, own in zip(parts, values.split(sizes), strict=True):
-            splits[part][name] = own
+    cut = {name: values.split([len(part) for part in parts.values()]) for name, values in data.items()}
+    splits = {part: {name: pieces[i] for name, pieces in cut.items()} for i, part in enumerate(parts)}
     first = SuffixPromptModel(base, 4, " The movie was", tokenizer, label_words=words)
     with torch.no_grad():
         whole = first._split(data["input_ids"], data["attention_mask"], None)

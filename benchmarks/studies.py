@@ -175,9 +175,8 @@ def measure(name: str, variant: Variant, task: LearningTask, rows: int, method: 
     grid = {rate: run(rate, 0, "validation").mean for rate in variant.rates}
     best = max(grid, key=lambda rate: grid[rate])
     runs = [run(best, seed, "test") for seed in SEEDS]
-    ends = [float(np.mean([accuracy for *_, accuracy in own.curve[-2:]])) for own in runs]
     size = sum(p.numel() for p in task.model(0).parameters() if p.requires_grad)
-    means = [own.mean for own in runs]
+    ends, means = [own.end for own in runs], [own.mean for own in runs]
     return {"rate": best, "grid": grid, "accuracy": ends, "means": means, "rows": runs[0].curve[-1][0], "size": size}
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .errors import ObjectiveError
 from .objectives import Forward, RowLosses
 from .rewards import Metric, answers
 
@@ -47,6 +48,10 @@ class MacroF1(Metric):
         _, outputs = forward(inputs)
         found, labels, classes = answers("MacroF1", outputs, inputs, self.words)
         found, labels = found.cpu(), labels.cpu()
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+            raise ObjectiveError(
+                f"MacroF1 needs labels from 0 to {classes - 1}, not {int(labels.min())} to {int(labels.max())}."
+            )
         worths = torch.eye(classes) if self.worths is None else self.worths
         return RowLosses(-worths[labels, found], torch.ones(len(found)), logits=F.one_hot(found, classes).float())
 

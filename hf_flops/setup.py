@@ -59,10 +59,8 @@ def set_up(
         if reason:
             logger.warning("The loss is taken for the batch as a whole, with shared noise: %s.", reason)
         objective = with_last_logits(model, objective, forward, inputs, precision)
-    if ours and args.control_variate != "none" and type(objective) is TappedLoss:
-        objective.logits = few_logits(forward, inputs)
-    if ours and isinstance(objective, TappedLoss):
-        objective.listen_late(model, forward, take(inputs, torch.tensor([0])))
+    if ours:
+        prepare_tap(model, objective, forward, inputs, control=args.control_variate != "none")
     head, probe = None, getattr(objective, "probe", objective)
     if perturbation is None:
         if ours and args.closed_form_head:
@@ -81,6 +79,16 @@ def set_up(
         return objective, perturbation, Reuse(), head
     reuse = late_expansion(args, model, probe, forward, inputs, perturbation, precision)
     return objective, perturbation, reuse, head
+
+
+def prepare_tap(
+    model: nn.Module, objective: Objective, forward: Forward, inputs: Mapping[str, Any], *, control: bool
+) -> None:
+    """Let a tap on the model's loss keep logits, if a control variate is wanted and they are few, and listen late."""
+    if control and type(objective) is TappedLoss:
+        objective.logits = few_logits(forward, inputs)
+    if isinstance(objective, TappedLoss):
+        objective.listen_late(model, forward, take(inputs, torch.tensor([0])))
 
 
 def few_logits(forward: Forward, inputs: Mapping[str, Any]) -> bool:

@@ -102,5 +102,7 @@ def test_neither_chunks_nor_the_order_of_samples_matter(tmp_path):
 
 
 def test_what_has_no_answer_for_each_row_is_refused():
+    with pytest.raises(ObjectiveError, match=r"MacroF1 needs labels from 0 to 3, not -100 to 1\."):
+        judged(torch.tensor([1, -100]), torch.tensor([1, 1]))
     with pytest.raises(ObjectiveError, match=r"MacroF1 needs logits \(R, classes\) and labels \(R,\)"):
         MacroF1()(lambda inputs: (None, SimpleNamespace(logits=torch.zeros(2, 3, 4))), {"labels": torch.zeros(2)})
