@@ -140,7 +140,7 @@ def train(
         "max_steps": steps,
         "learning_rate": run.rate,
         "seed": run.seed,
-        "lr_scheduler_type": "constant_with_warmup",
+        "lr_scheduler_type": task.schedule,
         "warmup_steps": 0.05,
         "save_strategy": "no",
         "logging_strategy": "no",

@@ -37,6 +37,7 @@ class LearningTask:
         budget: rows of a run.
         batch: samples of a step.
         scale: epsilon of every forward-only method; None for their default.
+        schedule: of every method's learning rate.
     """
 
     name: str
@@ -45,6 +46,7 @@ class LearningTask:
     budget: int
     batch: int = 32
     scale: float | None = None
+    schedule: str = "constant_with_warmup"
 
     @property
     def train(self) -> list[dict[str, Any]]:
@@ -160,7 +162,7 @@ def prompts() -> LearningTask:
         own._texts, own._packs = kept, first._packs
         return own
 
-    return LearningTask("prompts", model, splits, 16_000, batch=8, scale=1e-2)
+    return LearningTask("prompts", model, splits, 16_000, batch=8, scale=1e-2, schedule="linear")
 
 
 def digits() -> LearningTask:

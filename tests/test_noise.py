@@ -58,8 +58,16 @@ def test_signs_are_signs_and_take_a_bit_each(distribution):
     noise = draw(distribution, seeds(1, np.arange(5)), shapes((26, 100), (70,)))
     assert flat(noise).abs().eq(1).all()
     kept = draw(distribution, seeds(1, np.arange(5)), shapes((26, 100), (70,)), "meta").numbers.kept
-    assert noise.numbers.kept is None
-    assert kept.numel() <= 5 * ((26 * 100 + 70) / 8 + 3 * 8)
+    assert noise.numbers.kept.numel() == kept.numel() <= 5 * ((26 * 100 + 70) / 8 + 3 * 8)
+
+
+def test_many_bits_are_drawn_when_they_are_used_and_are_the_same(monkeypatch):
+    kept = draw("rademacher", seeds(1, np.arange(5)), shapes((26, 100), (70,)))
+    monkeypatch.setattr("hf_flops.perturbations.noise._PACKED", kept.numbers.kept.numel() - 1)
+    drawn = draw("rademacher", seeds(1, np.arange(5)), shapes((26, 100), (70,)))
+    assert drawn.numbers.kept is None
+    assert torch.equal(flat(drawn), flat(kept))
+    assert torch.equal(drawn.weighted_sum(torch.arange(5.0)), kept.weighted_sum(torch.arange(5.0)))
 
 
 def test_the_bits_of_signs_look_random_within_and_between_rows():

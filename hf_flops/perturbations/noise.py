@@ -22,6 +22,7 @@ SHARED_POSITION = 2**62  # no sample has this position: the stream of noise that
 ALL = slice(None)
 BLOCK = 2**18  # numbers of noise that are unpacked at a time: what a processor's cache holds
 _RUN, _WIDE = 2**13, 2**20  # of them for all parameters of a run, and at a time where they are only summed
+_PACKED = 2**20  # bytes of bits that are drawn at once and kept until their rows are done
 
 _SIGNS = torch.tensor([[1.0 - 2.0 * (byte >> bit & 1) for bit in range(8)] for byte in range(256)])  # of a byte's bits
 
@@ -98,7 +99,8 @@ class Numbers(Protocol):
 class Signs:
     """Signs +1 and -1, of one random bit each.
 
-    On the CPU the bits are drawn when a piece is used, and not kept; elsewhere they are drawn at once, and stay packed.
+    Up to a megabyte of bits, or any number elsewhere than on the CPU, is drawn at once and stays packed; more are drawn when
+    a piece is used, and not kept.
 
     Args:
         row_seeds: (R,) uint64.
@@ -111,7 +113,9 @@ class Signs:
     def __init__(self, row_seeds: np.ndarray, sizes: Sequence[int], device: torch.device | str = "cpu") -> None:
         self.row_seeds, self.sizes, self.signs = row_seeds, sizes, _SIGNS.to(device)
         self.starts = list(accumulate((-(-size // 64) for size in sizes), initial=0))  # words
-        self.kept = None if torch.device(device).type == "cpu" else self._bytes(0, self.starts[-1], ALL).to(device)
+        self.host = torch.device(device).type == "cpu"
+        drawn = self.host and 8 * self.starts[-1] * len(row_seeds) > _PACKED
+        self.kept = None if drawn else self._bytes(0, self.starts[-1], ALL).to(device)
 
     def __len__(self) -> int:
         return len(self.row_seeds)
@@ -125,7 +129,7 @@ class Signs:
         last = index if last is None else last
         start, stop = self.starts[index], self.starts[last + 1]
         own = self._bytes(start, stop, rows) if self.kept is None else self.kept[rows, 8 * start : 8 * stop]
-        out = None if room is None or self.kept is not None else room(8 * own.numel()).view(-1, 8)
+        out = room(8 * own.numel()).view(-1, 8) if room is not None and self.host else None
         signs = torch.index_select(self.signs, 0, own.int().flatten(), out=out)
         return signs.view(len(own), -1)[:, : sum(self.sizes[index : last + 1])]
 
@@ -253,28 +257,33 @@ class RowNoise:
         if not isinstance(self.numbers, Signs) or any(len(own) == 2 for own in self.layouts):
             return self.weighted_sum(coefficients).to(wide)
         digits, sums = cut(columns).float(), columns.shape[1]
-        used = digits.any(0).nonzero().flatten()  # coefficients below a half have no wholes
+        used = digits.any(0)  # coefficients below a half have no wholes
+        places = [own.nonzero().flatten() for own in used.split(sums)]
         total = columns.new_zeros(sums, sum(shape.numel() for shape in self.shapes), dtype=wide)
         for start in range(0, len(self), ROWS):
             rows = slice(start, start + ROWS)
-            for column, found in zip(used.tolist(), self._summed(digits[rows][:, used], rows), strict=True):
-                total[column % sums].add_(found, alpha=DIGIT ** (column // sums))
+            found = self._summed(digits[rows][:, used], rows).split([len(own) for own in places])
+            for digit, (own, part) in enumerate(zip(places, found, strict=True)):
+                for into, new in (
+                    [(total, part)] if len(own) == sums else zip((total[i] for i in own.tolist()), part, strict=True)
+                ):
+                    into.add_(new, alpha=DIGIT**digit)
         return total.view(*coefficients.shape[1:], -1)
 
     def dot(self, vectors: Tensor) -> Tensor:
         """Return the products (R, M) of every row's noise with vectors (M, d)."""
-        products, room = vectors.new_zeros(len(self), len(vectors)), _Scratch()
+        products, room = vectors.new_zeros(len(vectors), len(self)), _Scratch()  # twice as fast as its transpose
         for run, own in self._runs():
             part, first = vectors[:, own], run[0]
             if not self.is_rank_one(first):
                 for rows in blocks(len(self), part.shape[1], _WIDE):
-                    products[rows].addmm_(self._flat(run, rows, room), part.T)
+                    products[:, rows].addmm_(part, self._flat(run, rows, room).T)
                 continue
             for rows in blocks(len(self), sum(self.layouts[first])):
                 left, right = self.factors(first, rows)
                 matrices = part.view(-1, *self.shapes[first])
-                products[rows] += torch.stack([((left @ matrix) * right).sum(1) for matrix in matrices], 1)
-        return products
+                products[:, rows] += torch.stack([((left @ matrix) * right).sum(1) for matrix in matrices])
+        return products.T
 
     def _flat(self, run: range, rows: slice, room: Room) -> Tensor:
         """Return the noise (R, numbers) of a run of parameters, in `room` if it has to be unpacked."""
