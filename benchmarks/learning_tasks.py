@@ -136,7 +136,7 @@ class _KeptTexts(SuffixPromptModel):
 
 
 def prompts() -> LearningTask:
-    """SmolLM2-135M with four virtual tokens behind movie reviews; " terrible" or " great" is to follow.
+    """SmolLM2-135M with two virtual tokens behind movie reviews; " terrible" or " great" is to follow.
 
     All layers of a text are frozen whatever the method, so texts have run once, for all: rows cost the prompt.
     """
@@ -149,7 +149,7 @@ def prompts() -> LearningTask:
     data = {**found, "labels": torch.tensor([row["labels"] for row in rows])}
     cut = {name: values.split([len(part) for part in parts.values()]) for name, values in data.items()}
     splits = {part: {name: pieces[i] for name, pieces in cut.items()} for i, part in enumerate(parts)}
-    first = SuffixPromptModel(base, 4, " The movie was", tokenizer, label_words=words)
+    first = SuffixPromptModel(base, 2, " movie was", tokenizer, label_words=words)
     with torch.no_grad():
         whole = first._split(data["input_ids"], data["attention_mask"], None)
         kept = first._read(whole, whole.keys())
@@ -158,7 +158,7 @@ def prompts() -> LearningTask:
 
     def model(seed: int) -> nn.Module:
         set_seed(seed)
-        own = _KeptTexts(base, 4, " The movie was", tokenizer, label_words=words)
+        own = _KeptTexts(base, 2, " movie was", tokenizer, label_words=words)
         own._texts, own._packs = kept, first._packs
         return own
 
