@@ -46,8 +46,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return command.main(given.arguments)
     except FlopsError as error:
-        print(f"hf-flops {given.command}: {error}", file=sys.stderr)
-        return 1
+        reason = str(error)
+    except ModuleNotFoundError as error:
+        reason = f"{error.name} is not installed: pip install 'hf_flops[recipes]' brings all that the commands want."
+    print(f"hf-flops {given.command}: {reason}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

@@ -102,10 +102,10 @@ def continued(base: Any, texts: TextCache, packing: Packing, tokens: Tensor, kep
     single = packing.slots == 1
     outputs = run(
         base,
+        past,
         inputs_embeds=packing.pack(tokens),
         attention_mask=torch.cat([mask, packing.pack(kept)], 1) if single else packing.mask(mask, kept, tokens.dtype),
         position_ids=mask.sum(1, keepdim=True) + own.repeat(packing.slots),
-        past_key_values=past,
         use_cache=True,
         logits_to_keep=index,
     )

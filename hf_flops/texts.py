@@ -91,9 +91,10 @@ def split(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | Non
     return Split(input_ids.gather(1, last), text.gather(1, last).long(), input_ids.gather(1, first), targets)
 
 
-def run(model: nn.Module, **inputs: Any) -> Any:
-    """Call a model with those inputs that its forward has a name for: not every one takes `position_ids`."""
+def run(model: nn.Module, cache: DynamicCache, **inputs: Any) -> Any:
+    """Call a model on a cache, with those inputs that its forward has a name for: not every one takes `position_ids`."""
     names = inspect.signature(model.forward).parameters
+    inputs["cache" if "cache" in names else "past_key_values"] = cache  # transformers renamed it in 5.24
     return model(**{name: value for name, value in inputs.items() if name in names})
 
 
@@ -131,10 +132,10 @@ class TextCache:
             mask = torch.cat([mask, self.ending.kept], 1)
         found = run(
             base if self.ending is not None else base.base_model,  # without the head: nothing is predicted inside the text
+            self._cache,
             **own,
             attention_mask=mask,
             position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-            past_key_values=self._cache,
             use_cache=True,
         )
         if self.ending is not None:

@@ -49,6 +49,16 @@ def test_an_unknown_command_is_refused(capsys):
     assert "frobnicate" in capsys.readouterr().err
 
 
+def test_a_library_that_is_missing_is_named_with_what_brings_it(monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.split(".")[0] == "recipes"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    assert main(["compare", "--rows", "100"]) == 1
+    assert capsys.readouterr().err.strip() == (
+        "hf-flops compare: PIL is not installed: pip install 'hf_flops[recipes]' brings all that the commands want."
+    )
+
+
 @pytest.mark.parametrize("command", ["vit", "prompt", "align"])
 def test_help_of_a_recipe_shows_what_matters_and_no_more(command, capsys):
     def shown(option):
