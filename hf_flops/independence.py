@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Collection, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
@@ -168,6 +168,7 @@ def choose_reuse(
             _simplify(reuse, forward, few, cached)
             for _ in range(2):
                 if _agrees(reuse, objective, forward, inputs, perturbation, precision):
+                    reuse.unread = _unread(reuse, objective, forward, inputs, perturbation, precision)
                     return reuse, None
                 reuse = Reuse(modules)  # with all outputs: the objective may look at what the model does not return
         return Reuse(), "the losses of rows were not the same with it"
@@ -198,6 +199,17 @@ def _simplify(reuse: Reuse, forward: Forward, inputs: Mapping[str, Any], cached:
             reuse.find_derived(unnoticed)
 
 
+def _unread(reuse: Reuse, objective: Objective, forward: Forward, inputs: Mapping[str, Any], *rest: Any) -> frozenset[str]:
+    """Find inputs that no row needs: the losses are the same with NaN in their place."""
+    found: set[str] = set()
+    for name, value in inputs.items() if objective.per_row else ():
+        real = torch.is_tensor(value) and value.is_floating_point() and value.dim() > 1
+        with suppress(Exception):  # of whoever minds NaN
+            if real and _agrees(reuse, objective, forward, inputs, *rest, unread={*found, name}):
+                found.add(name)
+    return frozenset(found)
+
+
 def _agrees(
     reuse: Reuse,
     objective: Objective,
@@ -205,6 +217,8 @@ def _agrees(
     inputs: Mapping[str, Any],
     perturbation: Perturbation,
     precision: float,
+    *,
+    unread: Collection[str] = (),
 ) -> bool:
     """Compare row losses under noise with those of the plain forward, on three rows (the batch if it is one unit)."""
     samples = batch_size(inputs)
@@ -220,6 +234,7 @@ def _agrees(
     wanted = losses(forward)
     with reuse.installed():
         reuse.record(forward, inputs)
+        rows = take(inputs, owner, unread) if unread else rows
         found = losses(reuse.through(forward, rows, owner))
     tolerance = precision if precision > 1e-3 else 0.1 * precision
     size = float(wanted.nan_to_num(posinf=0.0, neginf=0.0).abs().max())

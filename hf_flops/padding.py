@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -75,21 +75,22 @@ class Feed:
         """How many columns the batch has without padding that none of it needs, 1 if unknown."""
         return self.window.stop - self.window.start
 
-    def of(self, owner: Tensor) -> tuple[dict[str, Any], int, slice | None]:
+    def of(self, owner: Tensor, unread: Collection[str] = ()) -> tuple[dict[str, Any], int, slice | None]:
         """Return the inputs of rows that repeat samples, how many columns they have, and which of the batch's these are.
 
         Args:
             owner: (R,) int64.
+            unread: names of inputs to which rows are given NaN, without memory, unless they are cut.
 
         Returns:
             The inputs, their number of columns (1 if unknown), and their place among those of `whole`, None for all.
         """
-        inputs = take(self.inputs, owner)
         if self.real is None:
-            return inputs, 1, None
+            return take(self.inputs, owner, unread), 1, None
         columns = window(self.real[owner], self.sides)
         start, stop = columns.start - self.window.start, columns.stop - self.window.start
         cut = None if stop - start == self.columns else slice(start, stop)
+        inputs = take(self.inputs, owner, unread if cut is None else ())
         return trim(inputs, columns), stop - start, cut
 
     def ordered(self, rows: Rows, *, within_groups: bool) -> Rows:

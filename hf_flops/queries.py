@@ -58,7 +58,8 @@ class Queries:
         """
         method = self.method
         owner = chunk.owner if method.objective.per_row else torch.arange(self.samples)
-        inputs, columns, cut = self.feed.of(owner) if method.objective.per_row else (self.feed.whole, 1, None)
+        unread = method.reuse.unread if method.reuse.complete else ()
+        inputs, columns, cut = self.feed.of(owner, unread) if method.objective.per_row else (self.feed.whole, 1, None)
         forward = method.reuse.through(self.forward, inputs, owner, cut)
         found: list[RowLosses] = []
         for sign in method.estimator.signs:

@@ -50,6 +50,7 @@ class Reuse:
     Attributes:
         unused: modules whose output is read by others of `modules` only; NaN is handed on in its place, without memory.
         derived: small modules whose output follows from those of others; see `find_derived`.
+        unread: inputs that nothing but `modules` reads: rows are given NaN in their place, without memory.
         narrow: whether recorded outputs may be cut where a chunk has less padding than the batch; None until it is known.
         remembers: whether outputs are kept from one step to the next.
     """
@@ -60,6 +61,7 @@ class Reuse:
         self.modules = dict(modules or {})
         self.unused: set[nn.Module] = set()
         self.derived: set[nn.Module] = set()
+        self.unread: frozenset[str] = frozenset()
         self.narrow: bool | None = None
         self._kept: dict[nn.Module, Output] = {}
         self._samples = self._columns = 0

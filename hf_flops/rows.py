@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -132,25 +132,28 @@ def misaligned(inputs: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def take(inputs: Mapping[str, Any], owner: Tensor) -> dict[str, Any]:
+def take(inputs: Mapping[str, Any], owner: Tensor, unread: Collection[str] = ()) -> dict[str, Any]:
     """Repeat each sample of a batch for the rows that it owns.
 
     Args:
         inputs: the batch; tensors (B, ...), lists of B entries, or scalars that all samples share.
         owner: (R,) int64.
+        unread: names of tensors of real numbers in place of which rows are given NaN, which takes no memory.
 
     Returns:
         The inputs of a forward pass of R rows.
     """
 
-    def repeat(value: Any) -> Any:
+    def repeat(name: str, value: Any) -> Any:
+        if name in unread:
+            return value.new_full((), float("nan")).expand(len(owner), *value.shape[1:])
         if torch.is_tensor(value) and value.dim() > 0:
             return value.index_select(0, owner.to(value.device))
         if isinstance(value, (list, tuple)):
             return [value[i] for i in owner.tolist()]
         return value
 
-    return {name: repeat(value) for name, value in inputs.items()}
+    return {name: repeat(name, value) for name, value in inputs.items()}
 
 
 @dataclass(frozen=True)

@@ -393,6 +393,32 @@ def test_models_with_unusual_layers_fall_back(flaw, skipped):
         assert_same(method, reuse, model, inputs, forward)
 
 
+@pytest.mark.parametrize("estimator", ["one_sided", "antithetic"])
+def test_rows_get_no_pixels_where_only_the_lower_modules_read_them(estimator):
+    model, inputs = adapted("vit", lora("vit")), tiny_batch("vit", SAMPLES)
+    given = []
+    model.register_forward_pre_hook(lambda module, args, kwargs: given.append(kwargs["pixel_values"]), with_kwargs=True)
+    reusing = assert_same_estimates(model, inputs, method_for(model, estimator=estimator))
+    assert reusing.reuse.unread == {"pixel_values"}
+    given.clear()
+    result, _ = estimate(reusing, model, inputs)
+    batch, *rows = given
+    assert batch.equal(inputs["pixel_values"])
+    assert all(pixels.isnan().all() and not any(pixels.stride()) for pixels in rows)
+    assert sum(map(len, given)) == result.rows
+
+
+def test_an_objective_may_read_the_pixels():
+    model, inputs = adapted("vit", lora("vit")), tiny_batch("vit", SAMPLES)
+
+    def brightness(outputs, inputs):
+        return outputs.logits[:, 0] * inputs["pixel_values"].mean((1, 2, 3))
+
+    reusing = assert_same_estimates(model, inputs, method_for(model, CallableObjective(brightness)))
+    assert reusing.reuse.modules
+    assert not reusing.reuse.unread
+
+
 def test_an_objective_may_look_inside_the_model():
     model, inputs, forward = stacked(None)
     caught = []
