@@ -33,8 +33,8 @@ class ControlVariate(Protocol):
         """
         ...
 
-    def finish(self, prediction: Prediction) -> None:
-        """Take in what a finished batch taught, to be used from the next step on."""
+    def finish(self, innovation: Tensor, sums: Tensor) -> None:
+        """Take in what a finished batch taught, as `Prediction.taught` tells it, to be used from the next step on."""
         ...
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -62,9 +62,8 @@ class Prediction:
 
     def __init__(self, jacobian: Tensor, slopes: Tensor, logits: Tensor, trust: float, basis: Tensor) -> None:
         self.jacobian, self.slopes, self.logits, self.trust, self.basis = jacobian, slopes, logits, trust, basis
-        self.innovation = torch.zeros_like(
-            jacobian, dtype=accumulator(jacobian.device)
-        )  # sum over rows of (change - J z) z^T
+        # The sum over rows of (change - J z) z^T in multiples of DIGIT: whole numbers, half as wide as long as they fit.
+        self._innovation, self._most = torch.zeros_like(jacobian, dtype=torch.int32), 0.0
         self.sums = torch.zeros(4, dtype=torch.float64)  # rows; squared errors; delta x prediction; squared predictions
 
     def remainder(self, noise: RowNoise, owner: Tensor, deltas: Tensor, changes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,8 +86,16 @@ class Prediction:
 
     def add(self, innovation: Tensor, sums: Tensor) -> None:
         """Take in what rows taught: `sum error z^T` (M, d), and the sums from `remainder`."""
-        self.innovation += innovation
+        low, high = innovation.aminmax()
+        self._most += float(torch.maximum(high, -low)) / DIGIT
+        if self._most >= 2**31 - 2**10:
+            self._innovation = self._innovation.to(accumulator(self._innovation.device))
+        self._innovation += (innovation / DIGIT).round_().to(self._innovation.dtype)
         self.sums += sums
+
+    def taught(self) -> tuple[Tensor, Tensor]:
+        """Return `sum error z^T` (M, d) and the sums of all rows that were added."""
+        return self._innovation.to(accumulator(self._innovation.device)) * DIGIT, self.sums
 
     def baseline(self, weights: Tensor) -> Tensor:
         """Return `sum_i weights[i] h_i` (d,), to be added to an estimate whose rows have that weight (B,) in all."""
@@ -141,10 +148,10 @@ class LogitJacobian:
         self.jacobian = torch.zeros(self._basis.shape[1], size)
         self._unknown, self._use = -1.0, torch.zeros(2, dtype=torch.float64)
 
-    def finish(self, prediction: Prediction) -> None:
+    def finish(self, innovation: Tensor, sums: Tensor) -> None:
         """See `ControlVariate.finish`."""
-        seen, before = (prediction.innovation, prediction.sums), self._waiting
-        self._waiting = seen if before is None else (before[0] + seen[0], before[1] + seen[1])
+        before = self._waiting
+        self._waiting = (innovation, sums) if before is None else (before[0] + innovation, before[1] + sums)
 
     def _learn(self) -> None:
         """Bring the Jacobian up to date with the step that is over."""

@@ -135,7 +135,7 @@ class Step:
         method, exact, prediction = self.method, torch.zeros(1), self.prediction
         if method.head is not None and self.found is not None:
             exact = method.head.gradient(self.found.head_inputs, self.found.own, self.found.losses) / normalizer
-        taught = [] if prediction is None else [prediction.innovation, prediction.sums]
+        taught = [] if prediction is None else prediction.taught()
         settled = self.exchange.settle([update, exact, *taught], last=last)
         if settled is None:
             return None
@@ -144,8 +144,7 @@ class Step:
         if method.head is not None:
             method.head.vector.add_to_gradients(exact)
         if prediction is not None and method.control is not None:
-            prediction.innovation, prediction.sums = taught
-            method.control.finish(prediction)
+            method.control.finish(*taught)
         return update, exact
 
     def _features(self) -> Features:

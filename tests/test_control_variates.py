@@ -49,7 +49,7 @@ class Wrong(LogitJacobian):
         wrong = 0.3 * torch.randn(CLASSES, size, generator=generator(3))
         return Prediction(wrong, slopes, logits, 1.3, torch.eye(CLASSES))
 
-    def finish(self, prediction):
+    def finish(self, innovation, sums):
         """Learn nothing."""
 
 
@@ -183,3 +183,15 @@ def test_products_and_sums_of_noise_are_those_of_its_rows(distribution, shapes, 
     assert torch.allclose(noise.dot(vectors), dense @ vectors.T, atol=1e-4)
     assert torch.allclose(noise.weighted_sum(coefficients), coefficients.T @ dense, atol=1e-4)
     assert torch.allclose(noise.weighted_sum(coefficients[:, 0]), coefficients[:, 0] @ dense, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [1.0, 3e4])
+def test_what_rows_taught_adds_up_exactly(size):
+    parts = [(size * torch.randn(2, 50, generator=generator(i)).double() * 2**15).round() / 2**15 for i in range(6)]
+    prediction = Prediction(torch.zeros(2, 50), torch.ones(3, 2), torch.ones(3, 2), 1.0, torch.eye(2))
+    for part in parts:
+        prediction.add(part, torch.ones(4).double())
+    assert prediction._innovation.is_floating_point() == (size > 1)
+    found, sums = prediction.taught()
+    assert found.equal(sum(parts))
+    assert sums.equal(torch.full((4,), 6.0).double())
