@@ -5,8 +5,9 @@ doctor's suggestion are then run with other seeds and judged on the test split. 
 nothing is tuned afterwards.
 
     python benchmarks/doctor.py --task digits
+    python benchmarks/doctor.py --task fashion
     python benchmarks/doctor.py --task reviews
-    python benchmarks/doctor.py --task prompts --rows 8000
+    python benchmarks/doctor.py --task reviews --again --seeds 1 2 3 4 5 6 7 8
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ from learning_tasks import TASKS, LearningTask
 from hf_flops import FlopsTrainingArguments, doctor
 
 EPSILONS = [1e-4, 1e-3, 1e-2]
-SEEDS = [1, 2, 3]
 
 
 def suggested(task: LearningTask, queries: int) -> dict[str, Any]:
@@ -51,11 +51,15 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=26_000)
     parser.add_argument("--queries", type=int, default=4, help="rows of a sample")
     parser.add_argument("--points", type=int, default=8, help="evaluations of a run")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--again", action="store_true", help="take the grid and the facts of an earlier run")
     parser.add_argument("--only_doctor", action="store_true", help="print what it suggests, and run nothing")
     options = parser.parse_args()
     quiet()
     task = TASKS[options.task]()
-    facts = suggested(task, options.queries)
+    record, name = Record(f"doctor_{options.task}", indent=1), f"{options.rows} rows"
+    before = record.entries[name] if options.again else None
+    facts = before["facts"] if before else suggested(task, options.queries)
     print({name: value if value is None else float(f"{value:.3g}") for name, value in facts.items()}, flush=True)
     if options.only_doctor:
         return
@@ -64,16 +68,20 @@ def main() -> None:
         own = replace(task, scale=scale)
         return train("flops", own, Run(rate, options.queries, seed), options.rows, part, options.points)
 
-    grid = {(rate, scale): run(rate, scale, 0, "validation").mean for scale in EPSILONS for rate in GRID}
-    chosen = {"best of the grid": max(grid, key=lambda pair: grid[pair])}
-    chosen["doctor"] = facts["learning_rate"], facts["epsilon"]
-    found: dict[str, Any] = {"facts": facts, "grid": {f"lr {r:g}, epsilon {s:g}": mean for (r, s), mean in grid.items()}}
-    for name, (rate, scale) in chosen.items():
-        runs = [run(rate, scale, seed, "test") for seed in SEEDS]
+    if before:
+        grid = before["grid"]
+        best = before["best of the grid"]["rate"], before["best of the grid"]["epsilon"]
+    else:
+        means = {(rate, scale): run(rate, scale, 0, "validation").mean for scale in EPSILONS for rate in GRID}
+        grid = {f"lr {rate:g}, epsilon {scale:g}": mean for (rate, scale), mean in means.items()}
+        best = max(means, key=lambda pair: means[pair])
+    found: dict[str, Any] = {"facts": facts, "grid": grid}
+    for who, (rate, scale) in {"best of the grid": best, "doctor": (facts["learning_rate"], facts["epsilon"])}.items():
+        runs = [run(rate, scale, seed, "test") for seed in options.seeds]
         ends = [own.end for own in runs]
-        found[name] = {"rate": rate, "epsilon": scale, "accuracy": ends, "rows": runs[0].curve[-1][0]}
-        print(f"{task.name:8} {name}: lr {rate:g}, epsilon {scale:.2g}: {np.mean(ends):.1%}", flush=True)
-    Record(f"doctor_{options.task}", indent=1).keep(f"{options.rows} rows", found)
+        found[who] = {"rate": rate, "epsilon": scale, "accuracy": ends, "rows": runs[0].curve[-1][0]}
+        print(f"{task.name:8} {who}: lr {rate:g}, epsilon {scale:.2g}: {np.mean(ends):.1%}", flush=True)
+    record.keep(name, found)
 
 
 if __name__ == "__main__":
