@@ -257,17 +257,12 @@ class RowNoise:
         if not isinstance(self.numbers, Signs) or any(len(own) == 2 for own in self.layouts):
             return self.weighted_sum(coefficients).to(wide)
         digits, sums = cut(columns).float(), columns.shape[1]
-        used = digits.any(0)  # coefficients below a half have no wholes
-        places = [own.nonzero().flatten() for own in used.split(sums)]
+        used = digits.any(0).nonzero().flatten()  # coefficients below a half have no wholes
         total = columns.new_zeros(sums, sum(shape.numel() for shape in self.shapes), dtype=wide)
         for start in range(0, len(self), ROWS):
             rows = slice(start, start + ROWS)
-            found = self._summed(digits[rows][:, used], rows).split([len(own) for own in places])
-            for digit, (own, part) in enumerate(zip(places, found, strict=True)):
-                for into, new in (
-                    [(total, part)] if len(own) == sums else zip((total[i] for i in own.tolist()), part, strict=True)
-                ):
-                    into.add_(new, alpha=DIGIT**digit)
+            for column, found in zip(used.tolist(), self._summed(digits[rows][:, used], rows), strict=True):
+                total[column % sums].add_(found, alpha=DIGIT ** (column // sums))
         return total.view(*coefficients.shape[1:], -1)
 
     def dot(self, vectors: Tensor) -> Tensor:
