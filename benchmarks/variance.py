@@ -1,20 +1,24 @@
-"""Variance of one step's estimate on MiniLM, parameters fixed after 150 steps of backprop: ours, its parts, MeZO.
+"""Variance of one step's estimate, parameters fixed after some steps of backprop: ours, its parts, MeZO.
 
-The adapter is LoRA's B matrices in the last two layers and a new head. For batches that come after, the gradient by backprop
-and estimates from real forwards at equal rows (16 per sample, the clean one included) are compared:
+On MiniLM the adapter is LoRA's B matrices in the last two layers and a new head, after 150 steps with batches of 32; `--task
+prompts` takes the prompt of SmolLM2 from learning.py, after 90 steps with batches of 8. For batches that come after, the
+gradient by backprop and estimates from real forwards at equal rows (16 per sample, the clean one included) are compared:
 `sum ||estimate - gradient||^2 / sum ||gradient||^2`. What learns from past steps learns on other batches before.
 
     python benchmarks/variance.py
+    python benchmarks/variance.py --task prompts --warm 30
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from learning_tasks import prompts  # isort: skip
 from records import Record, quiet  # isort: skip
 from tasks import reviews  # isort: skip
 
@@ -27,7 +31,7 @@ from hf_flops.independence import choose_reuse
 from hf_flops.objectives import TappedLoss
 from hf_flops.perturbations import perturb
 
-QUERIES, BATCH, STEPS = 16, 32, 150
+QUERIES = 16
 OPTIONS: dict[str, dict[str, bool]] = {
     "flops": {},
     "no control variate": {"control": False},
@@ -94,20 +98,39 @@ def measure(model: nn.Module, method: Method, warm: list[Any], batches: list[Any
     return {"variance": error / size, "rows": rows / len(batches)}
 
 
+def minilm() -> tuple[nn.Module, Iterator[Any], float, int]:
+    """Return the model, its batches, the learning rate of backprop, and how many steps it takes."""
+    task = reviews(0, layers_to_transform=[4, 5])
+    for name, parameter in task.model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and "lora_A" not in name)
+    return task.model, task.batches(0, 32), task.learning_rate, 150
+
+
+def smollm2_prompt() -> tuple[nn.Module, Iterator[Any], float, int]:
+    """Return what `minilm` does."""
+    task = prompts()
+    data, draw = task.splits["train"], torch.Generator().manual_seed(0)
+
+    def batches() -> Iterator[Any]:
+        while True:
+            index = torch.randperm(len(data["labels"]), generator=draw)[: task.batch]
+            yield {name: value[index] for name, value in data.items()}, tuple(index.tolist())
+
+    return task.model(0).eval(), batches(), 0.03, 90
+
+
 def main() -> None:
     """Measure, print, and write results/variance.json."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--task", choices=["minilm", "prompts"], default="minilm")
     parser.add_argument("--warm", type=int, default=60)
     parser.add_argument("--batches", type=int, default=12)
     options = parser.parse_args()
     quiet()
-    task = reviews(0, layers_to_transform=[4, 5])
-    model, record = task.model, Record("variance")
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(parameter.requires_grad and "lora_A" not in name)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], task.learning_rate)
-    stream = task.batches(0, BATCH)
-    for _ in range(STEPS):
+    model, stream, rate, steps = minilm() if options.task == "minilm" else smollm2_prompt()
+    record = Record("variance" if options.task == "minilm" else f"variance_{options.task}")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], rate)
+    for _ in range(steps):
         model.zero_grad()
         model(**next(stream)[0]).loss.backward()
         optimizer.step()
@@ -115,6 +138,8 @@ def main() -> None:
     with torch.no_grad():
         methods = {name: ours(model, warm[0][0], **without) for name, without in OPTIONS.items()}
         methods["mezo"] = mezo(model, warm[0][0])
+    if methods["flops"].head is None:
+        del methods["noise on the head"]
     dimension = sum(p.numel() for p in model.parameters() if p.requires_grad)
     for name, method in reversed(methods.items()):
         learns = method.control is not None or isinstance(method.allocator, Optimal)
