@@ -22,7 +22,7 @@ from learning_tasks import prompts  # isort: skip
 from records import Record, quiet  # isort: skip
 from tasks import reviews  # isort: skip
 
-from hf_flops import Method, Place, estimate_gradient
+from hf_flops import Method, Place, SuffixPromptModel, estimate_gradient
 from hf_flops.allocators import Optimal, Uniform
 from hf_flops.control_variates import LogitJacobian
 from hf_flops.estimators import Antithetic, OneSided
@@ -30,6 +30,7 @@ from hf_flops.heads import find_head
 from hf_flops.independence import choose_reuse
 from hf_flops.objectives import TappedLoss
 from hf_flops.perturbations import perturb
+from hf_flops.reuse import Reuse
 
 QUERIES = 16
 OPTIONS: dict[str, dict[str, bool]] = {
@@ -60,8 +61,7 @@ def ours(
     known = set(found.vector.names) if found is not None else set()
     names = [name for name, p in model.named_parameters() if p.requires_grad and name not in known]
     perturbation = perturb(model, rowwise=names)
-    reuse, reason = choose_reuse(model, objective, forward, inputs, perturbation)
-    assert reason is None, reason
+    reuse = reuse_of(model, objective, inputs, perturbation)
     allocator = Optimal() if optimal else Uniform()
     variate = LogitJacobian() if control else None
     return Method(
@@ -69,11 +69,20 @@ def ours(
     )
 
 
+def reuse_of(model: nn.Module, objective: Any, inputs: Any, perturbation: Any) -> Reuse:
+    """Return what runs once per sample; a prompt behind texts that have run shares all there is to share."""
+    if isinstance(model, SuffixPromptModel):
+        return Reuse()
+    reuse, reason = choose_reuse(model, objective, forward_of(model), inputs, perturbation)
+    assert reason is None, reason
+    return reuse
+
+
 def mezo(model: nn.Module, inputs: Any, rows: int = 64) -> Method:
     """Build the MeZO preset."""
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     perturbation = perturb(model, shared=names, distribution="gaussian")
-    reuse, _ = choose_reuse(model, TappedLoss(), forward_of(model), inputs, perturbation)
+    reuse = reuse_of(model, TappedLoss(), inputs, perturbation)
     return Method(TappedLoss(), perturbation, Antithetic(), Uniform(), QUERIES, 1e-3, rows, reuse=reuse)
 
 
