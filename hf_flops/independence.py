@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -168,7 +168,6 @@ def choose_reuse(
             _simplify(reuse, forward, few, cached)
             for _ in range(2):
                 if _agrees(reuse, objective, forward, inputs, perturbation, precision):
-                    reuse.unread = _unread(reuse, objective, forward, inputs, perturbation, precision)
                     return reuse, None
                 reuse = Reuse(modules)  # with all outputs: the objective may look at what the model does not return
         return Reuse(), "the losses of rows were not the same with it"
@@ -199,17 +198,6 @@ def _simplify(reuse: Reuse, forward: Forward, inputs: Mapping[str, Any], cached:
             reuse.find_derived(unnoticed)
 
 
-def _unread(reuse: Reuse, objective: Objective, forward: Forward, inputs: Mapping[str, Any], *rest: Any) -> frozenset[str]:
-    """Find inputs that no row needs: the losses are the same with NaN in their place."""
-    found: set[str] = set()
-    for name, value in inputs.items() if objective.per_row else ():
-        real = torch.is_tensor(value) and value.is_floating_point() and value.dim() > 1
-        with suppress(Exception):  # of whoever minds NaN
-            if real and _agrees(reuse, objective, forward, inputs, *rest, unread={*found, name}):
-                found.add(name)
-    return frozenset(found)
-
-
 def _agrees(
     reuse: Reuse,
     objective: Objective,
@@ -217,25 +205,35 @@ def _agrees(
     inputs: Mapping[str, Any],
     perturbation: Perturbation,
     precision: float,
-    *,
-    unread: Collection[str] = (),
 ) -> bool:
-    """Compare row losses under noise with those of the plain forward, on three rows (the batch if it is one unit)."""
+    """Compare row losses under noise with those of the plain forward, on three rows (the batch if it is one unit).
+
+    Inputs with NaN in place of which they still are the same become `reuse.unread`: all of real numbers, or one of them.
+    """
     samples = batch_size(inputs)
     owner = torch.tensor([samples - 1, 0, samples - 1]) if objective.per_row else torch.arange(samples)
-    rows = take(inputs, owner) if objective.per_row else inputs
     units = torch.arange(3 if objective.per_row else 1)
     noise = perturbation.draw(NoiseKeys.of(_CHECK_SEED, 1, units, units, 0))
+    tolerance = precision if precision > 1e-3 else 0.1 * precision
 
-    def losses(run: Call) -> Tensor:
+    def losses(run: Callable[[Any], Call], unread: Collection[str] = ()) -> Tensor:
+        rows = take(inputs, owner, unread) if objective.per_row else inputs
         with perturbation.applied(noise, _SCALE):
-            return objective(run, rows).sums
+            return objective(run(rows), rows).sums
 
-    wanted = losses(forward)
+    def same(unread: Collection[str] = ()) -> bool:
+        found = losses(lambda rows: reuse.through(forward, rows, owner), unread)
+        return torch.allclose(found, wanted, rtol=tolerance, atol=tolerance * size, equal_nan=True)
+
+    wanted = losses(lambda rows: forward)
+    size = float(wanted.nan_to_num(posinf=0.0, neginf=0.0).abs().max())
+    tensors = {name: value for name, value in inputs.items() if torch.is_tensor(value) and objective.per_row}
+    real = {name for name, value in tensors.items() if value.is_floating_point() and value.dim() > 1}
     with reuse.installed():
         reuse.record(forward, inputs)
-        rows = take(inputs, owner, unread) if unread else rows
-        found = losses(reuse.through(forward, rows, owner))
-    tolerance = precision if precision > 1e-3 else 0.1 * precision
-    size = float(wanted.nan_to_num(posinf=0.0, neginf=0.0).abs().max())
-    return torch.allclose(found, wanted, rtol=tolerance, atol=tolerance * size, equal_nan=True)
+        for unread in [real] * bool(real) + [{name} for name in sorted(real) if len(real) > 1]:
+            with suppress(Exception):  # of whoever minds NaN
+                if same(unread):
+                    reuse.unread = frozenset(unread)
+                    return True
+        return same()
