@@ -49,6 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
         reason = str(error)
     except ModuleNotFoundError as error:
         reason = f"{error.name} is not installed: pip install 'hf_flops[recipes]' brings all that the commands want."
+    except ImportError as error:  # of the library's own, which names the extra
+        reason = str(error)
     print(f"hf-flops {given.command}: {reason}", file=sys.stderr)
     return 1
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -216,22 +216,25 @@ def _agrees(
     noise = perturbation.draw(NoiseKeys.of(_CHECK_SEED, 1, units, units, 0))
     tolerance = precision if precision > 1e-3 else 0.1 * precision
 
-    def losses(run: Callable[[Any], Call], unread: Collection[str] = ()) -> Tensor:
-        rows = take(inputs, owner, unread) if objective.per_row else inputs
+    def losses(run: Call, rows: Mapping[str, Any]) -> Tensor:
         with perturbation.applied(noise, _SCALE):
-            return objective(run(rows), rows).sums
+            return objective(run, rows).sums
 
     def same(unread: Collection[str] = ()) -> bool:
-        found = losses(lambda rows: reuse.through(forward, rows, owner), unread)
+        rows = take(inputs, owner, unread) if objective.per_row else inputs
+        found = losses(reuse.through(forward, rows, owner), rows)
         return torch.allclose(found, wanted, rtol=tolerance, atol=tolerance * size, equal_nan=True)
 
-    wanted = losses(lambda rows: forward)
+    wanted = losses(forward, take(inputs, owner) if objective.per_row else inputs)
     size = float(wanted.nan_to_num(posinf=0.0, neginf=0.0).abs().max())
-    tensors = {name: value for name, value in inputs.items() if torch.is_tensor(value) and objective.per_row}
-    real = {name for name, value in tensors.items() if value.is_floating_point() and value.dim() > 1}
+    choices: list[set[str]] = []
+    if objective.per_row and bool(wanted.isfinite().all()):  # a loss that is NaN anyway would not show what is read
+        tensors = {name: value for name, value in inputs.items() if torch.is_tensor(value)}
+        real = {name for name, value in tensors.items() if value.is_floating_point() and value.dim() > 1}
+        choices = [real, *({name} for name in sorted(real))] if len(real) > 1 else [real] * len(real)
     with reuse.installed():
         reuse.record(forward, inputs)
-        for unread in [real] * bool(real) + [{name} for name in sorted(real) if len(real) > 1]:
+        for unread in choices:
             with suppress(Exception):  # of whoever minds NaN
                 if same(unread):
                     reuse.unread = frozenset(unread)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from .rows import batch_size, take
+from .rows import batch_size, hollow, take
 
 Call = Callable[..., Any]
 Output = tuple[list[Any], TreeSpec]
@@ -244,5 +244,5 @@ def _clone(leaf: Any) -> Any:
 def _hollow(leaf: Any) -> Any:
     """Return NaN in the shape of a tensor, without its memory; whole numbers know no NaN, they are copied."""
     if torch.is_tensor(leaf) and leaf.is_floating_point():
-        return leaf.new_full((), float("nan")).expand(leaf.shape)
+        return hollow(leaf, leaf.shape)
     return _clone(leaf)

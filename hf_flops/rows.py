@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -132,6 +132,11 @@ def misaligned(inputs: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def hollow(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return NaN of a tensor's dtype and device, in a shape, without its memory."""
+    return like.new_full((), float("nan")).expand(*shape)
+
+
 def take(inputs: Mapping[str, Any], owner: Tensor, unread: Collection[str] = ()) -> dict[str, Any]:
     """Repeat each sample of a batch for the rows that it owns.
 
@@ -146,7 +151,7 @@ def take(inputs: Mapping[str, Any], owner: Tensor, unread: Collection[str] = ())
 
     def repeat(name: str, value: Any) -> Any:
         if name in unread:
-            return value.new_full((), float("nan")).expand(len(owner), *value.shape[1:])
+            return hollow(value, (len(owner), *value.shape[1:]))
         if torch.is_tensor(value) and value.dim() > 0:
             return value.index_select(0, owner.to(value.device))
         if isinstance(value, (list, tuple)):

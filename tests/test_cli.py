@@ -59,6 +59,14 @@ def test_a_library_that_is_missing_is_named_with_what_brings_it(monkeypatch, cap
     )
 
 
+def test_pictures_without_matplotlib_end_in_a_sentence(monkeypatch, tmp_path, capsys):
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": HISTORY}))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["plot", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.strip() == "hf-flops plot: Pictures need matplotlib: pip install 'hf_flops[plots]'."
+
+
 @pytest.mark.parametrize("command", ["vit", "prompt", "align"])
 def test_help_of_a_recipe_shows_what_matters_and_no_more(command, capsys):
     def shown(option):
