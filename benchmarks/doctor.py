@@ -52,14 +52,16 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=4, help="rows of a sample")
     parser.add_argument("--points", type=int, default=8, help="evaluations of a run")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--again", action="store_true", help="take the grid and the facts of an earlier run")
+    parser.add_argument("--again", action="store_true", help="take the grid of an earlier run")
     parser.add_argument("--only_doctor", action="store_true", help="print what it suggests, and run nothing")
     options = parser.parse_args()
     quiet()
     task = TASKS[options.task]()
     record, name = Record(f"doctor_{options.task}", indent=1), f"{options.rows} rows"
-    before = record.entries[name] if options.again else None
-    facts = before["facts"] if before else suggested(task, options.queries)
+    before = record.entries.get(name) if options.again else None
+    if options.again and before is None:
+        parser.error(f"--again: no earlier run of {options.task} with {name} is in benchmarks/results: run without it first.")
+    facts = suggested(task, options.queries)
     print({name: value if value is None else float(f"{value:.3g}") for name, value in facts.items()}, flush=True)
     if options.only_doctor:
         return

@@ -17,13 +17,16 @@ from transformers.trainer_callback import PrinterCallback
 from .args import FlopsTrainingArguments
 from .auto_queries import AutoQueries
 from .calibration import Calibration, calibrate, in_steps
+from .learning_rate import RateSearch
 from .memory import PeakMemory
 from .method import Method
 from .perturbations import ActivationNoise, ParameterVector
 from .selfcheck import precision_of
 from .throwaway import copied, generators_kept, listening
 from .trainer import FlopsTrainer
+from .trial_rate import JUDGES, LONGEST, PlannedSearch, some_of
 
+_OF_A_RUN = 2.0  # the best rate of a run over that of a few steps
 _QUIET: dict[str, Any] = {
     "max_queries": None,
     "num_train_epochs": 1e6,
@@ -123,7 +126,8 @@ def doctor(
         train_dataset: a few batches of data as for training.
         args: as for training; by default 4 rows for each of 32 samples. Its `learning_rate` is where the search starts.
         peft_config: a PEFT configuration to wrap the copy with.
-        steps: optimizer steps of the trial, 2 or more.
+        steps: optimizer steps of the trial, 2 or more; up to four times as many are taken where no rate shows that it is
+            better than standing still.
         target: signal to noise to predict the steps for.
         kwargs: what else `FlopsTrainer` takes: an objective, a collator, ...
 
@@ -135,7 +139,8 @@ def doctor(
             args = FlopsTrainingArguments(folder, per_device_train_batch_size=32, queries_per_sample=4, report_to="none")
         queries = 4 if args.queries_per_sample == "auto" else args.queries_per_sample
         changes = {**_QUIET, "output_dir": folder, "queries_per_sample": queries}
-        trial = replace(args, max_steps=max(2, steps), **changes)
+        changes["per_device_eval_batch_size"] = args.per_device_train_batch_size
+        trial = replace(args, max_steps=LONGEST * max(2, steps) + 1, **changes)
         trainer = _Trial(copied(model, peft_config), trial, train_dataset=train_dataset, **kwargs)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
@@ -151,19 +156,27 @@ class _Trial(FlopsTrainer):
         self.method: Method | None = None
         self.auto, self.speeds, self.found = AutoQueries(), list[float](), list[tuple[float, float]]()
         self.megabytes = math.nan
+        self._last: int | None = None  # the step that ends the trial
         self.calibration = Calibration(None, 0.0, 0)
         super().__init__(*args, **kwargs)
 
-    def _complete_method(self, model: nn.Module, forward: Any, inputs: Any) -> Method:
-        self.method = super()._complete_method(model, forward, inputs)
-        if self.state.global_step == self.args.max_steps - 2:  # a new head hides the adapter at the first step
-            self.calibration = calibrate(forward, inputs, self.method, self._seed())
-        return self.method
+    def _new_search(self) -> RateSearch:
+        loader = self.get_test_dataloader(some_of(self.train_dataset, JUDGES))
+        self._judges = [self._prepare_inputs(batch) for batch in loader]
+        return PlannedSearch(self.args.max_steps // LONGEST)
+
+    def _search_rate(self, forward: Any, inputs: Any, method: Method) -> None:
+        super()._search_rate(forward, inputs, method)
+        self.method = method
+        if self._last is None and self._rate.settled:  # type: ignore[union-attr]
+            self.calibration = calibrate(forward, inputs, method, self._seed())
+            self._last = self.state.global_step + 1
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Take a step with a clock beside it, the last one with an eye on memory."""
         before, start = self.ledger.all_rows, time.perf_counter()
-        if self.state.global_step == self.args.max_steps - 1:
+        if self.state.global_step == self._last:
+            self.control.should_training_stop = True
             with PeakMemory(self.args.device) as memory:
                 loss = super().training_step(*args, **kwargs)
             self.megabytes = memory.megabytes
@@ -236,10 +249,9 @@ def _facts(trainer: _Trial, target: float) -> Iterator[Fact]:
     wanted = math.ceil(target / ratio) if ratio > 0 else None
     reason = "whose mean has it" if ratio > 0 else f"no signal was seen in {steps} steps"
     yield Fact(f"steps to signal to noise {target:g}", wanted, reason)
-    rate = trainer.args.learning_rate * trainer._rate.multiplier
-    yield Fact(
-        "learning_rate", float(f"{rate:.2g}"), f"line searches in {steps} steps, from {trainer.args.learning_rate:g} on"
-    )
+    rate = _OF_A_RUN * trainer.args.learning_rate * trainer._rate.multiplier
+    reason = f"{_OF_A_RUN:g} times what line searches in {steps} steps found: the best of few steps is short for a run"
+    yield Fact("learning_rate", float(f"{rate:.2g}"), reason)
     queries = trainer.auto.at(steps)
     yield Fact("queries_per_sample", queries, "most progress per row at this signal and noise, the exact head's included")
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from .method import Method
 from .objectives import Forward
 from .padding import Feed
 from .perturbations import ParameterVector
+from .reuse import Reuse
 from .rows import batch_size
 
 logger = logging.getLogger("hf_flops.trainer")
@@ -44,6 +46,8 @@ class RateSearch(TrainerCallback):
         multiplier: what the schedule's rates are multiplied by.
         window: optimizer steps until the next search.
     """
+
+    _line = staticmethod(line_search)
 
     def __init__(self) -> None:
         self.multiplier, self.window = 1.0, 1
@@ -96,7 +100,7 @@ class RateSearch(TrainerCallback):
             return losses()
 
         with _kept(vector, now):
-            found = agree(line_search(at))
+            found = agree(self._line(at))
         if found.clear:
             self._go(vector, now, found.best)
             self._learn(found.best, vector, optimizer)
@@ -115,7 +119,7 @@ class RateSearch(TrainerCallback):
         """Take up the factor of a length that is clearly better than 1."""
         group, mean = optimizer.param_groups[0], self._rates / self._steps
         rate, before = float(group["lr"]), self.multiplier
-        least, most = _EARLY if self._steps <= 8 else _LATE
+        least, most = self._bounds()
         factor = min(max(best, least), most)
         if factor > 1 and rate > 1.001 * mean:  # a warmup, which will multiply the rate itself
             self.multiplier = max(before, before * factor * mean / max(rate, float(group.get("initial_lr", rate))))
@@ -130,6 +134,10 @@ class RateSearch(TrainerCallback):
                 if kept:  # moments are where their parameter is, also in a run that was resumed; steps are anywhere
                     state[parameter] = {name: _beside(value, parameter) for name, value in kept.items()}
         logger.info("Learning rate x %.3g, after a window of %d steps.", self.multiplier, self._steps)
+
+    def _bounds(self) -> tuple[float, float]:
+        """Return the least and the largest factor that the window may give."""
+        return _EARLY if self._steps <= 8 else _LATE
 
     def _begin(self, vector: ParameterVector, optimizer: Any) -> None:
         """Begin a window."""
@@ -182,14 +190,18 @@ class SearchesRate:
     """The part of a trainer that searches for its learning rate; to be put before a class derived from `Trainer`."""
 
     _rate: RateSearch | None = None
+    _judges: Sequence[Any] = ()  # batches that a search looks at; where there are none, it is the next one
 
     def train(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Train with a new search, if one is wanted."""
         self.remove_callback(RateSearch)
-        self._rate = RateSearch() if self.args.learning_rate_search else None
+        self._rate = self._new_search() if self.args.learning_rate_search else None
         if self._rate is not None:
             self.add_callback(self._rate)
         return super().train(*args, **kwargs)  # type: ignore[misc]
+
+    def _new_search(self) -> RateSearch:
+        return RateSearch()
 
     def _search_rate(self: Any, forward: Forward, inputs: Any, method: Method) -> None:
         """Search before an optimizer step, where that is due and the budget allows it; every row is charged."""
@@ -206,16 +218,24 @@ class SearchesRate:
         planned = samples * self.args.gradient_accumulation_steps * self._queries_at(step)
         if self._budget is not None and planned + MOST_LOOKS * samples > self._budget.left:
             return
-        before, feed = (self.ledger.all_rows, self.ledger.tokens), Feed(inputs, method.trimmed)
+        before, ids = (self.ledger.all_rows, self.ledger.tokens), None if self._ids is None else tuple(self._ids)
+        if self._judges:  # what is known of the next batch says nothing of these
+            method, ids = replace(method, reuse=Reuse()), None
+        feeds = [Feed(batch, method.trimmed) for batch in self._judges or [inputs]]
+        sizes = [batch_size(feed.whole) for feed in feeds]
 
         def losses() -> Tensor:
-            return clean_forward(forward, method, samples, feed, method.rows_per_forward).losses.sums  # type: ignore[arg-type]
+            found = [
+                clean_forward(forward, method, size, feed, method.rows_per_forward)  # type: ignore[arg-type]
+                for size, feed in zip(sizes, feeds, strict=True)
+            ]
+            return torch.cat([clean.losses.sums for clean in found])
 
         with method.reuse.installed():
-            method.reuse.prepare(forward, feed.whole, None if self._ids is None else tuple(self._ids))
+            method.reuse.prepare(forward, feeds[0].whole, ids)
             found = self._rate.search(losses, vector, self.optimizer, self._share.first)
-        self.ledger.rows += found.looks * samples
-        self._count_together(before, found.looks * samples)
+        self.ledger.rows += found.looks * sum(sizes)
+        self._count_together(before, found.looks * sum(sizes))
 
     def log(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log as the stock trainer does: the rate with the multiplier in it, and the multiplier."""

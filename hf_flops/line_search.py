@@ -10,7 +10,8 @@ from torch import Tensor
 
 LONGER, SHORTER = (2.0, 8.0, 64.0), (1 / 2, 1 / 8, 1 / 64, 0.0)
 MOST_LOOKS = 6  # lengths that a search looks at, at most
-_CLEAR = 1.0  # standard errors of a paired difference
+LEAST, MOST = 1e-4, 1e6  # lengths that a thorough search looks at
+_CLEAR, _SURE = 1.0, 2.0  # standard errors of a paired difference
 _BLIND = 0.01  # of the loss: what counts as its error where it is one number for the whole batch
 
 
@@ -48,16 +49,38 @@ def line_search(losses: Callable[[float], Tensor]) -> Found:
     return Found(best, best != 1.0 and _clear(seen[best], seen[1.0]), len(seen))
 
 
+def thorough_search(losses: Callable[[float], Tensor]) -> Found:
+    """Find the best power of 2: by factors of 8 for as long as the loss falls, and then of 2 about the best of them.
+
+    It is clear if the way leads down, or if it was harmful as it is, beyond two standard errors.
+
+    Args:
+        losses: as for `line_search`, but of many samples, as their least mean is trusted.
+    """
+    start, seen = losses(0.0), {1.0: losses(1.0)}
+    for factor in (8.0, 2.0):
+        before = None
+        while before != (best := min(seen, key=lambda length: _mean(seen[length]))):
+            before = best
+            for length in (best * factor, best / factor):
+                if length not in seen and LEAST < length < MOST:
+                    seen[length] = losses(length)
+                    if _mean(seen[length]) < _mean(seen[best]):
+                        break
+    down = any(_clear(own, start, _SURE) for own in seen.values())
+    return Found(best, down or _clear(start, seen[1.0], _SURE), 1 + len(seen))
+
+
 def _mean(losses: Tensor) -> float:
     """Return the mean of losses (B,), infinite if it is not a number."""
     mean = float(losses.double().mean())
     return mean if math.isfinite(mean) else math.inf
 
 
-def _clear(one: Tensor, two: Tensor) -> bool:
-    """Say whether losses (B,) are clearly less than others (B,) of the same samples."""
+def _clear(one: Tensor, two: Tensor, errors: float = _CLEAR) -> bool:
+    """Say whether losses (B,) are less than others (B,) of the same samples by so many standard errors."""
     if not bool(two.isfinite().all()):
         return True
     gain = (two - one).double()
     error = gain.std() / len(gain) ** 0.5 if len(gain) > 1 else _BLIND * two.abs()
-    return bool(gain.mean() > _CLEAR * error)
+    return bool(gain.mean() > errors * error)

@@ -29,6 +29,7 @@ FLOORS = {
     **dict.fromkeys(["pictures", "suffix", "alignment", "throwaway", "f1"], 9),
     **dict.fromkeys(["cards", "watching", "pair_steps"], 10),
     "trainer": 11,
+    "trial_rate": 9,
     "diagnosis": 12,
     "commands": 13,
     "cli": 14,
