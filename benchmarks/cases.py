@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -142,11 +143,14 @@ class Case:
         )
 
     def _step(self, method: Method) -> Callable[[], None]:
+        steps = count()  # new noise each time, and a control variate that learns, as in training
+
         def run() -> None:
             start = time.perf_counter()
             with torch.no_grad(), shared_texts(self.model, self.inputs, method.needs_clean):
                 self.seconds += time.perf_counter() - start  # texts that all rows share are a forward, too
-                run.rows = estimate_gradient(self.timed, self.inputs, method, Place()).rows  # type: ignore[attr-defined]
+                found = estimate_gradient(self.timed, self.inputs, method, Place(step=next(steps)))
+                run.rows = found.rows  # type: ignore[attr-defined]
 
         return run
 

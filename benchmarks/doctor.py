@@ -60,7 +60,7 @@ def main() -> None:
     record, name = Record(f"doctor_{options.task}", indent=1), f"{options.rows} rows"
     before = record.entries.get(name) if options.again else None
     if options.again and before is None:
-        parser.error(f"--again: no earlier run of {options.task} with {name} is in benchmarks/results: run without it first.")
+        parser.error(f"--again: benchmarks/results holds no run of {options.task} with {name} yet.")
     facts = suggested(task, options.queries)
     print({name: value if value is None else float(f"{value:.3g}") for name, value in facts.items()}, flush=True)
     if options.only_doctor:

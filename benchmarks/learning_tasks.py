@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,8 +136,8 @@ class _KeptTexts(SuffixPromptModel):
         return nullcontext()
 
 
-def prompts() -> LearningTask:
-    """SmolLM2-135M with two virtual tokens behind movie reviews; " terrible" or " great" is to follow.
+def prompts(tokens: int = 2, start: str = " movie was", name: str = "prompts") -> LearningTask:
+    """SmolLM2-135M with a few virtual tokens behind movie reviews; " terrible" or " great" is to follow.
 
     All layers of a text are frozen whatever the method, so texts have run once, for all: rows cost the prompt.
     """
@@ -149,7 +150,7 @@ def prompts() -> LearningTask:
     data = {**found, "labels": torch.tensor([row["labels"] for row in rows])}
     cut = {name: values.split([len(part) for part in parts.values()]) for name, values in data.items()}
     splits = {part: {name: pieces[i] for name, pieces in cut.items()} for i, part in enumerate(parts)}
-    first = SuffixPromptModel(base, 2, " movie was", tokenizer, label_words=words)
+    first = SuffixPromptModel(base, tokens, start, tokenizer, label_words=words)
     with torch.no_grad():
         whole = first._split(data["input_ids"], data["attention_mask"], None)
         kept = first._read(whole, whole.keys())
@@ -158,11 +159,11 @@ def prompts() -> LearningTask:
 
     def model(seed: int) -> nn.Module:
         set_seed(seed)
-        own = _KeptTexts(base, 2, " movie was", tokenizer, label_words=words)
+        own = _KeptTexts(base, tokens, start, tokenizer, label_words=words)
         own._texts, own._packs = kept, first._packs
         return own
 
-    return LearningTask("prompts", model, splits, 16_000, batch=8, scale=1e-2, schedule="linear")
+    return LearningTask(name, model, splits, 16_000, batch=8, scale=1e-2, schedule="linear")
 
 
 def digits() -> LearningTask:
@@ -177,4 +178,10 @@ def digits() -> LearningTask:
     return LearningTask("digits", lambda seed: adapter_model(RecipeArguments(), path, task, seed), splits, 60_000)
 
 
-TASKS: dict[str, Callable[[], LearningTask]] = {"fashion": fashion, "reviews": reviews, "digits": digits, "prompts": prompts}
+TASKS: dict[str, Callable[[], LearningTask]] = {
+    "fashion": fashion,
+    "reviews": reviews,
+    "digits": digits,
+    "prompts": prompts,
+    "prompts8": partial(prompts, 8, " All in all, the movie was just", "prompts8"),
+}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -17,6 +18,8 @@ _MOST_NUMBERS = 2**27  # of the Jacobian
 _START = 0.5  # share of the logits' changes that a Jacobian is expected to explain before anything was seen
 _DRIFT = 0.01  # share of them that training makes new at each step
 _KEPT = 0.95  # of what is known of the Jacobian's use, from one step to the next
+_LARGEST = 8.0  # no number of noise is larger
+_WIDTH = 16.0  # root mean squares of the errors that one digit of 15 bits is to hold
 
 
 class ControlVariate(Protocol):
@@ -58,16 +61,20 @@ class Prediction:
         logits: (B, M) of the clean forward.
         trust: what predictions are multiplied by.
         basis: (K, M) which directions of the K logits are looked at.
+        unit: a power of two above nearly all errors of the changes, so that one digit of each is enough to sum.
     """
 
-    def __init__(self, jacobian: Tensor, slopes: Tensor, logits: Tensor, trust: float, basis: Tensor) -> None:
+    def __init__(
+        self, jacobian: Tensor, slopes: Tensor, logits: Tensor, trust: float, basis: Tensor, unit: float = 1.0
+    ) -> None:
         self.jacobian, self.slopes, self.logits, self.trust, self.basis = jacobian, slopes, logits, trust, basis
-        # The sum over rows of (change - J z) z^T in multiples of DIGIT: whole numbers, half as wide as long as they fit.
+        self.unit = unit
+        # The sum over rows of (change - J z) z^T in digits of units: whole numbers, half as wide as long as they fit.
         self._innovation, self._most = torch.zeros_like(jacobian, dtype=torch.int32), 0.0
         self.sums = torch.zeros(4, dtype=torch.float64)  # rows; squared errors; delta x prediction; squared predictions
 
     def remainder(self, noise: RowNoise, owner: Tensor, deltas: Tensor, changes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what the prediction leaves of the deltas (R,), errors of the logits' changes (R, M), and sums for `add`.
+        """Return what the prediction leaves of the deltas (R,), errors of the changes in units (R, M), and sums for `add`.
 
         Args:
             noise: of the rows.
@@ -79,15 +86,14 @@ class Prediction:
         predicted = (self.slopes[owner] * wanted.cpu()).sum(1)
         errors = changes @ self.basis - wanted.cpu()
         fine = errors.isfinite().all(1) & deltas.isfinite()
-        errors = rounded(torch.where(fine[:, None], errors, 0.0), DIGIT)  # two digits to sum, not three
+        errors = rounded(torch.where(fine[:, None], errors, 0.0) / self.unit, DIGIT)  # two digits to sum, not three
         seen, expected = torch.where(fine, deltas, 0.0).double(), torch.where(fine, predicted, 0.0).double()
-        sums = [fine.sum(), errors.double().square().sum(), seen @ expected, expected @ expected]
+        sums = [fine.sum(), errors.double().square().sum() * self.unit**2, seen @ expected, expected @ expected]
         return deltas - self.trust * predicted, errors.to(self.jacobian), torch.stack([x.double() for x in sums])
 
-    def add(self, innovation: Tensor, sums: Tensor) -> None:
-        """Take in what rows taught: `sum error z^T` (M, d), and the sums from `remainder`."""
-        low, high = innovation.aminmax()
-        self._most += float(torch.maximum(high, -low)) / DIGIT
+    def add(self, innovation: Tensor, errors: Tensor, sums: Tensor) -> None:
+        """Take in what rows taught: `sum error z^T` (M, d) in units, and the errors and sums from `remainder`."""
+        self._most += _LARGEST / DIGIT * float(errors.abs().sum(0).max())
         if self._most >= 2**31 - 2**10:
             self._innovation = self._innovation.to(accumulator(self._innovation.device))
         self._innovation += (innovation / DIGIT).round_().to(self._innovation.dtype)
@@ -95,7 +101,7 @@ class Prediction:
 
     def taught(self) -> tuple[Tensor, Tensor]:
         """Return `sum error z^T` (M, d) and the sums of all rows that were added."""
-        return self._innovation.to(accumulator(self._innovation.device)) * DIGIT, self.sums
+        return self._innovation.to(accumulator(self._innovation.device)) * (DIGIT * self.unit), self.sums
 
     def baseline(self, weights: Tensor) -> Tensor:
         """Return `sum_i weights[i] h_i` (d,), to be added to an estimate whose rows have that weight (B,) in all."""
@@ -118,6 +124,7 @@ class LogitJacobian:
         self.jacobian: Tensor | None = None
         self._basis = torch.zeros(0, 0)
         self._unknown = -1.0  # squared error of J, a sum over its numbers; negative before the first step
+        self._error = 0.0  # mean over the last step's rows of the squared error of the changes, a sum over the logits
         self._use = torch.zeros(2, dtype=torch.float64)  # delta x prediction, squared predictions
         self._waiting: tuple[Tensor, Tensor] | None = None  # what the batches of this step taught
         self._step = -1
@@ -138,7 +145,9 @@ class LogitJacobian:
         assert self.jacobian is not None
         self.jacobian = self.jacobian.to(device)
         trust = float(self._use[0] / self._use[1]) if self._use[1] > 0 else 0.0
-        return Prediction(self.jacobian, slopes @ self._basis, logits, max(trust, 0.0), self._basis)
+        spread = (self._error / len(self.jacobian)) ** 0.5
+        unit = 2.0 ** math.ceil(math.log2(_WIDTH * spread)) if spread > 0 else 1.0
+        return Prediction(self.jacobian, slopes @ self._basis, logits, max(trust, 0.0), self._basis, unit)
 
     def _begin(self, slopes: Tensor, size: int) -> None:
         classes = slopes.shape[1]
@@ -146,7 +155,7 @@ class LogitJacobian:
         if classes > 1 and bool((slopes.sum(1).abs() <= 1e-4 * slopes.abs().sum(1) + 1e-12).all()):
             self._basis = _contrasts(classes)
         self.jacobian = torch.zeros(self._basis.shape[1], size)
-        self._unknown, self._use = -1.0, torch.zeros(2, dtype=torch.float64)
+        self._unknown, self._error, self._use = -1.0, 0.0, torch.zeros(2, dtype=torch.float64)
 
     def finish(self, innovation: Tensor, sums: Tensor) -> None:
         """See `ControlVariate.finish`."""
@@ -161,7 +170,7 @@ class LogitJacobian:
         rows, errors, used, squares = sums.tolist()
         if rows == 0 or errors == 0:
             return
-        error = errors / rows
+        error = self._error = errors / rows
         unknown = _START * error if self._unknown < 0 else self._unknown
         gain = unknown / (unknown + self.jacobian.shape[1] * error / rows)
         self.jacobian = self.jacobian + (gain / rows * innovation).to(self.jacobian)
@@ -173,7 +182,7 @@ class LogitJacobian:
         self._learn()
         if self.jacobian is None:
             return {}
-        facts = torch.tensor([self._unknown, *self._use.tolist()], dtype=torch.float64)
+        facts = torch.tensor([self._unknown, *self._use.tolist(), self._error], dtype=torch.float64)
         return {"jacobian": self.jacobian, "basis": self._basis, "facts": facts}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -181,7 +190,8 @@ class LogitJacobian:
         self.__init__()  # type: ignore[misc]
         if state:
             self.jacobian, self._basis = state["jacobian"], state["basis"]
-            self._unknown, self._use = float(state["facts"][0]), state["facts"][1:].clone()
+            self._unknown, self._use = float(state["facts"][0]), state["facts"][1:3].clone()
+            self._error = float(state["facts"][3]) if len(state["facts"]) > 3 else 0.0  # of an older version
 
 
 def _contrasts(classes: int) -> Tensor:

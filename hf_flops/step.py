@@ -209,8 +209,8 @@ class Step:
             if not self.exchange.scalars:
                 self.update.add_(pulled)
                 self.pulled.append((chunk, coefficients))
-            if self.prediction is not None and sums is not None:
-                self.prediction.add(innovation, sums)
+            if self.prediction is not None and errors is not None and sums is not None:
+                self.prediction.add(innovation, errors, sums)
             return columns
 
         self.queries.in_chunks(own, work, self.planner)

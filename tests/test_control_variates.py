@@ -12,7 +12,7 @@ from hf_flops.allocators import ALLOCATORS
 from hf_flops.control_variates import LogitJacobian, Prediction, _contrasts
 from hf_flops.counters import seeds
 from hf_flops.estimators import ESTIMATORS, Antithetic, OneSided
-from hf_flops.objectives import TappedLoss
+from hf_flops.objectives import RowLosses, TappedLoss
 from hf_flops.perturbations import ParameterVector, perturb
 from hf_flops.perturbations.noise import DISTRIBUTIONS, draw
 from tests.test_step import Fixed
@@ -190,8 +190,42 @@ def test_what_rows_taught_adds_up_exactly(size):
     parts = [(size * torch.randn(2, 50, generator=generator(i)).double() * 2**15).round() / 2**15 for i in range(6)]
     prediction = Prediction(torch.zeros(2, 50), torch.ones(3, 2), torch.ones(3, 2), 1.0, torch.eye(2))
     for part in parts:
-        prediction.add(part, torch.ones(4).double())
+        prediction.add(part, part.T, torch.ones(4).double())
     assert prediction._innovation.is_floating_point() == (size > 1)
     found, sums = prediction.taught()
     assert found.equal(sum(parts))
     assert sums.equal(torch.full((4,), 6.0).double())
+
+
+def test_the_unit_of_errors_changes_what_is_taught_by_its_rounding_only():
+    noise = draw("rademacher", seeds(0, 0, torch.arange(30).numpy(), 0), [torch.Size([40])])
+    deltas, changes = torch.randn(30, generator=generator(1)), torch.randn(30, 2, generator=generator(2))
+
+    def taught(unit):
+        prediction = Prediction(torch.zeros(2, 40), torch.ones(3, 2), torch.ones(3, 2), 1.0, torch.eye(2), unit)
+        left, errors, sums = prediction.remainder(noise, torch.arange(30) % 3, deltas, changes)
+        prediction.add(noise.exact_sum(errors), errors, sums)
+        return left, *prediction.taught()
+
+    (left, innovation, sums), (other_left, other, other_sums) = taught(1.0), taught(16.0)
+    assert left.equal(other_left)
+    assert torch.allclose(innovation, other, atol=30 * 16 * 2**-16, rtol=0)
+    assert not innovation.equal(other)
+    assert torch.allclose(sums, other_sums, rtol=1e-3)
+
+
+def test_errors_are_told_in_a_unit_that_holds_them_in_one_digit():
+    control, clean = (
+        LogitJacobian(),
+        RowLosses(torch.ones(3), torch.ones(3), slopes=torch.randn(3, 2), logits=torch.randn(3, 2)),
+    )
+    assert control.start(clean, 40, torch.device("cpu"), 0).unit == 1.0
+    control.finish(torch.zeros(2, 40), torch.tensor([10.0, 10 * 2 * 0.03**2, 0.0, 0.0]).double())  # each error 0.03
+    unit = control.start(clean, 40, torch.device("cpu"), 1).unit
+    assert 16 * 0.03 <= unit < 32 * 0.03
+    again = LogitJacobian()
+    again.load_state_dict(control.state_dict())
+    assert again.start(clean, 40, torch.device("cpu"), 1).unit == unit
+    older = {name: value[:3] if name == "facts" else value for name, value in control.state_dict().items()}
+    again.load_state_dict(older)
+    assert again.start(clean, 40, torch.device("cpu"), 1).unit == 1.0

@@ -112,6 +112,18 @@ def test_parameters_whose_noise_adjoins_are_taken_together(sizes, distribution, 
         )
 
 
+@pytest.mark.parametrize("most", [0, 10**9])
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_sums_after_products_have_the_same_bits(distribution, most, monkeypatch):
+    monkeypatch.setattr("hf_flops.perturbations.noise._UNPACKED", most)
+    rng, own = torch.Generator().manual_seed(0), shapes((8, 24), (64,), (5,))
+    coefficients = torch.randn(20, 2, generator=rng)
+    fresh, used = (draw(distribution, seeds(0, np.arange(20)), own) for _ in range(2))
+    used.dot(torch.randn(3, 261, generator=rng))
+    assert bool(used._kept) == (most > 0)
+    assert used.exact_sum(coefficients).equal(fresh.exact_sum(coefficients))
+
+
 def test_rank_one_noise_has_the_variance_of_independent_signs_and_heavier_tails():
     gradient, draws = torch.tensor([[1.0], [2.0], [2.0]]).double() * torch.tensor([3.0, 1.0, 2.0, 2.0]), 40_000
     square, found = float(gradient.square().sum()), {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 from typing import Protocol
 
@@ -23,6 +24,7 @@ ALL = slice(None)
 BLOCK = 2**18  # numbers of noise that are unpacked at a time: what a processor's cache holds
 _RUN, _WIDE = 2**13, 2**20  # of them for all parameters of a run, and at a time where they are only summed
 _PACKED = 2**20  # bytes of bits that are drawn at once and kept until their rows are done
+_UNPACKED = 2**21  # numbers that are kept between products with them and sums of them
 
 _SIGNS = torch.tensor([[1.0 - 2.0 * (byte >> bit & 1) for bit in range(8)] for byte in range(256)])  # of a byte's bits
 
@@ -91,8 +93,9 @@ class Numbers(Protocol):
         """
         ...
 
-    def adjoins(self, index: int) -> bool:
-        """Return whether a piece ends where the next begins."""
+    @staticmethod
+    def adjoins(size: int) -> bool:
+        """Return whether a piece of that size ends where the next begins."""
         ...
 
 
@@ -133,9 +136,10 @@ class Signs:
         signs = torch.index_select(self.signs, 0, own.int().flatten(), out=out)
         return signs.view(len(own), -1)[:, : sum(self.sizes[index : last + 1])]
 
-    def adjoins(self, index: int) -> bool:
+    @staticmethod
+    def adjoins(size: int) -> bool:
         """See `Numbers.adjoins`."""
-        return self.sizes[index] % 64 == 0
+        return size % 64 == 0
 
 
 class Normals:
@@ -161,7 +165,8 @@ class Normals:
         del room
         return self.values[rows, self.starts[index] : self.starts[(index if last is None else last) + 1]]
 
-    def adjoins(self, index: int) -> bool:
+    @staticmethod
+    def adjoins(size: int) -> bool:
         """See `Numbers.adjoins`."""
         return True
 
@@ -193,8 +198,8 @@ class RowNoise:
 
     def __init__(self, numbers: Numbers, shapes: Sequence[torch.Size], rank_one: bool) -> None:
         self.numbers, self.shapes = numbers, shapes
-        self.layouts = [layout(shape, rank_one) for shape in shapes]
-        self.first = list(accumulate(map(len, self.layouts), initial=0))
+        self.layouts, self.first, self._runs = _plan(tuple(shapes), rank_one, type(numbers), _RUN)
+        self._kept: dict[tuple[int, int], Tensor] = {}  # what was unpacked, by first parameter and row
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -236,7 +241,7 @@ class RowNoise:
         """Return (M, d) for (R, M) coefficients of some rows."""
         total = columns.new_zeros(columns.shape[1], sum(shape.numel() for shape in self.shapes))
         start, room = among.start or 0, _Scratch()
-        for run, own in self._runs():
+        for run, own in self._runs:
             part, first = total[:, own], run[0]
             if not self.is_rank_one(first):
                 for rows in blocks(len(columns), part.shape[1], _WIDE):
@@ -266,13 +271,17 @@ class RowNoise:
         return total.view(*coefficients.shape[1:], -1)
 
     def dot(self, vectors: Tensor) -> Tensor:
-        """Return the products (R, M) of every row's noise with vectors (M, d)."""
+        """Return the products (R, M) of every row's noise with vectors (M, d); a sum may be the next that is asked for."""
         products, room = vectors.new_zeros(len(vectors), len(self)), _Scratch()  # twice as fast as its transpose
-        for run, own in self._runs():
+        few = len(self) * vectors.shape[1] <= _UNPACKED
+        for run, own in self._runs:
             part, first = vectors[:, own], run[0]
             if not self.is_rank_one(first):
                 for rows in blocks(len(self), part.shape[1], _WIDE):
-                    products[:, rows].addmm_(part, self._flat(run, rows, room).T)
+                    numbers = self._flat(run, rows, None if few else room)
+                    products[:, rows].addmm_(part, numbers.T)
+                    if few:
+                        self._kept[first, rows.start] = numbers
                 continue
             for rows in blocks(len(self), sum(self.layouts[first])):
                 left, right = self.factors(first, rows)
@@ -280,21 +289,34 @@ class RowNoise:
                 products[:, rows] += torch.stack([((left @ matrix) * right).sum(1) for matrix in matrices])
         return products.T
 
-    def _flat(self, run: range, rows: slice, room: Room) -> Tensor:
-        """Return the noise (R, numbers) of a run of parameters, in `room` if it has to be unpacked."""
+    def _flat(self, run: range, rows: slice, room: Room | None) -> Tensor:
+        """Return the noise (R, numbers) of a run of parameters, in `room` if it has to be unpacked and there is any."""
+        kept = self._kept.get((run[0], rows.start))
+        if kept is not None and len(kept) == rows.stop - rows.start:
+            return kept
         return self.numbers.piece(self.first[run[0]], rows, self.first[run[-1]], room)
 
-    def _runs(self) -> Iterator[tuple[range, slice]]:
-        """Yield parameters whose noise lies side by side, few enough for `_RUN`, and their place in the flat vector."""
-        first = start = stop = 0
-        for index, shape in enumerate(self.shapes):
-            stop += shape.numel()
-            if index + 1 < len(self.shapes) and not (self.is_rank_one(index) or self.is_rank_one(index + 1)):
-                wide = stop + self.shapes[index + 1].numel() - start > _RUN
-                if self.numbers.adjoins(self.first[index]) and not wide:
-                    continue
-            yield range(first, index + 1), slice(start, stop)
-            first, start = index + 1, stop
+
+@cache
+def _plan(
+    shapes: tuple[torch.Size, ...], rank_one: bool, kind: type[Numbers], most: int
+) -> tuple[list[tuple[int, ...]], list[int], list[tuple[range, slice]]]:
+    """Return the layouts of parameters' noise, the first piece of each, and runs of parameters to be summed together.
+
+    The noise of a run lies side by side, and has at most so many numbers or is that of one parameter; a run comes with its
+    place in the flat vector.
+    """
+    layouts = [layout(shape, rank_one) for shape in shapes]
+    runs, first, start, stop = list[tuple[range, slice]](), 0, 0, 0
+    for index, shape in enumerate(shapes):
+        stop += shape.numel()
+        if index + 1 < len(shapes) and len(layouts[index]) == len(layouts[index + 1]) == 1:
+            wide = stop + shapes[index + 1].numel() - start > most
+            if kind.adjoins(shape.numel()) and not wide:
+                continue
+        runs.append((range(first, index + 1), slice(start, stop)))
+        first, start = index + 1, stop
+    return layouts, list(accumulate(map(len, layouts), initial=0)), runs
 
 
 def layout(shape: torch.Size, rank_one: bool) -> tuple[int, ...]:
