@@ -178,10 +178,8 @@ def vit_lora(layers: list[int] | None = None) -> Case:
     model = ViTForImageClassification(ViTConfig(num_labels=10, **sizes))
     name = "ViT, LoRA in all layers" if layers is None else "ViT, LoRA in the last third"
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.randn(16, 3, 64, 64, generator=generator)
-    return Case(
-        name, lora(model, layers, ["q_proj", "v_proj"]), {"pixel_values": pixels, "labels": torch.arange(16) % 10}, 64
-    )
+    inputs = {"pixel_values": torch.randn(16, 3, 64, 64, generator=generator), "labels": torch.arange(16) % 10}
+    return Case(name, lora(model, layers, ["q_proj", "v_proj"]), inputs, 64 if layers is None else 128)
 
 
 def smollm2_lora(layers: list[int] | None = None) -> Case:
@@ -193,10 +191,10 @@ def smollm2_lora(layers: list[int] | None = None) -> Case:
 
 
 def smollm2_prompt() -> Case:
-    """SmolLM2-135M with PEFT's prompt tuning, 8 virtual tokens before 4 texts of 32 tokens, 64 rows."""
+    """SmolLM2-135M with PEFT's prompt tuning, 8 virtual tokens before 8 texts of 32 tokens, 128 rows."""
     model = AutoModelForCausalLM.from_pretrained(smollm2())
     model = get_peft_model(model, PromptTuningConfig(num_virtual_tokens=8, task_type="CAUSAL_LM")).eval()
-    return Case("SmolLM2, prompt tuning", model, texts(smollm2(), 4, 32, answers=True), 32)
+    return Case("SmolLM2, prompt tuning", model, texts(smollm2(), 8, 32, answers=True), 64)
 
 
 def smollm2_suffix() -> Case:

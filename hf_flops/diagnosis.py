@@ -24,7 +24,7 @@ from .perturbations import ActivationNoise, ParameterVector
 from .selfcheck import precision_of
 from .throwaway import copied, generators_kept, listening
 from .trainer import FlopsTrainer
-from .trial_rate import JUDGES, LONGEST, PlannedSearch, some_of
+from .trial_rate import JUDGES, LONGEST, PER_STEP, PlannedSearch, some_of
 
 _OF_A_RUN = 2.0  # the best rate of a run over that of a few steps
 _QUIET: dict[str, Any] = {
@@ -161,9 +161,10 @@ class _Trial(FlopsTrainer):
         super().__init__(*args, **kwargs)
 
     def _new_search(self) -> RateSearch:
-        loader = self.get_test_dataloader(some_of(self.train_dataset, JUDGES))
+        steps = self.args.max_steps // LONGEST
+        loader = self.get_test_dataloader(some_of(self.train_dataset, min(JUDGES, PER_STEP * steps)))
         self._judges = [self._prepare_inputs(batch) for batch in loader]
-        return PlannedSearch(self.args.max_steps // LONGEST)
+        return PlannedSearch(steps)
 
     def _search_rate(self, forward: Any, inputs: Any, method: Method) -> None:
         super()._search_rate(forward, inputs, method)

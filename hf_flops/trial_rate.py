@@ -14,7 +14,7 @@ from .learning_rate import RateSearch
 from .line_search import MOST, Found, thorough_search
 from .perturbations import ParameterVector
 
-JUDGES = 256  # samples that a search looks at
+JUDGES, PER_STEP = 256, 8  # samples that a search looks at at most, and for each step of the trial
 LONGEST = 4  # how many times as long a trial may be
 
 

@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--rank", type=int, default=8, help="of LoRA and its kin, or virtual tokens; default: %(default)s")
     own.add_argument("--batch_size", type=int, default=32, help="samples of a step; default: %(default)s")
     own.add_argument("--queries_per_sample", type=int, default=4, help="rows of each; default: %(default)s")
-    own.add_argument("--steps", type=int, default=32, help="of the trial; default: %(default)s")
+    own.add_argument("--steps", type=int, default=32, help="of the trial, or up to 4 times as many; default: %(default)s")
     own.add_argument("--json", action="store_true", help="print everything as JSON")
     return own
 
