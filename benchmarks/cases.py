@@ -169,7 +169,8 @@ def minilm_lora(layers: list[int] | None = None) -> Case:
     """MiniLM (22.7M), 16 sentences of 32 tokens, 256 rows."""
     model = AutoModelForSequenceClassification.from_pretrained(minilm(), num_labels=2)
     name = "MiniLM, LoRA in all layers" if layers is None else "MiniLM, LoRA in the last third"
-    return Case(name, lora(model, layers, ["query", "value"]), texts(minilm(), 16, 32, answers=False), 64)
+    inputs = texts(minilm(), 16, 32, answers=False)
+    return Case(name, lora(model, layers, ["query", "value"]), inputs, 64 if layers is None else 128)
 
 
 def vit_lora(layers: list[int] | None = None) -> Case:
