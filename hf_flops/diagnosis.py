@@ -156,6 +156,7 @@ class _Trial(FlopsTrainer):
         self.method: Method | None = None
         self.auto, self.speeds, self.found = AutoQueries(), list[float](), list[tuple[float, float]]()
         self.megabytes = math.nan
+        self.searched = 0  # steps that searches looked at
         self._last: int | None = None  # the step that ends the trial
         self.calibration = Calibration(None, 0.0, 0)
         super().__init__(*args, **kwargs)
@@ -171,7 +172,8 @@ class _Trial(FlopsTrainer):
         self.method = method
         if self._last is None and self._rate.settled:  # type: ignore[union-attr]
             self.calibration = calibrate(forward, inputs, method, self._seed())
-            self._last = self.state.global_step + 1
+            self.searched = self.state.global_step
+            self._last = self.searched + 1
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Take a step with a clock beside it, the last one with an eye on memory."""
@@ -251,7 +253,7 @@ def _facts(trainer: _Trial, target: float) -> Iterator[Fact]:
     reason = "whose mean has it" if ratio > 0 else f"no signal was seen in {steps} steps"
     yield Fact(f"steps to signal to noise {target:g}", wanted, reason)
     rate = _OF_A_RUN * trainer.args.learning_rate * trainer._rate.multiplier
-    reason = f"{_OF_A_RUN:g} times what line searches in {steps} steps found: the best of few steps is short for a run"
+    reason = f"{_OF_A_RUN:g} times what line searches in {trainer.searched} steps found: the best of few is short for a run"
     yield Fact("learning_rate", float(f"{rate:.2g}"), reason)
     queries = trainer.auto.at(steps)
     yield Fact("queries_per_sample", queries, "most progress per row at this signal and noise, the exact head's included")

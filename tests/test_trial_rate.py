@@ -72,6 +72,16 @@ def test_what_it_judges_by_is_drawn_without_a_trace():
     assert torch.get_rng_state().equal(state)
 
 
+def test_the_data_may_be_a_stream(tmp_path):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(as_dataset(tiny_batch("vit", 12)) * 4)
+
+    few = {"per_device_train_batch_size": 4, "queries_per_sample": 2, "rows_per_forward": 16}
+    found = doctor(tiny_model("vit"), Stream(), args=training_arguments(tmp_path, **few), steps=2)
+    assert found["learning_rate"] > 0
+
+
 def test_from_starts_far_apart_it_suggests_rates_that_are_near(tmp_path):
     batch = tiny_batch("vit", 64)
     data = as_dataset({**batch, "labels": (batch["pixel_values"].mean((1, 2, 3)) > 0).long()})
