@@ -86,7 +86,7 @@ class Prediction:
         predicted = (self.slopes[owner] * wanted.cpu()).sum(1)
         errors = changes @ self.basis - wanted.cpu()
         fine = errors.isfinite().all(1) & deltas.isfinite()
-        errors = rounded(torch.where(fine[:, None], errors, 0.0) / self.unit, DIGIT)  # two digits to sum, not three
+        errors = rounded(torch.where(fine[:, None], errors, 0.0) / self.unit, DIGIT)  # of nearly all one digit to sum
         seen, expected = torch.where(fine, deltas, 0.0).double(), torch.where(fine, predicted, 0.0).double()
         sums = [fine.sum(), errors.double().square().sum() * self.unit**2, seen @ expected, expected @ expected]
         return deltas - self.trust * predicted, errors.to(self.jacobian), torch.stack([x.double() for x in sums])
