@@ -198,6 +198,8 @@ def main() -> None:
     task = TASKS[options.task]()
     budget = options.budget or task.budget
     record = Record(f"learning_{options.task}{'_quick' if options.quick else ''}", indent=None)
+    if options.again and (unknown := set(options.methods) - set(record.entries)):
+        parser.error(f"--again: benchmarks/results holds no run of {', '.join(sorted(unknown))} on {options.task} yet")
     for method in options.methods:
         share = 8 if method == "backprop" else 1
         first, limit = (options.tuning_budget or budget) // share, budget // share
