@@ -210,13 +210,11 @@ def main() -> None:
             best, grid = tuned(method, task, first, options.grid, options.queries, options.points)
         anew = [replace(best, seed=seed, curve=[]) for seed in options.seeds]
         runs = [train(method, task, run, limit, "test", options.points) for run in anew]
-        found = {
-            "rate": best.rate,
-            "queries": best.queries,
-            "validation": grid,
-            "curves": {str(run.seed): run.curve for run in runs},
-        }
-        record.keep(method, found)
+        curves = {str(run.seed): run.curve for run in runs}
+        if options.again:  # other seeds' runs of the same length stay
+            kept = {seed: curve for seed, curve in before["curves"].items() if curve[-1][0] == runs[0].curve[-1][0]}
+            curves = kept | curves
+        record.keep(method, {"rate": best.rate, "queries": best.queries, "validation": grid, "curves": curves})
 
 
 if __name__ == "__main__":
