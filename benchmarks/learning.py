@@ -185,6 +185,7 @@ def main() -> None:
     parser.add_argument("--budget", type=int, help="rows of each run")
     parser.add_argument("--tuning_budget", type=int, help="rows of each run of the grid; by default as many")
     parser.add_argument("--again", action="store_true", help="take what an earlier run's grid found best")
+    parser.add_argument("--label", default="", help="put behind the methods' names in the record")
     parser.add_argument("--points", type=int, default=16, help="evaluations of a run")
     parser.add_argument("--grid", nargs="+", type=float, default=GRID)
     parser.add_argument("--queries", nargs="+", type=int, default=QUERIES)
@@ -214,7 +215,9 @@ def main() -> None:
         if options.again:  # other seeds' runs of the same length stay
             kept = {seed: curve for seed, curve in before["curves"].items() if curve[-1][0] == runs[0].curve[-1][0]}
             curves = kept | curves
-        record.keep(method, {"rate": best.rate, "queries": best.queries, "validation": grid, "curves": curves})
+        record.keep(
+            method + options.label, {"rate": best.rate, "queries": best.queries, "validation": grid, "curves": curves}
+        )
 
 
 if __name__ == "__main__":
