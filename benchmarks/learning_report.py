@@ -17,6 +17,7 @@ import numpy as np
 from learning import Run  # isort: skip
 from records import ROOT  # isort: skip
 
+COLUMNS = 3
 SHARE = 0.9  # of the way from the untrained adapter to backprop
 COLOURS = {"flops": "tab:blue", "mezo": "tab:orange", "flops-authors": "tab:red", "fzoo": "tab:green", "backprop": "black"}
 
@@ -86,11 +87,15 @@ def main() -> None:
     paths = sorted((ROOT / "benchmarks" / "results").glob("learning_*.json"))
     tasks = {path.stem.removeprefix("learning_"): json.loads(path.read_text()) for path in paths}
     tasks = {name: entries for name, entries in tasks.items() if "backprop" in entries and not name.endswith("_quick")}
-    figure, all_axes = plt.subplots(1, len(tasks), figsize=(5 * len(tasks), 3.8), squeeze=False, layout="constrained")
-    for axes, (name, entries) in zip(all_axes[0], tasks.items(), strict=True):
+    lines = -(-len(tasks) // COLUMNS)
+    figure, grid = plt.subplots(lines, COLUMNS, figsize=(5 * COLUMNS, 3.8 * lines), squeeze=False, layout="constrained")
+    all_axes = list(grid.flat)
+    for axes in all_axes[len(tasks) :]:
+        axes.set_axis_off()
+    for axes, (name, entries) in zip(all_axes, tasks.items(), strict=False):
         print(f"\n## {name}\n\n{table(entries)}")
         draw(axes, name, entries)
-    max(all_axes[0], key=lambda axes: len(axes.lines)).legend(fontsize=8)  # it names every method
+    max(all_axes, key=lambda axes: len(axes.lines)).legend(fontsize=8)  # it names every method
     figure.savefig(ROOT / "docs" / "learning.png", dpi=110)
 
 
