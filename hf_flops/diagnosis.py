@@ -17,7 +17,6 @@ from transformers.trainer_callback import PrinterCallback
 from .args import FlopsTrainingArguments
 from .auto_queries import AutoQueries
 from .calibration import Calibration, calibrate, in_steps
-from .learning_rate import RateSearch
 from .memory import PeakMemory
 from .method import Method
 from .perturbations import ActivationNoise, ParameterVector
@@ -138,8 +137,8 @@ def doctor(
         if args is None:
             args = FlopsTrainingArguments(folder, per_device_train_batch_size=32, queries_per_sample=4, report_to="none")
         queries = 4 if args.queries_per_sample == "auto" else args.queries_per_sample
-        changes = {**_QUIET, "output_dir": folder, "queries_per_sample": queries}
-        changes["per_device_eval_batch_size"] = args.per_device_train_batch_size
+        batch = args.per_device_train_batch_size
+        changes = {**_QUIET, "output_dir": folder, "queries_per_sample": queries, "per_device_eval_batch_size": batch}
         trial = replace(args, max_steps=LONGEST * max(2, steps) + 1, **changes)
         trainer = _Trial(copied(model, peft_config), trial, train_dataset=train_dataset, **kwargs)
         trainer.remove_callback(PrinterCallback)
@@ -156,12 +155,11 @@ class _Trial(FlopsTrainer):
         self.method: Method | None = None
         self.auto, self.speeds, self.found = AutoQueries(), list[float](), list[tuple[float, float]]()
         self.megabytes = math.nan
-        self.searched = 0  # steps that searches looked at
-        self._last: int | None = None  # the step that ends the trial
+        self.searched: int | None = None  # steps that searches looked at, once these are over; the next one ends the trial
         self.calibration = Calibration(None, 0.0, 0)
         super().__init__(*args, **kwargs)
 
-    def _new_search(self) -> RateSearch:
+    def _new_search(self) -> PlannedSearch:
         steps = self.args.max_steps // LONGEST
         loader = self.get_test_dataloader(some_of(self.train_dataset, min(JUDGES, PER_STEP * steps)))
         self._judges = [self._prepare_inputs(batch) for batch in loader]
@@ -170,15 +168,14 @@ class _Trial(FlopsTrainer):
     def _search_rate(self, forward: Any, inputs: Any, method: Method) -> None:
         super()._search_rate(forward, inputs, method)
         self.method = method
-        if self._last is None and self._rate.settled:  # type: ignore[union-attr]
+        if self.searched is None and self._rate.settled:  # type: ignore[union-attr]
             self.calibration = calibrate(forward, inputs, method, self._seed())
             self.searched = self.state.global_step
-            self._last = self.searched + 1
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Take a step with a clock beside it, the last one with an eye on memory."""
         before, start = self.ledger.all_rows, time.perf_counter()
-        if self.state.global_step == self._last:
+        if self.searched is not None and self.state.global_step > self.searched:
             self.control.should_training_stop = True
             with PeakMemory(self.args.device) as memory:
                 loss = super().training_step(*args, **kwargs)

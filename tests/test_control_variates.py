@@ -215,10 +215,8 @@ def test_the_unit_of_errors_changes_what_is_taught_by_its_rounding_only():
 
 
 def test_errors_are_told_in_a_unit_that_holds_them_in_one_digit():
-    control, clean = (
-        LogitJacobian(),
-        RowLosses(torch.ones(3), torch.ones(3), slopes=torch.randn(3, 2), logits=torch.randn(3, 2)),
-    )
+    control, slopes = LogitJacobian(), torch.randn(3, 2, generator=generator())
+    clean = RowLosses(torch.ones(3), torch.ones(3), slopes=slopes, logits=torch.zeros(3, 2))
     assert control.start(clean, 40, torch.device("cpu"), 0).unit == 1.0
     control.finish(torch.zeros(2, 40), torch.tensor([10.0, 10 * 2 * 0.03**2, 0.0, 0.0]).double())  # each error 0.03
     unit = control.start(clean, 40, torch.device("cpu"), 1).unit
