@@ -185,6 +185,7 @@ def main() -> None:
     parser.add_argument("--budget", type=int, help="rows of each run")
     parser.add_argument("--tuning_budget", type=int, help="rows of each run of the grid; by default as many")
     parser.add_argument("--again", action="store_true", help="take what an earlier run's grid found best")
+    parser.add_argument("--like", choices=METHODS, help="take what an earlier run's grid found best for this method")
     parser.add_argument("--label", default="", help="put behind the methods' names in the record")
     parser.add_argument("--points", type=int, default=16, help="evaluations of a run")
     parser.add_argument("--grid", nargs="+", type=float, default=GRID)
@@ -199,20 +200,22 @@ def main() -> None:
     task = TASKS[options.task]()
     budget = options.budget or task.budget
     record = Record(f"learning_{options.task}{'_quick' if options.quick else ''}", indent=None)
-    if options.again and (unknown := set(options.methods) - set(record.entries)):
-        parser.error(f"--again: benchmarks/results holds no run of {', '.join(sorted(unknown))} on {options.task} yet")
+    wanted = {options.like} if options.like else set(options.methods) if options.again else set()
+    if unknown := wanted - set(record.entries):
+        parser.error(f"benchmarks/results holds no run of {', '.join(sorted(unknown))} on {options.task} yet")
     for method in options.methods:
         share = 8 if method == "backprop" else 1
         first, limit = (options.tuning_budget or budget) // share, budget // share
-        if options.again:
-            before = record.entries[method]
-            best, grid = Run(before["rate"], before["queries"], 0), before["validation"]
+        before = record.entries.get(method, {})
+        if wanted:
+            found = record.entries[options.like or method]
+            best, grid = Run(found["rate"], found["queries"], 0), {} if options.like else found["validation"]
         else:
             best, grid = tuned(method, task, first, options.grid, options.queries, options.points)
         anew = [replace(best, seed=seed, curve=[]) for seed in options.seeds]
         runs = [train(method, task, run, limit, "test", options.points) for run in anew]
         curves = {str(run.seed): run.curve for run in runs}
-        if options.again:  # other seeds' runs of the same length stay
+        if options.again and (best.rate, best.queries) == (before.get("rate"), before.get("queries")):  # other seeds' stay
             kept = {seed: curve for seed, curve in before["curves"].items() if curve[-1][0] == runs[0].curve[-1][0]}
             curves = kept | curves
         record.keep(
