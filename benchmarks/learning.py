@@ -206,7 +206,6 @@ def main() -> None:
     for method in options.methods:
         share = 8 if method == "backprop" else 1
         first, limit = (options.tuning_budget or budget) // share, budget // share
-        before = record.entries.get(method, {})
         if wanted:
             found = record.entries[options.like or method]
             best, grid = Run(found["rate"], found["queries"], 0), {} if options.like else found["validation"]
@@ -215,12 +214,12 @@ def main() -> None:
         anew = [replace(best, seed=seed, curve=[]) for seed in options.seeds]
         runs = [train(method, task, run, limit, "test", options.points) for run in anew]
         curves = {str(run.seed): run.curve for run in runs}
-        if options.again and (best.rate, best.queries) == (before.get("rate"), before.get("queries")):  # other seeds' stay
+        name = method + options.label
+        before = record.entries.get(name, {}) if wanted else {}
+        if (best.rate, best.queries) == (before.get("rate"), before.get("queries")):  # other seeds of the same length stay
             kept = {seed: curve for seed, curve in before["curves"].items() if curve[-1][0] == runs[0].curve[-1][0]}
             curves = kept | curves
-        record.keep(
-            method + options.label, {"rate": best.rate, "queries": best.queries, "validation": grid, "curves": curves}
-        )
+        record.keep(name, {"rate": best.rate, "queries": best.queries, "validation": grid, "curves": curves})
 
 
 if __name__ == "__main__":
