@@ -171,8 +171,10 @@ def train(
 def tuned(
     method: str, task: LearningTask, budget: int, grid: list[float], queries: list[int], points: int
 ) -> tuple[Run, dict[str, float]]:
-    """Return the best run of the grid, and the mean validation accuracy of all."""
+    """Return the best run of the grid, and the mean validation accuracy of all; a grid of one is not run."""
     queries = [1] if method == "backprop" else queries
+    if len(grid) == len(queries) == 1:
+        return Run(grid[0], queries[0], 0), {}
     runs = [train(method, task, Run(rate, q, 0), budget, "validation", points) for q in queries for rate in grid]
     return max(runs, key=lambda run: run.mean), {f"lr {run.rate:g}, q {run.queries}": run.mean for run in runs}
 
