@@ -204,7 +204,8 @@ def main() -> None:
     record = Record(f"learning_{options.task}{'_quick' if options.quick else ''}", indent=None)
     wanted = {options.like} if options.like else set(options.methods) if options.again else set()
     if unknown := wanted - set(record.entries):
-        parser.error(f"benchmarks/results holds no run of {', '.join(sorted(unknown))} on {options.task} yet")
+        option = "--like" if options.like else "--again"
+        parser.error(f"{option}: benchmarks/results holds no run of {', '.join(sorted(unknown))} on {options.task} yet")
     for method in options.methods:
         share = 8 if method == "backprop" else 1
         first, limit = (options.tuning_budget or budget) // share, budget // share
