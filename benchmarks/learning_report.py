@@ -6,6 +6,7 @@ python benchmarks/learning_report.py
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
@@ -37,33 +38,33 @@ def target_of(entries: dict[str, Any]) -> float:
     return float(start + SHARE * (best - start))
 
 
-def spread(values: list[float]) -> str:
+def spread(values: Sequence[float]) -> str:
     """Format mean and standard deviation of accuracies."""
-    return f"{np.mean(values):.1%} ± {np.std(values, ddof=1) if len(values) > 1 else 0:.1%}"
+    return f"{np.mean(values):.1%}" + (f" ± {np.std(values, ddof=1):.1%}" if len(values) > 1 else "")
 
 
-def reached(runs: list[Run], target: float) -> tuple[str, str]:
-    """Format the median of rows and seconds to the target; runs that end below it count as infinite."""
-    found = sorted((run.to(target) or (10**12, 1e12) for run in runs), key=lambda pair: pair[0])
-    rows, seconds = found[len(found) // 2]
-    return ("not reached", "not reached") if rows >= 10**12 else (f"{rows:,}", f"{seconds:.1f}")
+def reached(runs: list[Run], target: float) -> list[str]:
+    """Format how many runs get to the target, and the median of their rows and seconds, others counting as infinite."""
+    found = [run.to(target) for run in runs]
+    arrived = f"{sum(point is not None for point in found)} of {len(runs)}"
+    rows, seconds = sorted(point or (10**12, 0.0) for point in found)[len(found) // 2]
+    return [arrived, *(["not reached"] * 2 if rows == 10**12 else [f"{rows:,}", f"{seconds:.1f}"])]
 
 
 def table(entries: dict[str, Any]) -> str:
     """Lay the methods of a task out as a Markdown table."""
     target = target_of(entries)
-    lines = [
-        "| method | learning rate | rows per sample | accuracy at the end | rows | rows to target | seconds to target |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    columns = ["method", "learning rate", "rows per sample", "accuracy at the end", "along the run", "rows", "seconds"]
+    columns += ["at the target", "rows to target", "seconds to target"]
+    lines = [columns, ["---"] * len(columns)]
     for name, entry in entries.items():
         runs = runs_of(entry)
-        rows, seconds = reached(runs, target)
-        end = spread([run.curve[-1][2] for run in runs])
-        lines.append(
-            f"| {name} | {entry['rate']:g} | {entry['queries']} | {end} | {runs[0].curve[-1][0]:,} | {rows} | {seconds} |"
-        )
-    return f"Target: {target:.1%}.\n\n" + "\n".join(lines)
+        rows, seconds, last = zip(*(run.curve[-1] for run in runs), strict=True)
+        along = np.mean([run.mean for run in runs])
+        tuned = [f"{entry['rate']:g}", str(entry["queries"])]
+        spent = [f"{rows[0]:,}", f"{np.mean(seconds):.0f}"]
+        lines.append([name, *tuned, spread(last), f"{along:.1%}", *spent, *reached(runs, target)])
+    return f"Target: {target:.1%}.\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def draw(axes: Any, title: str, entries: dict[str, Any]) -> None:
