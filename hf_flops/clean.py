@@ -67,6 +67,8 @@ def clean_forward(forward: Forward, method: Method, samples: int, feed: Feed, pl
         if len(owner) == len(mine) < samples and not reuse.complete:
             inputs = take(whole, owner)
             reuse.of_samples(owner, samples)
+        elif len(owner) < samples and head is not None:  # what it is given has to have one width
+            inputs = take(whole, owner)
         elif len(owner) < samples:
             inputs, columns, cut = feed.of(owner)
         recording = len(owner) == len(mine) and not reuse.complete

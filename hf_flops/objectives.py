@@ -144,10 +144,12 @@ class TappedLoss:
 
     Attributes:
         after: the module after which to listen; None to listen from the start, which makes every call of torch slower.
+        predictable: whether a control variate may learn from the logits.
     """
 
     per_row = True
     after: nn.Module | None = None
+    predictable = True
 
     def __init__(self, logits: bool = False) -> None:
         self.logits = logits

@@ -52,6 +52,7 @@ class Reuse:
         derived: small modules whose output follows from those of others; see `find_derived`.
         unread: inputs that nothing but `modules` reads: rows are given NaN in their place, without memory.
         narrow: whether recorded outputs may be cut where a chunk has less padding than the batch; None until it is known.
+        columned: which leaves of the modules' outputs have the batch's columns (tokens) as their second dimension.
         remembers: whether outputs are kept from one step to the next.
     """
 
@@ -63,6 +64,7 @@ class Reuse:
         self.derived: set[nn.Module] = set()
         self.unread: frozenset[str] = frozenset()
         self.narrow: bool | None = None
+        self.columned: frozenset[tuple[nn.Module, int]] = frozenset()
         self._kept: dict[nn.Module, Output] = {}
         self._samples = self._columns = 0
         self._cut: slice | None = None
@@ -204,16 +206,19 @@ class Reuse:
     def _repeated(self, module: nn.Module, owner: Tensor) -> Any:
         leaves, spec = self._kept[module]
         per_row = self.modules[module]
-        found = [
-            self._repeat(self._narrowed(leaf), owner) if rows else _clone(self._narrowed(leaf))
-            for leaf, rows in zip(leaves, per_row, strict=True)
-        ]
+        if self._cut is not None:  # down to the columns of the chunk
+            leaves = [leaf[:, self._cut] if (module, i) in self.columned else leaf for i, leaf in enumerate(leaves)]
+        found = [self._repeat(leaf, owner) if rows else _clone(leaf) for leaf, rows in zip(leaves, per_row, strict=True)]
         return tree_unflatten(found, spec)
 
-    def _narrowed(self, leaf: Any) -> Any:
-        """Cut (.., T, ..) down to the columns of the chunk; what has no columns stays as it is."""
-        cut = self._cut is not None and torch.is_tensor(leaf) and leaf.dim() > 2 and leaf.shape[1] == self._columns
-        return leaf[:, self._cut] if cut else leaf
+    def with_columns(self) -> frozenset[tuple[nn.Module, int]]:
+        """Return which leaves of what is recorded have, maybe by chance, as long a second dimension as the batch has columns."""
+        return frozenset(
+            (module, i)
+            for module, (leaves, _) in self._kept.items()
+            for i, leaf in enumerate(leaves)
+            if torch.is_tensor(leaf) and leaf.dim() > 2 and leaf.shape[1] == self._columns
+        )
 
     def _repeat(self, leaf: Tensor, owner: Tensor) -> Tensor:
         """Repeat (B * m, ...) for the rows: (R * m, ...)."""

@@ -86,13 +86,16 @@ def prepare_tap(
 ) -> None:
     """Let a tap on the model's loss keep logits, if a control variate is wanted and they are few, and listen late."""
     if control and type(objective) is TappedLoss:
-        objective.logits = few_logits(forward, inputs)
+        objective.logits = objective.predictable = few_logits(forward, inputs)
     if isinstance(objective, TappedLoss):
         objective.listen_late(model, forward, take(inputs, torch.tensor([0])))
 
 
 def few_logits(forward: Forward, inputs: Mapping[str, Any]) -> bool:
-    """Say whether the loss of a sample is made of few enough logits for a control variate."""
+    """Say whether the loss of a sample is made of few enough logits for a control variate, which are not those of its tokens."""
+    labels = inputs.get("labels")
+    if torch.is_tensor(labels) and labels.dim() > 1 and not labels.is_floating_point():  # as many as the padding leaves
+        return False
     logits = TappedLoss(logits=True)(forward, take(inputs, torch.tensor([0]))).logits
     return logits is not None and logits.shape[1] <= MOST_LOGITS
 

@@ -281,7 +281,7 @@ class FlopsTrainerMixin(ModelCards, Watched, SearchesRate, WholeCheckpoints, Man
             rows_per_forward=1,
             reuse=self._reuse,
             head=self._head,
-            control=self._control,
+            control=self._control if getattr(self._objective, "predictable", True) else None,
             exchange=self._exchange,
         )
 

@@ -61,6 +61,8 @@ def may_be_cut(
 ) -> bool | None:
     """Say whether rows lose the same with recorded outputs cut to their own columns; None where no sample is shorter.
 
+    What is to be cut, `reuse.columned`, has as many columns as the inputs both for the batch and for a shorter sample alone.
+
     Args:
         reuse: what runs once per sample.
         objective: what is minimised, per row.
@@ -75,11 +77,13 @@ def may_be_cut(
     own, _, cut = rows[short]
     if cut is None:
         return None
-    wanted = objective(forward, own).sums
     reuse.narrow = True
     try:
         with reuse.installed():
+            wanted, columned = objective(reuse.through(forward, own), own).sums, reuse.with_columns()
+        with reuse.installed():
             objective(reuse.through(forward, feed.whole), feed.whole)
+            reuse.columned = columned & reuse.with_columns()
             found = objective(reuse.through(forward, own, torch.tensor([short, short]), cut), own).sums
     except (ValueError, RuntimeError, IndexError):
         return False

@@ -4,8 +4,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import BertConfig, BertForMaskedLM, BertForTokenClassification, TrainerCallback
 
-from hf_flops import CallableObjective
+from hf_flops import CallableObjective, FlopsTrainer
 from hf_flops.allocators import Uniform
 from hf_flops.estimators import Antithetic
 from hf_flops.objectives import BatchLoss, TappedLoss
@@ -13,7 +14,7 @@ from hf_flops.padding import Feed, real_tokens, trim, window
 from hf_flops.rows import expand, take
 from hf_flops.trimming import padding_is_idle
 from tests.padded import Cramped, adapted, estimate, padded
-from tests.tiny import generator, model_forward, tiny_batch, tiny_model
+from tests.tiny import SIZES, VOCABULARY, as_dataset, generator, model_forward, tiny_batch, tiny_model, training_arguments
 
 SIDES = frozenset(["left", "right"])
 
@@ -115,3 +116,43 @@ def test_the_loss_of_a_whole_batch_is_never_cut():
     options = {"objective": BatchLoss(), "forward": model_forward(model), "trimmed": SIDES, "rows_per_forward": 3}
     estimate(model.model, inputs, "shared", **options)
     assert {seen["input_ids"].shape for seen in model.seen} == {inputs["input_ids"].shape}
+
+
+class Gradients(TrainerCallback):
+    """Keeps the gradients of the last step."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("memory", [None, 3e-6])  # so little that the clean forward, too, is cut into chunks
+@pytest.mark.parametrize("labels", [2, 9])  # few enough for the control variate, if texts were short, and too many
+def test_tokens_of_uneven_texts_have_labels(tmp_path, labels, memory):
+    batch = tiny_batch("bert", 6)
+    batch["labels"] = torch.where(batch["attention_mask"].bool(), batch["input_ids"] % labels, -100)
+    with torch.random.fork_rng(devices=[]):
+        model = BertForTokenClassification(BertConfig(vocab_size=VOCABULARY, num_labels=labels, **SIZES)).eval()
+    loss = model(**batch).loss
+    loss.backward()
+    wanted = {name: p.grad.clone() for name, p in model.named_parameters() if "classifier" in name}
+    model.requires_grad_(False).zero_grad()
+    model.classifier.requires_grad_(True)
+    model.bert.encoder.layer[-1].requires_grad_(True)
+    options = {"per_device_train_batch_size": 6, "queries_per_sample": 4, "memory_limit_gb": memory, "max_grad_norm": 0.0}
+    args, kept = training_arguments(tmp_path, max_steps=2, learning_rate=0.0, **options), Gradients()
+    trainer = FlopsTrainer(model, args, train_dataset=as_dataset(batch), callbacks=[kept])
+    assert trainer.train().training_loss == pytest.approx(loss.item(), rel=1e-5)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(kept.found[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_a_masked_language_model_learns_from_uneven_texts(tmp_path):
+    batch = tiny_batch("bert", 6)
+    batch["labels"] = torch.where(batch["attention_mask"].bool(), batch["input_ids"], -100)
+    with torch.random.fork_rng(devices=[]):
+        model = BertForMaskedLM(BertConfig(vocab_size=VOCABULARY, **SIZES)).eval()
+    loss = model(**batch).loss
+    model.bert.embeddings.requires_grad_(False)
+    args = training_arguments(tmp_path, max_steps=1, per_device_train_batch_size=6, queries_per_sample=4, rows_per_forward=2)
+    trainer = FlopsTrainer(model, args, train_dataset=as_dataset(batch))
+    assert trainer.train().training_loss == pytest.approx(loss.item(), rel=1e-5)

@@ -314,6 +314,8 @@ def test_noise_enters_under_autocast(module, distribution):
         assert module(x).equal(clean)
     assert found.dtype == torch.bfloat16
     assert not torch.allclose(found, clean, rtol=0.1, atol=0.1)
+    with perturbation.applied(noise, 0.25):
+        assert module(x).is_contiguous()  # as without noise: models take views of outputs
 
 
 @pytest.mark.parametrize("distribution", sorted(DISTRIBUTIONS))

@@ -4,6 +4,7 @@ import logging
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -554,3 +555,45 @@ def estimated(model, forward, inputs, method):
     model.zero_grad()
     estimate_gradient(forward, inputs, method, Place())
     return torch.cat([p.grad.flatten() for p in method.perturbation.vector.parameters])
+
+
+class Answers(nn.Module):
+    """Frozen patches of an image, and a text that asks which of them to look at."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.patches = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16))
+            self.words = nn.Sequential(nn.Embedding(VOCABULARY, 16), nn.LayerNorm(16))
+            self.query, self.out = nn.Linear(16, 16), nn.Linear(16, CLASSES)
+        self.patches.requires_grad_(False)
+        self.words.requires_grad_(False)
+
+    def forward(self, input_ids, attention_mask, patches, labels):
+        seen, mask = self.patches(patches), attention_mask[..., None]
+        asked = (self.words(input_ids) * mask).sum(1) / mask.sum(1)
+        shares = (self.query(asked)[:, None] @ seen.transpose(1, 2)).softmax(-1)
+        logits = self.out((shares @ seen)[:, 0] + asked)
+        return SimpleNamespace(loss=nn.functional.cross_entropy(logits, labels), logits=logits)
+
+
+@torch.no_grad()
+def test_patches_are_not_cut_where_there_are_as_many_as_columns():
+    model, sides, first = Answers(), frozenset(["right"]), uneven("bert")
+    samples, columns = first["input_ids"].shape
+    first["patches"] = torch.randn(samples, columns + 2, 8, generator=generator())
+    forward = model_forward(model)
+    plain = replace(method_for(model, rows=3), trimmed=sides)
+    reuse, reason = choose_reuse(model, plain.objective, forward, first, plain.perturbation)
+    assert reason is None
+    assert {model.patches, model.words} == set(reuse.modules)
+    reuse.narrow = may_be_cut(reuse, plain.objective, forward, first, sides)
+    assert reuse.narrow
+    assert {module for module, _ in reuse.columned} == {model.words}
+    chance = {**first, "patches": first["patches"][:, :columns]}  # by chance in a later batch
+    found = estimated(model, forward, chance, replace(plain, reuse=reuse))
+    torch.testing.assert_close(found, estimated(model, forward, chance, plain), rtol=1e-4, atol=1e-5)
+    reuse.narrow = may_be_cut(reuse, plain.objective, forward, chance, sides)  # and in the first
+    found = estimated(model, forward, chance, replace(plain, reuse=reuse))
+    torch.testing.assert_close(found, estimated(model, forward, chance, plain), rtol=1e-4, atol=1e-5)

@@ -68,7 +68,7 @@ def moved_linear(module: nn.Linear, x: Tensor, noise: Noise, scale: float) -> Te
     rows = by_row(x, noise, x.shape[-1])
     weight = torch.add(module.weight, noise["weight"].to(module.weight.dtype), alpha=scale)
     if weight.shape[1] < weight.shape[2]:  # batched products are faster where the long side of the weight is read along
-        out = torch.bmm(weight, rows.transpose(1, 2)).transpose(1, 2)
+        out = torch.bmm(weight, rows.transpose(1, 2)).transpose(1, 2).contiguous()  # as that of the layer itself
     else:
         out = torch.bmm(rows, weight.transpose(1, 2))
     if module.bias is not None:
