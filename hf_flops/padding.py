@@ -47,10 +47,8 @@ def window(real: Tensor, sides: frozenset[str]) -> slice:
 def trim(inputs: Mapping[str, Any], columns: slice) -> dict[str, Any]:
     """Cut every input with one column per token down to some columns; models may take a view of what they get."""
     wide = inputs["attention_mask"].shape[1]
-    return {
-        name: value[:, columns].contiguous() if name in _PADDED and torch.is_tensor(value) and value.shape[1:] == (wide,) else value
-        for name, value in inputs.items()
-    }
+    cut = {name: inputs[name] for name in _PADDED if torch.is_tensor(inputs.get(name)) and inputs[name].shape[1:] == (wide,)}
+    return {**inputs, **{name: value[:, columns].contiguous() for name, value in cut.items()}}
 
 
 class Feed:

@@ -212,7 +212,7 @@ class Reuse:
         return tree_unflatten(found, spec)
 
     def with_columns(self) -> frozenset[tuple[nn.Module, int]]:
-        """Return which leaves of what is recorded have, maybe by chance, as long a second dimension as the batch has columns."""
+        """Return which recorded leaves have a second dimension as long as the batch has columns, maybe by chance."""
         return frozenset(
             (module, i)
             for module, (leaves, _) in self._kept.items()

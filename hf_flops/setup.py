@@ -92,7 +92,7 @@ def prepare_tap(
 
 
 def few_logits(forward: Forward, inputs: Mapping[str, Any]) -> bool:
-    """Say whether the loss of a sample is made of few enough logits for a control variate, which are not those of its tokens."""
+    """Say whether the loss of a sample is made of few enough logits for a control variate, and not of its tokens'."""
     labels = inputs.get("labels")
     if torch.is_tensor(labels) and labels.dim() > 1 and not labels.is_floating_point():  # as many as the padding leaves
         return False
