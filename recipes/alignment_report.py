@@ -60,7 +60,7 @@ def verdict(outcomes: Sequence[Any]) -> str:
 def chosen(rows: PixelRows, most: int = 10) -> PixelRows:
     """Return one image of each of the first classes, the second of each, as the first of a data set is shown everywhere."""
     labels = rows.labels.numpy()
-    kept = [np.flatnonzero(labels == label)[1] for label in np.unique(labels)[:most]]
+    kept = [np.flatnonzero(labels == label)[:2][-1] for label in np.unique(labels)[:most]]
     return PixelRows(rows.pixels[kept], rows.labels[kept])
 
 
@@ -135,7 +135,8 @@ def report(folder: Path, task: Any, start: nn.Module, runs: Sequence[tuple[Any, 
         f"Data: {task.images.name}, {len(task.train):,} images of {', '.join(task.sentences.words)}; "
         f"{outcomes[0].parameters:,} trained parameters. Measured with {len(HELD_OUT_TEMPLATES)} templates "
         "that were not trained on. Rows: an image, a text or (for backprop and methods that perturb a batch as a whole) a "
-        "pair through the model in training; clean ones count too, and a row of backprop also costs a backward pass.\n"
+        "pair through the model in training; clean ones and checks count too, and a row of backprop also costs a backward "
+        "pass.\n"
     )
     (folder / "report.md").write_text(f"# Images and sentences\n\n{text}\n\n{notes}\n![report](report.png)\n")
     draw(folder / "report.png", task, start, runs)

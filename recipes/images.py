@@ -14,10 +14,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from datasets import Array2D, ClassLabel, Dataset, Features, Image, load_dataset
+from datasets import Array2D, ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 from sklearn.datasets import load_digits
 from tqdm.auto import tqdm
+
+from hf_flops import ConfigurationError
+from recipes.common import load_hub
 
 FASHION_MNIST_FOLDER = "/usr/share/datasets/fashion-mnist"
 TEST_SHARE, VALIDATION_SHARE = 0.3, 0.2
@@ -60,7 +63,8 @@ def load_images(name: str = "auto", seed: int = 0, *, every_class: bool = False)
 
     Raises:
         FileNotFoundError: Fashion-MNIST is not installed.
-        ValueError: The name is no dataset that could be loaded, or its columns are not images and classes.
+        ConfigurationError: The name is no dataset that could be loaded and split, or its columns are not images and
+            classes.
     """
     folder = Path(os.environ.get("HF_FLOPS_FASHION_MNIST", FASHION_MNIST_FOLDER))
     if name == "auto":
@@ -117,14 +121,16 @@ def _split(train: Dataset, test: Dataset | None, seed: int) -> tuple[Dataset, Da
 
 def _load_hub(name: str, seed: int) -> ImageTask:
     """Load a Hub dataset, whose image and class columns may have any name."""
-    try:
-        parts = load_dataset(name)
-    except (OSError, ValueError) as error:
-        reason = f"is neither 'digits' nor 'fashion_mnist', and as a Hub dataset it failed to load ({error})"
-        raise ValueError(f"{name!r} {reason}: check the id and the connection.") from error
+    parts = load_hub(name, CLASS_NAMES)
+    if "train" not in parts:
+        raise ConfigurationError(f"{name!r} has no split 'train', but {', '.join(parts)}: choose a dataset to train on.")
     columns = {type(feature): column for column, feature in reversed(parts["train"].features.items())}
     if not {Image, ClassLabel} <= columns.keys():
-        raise ValueError(f"{name!r} has no column of images or of class labels: choose an image classification dataset.")
+        raise ConfigurationError(
+            f"{name!r} has no column of images or of class labels: choose an image classification dataset."
+        )
+    if len(parts["train"]) < 8:
+        raise ConfigurationError(f"{name!r} has {len(parts['train'])} images to train on: 8 or more can be split.")
     renamed = {columns[Image]: "image", columns[ClassLabel]: "label"}
     parts = parts.select_columns(list(renamed)).rename_columns(renamed)
     held_out = next((parts[part] for part in ("test", "validation", "valid") if part in parts), None)
@@ -173,10 +179,12 @@ def pretrained_vit(task: ImageTask, cache_dir: str | os.PathLike | None = None, 
     """Return the folder of a small ViT pre-trained by backprop on the task's old classes, training it if not cached.
 
     Raises:
-        ValueError: The task has no old classes.
+        ConfigurationError: The task has no old classes.
     """
     if task.old is None:
-        raise ValueError(f"{task.name!r} has no old classes to pre-train on: give the id of a pre-trained Hub model.")
+        raise ConfigurationError(
+            f"{task.name!r} has no old classes to pre-train on: give the id of a pre-trained Hub model."
+        )
     config = SMALL_VIT | VITS[task.name]
     settings = PRETRAINING[task.name] | ({} if epochs is None else {"epochs": epochs})
     key = json.dumps([OLD_CLASSES[task.name], config, settings], sort_keys=True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hf_flops import ConfigurationError
 from recipes.images import ImageTask, pixel_dataset
 
 TRAINED_TEMPLATES = (
@@ -27,6 +28,7 @@ HELD_OUT_TEMPLATES = (
     "a product shot of the {}, for sale.",
     "somebody bought a {} and took this photo.",
 )
+LOSSES = ("pairs", "classes")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 WORDS = {
     "fashion_mnist": {
@@ -94,6 +96,10 @@ class PairCollator:
     sentences: Sentences
     classes: list[int]
     loss: str = "pairs"
+
+    def __post_init__(self) -> None:
+        if self.loss not in LOSSES:
+            raise ConfigurationError(f"The loss {self.loss!r} is unknown: choose among {', '.join(LOSSES)}.")
 
     def __call__(self, rows: list[dict[str, Tensor]]) -> dict[str, Any]:
         """Make a batch."""

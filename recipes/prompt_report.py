@@ -68,12 +68,13 @@ def report(folder: Path, task: TextTask, recipe: Any, args: Any, runs: list[tupl
         "model in training, checks included, as if every row ran whole; a row of backprop also costs a backward pass. "
         "Seconds include the evaluations for the curve.\n"
     )
-    (folder / "report.md").write_text(f"# Prompt tuning\n\n{text}\n\n{notes}\n![report](report.png)\n")
+    curves = {o.method: o.curve for o in outcomes if o.curve}
+    picture = "\n![report](report.png)\n" if curves else ""
+    (folder / "report.md").write_text(f"# Prompt tuning\n\n{text}\n\n{notes}{picture}")
     rate = {"learning_rate": args.learning_rate, "queries_per_sample": args.queries_per_sample, "seed": args.seed}
     record = {"recipe": asdict(recipe), **rate, "outcomes": [asdict(outcome) for outcome in outcomes]}
     record |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
     (folder / "results.json").write_text(json.dumps(record, indent=1))
-    curves = {o.method: o.curve for o in outcomes if o.curve}
     if curves:
         save_report(folder / "report.png", curves, outcomes[0].before)
     print(f"Report: {folder / 'report.md'}")

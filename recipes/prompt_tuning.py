@@ -26,7 +26,7 @@ from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, Trai
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also when hf_flops is not installed
 
-from hf_flops import FlopsTrainer, FlopsTrainingArguments, MacroF1, Metric
+from hf_flops import ConfigurationError, FlopsTrainer, FlopsTrainingArguments, MacroF1, Metric
 from hf_flops.memory import PeakMemory
 from recipes import common
 from recipes.common import accuracy, stock_arguments
@@ -98,8 +98,16 @@ class RecipeArguments:
         default_factory=list, metadata={"help": "'backprop' runs beside it with the same prompt and rows."}
     )
     dtype: str = field(
-        default="float32", metadata={"help": "The model's numbers: float32, or bfloat16 where that is faster."}
+        default="float32",
+        metadata={
+            "help": "The model's numbers: float32, or bfloat16 where that is faster.",
+            "choices": ["float32", "bfloat16"],
+        },
     )
+
+    def __post_init__(self) -> None:
+        common.at_least(1, self, "virtual_tokens", "lora_rank", "test_texts", "text_tokens")
+        common.at_least(0, self, "per_class", "validation_texts")
 
 
 @dataclass
@@ -112,7 +120,7 @@ class RecipeTrainingArguments(FlopsTrainingArguments):
         metadata={"help": "A number or 'auto'. Default: 5e-3; for metrics 2e-2, as their noise is larger, too."},
     )
     max_steps: int = 80
-    queries_per_sample: int = 24
+    queries_per_sample: int | str | None = 24
     perturbation_scale: float | str | None = field(
         default=None, metadata={"help": "Default: 1e-2, which suits embeddings; for metrics 0.1, near their own size."}
     )
@@ -162,6 +170,8 @@ def adapter_of(recipe: RecipeArguments, args: Any, base: Any, template: Template
 
 def trainer_for(method: str, model: Any, args: RecipeTrainingArguments, recipe: RecipeArguments, **options: Any) -> Trainer:
     """Build the trainer of a method: the stock one for backprop, ours otherwise."""
+    if method not in METHODS:
+        raise ConfigurationError(f"The method {method!r} is unknown: choose among {', '.join(METHODS)}.")
     options = {"model": model, "compute_metrics": accuracy, **options}
     objective = OBJECTIVES[recipe.objective]() if method == "flops" else None
     scale, rate = (0.1, 2e-2) if objective else (1e-2, 5e-3)
@@ -185,12 +195,12 @@ def run(
         task: the texts.
         known: an outcome of the same model and the same prompt to start with, whose accuracies before training hold.
     """
-    with args.main_process_first():
+    with args.main_process_first(), common.usable(f"--model {recipe.model or '(SmolLM2)'}"):
         base, tokenizer = load_model(recipe.model, recipe.dtype)
     words = label_tokens(tokenizer, recipe.label_words, task.classes)
     template = Template(tokenizer, recipe.template, recipe.text_tokens, recipe.chat)
     collator, tail = DataCollatorWithPadding(tokenizer), recipe.adapter != "suffix"
-    own = replace(args, output_dir=str(Path(str(args.output_dir), method)))
+    own = replace(args, output_dir=str(common.output_folder(args, method)))
     names = ("output_dir", "per_device_eval_batch_size", "use_cpu", "disable_tqdm", "report_to")
     plain = TrainingArguments(**{name: getattr(own, name) for name in names})
 
@@ -208,7 +218,7 @@ def run(
     curve.trainer = trainer = trainer_for(method, model, own, recipe, data_collator=collator, callbacks=[curve], **sets)
     with PeakMemory() as memory:
         begun = time.perf_counter()
-        trainer.train()
+        trainer.train(args.resume_from_checkpoint)
         seconds = time.perf_counter() - begun
     after = trainer.evaluate(by_length(data["test"]))["eval_accuracy"]
     if args.process_index == 0:
@@ -239,12 +249,12 @@ def parse(arguments: list[str] | None = None) -> tuple[RecipeArguments, RecipeTr
 def main(arguments: list[str] | None = None) -> list[Outcome]:
     """Tune with forward passes, and by the methods that this is compared with."""
     recipe, args = parse(arguments)
-    folder, methods = common.begin(args, ["flops", *recipe.compare])
+    methods = common.begin(args, ["flops", *recipe.compare])
     if recipe.engine and (recipe.adapter not in ("suffix", "prompt") or "backprop" in methods):
         wants = "--adapter suffix or prompt, and no --compare backprop"
         raise SystemExit(f"--engine {recipe.engine} only answers: it needs {wants}.")
     sizes = {"validation": recipe.validation_texts, "test": recipe.test_texts, "per_class": recipe.per_class}
-    with args.main_process_first():
+    with args.main_process_first(), common.usable(f"--domain {recipe.domain}"):
         task = load_texts(recipe.domain, seed=args.seed, **sizes)
     runs, first = [], args.process_index == 0
     for method in methods:
@@ -252,9 +262,9 @@ def main(arguments: list[str] | None = None) -> list[Outcome]:
             print(f"\n=== {method}: {len(task.train):,} texts of {task.name}")
         runs.append(run(method, recipe, args, task, known=runs[0][0] if runs else None))
     if first:
-        report(folder, task, recipe, args, runs)
+        report(Path(str(args.output_dir)), task, recipe, args, runs)
     return [outcome for outcome, _ in runs]
 
 
 if __name__ == "__main__":
-    main()
+    common.start(main)

@@ -16,9 +16,10 @@ from transformers.modeling_outputs import CausalLMOutput
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from hf_flops import SuffixPromptModel
+from hf_flops import ConfigurationError, SuffixPromptModel
 from hf_flops.losses import mean_cross_entropy
 from recipes.assets import sentences, smollm2
+from recipes.common import load_hub
 
 DOMAINS = {  # of the embedded sentences; see `recipes.assets.sentences`
     "movies": "movieReviewSnippets",
@@ -54,14 +55,18 @@ def load_texts(domain: str, *, validation: int, test: int, per_class: int = 0, s
         test: texts to report on.
         per_class: training texts of each class, 0 for all.
         seed: which texts the few are; the test texts are always the same.
+
+    Raises:
+        ConfigurationError: there is no such data set, or its columns are not texts and classes.
     """
     if domain in DOMAINS:
         rows = sentences(DOMAINS[domain])
     else:
-        from datasets import load_dataset
-
-        data = load_dataset(domain, split="train")
+        data = load_hub(domain, DOMAINS, split="train")
+        if not {"text", "label"} <= {*data.column_names}:
+            raise ConfigurationError(f"{domain!r} has the columns {', '.join(data.column_names)}: it needs text and label.")
         rows = list(zip(data["text"], data["label"], strict=True))
+        check_texts(domain, rows)
     rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
     validation, test = min(validation, len(rows) // 4), min(test, len(rows) // 4)
     train = rows[validation + test :]
@@ -70,6 +75,25 @@ def load_texts(domain: str, *, validation: int, test: int, per_class: int = 0, s
         labels = np.array([label for _, label in train])[order]
         train = [train[i] for label in np.unique(labels) for i in order[labels == label][:per_class]]
     return TextTask(domain, train, rows[:validation], rows[validation : validation + test])
+
+
+def check_texts(name: str, rows: Texts) -> None:
+    """Refuse texts that are empty or none, labels that do not count classes, and too few of either.
+
+    Raises:
+        ConfigurationError: there are such.
+    """
+    for row, (text, label) in enumerate(rows):
+        if not isinstance(text, str) or not text.strip():
+            raise ConfigurationError(f"{name!r} has the text {text!r} in row {row}: every row needs one.")
+        if not isinstance(label, int) or label < 0:
+            raise ConfigurationError(
+                f"{name!r} has the label {label!r} in row {row}: labels must be whole numbers from 0, in the order of the "
+                "label words."
+            )
+    classes = len({label for _, label in rows})
+    if len(rows) < 4 or classes < 2:
+        raise ConfigurationError(f"{name!r} has {len(rows)} texts of {classes} classes: it needs 4 or more of 2 or more.")
 
 
 def label_tokens(tokenizer: Any, words: list[str], classes: int) -> list[int]:
@@ -203,7 +227,12 @@ def adapted(
 
     A prompt starts as the first tokens of `init_text`, repeated as needed; an empty text leaves random tokens. One after the
     text replaces what the template has there.
+
+    Raises:
+        ConfigurationError: the kind is unknown.
     """
+    if kind not in ADAPTERS:
+        raise ConfigurationError(f"The adapter {kind!r} is unknown: choose among {', '.join(ADAPTERS)}.")
     if kind == "suffix":
         return SuffixPromptModel(model, virtual_tokens, init_text or None, template.tokenizer, label_words=words)
     config: Any

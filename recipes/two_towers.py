@@ -18,9 +18,10 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging as transformers_logging
 
-from hf_flops import VisualPrompt
+from hf_flops import ConfigurationError, VisualPrompt
 
 ADAPTERS = ("lora", "border", "tokens", "context", "none")
+TOWERS = {"image": "vision_model", "text": "text_model", "both": "(vision_model|text_model)"}
 
 
 class Pooled(nn.Module):
@@ -102,12 +103,14 @@ def load_processor(path: str) -> Any:
     """Load a model's image processor.
 
     Raises:
-        ValueError: it has none.
+        ConfigurationError: it has none.
+        OSError, ValueError: there is no such model.
     """
     try:
         return AutoImageProcessor.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise ValueError(
+        AutoConfig.from_pretrained(path)  # says what is wrong with a model that is not there
+        raise ConfigurationError(
             f"{path!r} has no image processor (preprocessor_config.json), so what its images should look like is unknown: "
             "name a model that has one with --image_processor."
         ) from error
@@ -117,11 +120,13 @@ def text_shape(model: str) -> tuple[int, bool | str]:
     """Return the most tokens that a text of a model may have, and how shorter ones are filled up: SigLIP needs full length.
 
     Raises:
-        ValueError: the model is not one of images and texts.
+        ConfigurationError: the model is not one of images and texts.
     """
     config = AutoConfig.from_pretrained(model)
     if not hasattr(config, "vision_config") or not hasattr(config, "text_config"):
-        raise ValueError(f"{model!r} has no two towers: name its kind of encoder with --vision_model or --text_model.")
+        raise ConfigurationError(
+            f"{model!r} has no two towers: name its kind of encoder with --vision_model or --text_model."
+        )
     longest = min(config.text_config.max_position_embeddings, 77)
     return longest, "max_length" if config.model_type.startswith("siglip") else True
 
@@ -152,7 +157,13 @@ def adapted(
         rank: of LoRA.
         size: of a visual prompt.
         context: tokens whose embeddings are trained.
+
+    Raises:
+        ConfigurationError: the adapter or the towers are unknown.
     """
+    for what, value, known in (("adapter", adapter, ADAPTERS), ("tower", towers, TOWERS)):
+        if value not in known:
+            raise ConfigurationError(f"The {what} {value!r} is unknown: choose among {', '.join(known)}.")
     model.requires_grad_(False)
     heads = ["visual_projection", "text_projection"] if projections else []
     if adapter in ("border", "tokens"):
@@ -161,8 +172,7 @@ def adapted(
         name = next(name for name, module in model.text_model.named_modules() if isinstance(module, nn.Embedding))
         model = get_peft_model(model, TrainableTokensConfig(token_indices=[*context], target_modules=[name.split(".")[-1]]))
     elif adapter == "lora":
-        place = {"image": "vision_model", "text": "text_model", "both": "(vision_model|text_model)"}[towers]
-        layers = rf".*{place}.*\.(q_proj|v_proj|query|value|q_lin|v_lin)"
+        layers = rf".*{TOWERS[towers]}.*\.(q_proj|v_proj|query|value|q_lin|v_lin)"
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers, modules_to_save=heads or None)
         model = get_peft_model(model, config)
     for name, parameter in model.named_parameters():

@@ -2,7 +2,7 @@
 
 With no arguments, a small ViT that was pre-trained on half of the classes of Fashion-MNIST (where it is installed; of
 scikit-learn's digits elsewhere) learns the other half through LoRA and a new head, without a backward pass. With a
-connection, any image classifier and data set of the Hub take their place:
+connection, any vision transformer and data set of the Hub take their place:
 
     python recipes/vit.py
     python recipes/vit.py --method mezo --compare flops backprop --output_dir outputs/mezo
@@ -29,7 +29,7 @@ from transformers import Trainer, TrainerCallback, set_seed
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also when hf_flops is not installed
 
-from hf_flops import FlopsTrainer, FlopsTrainingArguments
+from hf_flops import ConfigurationError, FlopsTrainer, FlopsTrainingArguments
 from hf_flops.args import PRESETS
 from hf_flops.memory import PeakMemory
 from hf_flops.plots import save_report
@@ -65,6 +65,10 @@ class RecipeArguments:
         default=False, metadata={"help": "Train lora_A as well; without it there are half as many parameters."}
     )
 
+    def __post_init__(self) -> None:
+        common.at_least(1, self, "lora_rank")
+        common.at_least(0, self, "per_class")
+
 
 @dataclass
 class RecipeTrainingArguments(FlopsTrainingArguments):
@@ -75,8 +79,8 @@ class RecipeTrainingArguments(FlopsTrainingArguments):
         default=None, metadata={"help": "Default: the best of the same grid for each method, on the validation split."}
     )
     num_train_epochs: float = 10
-    queries_per_sample: int = 32
-    rows_per_forward: int | None = 256
+    queries_per_sample: int | str | None = 32
+    rows_per_forward: int | str | None = 256
     per_device_train_batch_size: int = 32
     per_device_eval_batch_size: int = 256
     lr_scheduler_type: str = "cosine"
@@ -119,7 +123,7 @@ class Curve(TrainerCallback):
     def rows(self) -> int:
         """Rows through the model in training so far: one per sample and epoch for backprop."""
         if hasattr(self.trainer, "ledger"):
-            return self.trainer.ledger.rows
+            return self.trainer.ledger.all_rows
         return round((self.trainer.state.epoch or 0) * len(self.trainer.train_dataset))
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
@@ -128,9 +132,18 @@ class Curve(TrainerCallback):
 
 
 def adapter_model(recipe: RecipeArguments, path: str, task: ImageTask, seed: int) -> torch.nn.Module:
-    """Load the backbone and put LoRA and a new head on it, the same for every method."""
+    """Load the backbone and put LoRA and a new head on it, the same for every method.
+
+    Raises:
+        ConfigurationError: it has no such layers.
+    """
     set_seed(seed)
     model, _ = load_vit(path, task)
+    if not any(name.endswith((".q_proj", ".v_proj")) for name, _ in model.named_modules()):
+        raise ConfigurationError(
+            f"--model {path} is a {type(model).__name__}, without the attention layers q_proj and v_proj that LoRA is for: "
+            "choose a vision transformer."
+        )
     config = LoraConfig(
         r=recipe.lora_rank,
         lora_alpha=2 * recipe.lora_rank,
@@ -169,14 +182,15 @@ def run(
 ) -> tuple[Outcome, Trainer]:
     """Train the adapter with one method and test it."""
     model = adapter_model(recipe, path, task, args.seed)
-    rate = args.learning_rate or LEARNING_RATES.get(task.name, LEARNING_RATES["fashion_mnist"])[method]
-    own = replace(args, learning_rate=rate, output_dir=str(Path(str(args.output_dir), method)))
+    best = LEARNING_RATES.get(task.name, LEARNING_RATES["fashion_mnist"])[method]
+    rate = best if args.learning_rate is None else args.learning_rate
+    own = replace(args, learning_rate=rate, output_dir=str(common.output_folder(args, method)))
     curve = Curve()
     trainer = trainer_for(method, model, own, curve, data["train"], data["validation"])
     before = trainer.evaluate(data["test"], metric_key_prefix="test")["test_accuracy"]
     with PeakMemory() as memory:
         start = time.perf_counter()
-        trainer.train()
+        trainer.train(args.resume_from_checkpoint)
         seconds = time.perf_counter() - start
     after = trainer.evaluate(data["test"], metric_key_prefix="test")["test_accuracy"]
     trainer.save_model()
@@ -253,8 +267,9 @@ def report(folder: Path, task: ImageTask, recipe: RecipeArguments, runs: list[tu
     print(f"\n{text}\n")
     notes = (
         f"Data: {task.name}, classes {', '.join(task.class_names)}; {outcomes[0].parameters:,} trained parameters; accuracy "
-        "on the test split. Rows: images through the model in training, clean forwards included; a row of backprop also "
-        "costs a backward pass. Seconds include the evaluations; peak memory is what training added to the process.\n"
+        "on the test split. Rows: images through the model in training, clean forwards and checks included; a row of "
+        "backprop also costs a backward pass. Seconds include the evaluations; peak memory is what training added to the "
+        "process.\n"
     )
     (folder / "report.md").write_text(f"# Adapting a ViT\n\n{text}\n\n{notes}\n![report](report.png)\n")
     record = {
@@ -277,22 +292,25 @@ def parse(arguments: list[str] | None = None) -> tuple[RecipeArguments, RecipeTr
 
 def load_data(recipe: RecipeArguments, seed: int) -> tuple[str, ImageTask, dict[str, PixelDataset]]:
     """Load the task and the path of its backbone, and preprocess every image once."""
-    task = load_images(recipe.dataset, seed=seed)
+    with common.usable(f"--dataset {recipe.dataset}"):
+        task = load_images(recipe.dataset, seed=seed)
     per_class = {"fashion_mnist": 100}.get(task.name, 0) if recipe.per_class is None else recipe.per_class
     if per_class:
         labels = np.asarray(task.train["label"])
         kept = np.concatenate([np.flatnonzero(labels == c)[:per_class] for c in range(len(task.class_names))])
         task = replace(task, train=task.train.select(np.sort(kept)))
-    path = recipe.model or pretrained_vit(task)
-    _, processor = load_vit(path, task)
-    parts = {part: pixel_dataset(getattr(task, part), processor) for part in ("train", "validation", "test")}
+    with common.usable(f"--model {recipe.model or '(the small ViT)'}"):
+        path = recipe.model or pretrained_vit(task)
+        _, processor = load_vit(path, task)
+    with common.usable(f"--dataset {recipe.dataset}"):
+        parts = {part: pixel_dataset(getattr(task, part), processor) for part in ("train", "validation", "test")}
     return path, task, parts
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the method, and those that it is compared with."""
     recipe, args = parse(arguments)
-    folder, methods = common.begin(args, [recipe.method, *recipe.compare])
+    methods = common.begin(args, [recipe.method, *recipe.compare])
     with args.main_process_first():
         path, task, data = load_data(recipe, args.seed)
     runs, first = [], args.process_index == 0
@@ -301,8 +319,8 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"\n=== {method}: {len(data['train']):,} images of {', '.join(task.class_names)}")
         runs.append(run(method, recipe, args, path, task, data))
     if first:
-        report(folder, task, recipe, runs)
+        report(Path(str(args.output_dir)), task, recipe, runs)
 
 
 if __name__ == "__main__":
-    main()
+    common.start(main)

@@ -126,3 +126,27 @@ def test_compare_gives_every_preset_the_same_rows(monkeypatch, capsys):
         with pytest.raises(SystemExit):
             compare.main(wrong)
     assert "spsa" in capsys.readouterr().err
+    others = (["--compare", "backprop"], ["--comp=backprop"], ["--method", "mezo"], ["--max-queries", "9"], ["run.yaml"])
+    for other in others:
+        with pytest.raises(SystemExit):
+            compare.main(["--presets", "flops", "--rows", "200", *other])
+        assert f"error: {other[0]} is" in capsys.readouterr().err
+    assert len(ran) == 1
+
+
+def test_a_recipe_that_cannot_work_ends_in_a_line(tmp_path, capsys, monkeypatch):
+    out = ["--output_dir", str(tmp_path / "out"), "--use_cpu", "True"]
+    assert main(["vit", "--dataset", str(tmp_path), *out]) == 1
+    assert main(["vit", "--dataset", "digits", "--model", "/nowhere", *out]) == 1
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"hf-flops vit: '{tmp_path}' failed to load as a folder or a data set of the Hub: ")
+    assert second.startswith("hf-flops vit: --model /nowhere cannot be used: ")
+    with pytest.raises(SystemExit):
+        main(["vit", "--method", "foo"])
+    usage, error = capsys.readouterr().err.splitlines()
+    assert usage == "usage: hf-flops vit [OPTIONS], or hf-flops vit FILE.yaml with options by name"
+    assert "argument --method: invalid choice: 'foo'" in error
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(sys, "argv", ["vit.py", "--lora_rank", "0"])
+    with pytest.raises(SystemExit, match=r"^vit\.py: --lora_rank 0 must be 1 or more\.$"):
+        recipe("common").start(recipe("vit").main)

@@ -1,13 +1,16 @@
 """Real training: a ViT that knows five digits learns the other five without a backward pass."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig
+from PIL import Image
+from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessorPil
 
-from hf_flops import FlopsTrainer, FlopsTrainingArguments
-from recipes import vit
+from hf_flops import ConfigurationError, FlopsTrainer, FlopsTrainingArguments
+from recipes import alignment, vit
 from recipes.images import collate, load_images, load_vit, pixel_dataset, pretrained_vit
 
 
@@ -63,6 +66,14 @@ def test_the_other_presets_learn_too(digits, tmp_path, preset):
     assert after > before + 0.25
 
 
+def check_rows(folder):
+    """Return how many rows the log says that the checks of the first batch took."""
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    (rows,) = {entry["check_rows"] for entry in history if "check_rows" in entry}
+    assert rows > 0
+    return rows
+
+
 def test_the_recipe_leaves_a_report_a_picture_and_adapters(digits, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(vit, "pretrained_vit", lambda task: digits[1])
     options = "--dataset digits --per_class 16 --num_train_epochs 1 --queries_per_sample 8 --compare backprop mezo"
@@ -73,8 +84,8 @@ def test_the_recipe_leaves_a_report_a_picture_and_adapters(digits, tmp_path, mon
     report = (tmp_path / "report.md").read_text()
     outcomes = {o["method"]: o for o in json.loads((tmp_path / "results.json").read_text())["outcomes"]}
     assert set(outcomes) == {"flops", "backprop", "mezo"}
-    assert outcomes["flops"]["rows"] == 80 * 8
-    assert outcomes["mezo"]["rows"] == 80 * 8
+    assert outcomes["flops"]["rows"] == 80 * 8 + check_rows(tmp_path / "flops")
+    assert outcomes["mezo"]["rows"] == 80 * 8 + check_rows(tmp_path / "mezo")
     assert outcomes["backprop"]["rows"] == 80
     for method, outcome in outcomes.items():
         assert f"| {method} | {outcome['before']:.1%} | **{outcome['after']:.1%}** |" in report
@@ -92,3 +103,84 @@ def test_the_recipe_reads_yaml(tmp_path):
     path.write_text("dataset: digits\nmethod: mezo\nqueries_per_sample: 8\nlearning_rate: 0.01\n")
     recipe, args = vit.parse([str(path)])
     assert (recipe.method, args.queries_per_sample, args.learning_rate) == ("mezo", 8, 0.01)
+
+
+class Stop(Exception):
+    """Ends a run where it would train."""
+
+
+class Stopped:
+    """A trainer that trains nothing."""
+
+    def __init__(self, rate):
+        self.rate = rate
+
+    def evaluate(self, *data, **options):
+        return {"test_accuracy": 0.0}
+
+    def train(self, checkpoint):
+        raise Stop(self.rate, checkpoint)
+
+
+@pytest.mark.parametrize(("recipe", "model"), [(vit, "adapter_model"), (alignment, "adapted_model")])
+def test_a_rate_of_zero_and_a_checkpoint_reach_the_trainer(recipe, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, model, lambda *given: None)
+    monkeypatch.setattr(recipe, "trainer_for", lambda method, model, args, *data: Stopped(args.learning_rate))
+    monkeypatch.setattr(alignment, "evaluate", lambda *given: {})
+    own, args = recipe.parse(["--learning_rate", "0", "--resume_from_checkpoint", "there", "--output_dir", str(tmp_path)])
+    task = SimpleNamespace(name="digits", train=None, collate=None)
+    given = ["", task, dict.fromkeys(("train", "validation", "test"))] if recipe is vit else [task]
+    with pytest.raises(Stop) as stop:
+        recipe.run("flops", own, args, *given)
+    assert stop.value.args == (0.0, "there")
+
+
+def test_auto_is_an_answer_to_how_many(tmp_path):
+    _, args = vit.parse(["--queries_per_sample", "auto", "--rows_per_forward", "auto"])
+    assert (args.queries_per_sample, args.rows_per_forward) == ("auto", "auto")
+    assert vit.parse(["--queries_per_sample", "8"])[1].queries_per_sample == 8
+    with pytest.raises(ConfigurationError, match=r"--queries_per_sample auto does not know .*: give a number to align"):
+        alignment.parse(["--queries_per_sample", "auto"])
+
+
+@pytest.fixture
+def pictures(tmp_path, monkeypatch):
+    """Return what makes a folder of pictures in classes, by the names of its files."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+    def build(*names):
+        for name in names:
+            (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / "data" / name)
+        return tmp_path / "data"
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("names", "match"),
+    [
+        ([f"test/{c}/{i}.png" for c in "ab" for i in range(8)], "has no split 'train', but test"),
+        ([f"train/{c}/0.png" for c in "ab"], "has 2 images to train on: 8 or more"),
+        ([f"train/a/{i}.png" for i in range(8)], "no column of images or of class labels"),
+        ([f"train/{c}/{i}.png" for c in "ab" for i in range(8)], "--dataset .* cannot be used: cannot identify image file"),
+    ],
+)
+def test_pictures_that_cannot_be_used_are_refused_in_a_sentence(names, match, pictures, tmp_path):
+    folder = pictures(*names)
+    (folder / names[0]).write_bytes(b"no picture") if "cannot identify" in match else None
+    model = ResNetForImageClassification(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1]))
+    model.save_pretrained(tmp_path / "model")
+    ViTImageProcessorPil(size=8).save_pretrained(tmp_path / "model")
+    with pytest.raises(ConfigurationError, match=match) as refused:
+        vit.load_data(vit.RecipeArguments(dataset=str(folder), model=str(tmp_path / "model")), seed=0)
+    assert str(refused.value).endswith(".")
+    assert "\n" not in str(refused.value)
+
+
+def test_a_model_without_attention_layers_is_refused(tmp_path):
+    ResNetForImageClassification(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])).save_pretrained(tmp_path)
+    ViTImageProcessorPil(size=8).save_pretrained(tmp_path)
+    recipe = vit.RecipeArguments(model=str(tmp_path))
+    with pytest.raises(ConfigurationError, match=r"is a ResNetForImageClassification, .* choose a vision transformer"):
+        vit.adapter_model(recipe, str(tmp_path), load_images("digits"), seed=0)

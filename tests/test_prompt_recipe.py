@@ -11,6 +11,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerFast
 
+from hf_flops import ConfigurationError
 from hf_flops.suffix import CONFIG_FILE
 from recipes import prompt_tuning, prompts
 from recipes.prompts import Template, WordClassifier, adapted, label_tokens, load_texts
@@ -190,6 +191,129 @@ def test_a_black_box_is_tuned_and_what_it_begins_with_is_measured_once(adapter, 
     assert (again.before, again.start, again.after) == (-1.0, -2.0, first.after)
     with pytest.raises(SystemExit, match=r"--engine torch only answers.*no --compare backprop"):
         prompt_tuning.main([*options, "--compare", "backprop"])
+
+
+def test_a_resumed_run_without_a_curve_has_no_picture(tiny, tmp_path, monkeypatch):
+    checkpoint, given = tmp_path / "checkpoint-1", []
+    checkpoint.mkdir()
+    (checkpoint / "trainer_state.json").write_text("{}")
+    monkeypatch.setattr(prompt_tuning.FlopsTrainer, "train", lambda trainer, start: given.append((start, trainer.args)))
+    options = "--queries_per_sample auto --validation_texts 0 --test_texts 4 --use_cpu True --disable_tqdm True"
+    options = [*options.split(), "--label_words", "terrible", "great", "--output_dir", str(tmp_path / "out")]
+    prompt_tuning.main([*options, "--resume_from_checkpoint", str(checkpoint)])
+    ((start, args),) = given
+    assert (start, args.queries_per_sample) == (str(checkpoint), "auto")
+    assert "report.png" not in (tmp_path / "out" / "report.md").read_text()
+    assert not (tmp_path / "out" / "report.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ("--resume_from_checkpoint there --compare backprop", "there is of one method, and flops, backprop would start"),
+        ("--resume_from_checkpoint there", "there is no checkpoint: name a folder such as .*flops/checkpoint-100"),
+        ("--virtual_tokens 0", "--virtual_tokens 0 must be 1 or more"),
+        ("--lora_rank 0", "--lora_rank 0 must be 1 or more"),
+        ("--test_texts 0", "--test_texts 0 must be 1 or more"),
+        ("--text_tokens -3", "--text_tokens -3 must be 1 or more"),
+        ("--per_class -1", "--per_class -1 must be 0 or more"),
+        ("--validation_texts -1", "--validation_texts -1 must be 0 or more"),
+        ("--learning_rate -1", "--learning_rate -1.0 must be 0 or more"),
+        ("--learning_rate nan", "--learning_rate nan must be 0 or more"),
+        ("--per_device_train_batch_size 0", "--per_device_train_batch_size 0 must be 1 or more"),
+        ("--warmup_steps -1", "One of the options cannot be used: .*warmup_steps"),
+        ("--domain /no/such", "'/no/such' is none of movies, .* and failed to load"),
+        ("--model /nowhere", "--model /nowhere cannot be used: .*'/nowhere'"),
+        ("--output_dir {file}", "--output_dir .* cannot be used: .*[Nn]ot a directory"),
+    ],
+)
+def test_options_that_cannot_work_end_in_a_sentence_and_leave_no_folder(options, match, tmp_path, monkeypatch):
+    monkeypatch.setattr(prompts, "sentences", reviews)
+    if "--model" not in options:
+        monkeypatch.setattr(prompt_tuning, "load_model", language_model)
+    (tmp_path / "file").touch()
+    given = ["--output_dir", str(tmp_path / "out"), "--use_cpu", "True", "--label_words", "terrible", "great"]
+    with pytest.raises(ConfigurationError, match=match) as refused:
+        prompt_tuning.main([*given, *options.format(file=tmp_path / "file").split()])
+    assert str(refused.value).endswith(".")
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("adapter: sufix", "argument --adapter: invalid choice: 'sufix'"),
+        ("objective: acuracy", "argument --objective: invalid choice: 'acuracy'"),
+        ("dtype: float99", "argument --dtype: invalid choice: 'float99'"),
+        ("per_class: ten", "argument --per_class/--per-class: invalid int value: 'ten'"),
+        ("lerning_rate: 3", "lerning_rate is no option"),
+        ("virtual_tokens: 0", "--virtual_tokens 0 must be 1 or more"),
+        ("domain: [unclosed", "is damaged: .*expected ',' or ']'"),
+        ("", "it has no options by name"),
+        (None, "No such file"),
+    ],
+)
+def test_a_yaml_file_is_checked_as_options_are(text, match, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(text) if text is not None else None
+    with pytest.raises(ConfigurationError, match=match) as refused:
+        prompt_tuning.parse([str(path)])
+    assert str(refused.value).endswith(".")
+    assert "\n" not in str(refused.value)
+
+
+def test_a_yaml_file_compares_known_methods_and_comes_alone(tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text("compare: [mezo]")
+    for given in ([str(path)], [str(path), "--seed", "3"]):
+        with pytest.raises(SystemExit):
+            prompt_tuning.parse(given)
+    said = capsys.readouterr().err
+    assert "error: --compare mezo is unknown: choose among flops, backprop" in said
+    assert "run.yaml is not understood" in said
+    lines = ("compare: backprop", "weight_decay: 1e-2", "queries_per_sample: auto", "use_cpu: true")
+    path.write_text("\n".join([*lines, "lr_scheduler_kwargs: {a: 1}"]))
+    recipe, args = prompt_tuning.parse([str(path)])
+    assert (recipe.compare, args.weight_decay, args.queries_per_sample) == (["backprop"], 0.01, "auto")
+    assert (args.use_cpu, args.lr_scheduler_kwargs) == (True, {"a": 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("train.csv", "sentence,label\na,0\nb,1\n", "has the columns sentence, label: it needs text and label"),
+        ("train.csv", "", "failed to load as a folder .*: No columns"),
+        ("train.csv", "text,label\n", "failed to load as a folder .*no data"),
+        ("test.csv", "text,label\na,0\nb,1\n", "failed to load as a folder .*Unknown split .train."),
+        ("train.csv", b"text,label\ncaf\xe9,0\n", "failed to load as a folder .*utf-8"),
+        ("train.jsonl", '{"text": "a", "label": 0}\n{"text": ', "failed to load as a folder .*JSON"),
+        ("train.csv", "text,label\na,neg\nb,pos\n", "has the label 'neg' in row 0: labels must be whole numbers from 0"),
+        ("train.csv", "text,label\na,0.0\nb,1.0\n", "has the label 0.0 in row 0"),
+        ("train.csv", "text,label\na,1\nb,-1\n", "has the label -1 in row 1"),
+        ("train.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label": null}\n', "has the label None in row 1"),
+        ("train.csv", "text,label\na,1\n,0\n", "has the text None in row 1"),
+        ("train.jsonl", '{"text": " ", "label": 1}\n', "has the text ' ' in row 0"),
+        ("train.csv", "text,label\na,0\nb,1\n", "has 2 texts of 2 classes: it needs 4 or more of 2 or more"),
+        ("train.csv", "text,label\n" + "a,0\n" * 9, "has 9 texts of 1 classes"),
+    ],
+)
+def test_texts_that_cannot_be_used_are_refused_in_a_sentence(name, content, match, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigurationError, match=match) as refused:
+        load_texts(str(tmp_path / "data"), validation=8, test=8)
+    assert str(refused.value).startswith(f"'{tmp_path / 'data'}' ")
+    assert str(refused.value).endswith(".")
+    assert "\n" not in str(refused.value)
+
+
+def test_unknown_kinds_fall_into_no_other():
+    with pytest.raises(ConfigurationError, match="The adapter 'sufix' is unknown: choose among suffix, prompt"):
+        adapted("sufix", None, None, [], virtual_tokens=1, init_text=None, lora_rank=1)
+    with pytest.raises(ConfigurationError, match="The method 'mezo' is unknown: choose among flops, backprop"):
+        prompt_tuning.trainer_for("mezo", None, None, None)
 
 
 def test_the_yaml_beside_the_recipe_is_read():

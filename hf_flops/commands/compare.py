@@ -31,6 +31,12 @@ def main(arguments: list[str] | None = None) -> int:
         own.error(f"--presets {wrong[0]} is unknown: choose among {', '.join((*PRESETS, 'backprop'))}")
     if given.rows is not None and "backprop" in given.presets:
         own.error("--rows bounds forward-only runs; leave 'backprop' out, or give --num_train_epochs instead")
+    for option in others:
+        name = option.partition("=")[0].replace("-", "_")
+        if len(name) > 3 and any(own_name.startswith(name) for own_name in ("__compare", "__method", "__max_queries")):
+            own.error(f"{option} is what --presets and --rows stand for: give those")
+    if others and not others[0].startswith("-"):
+        own.error(f"{others[0]} is not understood: options begin with --, and a YAML file is for hf-flops vit")
     first, *more = given.presets
     options = ["--method", first, "--output_dir", given.output_dir]
     options += ["--compare", *more] if more else []
