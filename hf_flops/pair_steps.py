@@ -48,6 +48,8 @@ class PairSteps:
             raise ConfigurationError(
                 'trajectory_log=True cannot tell queries of images from those of texts: use perturbation="shared".'
             )
+        if alignment is not None and trainer.args.queries_per_sample == "auto":
+            raise ConfigurationError("queries_per_sample='auto' does not know the rows of images and texts: give a number.")
         if alignment is not None and trainer.args.world_size > 1:
             raise ConfigurationError(
                 f"{trainer.args.world_size} processes cannot share the queries of single images and texts: use one, or "

@@ -263,6 +263,7 @@ def test_other_bad_input_is_one_clear_sentence(tmp_path):
     labelled = {**batch, "labels": torch.tensor([0, 1, 2, 9])}
     fails(model, labelled, tmp_path, ObjectiveError, "labels from 0 to 9 do not number 4 texts")
     fails(model, batch, tmp_path, ConfigurationError, "too few for 4 images and 4 texts", queries_per_sample=3)
+    fails(model, batch, tmp_path, ConfigurationError, "'auto' does not know the rows", queries_per_sample="auto")
     with pytest.raises(ConfigurationError, match="kind='cosine'"):
         ContrastiveLoss("cosine")
     with pytest.raises(ConfigurationError, match="same_texts='same'"):
