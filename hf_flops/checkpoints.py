@@ -29,9 +29,13 @@ def is_whole(folder: str | Path) -> bool:
     state, manifest = Path(folder, STATE), Path(folder, MANIFEST)
     if not state.is_file():
         return False
-    sizes = json.loads(manifest.read_text()) if manifest.is_file() else {}
-    files = {name: Path(folder, name) for name in sizes}
-    return all(path.is_file() and path.stat().st_size == sizes[name] for name, path in files.items())
+    if not manifest.is_file():
+        return True
+    try:
+        files = [(Path(folder, name), size) for name, size in json.loads(manifest.read_text()).items()]
+    except (OSError, ValueError, AttributeError):  # the manifest itself was cut off
+        return False
+    return all(path.is_file() and path.stat().st_size == size for path, size in files)
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
@@ -115,7 +119,7 @@ class WholeCheckpoints:
         """Return the folder of the checkpoint to resume from.
 
         Raises:
-            ConfigurationError: there is none, or it is not whole.
+            ConfigurationError: there is none, it is no checkpoint, or it is not whole.
         """
         if not wanted:
             return None
@@ -124,7 +128,14 @@ class WholeCheckpoints:
             if wanted is None:
                 raise ConfigurationError(f"output_dir={self.args.output_dir!r} holds no whole checkpoint to resume from.")
         elif Path(wanted, MANIFEST).is_file() and not is_whole(wanted):
-            raise ConfigurationError(f"{wanted!r} lacks files that it was saved with: resume from an earlier checkpoint.")
+            raise ConfigurationError(
+                f"{wanted!r} lacks files that it was saved with, or its {MANIFEST} is damaged: resume from an earlier one."
+            )
+        elif not Path(wanted, STATE).is_file():
+            raise ConfigurationError(
+                f"resume_from_checkpoint={wanted!r} holds no {STATE}: give the folder of a checkpoint, such as "
+                f"{self.args.output_dir}/checkpoint-100, or True for the latest one there."
+            )
         return str(wanted)
 
     def _load_rng_state(self: Any, checkpoint: str | None) -> None:

@@ -13,6 +13,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from hf_flops import ConfigurationError
 from hf_flops.allocators import ALLOCATORS
 from hf_flops.checkpoints import MANIFEST, UNFINISHED, is_whole, last_checkpoint
+from hf_flops.state import STATE_FILE
 from tests.worker import build
 
 OPTIONS = {"max_steps": 5, "samples": 4, "size": 14, "logging_steps": 1}  # a step of two samples ends an epoch
@@ -89,6 +90,23 @@ def test_a_checkpoint_that_lost_a_file_or_its_end_is_passed_over(tmp_path, caplo
     shutil.rmtree(folders[0])
     with pytest.raises(ConfigurationError, match="holds no whole checkpoint"):
         run(tmp_path, None, True)
+
+
+def test_what_cannot_be_read_of_a_checkpoint_is_named_or_passed_over(tmp_path):
+    run(tmp_path, save_strategy="steps", save_steps=1, max_steps=2)
+    first, second = tmp_path / "checkpoint-1", tmp_path / "checkpoint-2"
+    for content in ("", "[]", '{"optimizer.pt":'):
+        (second / MANIFEST).write_text(content)
+        assert not is_whole(second)
+    assert last_checkpoint(tmp_path) == str(first)
+    with pytest.raises(ConfigurationError, match=rf"checkpoint-2' lacks files .* its {MANIFEST} is damaged"):
+        run(tmp_path, None, str(second))
+    (first / STATE_FILE).write_text("x" * (first / STATE_FILE).stat().st_size)
+    with pytest.raises(ConfigurationError, match=f"checkpoint-1/{STATE_FILE} is damaged: JSONDecodeError"):
+        run(tmp_path, None, True)
+    for no_checkpoint in (tmp_path, tmp_path / "checkpoint-77"):
+        with pytest.raises(ConfigurationError, match=f"'{no_checkpoint}' holds no trainer_state.json: give the folder of a"):
+            run(tmp_path, None, str(no_checkpoint))
 
 
 def test_a_replaced_checkpoint_is_the_old_one_or_the_new_one(tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import hf_flops
+from hf_flops import run_plots
 from hf_flops.cli import COMMANDS, main
 from hf_flops.commands import compare, plot
 from hf_flops.commands.recipe import recipe
@@ -114,6 +115,39 @@ def test_plot_falls_back_to_the_training_loss_and_wants_rows(tmp_path):
     (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": [{"loss": 1.0, "step": 1}]}))
     with pytest.raises(hf_flops.ConfigurationError, match="no log of rows"):
         plot.read_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *(("trainer_state.json", content) for content in ("", "{", "[]", "{}")),
+        *(("flops_state.json", content) for content in ("", "{}", '{"ledger": {}}')),
+    ],
+)
+def test_plot_names_a_damaged_file(name, content, tmp_path, capsys):
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": HISTORY}))
+    (tmp_path / name).write_text(content)
+    assert main(["plot", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.startswith(f"hf-flops plot: {tmp_path / name} is damaged: ")
+
+
+def test_plot_says_which_file_it_wrote_or_could_not(tmp_path, monkeypatch, capsys):
+    for folder in ("checkpoint-abc", "checkpoint-3"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "trainer_state.json").write_text(json.dumps({"log_history": HISTORY}))
+    (tmp_path / "there").mkdir()
+
+    def refused(output):
+        assert main(["plot", str(tmp_path), "--output", str(tmp_path / output)]) == 1
+        assert capsys.readouterr().err.startswith(f"hf-flops plot: The picture {tmp_path / output} cannot be saved: ")
+
+    refused("x.foo")
+    monkeypatch.setattr(run_plots, "save_run", lambda path, **run: path.touch())
+    refused("no/such/x.png")
+    for output, written in (("x", "x.png"), ("x.pdf", "x.pdf"), ("there", "there/run.png")):
+        assert main(["plot", str(tmp_path), "--output", str(tmp_path / output)]) == 0
+        assert capsys.readouterr().out == f"Picture: {tmp_path / written}\n"
+        assert (tmp_path / written).is_file()
 
 
 def test_compare_gives_every_preset_the_same_rows(monkeypatch, capsys):

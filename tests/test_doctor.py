@@ -4,11 +4,13 @@ import gc
 import json
 import math
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from hf_flops import ConfigurationError, FlopsTrainer
 from hf_flops.cli import main
@@ -144,6 +146,15 @@ def test_the_command_prints_a_table_or_json(monkeypatch, capsys):
         (["--peft", "lorra"], "--peft lorra is no method of the installed PEFT: choose one of dora, prompt,"),
         (["--adapter", "nowhere"], "--adapter nowhere holds no adapter_config.json"),
         (["--model", "/nowhere"], "--model /nowhere with --data of its kind cannot be loaded"),
+        (["--rank", "0"], "--rank 0 is too small: give 1 or more"),
+        (["--batch_size", "0"], "--batch_size 0 is too small: give 1 or more"),
+        (["--queries_per_sample", "1"], "--queries_per_sample 1 is too small: give 2 or more"),
+        (["--steps", "-4"], "--steps -4 is too small: give 2 or more"),
+        (["--peft", "prompt"], "--peft prompt is for models of text"),
+        (["--peft", "shadow"], "--peft shadow is for models of text"),
+        (["--peft", "adalora"], "--peft adalora needs total_step in its configuration"),
+        (["--peft", "poly"], "--peft poly needs task_ids in the data"),
+        (["--peft", "vblora"], "--peft vblora does not suit --model vit: `in_features` 16 must be divisible by"),
     ],
 )
 def test_bad_input_is_refused_in_a_sentence(options, words, monkeypatch, capsys):
@@ -154,6 +165,44 @@ def test_bad_input_is_refused_in_a_sentence(options, words, monkeypatch, capsys)
     assert said.startswith(f"hf-flops doctor: {words}")
     assert said.endswith(".\n")
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "Expecting property name"),
+        ("{}", "there is no 'peft_type'"),
+        ('{"peft_type": "LORA", "target_modules": ["elsewhere"]}', "Target modules {'elsewhere'} not found"),
+        (None, "Found missing adapter keys while loading the checkpoint: ['base_model.model"),
+    ],
+)
+def test_an_adapter_that_does_not_suit_the_model_is_refused(content, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "loaded", lambda name, data: (tiny_model("vit"), [], None, None))
+    adapted().save_pretrained(tmp_path)
+    if content is not None:
+        (tmp_path / "adapter_config.json").write_text(content)
+    else:  # an adapter of another model
+        tensors = load_file(tmp_path / "adapter_model.safetensors")
+        tensors = {name.replace("layers", "blocks"): tensor for name, tensor in tensors.items()}
+        save_file(tensors, tmp_path / "adapter_model.safetensors")
+    assert main(["doctor", "--adapter", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"hf-flops doctor: --adapter {tmp_path} does not suit --model vit: {words}")
+    assert said.count("\n") == 1
+
+
+def test_what_is_offered_is_configured_and_texts_have_tokens(monkeypatch):
+    assert command.configured("oft", tiny_model("vit"), None, 2).oft_block_size > 0
+    task = SimpleNamespace(train=[("some", 0), ("", 1)])
+    monkeypatch.setattr(command, "recipe", lambda name: SimpleNamespace(load_texts=lambda *given, **options: task))
+
+    def tokenizer(text, **options):
+        return {"input_ids": [*map(ord, text)], "attention_mask": [1] * len(text)}
+
+    tokenizer.pad_token = "<pad>"
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda name: tokenizer)
+    with pytest.raises(ConfigurationError, match="text '' has no tokens"):
+        command.texts("llama", None, causal=True)
 
 
 def test_what_training_refuses_it_refuses(tmp_path):

@@ -260,6 +260,46 @@ def test_verify_names_the_step_and_the_tensor(tmp_path, capsys):
     assert {d.step for d in verdict.departures} == {1}
 
 
+def test_bad_input_is_refused_in_a_sentence(tmp_path, capsys):
+    trained(tmp_path, options={"save_strategy": "steps", "save_steps": 2})
+    log, out, saved = str(tmp_path), tmp_path / "out", tmp_path / "checkpoint-2"
+
+    def refused(*options):
+        assert main(["replay", log, *options]) == 1
+        said = capsys.readouterr().err
+        assert said.startswith("hf-flops replay: ")
+        assert said.endswith(".\n")
+        assert said.count("\n") == 1
+        return said
+
+    assert "trajectory.log has no step -1" in refused("--output", str(out), "--step", "-1")
+    assert "trajectory.log has no step -1" in refused("--verify", str(saved), "--step", "-1")
+    assert "The base /nowhere cannot be loaded as a ViTForImage" in refused("--output", str(out), "--base", "/nowhere")
+    assert not out.exists()
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "in_it"):
+        assert f"cannot be written to {place}" in refused("--output", str(place))
+    for name, content in (
+        ("trainer_state.json", ""),
+        ("trainer_state.json", "{}"),
+        ("trainer_state.json", '{"global_step": null}'),
+        ("adapter_model.safetensors", (saved / "adapter_model.safetensors").read_bytes()[:-1]),
+    ):
+        damaged = tmp_path / "damaged"
+        shutil.copytree(saved, damaged, dirs_exist_ok=True)
+        (damaged / name).write_bytes(content.encode() if isinstance(content, str) else content)
+        assert f"{damaged / name} is damaged" in refused("--verify", str(damaged))
+
+
+def test_the_adapter_before_any_step_is_verified(tmp_path, capsys):
+    trained(tmp_path / "run")
+    replay(tmp_path / "run", tmp_path / "start", step=0)
+    assert main(["replay", str(tmp_path / "run"), "--verify", str(tmp_path / "start"), "--step", "0"]) == 0
+    change(tmp_path / "start", 0)
+    assert main(["replay", str(tmp_path / "run"), "--verify", str(tmp_path / "start"), "--step", "0"]) == 1
+    assert "departs from the log at step 0" in capsys.readouterr().out
+
+
 def test_a_flipped_byte_of_a_run_is_named_with_record_and_step(tmp_path, capsys):
     trained(tmp_path)
     log = tmp_path / "trajectory.log"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,17 @@ from .recipe import recipe
 
 TARGETS = (("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"), ("q", "v"), ("c_attn",))
 WIDTH = 48  # tokens of a text
+LEAST = {"rank": 1, "batch_size": 1, "queries_per_sample": 2, "steps": 2}
+SHORT = {"DORA": "LORA", "PROMPT": "PROMPT_TUNING", "PREFIX": "PREFIX_TUNING", "LN": "LN_TUNING", "P": "P_TUNING"}
+NEEDS = {  # what no option here gives
+    "ADALORA": "total_step in its configuration",
+    "ADAPTION_PROMPT": "adapter_layers in its configuration",
+    "CPT": "cpt_token_ids in its configuration",
+    "MULTITASK_PROMPT_TUNING": "task_ids in the data",
+    "POLY": "task_ids in the data",
+    "TRAINABLE_TOKENS": "token_indices in its configuration",
+    "XLORA": "adapters to mix in its configuration",
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -22,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
         "rows per second, memory, signal to noise, and a learning rate and queries per sample to begin with.",
     )
     own.add_argument("--model", default="vit", help="vit, minilm, smollm2 (embedded), a folder or a Hub id; default: vit")
-    own.add_argument("--peft", default="lora", help="lora, dora, ia3, vera, prompt, prefix, ln or any other type of PEFT's")
+    own.add_argument("--peft", default="lora", help="lora, dora, ia3, vera, prompt, prefix, ln or most other PEFT types")
     own.add_argument("--adapter", metavar="DIR", help="an adapter that was saved, in place of --peft")
     own.add_argument("--data", help="images or reviews (embedded), or a Hub id or folder; default: what suits the model")
     own.add_argument("--rank", type=int, default=8, help="of LoRA and its kin, or virtual tokens; default: %(default)s")
@@ -33,21 +46,38 @@ def parser() -> argparse.ArgumentParser:
     return own
 
 
+def kind_of(name: str) -> str:
+    """Return PEFT's name of a method.
+
+    Raises:
+        ConfigurationError: there is no such method, or it needs more than its name.
+    """
+    from peft import PeftType
+
+    kind = SHORT.get(name.upper(), name.upper())
+    if kind not in PeftType.__members__:
+        members = [member.lower() for member in PeftType.__members__ if member not in NEEDS]
+        known = ", ".join(["dora", "prompt", "prefix", "ln", *members])
+        raise ConfigurationError(f"--peft {name} is no method of the installed PEFT: choose one of {known}.")
+    if kind in NEEDS:
+        raise ConfigurationError(f"--peft {name} needs {NEEDS[kind]}: call hf_flops.diagnosis.doctor in Python.")
+    return kind
+
+
 def configured(name: str, model: Any, task_type: str | None, rank: int) -> Any:
     """Return PEFT's configuration of a method, with what suits the model.
 
     Raises:
-        ConfigurationError: there is no such method.
+        ConfigurationError: there is no such method, it needs more than its name, or it is for models of text only.
     """
     from peft import PeftType
+    from peft.config import PromptLearningConfig
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    short = {"DORA": "LORA", "PROMPT": "PROMPT_TUNING", "PREFIX": "PREFIX_TUNING", "LN": "LN_TUNING", "P": "P_TUNING"}
-    kind = short.get(name.upper(), name.upper())
-    if kind not in PeftType.__members__:
-        known = ", ".join(["dora", "prompt", "prefix", "ln", *(member.lower() for member in PeftType.__members__)])
-        raise ConfigurationError(f"--peft {name} is no method of the installed PEFT: choose one of {known}.")
+    kind = kind_of(name)
     config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[kind]]
+    if task_type is None and (kind == "SHADOW" or issubclass(config, PromptLearningConfig)):
+        raise ConfigurationError(f"--peft {name} is for models of text.")
     options: dict[str, Any] = {"task_type": task_type}
     fields: Any = config.__dataclass_fields__
     modules = [module for module, _ in model.named_modules()]
@@ -58,7 +88,7 @@ def configured(name: str, model: Any, task_type: str | None, rank: int) -> Any:
         norms = sorted({module.rpartition(".")[2] for module in modules if "norm" in module.rpartition(".")[2].lower()})
         options["target_modules"] = norms
     sizes: dict[str, Any] = {"r": rank, "num_virtual_tokens": rank, "feedforward_modules": []}
-    options |= {name: value for name, value in sizes.items() if name in fields}
+    options |= {name: value for name, value in sizes.items() if name in fields and (name, kind) != ("r", "OFT")}
     if name.upper() == "DORA":
         options["use_dora"] = True
     if "modules_to_save" in fields and "classifier" in last and task_type is None:
@@ -85,6 +115,8 @@ def texts(name: str, data: str | None, *, causal: bool) -> tuple[Any, Any, Any, 
         tokenizer.pad_token = tokenizer.eos_token
     found = [tokenizer(text, truncation=True, max_length=WIDTH) for text, _ in task.train[:2000]]
     rows = [{key: row[key] for key in ("input_ids", "attention_mask")} for row in found]
+    if (empty := next((i for i, row in enumerate(rows) if not row["input_ids"]), None)) is not None:
+        raise ConfigurationError(f"text {task.train[empty][0]!r} has no tokens")
     if causal:
         collate: Any = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)
         return transformers.AutoModelForCausalLM.from_pretrained(name), rows, collate, "CAUSAL_LM"
@@ -111,17 +143,50 @@ def loaded(name: str, data: str | None) -> tuple[Any, Any, Any, str | None]:
             return images(place, data)
         return texts(place, data, causal=any("CausalLM" in kind for kind in config.architectures or []))
     except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
         raise ConfigurationError(
-            f"--model {name} with --data {data or 'of its kind'} cannot be loaded: {reason}."
+            f"--model {name} with --data {data or 'of its kind'} cannot be loaded: {_reason(error)}."
         ) from error
+
+
+def adapted(given: argparse.Namespace, model: Any, task_type: str | None) -> Any:
+    """Return a model with the adapter of --adapter or a new one of --peft.
+
+    Raises:
+        ConfigurationError: it does not suit the model.
+    """
+    from peft import PeftModel
+
+    from ..throwaway import copied
+
+    option = f"--peft {given.peft}" if given.adapter is None else f"--adapter {given.adapter}"
+    try:
+        if given.adapter is None:
+            return copied(model, configured(given.peft, model, task_type, given.rank))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Found missing adapter keys")  # else they would stay random
+            return PeftModel.from_pretrained(model, given.adapter, is_trainable=True)
+    except (ConfigurationError, ImportError):
+        raise
+    except Exception as error:  # every method of PEFT has its own
+        raise ConfigurationError(f"{option} does not suit --model {given.model}: {_reason(error)}.") from error
+
+
+def _reason(error: Exception) -> str:
+    said = textwrap.shorten(str(error), 500, placeholder=" ...").rstrip(".")
+    return f"there is no {said}" if isinstance(error, KeyError) else said or type(error).__name__
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Take the trial's steps and print what they show."""
     given = parser().parse_args(arguments)
+    for name, least in LEAST.items():
+        if getattr(given, name) < least:
+            raise ConfigurationError(f"--{name} {getattr(given, name)} is too small: give {least} or more.")
+    if given.adapter is None:
+        kind_of(given.peft)
+    elif not Path(given.adapter, "adapter_config.json").is_file():
+        raise ConfigurationError(f"--adapter {given.adapter} holds no adapter_config.json: name a folder that PEFT saved.")
     import tempfile
-    import warnings
 
     from transformers.utils import logging as transformers_logging
 
@@ -131,17 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     model, samples, collate, task_type = loaded(given.model, given.data)
-    config = None
-    if given.adapter is None:
-        config = configured(given.peft, model, task_type, given.rank)
-    else:
-        from peft import PeftModel
-
-        if not Path(given.adapter, "adapter_config.json").is_file():
-            raise ConfigurationError(
-                f"--adapter {given.adapter} holds no adapter_config.json: name a folder that PEFT saved."
-            )
-        model = PeftModel.from_pretrained(model, given.adapter, is_trainable=True)
+    model = adapted(given, model, task_type)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of other libraries, beside a table
         args = FlopsTrainingArguments(
@@ -150,6 +205,6 @@ def main(arguments: list[str] | None = None) -> int:
             queries_per_sample=given.queries_per_sample,
             report_to="none",
         )
-        found = doctor(model, samples, args=args, peft_config=config, steps=given.steps, data_collator=collate)
+        found = doctor(model, samples, args=args, steps=given.steps, data_collator=collate)
     print(json.dumps(found.as_dict(), indent=1) if given.json else found)
     return 0

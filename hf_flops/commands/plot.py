@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ def parser() -> argparse.ArgumentParser:
         "noise of the estimates, and where the queries went (for data with a column sample_id).",
     )
     own.add_argument("run", help="output folder, or a checkpoint in it")
-    own.add_argument("--output", metavar="FILE", help="the picture; default: run.png in the folder")
+    own.add_argument("--output", metavar="FILE", help="the picture, or a folder for run.png; default: run.png in RUN")
     return own
 
 
@@ -30,7 +29,8 @@ def newest(folder: Path) -> Path:
     Raises:
         ConfigurationError: there is none.
     """
-    steps = {int(path.parent.name.rpartition("-")[2]): path.parent for path in folder.glob(f"checkpoint-*/{STEP_FILE}")}
+    folders = [path.parent for path in folder.glob(f"checkpoint-*/{STEP_FILE}")]
+    steps = {int(number): path for path in folders if (number := path.name.removeprefix("checkpoint-")).isdecimal()}
     if (folder / STEP_FILE).is_file():
         return folder
     if not steps:
@@ -46,12 +46,15 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     Returns:
         "curve": (rows, seconds, value) of each evaluation, or of each log where there was none; "measure": what the value
         is; "signal": (rows, signal to noise) of each log; "queries": queries per step of each sample.
+
+    Raises:
+        ConfigurationError: it has no state, a damaged one, or one without a log of rows.
     """
     from ..run_plots import curve_of, series_of
-    from ..state import STATE_FILE
+    from ..state import STATE_FILE, read_json
 
     place = newest(Path(folder))
-    history = json.loads((place / STEP_FILE).read_text())["log_history"]
+    history = read_json(place / STEP_FILE, "log_history")
     if not any("rows" in entry for entry in history):
         raise ConfigurationError(
             f"{place} has no log of rows: it is not of a FlopsTrainer, or logging_steps was never reached."
@@ -59,7 +62,7 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     measure, curve = curve_of(history)
     samples = []
     if (place / STATE_FILE).is_file():
-        samples = json.loads((place / STATE_FILE).read_text())["ledger"]["samples"]
+        samples = read_json(place / STATE_FILE, "ledger", "samples")
     return {
         "curve": curve,
         "measure": measure,
@@ -74,6 +77,13 @@ def main(arguments: list[str] | None = None) -> int:
     from ..run_plots import save_run
 
     run, path = read_run(given.run), Path(given.output or Path(given.run, "run.png"))
-    save_run(path, **run)
+    if path.is_dir():
+        path /= "run.png"
+    elif not path.suffix:
+        path = path.with_suffix(".png")
+    try:
+        save_run(path, **run)
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"The picture {path} cannot be saved: {error}.") from error
     print(f"Picture: {path}")
     return 0

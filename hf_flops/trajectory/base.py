@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from ..errors import TrajectoryError
 from .start import digests
 
@@ -19,7 +21,7 @@ def check_base(says: Mapping[str, Any], base: str | Path) -> int:
         base: a folder or an id of the Hub.
 
     Raises:
-        TrajectoryError: it is another model, or not one of transformers.
+        TrajectoryError: it cannot be loaded, is another model, or is not one of transformers.
     """
     import transformers
 
@@ -30,6 +32,9 @@ def check_base(says: Mapping[str, Any], base: str | Path) -> int:
     verbosity, _ = transformers.logging.get_verbosity(), transformers.logging.set_verbosity_error()
     try:  # a head may have another size there: it is not of the base if it was trained
         model = kind.from_pretrained(str(base), dtype=wanted["dtype"], ignore_mismatched_sizes=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise TrajectoryError(f"The base {base} cannot be loaded as a {wanted['class']}: {reason}.") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
     for parameter in model.parameters():

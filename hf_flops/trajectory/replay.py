@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -62,8 +63,10 @@ class Replay:
         """Take the steps one after the other, up to and with step `until`, and yield the record of each.
 
         Raises:
-            TrajectoryError: the log is damaged, or what is rebuilt is not what was trained.
+            TrajectoryError: the log is damaged or has no such step, or what is rebuilt is not what was trained.
         """
+        if until is not None and until < 0:
+            raise TrajectoryError(f"{self.path} has no step {until}: steps count from 0, the adapter before any training.")
         while until is None or self.step < until:
             record = next(self._records, None)
             if record is None:
@@ -139,13 +142,21 @@ class Replay:
         return {key: own[name] if name else self._first(f"file:{key}") for key, name in files.items()}
 
     def save(self, folder: str | Path) -> Path:
-        """Write the adapter as PEFT does, or the trainable tensors alone where there is none; returns the file."""
+        """Write the adapter as PEFT does, or the trainable tensors alone where there is none; returns the file.
+
+        Raises:
+            TrajectoryError: it cannot be written there.
+        """
         folder, adapter = Path(folder), self.says["adapter"]
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / (TRAINABLE_FILE if adapter is None else "adapter_model.safetensors")
-        save_file({name: tensor.contiguous() for name, tensor in self.tensors().items()}, path, metadata={"format": "pt"})
-        if adapter is not None:
-            (folder / "adapter_config.json").write_text(json.dumps(adapter["config"], indent=2, sort_keys=True))
+        tensors = {name: tensor.contiguous() for name, tensor in self.tensors().items()}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, path, metadata={"format": "pt"})
+            if adapter is not None:
+                (folder / "adapter_config.json").write_text(json.dumps(adapter["config"], indent=2, sort_keys=True))
+        except (OSError, SafetensorError) as error:
+            raise TrajectoryError(f"The adapter cannot be written to {folder}: {error}.") from error
         return path
 
 
@@ -172,7 +183,8 @@ def replay(path: str | Path, folder: str | Path | None = None, step: int | None 
         step: optimizer steps to be done.
 
     Raises:
-        TrajectoryError: the log is damaged, or what is rebuilt is not what was trained: then nothing is written.
+        TrajectoryError: the log is damaged or has no such step, or what is rebuilt is not what was trained: then nothing is
+            written; or it cannot be written.
     """
     rebuilt = Replay(path)
     for record in rebuilt.run(step):

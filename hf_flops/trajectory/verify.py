@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import index
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -84,16 +88,17 @@ def verify(path: str | Path, checkpoint: str | Path, step: int | None = None) ->
         step: the step, where the folder does not say it; the log's last one by default.
 
     Raises:
-        TrajectoryError: the log is damaged or does not reach the step, or the folder holds no weights.
+        TrajectoryError: the log is damaged or does not reach the step, or the folder holds no weights or a damaged
+            file.
     """
     folder = Path(checkpoint)
     state = folder / "trainer_state.json"
     if step is None and state.is_file():
-        step = json.loads(state.read_text())["global_step"]
+        step = _read(state, lambda path: index(json.loads(path.read_text())["global_step"]))
     weights = next((folder / name for name in _FILES if (folder / name).is_file()), None)
     if weights is None:
         raise TrajectoryError(f"{folder} holds none of {', '.join(_FILES)}.")
-    found, log = load_file(weights), Replay(path)
+    found, log = _read(weights, load_file), Replay(path)
     names = list(log.says["trainable"])
     files = (log.says["adapter"] or {"files": {name: name for name in names}})["files"]
     prints = {own: fingerprint(found[key]) for key, own in files.items() if own and key in found}
@@ -107,7 +112,14 @@ def verify(path: str | Path, checkpoint: str | Path, step: int | None = None) ->
     departures = [d for key in wanted if (d := _compare(key, found.get(key), wanted[key])) is not None]
     for departure in departures:
         departure.step = last_alike.get(files[departure.name])
-    return Verdict(log.step, departures, first, log.surroundings())
+    return Verdict(log.step, departures, first, log.surroundings() if log.step else "")
+
+
+def _read(path: Path, how: Callable[[Path], Any]) -> Any:
+    try:
+        return how(path)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise TrajectoryError(f"{path} is damaged: {type(error).__name__}: {error}.") from error
 
 
 def _compare(name: str, found: Tensor | None, wanted: Tensor) -> Departure | None:
