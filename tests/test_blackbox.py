@@ -404,6 +404,7 @@ def test_calls_that_do_not_agree_on_the_vocabulary_are_named():
             ({"url": url}, f"url={url!r} must be http:// or https://")
             for url in (
                 *("not a url", "", "localhost:8000", "http://", "http://host:abc/", "http://host:99999/", "http://[::1"),
+                *("http://no..where/", "http://:80/", b"http://host/"),
                 *("file:///etc/passwd", "ftp://host/", "http://host/a b", "http://host/\n", "http://host/ü", None),
             )
         ),
@@ -486,7 +487,8 @@ def test_a_server_refuses_what_it_does_not_understand():
         (["/nowhere"], "/nowhere cannot be loaded: "),
         (["here", "--port", "99999"], "host='127.0.0.1' with port=99999 cannot be listened at"),
         (["here", "--port", "taken"], "host='127.0.0.1' with port=.* cannot be listened at"),
-        (["here", "--host", "256.0.0.1"], "host='256.0.0.1' with port=8000 cannot be listened at"),
+        (["here", "--host", "203.0.113.7"], "host='203.0.113.7' with port=8000 cannot be listened at"),
+        (["here", "--host", "no..where"], "host='no..where' with port=8000 cannot be listened at"),
     ],
 )
 def test_a_server_that_cannot_start_says_why(options, match, language_model, monkeypatch, capsys):

@@ -60,8 +60,9 @@ def _check_url(url: Any) -> None:
     """Refuse what cannot be posted to."""
     try:
         parts = urlsplit(url)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except (ValueError, TypeError, AttributeError):  # no text, or no number for a port
+        parts.hostname.encode("idna")
+        usable = parts.scheme in ("http", "https") and parts.port != 0
+    except (ValueError, TypeError, AttributeError):  # no text, no host, or no number for a port
         usable = False
     if not usable or not re.fullmatch("[!-~]+", url):
         raise ConfigurationError(f"url={url!r} must be http:// or https:// with a host, in ASCII without spaces.")

@@ -67,7 +67,7 @@ class EngineServer:
     def __init__(self, engine: Engine, host: str = "127.0.0.1", port: int = 0) -> None:
         try:
             self._server = _Server((host, port), _Handler)
-        except (OSError, OverflowError) as error:
+        except (OSError, OverflowError, UnicodeError) as error:
             raise ConfigurationError(f"host={host!r} with port={port} cannot be listened at: {error}.") from error
         self._server.engine, self._host = engine, host
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
@@ -99,7 +99,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         model = AutoModelForCausalLM.from_pretrained(options.model, dtype="float32")
     except Exception as error:  # transformers has no common base class
-        parser.exit(1, f"{options.model} cannot be loaded: {str(error).strip().splitlines()[0]}\n")
+        reason = str(error).strip() or type(error).__name__
+        parser.exit(1, f"{options.model} cannot be loaded: {reason.splitlines()[0]}\n")
     try:
         ready = EngineServer(TorchEngine(model), options.host, options.port)
     except ConfigurationError as error:
