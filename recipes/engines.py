@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,19 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from hf_flops.blackbox import BlackBoxPromptModel, Engine, OnnxEngine, TorchEngine, export_onnx
+from hf_flops.trajectory.start import digest
 from recipes.prompts import Template
 
 ENGINES = ("torch", "onnx", "onnx-int8")
 
 
 def engine_of(kind: str, model: Any, folder: Path) -> Engine:
-    """Put a model into an engine; a file of ONNX is written into the folder, if it is not there."""
+    """Put a model into an engine; a file of ONNX is written into the folder, if there is none of the same weights."""
     if kind == "torch":
         return TorchEngine(model)
-    path = folder / f"{Path(model.config.name_or_path).name}.{kind}.onnx"
+    tensors = {name: digest(tensor) for name, tensor in model.state_dict().items()}
+    key = hashlib.sha256(f"{model.config.to_json_string()} {tensors}".encode()).hexdigest()[:16]
+    path = folder / f"{Path(model.config.name_or_path).name}-{key}.{kind}.onnx"
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         export_onnx(model, path, int8=kind == "onnx-int8")

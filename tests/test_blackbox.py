@@ -1,16 +1,24 @@
 """Prompts of models that are only asked for outputs: in this process, in ONNX Runtime, behind HTTP."""
 
+import email.utils
 import gc
+import itertools
+import re
 import socket
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save
 
 from hf_flops import ConfigurationError, EngineError, FlopsTrainer, FlopsTrainingArguments, NonFiniteError
-from hf_flops.blackbox import BlackBoxPromptModel, EngineServer, HttpEngine, OnnxEngine, TorchEngine, export_onnx
+from hf_flops.blackbox import BlackBoxPromptModel, EngineServer, HttpEngine, OnnxEngine, TorchEngine, engines, export_onnx
+from hf_flops.blackbox.client import _Failure, _seconds
+from hf_flops.blackbox.server import main
+from recipes.engines import engine_of
 from tests.tiny import SIZES, VOCABULARY, as_dataset, generator, tiny_model
 
 WORDS = [5, 7]
@@ -107,11 +115,62 @@ def test_answers_are_those_of_prompt_and_text(side, after, language_model):
 
 @pytest.mark.parametrize(
     ("words", "tokens", "match"),
-    [([5, 5], 3, "two or more different tokens"), ([5], 3, "two or more"), (WORDS, 0, "num_virtual_tokens=0")],
+    [
+        ([5, 5], 3, "two or more different tokens"),
+        ([5], 3, "two or more"),
+        (WORDS, 0, "num_virtual_tokens=0"),
+        (WORDS, True, "num_virtual_tokens=True"),
+        ([5, 999], 3, rf"label_words=\[5, 999\] must be tokens, whole numbers from 0 to {VOCABULARY - 1}"),
+        ([5, -1], 3, r"label_words=\[5, -1\]"),
+        ([5.0, 7.0], 3, r"label_words=\[5.0, 7.0\]"),
+        (5, 3, r"label_words=5 "),
+    ],
 )
 def test_prompts_that_cannot_work_are_refused(words, tokens, match, language_model):
     with pytest.raises(ConfigurationError, match=match):
         BlackBoxPromptModel(crash, language_model.get_input_embeddings().weight, words, tokens)
+
+
+@pytest.mark.parametrize("tokens", [[999], [-1], [1.5]])
+def test_a_prompt_starts_as_tokens_that_there_are(tokens, language_model):
+    with pytest.raises(ConfigurationError, match=f"init_tokens=\\[{tokens[0]}"):
+        BlackBoxPromptModel(crash, language_model.get_input_embeddings().weight, WORDS, 3, tokens)
+
+
+@pytest.mark.parametrize(
+    ("labels", "match"),
+    [
+        ([0, 2], "labels hold 2, but label_words are of classes 0 to 1"),
+        ([-1, 0], "labels hold -1"),
+        ([0.0, 1.0], r"labels of torch.float32 in the shape \(2,\)"),
+        ([True, False], "labels of torch.bool"),
+        ([0, 1, 1], r"in the shape \(3,\) are not the classes of 2 rows"),
+        ([[0, 1], [1, 0]], r"in the shape \(2, 2\)"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused_before_anything_is_asked(labels, match, language_model):
+    inputs = {**batch(2), "labels": torch.tensor(labels)}
+    with pytest.raises(ConfigurationError, match=match):
+        prompted(crash, language_model)(**inputs)
+
+
+@torch.no_grad()
+def test_labels_may_be_narrow_missing_or_probabilities(language_model):
+    model, inputs = prompted(TorchEngine(language_model), language_model), batch(2)
+    expected = model(**inputs).loss
+    labels = [inputs["labels"].int(), torch.eye(2)[inputs["labels"]]]
+    for given in labels:
+        torch.testing.assert_close(model(**{**inputs, "labels": given}).loss, expected)
+    assert model(**{**inputs, "labels": torch.tensor([0, -100])}).loss.isfinite()
+
+
+@torch.no_grad()
+def test_arrays_are_answers_and_nothing_is_none(language_model):
+    plain = TorchEngine(language_model)
+    outputs = prompted(lambda *rows: plain(*rows).numpy(), language_model)(**batch())
+    torch.testing.assert_close(outputs.logits, prompted(plain, language_model)(**batch()).logits)
+    with pytest.raises(EngineError, match=r"<lambda>.* answered with a NoneType, not with logits"):
+        prompted(lambda *rows: None, language_model)(**batch())
 
 
 def test_wrong_shapes_are_named(language_model, tmp_path):
@@ -201,10 +260,11 @@ def rows(count=3):
 
 
 class Raw:
-    """A server that answers every connection with the same bytes, or never."""
+    """A server that answers every connection with the same bytes, slowly if it pauses between them, or never."""
 
-    def __init__(self, answer):
+    def __init__(self, answer, pause=0.0, close=True):
         self.answer, self.calls, self.socket = answer, 0, socket.create_server(("127.0.0.1", 0))
+        self.pause, self.close, self.heard = pause, close, b""
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}/"
         self.open, self.thread = [], threading.Thread(target=self.serve, daemon=True)
 
@@ -216,10 +276,22 @@ class Raw:
                 return
             self.calls += 1
             self.open.append(connection)
-            connection.recv(100_000)
+            self.heard += connection.recv(100_000)
             if self.answer is not None:
-                connection.sendall(self.answer)
+                self.send(connection)
+            if self.answer is not None and self.close:
                 connection.close()
+
+    def send(self, connection):
+        if not self.pause:
+            return connection.sendall(self.answer)
+        head, body = self.answer.split(b"\r\n\r\n", 1)
+        try:
+            for part in (head + b"\r\n\r\n", *(bytes([byte]) for byte in body)):
+                connection.sendall(part)
+                time.sleep(self.pause)
+        except OSError:  # nobody listens any more
+            return None
 
     def __enter__(self):
         self.thread.start()
@@ -273,6 +345,105 @@ def test_retry_after_is_waited_for():
         assert time.perf_counter() - start >= 1
 
 
+def test_retry_after_is_a_number_or_a_date():
+    assert _seconds("1.5") == 1.5
+    assert 25 < _seconds(email.utils.formatdate(time.time() + 30, usegmt=True)) < 31
+    assert [_seconds(value) for value in ("", "soon", "Wed, 99 Oct 2099 07:28:00 GMT")] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("body", [b"", b"sorry"])
+@pytest.mark.parametrize("code", [500, 404])
+def test_an_error_whose_body_never_comes_is_still_the_endpoint_s(code, body):
+    answer = http(code, b" " * 500).rstrip(b" ") + body
+    with Raw(answer) as server, pytest.raises(EngineError, match=f"{server.url} .*HTTP {code}"):
+        client(server, retries=1)(*rows())
+    assert server.calls == (2 if code == 500 else 1)
+    with Raw(answer, close=False) as server, pytest.raises(EngineError, match=f"{server.url} .*HTTP {code}"):
+        client(server, retries=1, timeout=0.2)(*rows())
+    assert server.calls == (2 if code == 500 else 1)
+
+
+@pytest.mark.parametrize("code", [200, 500])
+def test_an_answer_that_trickles_in_is_not_waited_for(code):
+    answer = http(code, save({"logits": torch.zeros(3, 2)}))
+    start = time.perf_counter()
+    with Raw(answer, pause=0.05) as server, pytest.raises(EngineError, match=f"{server.url} failed 1 times"):
+        client(server, retries=0, timeout=0.3)(*rows())
+    assert time.perf_counter() - start < 3  # the body alone takes 5 seconds
+
+
+@pytest.mark.parametrize("error", [EngineError("refused"), KeyboardInterrupt()])
+def test_a_failed_call_ends_the_others(error):
+    asked, numbers = HttpEngine("http://localhost/", batch_rows=1, concurrency=2), itertools.count()
+
+    def post(body):
+        if next(numbers) == 0:
+            raise _Failure("busy", 4.0)
+        raise error
+
+    asked._post = post
+    start = time.perf_counter()
+    with pytest.raises(type(error)):
+        asked(*rows(8))
+    assert time.perf_counter() - start < 2
+    time.sleep(0.2)
+    assert asked.account.calls == 2
+
+
+def test_calls_that_do_not_agree_on_the_vocabulary_are_named():
+    with EngineServer(lambda embeds, mask: torch.zeros(len(embeds), len(embeds))) as server:
+        asked, match = client(server), rf"{server.url} .*different numbers of logits per row: \[2, 5\]"
+        with pytest.raises(EngineError, match=match):
+            asked(*rows(7))
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        *(
+            ({"url": url}, f"url={url!r} must be http:// or https://")
+            for url in (
+                *("not a url", "", "localhost:8000", "http://", "http://host:abc/", "http://host:99999/", "http://[::1"),
+                *("http://no..where/", "http://:80/", b"http://host/"),
+                *("file:///etc/passwd", "ftp://host/", "http://host/a b", "http://host/\n", "http://host/ü", None),
+            )
+        ),
+        *(
+            ({name: value}, f"{name}={value!r} must be")
+            for name, values in {
+                "retries": [-1, 2.5, True],
+                "batch_rows": [0, -1, 2.5],
+                "concurrency": [0, 1.0],
+                "max_calls": [-3, 2.5],
+                "timeout": [0, -1, None, float("nan"), float("inf")],
+                "back_off": [-1, "1", float("nan")],
+            }.items()
+            for value in values
+        ),
+        ({"headers": "key"}, "headers is a str"),
+        ({"headers": {"a b": "c"}}, "headers has 'a b'"),
+    ],
+)
+def test_clients_that_cannot_work_are_refused(options, match):
+    with pytest.raises(ConfigurationError) as caught:
+        HttpEngine(**{"url": "http://localhost/", **options})
+    assert str(caught.value).startswith(match)
+
+
+def test_a_key_is_sent_and_never_shown():
+    with Raw(http(401)) as server:
+        asked = client(server, headers={"Authorization": "Bearer secret"})
+        with pytest.raises(EngineError, match="refused") as caught:
+            asked(*rows())
+    assert b"Authorization: Bearer secret\r\n" in server.heard
+    assert "secret" not in f"{caught.value!r} {asked!r}"
+    for wrong in ({"headers": {"Authorization": "secret\n"}}, {"url": "http://me:secret@host/"}):
+        with pytest.raises(ConfigurationError) as caught:
+            HttpEngine(**{"url": "http://localhost/", **wrong})
+        assert "headers" in str(caught.value)
+        assert "secret" not in str(caught.value)
+
+
 def test_calls_have_a_cap(language_model):
     with EngineServer(Fails(None, crash)) as server:
         asked = client(server, max_calls=4, retries=100)
@@ -310,7 +481,96 @@ def test_a_server_refuses_what_it_does_not_understand():
             asked(*rows())
 
 
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (["/nowhere"], "/nowhere cannot be loaded: "),
+        (["here", "--port", "99999"], "host='127.0.0.1' with port=99999 cannot be listened at"),
+        (["here", "--port", "taken"], "host='127.0.0.1' with port=.* cannot be listened at"),
+        (["here", "--host", "203.0.113.7"], "host='203.0.113.7' with port=8000 cannot be listened at"),
+        (["here", "--host", "no..where"], "host='no..where' with port=8000 cannot be listened at"),
+    ],
+)
+def test_a_server_that_cannot_start_says_why(options, match, language_model, monkeypatch, capsys):
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(
+        transformers.AutoModelForCausalLM,
+        "from_pretrained",
+        lambda name, **others: language_model if name == "here" else load(name, **others),
+    )
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        options = [str(taken.getsockname()[1]) if option == "taken" else option for option in options]
+        with pytest.raises(SystemExit) as caught:
+            main(options)
+    assert caught.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(match, line)
+
+
 # --- ONNX ---
+
+
+class Exporter:
+    """Stands for ONNX Runtime and torch's exporter: what a session computes is wrong by so much."""
+
+    def __init__(self, monkeypatch, wrong=0.0):
+        self.wrong, self.exports = wrong, 0
+        monkeypatch.setattr(engines, "_onnxruntime", lambda: None)
+        monkeypatch.setattr(engines, "OnnxEngine", self.session)
+        monkeypatch.setattr("recipes.engines.OnnxEngine", self.session)
+        monkeypatch.setattr(torch.onnx, "export", self.export)
+        monkeypatch.setattr(engines, "_quantise", lambda runtime, plain, path: path.write_bytes(plain.read_bytes()))
+
+    def export(self, model, inputs, path, **options):
+        self.model, self.exports = model, self.exports + 1
+        Path(path).write_text(str(self.exports))
+        Path(f"{path}.data").write_text(str(self.exports))
+
+    def session(self, path, threads=0):
+        @torch.no_grad()
+        def run(*rows):
+            return self.model(*rows) + self.wrong
+
+        run.path = Path(path)
+        return run
+
+
+@pytest.fixture
+def two_models():
+    models = tiny_model("llama", num_hidden_layers=1), tiny_model("llama", num_hidden_layers=1)
+    for run, model in zip("ab", models, strict=True):
+        model.config.name_or_path = f"/models/run-{run}/final"
+    models[1].lm_head.weight.data += 1
+    return models
+
+
+@pytest.mark.parametrize("kind", ["onnx", "onnx-int8"])
+def test_each_model_has_a_file_of_its_own(kind, two_models, tmp_path, monkeypatch):
+    exporter, (one, two) = Exporter(monkeypatch), two_models
+    first, second = (engine_of(kind, model, tmp_path).path for model in (one, two))
+    assert engine_of(kind, one, tmp_path).path == first != second
+    one.lm_head.weight.data += 2  # tuned on, at one path
+    third = engine_of(kind, one, tmp_path).path
+    files = [first, second, third]
+    assert [path.read_text() for path in files] == ["1", "2", "3"]
+    weights = [] if kind == "onnx-int8" else [path.with_name(f"{path.name}.data") for path in files]
+    assert set(tmp_path.iterdir()) == {*files, *weights}
+    assert exporter.exports == 3
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_file_is_checked_before_it_is_there(int8, two_models, tmp_path, monkeypatch):
+    exporter, kind = Exporter(monkeypatch, wrong=99.0), "onnx-int8" if int8 else "onnx"
+    for _ in range(2):
+        with pytest.raises(ConfigurationError, match="cannot be exported: its logits would differ by 99"):
+            engine_of(kind, two_models[0], tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    exporter.wrong = 0.0
+    path = export_onnx(two_models[0], tmp_path / "kept.onnx", int8=int8)
+    exporter.wrong = 99.0
+    with pytest.raises(ConfigurationError):
+        export_onnx(two_models[1], path, int8=int8)
+    assert path.read_text() == "3"
 
 
 @pytest.fixture(scope="module")

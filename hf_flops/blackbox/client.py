@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import random
+import re
 import threading
 import time
 import urllib.error
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from http.client import HTTPException
+from email.utils import parsedate_to_datetime
+from http.client import HTTPException, IncompleteRead
+from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ..errors import EngineError
+from ..errors import ConfigurationError, EngineError
 
 _LONGEST_WAIT = 60.0  # seconds between two attempts
 
@@ -51,6 +56,55 @@ class _Failure(Exception):
         self.wait = wait
 
 
+def _check_url(url: Any) -> None:
+    """Refuse what cannot be posted to."""
+    try:
+        parts = urlsplit(url)
+        parts.hostname.encode("idna")
+        usable = parts.scheme in ("http", "https") and parts.port != 0
+    except (ValueError, TypeError, AttributeError):  # no text, no host, or no number for a port
+        usable = False
+    if not usable or not re.fullmatch("[!-~]+", url):
+        raise ConfigurationError(f"url={url!r} must be http:// or https:// with a host, in ASCII without spaces.")
+    if "@" in parts.netloc:
+        raise ConfigurationError("url holds a user's name or password before '@': send them with headers= instead.")
+
+
+def _check_headers(headers: Any) -> None:
+    """Refuse headers that cannot be sent, without showing what may be secret."""
+    if not isinstance(headers, Mapping):
+        raise ConfigurationError(f"headers is a {type(headers).__name__}, where a mapping of names to texts is wanted.")
+    for name, value in headers.items():
+        if not isinstance(name, str) or not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.ASCII):
+            raise ConfigurationError(f"headers has {name!r}, which is not the name of a header.")
+        if not isinstance(value, str) or not re.fullmatch(r"[\t -~\xa0-\xff]*", value):
+            raise ConfigurationError(f"headers[{name!r}] must be a text of one line in Latin-1.")
+
+
+def _read(response: Any, deadline: float, most: float = float("inf")) -> bytes:
+    """Return the body of an answer, or its first bytes, if they come in time."""
+    content = bytearray()
+    while len(content) < most and (chunk := response.read1(1 << 16)):
+        content += chunk
+        if response.length != 0 and time.perf_counter() > deadline:
+            raise TimeoutError("the answer takes too long")
+    if len(content) < most and response.length:
+        raise IncompleteRead(bytes(content), response.length)
+    return bytes(content)
+
+
+def _seconds(retry_after: str) -> float:
+    """Return how long a Retry-After header asks to wait; it is a number of seconds, or a date."""
+    try:
+        return float(retry_after)
+    except ValueError:
+        pass
+    try:
+        return parsedate_to_datetime(retry_after).timestamp() - time.time()
+    except (ValueError, TypeError, OverflowError):
+        return 0.0
+
+
 class HttpEngine:
     """An engine that `EngineServer`, or anything that speaks as it does, serves.
 
@@ -60,16 +114,21 @@ class HttpEngine:
         url: where to post to.
         batch_rows: rows of a call.
         concurrency: calls at a time.
-        timeout: seconds until a call that is not answered has failed.
+        timeout: seconds after which a call has failed that is not answered, or whose answer still trickles in.
         retries: how often a call is repeated after 429, a server's error, a broken connection or a timeout.
         back_off: seconds before the first repetition, doubled for each further one; a server's Retry-After counts if longer.
+            A minute is the longest wait.
         max_calls: calls in the lifetime of this object, repeated ones included; None for no limit.
+        headers: sent with every call, such as {"Authorization": "Bearer ..."}; no error shows them, and no redirection
+            takes them along.
 
     Attributes:
         account: what was asked for so far.
 
     Raises:
-        EngineError: the endpoint, which is named, refused, kept failing or answered with nonsense, or `max_calls` is spent.
+        ConfigurationError: an argument that cannot work.
+        EngineError: when it is called: the endpoint, which is named, refused, kept failing or answered with nonsense, or
+            `max_calls` is spent.
     """
 
     def __init__(
@@ -82,10 +141,23 @@ class HttpEngine:
         retries: int = 5,
         back_off: float = 0.5,
         max_calls: int | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
+        _check_url(url)
+        _check_headers({} if headers is None else headers)
+        whole: dict[str, tuple[Any, int]] = {"batch_rows": (batch_rows, 1), "concurrency": (concurrency, 1)}
+        whole |= {"retries": (retries, 0), "max_calls": (0 if max_calls is None else max_calls, 0)}
+        for name, (value, least) in whole.items():
+            if type(value) is not int or value < least:
+                raise ConfigurationError(f"{name}={value!r} must be a whole number, {least} or more.")
+        if not isinstance(timeout, int | float) or not 0 < timeout <= threading.TIMEOUT_MAX:
+            raise ConfigurationError(f"timeout={timeout!r} must be a number of seconds, more than 0.")
+        if not isinstance(back_off, int | float) or not 0 <= back_off <= threading.TIMEOUT_MAX:
+            raise ConfigurationError(f"back_off={back_off!r} must be a number of seconds, 0 or more.")
         self.url, self.batch_rows, self.concurrency, self.timeout = url, batch_rows, concurrency, timeout
         self.retries, self.back_off, self.max_calls = retries, back_off, max_calls
         self.account = Account()
+        self._headers = dict(headers or {})
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
@@ -96,18 +168,33 @@ class HttpEngine:
         parts = list(
             zip(inputs_embeds.cpu().split(self.batch_rows), attention_mask.cpu().split(self.batch_rows), strict=True)
         )
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            futures = [pool.submit(self._ask, *part) for part in parts]
+        pool, stop = ThreadPoolExecutor(self.concurrency), threading.Event()
+
+        def ask(embeds: Tensor, mask: Tensor) -> Tensor:
             try:
-                return torch.cat([future.result() for future in futures])
+                return self._ask(embeds, mask, stop)
             except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
+                stop.set()  # before this thread takes up the next part
                 raise
 
-    def _ask(self, embeds: Tensor, mask: Tensor) -> Tensor:
-        """Return the logits (R, V) of one call, repeated as often as is allowed."""
+        try:
+            futures = [pool.submit(ask, *part) for part in parts]
+            for future in as_completed(futures):
+                future.result()  # the first failure is raised, and the other calls are not waited for
+        finally:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+        answers = [future.result() for future in futures]
+        if len(widths := {answer.shape[1] for answer in answers}) > 1:
+            raise EngineError(f"{self.url} answered calls with different numbers of logits per row: {sorted(widths)}.")
+        return torch.cat(answers)
+
+    def _ask(self, embeds: Tensor, mask: Tensor, stop: threading.Event) -> Tensor:
+        """Return the logits (R, V) of one call, repeated as often as is allowed; nothing once `stop` is set."""
         body = save({"inputs_embeds": embeds.contiguous(), "attention_mask": mask.contiguous()})
         for attempt in range(self.retries + 1):
+            if stop.is_set():
+                return torch.empty(0)  # nobody waits for it
             self._charge(attempt > 0)
             try:
                 answer = self._post(body)
@@ -118,8 +205,8 @@ class HttpEngine:
                         f"{self.url} failed {attempt + 1} times in a row, the last time with: {failure}. What was learned "
                         "up to the last checkpoint is safe: resume from it once the endpoint answers again."
                     ) from failure
-                pause = self.back_off * 2**attempt * random.Random(attempt).uniform(0.75, 1.25)
-                time.sleep(min(max(pause, failure.wait), _LONGEST_WAIT))
+                pause = self.back_off * 2 ** min(attempt, 100) * random.Random(attempt).uniform(0.75, 1.25)
+                stop.wait(min(max(pause, failure.wait), _LONGEST_WAIT))
         if answer.dim() != 2 or len(answer) != len(embeds):
             raise EngineError(f"{self.url} answered with the shape {tuple(answer.shape)} for {len(embeds)} rows.")
         with self._lock:
@@ -137,16 +224,22 @@ class HttpEngine:
     def _post(self, body: bytes) -> Tensor:
         """Send one request and return its answer."""
         request = urllib.request.Request(self.url, body, {"Content-Type": "application/octet-stream"})
+        for name, value in self._headers.items():
+            request.add_unredirected_header(name, value)
         start = time.perf_counter()
         try:
             with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                content = response.read()
+                content = _read(response, start + self.timeout)
         except urllib.error.HTTPError as error:
-            message = f"HTTP {error.code}: {error.read(300).decode(errors='replace')}"
+            with error:
+                try:
+                    said = _read(error, start + self.timeout, 300)[:300].decode(errors="replace")
+                except (OSError, HTTPException):  # the code says enough
+                    said = ""
+            message = f"HTTP {error.code}: {said}"
             if error.code != 429 and error.code < 500:
                 raise EngineError(f"{self.url} refused: {message}") from error
-            wait = error.headers.get("Retry-After", "")
-            raise _Failure(message, float(wait) if wait.isdigit() else 0.0) from error
+            raise _Failure(message, _seconds(error.headers.get("Retry-After", ""))) from error
         except (OSError, HTTPException) as error:  # no connection, a broken one, or no answer in time
             raise _Failure(f"{type(error).__name__}: {error}") from error
         finally:

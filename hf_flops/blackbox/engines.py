@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import warnings
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -54,7 +56,7 @@ def export_onnx(model: Any, path: str | Path, *, int8: bool = False) -> Path:
 
     Args:
         model: the model, in float32.
-        path: the file to write.
+        path: the file to write, and one beside it of weights (`.data`); neither appears before it is checked.
         int8: whether weights become 8-bit integers, in blocks of 32 numbers, and activations are quantised as they come, in
             blocks too: with one scale for all of them, outliers leave the rest few digits, and rows depend on each other.
 
@@ -67,27 +69,31 @@ def export_onnx(model: Any, path: str | Path, *, int8: bool = False) -> Path:
     embeds, mask = torch.randn(2, 5, width, generator=torch.Generator().manual_seed(0)), torch.ones(2, 5, dtype=torch.long)
     mask[1, 3:] = 0
     either = dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC)
-    plain = path.with_suffix(".fp32.onnx") if int8 else path
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own, of its exporter's insides
-        torch.onnx.export(
-            _Next(model),
-            (embeds, mask),
-            plain,
-            input_names=["inputs_embeds", "attention_mask"],
-            output_names=["logits"],
-            dynamic_shapes={"inputs_embeds": either, "attention_mask": either},
-            dynamo=True,
-            verbose=False,
-        )
-        wanted = model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).logits[[0, 1], [4, 2]]
-    error = float((OnnxEngine(plain)(embeds, mask) - wanted).abs().max())
-    if not error <= 1e-3 * max(1.0, float(wanted.abs().max())):
-        raise ConfigurationError(f"{type(model).__name__} cannot be exported: its logits would differ by {error:.2g}.")
-    if int8:
-        _quantise(runtime, plain, path)
-        for leftover in (plain, plain.with_name(plain.name + ".data")):
-            leftover.unlink(missing_ok=True)
+    with TemporaryDirectory(dir=path.parent, prefix=path.name) as folder:
+        whole = Path(folder, path.name)  # the name stays, as the file knows that of its weights
+        plain = whole.with_suffix(".fp32.onnx") if int8 else whole
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own, of its exporter's insides
+            torch.onnx.export(
+                _Next(model),
+                (embeds, mask),
+                plain,
+                input_names=["inputs_embeds", "attention_mask"],
+                output_names=["logits"],
+                dynamic_shapes={"inputs_embeds": either, "attention_mask": either},
+                dynamo=True,
+                verbose=False,
+            )
+            wanted = model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).logits[[0, 1], [4, 2]]
+        error = float((OnnxEngine(plain)(embeds, mask) - wanted).abs().max())
+        if not error <= 1e-3 * max(1.0, float(wanted.abs().max())):
+            raise ConfigurationError(f"{type(model).__name__} cannot be exported: its logits would differ by {error:.2g}.")
+        if int8:
+            _quantise(runtime, plain, whole)
+        path.unlink(missing_ok=True)  # an older one is not to be found beside the weights of this one
+        if (weights := whole.with_name(whole.name + ".data")).is_file():
+            os.replace(weights, path.with_name(weights.name))
+        os.replace(whole, path)
     return path
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,17 @@ class Engine(Protocol):
         ...
 
 
+def _tokens(name: str, given: Any, size: int) -> list[int]:
+    """Return tokens, if each is a row of a table of that size."""
+    try:
+        tokens = [operator.index(token) for token in given]
+    except TypeError:  # not a sequence, or not of whole numbers
+        tokens = [-1]
+    if not all(0 <= token < size for token in tokens):
+        raise ConfigurationError(f"{name}={given!r} must be tokens, whole numbers from 0 to {size - 1}.")
+    return tokens
+
+
 class BlackBoxPromptModel(nn.Module):
     """P trainable virtual tokens before or after texts that an engine continues; only forward passes can train them.
 
@@ -39,7 +51,8 @@ class BlackBoxPromptModel(nn.Module):
         after: whether the prompt comes after the text, where it learns in fewer rows, instead of before it.
 
     Raises:
-        ConfigurationError: fewer than one virtual token, or label words that cannot tell classes apart.
+        ConfigurationError: fewer than one virtual token, tokens that the table does not have, or label words that cannot
+            tell classes apart.
     """
 
     embeddings: Tensor
@@ -58,19 +71,20 @@ class BlackBoxPromptModel(nn.Module):
     ) -> None:
         super().__init__()
         self.precision, self.after = precision, after
-        if not isinstance(num_virtual_tokens, int) or num_virtual_tokens < 1:
+        if type(num_virtual_tokens) is not int or num_virtual_tokens < 1:
             raise ConfigurationError(f"num_virtual_tokens={num_virtual_tokens!r} must be a whole number, 1 or more.")
-        if len(set(label_words)) < max(2, len(label_words)):
-            raise ConfigurationError(f"label_words={list(label_words)!r} must be two or more different tokens.")
         self.engine = engine
         table = embeddings.detach().float()
-        if init_tokens:
-            tokens = torch.tensor((list(init_tokens) * num_virtual_tokens)[:num_virtual_tokens])
+        words = _tokens("label_words", label_words, len(table))
+        if len(set(words)) < max(2, len(words)):
+            raise ConfigurationError(f"label_words={words!r} must be two or more different tokens.")
+        if start := _tokens("init_tokens", () if init_tokens is None else init_tokens, len(table)):
+            tokens = torch.tensor((start * num_virtual_tokens)[:num_virtual_tokens])
         else:
             tokens = torch.randint(len(table), (num_virtual_tokens,))
         self.prompt = nn.Embedding.from_pretrained(table[tokens].clone(), freeze=False)
         self.register_buffer("embeddings", table, persistent=False)
-        self.register_buffer("label_words", torch.tensor(label_words))
+        self.register_buffer("label_words", torch.tensor(words))
 
     def forward(
         self,
@@ -82,8 +96,11 @@ class BlackBoxPromptModel(nn.Module):
         """Ask for texts (R, T), padded on either side; labels are (R,) classes, and logits (R, C).
 
         Raises:
-            EngineError: the answer has another shape than (R, V).
+            ConfigurationError: the labels are not classes.
+            EngineError: the answer has another shape than (R, V), or is no tensor at all.
         """
+        if labels is not None:
+            labels = self._classes(labels, len(input_ids))
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         index = torch.arange(self.prompt.num_embeddings, device=input_ids.device).expand(len(input_ids), -1)
         parts = [(self.prompt(index), torch.ones_like(index)), (self.embeddings[input_ids], mask)]
@@ -93,9 +110,28 @@ class BlackBoxPromptModel(nn.Module):
         with torch.no_grad():
             answer = self.engine(rows.float(), mask.gather(1, order).long())
         wanted = (len(input_ids), len(self.embeddings))
+        if not isinstance(answer, Tensor):
+            try:
+                answer = torch.tensor(answer)  # of NumPy
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise EngineError(f"{self.engine!r} answered with a {type(answer).__name__}, not with logits.") from error
         if answer.shape != wanted:
             raise EngineError(f"{self.engine!r} answered with the shape {tuple(answer.shape)}, where {wanted} was wanted.")
         logits = answer.to(rows.device)[:, self.label_words]
         if labels is None:
             return CausalLMOutput(logits=logits)
         return CausalLMOutput(loss=mean_cross_entropy(logits, labels, num_items_in_batch), logits=logits)
+
+    def _classes(self, labels: Tensor, rows: int) -> Tensor:
+        """Return labels as `cross_entropy` takes them: (R,) classes, -100 for none, or (R, C) probabilities."""
+        count = len(self.label_words)
+        if labels.is_floating_point() and labels.shape == (rows, count):
+            return labels
+        if labels.is_floating_point() or labels.dtype == torch.bool or labels.shape != (rows,):
+            raise ConfigurationError(
+                f"labels of {labels.dtype} in the shape {tuple(labels.shape)} are not the classes of {rows} rows."
+            )
+        wrong = labels[(labels != -100) & ((labels < 0) | (labels >= count))]
+        if len(wrong):
+            raise ConfigurationError(f"labels hold {wrong[0].item()}, but label_words are of classes 0 to {count - 1}.")
+        return labels.long()

@@ -9,6 +9,7 @@ from typing import Any
 
 from safetensors.torch import load, save
 
+from ..errors import ConfigurationError
 from .engines import TorchEngine
 from .model import Engine
 
@@ -58,10 +59,16 @@ class EngineServer:
         engine: what to serve; it runs one request at a time.
         host: the address to listen at.
         port: the port, 0 for any that is free.
+
+    Raises:
+        ConfigurationError: the address does not exist here, or is taken.
     """
 
     def __init__(self, engine: Engine, host: str = "127.0.0.1", port: int = 0) -> None:
-        self._server = _Server((host, port), _Handler)
+        try:
+            self._server = _Server((host, port), _Handler)
+        except (OSError, OverflowError, UnicodeError) as error:
+            raise ConfigurationError(f"host={host!r} with port={port} cannot be listened at: {error}.") from error
         self._server.engine, self._host = engine, host
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
 
@@ -80,7 +87,7 @@ class EngineServer:
         self._thread.join()
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Serve a causal language model of the Hub or a folder."""
     from transformers import AutoModelForCausalLM
 
@@ -88,9 +95,17 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
-    options = parser.parse_args()
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype="float32")
-    with EngineServer(TorchEngine(model), options.host, options.port) as server:
+    options = parser.parse_args(arguments)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(options.model, dtype="float32")
+    except Exception as error:  # transformers has no common base class
+        reason = str(error).strip() or type(error).__name__
+        parser.exit(1, f"{options.model} cannot be loaded: {reason.splitlines()[0]}\n")
+    try:
+        ready = EngineServer(TorchEngine(model), options.host, options.port)
+    except ConfigurationError as error:
+        parser.exit(1, f"{error}\n")
+    with ready as server:
         print(f"Serving {options.model} at {server.url}")
         threading.Event().wait()
 
