@@ -27,6 +27,8 @@ def element_weights(name: str, losses: Tensor, target: Tensor, weight: Tensor | 
         if weight is None:
             return kept.to(losses.dtype)
         return torch.where(kept, weight[target.clamp(min=0)], 0.0).to(losses.dtype)
+    if name == "mse_loss" and weight is not None:
+        return weight.expand_as(losses)
     return torch.ones_like(losses)
 
 

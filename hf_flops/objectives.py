@@ -15,9 +15,10 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn._reduction import legacy_get_string
 from torch.overrides import TorchFunctionMode
 
-from .errors import ObjectiveError
+from .errors import ObjectiveError, RowLossError
 from .losses import element_weights, slopes, squared_residuals, widen
 from .rows import batch_size
 
@@ -120,7 +121,9 @@ class _Tap(_WideLosses):
         self.caught: list[_Caught] = []
 
     def loss(self, function: Any, given: dict[str, Any]) -> Tensor:
-        reduction = given["reduction"]
+        reduction, legacy = given["reduction"], (given["size_average"], given["reduce"])
+        if legacy != (None, None):
+            reduction = legacy_get_string(*legacy)
         losses = function(**{**given, "size_average": None, "reduce": None, "reduction": "none"})
         name, target, ignored = function.__name__, given["target"], given.get("ignore_index", -100)
         weights = element_weights(name, losses, target, given.get("weight"), ignored)
@@ -191,10 +194,10 @@ class TappedLoss:
             self.after = None
             tap, loss = self._listen(forward, inputs, features)
         if len(tap.caught) != 1:
-            raise ObjectiveError(f"the model's loss is made of {len(tap.caught)} calls of torch's loss functions, not one")
+            raise RowLossError(f"the model's loss is made of {len(tap.caught)} calls of torch's loss functions, not one")
         caught = tap.caught[0]
         if caught.losses.numel() % rows:
-            raise ObjectiveError(f"the model's loss has {caught.losses.numel()} elements for {rows} rows")
+            raise RowLossError(f"the model's loss has {caught.losses.numel()} elements for {rows} rows")
         sums = caught.losses.reshape(rows, -1).sum(1)
         counts = caught.weights.reshape(rows, -1).sum(1)
         _require_same(loss, sums.sum() / counts.sum())
@@ -207,11 +210,11 @@ class TappedLoss:
 def _require_same(loss: Tensor | None, mean: Tensor) -> None:
     """Refuse a tap whose rows do not add up to the model's loss, as with an auxiliary term."""
     if loss is None:
-        raise ObjectiveError("the model returns no loss")
+        raise RowLossError("the model returns no loss")
     loss, mean = loss.detach(), mean.detach()
     tolerance = 1e-4 if loss.dtype in (torch.float32, torch.float64) else 3e-2
     if bool(mean.isfinite()) and abs(float(loss) - float(mean)) > tolerance * max(1.0, abs(float(mean))):
-        raise ObjectiveError(f"the model's loss {float(loss):.6g} is not the mean {float(mean):.6g} of its elements")
+        raise RowLossError(f"the model's loss {float(loss):.6g} is not the mean {float(mean):.6g} of its elements")
 
 
 class CallableObjective:

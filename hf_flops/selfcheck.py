@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .counters import seeds
-from .errors import ConfigurationError, NonFiniteError, ObjectiveError
+from .errors import ConfigurationError, NonFiniteError, RowLossError
 from .objectives import BatchLoss, Forward, Objective, TappedLoss
 from .perturbations import NoiseKeys, ParameterVector, Perturbation, PinCheck, RowwiseNoise, displaced, perturb
 from .perturbations.noise import draw
@@ -57,21 +58,34 @@ def precision_of(model: nn.Module, *, autocast: bool = False) -> float:
     return 3e-2 if half or autocast else 1e-4
 
 
-def choose_objective(forward: Forward, inputs: Mapping[str, Any], precision: float = 1e-4) -> tuple[Objective, str | None]:
-    """Return the finest objective that the model's own loss allows, and why it is not per row if it is not."""
+def choose_objective(
+    forward: Forward, inputs: Mapping[str, Any], precision: float = 1e-4, model: nn.Module | None = None
+) -> tuple[Objective, str | None]:
+    """Return the finest objective that the model's own loss allows, and why it is not per row if it is not.
+
+    With the model its trainable tensors are moved meanwhile: a term of the loss may be zero where they start.
+    """
     odd = misaligned(inputs)
     if odd:
         return BatchLoss(), f"its inputs {odd} are not laid out one entry per sample"
     tapped = TappedLoss()
     try:
         pair = two_rows(tapped, forward, inputs)
-        together = tapped(forward, pair).sums
-    except ObjectiveError as error:
+        with nullcontext() if model is None else _moved(model):
+            together = tapped(forward, pair).sums
+            alone = tapped(forward, take(pair, torch.tensor([0, 0]))).sums
+    except RowLossError as error:
         return BatchLoss(), str(error)
-    alone = tapped(forward, take(pair, torch.tensor([0, 0]))).sums
     if not torch.allclose(together[0], alone[0], rtol=precision):
         return BatchLoss(), "the loss of a sample depends on the other samples of its batch"
     return tapped, None
+
+
+def _moved(model: nn.Module) -> AbstractContextManager[None]:
+    """Move all trainable tensors off their starting values for a while."""
+    everything = ParameterVector.of(model)
+    offset = draw("gaussian", seeds(_CHECK_SEED, 0), everything.shapes, everything.device)[0]
+    return displaced(everything, offset.mul_(0.05))
 
 
 @dataclass
@@ -109,13 +123,11 @@ class RuleCheck:
         All tensors are moved off their starting values first: at its initialisation `lora_B = 0` hides what happens to
         `lora_A`. Tensors that differ in layer numbers only are tried together, and share the verdict.
         """
-        everything = ParameterVector.of(self.model)
-        offset = draw("gaussian", seeds(_CHECK_SEED, 0), everything.shapes, everything.device)[0]
         alike: dict[str, list[str]] = {}
         for name in names:
             alike.setdefault(re.sub(r"\d+", "#", name), []).append(name)
         verdict = Verdict()
-        with displaced(everything, 0.05 * offset):
+        with _moved(self.model):
             for group in alike.values():
                 self._judge(group, verdict)
             # A layer that is run row by row takes its other tensors along: whether that is right shows together only.

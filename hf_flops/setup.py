@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from .control_variates import MOST_LOGITS
-from .errors import ConfigurationError, ObjectiveError
+from .errors import ConfigurationError, ObjectiveError, RowLossError
 from .heads import ClosedFormHead, find_head
 from .independence import choose_reuse
 from .last_logits import with_last_logits
-from .objectives import Forward, Objective, TappedLoss
+from .objectives import BatchLoss, Forward, Objective, TappedLoss
 from .perturbations import Perturbation
 from .prefix_cache import CachedReuse, SampleStore
 from .reuse import Reuse
@@ -50,15 +50,44 @@ def set_up(
         ConfigurationError: noise or a prefix cache cannot be had as asked for.
     """
     precision = precision_of(model, autocast=args.bf16)
-    # An objective of the user's own is left as it is, unless it keeps logits of itself.
-    ours = objective is None or getattr(objective, "logits", False)
-    if objective is None:
-        objective, reason = choose_objective(forward, inputs, precision)
-        if reason and args.perturbation == "rowwise":
-            raise ObjectiveError(f'perturbation="rowwise" needs a loss per row, but {reason}; pass objective=.')
-        if reason:
-            logger.warning("The loss is taken for the batch as a whole, with shared noise: %s.", reason)
-        objective = with_last_logits(model, objective, forward, inputs, precision)
+    given = args, model, forward, inputs, perturbation, held, precision
+    if objective is not None:  # one of the user's own is left as it is, unless it keeps logits of itself
+        return _set_up(objective, *given, ours=getattr(objective, "logits", False))
+    objective, reason = choose_objective(forward, inputs, precision, model)
+    try:
+        if reason is None:
+            objective = with_last_logits(model, objective, forward, inputs, precision)
+            return _set_up(objective, *given, ours=True)
+    except RowLossError as error:  # what is looked at next moves the parameters further
+        reason = str(error)
+    return _set_up(loss_of_batch(args, reason), *given, ours=False)
+
+
+def loss_of_batch(args: Any, reason: object) -> BatchLoss:
+    """Return the objective for a model's loss that cannot be taken apart into rows, and say why.
+
+    Raises:
+        ObjectiveError: noise per row is asked for.
+    """
+    if args.perturbation == "rowwise":
+        raise ObjectiveError(f'perturbation="rowwise" needs a loss per row, but {reason}; pass objective=.')
+    logger.warning("The loss is taken for the batch as a whole, with shared noise: %s.", reason)
+    return BatchLoss()
+
+
+def _set_up(
+    objective: Objective,
+    args: Any,
+    model: nn.Module,
+    forward: Forward,
+    inputs: Mapping[str, Any],
+    perturbation: Perturbation | None,
+    held: Collection[str],
+    precision: float,
+    *,
+    ours: bool,
+) -> tuple[Objective, Perturbation, Reuse, ClosedFormHead | None]:
+    """Do what `set_up` does once it is known what is minimised, and whether we chose it."""
     if ours:
         prepare_tap(model, objective, forward, inputs, control=args.control_variate != "none")
     head, probe = None, getattr(objective, "probe", objective)

@@ -32,7 +32,7 @@ def estimate_gradient(
     method: Method,
     place: Place,
     elements: float | None = None,
-    batches: int = 1,
+    batches: float = 1,
     *,
     last: bool = True,
 ) -> StepResult:
@@ -100,7 +100,7 @@ class Step:
         self.found = replace(self.found, losses=clean, own=clean)
         self.clean = self.queries.clean = clean
 
-    def run(self, elements: float | None, batches: int, last: bool = True) -> StepResult:
+    def run(self, elements: float | None, batches: float, last: bool = True) -> StepResult:
         """Run the queries, and add what they say to the gradients; for the arguments see `estimate_gradient`."""
         features, method = self._features(), self.method
         if method.control is not None and self.clean is not None and method.allocator.weighted:

@@ -28,7 +28,7 @@ from .checks import (
     wrap_with_adapter,
 )
 from .control_variates import control_variate
-from .errors import ObjectiveError
+from .errors import ObjectiveError, RowLossError
 from .estimators import ESTIMATORS, Estimator
 from .heads import ClosedFormHead
 from .image_text import with_plain_flag
@@ -42,7 +42,7 @@ from .processes import ManyProcesses
 from .reuse import Reuse
 from .rows import Place, batch_size
 from .selfcheck import precision_of
-from .setup import set_up
+from .setup import loss_of_batch, set_up
 from .state import load_state, save_state
 from .step import estimate_gradient
 from .trajectory.recorder import TrajectoryRecorder
@@ -169,9 +169,36 @@ class FlopsTrainerMixin(ModelCards, Watched, SearchesRate, WholeCheckpoints, Man
     ) -> Tensor:
         """Estimate the gradient from perturbed forwards and add it to `.grad`, in place of loss and backward.
 
+        Where the model's own loss can no longer be taken per row, it is the batch's from here on, which is then done anew.
+
         Returns:
             The batch's share of the optimizer step's mean loss, a detached scalar.
+
+        Raises:
+            ObjectiveError: the loss cannot be had, or not the way that was asked for.
+            NonFiniteError: not one perturbed row has a finite loss.
         """
+        try:
+            return self._estimated(model, inputs, num_items_in_batch)
+        except RowLossError as error:
+            self._take_whole_batches(error)
+        return self._estimated(model, inputs, num_items_in_batch)
+
+    def _take_whole_batches(self: Any, error: RowLossError) -> None:
+        """Go on with the loss of the batch as a whole and shared noise, if nothing is in the way of a change."""
+        if self._own_objective:
+            raise error
+        many = self._share.world > 1
+        if many or (self._recorder is not None and self._recorder.begun):
+            where = f"a run of {self._share.world} processes" if many else "an optimizer step that trajectory_log records"
+            raise ObjectiveError(
+                f"In the middle of {where} the loss cannot become that of whole batches, but {error}: resume from the last "
+                "checkpoint, or pass objective=."
+            )
+        self._objective, self._perturbation, self._reuse = loss_of_batch(self.args, error), self._given_perturbation, None
+
+    def _estimated(self: Any, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None) -> Tensor:
+        """Do what `training_step` says, or leave gradients as they are where that raises an error."""
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
         inputs = without_cache(self.model, with_plain_flag(self._prepare_inputs(inputs)))
@@ -189,9 +216,9 @@ class FlopsTrainerMixin(ModelCards, Watched, SearchesRate, WholeCheckpoints, Man
             if alignment is not None:
                 result, method = alignment.step(inputs, place, self._queries_at(self.state.global_step), batches)
             else:
-                elements = self._elements(num_items_in_batch)
+                batches = self._batches(inputs, num_items_in_batch)
                 last, before = self.accelerator.sync_gradients, (self.ledger.all_rows, self.ledger.tokens)
-                result = estimate_gradient(forward, inputs, method, place, elements, batches, last=last)
+                result = estimate_gradient(forward, inputs, method, place, None, batches, last=last)
                 self._count_together(before, result.rows)
         self.ledger.record(result, self._ids, class_labels(inputs))
         if self._recorder is not None:
@@ -238,13 +265,13 @@ class FlopsTrainerMixin(ModelCards, Watched, SearchesRate, WholeCheckpoints, Man
         """Return what runs the model; labels are not needed where the objective is the user's own."""
         if self._own_objective:
             return partial(getattr(self._objective, "run", _run), model)
-        if self.compute_loss_func is None:
-            return lambda inputs: self.compute_loss(model, dict(inputs), return_outputs=True)
 
         def forward(inputs: Mapping[str, Any]) -> tuple[Tensor | None, Any]:
             # A user's function may divide by the count, so it gets that of these rows: the loss is their mean.
-            items = self._get_num_items_in_batch([inputs], self.args.device)
-            return self.compute_loss(model, dict(inputs), return_outputs=True, num_items_in_batch=items)
+            own = self.compute_loss_func is not None
+            items = {"num_items_in_batch": self._get_num_items_in_batch([inputs], self.args.device)} if own else {}
+            found = self.compute_loss(model, dict(inputs), return_outputs=True, **items)
+            return found if isinstance(found, tuple) else (found, None)  # an override may return nothing but the loss
 
         return forward
 
@@ -259,7 +286,8 @@ class FlopsTrainerMixin(ModelCards, Watched, SearchesRate, WholeCheckpoints, Man
         named = [name for name in self.label_names if name in inputs]
         pairs = self._pairs.whole(self, inputs)
         self._objective = self._objective if pairs is None else pairs
-        if pairs is None and not self._own_objective and not self.can_return_loss and not named:
+        unlabelled = pairs is None and not self._own_objective and not self.can_return_loss and not named
+        if unlabelled and not _gives_loss(forward, inputs):
             raise ObjectiveError(
                 f"The batch has no labels: its keys are {sorted(inputs)}, and none of {self.label_names} is among them."
             )
@@ -298,14 +326,17 @@ class FlopsTrainerMixin(ModelCards, Watched, SearchesRate, WholeCheckpoints, Man
     def _seed(self: Any) -> int:
         return self.args.seed if self.args.noise_seed is None else self.args.noise_seed
 
-    def _elements(self: Any, num_items_in_batch: Tensor | int | None) -> float | None:
-        """Return the number of loss elements of the whole optimizer step, where the stock trainer's count is ours.
+    def _batches(self: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None) -> float:
+        """Return over how many batches like this one the optimizer step averages, by the stock trainer's count of labels.
 
-        Where it is not, the mean over micro-batches of each one's mean is followed.
+        The loss may have another number of elements, as it may weigh or ignore classes. Where nothing is counted, batches
+        weigh alike.
         """
-        if num_items_in_batch is not None and not self._own_objective and self._objective.per_row:
-            return float(num_items_in_batch)
-        return None
+        batches = self.current_gradient_accumulation_steps
+        if num_items_in_batch is None or self._own_objective or not self._objective.per_row:
+            return batches
+        items = self._get_num_items_in_batch([inputs], self.args.device)
+        return float(num_items_in_batch) / float(items) if items else batches
 
     def log(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add rows used and the averages of the estimator's metrics to the training log."""
@@ -348,6 +379,14 @@ class FlopsTrainerMixin(ModelCards, Watched, SearchesRate, WholeCheckpoints, Man
 def _run(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor | None, Any]:
     outputs = model(**inputs)
     return getattr(outputs, "loss", None), outputs
+
+
+def _gives_loss(forward: Callable[[Mapping[str, Any]], tuple[Tensor | None, Any]], inputs: Mapping[str, Any]) -> bool:
+    """Say whether a model makes its loss without labels, as an autoencoder does."""
+    try:
+        return forward(inputs)[0] is not None
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return False
 
 
 class FlopsTrainer(FlopsTrainerMixin, Trainer):

@@ -10,6 +10,9 @@ from peft import AdaptionPromptConfig, CartridgeConfig, LoraConfig, get_peft_mod
 from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceClassification, TrainingArguments
 
 from hf_flops import ConfigurationError, FlopsTrainer, FlopsTrainingArguments, NonFiniteError, ObjectiveError
+from hf_flops.errors import RowLossError
+from hf_flops.objectives import TappedLoss
+from hf_flops.trajectory.replay import replay
 from tests.tiny import CLASSES, SIZES, TASKS, VOCABULARY, as_dataset, tiny_batch, tiny_model, training_arguments
 
 TARGETS = {"vit": ["q_proj", "v_proj"], "bert": ["query", "value"], "llama": ["q_proj", "v_proj"]}
@@ -223,6 +226,67 @@ def test_a_loss_that_has_no_rows_cannot_have_noise_per_row(case, why, arguments)
     model, dataset = case()
     with refused(ObjectiveError, f'perturbation="rowwise" needs a loss per row, but .*{why}.*pass objective='):
         trainer(arguments(perturbation="rowwise"), model, dataset).train()
+
+
+class Penalised(FlopsTrainer):
+    """Adds a term to the model's loss, and returns nothing else."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **options):
+        outputs = model(**inputs)
+        return outputs.loss + self.term(self, outputs.logits.square().mean())
+
+
+def penalty(candidate, _):
+    return 0.1 * sum(p.square().sum() for name, p in candidate.model.named_parameters() if "lora_B" in name)
+
+
+def checked(candidate, square):
+    return (candidate.ledger.all_rows > 6) * square  # after the first checks
+
+
+def warmup(candidate, square):
+    return candidate.state.global_step * square
+
+
+def late(candidate, square):
+    return (candidate._position > 4) * square  # from the second batch of an optimizer step on
+
+
+def penalised(term, args):
+    candidate = Penalised(adapted(), args, train_dataset=data())
+    candidate.term = term
+    return candidate
+
+
+LOGGED = {"trajectory_log": True, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
+
+
+@pytest.mark.parametrize(("term", "options"), [(penalty, {}), (checked, {}), (warmup, {"preset": "mezo"}), (warmup, LOGGED)])
+def test_a_loss_whose_rows_are_lost_is_taken_whole(term, options, arguments, notices, tmp_path):
+    candidate = penalised(term, arguments(max_steps=3, **options))
+    assert_trains(candidate)
+    *_, message = notices()
+    assert "batch as a whole" in message
+    assert "is not the mean" in message
+    assert_sentence(message)
+    assert candidate.ledger.all_rows > candidate.ledger.rows == 3 * 8 * 4  # what was done in vain stays counted
+    if candidate.args.trajectory_log:
+        rebuilt = replay(tmp_path).parameters
+        assert all(rebuilt[name].equal(p) for name, p in candidate.model.named_parameters() if p.requires_grad)
+
+
+def test_a_loss_whose_rows_are_lost_where_it_cannot_change_is_refused(arguments):
+    with refused(ObjectiveError, "trajectory_log records the loss cannot become .* is not the mean .* resume"):
+        penalised(late, arguments(**LOGGED)).train()
+    with refused(ObjectiveError, 'perturbation="rowwise" needs a loss per row, but .* is not the mean'):
+        penalised(warmup, arguments(perturbation="rowwise")).train()
+    candidate = penalised(warmup, arguments())
+    candidate._share.world = 2
+    with refused(ObjectiveError, "a run of 2 processes the loss cannot become"):
+        candidate._take_whole_batches(RowLossError("it has two terms"))
+    model, dataset = auxiliary()
+    with pytest.raises(RowLossError, match="is not the mean"):  # an objective of the user's own stays
+        trainer(arguments(), model, dataset, objective=TappedLoss()).train()
 
 
 WITHOUT_RULE = {

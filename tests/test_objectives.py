@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -101,6 +103,31 @@ def test_a_loss_module_and_every_reduction_are_seen():
 
         torch.testing.assert_close(TappedLoss()(forward, {"labels": labels}).sums, each)
         torch.testing.assert_close(seen[0], total)
+
+
+def test_weights_of_a_squared_error_count_as_in_torch():
+    x, y, weight = torch.rand(3, 4, 2, generator=generator())
+
+    def forward(inputs):
+        return F.mse_loss(x, inputs["labels"], weight=weight), None
+
+    losses = TappedLoss()(forward, {"labels": y})
+    torch.testing.assert_close(losses.sums.sum() / losses.counts.sum(), forward({"labels": y})[0])
+    torch.testing.assert_close(losses.counts, weight.sum(1))
+
+
+@pytest.mark.parametrize("legacy", [{"size_average": False}, {"reduce": False}, {"size_average": True}])
+def test_arguments_from_before_reduction_are_followed(legacy):
+    logits, labels, seen = torch.randn(4, 3, generator=generator()), torch.tensor([0, 1, 2, 0]), []
+
+    def forward(inputs):
+        seen.append(F.cross_entropy(logits, inputs["labels"], **legacy))
+        return seen[-1].mean() / (len(labels) if legacy == {"size_average": False} else 1), None
+
+    for run in (forward, partial(TappedLoss(), forward)):
+        with pytest.warns(UserWarning, match="size_average and reduce"):
+            run({"labels": labels})
+    torch.testing.assert_close(seen[1], seen[0])
 
 
 @torch.no_grad()

@@ -321,6 +321,45 @@ def test_a_loss_function_of_the_users_is_followed(batch, arguments):
     torch.testing.assert_close(flat(trained(args, compute_loss_func=loss_function)), flat(trained(args)))
 
 
+@pytest.mark.parametrize("batches", [1, 2])
+@pytest.mark.parametrize("weighing", [{"weight": torch.tensor([1.0, 10.0, 3.0])}, {"ignore_index": 0}], ids=str)
+def test_a_loss_that_weighs_or_ignores_classes_is_a_mean(weighing, batches, arguments):
+    def loss_of(model, inputs):
+        return nn.functional.cross_entropy(model(inputs["pixel_values"]).logits, inputs["labels"], **weighing)
+
+    class Weighing(FlopsTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **options):
+            return loss_of(model, inputs)
+
+    model, batch = adapted().eval(), tiny_batch("vit", 8)
+    size = {"per_device_train_batch_size": 8 // batches, "gradient_accumulation_steps": batches}
+    with torch.no_grad():
+        parts = [{name: value[own] for name, value in batch.items()} for own in torch.arange(8).chunk(batches)]
+        wanted = sum(float(loss_of(model, part)) for part in parts) / batches
+    args = arguments(max_steps=1, train_sampling_strategy="sequential", **size)
+    trainer = Weighing(model, args, train_dataset=as_dataset(batch))
+    trainer.train()
+    assert logged(trainer, "loss") == pytest.approx([wanted], rel=1e-4)
+
+
+class Autoencoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.narrow, self.wide = nn.Linear(6, 3), nn.Linear(3, 6)
+
+    def forward(self, x):
+        return {"loss": nn.functional.mse_loss(self.wide(self.narrow(x).tanh()), x)}
+
+
+def test_a_model_that_makes_its_loss_without_labels_is_trained(arguments):
+    rows = list(torch.randn(8, 6, generator=torch.Generator().manual_seed(0)))
+    trainer = FlopsTrainer(Autoencoder(), arguments(), train_dataset=[{"x": row} for row in rows])
+    before = flat(trainer)
+    trainer.train()
+    assert not flat(trainer).equal(before)
+    assert trainer._objective.per_row
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_size_of_forwards_does_not_change_the_run(preset, arguments):
     options = {"preset": preset, "optim": "sgd", "learning_rate": 0.01, "perturbation_scale": 0.01}

@@ -39,6 +39,11 @@ class TrajectoryRecorder(TrainerCallback):
         if trace is not None:
             self._traces.append(trace)
 
+    @property
+    def begun(self) -> bool:
+        """Whether batches of the coming step were taken down."""
+        return bool(self._traces)
+
     def discard(self) -> None:
         """Forget the batches of a step that is not taken."""
         self._traces = []
