@@ -109,6 +109,7 @@ class FlopsTrainerMixin(ModelCards, Watched, SearchesRate, WholeCheckpoints, Man
         self._estimator: Estimator = estimator or ESTIMATORS[args.estimator]()
         self._perturbation = self._given_perturbation = perturbation
         self._held: frozenset[str] = frozenset()
+        self._trained: list[bool] = []
         self._reuse: Reuse | None = None
         self._head: ClosedFormHead | None = None
         self._control = control_variate(args.control_variate)
@@ -251,8 +252,11 @@ class FlopsTrainerMixin(ModelCards, Watched, SearchesRate, WholeCheckpoints, Man
     def _hold_back(self: Any) -> None:
         """Start anew with the self-check where other tensors than before are to be trained."""
         held = held_back(self.model, self.args.lora_parts, self.state.global_step / max(self.state.max_steps, 1))
-        if held != self._held:
-            self._held, self._perturbation, self._reuse = held, self._given_perturbation, None
+        groups = getattr(self.optimizer, "param_groups", ())  # a callback may freeze some of these
+        trained = [parameter.requires_grad for group in groups for parameter in group["params"]]
+        if (held, trained) != (self._held, self._trained):
+            self._held, self._trained, self._perturbation, self._reuse = held, trained, self._given_perturbation, None
+            self._pairs.renew()
 
     def _set_up(self: Any, model: nn.Module, forward: Any, inputs: dict[str, Any]) -> None:
         """Choose objective and perturbation with the first batch, and say what was not as hoped."""

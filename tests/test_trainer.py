@@ -630,6 +630,32 @@ def test_lora_a_is_held_back_as_asked(parts, joins, arguments):
     assert watch.moved == [{"lora_B", "classifier"} | own for own in late]
 
 
+class Freeze(TrainerCallback):
+    """Freezes half of the adapter after the first of four steps, and lets it go on after the third."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        mine = {name: value for name, value in model.named_parameters() if "lora_B" in name and "layers.0" in name}
+        self.seen.append({name: value.detach().clone() for name, value in mine.items()})
+        for value in mine.values():
+            value.requires_grad_(state.global_step not in (1, 2))
+
+
+@pytest.mark.parametrize("rate", [0.1, "auto"])
+def test_what_a_callback_freezes_stays(rate, arguments):
+    freeze = Freeze()
+    args = arguments(max_steps=4, learning_rate=rate, weight_decay=0.1)
+    FlopsTrainer(adapted(), args, train_dataset=data(samples=16), callbacks=[freeze]).train()
+    assert len(freeze.seen[0]) == 2
+    for name in freeze.seen[0]:
+        first, second, third, fourth = (seen[name] for seen in freeze.seen)
+        assert first.equal(second)
+        assert first.equal(third)
+        assert not first.equal(fourth)
+
+
 def test_an_adapter_of_nothing_but_lora_a_cannot_be_held_back(arguments):
     model = adapted()
     for name, parameter in model.named_parameters():
