@@ -218,7 +218,7 @@ class SearchesRate:
         if not self._rate.due(step, vector, self.optimizer):
             return
         planned = samples * self.args.gradient_accumulation_steps * self._queries_at(step)
-        if self._budget is not None and planned + MOST_LOOKS * samples > self._budget.left:
+        if planned + MOST_LOOKS * samples > self._budget.left:
             return
         before, ids = (self.ledger.all_rows, self.ledger.tokens), None if self._ids is None else tuple(self._ids)
         if self._judges:  # what is known of the next batch says nothing of these

@@ -5,6 +5,7 @@ import gc
 import json
 import random
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.trainer_utils import HPSearchBackend
 
 import hf_flops.trainer
 from hf_flops import ConfigurationError, FlopsArgumentsMixin, FlopsTrainer, FlopsTrainerMixin, FlopsTrainingArguments
@@ -357,6 +359,23 @@ def test_a_second_run_starts_with_nothing_learned_or_counted(arguments):
     trainer.train()
     assert trainer.ledger.rows == rows
     assert flat(trainer).equal(first)
+
+
+def test_a_run_follows_what_the_arguments_say_by_then(arguments):
+    trainer = FlopsTrainer(adapted(), arguments(max_steps=4), train_dataset=data(samples=16))
+    trainer.args.estimator, trainer.args.max_queries = "antithetic", 120
+    trainer.train()
+    changed = trained(arguments(max_steps=4, estimator="antithetic", max_queries=120))
+    assert trainer.state.global_step == changed.state.global_step < 4
+    assert flat(trainer).equal(flat(changed))
+
+
+def test_a_run_follows_the_arguments_of_its_trial(arguments):
+    trainer = FlopsTrainer(adapted(), arguments(), train_dataset=data())
+    trainer.hp_search_backend, trainer.hp_space = HPSearchBackend.OPTUNA, lambda trial: trial.params
+    chosen = {"estimator": "antithetic", "allocator": "uniform", "control_variate": "none"}
+    trainer._hp_search_setup(SimpleNamespace(params=chosen))  # which the stock `train` calls
+    assert (type(trainer._estimator), type(trainer._allocator), trainer._control) == (Antithetic, Uniform, None)
 
 
 def test_instances_take_the_place_of_names(arguments):
