@@ -61,6 +61,7 @@ class Alignment:
         self.forwards = {side: metered(tower_forward(self.base, side)) for side in SIDES}
         self.towers: dict[str, Tower] = {}
         self._held: Collection[str] | None = None
+        self.stale = False  # whether other tensors are trainable than there were
         self.shares, self._warned = TowerShares(), False
 
     @property
@@ -84,7 +85,7 @@ class Alignment:
             ObjectiveError: the batch asks for no loss, lacks images or texts, or does not pair them.
             ConfigurationError: nothing is trained.
         """
-        if self._held == held:
+        if self._held == held and not self.stale:
             return True
         parts, labels = self._split(inputs)
         if own and labels is None and self._held is None:
@@ -92,7 +93,7 @@ class Alignment:
             if not self._matches(forward, inputs, parts):
                 return False
         self.towers = {side: self._tower(side, parts[side], held) for side in SIDES}
-        self._held = held
+        self._held, self.stale = held, False
         if all(tower.method is None and tower.head is None for tower in self.towers.values()):
             raise ConfigurationError("No embedding depends on a trainable parameter: add an adapter (peft_config=).")
         return True

@@ -334,6 +334,9 @@ class FlopsArgumentsMixin:
             ("deepspeed", "DeepSpeed takes the training step over"),
             ("use_liger_kernel", "Liger kernels fuse the loss, which must be seen row by row"),
             ("neftune_noise_alpha", "NEFTune adds noise of its own to the embeddings"),
+            ("torch_compile", "a compiled model hides its layers and its loss, which must be seen row by row"),
+            ("torch_compile_backend", "it switches torch_compile on"),
+            ("torch_compile_mode", "it switches torch_compile on"),
         ):
             _require(not getattr(given, name, None), f"{name}={getattr(given, name, None)!r} is not supported: {what}.")
         optimizer = str(getattr(given.optim, "value", given.optim))

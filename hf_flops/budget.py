@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,22 +23,23 @@ class QueryBudget(TrainerCallback):
     which only noise on outputs needs, are not foreseen.
 
     Args:
-        most: rows that may go through the model in all.
+        most: returns the rows that may go through the model in all, None for no limit.
         queries: returns the rows per sample of an optimizer step.
         ledger: returns the ledger of the run.
     """
 
-    def __init__(self, most: int, queries: Callable[[int], int], ledger: Callable[[], Ledger]) -> None:
+    def __init__(self, most: Callable[[], int | None], queries: Callable[[int], int], ledger: Callable[[], Ledger]) -> None:
         self.most, self.queries, self.ledger = most, queries, ledger
         self._refused = False
 
     @property
-    def left(self) -> int:
+    def left(self) -> float:
         """Rows that may still go through the model."""
-        return self.most - self.ledger().all_rows
+        most = self.most()
+        return math.inf if most is None else most - self.ledger().all_rows
 
     def allows(self, samples: int, step: int) -> bool:
-        """Return whether a batch fits; if not, training stops at the end of its step.
+        """Return whether a batch fits; if not, training stops at the end of its step, and nothing more of that fits.
 
         Args:
             samples: B.
@@ -47,10 +49,10 @@ class QueryBudget(TrainerCallback):
             ConfigurationError: nothing was learned yet, because what checks the first batch left too little.
         """
         need = samples * self.queries(step)
-        self._refused = need > self.left
+        self._refused = self._refused or need > self.left
         if self._refused and step == 0:
             raise ConfigurationError(
-                f"max_queries={self.most} leaves {self.left} rows after the checks of the first batch, but a batch "
+                f"max_queries={self.most()} leaves {self.left} rows after the checks of the first batch, but a batch "
                 f"takes {need}: raise max_queries, or lower queries_per_sample or the batch size."
             )
         return not self._refused
@@ -62,7 +64,7 @@ class QueryBudget(TrainerCallback):
         if need > self.left:
             spent = f", of which the checkpoint's run has used {used}," if used else ""
             raise ConfigurationError(
-                f"max_queries={self.most}{spent} is less than one step of {need} rows needs: raise max_queries, or lower "
+                f"max_queries={self.most()}{spent} is less than one step of {need} rows needs: raise max_queries, or lower "
                 "queries_per_sample or the batch size."
             )
 
@@ -71,14 +73,16 @@ class QueryBudget(TrainerCallback):
         if not self._refused and self._step(args, state.global_step, kwargs.get("train_dataloader")) <= self.left:
             return
         logger.info(
-            "Training stops at step %d: %d rows are left of max_queries=%d.", state.global_step, self.left, self.most
+            "Training stops at step %d: %d rows are left of max_queries=%d.", state.global_step, self.left, self.most()
         )
         control.should_training_stop = control.should_log = True
         if args.save_strategy == SaveStrategy.STEPS:
             control.should_save = True
 
     def _step(self, args: Any, step: int, loader: Any) -> int:
-        """Return the rows that a whole optimizer step takes."""
+        """Return the rows that a whole optimizer step takes; 0 where there is no limit."""
+        if self.most() is None:
+            return 0
         samples = args.train_batch_size * args.gradient_accumulation_steps
         data = getattr(loader, "dataset", None)
         if data is not None and hasattr(data, "__len__"):

@@ -95,7 +95,7 @@ class WholeCheckpoints:
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
         finally:
             self._saving = False
-        if self.state.best_model_checkpoint == str(unfinished):
+        if Path(self.state.best_model_checkpoint or "") == unfinished:  # "./out" is spelled otherwise as a path
             self.state.best_model_checkpoint = str(folder)
             if self.args.should_save:
                 self.state.save_to_json(str(unfinished / STATE))

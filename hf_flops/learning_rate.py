@@ -52,6 +52,7 @@ class RateSearch(TrainerCallback):
     def __init__(self) -> None:
         self.multiplier, self.window = 1.0, 1
         self._steps, self._rates = 0, 0.0  # since the window began: optimizer steps, sum of the schedule's rates
+        self._names: list[str] = []  # of the parameters
         self._start: list[Tensor] = []  # parameters where it began
         self._state: list[Any] = []  # what the optimizer remembered of each of them there
         self._seen = -1  # the optimizer step that was last asked about
@@ -76,11 +77,11 @@ class RateSearch(TrainerCallback):
             group["lr"] = rate
 
     def due(self, step: int, vector: ParameterVector, optimizer: Any) -> bool:
-        """Say whether a search is due before an optimizer step, and begin the first window."""
+        """Say whether a search is due before an optimizer step, and begin the first window, or one of other parameters."""
         if step == self._seen:
             return False
         self._seen = step
-        if not self._start:
+        if self._names != vector.names:
             self._begin(vector, optimizer)
         return self._steps >= self.window and self._rates > 0
 
@@ -141,7 +142,7 @@ class RateSearch(TrainerCallback):
 
     def _begin(self, vector: ParameterVector, optimizer: Any) -> None:
         """Begin a window."""
-        self._steps, self._rates = 0, 0.0
+        self._steps, self._rates, self._names = 0, 0.0, vector.names
         self._start = [parameter.detach().clone() for parameter in vector.parameters]
         state = getattr(optimizer, "optimizer", optimizer).state
         self._state = [copy.deepcopy(state.get(parameter, {})) for parameter in vector.parameters]
@@ -153,7 +154,7 @@ class RateSearch(TrainerCallback):
         for i, kept in enumerate(self._state):
             tensors |= {f"state.{i}.{name}": value for name, value in kept.items() if torch.is_tensor(value)}
             state.append({name: value for name, value in kept.items() if not torch.is_tensor(value)})
-        about = {"numbers": json.dumps({**numbers, "state": state})}
+        about = {"numbers": json.dumps({**numbers, "names": self._names, "state": state})}
         save_file({name: value.contiguous() for name, value in tensors.items()}, Path(folder, RATE_FILE), about)
 
     def load(self, folder: str | None) -> None:
@@ -165,6 +166,7 @@ class RateSearch(TrainerCallback):
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is not a dict
         self.multiplier, self.window = found["multiplier"], found["window"]
         self._steps, self._rates, self._state = found["steps"], found["rates"], found["state"]
+        self._names = found.get("names", [])  # an older version did not keep them
         self._start = [tensors[f"start.{i}"] for i in range(len(self._state))]
         for name, value in tensors.items():
             kind, i, *rest = name.split(".", 2)
@@ -216,7 +218,7 @@ class SearchesRate:
         if not self._rate.due(step, vector, self.optimizer):
             return
         planned = samples * self.args.gradient_accumulation_steps * self._queries_at(step)
-        if self._budget is not None and planned + MOST_LOOKS * samples > self._budget.left:
+        if planned + MOST_LOOKS * samples > self._budget.left:
             return
         before, ids = (self.ledger.all_rows, self.ledger.tokens), None if self._ids is None else tuple(self._ids)
         if self._judges:  # what is known of the next batch says nothing of these

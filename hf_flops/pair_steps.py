@@ -32,6 +32,11 @@ class PairSteps:
         self._alignment: Alignment | None = None
         self._refused = False
 
+    def renew(self) -> None:
+        """Find out anew, with the next batch, what of each tower is trained."""
+        if self._alignment is not None:
+            self._alignment.stale = True
+
     def alignment(self, trainer: Any) -> Alignment | None:
         """Return what estimates gradients from single images and texts; None for other losses and for shared noise."""
         whole = trainer.args.perturbation == "shared" or trainer._given_perturbation or trainer.compute_loss_func

@@ -28,6 +28,7 @@ class RowProgress(ProgressCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the bar, where a resumed run goes on."""
+        self.most = args.max_queries
         if state.is_world_process_zero:
             done = self.ledger().all_rows
             self.training_bar = tqdm(initial=done, total=self.most, unit=" rows", unit_scale=True, dynamic_ncols=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,14 +95,19 @@ def _set_up(
     if perturbation is None:
         if ours and args.closed_form_head:
             head = find_head(model, objective, forward, inputs, held)
+        mode = "weights" if args.trajectory_log and args.perturbation == "auto" else args.perturbation
+        options = {"mode": mode, "distribution": args.noise, "precision": precision, "replayed": args.reduce != "scalars"}
+        choose = partial(choose_perturbation, model, probe, forward, inputs, **options)
+        try:
+            perturbation, notes = choose(held=held if head is None else {*held, *head.vector.names})
+        except ConfigurationError:
+            if head is None:
+                raise
+            head = None  # noise needs a tensor that matters, and beside the head there may be none
+            perturbation, notes = choose(held=held)
         if head is not None:
             objective.logits = True  # type: ignore[attr-defined]
-            held = {*held, *head.vector.names}
             logger.info("Noise leaves the head alone, whose gradient is exact: %s.", ", ".join(head.vector.names))
-        mode = "weights" if args.trajectory_log and args.perturbation == "auto" else args.perturbation
-        options = {"mode": mode, "distribution": args.noise, "precision": precision, "held": held}
-        options["replayed"] = args.reduce != "scalars"
-        perturbation, notes = choose_perturbation(model, probe, forward, inputs, **options)
         for note in notes:
             logger.warning("%s", note)
     if getattr(objective, "generates", False):  # its forwards are not those that were looked at

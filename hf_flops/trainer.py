@@ -106,9 +106,11 @@ class FlopsTrainerMixin(ModelCards, Watched, SearchesRate, WholeCheckpoints, Man
         self._pairs = PairSteps(objective)
         self._given_allocator = allocator
         self._allocator: Allocator = allocator or ALLOCATORS[args.allocator]()
+        self._given_estimator = estimator
         self._estimator: Estimator = estimator or ESTIMATORS[args.estimator]()
         self._perturbation = self._given_perturbation = perturbation
         self._held: frozenset[str] = frozenset()
+        self._trained: list[bool] = []
         self._reuse: Reuse | None = None
         self._head: ClosedFormHead | None = None
         self._control = control_variate(args.control_variate)
@@ -118,10 +120,8 @@ class FlopsTrainerMixin(ModelCards, Watched, SearchesRate, WholeCheckpoints, Man
         self.ledger = Ledger()
         with quantised_base_allowed(model):
             super().__init__(model, args, *positional, **kwargs)  # type: ignore[call-arg]
-        self._budget: QueryBudget | None = None
-        if args.max_queries is not None:
-            self._budget = QueryBudget(args.max_queries, self._queries_at, lambda: self.ledger)
-            self.add_callback(self._budget)  # type: ignore[attr-defined]
+        self._budget = QueryBudget(lambda: self.args.max_queries, self._queries_at, lambda: self.ledger)  # type: ignore[attr-defined]
+        self.add_callback(self._budget)  # type: ignore[attr-defined]
         self._leave = Leave()
         self.add_callback(self._leave)  # type: ignore[attr-defined]
         self._recorder = TrajectoryRecorder() if args.trajectory_log else None
@@ -147,22 +147,33 @@ class FlopsTrainerMixin(ModelCards, Watched, SearchesRate, WholeCheckpoints, Man
         return model
 
     def train(self: Any, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as the stock trainer does; each run starts with a new ledger and allocator and a new self-check.
+        """Train as the stock trainer does; each run starts with a new ledger, estimator, allocator and self-check.
 
         Raises:
             ConfigurationError: there is no whole checkpoint to resume from.
             SystemExit: SIGTERM has arrived, and the run has saved.
         """
+        self._begin()
+        self._start_sharing()
+        with self._leave.listening(alone=self.args.world_size == 1), self._share.watched():
+            return super().train(self._chosen_checkpoint(resume_from_checkpoint), *args, **kwargs)
+
+    def _begin(self: Any) -> None:
+        """Forget the last run, and do what the arguments say by now."""
         self._perturbation, self._reuse, self._position_step = self._given_perturbation, None, -1
         self._allocator = self._given_allocator or ALLOCATORS[self.args.allocator]()
+        self._estimator = self._given_estimator or ESTIMATORS[self.args.estimator]()
         self.ledger, self._tuning = Ledger(), Tuning.of(self.args, self._objective)
         self._control = control_variate(self.args.control_variate)
         self._pairs.reset()
         if not self._own_objective:
             self._objective = None
-        self._start_sharing()
-        with self._leave.listening(alone=self.args.world_size == 1), self._share.watched():
-            return super().train(self._chosen_checkpoint(resume_from_checkpoint), *args, **kwargs)
+
+    def _hp_search_setup(self: Any, trial: Any) -> None:
+        """Take up a trial's arguments as the stock trainer does, which is after `train` has begun."""
+        super()._hp_search_setup(trial)  # type: ignore[misc]
+        if trial is not None:
+            self._begin()
 
     def training_step(
         self: Any, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -210,7 +221,7 @@ class FlopsTrainerMixin(ModelCards, Watched, SearchesRate, WholeCheckpoints, Man
             alignment = self._pairs.ready(self, forward, inputs)
             method: Any = None if alignment is not None else self._complete_method(model, forward, inputs)
             self._search_rate(forward, inputs, method)
-            if self._budget is not None and not self._budget.allows(batch_size(inputs), self.state.global_step):
+            if not self._budget.allows(batch_size(inputs), self.state.global_step):
                 return self._refuse_step(model)
             place, batches = self._place(inputs), self.current_gradient_accumulation_steps
             if alignment is not None:
@@ -278,8 +289,11 @@ class FlopsTrainerMixin(ModelCards, Watched, SearchesRate, WholeCheckpoints, Man
     def _hold_back(self: Any) -> None:
         """Start anew with the self-check where other tensors than before are to be trained."""
         held = held_back(self.model, self.args.lora_parts, self.state.global_step / max(self.state.max_steps, 1))
-        if held != self._held:
-            self._held, self._perturbation, self._reuse = held, self._given_perturbation, None
+        groups = getattr(self.optimizer, "param_groups", ())  # a callback may freeze some of these
+        trained = [parameter.requires_grad for group in groups for parameter in group["params"]]
+        if (held, trained) != (self._held, self._trained):
+            self._held, self._trained, self._perturbation, self._reuse = held, trained, self._given_perturbation, None
+            self._pairs.renew()
 
     def _set_up(self: Any, model: nn.Module, forward: Any, inputs: dict[str, Any]) -> None:
         """Choose objective and perturbation with the first batch, and say what was not as hoped."""

@@ -30,8 +30,9 @@ class Watched:
         self.costs = RunCosts(ledger)
         self.add_callback(self.costs)
         self.add_callback(Pictures(ledger))
-        if any(type(callback) is ProgressCallback for callback in self.callback_handler.callbacks):
-            self.remove_callback(ProgressCallback)
+        stock = [callback for callback in self.callback_handler.callbacks if type(callback) is ProgressCallback]
+        if stock:
+            self.remove_callback(stock[0])
             self.add_callback(RowProgress(ledger, self.args.max_queries))
 
     def log(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

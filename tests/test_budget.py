@@ -132,6 +132,18 @@ def test_checks_after_a_resume_may_take_what_is_left_and_nothing_moves(tmp_path,
     assert again.ledger.rows == run.ledger.rows
 
 
+def test_of_a_step_that_is_refused_nothing_is_taken_though_a_smaller_batch_would_fit(tmp_path, checks):
+    queries = checks("flops") // 6  # after the checks a batch of one sample fits, but not one of four
+    options = {"gradient_accumulation_steps": 3, "samples": 9, "queries_per_sample": queries, "save_strategy": "steps"}
+    run, _ = trainer(tmp_path, max_steps=1, save_steps=1, **options)
+    run.train()
+    before = flat(run)
+    again, _ = trainer(tmp_path, max_queries=run.ledger.all_rows + 9 * queries, **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert queries <= again._budget.left < 4 * queries
+    assert flat(again).equal(before)
+
+
 def test_a_budget_smaller_than_a_step_is_an_error_before_training(tmp_path):
     run, seen = trainer(tmp_path, max_queries=31, gradient_accumulation_steps=2)
     with pytest.raises(ConfigurationError, match="max_queries=31 is less than one step of 32 rows"):

@@ -11,9 +11,11 @@ from safetensors.torch import load_file
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_flops import ConfigurationError
-from hf_flops.allocators import ALLOCATORS
+from hf_flops.allocators import ALLOCATORS, Optimal
 from hf_flops.checkpoints import MANIFEST, UNFINISHED, is_whole, last_checkpoint
-from hf_flops.state import STATE_FILE
+from hf_flops.control_variates import LogitJacobian
+from hf_flops.state import STATE_FILE, load_state, save_state
+from hf_flops.towers import Controls
 from tests.worker import build
 
 OPTIONS = {"max_steps": 5, "samples": 4, "size": 14, "logging_steps": 1}  # a step of two samples ends an epoch
@@ -133,6 +135,30 @@ def test_the_best_model_is_known_by_where_it_is(tmp_path):
     assert all(p.equal(saved[name.replace(".default", "")]) for name, p in mine.items())
 
 
+@pytest.mark.parametrize(("output_dir", "kept"), [("./out", 1), ("out/.", 2), ("a//b", 2)])
+def test_the_best_model_is_found_however_the_folder_is_spelled(output_dir, kept, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    after = []
+    options = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 3}
+    options |= {"metric_for_best_model": "epoch", "greater_is_better": False}  # the first is the best
+    trainer = build(
+        {**OPTIONS, **options, "output_dir": output_dir, "load_best_model_at_end": True, "save_total_limit": kept}
+    )
+    monkeypatch.setattr(trainer, "evaluate", lambda *args, **kwargs: judged(trainer, after))
+    trainer.train()
+    assert os.path.samefile(trainer.state.best_model_checkpoint, os.path.join(output_dir, "checkpoint-1"))
+    assert sorted(os.listdir(output_dir)) == ["checkpoint-1", "checkpoint-3"][:kept]
+    assert flat(trainer).equal(after[0])
+    assert not flat(trainer).equal(after[-1])
+
+
+def judged(trainer, after):
+    after.append(flat(trainer).clone())
+    metrics = {"eval_epoch": float(trainer.state.global_step)}
+    trainer.control = trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, metrics)
+    return metrics
+
+
 def test_generators_come_back_on_another_number_of_processes(tmp_path):
     trainer = run(tmp_path, save_strategy="steps", save_steps=5)
     folder = tmp_path / "checkpoint-5"
@@ -147,6 +173,54 @@ def test_another_batch_is_noticed(tmp_path, caplog):
     run(tmp_path, save_strategy="steps", save_steps=2, max_steps=2)
     run(tmp_path, None, True, max_steps=3, samples=2)
     assert "4 samples in an optimizer step, this one has 2" in caplog.text
+
+
+class Towers:
+    """Stands in for what has allocators of its own."""
+
+    def __init__(self, allocator):
+        self.allocators = {"image": allocator()}
+
+    def state_dict(self):
+        return {side: part.state_dict() for side, part in self.allocators.items()}
+
+    def load_state_dict(self, state):
+        for side, part in self.allocators.items():
+            part.load_state_dict(state[side])
+
+
+@pytest.mark.parametrize("wrap", [lambda kind: kind(), Towers], ids=["alone", "in towers"])
+@pytest.mark.parametrize(("before", "now"), [("uniform", "optimal"), ("optimal", "bernoulli"), ("gaussian", "two_stage")])
+def test_another_allocator_than_the_checkpoints_starts_afresh(before, now, wrap, tmp_path, caplog):
+    save_state(str(tmp_path), {"allocator": wrap(ALLOCATORS[before])}, None)
+    part = wrap(ALLOCATORS[now])
+    start = part.state_dict()
+    load_state(str(tmp_path), {"allocator": part}, None)
+    assert part.state_dict() == start
+    old, new = ALLOCATORS[before].__name__, ALLOCATORS[now].__name__
+    assert f"{old}, this one's is" in caplog.text
+    assert f"{new} and starts afresh" in caplog.text
+
+
+def test_another_control_variate_than_the_checkpoints_starts_afresh(tmp_path, caplog):
+    towers = Controls("logit_jacobian")
+    for part in towers.parts.values():
+        part.jacobian = torch.ones(2, 3)
+    save_state(str(tmp_path), {}, towers)
+    load_state(str(tmp_path), {}, control := LogitJacobian())
+    assert control.jacobian is None
+    assert "The control variate of the checkpoint's run was Controls, this one's is LogitJacobian" in caplog.text
+
+
+def test_a_checkpoint_of_an_older_version_says_no_classes(tmp_path, caplog):
+    save_state(str(tmp_path), {"allocator": Optimal()}, None)
+    state = json.loads((tmp_path / STATE_FILE).read_text())
+    assert state.pop("kinds")["allocator"] == "Optimal"
+    state["allocator"]["calibration"] = {name: 2 * value for name, value in state["allocator"]["calibration"].items()}
+    (tmp_path / STATE_FILE).write_text(json.dumps(state))
+    load_state(str(tmp_path), {"allocator": (optimal := Optimal())}, None)
+    assert optimal.state_dict() == state["allocator"]
+    assert not caplog.text
 
 
 def test_a_manifest_names_every_file(tmp_path):

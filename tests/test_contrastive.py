@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from transformers import default_data_collator
+from transformers import TrainerCallback, default_data_collator
 
 from hf_flops import ConfigurationError, ContrastiveLoss, FlopsTrainer, ObjectiveError
 from hf_flops.alignment import Alignment
@@ -186,6 +186,23 @@ def test_training_lowers_the_loss_and_never_calls_backward(kind, preset, tmp_pat
         original = name.replace("base_layer.", "").replace("original_module.", "")
         assert torch.equal(parameter, before[original])
     assert not any(module._forward_hooks or "forward" in vars(module) for module in trainer.model.modules())
+
+
+def test_a_tower_that_a_callback_freezes_stays(tmp_path):
+    seen = []
+
+    class Freeze(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            mine = [value for name, value in model.named_parameters() if "text_model" in name and "lora" in name]
+            seen.append(torch.cat([value.detach().flatten() for value in mine]))
+            for value in mine:
+                value.requires_grad_(False)
+
+    args = arguments(tmp_path, queries_per_sample=4)
+    model, data = adapted("clip"), as_pairs(pair_batch(8))
+    FlopsTrainer(model=model, args=args, train_dataset=data, data_collator=collate, callbacks=[Freeze()]).train()
+    assert len(seen[0]) > 0
+    assert seen[0].equal(seen[1])
 
 
 def test_projections_alone_get_the_gradient_of_backprop(tmp_path):

@@ -5,6 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F
+from transformers.utils import ModelOutput
 
 from hf_flops import FlopsTrainer, FlopsTrainingArguments, Method, Place, estimate_gradient
 from hf_flops.allocators import Optimal
@@ -164,6 +165,32 @@ def test_no_head_where_it_would_be_wrong():
     assert found(model, batch()) is None  # nothing is left for noise
     tied = tiny_model("gpt2")
     assert found(tied, tiny_batch("gpt2")) is None  # the head's weight makes embeddings too
+
+
+class Tasks(nn.Module):
+    """A model with a head for each of two tasks, of which a batch has one."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.heads = (
+            nn.Linear(3, 3).requires_grad_(False),
+            nn.ModuleList([nn.Linear(3, CLASSES) for _ in range(2)]),
+        )
+
+    def forward(self, x, task, labels=None):
+        logits = self.heads[int(task[0])](self.body(x).tanh())
+        return ModelOutput(loss=F.cross_entropy(logits, labels), logits=logits)
+
+
+def test_a_head_beside_which_nothing_matters_gets_noise(tmp_path):
+    model, inputs = Tasks(), {**batch(), "task": torch.ones(4, dtype=torch.int64)}
+    assert found(model, inputs) is not None
+    before = [head.weight.clone() for head in model.heads]
+    args = FlopsTrainingArguments(output_dir=str(tmp_path), max_steps=1, report_to="none", save_strategy="no")
+    trainer = FlopsTrainer(model=model, args=args, train_dataset=as_dataset(inputs))
+    trainer.train()
+    assert trainer._head is None
+    assert [head.weight.equal(old) for head, old in zip(model.heads, before, strict=True)] == [True, False]
 
 
 def test_the_trainer_leaves_the_noise_to_the_adapter(tmp_path):

@@ -5,6 +5,7 @@ import gc
 import json
 import random
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.trainer_utils import HPSearchBackend
 
 import hf_flops.trainer
 from hf_flops import ConfigurationError, FlopsArgumentsMixin, FlopsTrainer, FlopsTrainerMixin, FlopsTrainingArguments
@@ -398,6 +400,23 @@ def test_a_second_run_starts_with_nothing_learned_or_counted(arguments):
     assert flat(trainer).equal(first)
 
 
+def test_a_run_follows_what_the_arguments_say_by_then(arguments):
+    trainer = FlopsTrainer(adapted(), arguments(max_steps=4), train_dataset=data(samples=16))
+    trainer.args.estimator, trainer.args.max_queries = "antithetic", 120
+    trainer.train()
+    changed = trained(arguments(max_steps=4, estimator="antithetic", max_queries=120))
+    assert trainer.state.global_step == changed.state.global_step < 4
+    assert flat(trainer).equal(flat(changed))
+
+
+def test_a_run_follows_the_arguments_of_its_trial(arguments):
+    trainer = FlopsTrainer(adapted(), arguments(), train_dataset=data())
+    trainer.hp_search_backend, trainer.hp_space = HPSearchBackend.OPTUNA, lambda trial: trial.params
+    chosen = {"estimator": "antithetic", "allocator": "uniform", "control_variate": "none"}
+    trainer._hp_search_setup(SimpleNamespace(params=chosen))  # which the stock `train` calls
+    assert (type(trainer._estimator), type(trainer._allocator), trainer._control) == (Antithetic, Uniform, None)
+
+
 def test_instances_take_the_place_of_names(arguments):
     named = arguments(preset="mezo", perturbation="rowwise")
     model, args = adapted(), arguments()
@@ -667,6 +686,32 @@ def test_lora_a_is_held_back_as_asked(parts, joins, arguments):
     FlopsTrainer(model, args, train_dataset=data(), callbacks=[watch]).train()
     late = [{"lora_A"} if step >= joins else set() for step in range(4)]
     assert watch.moved == [{"lora_B", "classifier"} | own for own in late]
+
+
+class Freeze(TrainerCallback):
+    """Freezes half of the adapter after the first of four steps, and lets it go on after the third."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        mine = {name: value for name, value in model.named_parameters() if "lora_B" in name and "layers.0" in name}
+        self.seen.append({name: value.detach().clone() for name, value in mine.items()})
+        for value in mine.values():
+            value.requires_grad_(state.global_step not in (1, 2))
+
+
+@pytest.mark.parametrize("rate", [0.1, "auto"])
+def test_what_a_callback_freezes_stays(rate, arguments):
+    freeze = Freeze()
+    args = arguments(max_steps=4, learning_rate=rate, weight_decay=0.1)
+    FlopsTrainer(adapted(), args, train_dataset=data(samples=16), callbacks=[freeze]).train()
+    assert len(freeze.seen[0]) == 2
+    for name in freeze.seen[0]:
+        first, second, third, fourth = (seen[name] for seen in freeze.seen)
+        assert first.equal(second)
+        assert first.equal(third)
+        assert not first.equal(fourth)
 
 
 def test_an_adapter_of_nothing_but_lora_a_cannot_be_held_back(arguments):

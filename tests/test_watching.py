@@ -125,6 +125,20 @@ def test_the_stock_bar_gives_way(tmp_path):
     assert ProgressCallback not in kinds
 
 
+def test_a_bar_of_the_users_own_stays(tmp_path):
+    class Mine(ProgressCallback):
+        pass
+
+    trainer = trainer_of(tmp_path)
+    trainer.add_callback(Mine)
+    trainer.add_callback(ProgressCallback)
+    trainer._watch()
+    kinds = [type(callback) for callback in trainer.callback_handler.callbacks]
+    assert Mine in kinds
+    assert RowProgress in kinds
+    assert ProgressCallback not in kinds
+
+
 @given(used=st.integers(1, 1000), checks=st.integers(0, 50), step=st.integers(1, 9), most=st.none() | st.integers(1, 10**4))
 def test_expected_rows_are_exact_at_the_end(used, checks, step, most):
     ledger = Ledger()
