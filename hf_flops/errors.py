@@ -3,7 +3,6 @@
 FlopsError
 ├── ConfigurationError   an argument, or a combination of arguments, that cannot work (also a ValueError)
 ├── ObjectiveError       the model's loss cannot be taken the way that was asked for (also a ValueError)
-│   └── RowLossError     the model's own loss cannot be taken apart into rows
 ├── NonFiniteError       no perturbed row of a step has a finite loss (also an ArithmeticError)
 ├── EngineError          a black box refused, failed, or answered with nonsense (also a RuntimeError)
 ├── ProcessError         another process of the run has ended or does not answer (also a RuntimeError)
@@ -21,10 +20,6 @@ class ConfigurationError(FlopsError, ValueError):
 
 class ObjectiveError(FlopsError, ValueError):
     """The model's loss cannot be taken the way that was asked for."""
-
-
-class RowLossError(ObjectiveError):
-    """The model's own loss cannot be taken apart into rows."""
 
 
 class NonFiniteError(FlopsError, ArithmeticError):

@@ -18,12 +18,16 @@ from torch.nn import functional as F
 from torch.nn._reduction import legacy_get_string
 from torch.overrides import TorchFunctionMode
 
-from .errors import ObjectiveError, RowLossError
+from .errors import ObjectiveError
 from .losses import element_weights, slopes, squared_residuals, widen
 from .rows import batch_size
 
 Forward = Callable[[Mapping[str, Any]], tuple[Tensor | None, Any]]
 """Runs the model on a batch and returns its scalar loss (or None) and its outputs."""
+
+
+class RowLossError(ObjectiveError):
+    """The model's own loss cannot be taken apart into rows."""
 
 
 @dataclass(frozen=True)

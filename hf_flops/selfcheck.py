@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from .counters import seeds
-from .errors import ConfigurationError, NonFiniteError, RowLossError
-from .objectives import BatchLoss, Forward, Objective, TappedLoss
+from .errors import ConfigurationError, NonFiniteError
+from .objectives import BatchLoss, Forward, Objective, RowLossError, TappedLoss
 from .perturbations import NoiseKeys, ParameterVector, Perturbation, PinCheck, RowwiseNoise, displaced, perturb
 from .perturbations.noise import draw
 from .rows import batch_size, misaligned, take

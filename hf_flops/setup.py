@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from .control_variates import MOST_LOGITS
-from .errors import ConfigurationError, ObjectiveError, RowLossError
+from .errors import ConfigurationError, ObjectiveError
 from .heads import ClosedFormHead, find_head
 from .independence import choose_reuse
 from .last_logits import with_last_logits
-from .objectives import BatchLoss, Forward, Objective, TappedLoss
+from .objectives import BatchLoss, Forward, Objective, RowLossError, TappedLoss
 from .perturbations import Perturbation
 from .prefix_cache import CachedReuse, SampleStore
 from .reuse import Reuse

@@ -28,14 +28,14 @@ from .checks import (
     wrap_with_adapter,
 )
 from .control_variates import control_variate
-from .errors import ObjectiveError, RowLossError
+from .errors import ObjectiveError
 from .estimators import ESTIMATORS, Estimator
 from .heads import ClosedFormHead
 from .image_text import with_plain_flag
 from .learning_rate import SearchesRate
 from .ledger import Ledger, class_labels
 from .method import Method
-from .objectives import CallableObjective, Objective
+from .objectives import CallableObjective, Objective, RowLossError
 from .pair_steps import PairSteps
 from .perturbations import Perturbation
 from .processes import ManyProcesses

@@ -10,8 +10,7 @@ from peft import AdaptionPromptConfig, CartridgeConfig, LoraConfig, get_peft_mod
 from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceClassification, TrainingArguments
 
 from hf_flops import ConfigurationError, FlopsTrainer, FlopsTrainingArguments, NonFiniteError, ObjectiveError
-from hf_flops.errors import RowLossError
-from hf_flops.objectives import TappedLoss
+from hf_flops.objectives import RowLossError, TappedLoss
 from hf_flops.trajectory.replay import replay
 from tests.tiny import CLASSES, SIZES, TASKS, VOCABULARY, as_dataset, tiny_batch, tiny_model, training_arguments
 

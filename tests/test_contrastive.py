@@ -78,7 +78,9 @@ def adapted(kind, projections=True, towers=("vision_model", "text_model")):
     names = "|".join(LORA[kind])
     save = ["visual_projection", "text_projection"] if projections and kind != "siglip" else None
     config = LoraConfig(r=1, target_modules=rf".*({'|'.join(towers)}).*\.({names})", modules_to_save=save)
-    model = get_peft_model(model, config).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = get_peft_model(model, config).eval()
     for index, (name, parameter) in enumerate(model.named_parameters()):
         if parameter.requires_grad and "lora_B" in name:
             parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator(index))
@@ -114,7 +116,7 @@ def backprop(model, batch):
 
 
 @pytest.mark.parametrize(
-    ("kind", "estimator", "draws"), [("clip", "one_sided", 3000), ("siglip", "antithetic", 800), ("dual", "one_sided", 800)]
+    ("kind", "estimator", "draws"), [("clip", "one_sided", 3000), ("siglip", "antithetic", 800), ("dual", "one_sided", 1200)]
 )
 def test_the_estimate_is_the_gradient_in_the_mean(kind, estimator, draws, tmp_path):
     model, batch = adapted(kind), pair_batch(4)
