@@ -9,6 +9,8 @@ FlopsError
 └── TrajectoryError      a trajectory log is damaged, or does not lead where it should (also a RuntimeError)
 """
 
+import textwrap
+
 
 class FlopsError(Exception):
     """Base class of all errors that hf_flops raises on its own account."""
@@ -36,3 +38,8 @@ class ProcessError(FlopsError, RuntimeError):
 
 class TrajectoryError(FlopsError, RuntimeError):
     """A trajectory log is damaged, or does not lead where it should."""
+
+
+def in_one_line(error: BaseException) -> str:
+    """Return what an error says, on one line of a bearable length, without a full stop."""
+    return textwrap.shorten(str(error), 500, placeholder=" ...").rstrip(" .!") or type(error).__name__

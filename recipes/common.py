@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import textwrap
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -17,7 +16,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from hf_flops import ConfigurationError, FlopsArgumentsMixin
-from hf_flops.errors import FlopsError
+from hf_flops.errors import FlopsError, in_one_line
 
 # What --help shows of the stock trainer's arguments, beside the recipe's own and those of forward-only training.
 STOCK = (
@@ -32,11 +31,6 @@ def accuracy(prediction: Any) -> dict[str, float]:
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
-def sentence(error: BaseException) -> str:
-    """Return what an error says, on one line of a bearable length, without a full stop."""
-    return textwrap.shorten(str(error), 400, placeholder=" ...").rstrip(" .!")
-
-
 @contextmanager
 def usable(what: str) -> Iterator[None]:
     """Say in one sentence what is wrong with an option or a file that is read meanwhile.
@@ -49,9 +43,9 @@ def usable(what: str) -> Iterator[None]:
     except FlopsError:  # has a sentence of its own
         raise
     except (OSError, ValueError, KeyError, RuntimeError, EOFError, argparse.ArgumentError) as error:
-        raise ConfigurationError(f"{what} cannot be used: {sentence(error)}.") from error
+        raise ConfigurationError(f"{what} cannot be used: {in_one_line(error)}.") from error
     except (yaml.YAMLError, SafetensorError) as error:
-        raise ConfigurationError(f"{what} is damaged: {sentence(error)}.") from error
+        raise ConfigurationError(f"{what} is damaged: {in_one_line(error)}.") from error
 
 
 def at_least(least: int, given: Any, *names: str) -> None:
@@ -81,7 +75,7 @@ def load_hub(name: str, known: Collection[str], **options: Any) -> Any:
         reason = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
         other = "" if Path(name).exists() else f"is none of {', '.join(known)}, and "
         raise ConfigurationError(
-            f"{name!r} {other}failed to load as a folder or a data set of the Hub: {sentence(reason)}."
+            f"{name!r} {other}failed to load as a folder or a data set of the Hub: {in_one_line(reason)}."
         ) from error
 
 

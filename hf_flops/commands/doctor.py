@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import textwrap
 import warnings
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, in_one_line
 from .recipe import recipe
 
 TARGETS = (("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"), ("q", "v"), ("c_attn",))
@@ -172,8 +171,7 @@ def adapted(given: argparse.Namespace, model: Any, task_type: str | None) -> Any
 
 
 def _reason(error: Exception) -> str:
-    said = textwrap.shorten(str(error), 500, placeholder=" ...").rstrip(".")
-    return f"there is no {said}" if isinstance(error, KeyError) else said or type(error).__name__
+    return f"there is no {in_one_line(error)}" if isinstance(error, KeyError) else in_one_line(error)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from ..errors import TrajectoryError
+from ..errors import TrajectoryError, in_one_line
 from .start import digests
 
 
@@ -33,8 +33,7 @@ def check_base(says: Mapping[str, Any], base: str | Path) -> int:
     try:  # a head may have another size there: it is not of the base if it was trained
         model = kind.from_pretrained(str(base), dtype=wanted["dtype"], ignore_mismatched_sizes=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise TrajectoryError(f"The base {base} cannot be loaded as a {wanted['class']}: {reason}.") from error
+        raise TrajectoryError(f"The base {base} cannot be loaded as a {wanted['class']}: {in_one_line(error)}.") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
     for parameter in model.parameters():
