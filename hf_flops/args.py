@@ -153,7 +153,7 @@ class FlopsArgumentsMixin:
         default=None,
         metadata={
             "help": "Step of the finite difference, epsilon, or 'auto': measured with the first batch, for about "
-            "256 rows. Default: 1e-3, or 1e-2 where the model computes in 16 bits."
+            "256 rows, as a power of the square root of ten. Default: 1e-3, or 1e-2 where the model computes in 16 bits."
         },
     )
     rows_per_forward: int | str | None = field(

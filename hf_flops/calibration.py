@@ -16,6 +16,8 @@ from .objectives import Forward
 from .perturbations import NoiseKeys
 from .rows import Rows, batch_size, expand, take
 
+# Powers of the square root of ten. Epsilon is always one of these: the error that rounding causes depends on the processor's
+# kernels, and a finer choice would follow it from machine to machine.
 GRID = tuple(10 ** (exponent / 2) for exponent in range(-8, -1))  # 1e-4 ... 1e-1
 STEP_GRID = tuple(10 ** (exponent / 2) for exponent in range(-6, 2))  # 1e-3 ... 3, for objectives that move in steps
 _SHARE = 0.25  # of queries that should see a step
@@ -28,7 +30,7 @@ class Calibration:
     """What a calibration found.
 
     Attributes:
-        scale: the step of the difference, epsilon; None where no two steps agree on any signal.
+        scale: the step of the difference, epsilon, one of the grid's; None where no two steps agree on any signal.
         signal_to_noise: RMS of the deltas there over the RMS of their error; for an objective that moves in steps, the share
             of the queries that see one there.
         rows: rows that went through the model.
@@ -40,18 +42,20 @@ class Calibration:
 
 
 def choose_scale(deltas: Tensor, scales: tuple[float, ...] = GRID, order: int = 1) -> tuple[float | None, float]:
-    """Return the scale at which deltas have the least error, and their signal-to-noise ratio there.
+    """Return the scale of the grid at which deltas have the least error, and their signal-to-noise ratio there.
 
     Deltas of the same queries at neighbouring scales have independent errors from rounding, `rounding / epsilon`, and from
     curvature errors that grow as `epsilon ** order`. So their mean squared difference is `a (1 / low^2 + 1 / high^2) +
     b (high^order - low^order)^2`; a and b are fitted to all pairs by least squares of relative errors, and the error
-    `a / epsilon^2 + b epsilon^(2 order)` is least at `(a / (order b)) ** (1 / (2 order + 2))`. The mean product of
-    neighbours is the squared signal. Where only one of the errors is to be seen, the neighbours that agree best enclose the
-    scale. Pairs in which rounding swallows most perturbations whole are left out.
+    `a / epsilon^2 + b epsilon^(2 order)` is compared at all scales. The mean product of neighbours is the squared signal.
+    Where only one of the errors is visible, the scale is one of the two neighbours that agree best: the smaller where only
+    curvature is visible, the larger where only rounding is. Pairs in which rounding swallows most perturbations are left out.
+    Of scales with equal errors the larger is taken, at which rounding matters less.
 
     Args:
         deltas: (K, R) the same R queries at K scales.
-        scales: the K scales, growing.
+        scales: the K scales, growing: powers of the square root of ten, so that the choice is the same whatever kernels the
+            processor runs, unless two of them are nearly equally good.
         order: by which power of epsilon the error of curvature grows: 1 for one-sided differences, 2 for antithetic ones.
     """
     low, high = deltas[:-1].double(), deltas[1:].double()
@@ -60,20 +64,20 @@ def choose_scale(deltas: Tensor, scales: tuple[float, ...] = GRID, order: int = 
     seen = difference.isfinite() & (difference > 0) & ((low != 0).double().mean(1) >= 0.5)
     if not bool(seen.any()):
         return None, 0.0
-    low_high = (steps[:-1] * steps[1:]).sqrt()[seen]
-    signal, difference = signal[seen], difference[seen]
     rounding, curvature = steps[:-1] ** -2 + steps[1:] ** -2, (steps[1:] ** order - steps[:-1] ** order) ** 2
-    shares = torch.stack([rounding[seen] / difference, curvature[seen] / difference], 1)
+    shares = torch.stack([rounding[seen] / difference[seen], curvature[seen] / difference[seen]], 1)
     sizes = shares.norm(dim=0)
     a, b = (torch.linalg.lstsq(shares / sizes, torch.ones(len(shares), 1).double()).solution.flatten() / sizes).tolist()
     if a > 0 and b > 0:
-        best = min(max((a / (order * b)) ** (1 / (2 * order + 2)), scales[0]), scales[-1])
-        squared = float(signal[(low_high.log() - math.log(best)).abs().argmin()])
-        error = a / best**2 + b * best ** (2 * order)
-    else:  # only one of the two errors is to be seen: between the neighbours that agree best
-        pair = int((signal / difference).argmax())
-        best, squared, error = float(low_high[pair]), float(signal[pair]), float(difference[pair] / 2)
-    return (best, (squared / error) ** 0.5) if squared > 1e-2 * error else (None, 0.0)
+        visible = torch.nonzero(seen).flatten().tolist()
+        errors = {k: a / scales[k] ** 2 + b * scales[k] ** (2 * order) for p in visible for k in (p, p + 1)}
+        best = min(errors, key=lambda k: (errors[k], -k))
+        pair, error = min(visible, key=lambda k: abs(2 * (k - best) + 1)), errors[best]
+    else:
+        pair = int((signal / difference).masked_fill(~seen, -math.inf).argmax())
+        best, error = (pair if b > 0 else pair + 1), float(difference[pair] / 2)
+    squared = float(signal[pair])
+    return (scales[best], (squared / error) ** 0.5) if squared > 1e-2 * error else (None, 0.0)
 
 
 def calibrate(forward: Forward, inputs: Mapping[str, Any], method: Method, seed: int = 0) -> Calibration:

@@ -20,11 +20,14 @@ from tests.tiny import TASKS, as_dataset, generator, model_forward, tiny_batch, 
 SCALES = torch.tensor(GRID, dtype=torch.float64)[:, None]
 
 
-def simulated(rounding, curvature, seed, rows=64):
-    """(K, R) deltas with errors `rounding / eps` and `curvature eps`, and their RMS errors at every scale."""
+def simulated(rounding, curvature, seed, rows=64, rounded=None):
+    """(K, R) deltas with errors `rounding / eps` and `curvature eps`, and their RMS errors at every scale.
+
+    `rounded` seeds the rounding errors alone, which is what two machines differ in.
+    """
     rng = generator(seed)
     truth, bend = torch.randn(2, rows, generator=rng).double()
-    noise = torch.randn(len(GRID), rows, generator=rng).double()
+    noise = torch.randn(len(GRID), rows, generator=rng if rounded is None else generator(rounded)).double()
     error = curvature * SCALES * bend + rounding * noise / SCALES
     return truth + error, error.square().mean(1).sqrt()
 
@@ -35,11 +38,24 @@ def test_the_chosen_scale_is_nearly_the_best_one(rounding, curvature, seed):
     rounding, curvature = 10**rounding, 10**curvature
     deltas, _ = simulated(rounding, curvature, seed)
     scale, ratio = choose_scale(deltas)
+    assert scale in GRID
     error, least = (
         (rounding / s) ** 2 + (curvature * s) ** 2 for s in (scale, min(max((rounding / curvature) ** 0.5, 1e-4), 0.1))
     )
     assert error**0.5 < 4 * least**0.5
     assert 0.2 / error**0.5 < ratio < 8 / error**0.5 or ratio > 1e6
+
+
+@given(best=st.integers(0, len(GRID) - 1), off=st.floats(-0.15, 0.15), machines=st.tuples(*[st.integers(0, 999)] * 2))
+def test_machines_that_round_differently_choose_the_same_scale(best, off, machines):
+    optimum = GRID[best] * 10**off  # the nearest other scale is 10**0.35 away or more
+    same = [choose_scale(simulated(optimum**2, 1.0, 0, rounded=machine)[0])[0] for machine in machines]
+    assert same == [GRID[best]] * 2
+
+
+@pytest.mark.parametrize(("rounding", "curvature", "end"), [(0.0, 1.0, GRID[:2]), (1e-3, 0.0, GRID[-2:])])
+def test_where_one_error_alone_is_visible_the_scale_is_at_that_end_of_the_grid(rounding, curvature, end):
+    assert {choose_scale(simulated(rounding, curvature, seed)[0])[0] for seed in range(20)} <= set(end)
 
 
 def test_a_perturbation_that_rounding_swallows_is_no_signal():
@@ -88,10 +104,10 @@ def test_sixteen_bits_need_larger_steps_and_every_row_is_charged(kind, estimator
         model, seen = adapted(dtype=dtype), []
         model.register_forward_pre_hook(lambda m, a, k, seen=seen: seen.append(len(k["labels"])), with_kwargs=True)
         own = method(model, kind, estimator=estimator)
-        # In float32 the best one-sided step is at the foot of the grid; with half of the seeds it is the foot itself.
         found[dtype] = calibrate(model_forward(model), batch(dtype), own, seed=1)
         assert found[dtype].rows == sum(seen) == 32 * 7 * len(estimator.signs) + 6 * estimator.baseline
-    assert 1e-4 < found[torch.float32].scale < 2e-2
+        assert found[dtype].scale in GRID
+    assert found[torch.float32].scale < 2e-2
     assert found[torch.bfloat16].scale > found[torch.float32].scale
     assert found[torch.float32].signal_to_noise > 30
     assert 1 < found[torch.bfloat16].signal_to_noise < found[torch.float32].signal_to_noise
@@ -128,6 +144,7 @@ def test_the_trainer_calibrates_once_and_a_resumed_run_keeps_the_scale(tmp_path)
     logs = [entry for entry in whole.state.log_history if "perturbation_scale" in entry]
     assert len(logs) == 2
     assert logs[0]["perturbation_scale"] == logs[1]["perturbation_scale"]
+    assert logs[0]["perturbation_scale"] in GRID
     assert whole.ledger.rows == 32 * 7 + 4 + 2 * 16
     resumed = trainer(tmp_path)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
