@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     )
     from .f1 import MacroF1
     from .method import Method, StepResult
-    from .objectives import CallableObjective
+    from .objectives import CallableObjective, Objective
     from .rewards import GeneratedMetric, Metric
     from .rows import Place
     from .step import estimate_gradient
@@ -46,6 +46,7 @@ _HOMES = {
     "Method": "method",
     "Metric": "rewards",
     "NonFiniteError": "errors",
+    "Objective": "objectives",
     "ObjectiveError": "errors",
     "Place": "rows",
     "ProcessError": "errors",
@@ -73,6 +74,7 @@ __all__ = [
     "Method",
     "Metric",
     "NonFiniteError",
+    "Objective",
     "ObjectiveError",
     "Place",
     "ProcessError",

@@ -49,8 +49,8 @@ def choose_scale(deltas: Tensor, scales: tuple[float, ...] = GRID, order: int = 
     b (high^order - low^order)^2`; a and b are fitted to all pairs by least squares of relative errors, and the error
     `a / epsilon^2 + b epsilon^(2 order)` is compared at all scales. The mean product of neighbours is the squared signal.
     Where only one of the errors is visible, the scale is one of the two neighbours that agree best: the smaller where only
-    curvature is visible, the larger where only rounding is. Pairs in which rounding swallows most perturbations are left out.
-    Of scales with equal errors the larger is taken, at which rounding matters less.
+    curvature is visible, the larger where only rounding is. Pairs in which rounding swallows most perturbations are left
+    out. Of scales with equal errors the larger is taken, at which rounding matters less.
 
     Args:
         deltas: (K, R) the same R queries at K scales.
@@ -89,15 +89,10 @@ def calibrate(forward: Forward, inputs: Mapping[str, Any], method: Method, seed:
         method: how gradients are estimated; its own scale is not looked at.
         seed: the run's seed.
     """
-    steps = in_steps(method.objective)
+    steps = method.objective.in_steps
     deltas, used = _evaluated(forward, inputs, method, seed, STEP_GRID if steps else GRID)
     found = choose_step_scale(deltas) if steps else choose_scale(deltas, order=len(method.estimator.signs))
     return Calibration(*found, used)
-
-
-def in_steps(objective: Any) -> bool:
-    """Return whether an objective says that small changes of the parameters leave most rows' numbers as they are."""
-    return bool(getattr(objective, "in_steps", False))
 
 
 def choose_step_scale(deltas: Tensor, scales: tuple[float, ...] = STEP_GRID) -> tuple[float | None, float]:

@@ -86,12 +86,10 @@ def clean_forward(forward: Forward, method: Method, samples: int, feed: Feed, pl
     if idle:
         own, given = own.without_rows(), given[:0]
     sizes = [piece.stop - piece.start for piece in pieces]
-    settled = getattr(objective, "settled", None)
     # Beyond so many logits there is no control variate, and what it would look at need not travel.
     few = method.control is not None and own.logits is not None and own.logits.shape[1] <= MOST_LOGITS
-    losses = own if len(pieces) == 1 else exchange.losses(own, sizes, logits=few or settled is not None)
+    losses = own if len(pieces) == 1 else exchange.losses(own, sizes, logits=few or objective.needs_clean)
     if len(pieces) == 1 and exchange.share.rank > 0 and not exchange.scalars:
         own, given = own.without_rows(), given[:0]  # what is summed must be told by one process only
-    if settled is not None:
-        objective, losses = settled(losses, whole)
+    objective, losses = objective.settled(losses, whole)
     return Clean(losses, own, given, objective)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from .errors import ConfigurationError, ObjectiveError
 from .losses import widen
-from .objectives import Forward, RowLosses
+from .objectives import Forward, Objective, RowLosses
 from .similarity import SigmoidTerms, SoftmaxTerms, Terms
 
 SIDES = ("image", "text")
@@ -95,7 +95,7 @@ class ContrastiveBatch:
         return RowLosses(sums, torch.ones_like(sums), logits=embeddings)
 
 
-class ContrastiveLoss:
+class ContrastiveLoss(Objective):
     """The loss that aligns images with texts, of models that return `image_embeds` and `text_embeds`, as CLIP and SigLIP do.
 
     Image i of a batch belongs to text i. Where the batch has `labels`, image i belongs to text `labels[i]` instead; there
@@ -185,7 +185,7 @@ class ContrastiveLoss:
         return None, model(**{name: value for name, value in inputs.items() if name not in ("labels", "return_loss")})
 
 
-class BatchContrast:
+class BatchContrast(Objective):
     """A contrastive loss of the batch as a whole: see `Objective`.
 
     Args:
@@ -196,7 +196,11 @@ class BatchContrast:
     per_row = False
 
     def __init__(self, contrast: ContrastiveLoss, model: Any) -> None:
-        self.contrast, self.model, self.run = contrast, model, contrast.run
+        self.contrast, self.model = contrast, model
+
+    def run(self, model: Any, inputs: Mapping[str, Any]) -> tuple[None, Any]:
+        """See `ContrastiveLoss.run`."""
+        return self.contrast.run(model, inputs)
 
     def __call__(self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False) -> RowLosses:
         """See `Objective`."""

@@ -16,7 +16,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from .args import FlopsTrainingArguments
 from .auto_queries import AutoQueries
-from .calibration import Calibration, calibrate, in_steps
+from .calibration import Calibration, calibrate
 from .memory import PeakMemory
 from .method import Method
 from .perturbations import ActivationNoise, ParameterVector
@@ -233,7 +233,7 @@ def _facts(trainer: _Trial, target: float) -> Iterator[Fact]:
     yield Fact("precision", precision, f"relative rounding of a loss in {'16' if precision > 1e-3 else '32'} bits")
     if found.scale is None:
         reason = "no step of the difference shows any signal"
-    elif in_steps(method.objective):
+    elif method.objective.in_steps:
         reason = f"the least at which queries see a step of the objective: {found.signal_to_noise:.0%} of them do"
     else:
         reason = f"least error of differences: their signal to noise there is {found.signal_to_noise:.3g}"

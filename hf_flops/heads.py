@@ -84,7 +84,7 @@ def find_head(
         inputs: a batch.
         held: names of trainable tensors that stay as they are for now.
     """
-    if not hasattr(objective, "logits"):
+    if not (isinstance(objective, TappedLoss) or objective.logits):
         return None
     few = take(inputs, torch.arange(min(4, batch_size(inputs))))
     heads, trained = _candidates(model), set(ParameterVector.of(model).names)

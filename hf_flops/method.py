@@ -66,18 +66,18 @@ class Method:
     @property
     def needs_clean(self) -> bool:
         """Whether the clean forward is run (and charged)."""
-        return self.estimator.baseline or self.needs_features or getattr(self.objective, "needs_clean", False)
+        return self.estimator.baseline or self.needs_features or self.objective.needs_clean
 
     @property
     def needs_features(self) -> bool:
         """Whether the clean forward has to show more than losses."""
-        predicted = self.control is not None and getattr(self.objective, "logits", False)
+        predicted = self.control is not None and self.objective.logits
         return self.objective.per_row and (self.allocator.needs_clean or self.head is not None or predicted)
 
     @property
     def centred(self) -> bool:
         """Whether deltas are measured against the sample's other queries; not where that takes a forward for each row."""
-        return self.estimator.baseline and getattr(self.objective, "in_steps", False) and not self.perturbation.replays
+        return self.estimator.baseline and self.objective.in_steps and not self.perturbation.replays
 
     def budget(self, samples: int) -> int:
         """Return how many queries `samples` samples can afford in all, after the clean rows are paid for."""

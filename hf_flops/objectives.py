@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -67,21 +67,48 @@ class RowLosses:
         return RowLosses(**none)
 
 
-class Objective(Protocol):
-    """What is minimised.
-
-    One that judges rows by the rest of the batch has `needs_clean`, so that clean rows always run, and `settled`, which maps
-    what it found for these and the inputs to the objective that queries get, and to the losses of the clean rows.
+class Objective:
+    """What is minimised; a subclass defines `__call__` and overrides what differs from the defaults.
 
     Attributes:
         per_row: False if the loss belongs to the batch as a whole; then `sums` and `counts` have one entry.
+        logits: whether row losses come with their logits, and with slopes where features are asked for.
+        predictable: whether a control variate may learn from these logits.
+        needs_clean: whether clean (unperturbed) rows always run, because rows are judged by the rest of the batch.
+        in_steps: whether small changes of the parameters leave most rows' numbers as they are, as with an accuracy.
+        generates: whether `run` generates text, in place of one forward pass.
     """
 
-    per_row: bool
+    per_row: bool = True
+    logits: bool = False
+    predictable: bool = True
+    needs_clean: bool = False
+    in_steps: bool = False
+    generates: bool = False
+
+    @property
+    def probe(self) -> Objective:
+        """A smooth objective that depends on the same outputs, for the checks of the first batch: by default itself."""
+        return self
+
+    def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor | None, Any]:
+        """Run the model on a batch; returns its scalar loss, if it has one, and its outputs."""
+        outputs = model(**inputs)
+        return getattr(outputs, "loss", None), outputs
+
+    def settled(self, clean: RowLosses, inputs: Mapping[str, Any]) -> tuple[Objective, RowLosses]:
+        """Return the objective that the queries of a batch get, and the losses of its clean rows by that objective.
+
+        Args:
+            clean: what this objective found for the batch's clean rows.
+            inputs: the batch.
+        """
+        del inputs
+        return self, clean
 
     def __call__(self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False) -> RowLosses:
         """Run the model on `inputs` and return the losses of its rows; `features` asks for residuals too."""
-        ...
+        raise NotImplementedError(f"{type(self).__name__} does not define __call__(forward, inputs, features=False).")
 
 
 @dataclass(frozen=True)
@@ -140,7 +167,7 @@ class _Tap(_WideLosses):
         return losses.sum() if reduction == "sum" else losses.sum() / weights.sum()
 
 
-class TappedLoss:
+class TappedLoss(Objective):
     """The model's own loss, taken apart into rows by a tap on torch's loss functions.
 
     Works where the loss is one call of `cross_entropy`, `nll_loss`, `mse_loss` or `binary_cross_entropy_with_logits` and
@@ -154,9 +181,7 @@ class TappedLoss:
         predictable: whether a control variate may learn from the logits.
     """
 
-    per_row = True
     after: nn.Module | None = None
-    predictable = True
 
     def __init__(self, logits: bool = False) -> None:
         self.logits = logits
@@ -221,15 +246,13 @@ def _require_same(loss: Tensor | None, mean: Tensor) -> None:
         raise RowLossError(f"the model's loss {float(loss):.6g} is not the mean {float(mean):.6g} of its elements")
 
 
-class CallableObjective:
+class CallableObjective(Objective):
     """A user's function of the model's outputs: a loss, a metric, a reward; it needs no derivative.
 
     Args:
         function: maps (outputs, inputs) of R rows to (R,) losses to be minimised, or to a pair (sums, counts) of (R,)
             where rows have different numbers of elements.
     """
-
-    per_row = True
 
     def __init__(self, function: Callable[[Any, Mapping[str, Any]], Any]) -> None:
         self.function = function
@@ -249,7 +272,7 @@ class CallableObjective:
         return RowLosses(sums, counts)
 
 
-class BatchLoss:
+class BatchLoss(Objective):
     """The model's scalar loss of the whole batch: always valid, but blind to single samples."""
 
     per_row = False

@@ -11,20 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ConfigurationError, ObjectiveError
-from .objectives import Forward, RowLosses, widen
+from .objectives import Forward, Objective, RowLosses, widen
 from .rows import batch_size
 from .texts import split
 
 _GENERATION_INPUTS = ("input_ids", "attention_mask", "pixel_values", "input_features")
 
 
-class Probe:
+class Probe(Objective):
     """A number per row that depends smoothly on all logits of its real tokens.
 
     Metrics say nothing about small changes, so the checks of the first batch look at this in their place.
     """
-
-    per_row = True
 
     def __call__(self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False) -> RowLosses:
         """See `Objective`."""
@@ -86,7 +84,7 @@ class _Accuracy:
         return (found == labels).float()
 
 
-class Metric:
+class Metric(Objective):
     """A metric of the model's outputs as the objective of training: an accuracy, a reward.
 
     What is minimised, and logged as the loss, is the metric with its sign turned where more is better.
@@ -102,8 +100,7 @@ class Metric:
         ConfigurationError: an unknown name, or label words that cannot tell classes apart.
     """
 
-    per_row = True
-    generates = False
+    probe = Probe()
 
     def __init__(
         self,
@@ -122,13 +119,12 @@ class Metric:
         words = None if label_words is None else tuple(label_words)
         self.function: Callable[[Any, Mapping[str, Any]], Any] = _Accuracy(words) if isinstance(what, str) else what
         self.sign, self.in_steps = -1.0 if greater_is_better else 1.0, in_steps
-        self.words, self.probe = words, Probe()
+        self.words = words
 
     def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor | None, Any]:
         """Run the model; without labels where they are classes that stand for words, as it has no use for these."""
         given = inputs if self.words is None else {name: value for name, value in inputs.items() if name != "labels"}
-        outputs = model(**given)
-        return getattr(outputs, "loss", None), outputs
+        return super().run(model, given)
 
     def __call__(self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False) -> RowLosses:
         """See `Objective`."""
@@ -137,7 +133,7 @@ class Metric:
         return _losses(self.function(outputs, inputs), self.sign, batch_size(inputs))
 
 
-class GeneratedMetric:
+class GeneratedMetric(Objective):
     """A metric or reward of the text that the perturbed model generates, all rows of a forward at once.
 
     Args:
@@ -154,9 +150,9 @@ class GeneratedMetric:
         Lin (2004), ROUGE: A Package for Automatic Evaluation of Summaries, section 3.
     """
 
-    per_row = True
     generates = True
     in_steps = True
+    probe = Probe()
 
     def __init__(
         self,
@@ -170,7 +166,6 @@ class GeneratedMetric:
             raise ConfigurationError(f"GeneratedMetric({what!r}) is unknown: use {', '.join(TEXT_SCORES)} or a function.")
         self.what, self.tokenizer, self.sign = what, tokenizer, -1.0 if greater_is_better else 1.0
         self.options = {"do_sample": False, "num_beams": 1, **options}
-        self.probe = Probe()
 
     def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[None, list[str]]:
         """Generate a text for every row; in place of a plain forward pass."""

@@ -53,7 +53,7 @@ def set_up(
     precision = precision_of(model, autocast=args.bf16)
     given = args, model, forward, inputs, perturbation, held, precision
     if objective is not None:  # one of the user's own is left as it is, unless it keeps logits of itself
-        return _set_up(objective, *given, ours=getattr(objective, "logits", False))
+        return _set_up(objective, *given, ours=objective.logits)
     objective, reason = choose_objective(forward, inputs, precision, model)
     try:
         if reason is None:
@@ -91,7 +91,7 @@ def _set_up(
     """Do what `set_up` does once it is known what is minimised, and whether we chose it."""
     if ours:
         prepare_tap(model, objective, forward, inputs, control=args.control_variate != "none")
-    head, probe = None, getattr(objective, "probe", objective)
+    head, probe = None, objective.probe
     if perturbation is None:
         if ours and args.closed_form_head:
             head = find_head(model, objective, forward, inputs, held)
@@ -106,11 +106,11 @@ def _set_up(
             head = None  # noise needs a tensor that matters, and beside the head there may be none
             perturbation, notes = choose(held=held)
         if head is not None:
-            objective.logits = True  # type: ignore[attr-defined]
+            objective.logits = True
             logger.info("Noise leaves the head alone, whose gradient is exact: %s.", ", ".join(head.vector.names))
         for note in notes:
             logger.warning("%s", note)
-    if getattr(objective, "generates", False):  # its forwards are not those that were looked at
+    if objective.generates:  # its forwards are not those that were looked at
         return objective, perturbation, Reuse(), head
     reuse = late_expansion(args, model, probe, forward, inputs, perturbation, precision)
     return objective, perturbation, reuse, head

@@ -17,7 +17,7 @@ from .errors import ConfigurationError
 from .heads import ClosedFormHead
 from .losses import widen
 from .method import Method, StepResult
-from .objectives import Forward, RowLosses
+from .objectives import Forward, Objective, RowLosses
 from .rows import ROW, Place, batch_size
 from .step import Step
 
@@ -25,10 +25,8 @@ _TEXTS = 2**40  # texts have noise of their own, also where a tensor is in both 
 _KEPT = 0.95  # of what past steps told about the towers' shares
 
 
-class TowerProbe:
+class TowerProbe(Objective):
     """A number per row that depends smoothly on all of its embedding: what the checks of the first batch look at."""
-
-    per_row = True
 
     def __call__(self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False) -> RowLosses:
         """See `Objective`."""
@@ -38,7 +36,7 @@ class TowerProbe:
         return RowLosses(sums, torch.ones_like(sums))
 
 
-class TowerLoss:
+class TowerLoss(Objective):
     """The loss of a batch with one embedding of a tower replaced: see `Objective`.
 
     Until `batch` is known, as in the clean forward, it finds embeddings only.
@@ -47,10 +45,11 @@ class TowerLoss:
         side: whose embeddings, of "image" or "text".
     """
 
-    per_row = logits = needs_clean = True
+    logits = needs_clean = True
+    probe = TowerProbe()
 
     def __init__(self, side: str) -> None:
-        self.side, self.probe = side, TowerProbe()
+        self.side = side
         self.batch: ContrastiveBatch | None = None
 
     def __call__(self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False) -> RowLosses:

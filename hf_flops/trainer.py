@@ -100,8 +100,9 @@ class FlopsTrainerMixin(ModelCards, Watched, SearchesRate, WholeCheckpoints, Man
         self._peft_config = peft_config
         if peft_config is not None and isinstance(model, nn.Module):
             model = wrap_with_adapter(model, peft_config)
-        plain = objective is None or hasattr(objective, "per_row")
-        self._objective: Any = objective if plain else CallableObjective(objective)  # type: ignore[arg-type]
+        if objective is not None and not isinstance(objective, Objective):
+            objective = CallableObjective(objective)
+        self._objective: Any = objective
         self._own_objective = objective is not None
         self._pairs = PairSteps(objective)
         self._given_allocator = allocator
@@ -275,7 +276,7 @@ class FlopsTrainerMixin(ModelCards, Watched, SearchesRate, WholeCheckpoints, Man
     def _forward_function(self: Any, model: nn.Module) -> Callable[[Mapping[str, Any]], tuple[Tensor | None, Any]]:
         """Return what runs the model; labels are not needed where the objective is the user's own."""
         if self._own_objective:
-            return partial(getattr(self._objective, "run", _run), model)
+            return partial(self._objective.run, model)
 
         def forward(inputs: Mapping[str, Any]) -> tuple[Tensor | None, Any]:
             # A user's function may divide by the count, so it gets that of these rows: the loss is their mean.
@@ -305,8 +306,8 @@ class FlopsTrainerMixin(ModelCards, Watched, SearchesRate, WholeCheckpoints, Man
             raise ObjectiveError(
                 f"The batch has no labels: its keys are {sorted(inputs)}, and none of {self.label_names} is among them."
             )
-        if getattr(self._objective, "generates", False):
-            forward = self.ledger.metered(partial(_run, model))
+        if self._objective is not None and self._objective.generates:
+            forward = self.ledger.metered(partial(self._objective.probe.run, model))
         chosen = set_up(self.args, self.model, forward, inputs, self._objective, self._perturbation, self._held)
         self._objective, self._perturbation, self._reuse, self._head = chosen
 
@@ -323,7 +324,7 @@ class FlopsTrainerMixin(ModelCards, Watched, SearchesRate, WholeCheckpoints, Man
             rows_per_forward=1,
             reuse=self._reuse,
             head=self._head,
-            control=self._control if getattr(self._objective, "predictable", True) else None,
+            control=self._control if self._objective.predictable else None,
             exchange=self._exchange,
         )
 
@@ -388,11 +389,6 @@ class FlopsTrainerMixin(ModelCards, Watched, SearchesRate, WholeCheckpoints, Man
         parts = {"allocator": self._allocator, "ledger": self.ledger, "tuning": self._tuning, "batch": self._batch()}
         alignment = self._pairs.alignment(self)
         return (parts, self._control) if alignment is None else ({**parts, "alignment": alignment}, alignment.controls)
-
-
-def _run(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor | None, Any]:
-    outputs = model(**inputs)
-    return getattr(outputs, "loss", None), outputs
 
 
 def _gives_loss(forward: Callable[[Mapping[str, Any]], tuple[Tensor | None, Any]], inputs: Mapping[str, Any]) -> bool:

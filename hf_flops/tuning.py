@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 from .auto_queries import AutoQueries
-from .calibration import STEP_GRID, calibrate, in_steps
+from .calibration import STEP_GRID, calibrate
 from .chunks import ChunkPlanner
 from .method import Method, StepResult
-from .objectives import Forward
+from .objectives import Forward, Objective
 from .trimming import may_be_cut, padding_is_idle
 
 logger = logging.getLogger(__name__)
@@ -49,13 +49,13 @@ class Tuning:
         self.idle: dict[str, bool] = {}  # side → whether the loss is the same without its padding, once that is known
 
     @classmethod
-    def of(cls, args: Any, objective: Any = None) -> Tuning:
+    def of(cls, args: Any, objective: Objective | None = None) -> Tuning:
         """Start from a run's arguments, and what is minimised if that is known."""
         memory = None if args.memory_limit_gb is None else args.memory_limit_gb * 1e9
         rows = None if args.rows_per_forward == "auto" else args.rows_per_forward
         # Noise on the outputs of many tokens depends on their number.
-        trim = args.perturbation != "activation" and not getattr(objective, "generates", False)
-        scale = "auto" if in_steps(objective) else None  # the constants are for smooth losses
+        trim = args.perturbation != "activation" and not (objective is not None and objective.generates)
+        scale = "auto" if objective is not None and objective.in_steps else None  # the constants are for smooth losses
         queries = AutoQueries() if args.queries_per_sample == "auto" else None
         return cls(rows, memory, scale=(args.perturbation_scale or scale) == "auto", trim=trim, queries=queries)
 
@@ -72,7 +72,7 @@ class Tuning:
             seed: the run's seed.
         """
         self.planner.prepare(method.perturbation.vector.device, method.perturbation.row_bytes)
-        probe = getattr(method.objective, "probe", method.objective)
+        probe = method.objective.probe
         if method.objective.per_row and self._trim:
             self.idle.update(padding_is_idle(probe, forward, inputs, precision, known=set(self.idle)))
         sides = frozenset(side for side, idle in self.idle.items() if idle)
@@ -90,7 +90,7 @@ class Tuning:
             self.queries.learn(result, method)
 
     def _calibrate(self, method: Method, forward: Forward, inputs: Mapping[str, Any], seed: int) -> None:
-        result, steps = calibrate(forward, inputs, method, seed), in_steps(method.objective)
+        result, steps = calibrate(forward, inputs, method, seed), method.objective.in_steps
         scale = method.scale if result.scale is None else result.scale
         self.rows += result.rows
         self.found = {

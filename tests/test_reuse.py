@@ -26,7 +26,7 @@ from hf_flops.allocators import ALLOCATORS
 from hf_flops.checks import without_cache
 from hf_flops.estimators import ESTIMATORS
 from hf_flops.independence import choose_reuse
-from hf_flops.objectives import BatchLoss, CallableObjective, TappedLoss
+from hf_flops.objectives import BatchLoss, CallableObjective, Objective, TappedLoss
 from hf_flops.perturbations import ParameterVector, perturb
 from hf_flops.reuse import Reuse
 from hf_flops.trimming import may_be_cut
@@ -435,9 +435,7 @@ def test_an_objective_may_look_inside_the_model():
 
 
 def test_an_objective_may_run_the_model_on_something_else():
-    class Doubled:
-        per_row = True
-
+    class Doubled(Objective):
         def __call__(self, forward, inputs, *, features=False):
             other = {**inputs, "features": inputs["features"].flip(0)}
             first, second = TappedLoss()(forward, inputs), TappedLoss()(forward, other)
