@@ -221,9 +221,9 @@ def test_the_default_run_is_that_of_a_fixed_size(kind, tmp_path):
     two, expected = trained(tmp_path, adapted(kind), dataset, rows_per_forward=8, save_strategy="no")
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     assert one.ledger.rows == two.ledger.rows
-    assert one._tuning.idle == two._tuning.idle == {"right": True}
-    assert one._tuning.planner.costs
-    assert not two._tuning.planner.costs
+    assert one.session.tuning.idle == two.session.tuning.idle == {"right": True}
+    assert one.session.tuning.planner.costs
+    assert not two.session.tuning.planner.costs
     again = FlopsTrainer(adapted(kind), one.args, train_dataset=dataset)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     resumed = torch.cat([p.detach().flatten() for p in again.model.parameters() if p.requires_grad])

@@ -189,7 +189,7 @@ def test_a_head_beside_which_nothing_matters_gets_noise(tmp_path):
     args = FlopsTrainingArguments(output_dir=str(tmp_path), max_steps=1, report_to="none", save_strategy="no")
     trainer = FlopsTrainer(model=model, args=args, train_dataset=as_dataset(inputs))
     trainer.train()
-    assert trainer._head is None
+    assert trainer.session.chosen.head is None
     assert [head.weight.equal(old) for head, old in zip(model.heads, before, strict=True)] == [True, False]
 
 
@@ -209,7 +209,7 @@ def test_the_trainer_leaves_the_noise_to_the_adapter(tmp_path):
         )
         trainer.train()
         gradients[on] = seen
-        assert any("classifier" in name for name in trainer._perturbation.vector.names) != on
+        assert any("classifier" in name for name in trainer.session.chosen.perturbation.vector.names) != on
     model.zero_grad()
     classifiers = 0
     for name, parameter in model.named_parameters():

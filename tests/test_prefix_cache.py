@@ -112,7 +112,7 @@ def test_training_from_a_prefix_cache_is_the_same(place, tmp_path):
     data = [{**sample, "sample_id": i} for i, sample in enumerate(as_dataset(batch))]
     found, trainer = trained(tmp_path, "bert", True, config, data=data, max_steps=4, prefix_cache=place)
     wanted, _ = trained(tmp_path, "bert", False, config, data=data, max_steps=4)
-    assert trainer._reuse.store.get(identify({k: v[:1] for k, v in batch.items()}, [0])[0]) is not None
+    assert trainer.session.chosen.reuse.store.get(identify({k: v[:1] for k, v in batch.items()}, [0])[0]) is not None
     for name, value in found.items():
         torch.testing.assert_close(value, wanted[name], rtol=1e-4, atol=1e-5)
     with pytest.raises(ConfigurationError, match="add a column sample_id"):

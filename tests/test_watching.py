@@ -19,6 +19,7 @@ from hf_flops.method import StepResult
 from hf_flops.pictures import PICTURES, curve_of, draw_pictures, draw_seeds
 from hf_flops.plots import draw_learning_curves, pyplot
 from hf_flops.progress import RowProgress
+from hf_flops.watching import add_reports
 from tests.test_cards import trainer_of
 
 LOGGED = {
@@ -119,7 +120,7 @@ def _bar_to(stream):
 def test_the_stock_bar_gives_way(tmp_path):
     trainer = trainer_of(tmp_path)
     trainer.add_callback(ProgressCallback)
-    trainer._watch()
+    add_reports(trainer, lambda: trainer.ledger)
     kinds = [type(callback) for callback in trainer.callback_handler.callbacks]
     assert RowProgress in kinds
     assert ProgressCallback not in kinds
@@ -132,7 +133,7 @@ def test_a_bar_of_the_users_own_stays(tmp_path):
     trainer = trainer_of(tmp_path)
     trainer.add_callback(Mine)
     trainer.add_callback(ProgressCallback)
-    trainer._watch()
+    add_reports(trainer, lambda: trainer.ledger)
     kinds = [type(callback) for callback in trainer.callback_handler.callbacks]
     assert Mine in kinds
     assert RowProgress in kinds
