@@ -1,5 +1,40 @@
+"""Hypothesis finds the same examples every time; `--shuffle=SEED` or `--shuffle=random` puts tests in a random order."""
+
+import gc
+import random
+import secrets
+
+import pytest
 from hypothesis import settings
 
 # Shared machines are slow at random, and CI must find the same examples every time.
 settings.register_profile("default", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("default")
+
+
+def pytest_addoption(parser):
+    text = "run the tests in the random order that belongs to a seed, or to a new one: random"
+    parser.addoption("--shuffle", metavar="SEED", help=text)
+
+
+def pytest_configure(config):
+    if config.option.shuffle == "random":  # drawn once: workers of xdist get the options of their controller
+        config.option.shuffle = str(secrets.randbelow(2**32))
+
+
+def pytest_report_header(config):
+    return [] if config.option.shuffle is None else f"random order of tests: --shuffle={config.option.shuffle}"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    if config.option.shuffle is not None:
+        random.Random(config.option.shuffle).shuffle(items)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _collect_young_objects_only():
+    gc.collect()
+    gc.freeze()  # every `train()` collects garbage, which takes long with everything that is imported
+    yield
+    gc.unfreeze()
