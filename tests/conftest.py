@@ -3,9 +3,11 @@
 import gc
 import random
 import secrets
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from matplotlib.figure import Figure
 
 # Shared machines are slow at random, and CI must find the same examples every time.
 settings.register_profile("default", deadline=None, derandomize=True, max_examples=60)
@@ -38,3 +40,16 @@ def _collect_young_objects_only():
     gc.freeze()  # every `train()` collects garbage, which takes long with everything that is imported
     yield
     gc.unfreeze()
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Return the figures that a test saves, by the names of their files."""
+    figures, save = {}, Figure.savefig
+
+    def savefig(figure, path, **options):
+        figures[Path(path).name] = figure
+        save(figure, path, **options)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    return figures
