@@ -170,7 +170,6 @@ WORLDS = [opposite, unrelated, nothing_to_gain, alternating, changing_sides, mea
 def test_misleading_features_do_not_make_it_worse_than_equal_counts(world):
     curves = torch.stack([play(world, seed=seed)[0] for seed in range(6)]).mean(0)
     # The first step has only the residuals to go by: what it learns there that they mislead, it does not forget.
-    print(f"{world.__name__}: first step {curves[0]:.2f}, then {curves[1:].mean():.3f} of equal counts")
     assert curves[1:].mean() < 1.03
     assert curves.mean() < 1.08
 
