@@ -34,12 +34,10 @@ def pytest_collection_modifyitems(config, items):
         random.Random(config.option.shuffle).shuffle(items)
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def _collect_young_objects_only():
     gc.collect()
     gc.freeze()  # every `train()` collects garbage, which takes long with everything that is imported
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture

@@ -41,6 +41,7 @@ def adapt(digits, tmp_path, seed, **options):
                 "report_to": "none",
                 "save_strategy": "no",
                 "disable_tqdm": True,
+                "pictures": False,
                 **options,
             },
         )

@@ -284,7 +284,8 @@ def options(folder, **others):
 
 def test_forward_only_training_runs_each_text_once_per_step_and_resumes(tmp_path):
     model, data = suffix("llama", 4), training_data()
-    args = FlopsTrainingArguments(**options(tmp_path, rows_per_forward=16, save_steps=6, perturbation="rowwise"))
+    own = {"rows_per_forward": 16, "save_steps": 6, "perturbation": "rowwise", "pictures": False}
+    args = FlopsTrainingArguments(**options(tmp_path, **own))
     trainer = FlopsTrainer(model=model, args=args, train_dataset=data)
     runs = text_runs(model)
     trainer.train()
