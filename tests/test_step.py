@@ -323,6 +323,7 @@ def test_counts_do_not_depend_on_the_steps_own_noise(name):
     model.requires_grad_(False)
     model.classifier.requires_grad_(True)
     options = {"objective": TappedLoss(), "forward": model_forward(model), "queries_per_sample": 8, "kind": "shared"}
+    options["rows_per_forward"] = 99
     found = []
     for distribution in ("gaussian", "rademacher"):
         allocator = ALLOCATORS[name]()
