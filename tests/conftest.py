@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 from matplotlib.figure import Figure
+from transformers import set_seed
 
 # Shared machines are slow at random, and CI must find the same examples every time.
 settings.register_profile("default", deadline=None, derandomize=True, max_examples=60)
@@ -38,6 +39,11 @@ def pytest_collection_modifyitems(config, items):
 def _collect_young_objects_only():
     gc.collect()
     gc.freeze()  # every `train()` collects garbage, which takes long with everything that is imported
+
+
+@pytest.fixture(autouse=True)
+def _global_generators_that_no_other_test_has_moved():
+    set_seed(0)
 
 
 @pytest.fixture
