@@ -61,6 +61,7 @@ def trainer(engine, language_model, folder, **options):
         "report_to": "none",
         "use_cpu": True,
         "disable_tqdm": True,
+        "pictures": False,
     }
     args = FlopsTrainingArguments(output_dir=str(folder), **{**defaults, **options})
     return FlopsTrainer(prompted(engine, language_model), args, train_dataset=as_dataset(batch()))

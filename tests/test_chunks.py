@@ -3,6 +3,7 @@
 import gc
 import logging
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -176,9 +177,12 @@ def test_other_errors_and_a_single_row_that_does_not_fit_are_raised():
         ChunkPlanner(8).run(lambda: (_ for _ in ()).throw(MemoryError()), 1, 8)
 
 
+@pytest.mark.skipif(not Path("/proc/meminfo").is_file(), reason="the system does not tell")
 def test_free_memory_is_told():
-    free = free_memory(torch.device("cpu"))
-    assert free != free or 1e7 < free < 1e14
+    assert 1e7 < free_memory(torch.device("cpu")) < 1e14
+
+
+def test_free_memory_of_a_device_that_tells_nothing_is_unknown():
     assert math.isnan(free_memory(torch.device("meta")))
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from matplotlib.image import imread
 
 import hf_flops
 from hf_flops import run_plots
@@ -90,7 +91,7 @@ def test_the_recipes_are_found_beside_the_package_and_their_files_are_read():
     assert args.queries_per_sample == 32
 
 
-def test_plot_reads_the_newest_state_of_a_run_and_draws_it(tmp_path):
+def test_plot_reads_the_newest_state_of_a_run_and_draws_it(tmp_path, drawn):
     with pytest.raises(hf_flops.ConfigurationError, match=r"holds no trainer_state\.json"):
         plot.read_run(tmp_path)
     for step, history in ((9, HISTORY[:2]), (10, HISTORY)):  # 10 is newer than 9, though not in the order of text
@@ -105,7 +106,13 @@ def test_plot_reads_the_newest_state_of_a_run_and_draws_it(tmp_path):
         "queries": [15.0, 5.0],
     }
     assert main(["plot", str(tmp_path)]) == 0
-    assert (tmp_path / "run.png").stat().st_size > 5_000
+    rows, seconds, signal, queries = drawn["run.png"].axes
+    assert rows.lines[0].get_xydata().tolist() == [[640, 0.5], [1280, 0.75]]
+    assert (rows.get_xlabel(), rows.get_ylabel()) == ("rows through the model", "validation accuracy")
+    assert seconds.lines[0].get_xydata().tolist() == [[1, 0.5], [2.5, 0.75]]
+    assert signal.lines[0].get_xydata().tolist() == [[640, 0.02], [1280, 0.01]]
+    assert (signal.get_title(), queries.get_title()) == ("Signal to noise", "Where the queries went")
+    assert imread(tmp_path / "run.png").std() > 0.01
 
 
 def test_plot_falls_back_to_the_training_loss_and_wants_rows(tmp_path):

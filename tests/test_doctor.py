@@ -87,7 +87,6 @@ def test_its_rules_are_the_trainers_on_real_models(name, method, tmp_path):
     trainer = FlopsTrainer(model, args, train_dataset=samples, peft_config=config, data_collator=collate)
     trainer.train()
     assert {rule.tensor: rule.way for rule in found.rules} == ways_of(trainer)
-    print(f"{name}, {method}:", {way: sum(rule.way == way for rule in found.rules) for way in {r.way for r in found.rules}})
 
 
 def adapted():

@@ -127,8 +127,6 @@ def test_the_engine_does_not_load_transformers():
 def test_public_names_are_complete_sorted_and_there():
     assert sorted([*hf_flops._HOMES, "__version__"]) == hf_flops.__all__
     assert list(hf_flops._HOMES) == sorted(hf_flops._HOMES)
-    for name in hf_flops.__all__:
-        assert getattr(hf_flops, name) is not None
     for name, home in hf_flops._HOMES.items():
         assert getattr(hf_flops, name).__module__ == f"hf_flops.{home}"
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
