@@ -167,12 +167,12 @@ class Alignment:
             return Tower(loss, forward, None, head)
         out = trained - names
         options = {"mode": self.args.perturbation, "distribution": self.args.noise, "precision": self.precision}
-        perturbation, notes = choose_perturbation(model, loss.probe, forward, inputs, held=out, **options)
+        perturbation, notes = choose_perturbation(model, loss.surrogate, forward, inputs, held=out, **options)
         for note in notes:
             logger.warning("%s", note)
         args = copy(self.args)
         args.prefix_cache = self.args.prefix_cache if side == "image" else None  # texts have no ids of their own
-        reuse = late_expansion(args, model, loss.probe, forward, inputs, perturbation, self.precision)
+        reuse = late_expansion(args, model, loss.surrogate, forward, inputs, perturbation, self.precision)
         method = Method(
             objective=loss,
             perturbation=perturbation,

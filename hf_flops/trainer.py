@@ -307,7 +307,7 @@ class FlopsTrainerMixin(ModelCards, Watched, SearchesRate, WholeCheckpoints, Man
                 f"The batch has no labels: its keys are {sorted(inputs)}, and none of {self.label_names} is among them."
             )
         if self._objective is not None and self._objective.generates:
-            forward = self.ledger.metered(partial(self._objective.probe.run, model))
+            forward = self.ledger.metered(partial(self._objective.surrogate.run, model))
         chosen = set_up(self.args, self.model, forward, inputs, self._objective, self._perturbation, self._held)
         self._objective, self._perturbation, self._reuse, self._head = chosen
 
