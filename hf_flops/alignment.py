@@ -21,6 +21,7 @@ from .image_text import contrastive_base, require_return_loss, same_texts, tower
 from .method import Method, StepResult
 from .objectives import Forward
 from .perturbations import ParameterVector
+from .probe_runs import Attempt, agree
 from .rows import Place, batch_size, take
 from .selfcheck import choose_perturbation, precision_of
 from .setup import late_expansion
@@ -100,13 +101,12 @@ class Alignment:
 
     def _matches(self, forward: Forward, inputs: Mapping[str, Any], parts: Inputs) -> bool:
         """Say whether the model's own loss of a batch is that of its towers' embeddings."""
-        try:
+        with Attempt("The towers' embeddings make no loss"):
             with self._linked(parts, self._contrast(None, given=False)) as batch:
                 loss = forward(inputs)[0]
-        except (ValueError, RuntimeError, IndexError, TypeError) as error:
-            logger.info("The towers' embeddings make no loss: %s: %s.", type(error).__name__, error)
-            return False
-        return loss is not None and abs(float(loss) - batch.loss) <= 10 * self.precision * max(1.0, abs(batch.loss))
+            both = None if loss is None else torch.tensor([float(loss), batch.loss], dtype=torch.float64)
+            return both is not None and agree(both[0], both[1], 10 * self.precision, 1.0)
+        return False
 
     def step(self, inputs: Mapping[str, Any], place: Place, queries: int, batches: int) -> tuple[StepResult, Method | None]:
         """Estimate the gradient of a batch; returns what was found, and the method of a tower that noise enters.
