@@ -33,6 +33,7 @@ FLOORS = {
     **dict.fromkeys(["pair_steps", "trial_rate"], 11),
     "trainer": 12,
     "diagnosis": 13,
+    "testing": 14,
     "commands": 14,
     "cli": 15,
 }
