@@ -62,7 +62,8 @@ class AllocatorContract:
 
     def test_counts_do_not_depend_on_global_state(self) -> None:
         """The same features and the same past give the same counts, and the global generator is left alone."""
-        before, found = torch.get_rng_state(), []
+        before = torch.get_rng_state()
+        found: list[list[list[int]]] = []
         for _ in range(2):
             allocator = self.make()
             found.append([])
