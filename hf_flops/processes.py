@@ -17,7 +17,7 @@ from transformers.trainer_utils import seed_worker
 
 from .args import FlopsArgumentsMixin
 from .errors import ConfigurationError
-from .exchange import Exchange
+from .exchange import EXCHANGES, Exchange
 from .method import Method
 from .share import ProcessShare, Share
 
@@ -45,7 +45,7 @@ class ManyProcesses:
             )
         if not isinstance(getattr(self, "_share", None), ProcessShare):
             self._share = ProcessShare(args.device) if args.world_size > 1 else Share()
-        self._exchange = Exchange(self._share, args.reduce, every_batch=args.queries_per_sample == "auto")
+        self._exchange = EXCHANGES[args.reduce](self._share, every_batch=args.queries_per_sample == "auto")
         self._met = False
 
     def _meet(self: Any, model: nn.Module, inputs: Mapping[str, Any]) -> None:
