@@ -65,7 +65,7 @@ def work(options: dict[str, Any]) -> None:
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.seconds.append(time.perf_counter())
-            self.sent.append(trainer._share.sent)
+            self.sent.append(trainer.group.sent)
             self.rows.append(trainer.ledger.rows)
             if args.process_index == 0:
                 with Path(options["folder"], "steps").open("a") as file:

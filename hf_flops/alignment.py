@@ -1,10 +1,10 @@
-"""What the trainer does for a contrastive model: finds what of each tower is trained and how, and shares queries out."""
+"""The gradient session of a contrastive loss: finds what of each tower is trained and how, and shares queries out."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy, deepcopy
 from dataclasses import replace
 from typing import Any
@@ -14,17 +14,19 @@ from torch import Tensor, nn
 
 from .allocators import ALLOCATORS, Allocator
 from .contrastive import SIDES, ContrastiveBatch, ContrastiveLoss
+from .control_variates import control_variate
 from .errors import ConfigurationError
-from .estimators import Estimator
+from .estimators import ESTIMATORS, Estimator
 from .heads import find_head
 from .image_text import contrastive_base, require_return_loss, same_texts, tower_forward, tower_inputs, used_tensors
 from .method import Method, StepResult
-from .objectives import Forward
+from .objectives import Forward, RowLossError
 from .perturbations import ParameterVector
 from .rows import Place, batch_size, take
 from .selfcheck import choose_perturbation, precision_of
-from .setup import late_expansion
-from .towers import Controls, Tower, TowerLoss, TowerShares, estimate_alignment, numbered
+from .sessions import Averaging, Batch, HandOver
+from .setup import held_back, late_expansion
+from .towers import Tower, TowerLoss, TowerShares, estimate_alignment, numbered
 from .tuning import Tuning
 
 logger = logging.getLogger("hf_flops.trainer")
@@ -32,103 +34,128 @@ _SUMS = ("gradient_variance", "gradient_signal", "sample_signal", "head_signal",
 Inputs = dict[str, dict[str, Any]]
 
 
-class Alignment:
-    """Estimates the gradient of a contrastive loss: see `estimate_alignment`.
+class ContrastiveSession:
+    """Estimates the gradient of a contrastive loss: see `GradientSession` and `estimate_alignment`.
 
     Args:
         args: the run's arguments.
         model: the model, maybe with an adapter around it.
-        contrast: the loss.
-        estimator: the finite difference.
-        allocator: an instance that each tower gets a copy of, or None for what the arguments say.
+        contrast: the loss; None for the model's own, which is then compared with that of the towers' embeddings.
         metered: wraps what runs the model, to count rows.
+        allocator: an instance that each tower gets a copy of, in place of the name in `args`.
+        estimator: an instance, in place of the name in `args`.
+
+    Raises:
+        ConfigurationError: arguments that need a loss per batch.
     """
+
+    counts_labels = False
+    needs_clean = True
+    method = None
 
     def __init__(
         self,
         args: Any,
         model: nn.Module,
-        contrast: ContrastiveLoss,
-        estimator: Estimator,
-        allocator: Allocator | None,
+        contrast: ContrastiveLoss | None,
         metered: Callable[[Forward], Forward],
+        *,
+        allocator: Allocator | None = None,
+        estimator: Estimator | None = None,
     ) -> None:
         self.args, self.model, self.base = args, model, contrastive_base(model)
-        self.contrast, self.estimator = contrast, estimator
+        self.contrast, self._own = contrast or ContrastiveLoss(), contrast is None
+        self.estimator: Estimator = estimator or ESTIMATORS[args.estimator]()
         self.allocators = {side: deepcopy(allocator) or ALLOCATORS[args.allocator]() for side in SIDES}
         self.tunings = {side: Tuning.of(args) for side in SIDES}
-        self.controls = Controls(args.control_variate)
+        self.controls = {side: control_variate(args.control_variate) for side in SIDES}
         self.forwards = {side: metered(tower_forward(self.base, side)) for side in SIDES}
         self.towers: dict[str, Tower] = {}
-        self._held: Collection[str] | None = None
-        self.stale = False  # whether other tensors are trainable than there were
-        self.shares, self._warned = TowerShares(), False
+        self.shares, self.check_rows, self._warned = TowerShares(), 0, False
+        self._known: tuple[Collection[str], Collection[str]] | None = None  # what was held back and trainable
+
+    @property
+    def observers(self) -> Sequence[Any]:
+        """See `GradientSession`."""
+        return []
 
     @property
     def precision(self) -> float:
         """See `precision_of`."""
         return precision_of(self.model, autocast=self.args.bf16)
 
-    def set_up(self, forward: Forward, inputs: Mapping[str, Any], held: Collection[str], *, own: bool) -> bool:
-        """Find out, with the first batch or where other tensors than before are trained, what of each tower is trained.
+    def rows(self, samples: int, step: int) -> int:
+        """See `GradientSession`."""
+        return samples * int(self.args.queries_per_sample)
 
-        Args:
-            forward: runs the whole model.
-            inputs: a batch.
-            held: names of trainable tensors that stay as they are for now.
-            own: whether the loss should be the model's own, which is then looked at.
-
-        Returns:
-            Whether the loss of a batch that is taken from the towers' embeddings is what the model returns.
+    def prepare(self, batch: Batch) -> None:
+        """See `GradientSession`.
 
         Raises:
+            HandOver: the model's own loss is not that of its towers' embeddings.
             ObjectiveError: the batch asks for no loss, lacks images or texts, or does not pair them.
             ConfigurationError: nothing is trained.
         """
-        if self._held == held and not self.stale:
-            return True
-        parts, labels = self._split(inputs)
-        if own and labels is None and self._held is None:
-            require_return_loss(self.base, inputs)
-            if not self._matches(forward, inputs, parts):
-                return False
+        held = held_back(self.model, self.args.lora_parts, batch.progress)
+        now = held, ParameterVector.of(self.model).names
+        if self._known == now:
+            return
+        parts, labels = self._split(batch.inputs)
+        if self._own and labels is None and self._known is None:
+            require_return_loss(self.base, batch.inputs)
+            if not self._matches(batch, parts):
+                logger.warning("The loss of %s is not that of its embeddings' cosines.", type(self.base).__name__)
+                raise HandOver
         self.towers = {side: self._tower(side, parts[side], held) for side in SIDES}
-        self._held, self.stale = held, False
+        self._known = now
         if all(tower.method is None and tower.head is None for tower in self.towers.values()):
             raise ConfigurationError("No embedding depends on a trainable parameter: add an adapter (peft_config=).")
-        return True
 
-    def _matches(self, forward: Forward, inputs: Mapping[str, Any], parts: Inputs) -> bool:
+    def _matches(self, batch: Batch, parts: Inputs) -> bool:
         """Say whether the model's own loss of a batch is that of its towers' embeddings."""
         try:
-            with self._linked(parts, self._contrast(None, given=False)) as batch:
-                loss = forward(inputs)[0]
+            with self._linked(parts, self._contrast(None, given=False)) as found:
+                loss = batch.forward(batch.inputs)[0]
         except (ValueError, RuntimeError, IndexError, TypeError) as error:
             logger.info("The towers' embeddings make no loss: %s: %s.", type(error).__name__, error)
             return False
-        return loss is not None and abs(float(loss) - batch.loss) <= 10 * self.precision * max(1.0, abs(batch.loss))
+        return loss is not None and abs(float(loss) - found.loss) <= 10 * self.precision * max(1.0, abs(found.loss))
 
-    def step(self, inputs: Mapping[str, Any], place: Place, queries: int, batches: int) -> tuple[StepResult, Method | None]:
-        """Estimate the gradient of a batch; returns what was found, and the method of a tower that noise enters.
+    def unperturbed(self, batches: Sequence[Batch]) -> AbstractContextManager[Callable[[], Tensor]]:
+        """See `GradientSession`; only losses of whole batches can be searched along."""
+        raise ConfigurationError("The losses of single images and texts are not those of a line search.")
 
-        Args:
-            inputs: the batch.
-            place: where it lies in the run.
-            queries: rows per image, all included; a row is an image or a text through its tower.
-            batches: over how many batches the optimizer step averages.
+    def estimate(self, batch: Batch, position: Place, averaging: Averaging) -> StepResult:
+        """See `GradientSession`; a row is an image or a text through its tower.
 
         Raises:
             ObjectiveError: the batch lacks images or texts, or does not pair them.
             ConfigurationError: too few queries.
         """
-        own, labels = self._split(inputs)
-        contrast = self._contrast(labels, given="labels" in inputs)
-        self._complete(own, queries, contrast, place.seed)
-        results, batch = estimate_alignment(self.towers, own, contrast, place, batches)
-        self._add_scale(batch, batches)
+        own, labels = self._split(batch.inputs)
+        contrast = self._contrast(labels, given="labels" in batch.inputs)
+        self._complete(own, int(self.args.queries_per_sample), contrast, position.seed)
+        results, found = estimate_alignment(self.towers, own, contrast, position, averaging.batches)  # type: ignore[arg-type]
+        self._add_scale(found, averaging.batches)
         self.shares.learn(self.towers, results)
-        noisy = (tower.method for tower in self.towers.values() if tower.method is not None)
-        return self._joined(results, batch, own, batches), next(noisy, None)
+        return self._joined(results, found, own, averaging.batches)
+
+    def fall_back(self, error: RowLossError, *, recorded: bool) -> None:
+        """See `GradientSession`: the losses of embeddings are never lost."""
+        raise error
+
+    def discard(self) -> None:
+        """See `GradientSession`: nothing is put off."""
+
+    def parts(self) -> dict[str, Any]:
+        """See `GradientSession`."""
+        families: dict[str, Any] = {"allocator": self.allocators, "tuning": self.tunings, "control variate": self.controls}
+        found = {f"{side} {name}": part[side] for name, part in families.items() for side in SIDES}
+        return {"rows of the towers": self.shares, **{name: part for name, part in found.items() if part is not None}}
+
+    def log(self) -> dict[str, float]:
+        """See `GradientSession`."""
+        return {}
 
     def _split(self, inputs: Mapping[str, Any]) -> tuple[Inputs, Tensor | None]:
         """Return the towers' inputs, rows numbered, and the text (B,) of each image, None for its own."""
@@ -183,7 +210,7 @@ class Alignment:
             rows_per_forward=1,
             reuse=reuse,
             head=head,
-            control=self.controls.parts[side],
+            control=self.controls[side],
         )
         return Tower(loss, forward, method, head)
 
@@ -211,7 +238,7 @@ class Alignment:
             for tower in self.towers.values():
                 tower.loss.batch = None
 
-    def _add_scale(self, batch: ContrastiveBatch, batches: int) -> None:
+    def _add_scale(self, batch: ContrastiveBatch, batches: float) -> None:
         """Add the exact gradients of scale and bias, where they are trained."""
         for name, slope in (("logit_scale", batch.slope_of_scale), ("logit_bias", batch.slope_of_bias)):
             parameter = getattr(self.base, name, None)
@@ -219,7 +246,7 @@ class Alignment:
                 gradient = torch.full_like(parameter, slope / batches)
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
-    def _joined(self, results: dict[str, StepResult], batch: ContrastiveBatch, own: Inputs, batches: int) -> StepResult:
+    def _joined(self, results: dict[str, StepResult], batch: ContrastiveBatch, own: Inputs, batches: float) -> StepResult:
         """Put together what the towers' estimates found; the counts are those of the images, with their texts' in pairs."""
         metrics = dict.fromkeys(_SUMS, 0.0)
         for name in {name for found in results.values() for name in found.metrics}:
@@ -236,16 +263,3 @@ class Alignment:
         for tuning in self.tunings.values():
             rows, tuning.rows = rows + tuning.rows, 0  # what epsilon took, if it was measured
         return StepResult(torch.tensor(batch.loss / batches), rows, counts, squares, metrics)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a resume needs, as JSON-serialisable values."""
-        parts: dict[str, dict[str, Any]] = {"allocators": self.allocators, "tunings": self.tunings}
-        found = {name: {side: part[side].state_dict() for side in SIDES} for name, part in parts.items()}
-        return {**found, "shares": self.shares.weights}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a state from `state_dict`."""
-        for side in SIDES:
-            self.allocators[side].load_state_dict(state["allocators"][side])
-            self.tunings[side].load_state_dict(state["tunings"][side])
-        self.shares.weights = dict(state["shares"])

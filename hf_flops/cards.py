@@ -8,7 +8,6 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-from .costs import RunCosts
 from .pictures import PICTURES
 from .settings import as_code
 
@@ -24,29 +23,25 @@ CITATION = """@inproceedings{ren2025flops,
 }"""
 
 
-class ModelCards:
-    """Makes `create_model_card`, and so `push_to_hub`, tell of forward-only training; put in front of a trainer class."""
+def complete_card(args: Any, model: Any, costs: Mapping[str, float], tags: Any) -> None:
+    """Add our tags, beside those of the model and the caller, and our sections to the stock card of an output folder.
 
-    costs: RunCosts
-
-    def create_model_card(self: Any, *positional: Any, **options: Any) -> None:
-        """Write the stock card, with our tags beside those of the model, the adapter and the caller, and our sections."""
-        super().create_model_card(*positional, **options)  # type: ignore[misc]
-        path = Path(self.args.output_dir, "README.md")
-        if not self.is_world_process_zero() or not path.is_file():
-            return
-        card, tags = ModelCard.load(path), options.get("tags") or []
-        own = [tags] if isinstance(tags, str) else tags
-        stock = ["generated_from_trainer"]
-        card.data.tags = sorted(
-            {*(card.data.tags or []), *own, *stock, *(getattr(self.model, "model_tags", None) or []), *TAGS}
-        )
-        if not card.data.get("base_model"):  # an empty name, of a model made from its configuration, is refused by the Hub
-            card.data.pop("base_model", None)
-        card.text = (
-            "\n\n".join([card.text.rstrip(), *sections(self.args, self.costs.so_far(), pictures(path.parent))]) + "\n"
-        )
-        card.save(path)
+    Args:
+        args: the arguments of the run.
+        model: the model.
+        costs: see `RunCosts.so_far`.
+        tags: what the caller gave, a name or a list of names.
+    """
+    path = Path(args.output_dir, "README.md")
+    if not path.is_file():
+        return
+    card, own = ModelCard.load(path), [tags] if isinstance(tags, str) else tags or []
+    stock = ["generated_from_trainer"]
+    card.data.tags = sorted({*(card.data.tags or []), *own, *stock, *(getattr(model, "model_tags", None) or []), *TAGS})
+    if not card.data.get("base_model"):  # an empty name, of a model made from its configuration, is refused by the Hub
+        card.data.pop("base_model", None)
+    card.text = "\n\n".join([card.text.rstrip(), *sections(args, costs, pictures(path.parent))]) + "\n"
+    card.save(path)
 
 
 def pictures(folder: Path) -> list[tuple[str, str]]:

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
-from transformers.trainer_utils import rotate_checkpoints
 
 from .errors import ConfigurationError
+from .share import Share
 
 logger = logging.getLogger("hf_flops.trainer")
 UNFINISHED, MANIFEST, STATE = ".unfinished", "flops_files.json", "trainer_state.json"
@@ -74,82 +74,101 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-class WholeCheckpoints:
-    """The part of a trainer that saves and resumes; to be put before a class derived from `transformers.Trainer`."""
+class CheckpointWriter:
+    """Lets the stock trainer save in a folder beside, and moves the checkpoint to its place when all of it is there.
 
-    _saving = False
+    Attributes:
+        saving: whether a checkpoint is being saved.
+    """
 
-    def _get_output_dir(self: Any, trial: Any) -> str:
-        folder = super()._get_output_dir(trial)  # type: ignore[misc]
-        return os.path.join(folder, UNFINISHED) if self._saving else folder
+    def __init__(self) -> None:
+        self.saving = False
 
-    def _save_checkpoint(self: Any, model: Any, trial: Any) -> None:
-        """Let the stock trainer save in a folder beside, and move the checkpoint to its place when all are done."""
-        run, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
-        unfinished, folder = run / UNFINISHED / name, run / name
-        if self.args.local_process_index == 0:
-            shutil.rmtree(unfinished.parent, ignore_errors=True)  # of a run that was killed
-        self._share.everyone(None)
-        self._saving = True
-        try:
-            super()._save_checkpoint(model, trial)  # type: ignore[misc]
-        finally:
-            self._saving = False
-        if Path(self.state.best_model_checkpoint or "") == unfinished:  # "./out" is spelled otherwise as a path
-            self.state.best_model_checkpoint = str(folder)
-            if self.args.should_save:
-                self.state.save_to_json(str(unfinished / STATE))
-        self._share.everyone(None)
-        if self.args.process_index == 0:
-            publish(unfinished, folder)
-        self._share.everyone(None)
-        if self.args.local_process_index == 0 and unfinished.is_dir():  # on another machine that shares no disk
-            publish(unfinished, folder)
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(folder))
-        if self.args.should_save:
-            best = self.state.best_model_checkpoint
-            rotate_checkpoints(str(run), self.args.save_total_limit, best, use_mtime=True)
+    def folder(self, run: str) -> str:
+        """Return where the stock trainer is to save, for a run's output folder."""
+        return os.path.join(run, UNFINISHED) if self.saving else run
 
-    def _push_from_checkpoint(self: Any, checkpoint_folder: str) -> None:
-        if not self._saving:
-            super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
+    @contextmanager
+    def whole(self, run: Path, args: Any, state: Any, group: Share) -> Iterator[Path]:
+        """Publish what is saved inside.
 
-    def _chosen_checkpoint(self: Any, wanted: str | bool | None) -> str | None:
-        """Return the folder of the checkpoint to resume from.
+        Args:
+            run: the run's output folder.
+            args: the run's arguments.
+            state: the trainer's state.
+            group: the processes, which wait for each other.
 
-        Raises:
-            ConfigurationError: there is none, it is no checkpoint, or it is not whole.
+        Yields:
+            The folder that the checkpoint will have.
         """
-        if not wanted:
-            return None
-        if wanted is True:
-            wanted = self._share.first(last_checkpoint(self.args.output_dir))
-            if wanted is None:
-                raise ConfigurationError(f"output_dir={self.args.output_dir!r} holds no whole checkpoint to resume from.")
-        elif Path(wanted, MANIFEST).is_file() and not is_whole(wanted):
-            raise ConfigurationError(
-                f"{wanted!r} lacks files that it was saved with, or its {MANIFEST} is damaged: resume from an earlier one."
-            )
-        elif not Path(wanted, STATE).is_file():
-            raise ConfigurationError(
-                f"resume_from_checkpoint={wanted!r} holds no {STATE}: give the folder of a checkpoint, such as "
-                f"{self.args.output_dir}/checkpoint-100, or True for the latest one there."
-            )
-        return str(wanted)
+        name = f"checkpoint-{state.global_step}"
+        unfinished, folder = run / UNFINISHED / name, run / name
+        if args.local_process_index == 0:
+            shutil.rmtree(unfinished.parent, ignore_errors=True)  # of a run that was killed
+        group.everyone(None)
+        self.saving = True
+        try:
+            yield folder
+        finally:
+            self.saving = False
+        if Path(state.best_model_checkpoint or "") == unfinished:  # "./out" is spelled otherwise as a path
+            state.best_model_checkpoint = str(folder)
+            if args.should_save:
+                state.save_to_json(str(unfinished / STATE))
+        group.everyone(None)
+        if args.process_index == 0:
+            publish(unfinished, folder)
+        group.everyone(None)
+        if args.local_process_index == 0 and unfinished.is_dir():  # on another machine that shares no disk
+            publish(unfinished, folder)
 
-    def _load_rng_state(self: Any, checkpoint: str | None) -> None:
-        """Bring generators back as they were, also those of a run with another number of processes: all had the same."""
-        wanted = f"rng_state_{self.args.process_index}.pth" if self.args.world_size > 1 else "rng_state.pth"
-        if checkpoint is None or Path(checkpoint, wanted).is_file():
-            super()._load_rng_state(checkpoint)  # type: ignore[misc]
+
+def chosen_checkpoint(wanted: str | bool | None, output_dir: Any, group: Share) -> str | None:
+    """Return the folder of the checkpoint to resume from, None to start anew.
+
+    Args:
+        wanted: `resume_from_checkpoint`.
+        output_dir: where True looks for the latest one.
+        group: the processes; all resume from what the first of them finds.
+
+    Raises:
+        ConfigurationError: there is none, it is no checkpoint, or it is not whole.
+    """
+    if not wanted:
+        return None
+    if wanted is True:
+        wanted = group.first(last_checkpoint(output_dir))
+        if wanted is None:
+            raise ConfigurationError(f"output_dir={output_dir!r} holds no whole checkpoint to resume from.")
+    elif Path(wanted, MANIFEST).is_file() and not is_whole(wanted):
+        raise ConfigurationError(
+            f"{wanted!r} lacks files that it was saved with, or its {MANIFEST} is damaged: resume from an earlier one."
+        )
+    elif not Path(wanted, STATE).is_file():
+        raise ConfigurationError(
+            f"resume_from_checkpoint={wanted!r} holds no {STATE}: give the folder of a checkpoint, such as "
+            f"{output_dir}/checkpoint-100, or True for the latest one there."
+        )
+    return str(wanted)
+
+
+@contextmanager
+def generator_states(checkpoint: str | None, args: Any) -> Iterator[str | None]:
+    """Yield a folder with the states of this process's generators, also of a run with another number of processes.
+
+    All processes of a run have the same states.
+    """
+    wanted = f"rng_state_{args.process_index}.pth" if args.world_size > 1 else "rng_state.pth"
+    if checkpoint is None or Path(checkpoint, wanted).is_file():
+        yield checkpoint
+        return
+    for name in ("rng_state.pth", "rng_state_0.pth"):
+        if (path := Path(checkpoint, name)).is_file():
+            with tempfile.TemporaryDirectory() as folder:
+                shutil.copy(path, Path(folder, wanted))
+                yield folder
             return
-        for name in ("rng_state.pth", "rng_state_0.pth"):
-            if (path := Path(checkpoint, name)).is_file():
-                with tempfile.TemporaryDirectory() as folder:
-                    shutil.copy(path, Path(folder, wanted))
-                    super()._load_rng_state(folder)  # type: ignore[misc]
-                return
+    yield None
 
 
 class Leave(TrainerCallback):

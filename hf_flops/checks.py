@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
 
 from .args import FlopsArgumentsMixin
-from .errors import ConfigurationError
+from .errors import ConfigurationError, ObjectiveError
 from .launch import check_environment, check_world
+from .objectives import Forward
 from .precision import keep_masters
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,24 @@ def check_ready(model: nn.Module, data: Any, needs_clean: bool, samples: int) ->
             "per_device_train_batch_size=1 leaves the allocator nothing to share out: use larger batches with fewer "
             "queries_per_sample."
         )
+
+
+def check_labels(forward: Forward, inputs: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Refuse a batch without labels, of a model that makes no loss without them, as an autoencoder does.
+
+    Args:
+        forward: runs the model.
+        inputs: the batch.
+        names: what labels are called.
+    """
+    if any(name in inputs for name in names):
+        return
+    try:
+        loss = forward(inputs)[0]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        loss = None
+    if loss is None:
+        raise ObjectiveError(f"The batch has no labels: its keys are {sorted(inputs)}, and none of {names} is among them.")
 
 
 def wrap_with_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
@@ -109,18 +128,3 @@ def shared_texts(model: nn.Module, inputs: Mapping[str, Any], clean: bool) -> Ab
     """
     cached = getattr(model, "cached_texts", None)
     return nullcontext() if cached is None else cached(inputs, clean=clean)
-
-
-def held_back(model: nn.Module, parts: str, progress: float) -> frozenset[str]:
-    """Return the names of the tensors that get no noise for now: `lora_A`, while `parts` says so.
-
-    At its initialisation `lora_B = 0` hides `lora_A` from the loss: noise on it would carry no signal, and only move it.
-
-    Args:
-        model: the model.
-        parts: "both", "B" or "B_then_A".
-        progress: steps done over all steps.
-    """
-    if parts == "both" or (parts == "B_then_A" and progress >= 0.5):
-        return frozenset()
-    return frozenset(name for name, parameter in model.named_parameters() if ".lora_A." in name and parameter.requires_grad)

@@ -5,20 +5,21 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from collections.abc import Callable
 from importlib import import_module
 
 from ._version import __version__
 from .errors import FlopsError
 
-# name: (module with `main(arguments) -> exit code`, what it does)
+# name: (module and function, `function(arguments) -> exit code`; what it does)
 COMMANDS: dict[str, tuple[str, str]] = {
-    "vit": ("vit", "adapt a vision transformer to new classes with forward passes only"),
-    "prompt": ("prompt", "tune a prompt of a language model with forward passes only"),
-    "align": ("align", "align images with texts, or classify images by sentences, with forward passes only"),
-    "compare": ("compare", "presets side by side on one task at the same rows"),
-    "doctor": ("doctor", "what training would do with a model, a method and data, and a learning rate to begin with"),
-    "plot": ("plot", "pictures of a run: learning curve, where the queries went, signal to noise"),
-    "replay": ("replay", "rebuild an adapter from its trajectory log, or verify a checkpoint against it"),
+    "vit": ("recipe:vit", "adapt a vision transformer to new classes with forward passes only"),
+    "prompt": ("recipe:prompt", "tune a prompt of a language model with forward passes only"),
+    "align": ("recipe:align", "align images with texts, or classify images by sentences, with forward passes only"),
+    "compare": ("compare:main", "presets side by side on one task at the same rows"),
+    "doctor": ("doctor:main", "what training would do with a model, a method and data, and a learning rate to begin with"),
+    "plot": ("plot:main", "pictures of a run: learning curve, where the queries went, signal to noise"),
+    "replay": ("replay:main", "rebuild an adapter from its trajectory log, or verify a checkpoint against it"),
 }
 
 
@@ -38,13 +39,18 @@ def parser() -> argparse.ArgumentParser:
     return own
 
 
+def function(command: str) -> Callable[[list[str]], int]:
+    """Import and return what runs a subcommand."""
+    module, _, name = COMMANDS[command][0].partition(":")
+    return getattr(import_module(f".commands.{module}", __package__), name)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a subcommand; returns the exit code: 0 for success, 1 for an error that the message explains."""
     given = parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    command = import_module(f".commands.{COMMANDS[given.command][0]}", __package__)
     try:
-        return command.main(given.arguments)
+        return function(given.command)(given.arguments)
     except FlopsError as error:
         reason = str(error)
     except ModuleNotFoundError as error:

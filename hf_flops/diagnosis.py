@@ -18,9 +18,9 @@ from .args import FlopsTrainingArguments
 from .auto_queries import AutoQueries
 from .calibration import Calibration, calibrate
 from .memory import PeakMemory
-from .method import Method
 from .perturbations import ActivationNoise, ParameterVector
 from .selfcheck import precision_of
+from .sessions import Batch
 from .throwaway import copied, generators_kept, listening
 from .trainer import FlopsTrainer
 from .trial_rate import JUDGES, LONGEST, PER_STEP, PlannedSearch, some_of
@@ -152,7 +152,6 @@ class _Trial(FlopsTrainer):
     model: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.method: Method | None = None
         self.auto, self.speeds, self.found = AutoQueries(), list[float](), list[tuple[float, float]]()
         self.megabytes = math.nan
         self.searched: int | None = None  # steps that searches looked at, once these are over; the next one ends the trial
@@ -160,16 +159,16 @@ class _Trial(FlopsTrainer):
         super().__init__(*args, **kwargs)
 
     def _new_search(self) -> PlannedSearch:
-        steps = self.args.max_steps // LONGEST
-        loader = self.get_test_dataloader(some_of(self.train_dataset, min(JUDGES, PER_STEP * steps)))
-        self._judges = [self._prepare_inputs(batch) for batch in loader]
-        return PlannedSearch(steps)
+        search = PlannedSearch(self.args.max_steps // LONGEST)
+        loader = self.get_test_dataloader(some_of(self.train_dataset, min(JUDGES, PER_STEP * search.steps)))
+        search.judges = [self._batch(self.model, self._prepare_inputs(inputs)) for inputs in loader]
+        return search
 
-    def _search_rate(self, forward: Any, inputs: Any, method: Method) -> None:
-        super()._search_rate(forward, inputs, method)
-        self.method = method
-        if self.searched is None and self._rate.settled:  # type: ignore[union-attr]
-            self.calibration = calibrate(forward, inputs, method, self._seed())
+    def _search_rate(self, batch: Batch) -> None:
+        super()._search_rate(batch)
+        assert isinstance(self._rate, PlannedSearch)
+        if self.searched is None and self._rate.settled and self.session.method is not None:
+            self.calibration = calibrate(batch.forward, batch.inputs, self.session.method, self._seed)
             self.searched = self.state.global_step
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -183,10 +182,10 @@ class _Trial(FlopsTrainer):
         else:
             loss = super().training_step(*args, **kwargs)
             self.speeds.append((self.ledger.all_rows - before) / (time.perf_counter() - start))
-        result = self.ledger.last_step
-        if result is not None and self.method is not None and "gradient_signal" in result.metrics:
+        result, method = self.ledger.last_step, self.session.method
+        if result is not None and method is not None and "gradient_signal" in result.metrics:
             self.auto.at(self.state.global_step)
-            self.auto.learn(result, self.method)
+            self.auto.learn(result, method)
             self.found.append((result.metrics["gradient_signal"], result.metrics["gradient_variance"]))
         return loss
 
@@ -194,17 +193,18 @@ class _Trial(FlopsTrainer):
 def rules_of(trainer: Any) -> list[Rule]:
     """Return how a trainer that has taken a step gets the gradient of each trainable tensor."""
     ways: dict[str, tuple[str, str]] = {}
-    for part in getattr(trainer._perturbation, "parts", [trainer._perturbation]):
+    session = trainer.session
+    for part in session.chosen.perturbation.parts:
         for site in getattr(part, "sites", []) if not isinstance(part, ActivationNoise) else []:
             if getattr(site.rule, "__name__", "") == "looped":
                 names = [part.vector.names[index] for index in site.tensors.values()]
                 ways.update(dict.fromkeys(names, ("row by row", "no rule for all rows at once agrees with moving it")))
         for name in part.vector.names:
             ways.setdefault(name, _way(part, trainer))
-    if trainer._head is not None:
+    if session.chosen.head is not None:
         reason = "it makes the loss's logits: residual times input, from the clean forward"
-        ways.update(dict.fromkeys(trainer._head.vector.names, ("exact", reason)))
-    ways.update(dict.fromkeys(trainer._held, ("held back", f"lora_parts={trainer.args.lora_parts!r}")))
+        ways.update(dict.fromkeys(session.chosen.head.vector.names, ("exact", reason)))
+    ways.update(dict.fromkeys(session.held, ("held back", f"lora_parts={trainer.args.lora_parts!r}")))
     vector, idle = ParameterVector.of(trainer.model), ("none", "the loss does not depend on it")
     pairs = zip(vector.names, vector.parameters, strict=True)
     return [Rule(name, parameter.numel(), *ways.get(name, idle)) for name, parameter in pairs]
@@ -218,14 +218,14 @@ def _way(part: Any, trainer: Any) -> tuple[str, str]:
         return "per row", "gave each row the loss that moving it explicitly gives"
     if trainer.args.perturbation == "shared":
         return "shared", "asked for"
-    if not trainer._objective.per_row:
+    if not trainer.session.chosen.objective.per_row:
         return "shared", "the loss belongs to the batch as a whole"
     return "shared", "no rule per row agrees with moving it explicitly"
 
 
 def _facts(trainer: _Trial, target: float) -> Iterator[Fact]:
     """Yield what was measured and what is suggested."""
-    method, found, steps = trainer.method, trainer.calibration, trainer.state.global_step
+    method, found, steps = trainer.session.method, trainer.calibration, trainer.state.global_step
     assert method is not None
     assert trainer._rate is not None
     precision = precision_of(trainer.model, autocast=trainer.args.bf16)

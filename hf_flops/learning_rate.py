@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import TrainerCallback
 
-from .clean import clean_forward
 from .errors import ConfigurationError
 from .line_search import MOST_LOOKS, SHORTER, Found, line_search
-from .method import Method
-from .objectives import Forward
-from .padding import Feed
 from .perturbations import ParameterVector
-from .reuse import Reuse
-from .rows import batch_size
+from .sessions import Batch, GradientSession
+from .share import Share
 
 logger = logging.getLogger("hf_flops.trainer")
-RATE_FILE = "flops_rate.safetensors"
 MOST_STEPS = 32  # of a window
 _EARLY, _LATE = (1 / 8, 64.0), (1 / 4, 4.0)  # factors that a window of up to 8 steps may have, and a longer one
 
@@ -45,9 +35,11 @@ class RateSearch(TrainerCallback):
     Attributes:
         multiplier: what the schedule's rates are multiplied by.
         window: optimizer steps until the next search.
+        judges: batches that a search looks at; where there are none, it is the next one.
     """
 
     _line = staticmethod(line_search)
+    judges: Sequence[Batch] = ()
 
     def __init__(self) -> None:
         self.multiplier, self.window = 1.0, 1
@@ -84,6 +76,35 @@ class RateSearch(TrainerCallback):
         if self._names != vector.names:
             self._begin(vector, optimizer)
         return self._steps >= self.window and self._rates > 0
+
+    def step(
+        self,
+        session: GradientSession,
+        batch: Batch,
+        vector: ParameterVector,
+        optimizer: Any,
+        group: Share,
+        *,
+        planned: int,
+        left: float,
+    ) -> int:
+        """Search before an optimizer step, where that is due and the budget allows it; returns the rows that it took.
+
+        Args:
+            session: gives the losses.
+            batch: the next one.
+            vector: the trained parameters.
+            optimizer: the optimizer.
+            group: the processes; all do what the first of them finds.
+            planned: rows of the coming optimizer step.
+            left: rows that may still go through the model.
+        """
+        if not self.due(batch.step, vector, optimizer) or planned + MOST_LOOKS * batch.samples > left:
+            return 0
+        judges = self.judges or [batch]
+        with session.unperturbed(judges) as losses:
+            found = self.search(losses, vector, optimizer, group.first)
+        return found.looks * sum(judge.samples for judge in judges)
 
     def search(self, losses: Callable[[], Tensor], vector: ParameterVector, optimizer: Any, agree: Any) -> Found:
         """Search along the window's way, and go where it is best.
@@ -147,31 +168,16 @@ class RateSearch(TrainerCallback):
         state = getattr(optimizer, "optimizer", optimizer).state
         self._state = [copy.deepcopy(state.get(parameter, {})) for parameter in vector.parameters]
 
-    def save(self, folder: str) -> None:
-        """Write what a resume needs into a folder."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resume needs."""
         numbers = {"multiplier": self.multiplier, "window": self.window, "steps": self._steps, "rates": self._rates}
-        tensors, state = {f"start.{i}": value for i, value in enumerate(self._start)}, []
-        for i, kept in enumerate(self._state):
-            tensors |= {f"state.{i}.{name}": value for name, value in kept.items() if torch.is_tensor(value)}
-            state.append({name: value for name, value in kept.items() if not torch.is_tensor(value)})
-        about = {"numbers": json.dumps({**numbers, "names": self._names, "state": state})}
-        save_file({name: value.contiguous() for name, value in tensors.items()}, Path(folder, RATE_FILE), about)
+        return {**numbers, "names": self._names, "start": self._start, "state": self._state}
 
-    def load(self, folder: str | None) -> None:
-        """Take up what `save` wrote, if it did."""
-        if folder is None or not (path := Path(folder, RATE_FILE)).is_file():
-            return
-        with safe_open(path, "pt") as file:
-            found = json.loads(file.metadata()["numbers"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is not a dict
-        self.multiplier, self.window = found["multiplier"], found["window"]
-        self._steps, self._rates, self._state = found["steps"], found["rates"], found["state"]
-        self._names = found.get("names", [])  # an older version did not keep them
-        self._start = [tensors[f"start.{i}"] for i in range(len(self._state))]
-        for name, value in tensors.items():
-            kind, i, *rest = name.split(".", 2)
-            if kind == "state":
-                self._state[int(i)][rest[0]] = value
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a state from `state_dict`."""
+        self.multiplier, self.window = state["multiplier"], state["window"]
+        self._steps, self._rates, self._names = state["steps"], state["rates"], state["names"]
+        self._start, self._state = state["start"], state["state"]
 
 
 def _beside(value: Any, parameter: Tensor) -> Any:
@@ -186,72 +192,3 @@ def _kept(vector: ParameterVector, now: list[Tensor]) -> Iterator[None]:
     finally:
         for parameter, value in zip(vector.parameters, now, strict=True):
             parameter.data.copy_(value)
-
-
-class SearchesRate:
-    """The part of a trainer that searches for its learning rate; to be put before a class derived from `Trainer`."""
-
-    _rate: RateSearch | None = None
-    _judges: Sequence[Any] = ()  # batches that a search looks at; where there are none, it is the next one
-
-    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """Train with a new search, if one is wanted."""
-        self.remove_callback(RateSearch)
-        self._rate = self._new_search() if self.args.learning_rate_search else None
-        if self._rate is not None:
-            self.add_callback(self._rate)
-        return super().train(*args, **kwargs)  # type: ignore[misc]
-
-    def _new_search(self) -> RateSearch:
-        return RateSearch()
-
-    def _search_rate(self: Any, forward: Forward, inputs: Any, method: Method) -> None:
-        """Search before an optimizer step, where that is due and the budget allows it; every row is charged."""
-        if self._rate is None:
-            return
-        if method is None:
-            raise ConfigurationError(
-                "learning_rate_search needs a loss per batch, not queries of single images and texts: give learning_rate a "
-                'number, or use perturbation="shared".'
-            )
-        step, samples, vector = self.state.global_step, batch_size(inputs), ParameterVector.of(self.model)
-        if not self._rate.due(step, vector, self.optimizer):
-            return
-        planned = samples * self.args.gradient_accumulation_steps * self._queries_at(step)
-        if planned + MOST_LOOKS * samples > self._budget.left:
-            return
-        before, ids = (self.ledger.all_rows, self.ledger.tokens), None if self._ids is None else tuple(self._ids)
-        if self._judges:  # what is known of the next batch says nothing of these
-            method, ids = replace(method, reuse=Reuse()), None
-        feeds = [Feed(batch, method.trimmed) for batch in self._judges or [inputs]]
-        sizes = [batch_size(feed.whole) for feed in feeds]
-
-        def losses() -> Tensor:
-            found = [
-                clean_forward(forward, method, size, feed, method.rows_per_forward)  # type: ignore[arg-type]
-                for size, feed in zip(sizes, feeds, strict=True)
-            ]
-            return torch.cat([clean.losses.sums for clean in found])
-
-        with method.reuse.installed():
-            method.reuse.prepare(forward, feeds[0].whole, ids)
-            found = self._rate.search(losses, vector, self.optimizer, self._share.first)
-        self.ledger.rows += found.looks * sum(sizes)
-        self._count_together(before, found.looks * sum(sizes))
-
-    def log(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log as the stock trainer does: the rate with the multiplier in it, and the multiplier."""
-        if self._rate is not None and "learning_rate" in logs:
-            factor = self._rate.multiplier
-            logs = {**logs, "learning_rate": logs["learning_rate"] * factor, "learning_rate_multiplier": factor}
-        super().log(logs, *args, **kwargs)  # type: ignore[misc]
-
-    def _save_optimizer_and_scheduler(self: Any, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
-        if self._rate is not None and self.args.should_save:
-            self._rate.save(output_dir)
-
-    def _load_optimizer_and_scheduler(self: Any, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
-        if self._rate is not None:
-            self._rate.load(checkpoint)

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .method import StepResult
+from .method import FinishedBatch, StepResult
 from .objectives import Forward
 from .rows import batch_size
+from .share import Share
 
 
 def columns(inputs: Mapping[str, Any]) -> int:
@@ -67,6 +68,23 @@ class Ledger:
             return answer
 
         return run
+
+    def observe(self, finished: FinishedBatch) -> None:
+        """Enter a finished batch of a trainer."""
+        self.record(finished.result, finished.position.ids, class_labels(finished.inputs))
+
+    def reconcile(self, before: tuple[int, int], ran: int, group: Share) -> None:
+        """Enter the rows that all processes ran since the ledger said `before`; what each ran alike counts once.
+
+        Args:
+            before: `all_rows` and `tokens` of then.
+            ran: rows of all processes.
+            group: the processes.
+        """
+        if group.world > 1:
+            rows, tokens = before
+            self.all_rows = rows + ran
+            self.tokens = tokens + int(group.total(torch.tensor([self.tokens - tokens], dtype=torch.int32)))
 
     def record(self, result: StepResult, ids: Sequence[int] | None = None, labels: Sequence[int] | None = None) -> None:
         """Enter a finished batch; ids, labels: (B,) of its samples, if they have any."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -17,6 +19,7 @@ from .objectives import Objective
 from .perturbations import Perturbation
 from .regenerate import Trace
 from .reuse import Reuse
+from .rows import Place
 
 
 @dataclass(frozen=True)
@@ -106,3 +109,20 @@ class StepResult:
     mean_squares: Tensor
     metrics: dict[str, float]
     trace: Trace | None = None
+
+
+@dataclass(frozen=True)
+class FinishedBatch:
+    """A batch whose gradient has been estimated, for those who observe a run.
+
+    Attributes:
+        result: what was found.
+        inputs: the batch.
+        position: where it lay in the run.
+        method: how its gradient was estimated; None where images and texts had a method each.
+    """
+
+    result: StepResult
+    inputs: Mapping[str, Any]
+    position: Place
+    method: Method | None

@@ -1,72 +1,86 @@
-"""Whether a run follows a contrastive loss, and then embedding by embedding or for the batch as a whole."""
+"""Which gradient session a run has: one of single images and texts for a contrastive loss, or one of samples."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
-from .alignment import Alignment
+from torch import nn
+
+from .alignment import ContrastiveSession
+from .allocators import Allocator
 from .contrastive import ContrastiveLoss
 from .errors import ConfigurationError
+from .estimators import Estimator
 from .image_text import contrastive_base, whole_batch
 from .objectives import Forward, Objective
+from .perturbations import Perturbation
+from .sessions import Batch, GradientSession, SampleSession
+from .share import Share
 
-logger = logging.getLogger("hf_flops.trainer")
 
-
-class PairSteps:
-    """What a trainer does otherwise for models of images and texts.
+def start_session(
+    args: Any,
+    model: nn.Module,
+    group: Share,
+    metered: Callable[[Forward], Forward],
+    *,
+    objective: Objective | None = None,
+    allocator: Allocator | None = None,
+    estimator: Estimator | None = None,
+    perturbation: Perturbation | None = None,
+    whole: bool = False,
+    check: Callable[[Batch], None] = lambda batch: None,
+) -> GradientSession:
+    """Return the session for a model, an objective and arguments.
 
     Args:
-        objective: the trainer's, None for the model's own loss.
+        args: the run's arguments.
+        model: the model.
+        group: the processes of the run.
+        metered: wraps what runs the model, to count rows.
+        objective: what is minimised; None for the model's own loss.
+        allocator: an instance, in place of the name in `args`.
+        estimator: an instance, in place of the name in `args`.
+        perturbation: an instance, in place of the name in `args`.
+        whole: whether a contrastive loss is to be taken for the batch as a whole.
+        check: refuses a first batch that lacks what the model's own loss needs.
+
+    Raises:
+        ConfigurationError: arguments that queries of single images and texts cannot follow.
     """
+    contrast = objective if isinstance(objective, ContrastiveLoss) else None
+    contrastive = contrastive_base(model) is not None and (objective is None or contrast is not None)
+    if contrastive and not (whole or perturbation or args.perturbation == "shared"):
+        _check_contrastive(args)
+        return ContrastiveSession(args, model, contrast, metered, allocator=allocator, estimator=estimator)
 
-    def __init__(self, objective: Any) -> None:
-        self.contrast = objective if isinstance(objective, ContrastiveLoss) else None
-        self._theirs = objective is not None and self.contrast is None  # another objective has nothing to do with it
-        self.reset()
+    def default(batch: Batch) -> Objective | None:
+        if contrastive:
+            return whole_batch(model, batch.inputs, contrast)
+        if objective is None:
+            check(batch)
+        return None
 
-    def reset(self) -> None:
-        """Start anew, with a new run."""
-        self._alignment: Alignment | None = None
-        self._refused = False
+    parts: dict[str, Any] = {"allocator": allocator, "estimator": estimator, "perturbation": perturbation}
+    return SampleSession(args, model, group, objective=objective, default=default, **parts)
 
-    def renew(self) -> None:
-        """Find out anew, with the next batch, what of each tower is trained."""
-        if self._alignment is not None:
-            self._alignment.stale = True
 
-    def alignment(self, trainer: Any) -> Alignment | None:
-        """Return what estimates gradients from single images and texts; None for other losses and for shared noise."""
-        whole = trainer.args.perturbation == "shared" or trainer._given_perturbation or trainer.compute_loss_func
-        possible = not (self._theirs or self._refused or whole) and contrastive_base(trainer.model) is not None
-        if self._alignment is None and possible:
-            parts = trainer._estimator, trainer._given_allocator, lambda forward: trainer.ledger.metered(forward)
-            self._alignment = Alignment(trainer.args, trainer.model, self.contrast or ContrastiveLoss(), *parts)
-        return self._alignment
-
-    def ready(self, trainer: Any, forward: Forward, inputs: Mapping[str, Any]) -> Alignment | None:
-        """Return the same, set up with the batch where that is due; None, with a message, where the loss is another one."""
-        alignment = self.alignment(trainer)
-        if alignment is not None and trainer._recorder is not None:
-            raise ConfigurationError(
-                'trajectory_log=True cannot tell queries of images from those of texts: use perturbation="shared".'
-            )
-        if alignment is not None and trainer.args.queries_per_sample == "auto":
-            raise ConfigurationError("queries_per_sample='auto' does not know the rows of images and texts: give a number.")
-        if alignment is not None and trainer.args.world_size > 1:
-            raise ConfigurationError(
-                f"{trainer.args.world_size} processes cannot share the queries of single images and texts: use one, or "
-                'perturbation="shared".'
-            )
-        if alignment is not None and not alignment.set_up(forward, inputs, trainer._held, own=self.contrast is None):
-            logger.warning("The loss of %s is not that of its embeddings' cosines.", type(alignment.base).__name__)
-            self._alignment, self._refused = None, True
-        return self._alignment
-
-    def whole(self, trainer: Any, inputs: Mapping[str, Any]) -> Objective | None:
-        """Return the contrastive loss of a batch as a whole, after a look at it; None for models and objectives without."""
-        if self._theirs or contrastive_base(trainer.model) is None:
-            return None
-        return whole_batch(trainer.model, inputs, self.contrast)
+def _check_contrastive(args: Any) -> None:
+    """Refuse arguments that need a loss per batch."""
+    if args.trajectory_log:
+        raise ConfigurationError(
+            'trajectory_log=True cannot tell queries of images from those of texts: use perturbation="shared".'
+        )
+    if args.queries_per_sample == "auto":
+        raise ConfigurationError("queries_per_sample='auto' does not know the rows of images and texts: give a number.")
+    if args.world_size > 1:
+        raise ConfigurationError(
+            f"{args.world_size} processes cannot share the queries of single images and texts: use one, or "
+            'perturbation="shared".'
+        )
+    if args.learning_rate_search:
+        raise ConfigurationError(
+            "learning_rate_search needs a loss per batch, not queries of single images and texts: give learning_rate a "
+            'number, or use perturbation="shared".'
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -137,17 +136,14 @@ class GeneratedMetric(Objective):
     """A metric or reward of the text that the perturbed model generates, all rows of a forward at once.
 
     Args:
-        what: "exact_match", "f1" (of words) or "rouge_l" (longest common subsequence of words, F1), which compare with the
-            text of the labels; or a function that maps (R texts, inputs) to R numbers.
+        what: "exact_match", which compares words with the text of the labels, or a function that maps (R texts, inputs) to
+            R numbers.
         tokenizer: turns tokens into text.
         greater_is_better: which way the metric improves.
         options: for the model's `generate`; the default is greedy, so that a row's text depends on its noise alone.
 
     Raises:
         ConfigurationError: an unknown name.
-
-    References:
-        Lin (2004), ROUGE: A Package for Automatic Evaluation of Summaries, section 3.
     """
 
     generates = True
@@ -162,8 +158,10 @@ class GeneratedMetric(Objective):
         greater_is_better: bool = True,
         **options: Any,
     ) -> None:
-        if isinstance(what, str) and what not in TEXT_SCORES:
-            raise ConfigurationError(f"GeneratedMetric({what!r}) is unknown: use {', '.join(TEXT_SCORES)} or a function.")
+        if isinstance(what, str) and what != "exact_match":
+            raise ConfigurationError(
+                f"GeneratedMetric({what!r}) is unknown: use exact_match or a function of texts and inputs."
+            )
         self.what, self.tokenizer, self.sign = what, tokenizer, -1.0 if greater_is_better else 1.0
         self.options = {"do_sample": False, "num_beams": 1, **options}
 
@@ -196,8 +194,7 @@ class GeneratedMetric(Objective):
         if callable(self.what):
             scores = self.what(texts, inputs)
         else:
-            score = TEXT_SCORES[self.what]
-            scores = [score(text, wanted) for text, wanted in zip(texts, self.references(inputs), strict=True)]
+            scores = [exact_match(*pair) for pair in zip(texts, self.references(inputs), strict=True)]
         return _losses(scores, self.sign, batch_size(inputs))
 
 
@@ -212,30 +209,6 @@ def _words(text: str) -> list[str]:
     return "".join(c if c.isalnum() else " " for c in text.lower()).split()
 
 
-def _f1(common: int, found: int, wanted: int) -> float:
-    return 2 * common / (found + wanted) if found + wanted else 1.0
-
-
 def exact_match(text: str, wanted: str) -> float:
     """Return 1 where a text has the words that were wanted, whatever its case and punctuation."""
     return float(_words(text) == _words(wanted))
-
-
-def word_f1(text: str, wanted: str) -> float:
-    """Return the F1 of the words of a text, in any order."""
-    found, words = _words(text), _words(wanted)
-    return _f1((Counter(found) & Counter(words)).total(), len(found), len(words))
-
-
-def rouge_l(text: str, wanted: str) -> float:
-    """Return the F1 of the longest common subsequence of words."""
-    found, words = _words(text), _words(wanted)
-    longest = [0] * (len(words) + 1)
-    for word in found:
-        before = longest[:]
-        for i, other in enumerate(words):
-            longest[i + 1] = before[i] + 1 if word == other else max(before[i + 1], longest[i])
-    return _f1(longest[-1], len(found), len(words))
-
-
-TEXT_SCORES: dict[str, Callable[[str, str], float]] = {"exact_match": exact_match, "f1": word_f1, "rouge_l": rouge_l}

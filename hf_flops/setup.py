@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,38 @@ from .selfcheck import choose_objective, choose_perturbation, precision_of
 logger = logging.getLogger("hf_flops.trainer")
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """What the first batch decided.
+
+    Attributes:
+        objective: what is minimised.
+        perturbation: where noise enters.
+        reuse: what runs once per sample.
+        head: the layer whose gradient is exact, if there is one.
+    """
+
+    objective: Objective
+    perturbation: Perturbation
+    reuse: Reuse
+    head: ClosedFormHead | None
+
+
+def held_back(model: nn.Module, parts: str, progress: float) -> frozenset[str]:
+    """Return the names of the tensors that get no noise for now: `lora_A`, while `parts` says so.
+
+    At its initialisation `lora_B = 0` hides `lora_A` from the loss: noise on it would carry no signal, and only move it.
+
+    Args:
+        model: the model.
+        parts: "both", "B" or "B_then_A".
+        progress: steps done over all steps.
+    """
+    if parts == "both" or (parts == "B_then_A" and progress >= 0.5):
+        return frozenset()
+    return frozenset(name for name, parameter in model.named_parameters() if ".lora_A." in name and parameter.requires_grad)
+
+
 def set_up(
     args: Any,
     model: nn.Module,
@@ -34,7 +67,7 @@ def set_up(
     objective: Objective | None,
     perturbation: Perturbation | None,
     held: Collection[str],
-) -> tuple[Objective, Perturbation, Reuse, ClosedFormHead | None]:
+) -> Chosen:
     """Choose what is not given, with the first batch, and say what was not as hoped.
 
     Args:
@@ -87,7 +120,7 @@ def _set_up(
     precision: float,
     *,
     ours: bool,
-) -> tuple[Objective, Perturbation, Reuse, ClosedFormHead | None]:
+) -> Chosen:
     """Do what `set_up` does once it is known what is minimised, and whether we chose it."""
     if ours:
         prepare_tap(model, objective, forward, inputs, control=args.control_variate != "none")
@@ -111,9 +144,9 @@ def _set_up(
         for note in notes:
             logger.warning("%s", note)
     if objective.generates:  # its forwards are not those that were looked at
-        return objective, perturbation, Reuse(), head
+        return Chosen(objective, perturbation, Reuse(), head)
     reuse = late_expansion(args, model, probe, forward, inputs, perturbation, precision)
-    return objective, perturbation, reuse, head
+    return Chosen(objective, perturbation, reuse, head)
 
 
 def prepare_tap(

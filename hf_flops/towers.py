@@ -13,7 +13,6 @@ from torch import Tensor
 
 from .clean import CleanPass, clean_pass
 from .contrastive import SIDES, ContrastiveBatch
-from .control_variates import control_variate
 from .errors import ConfigurationError
 from .heads import ClosedFormHead
 from .losses import widen
@@ -187,20 +186,10 @@ class TowerShares:
             shares[side] = int(wanted) // sizes[side]
         return shares
 
-
-class Controls:
-    """The control variate of each tower, as one for checkpoints."""
-
-    def __init__(self, name: str) -> None:
-        self.parts = {side: control_variate(name) for side in SIDES}
-
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, float]:
         """Return what a resume needs."""
-        found = ((side, part.state_dict()) for side, part in self.parts.items() if part is not None)
-        return {f"{side}.{name}": tensor for side, state in found for name, tensor in state.items()}
+        return self.weights
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Take up a state from `state_dict`."""
-        for side, part in self.parts.items():
-            if part is not None:
-                part.load_state_dict({n.partition(".")[2]: t for n, t in state.items() if n.startswith(f"{side}.")})
+        self.weights = dict(state)

@@ -1,59 +1,60 @@
-"""FlopsTrainer: `transformers.Trainer` with a training step that only runs the model forward."""
+"""FlopsTrainer: `transformers.Trainer` with a training step that only runs the model forward. Wiring only."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.trainer_utils import rotate_checkpoints
 
 from .allocators import ALLOCATORS, Allocator
 from .args import FlopsTrainingArguments
 from .budget import QueryBudget
-from .cards import TAGS, ModelCards
-from .checkpoints import Leave, WholeCheckpoints
+from .cards import TAGS, complete_card
+from .checkpoints import CheckpointWriter, Leave, chosen_checkpoint, generator_states
 from .checks import (
     check_arguments,
+    check_labels,
     check_ready,
     evaluation_mode,
-    held_back,
     quantised_base_allowed,
     shared_texts,
     widen_trainable,
     without_cache,
     wrap_with_adapter,
 )
-from .control_variates import control_variate
-from .errors import ObjectiveError
-from .estimators import ESTIMATORS, Estimator
-from .heads import ClosedFormHead
+from .estimators import Estimator
 from .image_text import with_plain_flag
-from .learning_rate import SearchesRate
-from .ledger import Ledger, class_labels
-from .method import Method
-from .objectives import CallableObjective, Objective, RowLossError
-from .pair_steps import PairSteps
-from .perturbations import Perturbation
-from .processes import ManyProcesses
-from .reuse import Reuse
-from .rows import Place, batch_size
-from .selfcheck import precision_of
-from .setup import loss_of_batch, set_up
+from .learning_rate import RateSearch
+from .ledger import Ledger
+from .method import FinishedBatch
+from .objectives import CallableObjective, Forward, Objective, RowLossError
+from .pair_steps import start_session
+from .perturbations import ParameterVector, Perturbation
+from .processes import BatchSize, Lockstep, start_group, undivided_loader
+from .rows import Place
+from .sessions import Averaging, Batch, GradientSession, HandOver
+from .share import Share
 from .state import load_state, save_state
-from .step import estimate_gradient
 from .trajectory.recorder import TrajectoryRecorder
-from .tuning import Tuning
-from .watching import Watched
+from .watching import add_reports
 
 logger = logging.getLogger(__name__)
 SAMPLE_ID = "sample_id"
+if TYPE_CHECKING:
+    _Base = Trainer  # so that `self` is typed
+else:
+    _Base = object
 
 
-class FlopsTrainerMixin(ModelCards, Watched, SearchesRate, WholeCheckpoints, ManyProcesses):
+class FlopsTrainerMixin(_Base):
     """Forward-only training for any class derived from `transformers.Trainer`: `class T(FlopsTrainerMixin, SomeTrainer)`.
 
     A data set column `sample_id` (whole numbers) never reaches the model; it lets the trainer count queries per sample, and
@@ -62,6 +63,7 @@ class FlopsTrainerMixin(ModelCards, Watched, SearchesRate, WholeCheckpoints, Man
     Attributes:
         ledger: rows used, queries per sample, and what the last step found.
         costs: what the last run cost, or this one so far.
+        session: what the run has learned about its gradient, once it has begun.
 
     Args:
         model: a model with trainable parameters, or a plain one together with `peft_config`.
@@ -79,6 +81,8 @@ class FlopsTrainerMixin(ModelCards, Watched, SearchesRate, WholeCheckpoints, Man
         ConfigurationError: nothing is trainable, the data set is empty, or unsuitable arguments or processes.
     """
 
+    args: Any
+    model: Any
     _tag_names: ClassVar = list(TAGS)
     _name = "FLOPS"
     _paper: ClassVar = {"title": "FLOPS: Forward Learning with OPtimal Sampling", "id": "2410.05966"}
@@ -102,52 +106,39 @@ class FlopsTrainerMixin(ModelCards, Watched, SearchesRate, WholeCheckpoints, Man
             model = wrap_with_adapter(model, peft_config)
         if objective is not None and not isinstance(objective, Objective):
             objective = CallableObjective(objective)
-        self._objective: Any = objective
-        self._own_objective = objective is not None
-        self._pairs = PairSteps(objective)
-        self._given_allocator = allocator
-        self._allocator: Allocator = allocator or ALLOCATORS[args.allocator]()
-        self._given_estimator = estimator
-        self._estimator: Estimator = estimator or ESTIMATORS[args.estimator]()
-        self._perturbation = self._given_perturbation = perturbation
-        self._held: frozenset[str] = frozenset()
-        self._trained: list[bool] = []
-        self._reuse: Reuse | None = None
-        self._head: ClosedFormHead | None = None
-        self._control = control_variate(args.control_variate)
-        self._tuning = Tuning.of(args, self._objective)
-        self._position, self._position_step = 0, -1
+        self._objective = objective
+        self._instances: dict[str, Any] = {"allocator": allocator, "estimator": estimator, "perturbation": perturbation}
         self._ids: list[int] | None = None
-        self.ledger = Ledger()
-        with quantised_base_allowed(model):
-            super().__init__(model, args, *positional, **kwargs)  # type: ignore[call-arg]
-        self._budget = QueryBudget(lambda: self.args.max_queries, self._queries_at, lambda: self.ledger)  # type: ignore[attr-defined]
-        self.add_callback(self._budget)  # type: ignore[attr-defined]
-        self._leave = Leave()
-        self.add_callback(self._leave)  # type: ignore[attr-defined]
+        self._rate: RateSearch | None = None
+        self._group: Share | None = None
+        self._writer, self._leave = CheckpointWriter(), Leave()
         self._recorder = TrajectoryRecorder() if args.trajectory_log else None
-        if self._recorder is not None:
-            self.add_callback(self._recorder)  # type: ignore[attr-defined]
-        self._start_sharing()
-        self._watch()
-        self._announce()
-
-    def _announce(self: Any) -> None:
-        """Check that there is something to train, and tag the model for the Hub."""
-        batch = self.args.per_device_train_batch_size
-        check_ready(self.model, self.train_dataset, self._allocator.needs_clean, batch)
+        with quantised_base_allowed(model):
+            super().__init__(model, args, *positional, **kwargs)
+        self._begin()
+        self._budget = QueryBudget(
+            lambda: self.args.max_queries, lambda step: self.session.rows(1, step), lambda: self.ledger
+        )
+        for callback in (self._budget, self._leave, self._recorder):
+            if callback is not None:
+                self.add_callback(callback)
+        self.costs = add_reports(self, lambda: self.ledger)
+        needs_clean = (allocator or ALLOCATORS[args.allocator]()).needs_clean
+        check_ready(self.model, self.train_dataset, needs_clean, args.per_device_train_batch_size)
         widen_trainable(self.model)
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(self._tag_names)
 
+    # A run begins.
+
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Build the model as the stock trainer does, and wrap it with `peft_config`."""
-        model = super().call_model_init(trial)  # type: ignore[misc]
+        model: Any = super().call_model_init(trial)
         model = model if self._peft_config is None else wrap_with_adapter(model, self._peft_config)
         widen_trainable(model)
         return model
 
-    def train(self: Any, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as the stock trainer does; each run starts with a new ledger, estimator, allocator and self-check.
 
         Raises:
@@ -155,29 +146,57 @@ class FlopsTrainerMixin(ModelCards, Watched, SearchesRate, WholeCheckpoints, Man
             SystemExit: SIGTERM has arrived, and the run has saved.
         """
         self._begin()
-        self._start_sharing()
-        with self._leave.listening(alone=self.args.world_size == 1), self._share.watched():
-            return super().train(self._chosen_checkpoint(resume_from_checkpoint), *args, **kwargs)
+        self.remove_callback(RateSearch)
+        self._rate = self._new_search() if self.args.learning_rate_search else None
+        if self._rate is not None:
+            self.add_callback(self._rate)
+        with self._leave.listening(alone=self.args.world_size == 1), self.group.watched():
+            checkpoint = chosen_checkpoint(resume_from_checkpoint, self.args.output_dir, self.group)
+            return super().train(checkpoint, *args, **kwargs)
 
-    def _begin(self: Any) -> None:
+    def _begin(self) -> None:
         """Forget the last run, and do what the arguments say by now."""
-        self._perturbation, self._reuse, self._position_step = self._given_perturbation, None, -1
-        self._allocator = self._given_allocator or ALLOCATORS[self.args.allocator]()
-        self._estimator = self._given_estimator or ESTIMATORS[self.args.estimator]()
-        self.ledger, self._tuning = Ledger(), Tuning.of(self.args, self._objective)
-        self._control = control_variate(self.args.control_variate)
-        self._pairs.reset()
-        if not self._own_objective:
-            self._objective = None
+        self._group = start_group(self.args, self._group)
+        self._lockstep = Lockstep(self.group, self.args, self._leave)
+        self.ledger = Ledger()
+        self._session: GradientSession | None = None
+        self._position, self._position_step = 0, -1
 
-    def _hp_search_setup(self: Any, trial: Any) -> None:
+    def _new_search(self) -> RateSearch:
+        return RateSearch()
+
+    @property
+    def group(self) -> Share:
+        """The processes of the run."""
+        assert self._group is not None
+        return self._group
+
+    @property
+    def session(self) -> GradientSession:
+        """What the run has learned about its gradient; begun when it is first asked for."""
+        if self._session is None:
+            self._session = self._new_session(whole=self.compute_loss_func is not None)
+        return self._session
+
+    def _new_session(self, *, whole: bool) -> GradientSession:
+        metered = lambda forward: self.ledger.metered(forward)  # noqa: E731, the ledger is a new one in each run
+        given: dict[str, Any] = {"objective": self._objective, **self._instances, "check": self._check_labels}
+        return start_session(self.args, self.model, self.group, metered, whole=whole, **given)
+
+    def _check_labels(self, batch: Batch) -> None:
+        if not self.can_return_loss:
+            check_labels(batch.forward, batch.inputs, self.label_names)
+
+    def _hp_search_setup(self, trial: Any) -> None:
         """Take up a trial's arguments as the stock trainer does, which is after `train` has begun."""
-        super()._hp_search_setup(trial)  # type: ignore[misc]
+        super()._hp_search_setup(trial)
         if trial is not None:
             self._begin()
 
+    # A training step.
+
     def training_step(
-        self: Any, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Estimate the gradient from perturbed forwards and add it to `.grad`, in place of loss and backward.
 
@@ -190,92 +209,83 @@ class FlopsTrainerMixin(ModelCards, Watched, SearchesRate, WholeCheckpoints, Man
             ObjectiveError: the loss cannot be had, or not the way that was asked for.
             NonFiniteError: not one perturbed row has a finite loss.
         """
-        try:
-            return self._estimated(model, inputs, num_items_in_batch)
-        except RowLossError as error:
-            self._take_whole_batches(error)
-        return self._estimated(model, inputs, num_items_in_batch)
-
-    def _take_whole_batches(self: Any, error: RowLossError) -> None:
-        """Go on with the loss of the batch as a whole and shared noise, if nothing is in the way of a change."""
-        if self._own_objective:
-            raise error
-        many = self._share.world > 1
-        if many or (self._recorder is not None and self._recorder.begun):
-            where = f"a run of {self._share.world} processes" if many else "an optimizer step that trajectory_log records"
-            raise ObjectiveError(
-                f"In the middle of {where} the loss cannot become that of whole batches, but {error}: resume from the last "
-                "checkpoint, or pass objective=."
-            )
-        self._objective, self._perturbation, self._reuse = loss_of_batch(self.args, error), self._given_perturbation, None
-
-    def _estimated(self: Any, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None) -> Tensor:
-        """Do what `training_step` says, or leave gradients as they are where that raises an error."""
-        if callable(getattr(self.optimizer, "train", None)):
-            self.optimizer.train()
+        optimizer: Any = self.optimizer
+        if callable(getattr(optimizer, "train", None)):
+            optimizer.train()
         inputs = without_cache(self.model, with_plain_flag(self._prepare_inputs(inputs)))
-        self._meet(model, inputs)
-        context, clean = self.compute_loss_context_manager(), self._estimator.baseline or self._allocator.needs_clean
-        with evaluation_mode(model), torch.no_grad(), context, shared_texts(self.model, inputs, clean):
-            forward = self.ledger.metered(self._forward_function(model))
-            self._hold_back()
-            alignment = self._pairs.ready(self, forward, inputs)
-            method: Any = None if alignment is not None else self._complete_method(model, forward, inputs)
-            self._search_rate(forward, inputs, method)
-            if not self._budget.allows(batch_size(inputs), self.state.global_step):
+        self._lockstep.check(model, inputs, self.state.global_step)
+        batch = self._batch(model, inputs)
+        position = self._place(batch)
+        try:
+            return self._estimated(model, batch, position, num_items_in_batch)
+        except RowLossError as error:
+            self.session.fall_back(error, recorded=self._recorder is not None and self._recorder.begun)
+        except HandOver:
+            self._session = self._new_session(whole=True)
+        return self._estimated(model, batch, position, num_items_in_batch)
+
+    def _estimated(self, model: nn.Module, batch: Batch, position: Place, items: Tensor | int | None) -> Tensor:
+        """Prepare, search the rate, ask the budget, estimate, tell the observers."""
+        with self._inference(model, batch):
+            self.session.prepare(batch)
+            self.ledger.rows, self.session.check_rows = self.ledger.rows + self.session.check_rows, 0
+            self._search_rate(batch)
+            if not self._budget.allows(batch.samples, batch.step):
                 return self._refuse_step(model)
-            place, batches = self._place(inputs), self.current_gradient_accumulation_steps
-            if alignment is not None:
-                result, method = alignment.step(inputs, place, self._queries_at(self.state.global_step), batches)
-            else:
-                batches = self._batches(inputs, num_items_in_batch)
-                last, before = self.accelerator.sync_gradients, (self.ledger.all_rows, self.ledger.tokens)
-                result = estimate_gradient(forward, inputs, method, place, None, batches, last=last)
-                self._count_together(before, result.rows)
-        self.ledger.record(result, self._ids, class_labels(inputs))
-        if self._recorder is not None:
-            self._recorder.batch(result.trace, place.seed, method.perturbation)
-        if method is not None:
-            self._tuning.learn(result, method)
+            averaging, before = self._averaging(batch, items), (self.ledger.all_rows, self.ledger.tokens)
+            result = self.session.estimate(batch, position, averaging)
+            self.ledger.reconcile(before, result.rows, self.group)
+        finished = FinishedBatch(result, batch.inputs, position, self.session.method)
+        for observer in self._observers():
+            observer.observe(finished)
         return result.loss.to(self.args.device)
 
-    def _refuse_step(self: Any, model: nn.Module) -> Tensor:
+    def _observers(self) -> Sequence[Any]:
+        """Return what learns from finished batches."""
+        recorder = [] if self._recorder is None else [self._recorder]
+        return [self.ledger, *recorder, *self.session.observers]
+
+    def _inference(self, model: nn.Module, batch: Batch) -> AbstractContextManager[Any]:
+        """Return a context for forward passes alone: evaluation mode, no gradients, the stock trainer's precision."""
+        stack = ExitStack()
+        stack.enter_context(evaluation_mode(model))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(self.compute_loss_context_manager())
+        stack.enter_context(shared_texts(self.model, batch.inputs, self.session.needs_clean))
+        return stack
+
+    def _refuse_step(self, model: nn.Module) -> Tensor:
         """Take nothing of an optimizer step that the budget does not allow, not even in part."""
         model.zero_grad()
-        self._exchange.forget()
+        self.session.discard()
         if self._recorder is not None:
             self._recorder.discard()
         return torch.zeros((), device=self.args.device)
 
-    def _complete_method(self: Any, model: nn.Module, forward: Any, inputs: dict[str, Any]) -> Method:
-        """Return the method of a step, with what was found out so far or is now."""
-        new = self._objective is None or self._perturbation is None or self._reuse is None
-        if new:
-            self._set_up(model, forward, inputs)
-        precision = precision_of(self.model, autocast=self.args.bf16)
-        method = self._tuning.complete(self._method(precision), forward, inputs, precision=precision, seed=self._seed())
-        method = self._agreed(method) if new else method
-        self.ledger.rows, self._tuning.rows = self.ledger.rows + self._tuning.rows, 0
-        return method
+    def _search_rate(self, batch: Batch) -> None:
+        """Search the learning rate, if that is wanted and due; every row is charged."""
+        if self._rate is None:
+            return
+        planned = self.session.rows(batch.samples * self.args.gradient_accumulation_steps, batch.step)
+        vector, before = ParameterVector.of(self.model), (self.ledger.all_rows, self.ledger.tokens)
+        rows = self._rate.step(
+            self.session, batch, vector, self.optimizer, self.group, planned=planned, left=self._budget.left
+        )
+        if rows:
+            self.ledger.rows += rows
+            self.ledger.reconcile(before, rows, self.group)
 
-    def _prepare_inputs(self, inputs: Any) -> Any:
-        """Prepare inputs as the stock trainer does, after taking the samples' ids out."""
-        if isinstance(inputs, Mapping) and SAMPLE_ID in inputs:
-            ids = inputs[SAMPLE_ID]
-            inputs = {name: value for name, value in inputs.items() if name != SAMPLE_ID}
-            self._ids = torch.as_tensor(ids).tolist()
-        else:
-            self._ids = None
-        return super()._prepare_inputs(inputs)  # type: ignore[misc]
+    # What a step needs to know of the run.
 
-    def _set_signature_columns_if_needed(self: Any) -> None:
-        super()._set_signature_columns_if_needed()  # type: ignore[misc]
-        if SAMPLE_ID not in self._signature_columns:
-            self._signature_columns.append(SAMPLE_ID)
+    def _batch(self, model: nn.Module, inputs: dict[str, Any]) -> Batch:
+        """Return a batch with what runs the model on it."""
+        step, ids = self.state.global_step, None if self._ids is None else tuple(self._ids)
+        forward = self.ledger.metered(self._forward_function(model, inputs))
+        return Batch(inputs, forward, step, step / max(self.state.max_steps, 1), ids)
 
-    def _forward_function(self: Any, model: nn.Module) -> Callable[[Mapping[str, Any]], tuple[Tensor | None, Any]]:
+    def _forward_function(self, model: nn.Module, inputs: Mapping[str, Any]) -> Forward:
         """Return what runs the model; labels are not needed where the objective is the user's own."""
-        if self._own_objective:
+        if self._objective is not None:
             return partial(self._objective.run, model)
 
         def forward(inputs: Mapping[str, Any]) -> tuple[Tensor | None, Any]:
@@ -287,116 +297,125 @@ class FlopsTrainerMixin(ModelCards, Watched, SearchesRate, WholeCheckpoints, Man
 
         return forward
 
-    def _hold_back(self: Any) -> None:
-        """Start anew with the self-check where other tensors than before are to be trained."""
-        held = held_back(self.model, self.args.lora_parts, self.state.global_step / max(self.state.max_steps, 1))
-        groups = getattr(self.optimizer, "param_groups", ())  # a callback may freeze some of these
-        trained = [parameter.requires_grad for group in groups for parameter in group["params"]]
-        if (held, trained) != (self._held, self._trained):
-            self._held, self._trained, self._perturbation, self._reuse = held, trained, self._given_perturbation, None
-            self._pairs.renew()
-
-    def _set_up(self: Any, model: nn.Module, forward: Any, inputs: dict[str, Any]) -> None:
-        """Choose objective and perturbation with the first batch, and say what was not as hoped."""
-        named = [name for name in self.label_names if name in inputs]
-        pairs = self._pairs.whole(self, inputs)
-        self._objective = self._objective if pairs is None else pairs
-        unlabelled = pairs is None and not self._own_objective and not self.can_return_loss and not named
-        if unlabelled and not _gives_loss(forward, inputs):
-            raise ObjectiveError(
-                f"The batch has no labels: its keys are {sorted(inputs)}, and none of {self.label_names} is among them."
-            )
-        if self._objective is not None and self._objective.generates:
-            forward = self.ledger.metered(partial(self._objective.probe.run, model))
-        chosen = set_up(self.args, self.model, forward, inputs, self._objective, self._perturbation, self._held)
-        self._objective, self._perturbation, self._reuse, self._head = chosen
-
-    def _method(self: Any, precision: float) -> Method:
-        """Put the method together, as far as the arguments fix it."""
-        scale = self.args.perturbation_scale
-        return Method(
-            objective=self._objective,
-            perturbation=self._perturbation,
-            estimator=self._estimator,
-            allocator=self._allocator,
-            queries_per_sample=self._queries_at(self.state.global_step),
-            scale=scale if isinstance(scale, (int, float)) else 1e-3 if precision < 1e-3 else 1e-2,
-            rows_per_forward=1,
-            reuse=self._reuse,
-            head=self._head,
-            control=self._control if self._objective.predictable else None,
-            exchange=self._exchange,
-        )
-
-    def _place(self: Any, inputs: dict[str, Any]) -> Place:
+    def _place(self, batch: Batch) -> Place:
         """Return where the batch lies in the run: micro-batches of one optimizer step follow each other."""
-        step = self.state.global_step
-        if step != self._position_step:
-            self._position, self._position_step = 0, step
+        if batch.step != self._position_step:
+            self._position, self._position_step = 0, batch.step
         position = self._position
-        self._position += batch_size(inputs)
-        ids = None if self._ids is None else tuple(self._ids)
-        return Place(seed=self._seed(), step=step, position=position, epoch=self.state.epoch or 0.0, ids=ids)
+        self._position += batch.samples
+        return Place(seed=self._seed, step=batch.step, position=position, epoch=self.state.epoch or 0.0, ids=batch.ids)
 
-    def _seed(self: Any) -> int:
+    @property
+    def _seed(self) -> int:
         return self.args.seed if self.args.noise_seed is None else self.args.noise_seed
 
-    def _batches(self: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None) -> float:
+    def _averaging(self, batch: Batch, num_items_in_batch: Tensor | int | None) -> Averaging:
         """Return over how many batches like this one the optimizer step averages, by the stock trainer's count of labels.
 
         The loss may have another number of elements, as it may weigh or ignore classes. Where nothing is counted, batches
         weigh alike.
         """
-        batches = self.current_gradient_accumulation_steps
-        if num_items_in_batch is None or self._own_objective or not self._objective.per_row:
-            return batches
-        items = self._get_num_items_in_batch([inputs], self.args.device)
-        return float(num_items_in_batch) / float(items) if items else batches
+        batches = float(self.current_gradient_accumulation_steps)
+        if num_items_in_batch is not None and self.session.counts_labels:
+            items = self._get_num_items_in_batch([batch.inputs], self.args.device)
+            batches = float(num_items_in_batch) / float(items) if items else batches
+        return Averaging(batches, last=self.accelerator.sync_gradients)
 
-    def log(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add rows used and the averages of the estimator's metrics to the training log."""
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """Prepare inputs as the stock trainer does, after taking the samples' ids out."""
+        self._ids = None
+        if isinstance(inputs, Mapping) and SAMPLE_ID in inputs:
+            self._ids = torch.as_tensor(inputs[SAMPLE_ID]).tolist()
+            inputs = {name: value for name, value in inputs.items() if name != SAMPLE_ID}
+        return super()._prepare_inputs(inputs)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns: Any = self._signature_columns
+        if SAMPLE_ID not in columns:
+            columns.append(SAMPLE_ID)
+
+    # Logs, cards, checkpoints, processes.
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add rows used and the averages of the estimator's metrics to the training log, and the rate that is searched."""
         if "loss" in logs:
-            logs = {**logs, **self._tuning.found, **self.ledger.summary(), **self._traffic()}
+            sent = {"sent_bytes": self.group.sent} if self.group.world > 1 else {}
+            logs = {**logs, **self.session.log(), **self.ledger.summary(), **sent}
+        if self._rate is not None and "learning_rate" in logs:
+            factor = self._rate.multiplier
+            logs = {**logs, "learning_rate": logs["learning_rate"] * factor, "learning_rate_multiplier": factor}
         super().log(logs, *args, **kwargs)
 
-    def floating_point_ops(self: Any, inputs: dict[str, Any]) -> int:
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Count 2 operations per parameter, token and row: the third of the stock count, times the queries."""
-        flos = super().floating_point_ops(inputs) // 3 * self._queries_at(self.state.global_step)  # type: ignore[misc]
+        flos = super().floating_point_ops(inputs) // 3 * self.session.rows(1, self.state.global_step)
         return flos // self.args.world_size
 
-    def _queries_at(self: Any, step: int) -> int:
-        """Return the rows per sample of an optimizer step, for which all before are done."""
-        queries = self._tuning.queries
-        return self.args.queries_per_sample if queries is None else queries.at(step)
+    def create_model_card(self, *positional: Any, **options: Any) -> None:
+        """Write the stock card, with our tags beside those of the model, the adapter and the caller, and our sections."""
+        super().create_model_card(*positional, **options)
+        if self.is_world_process_zero():
+            complete_card(self.args, self.model, self.costs.so_far(), options.get("tags"))
 
-    def _save_optimizer_and_scheduler(self: Any, output_dir: str) -> None:
+    def _parts(self) -> dict[str, Any]:
+        """Return what has a state, by name."""
+        rate = {} if self._rate is None else {"learning rate search": self._rate}
+        batch = BatchSize(self.get_total_train_batch_size(self.args))
+        return {"ledger": self.ledger, "batch": batch, **self.session.parts(), **rate}
+
+    def save_state(self) -> None:
+        """Save the trainer's state as the stock trainer does, and that of our parts beside it."""
+        super().save_state()
+        if self.args.should_save:
+            save_state(self.args.output_dir, self._parts())
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            save_state(output_dir, *self._parts())
+            save_state(output_dir, self._parts())
 
-    def save_state(self: Any) -> None:
-        """Save the trainer's state as the stock trainer does, and the method's beside it."""
-        super().save_state()  # type: ignore[misc]
-        if self.args.should_save:
-            save_state(self.args.output_dir, *self._parts())
-
-    def _load_optimizer_and_scheduler(self: Any, checkpoint: str | None) -> None:
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        load_state(checkpoint, *self._parts())
+        load_state(checkpoint, self._parts())
 
-    def _parts(self: Any) -> tuple[dict[str, Any], Any]:
-        """Return what has a state: parts by name, and the control variate."""
-        parts = {"allocator": self._allocator, "ledger": self.ledger, "tuning": self._tuning, "batch": self._batch()}
-        alignment = self._pairs.alignment(self)
-        return (parts, self._control) if alignment is None else ({**parts, "alignment": alignment}, alignment.controls)
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with generator_states(checkpoint, self.args) as folder:
+            super()._load_rng_state(folder)
 
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._writer.folder(super()._get_output_dir(trial))
 
-def _gives_loss(forward: Callable[[Mapping[str, Any]], tuple[Tensor | None, Any]], inputs: Mapping[str, Any]) -> bool:
-    """Say whether a model makes its loss without labels, as an autoencoder does."""
-    try:
-        return forward(inputs)[0] is not None
-    except (AttributeError, KeyError, TypeError, ValueError):
-        return False
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save as the stock trainer does, so that the checkpoint appears whole or not at all."""
+        run = Path(self._get_output_dir(trial))
+        with self._writer.whole(run, self.args, self.state, self.group) as folder:
+            super()._save_checkpoint(model, trial)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(str(run), self.args.save_total_limit, best, use_mtime=True)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._writer.saving:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        """Leave the model as it is: there is no backward pass for DistributedDataParallel to wait for."""
+        if training and model is self.model and self.args.world_size > 1:
+            return self.accelerator.prepare_model(model, evaluation_mode=True)
+        return super()._wrap_model(model, training, dataloader)
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Build the stock trainer's data loader; the one for training reads the batches of all processes."""
+        return undivided_loader(self, super()._get_dataloader, args, kwargs)
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        """Count the tokens that all processes have read alike once."""
+        before = self.state.num_input_tokens_seen
+        super()._track_num_input_tokens(inputs)
+        self.state.num_input_tokens_seen = before + (self.state.num_input_tokens_seen - before) // self.args.world_size
 
 
 class FlopsTrainer(FlopsTrainerMixin, Trainer):

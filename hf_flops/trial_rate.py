@@ -27,6 +27,7 @@ class PlannedSearch(RateSearch):
         steps: of the trial.
 
     Attributes:
+        steps: of the trial.
         settled: whether the trial may end.
     """
 
@@ -34,7 +35,7 @@ class PlannedSearch(RateSearch):
 
     def __init__(self, steps: int) -> None:
         super().__init__()
-        quarter = steps // 4
+        self.steps, quarter = steps, steps // 4
         self._windows = [window for window in (quarter, quarter, steps - 2 * quarter, steps, 2 * steps) if window]
         self._searches, self.settled = 0, False
 

@@ -10,7 +10,7 @@ from typing import Any
 from .auto_queries import AutoQueries
 from .calibration import STEP_GRID, calibrate
 from .chunks import ChunkPlanner
-from .method import Method, StepResult
+from .method import FinishedBatch, Method
 from .objectives import Forward, Objective
 from .trimming import may_be_cut, padding_is_idle
 
@@ -84,10 +84,20 @@ class Tuning:
         self.scale = self.found.get("perturbation_scale", method.scale)
         return replace(method, scale=self.scale)
 
-    def learn(self, result: StepResult, method: Method) -> None:
+    def queries_at(self, step: int, args: Any) -> int:
+        """Return the rows per sample of an optimizer step, for which all before are done."""
+        return args.queries_per_sample if self.queries is None else self.queries.at(step)
+
+    def observe(self, finished: FinishedBatch) -> None:
         """Learn from a finished batch how many queries are worth their rows."""
-        if self.queries is not None:
-            self.queries.learn(result, method)
+        if self.queries is not None and finished.method is not None:
+            self.queries.learn(finished.result, finished.method)
+
+    def agree(self, scale: float) -> None:
+        """Take another process's epsilon for the measured one."""
+        self.scale = scale
+        if "perturbation_scale" in self.found:
+            self.found["perturbation_scale"] = scale
 
     def _calibrate(self, method: Method, forward: Forward, inputs: Mapping[str, Any], seed: int) -> None:
         result, steps = calibrate(forward, inputs, method, seed), method.objective.in_steps

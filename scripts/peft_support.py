@@ -69,7 +69,7 @@ def ways_of(perturbation: Perturbation, model: nn.Module) -> dict[str, list[str]
     """Return for each way of noise the kinds of tensors that it moves."""
     ways: dict[str, list[str]] = {}
     moved = set()
-    for part in getattr(perturbation, "parts", [perturbation]):
+    for part in perturbation.parts:
         sites = part.sites if isinstance(part, RowwiseNoise) else []
         looping = {i for site in sites if getattr(site.rule, "__name__", "") == "looped" for i in site.tensors.values()}
         for index, name in enumerate(part.vector.names):

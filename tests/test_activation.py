@@ -233,7 +233,7 @@ def test_queries_see_the_slope_along_their_pull_back(kind, mode):
     model, inputs, objective = adapted(kind), tiny_batch(kind), TappedLoss()
     with torch.no_grad():
         perturbation, notes = choose_perturbation(model, objective, model_forward(model), inputs, mode=mode)
-    activation = next(p for p in getattr(perturbation, "parts", [perturbation]) if isinstance(p, ActivationNoise))
+    activation = next(p for p in perturbation.parts if isinstance(p, ActivationNoise))
     # The pooler and the classifier see one token, all other layers several.
     if mode == "auto":
         assert activation.vector.names
@@ -291,7 +291,7 @@ def test_the_check_pins_what_the_noise_must_act_through(way):
     found = check.run([name for name in names if "layer" in name], smaller=False)
     assert found == (["layer.weight", "layer.bias"] if way == "plainly" else [])
     perturbation, _ = choose_perturbation(model, objective, lambda inputs: model(**inputs), inputs, mode="activation")
-    parts = getattr(perturbation, "parts", [perturbation])
+    parts = perturbation.parts
     activation = {name for part in parts if isinstance(part, ActivationNoise) for name in part.vector.names}
     fine = {"plainly": ["layer.weight", "layer.bias"], "elsewhere": ["layer.bias"]}.get(way, [])
     assert activation == {"head.weight", "head.bias", *fine}

@@ -10,6 +10,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, ViTConf
 from hf_flops import ConfigurationError
 from recipes import alignment
 from recipes.alignment_methods import METHODS
+from recipes.alignment_report import MEASURES
 from recipes.images import load_images
 from recipes.pairs import (
     DIGITS,
@@ -65,7 +66,7 @@ def recipe(folder, *options):
     return alignment.main([*common, "--output_dir", str(folder), *options])
 
 
-def test_two_encoders_by_every_method(folders, tmp_path):
+def test_two_encoders_by_every_method(folders, tmp_path, drawn):
     towers = ["--vision_model", str(folders / "vit"), "--text_model", str(folders / "bert"), "--projection_dim", "6"]
     outcomes = recipe(tmp_path, *towers, "--compare", "mezo", "spsa-gc", "backprop")
     assert [outcome.method for outcome in outcomes] == METHODS
@@ -79,7 +80,15 @@ def test_two_encoders_by_every_method(folders, tmp_path):
     assert rows["flops"] - checks["flops"] <= 160
     assert [rows[name] - checks[name] for name in ("mezo", "spsa-gc")] == [160, 160]
     assert "| flops | all |" in (tmp_path / "report.md").read_text()
-    assert (tmp_path / "report.png").stat().st_size > 10_000
+    measures, *examples = drawn["report.png"].axes
+    shown = {bars.get_label(): [bar.get_height() for bar in bars] for bars in measures.containers}
+    after = {outcome.method: outcome.after["all"] for outcome in outcomes}
+    after = {"untrained": outcomes[0].before["all"], **after}
+    assert shown == {name: [values[measure] for measure in MEASURES] for name, values in after.items()}
+    assert [len(axes.images) for axes in examples] == [1] * 10  # one of each digit
+    moments = [[text.get_text()[:-2] for text in axes.texts[::2]] for axes in examples]
+    assert moments == [["before", "after"]] * 10
+    assert (tmp_path / "report.png").is_file()
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """What holds for every allocator."""
 
 import json
-import time
 
 import pytest
 import torch
@@ -9,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_flops import ConfigurationError
-from hf_flops.allocators import ALLOCATORS, AuthorsBernoulli, LossProportional, LossRank
+from hf_flops.allocators import (
+    ALLOCATORS,
+    AuthorsBernoulli,
+    LossProportional,
+    LossRank,
+    equal_counts,
+    optimal_counts,
+    proxy,
+)
 from hf_flops.rows import Features
 
 LOSS = st.one_of(st.floats(0, 100, width=32), st.sampled_from([0.0, 1.0, 1.0, 3e38, float("inf"), float("nan"), -1.0]))
@@ -130,14 +137,28 @@ def test_counts_by_the_rank_of_the_loss():
         LossRank(top=0)
 
 
-def test_what_a_decision_costs_is_shown():
-    """Printed, not asserted: machines differ (pytest -s shows it)."""
-    losses = torch.rand(256, generator=torch.Generator().manual_seed(0))
-    for name, kind in ALLOCATORS.items():
-        allocator, seconds = kind(), []
-        for step in range(6):
-            features = features_of(losses, step)
-            begin = time.process_time()
-            allocator.update(features, allocator.counts(features, 256 * 64), losses.square())
-            seconds.append(time.process_time() - begin)
-        print(f"{name}: {1e3 * sorted(seconds[1:])[2]:.1f} ms per step of 256 samples and 64 queries each")
+# The variance of the estimate over that of equal counts, where sigma is the loss; the integer optimum is at 0.7375.
+REACHED = {
+    "optimal": 0.738,
+    "two_stage": 0.738,
+    "gaussian": 0.95,
+    "bernoulli": 0.95,
+    "loss_proportional": 0.738,
+    "loss_rank": 0.74,
+    "uniform": 1.0,
+    "authors_bernoulli": 0.97,
+}
+
+
+@pytest.mark.parametrize("name", ALLOCATORS)
+def test_after_five_steps_the_counts_of_a_large_batch_follow_its_deltas(name):
+    losses, budget = torch.rand(256, generator=torch.Generator().manual_seed(0)), 256 * 64
+    allocator = ALLOCATORS[name]()
+    for step in range(6):
+        features = features_of(losses, step)
+        counts = allocator.counts(features, budget)
+        allocator.update(features, counts, losses.square())
+    squares = losses.double().square()
+    equal = proxy(squares, equal_counts(256, budget))
+    best = proxy(squares, optimal_counts(losses.double(), budget)) / equal
+    assert best <= proxy(squares, counts) / equal <= REACHED[name]

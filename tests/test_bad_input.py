@@ -278,14 +278,14 @@ def test_a_loss_whose_rows_are_lost_is_taken_whole(term, options, arguments, not
 
 
 def test_a_loss_whose_rows_are_lost_where_it_cannot_change_is_refused(arguments):
-    with refused(ObjectiveError, "trajectory_log records the loss cannot become .* is not the mean .* resume"):
+    with refused(ObjectiveError, "during a step that trajectory_log records: .* is not the mean .* Resume"):
         penalised(late, arguments(**LOGGED)).train()
     with refused(ObjectiveError, 'perturbation="rowwise" needs a loss per row, but .* is not the mean'):
         penalised(warmup, arguments(perturbation="rowwise")).train()
     candidate = penalised(warmup, arguments())
-    candidate._share.world = 2
-    with refused(ObjectiveError, "a run of 2 processes the loss cannot become"):
-        candidate._take_whole_batches(RowLossError("it has two terms"))
+    candidate.group.world = 2
+    with refused(ObjectiveError, "Cannot fall back to a batch-level loss during a run of 2 processes"):
+        candidate.session.fall_back(RowLossError("it has two terms"), recorded=False)
     model, dataset = auxiliary()
     with pytest.raises(RowLossError, match="is not the mean"):  # an objective of the user's own stays
         trainer(arguments(), model, dataset, objective=TappedLoss()).train()
@@ -364,7 +364,7 @@ def test_poisoned_samples_are_dropped_and_counted(samples, preset, arguments, no
     entries = [entry for entry in candidate.state.log_history if "loss" in entry]
     assert all(len(samples) <= entry["dropped_rows"] < 8 * 4 for entry in entries)
     assert notices() == []  # the self-check looks at samples that can tell
-    assert candidate._perturbation.grouped == (preset != "flops")
+    assert candidate.session.chosen.perturbation.grouped == (preset != "flops")
 
 
 def test_a_poisoned_sample_does_not_hide_a_rule_that_is_right(arguments):

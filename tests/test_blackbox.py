@@ -61,6 +61,7 @@ def trainer(engine, language_model, folder, **options):
         "report_to": "none",
         "use_cpu": True,
         "disable_tqdm": True,
+        "pictures": False,
     }
     args = FlopsTrainingArguments(output_dir=str(folder), **{**defaults, **options})
     return FlopsTrainer(prompted(engine, language_model), args, train_dataset=as_dataset(batch()))
@@ -206,7 +207,7 @@ def test_coarse_engines_keep_noise_per_row_if_they_say_so(language_model, tmp_pa
         run = trainer(coarse, language_model, tmp_path, max_steps=1)
         run.model.precision = BlackBoxPromptModel(coarse, table, WORDS, 3, precision=precision).precision
         run.train()
-        assert run._perturbation.grouped == (precision == 1e-4)
+        assert run.session.chosen.perturbation.grouped == (precision == 1e-4)
 
 
 # --- HTTP ---

@@ -149,15 +149,15 @@ def test_the_trainer_calibrates_once_and_a_resumed_run_keeps_the_scale(tmp_path)
     resumed = trainer(tmp_path)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert resumed.ledger.rows == whole.ledger.rows
-    assert resumed._tuning.found == whole._tuning.found
+    assert resumed.session.tuning.found == whole.session.tuning.found
     pairs = zip(whole.model.parameters(), resumed.model.parameters(), strict=True)
     assert all(one.equal(two) for one, two in pairs)
 
 
 def test_an_objective_without_such_a_scale_keeps_the_default_and_says_so(tmp_path, caplog):
     run = trainer(tmp_path, max_steps=1)
-    run._objective, run._own_objective = CallableObjective(lambda outputs, inputs: outputs.logits.argmax(-1) * 0.0), True
+    run._objective = CallableObjective(lambda outputs, inputs: outputs.logits.argmax(-1) * 0.0)
     with caplog.at_level(logging.WARNING):
         run.train()
-    assert run._tuning.found == {"perturbation_scale": 1e-3, "difference_signal_to_noise": 0.0}
+    assert run.session.tuning.found == {"perturbation_scale": 1e-3, "difference_signal_to_noise": 0.0}
     assert "accuracy, should be given as a Metric" in caplog.text

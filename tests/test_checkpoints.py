@@ -4,18 +4,19 @@ import json
 import os
 import shutil
 import signal
+import tempfile
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_flops import ConfigurationError
 from hf_flops.allocators import ALLOCATORS, Optimal
 from hf_flops.checkpoints import MANIFEST, UNFINISHED, is_whole, last_checkpoint
-from hf_flops.control_variates import LogitJacobian
-from hf_flops.state import STATE_FILE, load_state, save_state
-from hf_flops.towers import Controls
+from hf_flops.state import STATE_FILE, TENSOR_FILE, load_state, save_state
 from tests.worker import build
 
 OPTIONS = {"max_steps": 5, "samples": 4, "size": 14, "logging_steps": 1}  # a step of two samples ends an epoch
@@ -40,7 +41,7 @@ def test_every_allocator_resumes_in_the_middle_of_an_epoch(allocator, tmp_path):
     whole = run(tmp_path, allocator=allocator, save_strategy="steps", save_steps=2, gradient_accumulation_steps=2)
     again = run(tmp_path, None, str(tmp_path / "checkpoint-2"), allocator=allocator, gradient_accumulation_steps=2)
     assert flat(again).equal(flat(whole))
-    assert again._allocator.state_dict() == whole._allocator.state_dict()
+    assert again.session.allocator.state_dict() == whole.session.allocator.state_dict()
 
 
 def test_sigterm_saves_and_leaves_and_the_resumed_run_is_the_undisturbed_one(tmp_path):
@@ -175,50 +176,78 @@ def test_another_batch_is_noticed(tmp_path, caplog):
     assert "4 samples in an optimizer step, this one has 2" in caplog.text
 
 
-class Towers:
-    """Stands in for what has allocators of its own."""
-
-    def __init__(self, allocator):
-        self.allocators = {"image": allocator()}
-
-    def state_dict(self):
-        return {side: part.state_dict() for side, part in self.allocators.items()}
-
-    def load_state_dict(self, state):
-        for side, part in self.allocators.items():
-            part.load_state_dict(state[side])
-
-
-@pytest.mark.parametrize("wrap", [lambda kind: kind(), Towers], ids=["alone", "in towers"])
 @pytest.mark.parametrize(("before", "now"), [("uniform", "optimal"), ("optimal", "bernoulli"), ("gaussian", "two_stage")])
-def test_another_allocator_than_the_checkpoints_starts_afresh(before, now, wrap, tmp_path, caplog):
-    save_state(str(tmp_path), {"allocator": wrap(ALLOCATORS[before])}, None)
-    part = wrap(ALLOCATORS[now])
+def test_another_allocator_than_the_checkpoints_starts_afresh(before, now, tmp_path, caplog):
+    save_state(str(tmp_path), {"image allocator": ALLOCATORS[before]()})
+    part = ALLOCATORS[now]()
     start = part.state_dict()
-    load_state(str(tmp_path), {"allocator": part}, None)
+    load_state(str(tmp_path), {"image allocator": part})
     assert part.state_dict() == start
     old, new = ALLOCATORS[before].__name__, ALLOCATORS[now].__name__
-    assert f"{old}, this one's is" in caplog.text
-    assert f"{new} and starts afresh" in caplog.text
+    assert f"The image allocator of the checkpoint's run was {old}, this one's is {new} and starts afresh" in caplog.text
 
 
-def test_another_control_variate_than_the_checkpoints_starts_afresh(tmp_path, caplog):
-    towers = Controls("logit_jacobian")
-    for part in towers.parts.values():
-        part.jacobian = torch.ones(2, 3)
-    save_state(str(tmp_path), {}, towers)
-    load_state(str(tmp_path), {}, control := LogitJacobian())
-    assert control.jacobian is None
-    assert "The control variate of the checkpoint's run was Controls, this one's is LogitJacobian" in caplog.text
+class Remembers:
+    """A part of a run whose state is whatever it is given."""
+
+    def __init__(self, state=None):
+        self.state = state
+
+    def state_dict(self):
+        return self.state
+
+    def load_state_dict(self, state):
+        self.state = state
+
+
+leaves = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-9, 9),
+    st.floats(allow_nan=False),
+    st.text(max_size=3),
+    st.integers(0, 3).map(lambda n: torch.arange(n) / 3),
+)
+nested = st.recursive(
+    leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+)
+
+
+def equal(one, two):
+    if torch.is_tensor(one):
+        return torch.is_tensor(two) and one.equal(two)
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(equal(value, two[name]) for name, value in one.items())
+    if isinstance(one, list):
+        return len(one) == len(two) and all(map(equal, one, two))
+    return one == two
+
+
+@given(nested, nested)
+def test_any_nested_state_comes_back(first, second):
+    with tempfile.TemporaryDirectory() as folder:
+        save_state(folder, {"first": Remembers(first), "second": Remembers(second)})
+        found = {"first": Remembers(), "second": Remembers()}
+        load_state(folder, found)
+    assert equal(first, found["first"].state)
+    assert equal(second, found["second"].state)
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(b"no tensors")])
+def test_lost_or_damaged_tensors_are_named(damage, tmp_path):
+    save_state(str(tmp_path), {"part": Remembers({"weight": torch.ones(2)})})
+    damage(tmp_path / TENSOR_FILE)
+    with pytest.raises(ConfigurationError, match=TENSOR_FILE):
+        load_state(str(tmp_path), {"part": Remembers()})
 
 
 def test_a_checkpoint_of_an_older_version_says_no_classes(tmp_path, caplog):
-    save_state(str(tmp_path), {"allocator": Optimal()}, None)
+    save_state(str(tmp_path), {"allocator": Optimal()})
     state = json.loads((tmp_path / STATE_FILE).read_text())
     assert state.pop("kinds")["allocator"] == "Optimal"
     state["allocator"]["calibration"] = {name: 2 * value for name, value in state["allocator"]["calibration"].items()}
     (tmp_path / STATE_FILE).write_text(json.dumps(state))
-    load_state(str(tmp_path), {"allocator": (optimal := Optimal())}, None)
+    load_state(str(tmp_path), {"allocator": (optimal := Optimal())})
     assert optimal.state_dict() == state["allocator"]
     assert not caplog.text
 

@@ -11,11 +11,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback, default_data_collator
 
 from hf_flops import ConfigurationError, ContrastiveLoss, FlopsTrainer, ObjectiveError
-from hf_flops.alignment import Alignment
+from hf_flops.alignment import ContrastiveSession
 from hf_flops.contrastive import ContrastiveBatch
-from hf_flops.estimators import ESTIMATORS
 from hf_flops.image_text import with_plain_flag
 from hf_flops.rows import Place
+from hf_flops.sessions import Averaging, Batch
 from tests.pairs import KINDS, LORA, as_pairs, collate, pair_batch, pair_model
 from tests.tiny import generator, training_arguments
 
@@ -94,7 +94,7 @@ def arguments(folder, **options):
 
 def alignment(model, folder, contrast=None, **options):
     args = arguments(folder, **options)
-    made = Alignment(args, model, contrast or ContrastiveLoss(), ESTIMATORS[args.estimator](), None, lambda forward: forward)
+    made = ContrastiveSession(args, model, contrast, lambda forward: forward)
 
     def forward(inputs):
         outputs = model(**inputs)
@@ -128,8 +128,9 @@ def test_the_estimate_is_the_gradient_in_the_mean(kind, estimator, draws, tmp_pa
     # so many queries of each image and each text, in one step
     made, forward = alignment(model, tmp_path, estimator=estimator, rows_per_forward=2048)
     with torch.no_grad():
-        assert made.set_up(forward, batch, frozenset(), own=True)
-        made.step(batch, Place(), 2 + 2 * draws * len(made.estimator.signs), 1)
+        made.prepare(Batch(batch, forward))
+        made.args.queries_per_sample = 2 + 2 * draws * len(made.estimator.signs)
+        made.estimate(Batch(batch, forward), Place(), Averaging())
     found = gradients(model)
     assert found.keys() == wanted.keys()
     noisy = {name for tower in made.towers.values() for name in tower.method.perturbation.vector.names}
@@ -150,14 +151,15 @@ def test_a_frozen_tower_runs_its_batch_once_whatever_the_queries(tmp_path):
         made, forward = alignment(model, tmp_path)
         rows = {"vision_model": 0, "text_model": 0}
         with torch.no_grad():
-            made.set_up(forward, batch, frozenset(), own=True)
+            made.prepare(Batch(batch, forward))
             for name in rows:
 
                 def count(module, args, kwargs, name=name, rows=rows):
                     rows[name] += len(kwargs["pixel_values" if name == "vision_model" else "input_ids"])
 
                 getattr(model.get_base_model(), name).register_forward_pre_hook(count, with_kwargs=True)
-            result, _ = made.step(batch, Place(), queries, 1)
+            made.args.queries_per_sample = queries
+            result = made.estimate(Batch(batch, forward), Place(), Averaging())
         assert rows == {"text_model": 4, "vision_model": 4 * (queries - 1)}
         assert result.rows == 4 * queries == sum(rows.values())
 
@@ -214,8 +216,9 @@ def test_projections_alone_get_the_gradient_of_backprop(tmp_path):
     wanted = backprop(model, batch)
     made, forward = alignment(model, tmp_path)
     with torch.no_grad():
-        made.set_up(forward, batch, frozenset(), own=True)
-        result, _ = made.step(batch, Place(), 8, 1)
+        made.prepare(Batch(batch, forward))
+        made.args.queries_per_sample = 8
+        result = made.estimate(Batch(batch, forward), Place(), Averaging())
     assert result.rows == 8  # each image and each text once
     found = gradients(model)
     assert found.keys() == wanted.keys()
@@ -233,8 +236,9 @@ def test_labels_classify_images_among_any_number_of_texts(tmp_path):
     model.zero_grad()
     made, forward = alignment(model, tmp_path, rows_per_forward=2048)
     with torch.no_grad():
-        made.set_up(forward, batch, frozenset(), own=False)
-        result, _ = made.step(batch, Place(), 3000, 1)
+        made.prepare(Batch(batch, forward))
+        made.args.queries_per_sample = 3000
+        result = made.estimate(Batch(batch, forward), Place(), Averaging())
     assert result.rows <= 12000
     found = gradients(model)
     a, b = (torch.cat([part[name].flatten() for name in wanted]) for part in (found, wanted))
@@ -247,7 +251,7 @@ def test_equal_texts_are_said_or_taken_for_one(tmp_path, caplog):
     model = adapted("clip")
     made, forward = alignment(model, tmp_path)
     with torch.no_grad():
-        made.set_up(forward, batch, frozenset(), own=True)
+        made.prepare(Batch(batch, forward))
     assert "1 of the 4 texts of a batch equal an earlier one" in caplog.text
     made, forward = alignment(model, tmp_path, ContrastiveLoss(same_texts="positives"))
     parts, labels = made._split(batch)
@@ -278,7 +282,7 @@ def test_other_bad_input_is_one_clear_sentence(tmp_path):
     images = {name: value for name, value in batch.items() if name != "pixel_values"}
     made, forward = alignment(model, tmp_path)
     with pytest.raises(ObjectiveError, match="The batch has no images: its keys are"):
-        made.set_up(forward, images, frozenset(), own=True)
+        made.prepare(Batch(images, forward))
     labelled = {**batch, "labels": torch.tensor([0, 1, 2, 9])}
     fails(model, labelled, tmp_path, ObjectiveError, "labels from 0 to 9 do not number 4 texts")
     fails(model, batch, tmp_path, ConfigurationError, "too few for 4 images and 4 texts", queries_per_sample=3)

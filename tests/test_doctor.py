@@ -43,7 +43,7 @@ def config_of(kind, name):
 def ways_of(trainer):
     """Read off a trainer where noise enters: tensor → way."""
     ways = {}
-    for part in getattr(trainer._perturbation, "parts", [trainer._perturbation]):
+    for part in trainer.session.chosen.perturbation.parts:
         kind = "on outputs" if isinstance(part, ActivationNoise) else "shared" if part.grouped else "per row"
         looped = {
             part.vector.names[index]
@@ -52,8 +52,8 @@ def ways_of(trainer):
             if site.rule.__name__ == "looped"
         }
         ways.update({name: "row by row" if name in looped else kind for name in part.vector.names})
-    if trainer._head is not None:
-        ways.update(dict.fromkeys(trainer._head.vector.names, "exact"))
+    if trainer.session.chosen.head is not None:
+        ways.update(dict.fromkeys(trainer.session.chosen.head.vector.names, "exact"))
     return {name: ways.get(name, "none") for name in ParameterVector.of(trainer.model).names}
 
 
@@ -87,7 +87,6 @@ def test_its_rules_are_the_trainers_on_real_models(name, method, tmp_path):
     trainer = FlopsTrainer(model, args, train_dataset=samples, peft_config=config, data_collator=collate)
     trainer.train()
     assert {rule.tensor: rule.way for rule in found.rules} == ways_of(trainer)
-    print(f"{name}, {method}:", {way: sum(rule.way == way for rule in found.rules) for way in {r.way for r in found.rules}})
 
 
 def adapted():

@@ -154,7 +154,7 @@ def batch():
 
 
 def test_no_head_where_it_would_be_wrong():
-    assert found(Scaled(1.0), batch()) is not None
+    assert found(Scaled(1.0), batch()).vector.names == ["head.weight", "head.bias"]
     assert found(Scaled(2.0), batch()) is None  # something happens to the logits
     assert found(Twice(1.0), batch()) is None  # its own parameters reach its input
     model = Scaled(1.0)
@@ -184,12 +184,12 @@ class Tasks(nn.Module):
 
 def test_a_head_beside_which_nothing_matters_gets_noise(tmp_path):
     model, inputs = Tasks(), {**batch(), "task": torch.ones(4, dtype=torch.int64)}
-    assert found(model, inputs) is not None
+    assert found(model, inputs).module is model.heads[1]
     before = [head.weight.clone() for head in model.heads]
     args = FlopsTrainingArguments(output_dir=str(tmp_path), max_steps=1, report_to="none", save_strategy="no")
     trainer = FlopsTrainer(model=model, args=args, train_dataset=as_dataset(inputs))
     trainer.train()
-    assert trainer._head is None
+    assert trainer.session.chosen.head is None
     assert [head.weight.equal(old) for head, old in zip(model.heads, before, strict=True)] == [True, False]
 
 
@@ -209,7 +209,7 @@ def test_the_trainer_leaves_the_noise_to_the_adapter(tmp_path):
         )
         trainer.train()
         gradients[on] = seen
-        assert any("classifier" in name for name in trainer._perturbation.vector.names) != on
+        assert any("classifier" in name for name in trainer.session.chosen.perturbation.vector.names) != on
     model.zero_grad()
     classifiers = 0
     for name, parameter in model.named_parameters():

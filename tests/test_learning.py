@@ -41,6 +41,7 @@ def adapt(digits, tmp_path, seed, **options):
                 "report_to": "none",
                 "save_strategy": "no",
                 "disable_tqdm": True,
+                "pictures": False,
                 **options,
             },
         )
@@ -74,19 +75,25 @@ def check_rows(folder):
     return rows
 
 
-def test_the_recipe_leaves_a_report_a_picture_and_adapters(digits, tmp_path, monkeypatch, capsys):
+def test_the_recipe_leaves_a_report_a_picture_and_adapters(digits, tmp_path, monkeypatch, capsys, drawn):
     monkeypatch.setattr(vit, "pretrained_vit", lambda task: digits[1])
     options = "--dataset digits --per_class 16 --num_train_epochs 1 --queries_per_sample 8 --compare backprop mezo"
     monkeypatch.setattr("sys.argv", ["vit.py", *options.split(), "--disable_tqdm", "True", "--output_dir", str(tmp_path)])
     vit.main()
     assert "of the way from the untrained adapter to backprop" in capsys.readouterr().out
-    assert (tmp_path / "report.png").stat().st_size > 10_000
     report = (tmp_path / "report.md").read_text()
     outcomes = {o["method"]: o for o in json.loads((tmp_path / "results.json").read_text())["outcomes"]}
     assert set(outcomes) == {"flops", "backprop", "mezo"}
     assert outcomes["flops"]["rows"] == 80 * 8 + check_rows(tmp_path / "flops")
     assert outcomes["mezo"]["rows"] == 80 * 8 + check_rows(tmp_path / "mezo")
     assert outcomes["backprop"]["rows"] == 80
+    curves, queries, *images = drawn["report.png"].axes
+    assert [text.get_text() for text in curves.get_legend().get_texts()] == [*outcomes, "untrained adapter"]
+    assert (curves.get_title(), queries.get_title()) == ("Accuracy against rows", "Where the queries went")
+    for line, outcome in zip(curves.lines, outcomes.values(), strict=False):
+        assert line.get_xydata().tolist() == outcome["curve"]
+    assert [len(axes.images) for axes in images] == [1] * 16  # the eight most queried, and the eight least
+    assert (tmp_path / "report.png").is_file()
     for method, outcome in outcomes.items():
         assert f"| {method} | {outcome['before']:.1%} | **{outcome['after']:.1%}** |" in report
         assert (tmp_path / method / "adapter_model.safetensors").is_file()

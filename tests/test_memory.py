@@ -1,5 +1,6 @@
 """A step needs little more memory than inference of the same rows, counted tensor by tensor."""
 
+import math
 import weakref
 from collections import Counter
 
@@ -74,4 +75,6 @@ def test_a_step_needs_the_memory_of_inference_and_little_more(distribution):
 def test_the_peak_of_a_process_is_measured():
     with PeakMemory() as memory:
         torch.ones(64 * 2**20).sum()  # 256 MB
-    assert memory.megabytes != memory.megabytes or 250 < memory.megabytes < 400
+    if math.isnan(memory.megabytes):
+        pytest.skip("the system does not tell")
+    assert 250 < memory.megabytes < 400

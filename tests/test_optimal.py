@@ -18,8 +18,8 @@ def mean_squares(sigma, counts, generator):
     return sigma**2 * (normal.square() * asked).sum(1) / counts
 
 
-def play(world, *, steps=120, samples=16, queries=10, seed=0):
-    """J over that of equal counts (steps,), and the same for the integer optimum of known sigmas.
+def play(world, *, steps=120, samples=16, queries=10, seed=0, best=True):
+    """J over that of equal counts (steps,), and the same for the integer optimum of known sigmas, if `best` is asked for.
 
     world: (generator, step) -> (sigma (B,), options for the features).
     """
@@ -29,8 +29,9 @@ def play(world, *, steps=120, samples=16, queries=10, seed=0):
         sigma, options = world(generator, step)
         features = Features(**{"losses": torch.ones(samples), "step": step, **options})
         counts = allocator.counts(features, budget)
+        given = [counts, optimal_counts(sigma, budget)] if best else [counts]
         equal = proxy(sigma**2, equal_counts(samples, budget))
-        found.append([proxy(sigma**2, counts) / equal, proxy(sigma**2, optimal_counts(sigma, budget)) / equal])
+        found.append([proxy(sigma**2, own) / equal for own in given])
         allocator.update(features, counts, mean_squares(sigma, counts, generator))
     return torch.tensor(found).T
 
@@ -168,9 +169,8 @@ WORLDS = [opposite, unrelated, nothing_to_gain, alternating, changing_sides, mea
 
 @pytest.mark.parametrize("world", WORLDS, ids=lambda world: world.__name__)
 def test_misleading_features_do_not_make_it_worse_than_equal_counts(world):
-    curves = torch.stack([play(world, seed=seed)[0] for seed in range(6)]).mean(0)
+    curves = torch.stack([play(world, seed=seed, best=False)[0] for seed in range(6)]).mean(0)
     # The first step has only the residuals to go by: what it learns there that they mislead, it does not forget.
-    print(f"{world.__name__}: first step {curves[0]:.2f}, then {curves[1:].mean():.3f} of equal counts")
     assert curves[1:].mean() < 1.03
     assert curves.mean() < 1.08
 

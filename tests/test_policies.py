@@ -149,7 +149,6 @@ def test_learning_lowers_the_proxy_steadily_to_the_best_of_the_family(kind, fami
     assert phases[-1] < phases[0] - 0.08
     best = best_of_the_family(family(), sigma_of)
     assert phases[-1] < 1.1 * best
-    print(f"{kind.__name__}: J / J(equal counts) {phases[0]:.3f} → {phases[-1]:.3f}, best of its family {best:.3f}")
 
 
 @pytest.mark.parametrize("kind", [Gaussian, Bernoulli])

@@ -161,7 +161,7 @@ def test_sixteen_bit_bases_train(kind, adapter, dtype, tmp_path, caplog):
     start = trainer.evaluate()["eval_loss"]
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < start - 0.05
-    parts = getattr(trainer._perturbation, "parts", [trainer._perturbation])
+    parts = trainer.session.chosen.perturbation.parts
     assert not any(isinstance(part, SharedNoise) for part in parts)
     expected = trainer.predict(data).predictions
     trainer.save_model(tmp_path / "saved")

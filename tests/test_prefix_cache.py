@@ -10,7 +10,7 @@ from hf_flops.independence import choose_reuse
 from hf_flops.prefix_cache import CachedReuse, SampleStore, identify
 from hf_flops.rows import take
 from tests.test_reuse import LAYERS, adapted, layer_insides, lora, method_for, rows_through, trained
-from tests.tiny import as_dataset, model_forward, tiny_batch
+from tests.tiny import TOKENS, as_dataset, model_forward, tiny_batch
 
 
 def chosen(method, model, inputs):
@@ -112,7 +112,8 @@ def test_training_from_a_prefix_cache_is_the_same(place, tmp_path):
     data = [{**sample, "sample_id": i} for i, sample in enumerate(as_dataset(batch))]
     found, trainer = trained(tmp_path, "bert", True, config, data=data, max_steps=4, prefix_cache=place)
     wanted, _ = trained(tmp_path, "bert", False, config, data=data, max_steps=4)
-    assert trainer._reuse.store.get(identify({k: v[:1] for k, v in batch.items()}, [0])[0]) is not None
+    kept = [trainer.session.chosen.reuse.store.get(sample) for sample in identify(batch, range(8))]
+    assert [[value.shape for value in values] for values in kept] == [[(1, TOKENS, 16)]] * 8  # what the last layer is given
     for name, value in found.items():
         torch.testing.assert_close(value, wanted[name], rtol=1e-4, atol=1e-5)
     with pytest.raises(ConfigurationError, match="add a column sample_id"):

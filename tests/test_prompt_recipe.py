@@ -144,7 +144,7 @@ def test_prompts_start_as_texts():
 
 
 @pytest.mark.parametrize("adapter", ["suffix", "prompt"])
-def test_a_run_leaves_a_report_a_picture_and_adapters(adapter, tiny, tmp_path, capsys):
+def test_a_run_leaves_a_report_a_picture_and_adapters(adapter, tiny, tmp_path, capsys, drawn):
     options = (
         f"--adapter {adapter} --virtual_tokens 3 --max_steps 2 --eval_steps 1 --queries_per_sample 4 --compare backprop"
     )
@@ -158,8 +158,12 @@ def test_a_run_leaves_a_report_a_picture_and_adapters(adapter, tiny, tmp_path, c
     assert all(outcome.tokens > 3 * outcome.rows for outcome in outcomes)
     report = (tmp_path / "report.md").read_text()
     assert report.splitlines()[2] in capsys.readouterr().out
-    assert (tmp_path / "report.png").stat().st_size > 10_000
-    assert len(json.loads((tmp_path / "results.json").read_text())["outcomes"][0]["curve"]) == 2
+    curves = [outcome["curve"] for outcome in json.loads((tmp_path / "results.json").read_text())["outcomes"]]
+    assert [len(curve) for curve in curves] == [2, 2]
+    (axes,) = drawn["report.png"].axes
+    assert [line.get_xydata().tolist() for line in axes.lines[:2]] == curves
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["flops", "backprop", "untrained adapter"]
+    assert (tmp_path / "report.png").is_file()
     name = CONFIG_FILE if adapter == "suffix" else "adapter_config.json"
     assert (tmp_path / "flops" / name).is_file()
     assert (tmp_path / "backprop" / name).is_file()

@@ -480,11 +480,11 @@ def test_training_is_the_same_with_and_without(kind, preset, tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="hf_flops"):
         found, trainer = trained(tmp_path, kind, True, config, preset=preset)
         assert "run once per sample and step" in caplog.text
-        assert trainer._reuse.modules
+        assert trainer.session.chosen.reuse.modules
         caplog.clear()
         wanted, plain = trained(tmp_path, kind, False, config, preset=preset)
         assert "ate expansion" not in caplog.text
-    assert not plain._reuse.modules
+    assert not plain.session.chosen.reuse.modules
     assert trainer.ledger.rows == plain.ledger.rows
     for name, value in found.items():
         torch.testing.assert_close(value, wanted[name], rtol=1e-4, atol=1e-5)

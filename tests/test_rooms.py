@@ -24,15 +24,15 @@ FLOORS = {
     **dict.fromkeys(["step", "selfcheck", "independence", "last_logits", "prefix_cache", "trimming"], 6),
     **dict.fromkeys(["args", "calibration", "ledger", "plots", "precision", "texts", "setup", "state", "auto_queries"], 7),
     **dict.fromkeys(["towers", "image_text", "visual_prompts"], 7),
-    **dict.fromkeys(["blackbox", "budget", "checks", "packing", "rewards", "tuning", "processes", "checkpoints"], 8),
-    **dict.fromkeys(["costs", "learning_rate", "progress", "run_plots", "settings", "trajectory"], 8),
-    **dict.fromkeys(["pictures", "suffix", "alignment", "throwaway", "f1"], 9),
-    **dict.fromkeys(["cards", "watching", "pair_steps"], 10),
-    "trainer": 11,
-    "trial_rate": 9,
-    "diagnosis": 12,
-    "commands": 13,
-    "cli": 14,
+    **dict.fromkeys(["blackbox", "budget", "checks", "packing", "rewards", "tuning", "checkpoints"], 8),
+    **dict.fromkeys(["costs", "progress", "run_plots", "settings", "trajectory"], 8),
+    **dict.fromkeys(["pictures", "suffix", "sessions", "processes", "throwaway", "f1"], 9),
+    **dict.fromkeys(["cards", "watching", "alignment", "learning_rate"], 10),
+    **dict.fromkeys(["pair_steps", "trial_rate"], 11),
+    "trainer": 12,
+    "diagnosis": 13,
+    "commands": 14,
+    "cli": 15,
 }
 ENGINE = {room for room, floor in FLOORS.items() if floor <= 6}
 HUGGING_FACE = {"transformers", "peft", "accelerate", "datasets", "evaluate"}
@@ -127,8 +127,6 @@ def test_the_engine_does_not_load_transformers():
 def test_public_names_are_complete_sorted_and_there():
     assert sorted([*hf_flops._HOMES, "__version__"]) == hf_flops.__all__
     assert list(hf_flops._HOMES) == sorted(hf_flops._HOMES)
-    for name in hf_flops.__all__:
-        assert getattr(hf_flops, name) is not None
     for name, home in hf_flops._HOMES.items():
         assert getattr(hf_flops, name).__module__ == f"hf_flops.{home}"
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):

@@ -70,6 +70,11 @@ def run(model, inputs, *, step=0, elements=None, batches=1, place=None, **option
     return torch.cat([p.grad.flatten().double() for p in vector.parameters]), result
 
 
+def repeated(inputs, times):
+    """Return so many copies of a batch as one: where rows have noise of their own, one estimate is as good as so many."""
+    return {name: torch.cat([value] * times) for name, value in inputs.items()}
+
+
 def true_gradient(model, inputs):
     model.zero_grad()
     model(**inputs).mean().backward()
@@ -81,21 +86,22 @@ def true_gradient(model, inputs):
 @pytest.mark.parametrize("distribution", ["gaussian", "rademacher", "rank_one"])
 def test_the_mean_of_many_estimates_is_autograds_gradient_with_uneven_counts(kind, estimator, distribution):
     model, inputs = Quadratic(), quadratic_batch()
-    allocator, queries = Fixed([1, 2, 1, 5, 6]), {"one_sided": 4, "antithetic": 6}[estimator]
+    steps, copies = (40, 15) if kind == "rowwise" else (320, 1)  # shared noise is drawn once, whatever the batch
+    allocator, queries = Fixed([1, 2, 1, 5, 6] * copies), {"one_sided": 4, "antithetic": 6}[estimator]
     estimates = torch.stack(
         [
             run(
                 model,
-                inputs,
+                repeated(inputs, copies),
                 step=step,
                 kind=kind,
                 distribution=distribution,
                 estimator=ESTIMATORS[estimator](),
                 allocator=allocator,
                 queries_per_sample=queries,
-                rows_per_forward=99,
+                rows_per_forward=999,
             )[0]
-            for step in range(600)
+            for step in range(steps)
         ]
     )
     error = estimates.mean(0) - true_gradient(model, inputs)
@@ -109,25 +115,26 @@ def test_the_mean_of_many_estimates_is_autograds_gradient_with_uneven_counts(kin
 @pytest.mark.parametrize("name", sorted(set(ALLOCATORS) - {"authors_bernoulli", "uniform"}))
 def test_the_mean_of_many_estimates_is_autograds_gradient_while_an_allocator_learns(name, kind):
     model, inputs, allocator = Quadratic(), quadratic_batch(), ALLOCATORS[name]()
-    estimates, uneven = [], 0
-    for step in range(400):
+    steps, copies = (80, 5) if kind == "rowwise" else (250, 1)
+    batch, estimates, uneven = repeated(inputs, copies), [], 0
+    for step in range(steps):
         # In two micro-batches, which share their noise where it is shared.
         parts = [
             run(
                 model,
-                {name: value[start:end] for name, value in inputs.items()},
+                {name: value[start:end] for name, value in batch.items()},
                 kind=kind,
-                elements=SAMPLES,
+                elements=SAMPLES * copies,
                 place=Place(step=step, position=start, ids=tuple(range(start, end))),
                 allocator=allocator,
                 queries_per_sample=5,
-                rows_per_forward=99,
+                rows_per_forward=999,
             )
-            for start, end in ((0, 2), (2, SAMPLES))
+            for start, end in ((0, 2 * copies), (2 * copies, SAMPLES * copies))
         ]
         estimates.append(parts[0][0] + parts[1][0])
         uneven += any(len(set(result.counts.tolist())) > 1 for _, result in parts)
-    assert uneven > 100
+    assert uneven > steps / 4
     estimates = torch.stack(estimates)
     error = estimates.mean(0) - true_gradient(model, inputs)
     assert (error.abs() < 4.5 * estimates.std(0) / len(estimates) ** 0.5).all()
@@ -138,8 +145,8 @@ def test_without_the_weight_the_estimate_is_biased():
         weighted = False
 
     model, inputs = Quadratic(), quadratic_batch()
-    allocator = Unweighted([1, 2, 1, 5, 6])
-    estimates = torch.stack([run(model, inputs, step=step, allocator=allocator)[0] for step in range(600)])
+    options = {"allocator": Unweighted([1, 2, 1, 5, 6] * 15), "rows_per_forward": 999}
+    estimates = torch.stack([run(model, repeated(inputs, 15), step=step, **options)[0] for step in range(40)])
     error = estimates.mean(0) - true_gradient(model, inputs)
     assert (error.abs() > 10 * estimates.std(0) / len(estimates) ** 0.5).any()
 
@@ -147,7 +154,8 @@ def test_without_the_weight_the_estimate_is_biased():
 def test_predicted_variance_and_signal_are_those_of_many_estimates():
     model, inputs = Quadratic(), quadratic_batch()
     for kind in ("rowwise", "shared"):
-        found = [run(model, inputs, step=step, kind=kind, queries_per_sample=5) for step in range(800)]
+        options = {"kind": kind, "queries_per_sample": 5, "rows_per_forward": 99}
+        found = [run(model, inputs, step=step, **options) for step in range(400)]
         estimates = torch.stack([gradient for gradient, _ in found])
         predicted = sum(result.metrics["gradient_variance"] for _, result in found) / len(found)
         signal = sum(result.metrics["gradient_signal"] for _, result in found) / len(found)
@@ -231,10 +239,8 @@ def test_a_batch_loss_gives_the_gradient_of_the_models_loss():
     model(**inputs).loss.backward()
     expected = torch.cat([p.grad.flatten() for p in model.classifier.parameters()]).double()
     for objective, kind in ((BatchLoss(), "shared"), (TappedLoss(), "rowwise"), (TappedLoss(), "shared")):
-        estimates = [
-            run(model, inputs, step=s, kind=kind, objective=objective, forward=model_forward(model), scale=1e-2)[0]
-            for s in range(300)
-        ]
+        options = {"objective": objective, "forward": model_forward(model), "scale": 1e-2, "rows_per_forward": 999}
+        estimates = [run(model, inputs, step=s, kind=kind, queries_per_sample=26, **options)[0] for s in range(20)]
         mean = torch.stack(estimates).mean(0)
         assert torch.cosine_similarity(mean, expected, dim=0) > 0.93
         assert mean.norm() == pytest.approx(float(expected.norm()), rel=0.3)
@@ -276,7 +282,7 @@ def test_the_weight_of_dropped_rows_goes_to_the_samples_other_rows():
     estimates, dropped = [], 0
     for step in range(400):
         try:
-            options = {"estimator": Antithetic(), "allocator": allocator, "queries_per_sample": 12}
+            options = {"estimator": Antithetic(), "allocator": allocator, "queries_per_sample": 12, "rows_per_forward": 99}
             gradient, result = run(model, inputs, step=step, **options)
         except NonFiniteError:
             continue
@@ -317,6 +323,7 @@ def test_counts_do_not_depend_on_the_steps_own_noise(name):
     model.requires_grad_(False)
     model.classifier.requires_grad_(True)
     options = {"objective": TappedLoss(), "forward": model_forward(model), "queries_per_sample": 8, "kind": "shared"}
+    options["rows_per_forward"] = 99
     found = []
     for distribution in ("gaussian", "rademacher"):
         allocator = ALLOCATORS[name]()

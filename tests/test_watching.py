@@ -19,6 +19,7 @@ from hf_flops.method import StepResult
 from hf_flops.pictures import PICTURES, curve_of, draw_pictures, draw_seeds
 from hf_flops.plots import draw_learning_curves, pyplot
 from hf_flops.progress import RowProgress
+from hf_flops.watching import add_reports
 from tests.test_cards import trainer_of
 
 LOGGED = {
@@ -88,7 +89,7 @@ def test_trackio_gets_the_numbers(tmp_path, monkeypatch):
     trainer.train()
     assert {f"train/{name}" for name in LOGGED} <= set(told)
     assert told["train/rows"] == trainer.ledger.rows
-    assert (tmp_path / "trackio" / "flops.db").stat().st_size > 0
+    assert (tmp_path / "trackio" / "flops.db").is_file()
 
 
 def test_the_progress_bar_counts_rows(tmp_path, monkeypatch):
@@ -119,7 +120,7 @@ def _bar_to(stream):
 def test_the_stock_bar_gives_way(tmp_path):
     trainer = trainer_of(tmp_path)
     trainer.add_callback(ProgressCallback)
-    trainer._watch()
+    add_reports(trainer, lambda: trainer.ledger)
     kinds = [type(callback) for callback in trainer.callback_handler.callbacks]
     assert RowProgress in kinds
     assert ProgressCallback not in kinds
@@ -132,7 +133,7 @@ def test_a_bar_of_the_users_own_stays(tmp_path):
     trainer = trainer_of(tmp_path)
     trainer.add_callback(Mine)
     trainer.add_callback(ProgressCallback)
-    trainer._watch()
+    add_reports(trainer, lambda: trainer.ledger)
     kinds = [type(callback) for callback in trainer.callback_handler.callbacks]
     assert Mine in kinds
     assert RowProgress in kinds
@@ -186,21 +187,38 @@ def test_a_curve_is_accuracy_at_the_rows_before_it():
     assert curve_of(entries) == ("training loss", [(10, 0.0, 2.0)])
 
 
-def test_pictures_are_drawn_where_there_is_something_to_draw(tmp_path, monkeypatch):
+def test_pictures_are_drawn_where_there_is_something_to_draw(tmp_path, monkeypatch, drawn):
     assert draw_pictures(tmp_path, history(), ledger_of()) == list(PICTURES)
     assert all(imread(tmp_path / name).std() > 0.01 for name in PICTURES)
+    rows, seconds = drawn["learning_curve.png"].axes
+    values = [entry["eval_accuracy"] for entry in history() if "eval_accuracy" in entry]
+    assert rows.lines[0].get_xydata().tolist() == [[100.0 * (i + 1), value] for i, value in enumerate(values)]
+    assert seconds.lines[0].get_xydata().tolist() == [[2.0 * (i + 1), value] for i, value in enumerate(values)]
+    samples, classes, over_time, _ = drawn["queries.png"].axes
+    assert samples.get_title() == "Where the queries went"
+    assert [bar.get_height() for bar in classes.patches] == [2, 3, 4]  # per sample, on average over the windows
+    assert over_time.collections[0].get_array().shape == (3, 5)
+    signal, gain = drawn["signal.png"].axes
+    assert signal.lines[0].get_xydata().tolist() == [[100 * i, 1 / i] for i in range(1, 6)]
+    assert gain.lines[0].get_xydata().tolist() == [[100 * i, 1 + i / 10] for i in range(1, 6)]
     assert draw_pictures(tmp_path, history(points=2), ledger_of()) == []
     for name in ("save_learning_curve", "save_signal"):
         monkeypatch.setattr(pictures, name, lambda *arguments: None)
     assert "queries.png" not in draw_pictures(tmp_path, history(), Ledger())
 
 
-def test_seeds_have_a_mean_and_an_interval(tmp_path):
+def test_seeds_have_a_mean_and_an_interval(tmp_path, drawn):
     for seed in range(3):
         folder = tmp_path / str(seed)
         folder.mkdir()
         (folder / "trainer_state.json").write_text(json.dumps({"log_history": history(seed)}))
     draw_seeds(tmp_path / "seeds.png", [tmp_path / str(seed) for seed in range(3)])
+    values = np.array([[e["eval_accuracy"] for e in history(seed) if "eval_accuracy" in e] for seed in range(3)])
+    for axes in drawn["seeds.png"].axes:
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == ["mean of 3 seeds", "± standard deviation"]
+        assert axes.lines[0].get_ydata()[[0, -1]] == pytest.approx(values.mean(0)[[0, -1]])
+        band = axes.collections[0].get_datalim(axes.transData)
+        assert band.ymin == pytest.approx((values.mean(0) - values.std(0, ddof=1)).min(), abs=1e-2)
     assert imread(tmp_path / "seeds.png").std() > 0.01
 
 

@@ -21,7 +21,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_flops import FlopsTrainingArguments
+from hf_flops import FlopsArgumentsMixin, FlopsTrainingArguments
 
 SIZES: dict[str, int] = {
     "hidden_size": 16,
@@ -96,6 +96,8 @@ def model_forward(model: nn.Module):
 
 
 def training_arguments(folder: Any, kind: Any = FlopsTrainingArguments, **options: Any) -> Any:
-    """Return training arguments that are quiet and save nothing, unless told otherwise."""
+    """Return training arguments that are quiet, save nothing and draw nothing, unless told otherwise."""
     quiet = {"output_dir": str(folder), "save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+    if issubclass(kind, FlopsArgumentsMixin):
+        quiet["pictures"] = False
     return kind(**{**quiet, **options})

@@ -36,44 +36,32 @@ def gradient(scores: Tensor, values: Tensor) -> Tensor:
 
 
 class Descent:
-    """Adam for a handful of numbers, with a state of plain lists.
+    """Adam for a handful of numbers within bounds, with a state of plain lists.
 
     Args:
         start: initial values (P,).
         rate: how far a value moves per step at most, about.
         bounds: P pairs (least, greatest).
-
-    References:
-        Kingma & Ba (2015), arXiv 1412.6980, algorithm 1.
     """
 
     def __init__(self, start: list[float], rate: float, bounds: list[tuple[float, float]]) -> None:
         self.values = torch.tensor(start, dtype=torch.float64)
-        self.rate = rate
-        self._least, self._greatest = torch.tensor(bounds, dtype=torch.float64).T
-        self._mean, self._square, self._steps = torch.zeros_like(self.values), torch.zeros_like(self.values), 0
+        self._bounds = torch.tensor(bounds, dtype=torch.float64).T
+        self._adam = torch.optim.Adam([self.values], lr=rate, betas=(0.9, 0.99), eps=1e-12)
 
     def step(self, slope: Tensor) -> None:
         """Move the values against a gradient (P,)."""
-        self._steps += 1
-        self._mean = 0.9 * self._mean + 0.1 * slope
-        self._square = 0.99 * self._square + 0.01 * slope.square()
-        mean, square = self._mean / (1 - 0.9**self._steps), self._square / (1 - 0.99**self._steps)
-        moved = self.values - self.rate * mean / (square.sqrt() + 1e-12)
-        self.values = torch.minimum(torch.maximum(moved, self._least), self._greatest)
+        self.values.grad = slope
+        self._adam.step()
+        self.values.clamp_(*self._bounds)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return values and moments as JSON-serialisable values."""
-        return {
-            "values": self.values.tolist(),
-            "mean": self._mean.tolist(),
-            "square": self._square.tolist(),
-            "steps": self._steps,
-        }
+        """Return values and Adam's moments, if there are any yet, as JSON-serialisable values."""
+        moments = self._adam.state.get(self.values, {})
+        return {"values": self.values.tolist(), **{name: moment.tolist() for name, moment in moments.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a state from `state_dict`."""
-        self.values, self._mean, self._square = (
-            torch.tensor(state[name], dtype=torch.float64) for name in ("values", "mean", "square")
-        )
-        self._steps = state["steps"]
+        tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in state.items()}
+        self.values.copy_(tensors.pop("values"))
+        self._adam.state[self.values] = tensors

@@ -1,1 +1,1 @@
-"""One module for each subcommand of `hf-flops`: `main(arguments)` returns the exit code."""
+"""The subcommands of `hf-flops`: functions that take arguments and return the exit code."""

@@ -1,8 +1,9 @@
-"""Finds the recipes: beside the package in a checkout, inside it where it was installed."""
+"""`hf-flops vit`, `prompt` and `align`: the recipes, found beside the package in a checkout or inside an installed one."""
 
 from __future__ import annotations
 
 import sys
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def recipe(name: str) -> Any:
     return import_module(f"recipes.{name}")
 
 
-def run(name: str, command: str, arguments: list[str] | None) -> int:
+def run(name: str, command: str, arguments: list[str] | None = None) -> int:
     """Run a recipe as a subcommand; returns the exit code."""
     arguments = sys.argv[2:] if arguments is None else arguments
     before, sys.argv = sys.argv, [f"hf-flops {command}", *arguments]  # the recipe's help names what was called
@@ -35,3 +36,8 @@ def run(name: str, command: str, arguments: list[str] | None) -> int:
     finally:
         sys.argv = before
     return 0
+
+
+vit = partial(run, "vit", "vit")
+prompt = partial(run, "prompt_tuning", "prompt")
+align = partial(run, "alignment", "align")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..counters import seeds
-from .base import ParameterVector
+from .base import ParameterVector, Perturbation
 from .noise import NoiseKeys, draw
 from .rules import RowMismatch, conv1d_gpt2, linear
 from .sites import Site, find_sites
@@ -80,7 +80,7 @@ def independent(gram: Tensor) -> Tensor:
     return torch.diag_embed((size + torch.finfo(gram.dtype).tiny ** 0.5).sqrt())
 
 
-class ActivationNoise:
+class ActivationNoise(Perturbation):
     """Noise on the outputs of linear layers: see `Perturbation`.
 
     A row's tokens x_t (T, in) give outputs `y = x W^T + b`; noise `u = L xi` is added to y, with xi (T, out) of mean 0 and
@@ -107,9 +107,6 @@ class ActivationNoise:
         Ren et al. (2025), FLOPS, arXiv 2410.05966, section 3; Peng et al. (2022), a new likelihood ratio method.
     """
 
-    grouped = False
-    row_bytes = 0.0  # depends on the number of tokens
-    rowwise_size = 0
     replays = True
 
     def __init__(
@@ -169,9 +166,6 @@ class ActivationNoise:
     def dimension(self, noise: Drawn) -> int:
         """See `Perturbation.dimension`."""
         return sum(values[0].numel() for values in noise.noise.values())
-
-    def row_noise(self, noise: Drawn) -> None:
-        """See `Perturbation.row_noise`."""
 
     def pull_back(self, noise: Drawn, coefficients: Tensor) -> Tensor:
         """See `Perturbation.pull_back`; a forward under this noise must have run."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,8 +52,8 @@ class ParameterVector:
             parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad.add_(gradient)
 
 
-class Perturbation(Protocol):
-    """A way for noise to enter a model.
+class Perturbation:
+    """A way for noise to enter a model; a subclass defines `draw`, `applied`, `dimension` and `pull_back`.
 
     Attributes:
         vector: the parameters that it moves.
@@ -64,27 +64,32 @@ class Perturbation(Protocol):
     """
 
     vector: ParameterVector
-    grouped: bool
-    row_bytes: float
-    replays: bool
-    rowwise_size: int
+    grouped: bool = False
+    row_bytes: float = 0.0
+    replays: bool = False
+    rowwise_size: int = 0
+
+    @property
+    def parts(self) -> Sequence[Perturbation]:
+        """The perturbations that this one is made of: by default itself."""
+        return [self]
 
     def draw(self, keys: NoiseKeys) -> Any:
         """Draw the noise of a chunk of R rows."""
-        ...
+        raise NotImplementedError
 
     def applied(self, noise: Any, scale: float) -> AbstractContextManager[None]:
         """Return a context in which the model runs at `theta + scale * noise`; nothing is left behind after it."""
-        ...
+        raise NotImplementedError
 
     def dimension(self, noise: Any) -> int:
         """Return how many random numbers of unit variance a row's noise is made of."""
-        ...
+        raise NotImplementedError
 
     def row_noise(self, noise: Any) -> RowNoise | None:
         """Return the noise of the first `rowwise_size` numbers, independent from row to row with identity covariance."""
-        ...
+        return None
 
     def pull_back(self, noise: Any, coefficients: Tensor) -> Tensor:
         """Return `sum_r coefficients[r] * noise[r]` as a flat vector (d,), in float64 if it is exact; coefficients: (R,)."""
-        ...
+        raise NotImplementedError

@@ -13,7 +13,7 @@ from .base import ParameterVector, Perturbation
 from .noise import NoiseKeys, RowNoise
 
 
-class CombinedNoise:
+class CombinedNoise(Perturbation):
     """Row-wise noise where rules exist, shared noise elsewhere: see `Perturbation`.
 
     Their noises are independent, so a row's loss difference times either part's noise is an unbiased estimate of that
@@ -21,14 +21,19 @@ class CombinedNoise:
     """
 
     def __init__(self, parts: Sequence[Perturbation]) -> None:
-        self.parts = list(parts)
+        self._parts = list(parts)
         self.grouped = any(part.grouped for part in parts)
         self.row_bytes = sum(part.row_bytes for part in parts)
         self.replays = any(part.replays for part in parts)
-        self.rowwise_size = self.parts[0].rowwise_size
+        self.rowwise_size = self._parts[0].rowwise_size
         self.vector = ParameterVector(
             [pair for part in parts for pair in zip(part.vector.names, part.vector.parameters, strict=True)]
         )
+
+    @property
+    def parts(self) -> Sequence[Perturbation]:
+        """See `Perturbation.parts`."""
+        return self._parts
 
     def draw(self, keys: NoiseKeys) -> list[Any]:
         """Draw the noise of each part."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import ParameterVector
+from .base import ParameterVector, Perturbation
 from .noise import ALL, NoiseKeys, RowNoise, blocks, bytes_per_row, draw
 from .rules import FACTORED, Noise, RowMismatch, linear, moved_linear
 from .sites import Site, find_sites
@@ -129,7 +129,7 @@ def _replace(site: Site, noise: RowNoise, scale: float, fired: Callable[[], None
     return restore
 
 
-class RowwiseNoise:
+class RowwiseNoise(Perturbation):
     """Every row of a forward pass has noise of its own: see `Perturbation`.
 
     Args:
@@ -138,9 +138,6 @@ class RowwiseNoise:
         distribution: a name in `DISTRIBUTIONS`.
         looping: names of tensors whose layers are run row by row.
     """
-
-    grouped = False
-    replays = False
 
     def __init__(self, model: nn.Module, vector: ParameterVector, distribution: str, looping: Collection[str] = ()) -> None:
         self.vector, self.rowwise_size = vector, vector.size

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base import ParameterVector
+from .base import ParameterVector, Perturbation
 from .exact import accumulator, rounded
 from .noise import NoiseKeys, draw
 
@@ -32,7 +32,7 @@ def displaced(vector: ParameterVector, flat: Tensor) -> Iterator[None]:
         torch.clear_autocast_cache()
 
 
-class SharedNoise:
+class SharedNoise(Perturbation):
     """Simultaneous perturbation of a whole chunk (SPSA, MeZO): see `Perturbation`.
 
     Args:
@@ -41,9 +41,6 @@ class SharedNoise:
     """
 
     grouped = True
-    row_bytes = 0.0
-    rowwise_size = 0
-    replays = False
 
     def __init__(self, vector: ParameterVector, distribution: str) -> None:
         self.vector = vector
@@ -61,9 +58,6 @@ class SharedNoise:
     def dimension(self, noise: Tensor) -> int:
         """See `Perturbation.dimension`."""
         return self.vector.size
-
-    def row_noise(self, noise: Tensor) -> None:
-        """See `Perturbation.row_noise`."""
 
     def pull_back(self, noise: Tensor, coefficients: Tensor) -> Tensor:
         """See `Perturbation.pull_back`."""

@@ -1,4 +1,4 @@
-"""An append-only file of checksummed records: a crash can only lose the last one, and a changed byte is named.
+"""An append-only file of checksummed records: a crash can only lose the last one, and a damaged one is named.
 
     file    mark (8 bytes), then records
     record  head: "FLOP", number, step, length of the payload, CRC-32 of the payload, CRC-32 of the head so far
@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from ..errors import TrajectoryError
 
@@ -23,10 +24,6 @@ MARK = b"FLOPSLG1"
 _BEGIN = b"FLOP"
 _HEAD = struct.Struct("<4s4I")  # without its own checksum
 _HEAD_SIZE = _HEAD.size + 4
-# Checksums are linear: how a wrong byte at the very end changes them, by the bits that are wrong.
-_LAST = {zlib.crc32(bytes([bits])) ^ zlib.crc32(b"\0"): bits for bits in range(256)}
-_ENTRIES = list(_LAST)
-_BY_TOP = {entry >> 24: index for index, entry in enumerate(_ENTRIES)}
 
 
 @dataclass(frozen=True)
@@ -51,69 +48,45 @@ class Record:
         return self.offset + _HEAD_SIZE + len(self.payload)
 
 
-def changed_byte(length: int, difference: int) -> int | None:
-    """Return which byte of so many is wrong, if one wrong byte explains the difference of two CRC-32s, else None."""
-    for index in range(length - 1, -1, -1):
-        if _LAST.get(difference):
-            return index
-        top = _BY_TOP[difference >> 24]  # undo what one more byte did to the register
-        difference = ((difference ^ _ENTRIES[top]) << 8) & 0xFFFFFFFF | top
-    return None
-
-
 def read(path: str | Path) -> Iterator[Record]:
     """Yield the records of a file; one that a crash left unfinished at its end is passed over.
 
     Raises:
-        TrajectoryError: the file is no log, or damaged; the message names record, step and byte.
+        TrajectoryError: the file is no log, or damaged; the message names the record.
     """
     with open(path, "rb") as file:
         mark = file.read(len(MARK))
         if mark != MARK[: len(mark)]:
-            wrong = next(i for i, (found, wanted) in enumerate(zip(mark, MARK, strict=False)) if found != wanted)
-            raise TrajectoryError(
-                f"{path} is no trajectory log, or its mark is damaged: byte {wrong} is not as it should be."
-            )
+            raise TrajectoryError(f"{path} is no trajectory log, or its mark, the first {len(MARK)} bytes, is damaged.")
         number, step = 0, 0
         while record := _next(file, path, number, step):
             yield record
             number, step = number + 1, record.step
 
 
-def _next(file: object, path: str | Path, number: int, before: int) -> Record | None:
-    offset = file.tell()  # type: ignore[attr-defined]
-    head = file.read(_HEAD_SIZE)  # type: ignore[attr-defined]
+def _next(file: BinaryIO, path: str | Path, number: int, before: int) -> Record | None:
+    offset = file.tell()
+    head = file.read(_HEAD_SIZE)
     if len(head) < _HEAD_SIZE:
         return None
-    own = int.from_bytes(head[_HEAD.size :], "little")
     after = f"after the one of step {before}" if number else "the first"
-    _check(head[: _HEAD.size], own, offset, f"the head of record {number} ({after})", path)
+    what = f"{path} is damaged: record {number} at byte {offset}, {after}, does not have its checksum."
+    _check(head[: _HEAD.size], int.from_bytes(head[_HEAD.size :], "little"), what)
     begin, found, step, length, checksum = _HEAD.unpack(head[: _HEAD.size])
     if begin != _BEGIN or found != number:
         raise TrajectoryError(
             f"{path} is damaged: at byte {offset}, {after}, record {number} should begin, but record {found} does."
         )
-    payload = file.read(length)  # type: ignore[attr-defined]
+    payload = file.read(length)
     if len(payload) < length:
         return None
-    _check(payload, checksum, offset + _HEAD_SIZE, f"record {number} of step {step}", path)
+    _check(payload, checksum, what)
     return Record(number, step, offset, payload)
 
 
-def _check(content: bytes, checksum: int, offset: int, what: str, path: str | Path) -> None:
-    """Raise if content that starts at a byte of the file does not have its checksum."""
-    difference = zlib.crc32(content) ^ checksum
-    if not difference:
-        return
-    place = changed_byte(len(content), difference)
-    if place is None:
-        size = (difference.bit_length() + 7) // 8
-        lone = "head" in what and not difference & ((1 << 8 * (size - 1)) - 1)  # a head's own checksum follows it
-        place = len(content) + size - 1 if lone else None
-    where = f"bytes {offset} to {offset + len(content)}" if place is None else f"byte {offset + place}"
-    raise TrajectoryError(
-        f"{path} is damaged: {what} does not have its checksum; wrong: {where}. Steps before it can be replayed with --step."
-    )
+def _check(content: bytes, checksum: int, what: str) -> None:
+    if zlib.crc32(content) != checksum:
+        raise TrajectoryError(f"{what} Steps before it can be replayed with --step.")
 
 
 class Appender:

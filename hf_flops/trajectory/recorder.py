@@ -10,6 +10,7 @@ import torch
 from transformers import TrainerCallback
 
 from ..errors import ConfigurationError
+from ..method import FinishedBatch
 from ..regenerate import Trace
 from . import LOG_FILE, optimizers, rules, start
 from .framing import Appender, Record, read
@@ -30,6 +31,11 @@ class TrajectoryRecorder(TrainerCallback):
         self._said: list[list[Any]] | None = None  # the rules that the log knows of
         self._groups: list[dict[str, Any]] = []
         self._now: list[dict[str, Any]] = []
+
+    def observe(self, finished: FinishedBatch) -> None:
+        """Take down a finished batch of a trainer."""
+        assert finished.method is not None
+        self.batch(finished.result.trace, finished.position.seed, finished.method.perturbation)
 
     def batch(self, trace: Trace | None, seed: int, perturbation: Any) -> None:
         """Take down what a batch adds to the gradient of the coming step."""

@@ -30,7 +30,7 @@ def describe(perturbation: Perturbation) -> list[list[Any]]:
     Raises:
         ConfigurationError: its pull-back needs a forward pass, or it is of an unknown kind.
     """
-    parts: Sequence[Any] = getattr(perturbation, "parts", [perturbation])
+    parts: Sequence[Any] = perturbation.parts
     for part in parts:
         if type(part) not in _RULES:
             raise ConfigurationError(
