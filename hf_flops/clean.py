@@ -1,9 +1,11 @@
-"""The clean forward of a step: the batch as it is, each process running its part of the samples."""
+"""The clean pass of a step: the batch unperturbed (that is what "clean" means), each process its part of the samples."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from .control_variates import MOST_LOGITS
 from .method import Method
 from .objectives import Forward, Objective, RowLosses
 from .padding import Feed
-from .rows import take
+from .rows import Features, Place, batch_size, take
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,71 @@ class Clean:
     own: RowLosses
     head_inputs: Tensor
     objective: Objective
+
+
+@dataclass(frozen=True)
+class CleanPass:
+    """A batch whose unperturbed rows have run, where they were asked for.
+
+    Attributes:
+        forward: runs the model.
+        method: how the gradient is estimated, with the objective of the batch's queries.
+        place: where the batch lies in the run.
+        feed: gives inputs of samples.
+        planner: how many rows go through the model at a time.
+        samples: B.
+        units: what counts are given to: the B samples, or the batch as a whole.
+        budget: queries of all units.
+        found: by the clean forward; None without one.
+    """
+
+    forward: Forward
+    method: Method
+    place: Place
+    feed: Feed
+    planner: ChunkPlanner
+    samples: int
+    units: int
+    budget: int
+    found: Clean | None
+
+    @property
+    def losses(self) -> RowLosses | None:
+        """Unperturbed losses of all samples."""
+        return None if self.found is None else self.found.losses
+
+    def judged_by(self, objective: Objective, losses: RowLosses) -> CleanPass:
+        """Return the pass with another objective for its queries, and its clean losses by that objective."""
+        assert self.found is not None
+        found = replace(self.found, losses=losses, own=losses, objective=objective)
+        return replace(self, method=replace(self.method, objective=objective), found=found)
+
+    def features(self) -> Features:
+        """Return what the allocator may look at."""
+        place, losses = self.place, self.losses
+        ids = place.ids if place.ids is not None and len(place.ids) == self.units else None
+        when = place.step, place.position, place.epoch, place.seed
+        if losses is None:
+            return Features(torch.zeros(self.units), None, *when, None, ids)
+        residuals = None if losses.residuals is None else losses.residuals.cpu()
+        return Features(losses.sums.cpu(), residuals, *when, losses.counts.cpu().float(), ids)
+
+
+def clean_pass(forward: Forward, inputs: Mapping[str, Any], method: Method, place: Place) -> CleanPass:
+    """Run a batch unperturbed, if the method needs that; `method.reuse` is to be installed."""
+    samples, per_row = batch_size(inputs), method.objective.per_row
+    units = samples if per_row else 1
+    budget = method.budget(samples) // (samples // units)
+    planner = ChunkPlanner.of(method.rows_per_forward)
+    feed = Feed(inputs, method.trimmed if per_row else frozenset())
+    method.reuse.prepare(forward, feed.whole, place.ids)
+    found = None
+    if method.needs_clean:
+        found = clean_forward(forward, method, samples, feed, planner)
+        method = replace(method, objective=found.objective)
+    elif method.exchange.share.world == 1:
+        method.reuse.record(forward, feed.whole)
+    return CleanPass(forward, method, place, feed, planner, samples, units, budget, found)
 
 
 def clean_forward(forward: Forward, method: Method, samples: int, feed: Feed, planner: ChunkPlanner) -> Clean:
@@ -51,12 +118,10 @@ def clean_forward(forward: Forward, method: Method, samples: int, feed: Feed, pl
     if not objective.per_row:
         losses = objective(reuse.through(forward, whole), whole, features=features)
         return Clean(losses, losses, torch.zeros(0), objective)
-    pieces, found, seen = [slice(0, samples)], list[RowLosses](), list[Tensor]()
-    if not exchange.alone:
-        if reuse.remembers:
-            reuse.record(forward, whole)
-        if samples >= 4 and not (exchange.scalars and head is not None):
-            pieces = exchange.share.cut(samples, 2)
+    found, seen = list[RowLosses](), list[Tensor]()
+    if exchange.share.world > 1 and reuse.remembers:
+        reuse.record(forward, whole)
+    pieces = exchange.clean_pieces(samples, head=head is not None)
     piece = pieces[exchange.share.rank % len(pieces)]
     idle = piece.start == piece.stop  # then some samples are run to see what is found, but not told
     mine = torch.arange(samples)[slice(0, 2) if idle else piece]
@@ -89,7 +154,7 @@ def clean_forward(forward: Forward, method: Method, samples: int, feed: Feed, pl
     # Beyond so many logits there is no control variate, and what it would look at need not travel.
     few = method.control is not None and own.logits is not None and own.logits.shape[1] <= MOST_LOGITS
     losses = own if len(pieces) == 1 else exchange.losses(own, sizes, logits=few or objective.needs_clean)
-    if len(pieces) == 1 and exchange.share.rank > 0 and not exchange.scalars:
-        own, given = own.without_rows(), given[:0]  # what is summed must be told by one process only
+    if not exchange.counts_exact(pieces):
+        own, given = own.without_rows(), given[:0]
     objective, losses = objective.settled(losses, whole)
     return Clean(losses, own, given, objective)

@@ -1,20 +1,22 @@
-"""How the processes of a run come to the same update: by summing gradients, or by telling each other scalars."""
+"""How the processes of a run come to the same update: alone, by summing gradients, or by telling each other scalars."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .errors import ConfigurationError
+from .noise_sum import Again, NoiseSum
 from .objectives import RowLosses
 from .padding import Feed
 from .perturbations import Perturbation
-from .regenerate import in_turn, regenerate
+from .regenerate import Trace, in_turn, regenerate
 from .rows import Place, Rows
 from .share import Share
 
-REDUCE = ("gradient", "scalars")
 _NOISE = 2**26  # bytes of noise that are held at a time when an update is made again
 
 
@@ -22,27 +24,42 @@ class Exchange:
     """What processes share of a step: its samples and rows evenly, its numbers all, and in the end its update.
 
     All processes hold the whole batch. Rows are cut into even pieces by number, whatever samples they repeat. Losses and
-    deltas are gathered, so that every process decides by the same numbers. Then the update either is the sum of what each
-    process pulled back ("gradient": as many numbers as the adapter has travel, once per optimizer step), or is made again by
-    each process from the coefficients of all rows ("scalars": nothing else travels, but all noise is drawn everywhere).
+    deltas are gathered, so that every process decides by the same numbers. How the update is made is a subclass's.
 
     Args:
         share: the other processes.
-        reduce: "gradient" or "scalars".
-        every_batch: sum gradients after every batch of an optimizer step, for those who decide by each one's signal.
 
-    References:
-        Malladi et al. (2023), MeZO, arXiv 2305.17333, section 2.1, on updates that are seeds and scalars.
+    Attributes:
+        waiting: whether batches of the optimizer step have been put off.
     """
 
-    def __init__(self, share: Share | None = None, reduce: str = "gradient", *, every_batch: bool = False) -> None:
-        self.share, self.scalars, self.every_batch = share or Share(), reduce == "scalars", every_batch
-        self._waiting: list[Tensor] | None = None
+    waiting = False
 
-    @property
-    def alone(self) -> bool:
-        """Whether there is only one process."""
-        return self.share.world == 1
+    def __init__(self, share: Share | None = None) -> None:
+        self.share = share or Share()
+
+    def check(self, *, control: bool, replays: bool) -> None:
+        """Refuse what this exchange cannot do.
+
+        Args:
+            control: whether there is a control variate.
+            replays: whether noise can only be pulled back after a forward under it.
+        """
+
+    def clean_pieces(self, samples: int, *, head: bool) -> list[slice]:
+        """Say which samples each process runs unperturbed; a single piece: every process runs all.
+
+        Args:
+            samples: B.
+            head: whether the closed-form head's gradient comes from them.
+        """
+        del head
+        return self.share.cut(samples, 2) if samples >= 4 else [slice(0, samples)]
+
+    def counts_exact(self, pieces: Sequence[slice]) -> bool:
+        """Say whether this process adds its samples' exact gradient, where they have been run in these pieces."""
+        del pieces
+        return True
 
     def parts(self, rows: Rows, feed: Feed, *, grouped: bool, chunk: int | None = None) -> list[Rows]:
         """Cut rows into the pieces of all processes, each in the order in which it goes through the model.
@@ -60,7 +77,7 @@ class Exchange:
         world, chunks = self.share.world, -(-len(rows) // chunk) if chunk else 0
         rows = rows if grouped else rows.sorted()
         fair = chunks >= world and (chunks % world == 0 or chunks >= 4 * world)
-        if self.alone or grouped or not fair:
+        if grouped or not fair:
             return [feed.ordered(rows[own], within_groups=grouped) for own in self.share.cut(len(rows))]
         ordered = feed.ordered(rows, within_groups=False)
         dealt: list[list[Tensor]] = [[] for _ in range(world)]
@@ -101,6 +118,15 @@ class Exchange:
             }
         )
 
+    def noise_sum(self, perturbation: Perturbation, place: Place) -> NoiseSum:
+        """Return what the rows of this process are summed in."""
+        del place
+        return NoiseSum(perturbation)
+
+    def trace(self, parts: Sequence[tuple[Rows, Tensor]], place: Place, factor: float, normalizer: float) -> Trace | None:
+        """Return what the update was made of, None where no process has all chunks."""
+        return Trace.of(parts, place.position, factor, normalizer)
+
     def settle(self, own: list[Tensor], *, last: bool) -> list[Tensor] | None:
         """Return the sums over all processes, and over the batches since the last time; None while more are to come.
 
@@ -108,8 +134,56 @@ class Exchange:
             own: what this process has of each.
             last: whether the batch is the last of its optimizer step.
         """
-        if self.alone or self.scalars:
-            return own
+        del last
+        return own
+
+    def forget(self) -> None:
+        """Drop what was put off: its step is not taken."""
+
+
+class SingleProcess(Exchange):
+    """No other process: nothing has to travel."""
+
+    def clean_pieces(self, samples: int, *, head: bool) -> list[slice]:
+        """See `Exchange`."""
+        del head
+        return [slice(0, samples)]
+
+    def parts(self, rows: Rows, feed: Feed, *, grouped: bool, chunk: int | None = None) -> list[Rows]:
+        """See `Exchange`."""
+        del chunk
+        return [feed.ordered(rows if grouped else rows.sorted(), within_groups=grouped)]
+
+
+class GradientAllReduce(Exchange):
+    """The update is the sum of what each process pulled back: as many numbers as the adapter has travel, once per step.
+
+    Args:
+        share: the other processes.
+        every_batch: sum after every batch of an optimizer step, for those who decide by each one's signal.
+    """
+
+    def __init__(self, share: Share | None = None, *, every_batch: bool = False) -> None:
+        super().__init__(share)
+        self.every_batch = every_batch
+        self._waiting: list[Tensor] | None = None
+
+    @property
+    def waiting(self) -> bool:  # type: ignore[override]
+        """See `Exchange`."""
+        return self._waiting is not None
+
+    def counts_exact(self, pieces: Sequence[slice]) -> bool:
+        """See `Exchange`: what all processes have alike is added by the first only."""
+        return len(pieces) > 1 or self.share.rank == 0
+
+    def trace(self, parts: Sequence[tuple[Rows, Tensor]], place: Place, factor: float, normalizer: float) -> Trace | None:
+        """See `Exchange`."""
+        del parts, place, factor, normalizer
+        return None
+
+    def settle(self, own: list[Tensor], *, last: bool) -> list[Tensor] | None:
+        """See `Exchange`."""
         waiting, self._waiting = self._waiting, None
         sums = own if waiting is None else [a + b for a, b in zip(waiting, own, strict=True)]
         if last or self.every_batch:
@@ -117,21 +191,78 @@ class Exchange:
         self._waiting = sums
         return None
 
-    @property
-    def waiting(self) -> bool:
-        """Whether batches of the optimizer step have been put off."""
-        return self._waiting is not None
-
     def forget(self) -> None:
-        """Drop what was put off: its step is not taken."""
+        """See `Exchange`."""
         self._waiting = None
 
-    def regenerated(
-        self, perturbation: Perturbation, place: Place, rows: Rows, coefficients: Tensor
-    ) -> tuple[Tensor, list[tuple[Rows, Tensor]]]:
-        """Make the update (d,) from the coefficients (R,) of all rows; returns also the chunks that it is the sum of."""
+
+class ScalarExchange(Exchange):
+    """Every process makes the update from the coefficients of all rows: nothing else travels, but all noise is drawn twice.
+
+    References:
+        Malladi et al. (2023), MeZO, arXiv 2305.17333, section 2.1, on updates that are seeds and scalars.
+    """
+
+    def check(self, *, control: bool, replays: bool) -> None:
+        """See `Exchange`."""
+        if control:
+            raise ConfigurationError('A control variate learns from gradients: with reduce="scalars" there is none.')
+        if replays:
+            raise ConfigurationError(
+                'reduce="scalars" draws all noise again in every process, but noise on outputs needs the forwards too: use '
+                'perturbation="auto" or "rowwise".'
+            )
+
+    def clean_pieces(self, samples: int, *, head: bool) -> list[slice]:
+        """See `Exchange`: the gradient of a head must not travel, so each process runs all samples for it."""
+        return [slice(0, samples)] if head else super().clean_pieces(samples, head=head)
+
+    def noise_sum(self, perturbation: Perturbation, place: Place) -> NoiseSum:
+        """See `Exchange`."""
+        return RegeneratedSum(perturbation, place)
+
+
+class RegeneratedSum(NoiseSum):
+    """`sum_r c_r z_r` over the rows of all processes: made at the end, from noise that is drawn again.
+
+    Args:
+        perturbation: where noise enters.
+        place: where the batch lies in the run.
+    """
+
+    def __init__(self, perturbation: Perturbation, place: Place) -> None:
+        super().__init__(perturbation)
+        self.place = place
+
+    def weighted(
+        self, noise: Any, coefficients: Tensor, errors: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return nothing yet."""
+        del noise, coefficients, errors
+        return None, None
+
+    def complete(self, rows: Rows, coefficients: Tensor, corrections: Tensor, again: Again) -> None:
+        """See `NoiseSum`."""
+        del corrections, again
+        perturbation, place = self.perturbation, self.place
         size = max(1, min(4096, int(_NOISE // max(1.0, perturbation.row_bytes))))
-        positions = rows.owner + place.position
-        update = regenerate(perturbation, place.seed, place.step, positions, rows.query, coefficients, rows.group, size)
+        where = rows.owner + place.position, rows.query
+        self.update = regenerate(perturbation, place.seed, place.step, *where, coefficients, rows.group, size)
         chunks = in_turn(rows.group, size, grouped=perturbation.grouped)
-        return update, [(rows[chunk], coefficients[chunk]) for chunk in chunks]
+        self.parts = [(rows[chunk], coefficients[chunk]) for chunk in chunks]
+
+
+def gradient_exchange(share: Share | None = None, *, every_batch: bool = False) -> Exchange:
+    """Return the sum of gradients, or, where there is one process, nothing to sum."""
+    alone = share is None or share.world == 1
+    return SingleProcess(share) if alone else GradientAllReduce(share, every_batch=every_batch)
+
+
+def scalar_exchange(share: Share | None = None, *, every_batch: bool = False) -> Exchange:
+    """Return the exchange of scalars, whose updates are always those of one batch."""
+    del every_batch
+    return ScalarExchange(share)
+
+
+EXCHANGES: dict[str, Callable[..., Exchange]] = {"gradient": gradient_exchange, "scalars": scalar_exchange}
+REDUCE = tuple(EXCHANGES)

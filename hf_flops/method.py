@@ -13,7 +13,7 @@ from .chunks import ChunkPlanner
 from .control_variates import ControlVariate
 from .errors import ConfigurationError
 from .estimators import Estimator
-from .exchange import Exchange
+from .exchange import Exchange, SingleProcess
 from .heads import ClosedFormHead
 from .objectives import Objective
 from .perturbations import Perturbation
@@ -55,16 +55,10 @@ class Method:
     reuse: Reuse = field(default_factory=Reuse)
     head: ClosedFormHead | None = None
     control: ControlVariate | None = None
-    exchange: Exchange = field(default_factory=Exchange)
+    exchange: Exchange = field(default_factory=SingleProcess)
 
     def __post_init__(self) -> None:
-        if self.exchange.scalars and self.control is not None:
-            raise ConfigurationError('A control variate learns from gradients: with reduce="scalars" there is none.')
-        if self.exchange.scalars and self.perturbation.replays:
-            raise ConfigurationError(
-                'reduce="scalars" draws all noise again in every process, but noise on outputs needs the forwards too: use '
-                'perturbation="auto" or "rowwise".'
-            )
+        self.exchange.check(control=self.control is not None, replays=self.perturbation.replays)
 
     @property
     def needs_clean(self) -> bool:

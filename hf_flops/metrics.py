@@ -18,7 +18,13 @@ def mean_squares(rows: Rows, deltas: Tensor, units: int) -> Tensor:
 
 
 def summarise(
-    gradient: Tensor, squares: Tensor, counts: Tensor, rows: Rows, deltas: Tensor, grouped: bool, dimension: int
+    gradients: tuple[Tensor, Tensor] | None,
+    squares: Tensor,
+    counts: Tensor,
+    rows: Rows,
+    deltas: Tensor,
+    grouped: bool,
+    dimension: int,
 ) -> dict[str, float]:
     """Summarise a step for the log.
 
@@ -27,7 +33,7 @@ def summarise(
     the squared gradient norm. `effective_queries` per sample, all alike, would have the variance of the counts used.
 
     Args:
-        gradient: (d,) the estimate.
+        gradients: (d,) the estimate, and the closed-form head's gradient; None where only a sum over batches is known.
         squares: (B,) what `mean_squares` gives, over N squared.
         counts: (B,) queries per sample.
         rows: the step's R rows, laid out with N = 1.
@@ -46,12 +52,16 @@ def summarise(
     share = counts.double() / counts.sum()
     entropy = float(-(share * share.log()).sum()) / math.log(len(counts)) if len(counts) > 1 else 1.0
     gain = float(squares.sum() * len(counts) / counts.sum()) / inverse if inverse > 0 else 1.0
-    return {
+    metrics = {
         "gradient_variance": variance,
-        "gradient_signal": float(gradient.double().square().sum()) - variance,
         "sample_signal": float(squares.sqrt().mean()) ** 2 * len(counts),
         "allocation_entropy": entropy,
         "allocation_gain": gain,
         "effective_queries": gain * float(counts.sum()) / len(counts),
         "dropped_rows": float((~finite).sum()),
     }
+    if gradients is not None:
+        estimate, exact = gradients
+        metrics["gradient_signal"] = float(estimate.double().square().sum()) - variance
+        metrics["head_signal"] = float(exact.square().sum())
+    return metrics

@@ -1,43 +1,77 @@
-"""The queries of a step, a chunk at a time: the noise of rows, what they lose under it, and what that says."""
+"""Runs query rows through the model: the noise of rows, and what their losses are under it."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .chunks import ChunkPlanner, Work, in_chunks
-from .control_variates import Prediction
+from .delta_chain import Evaluation
 from .method import Method
+from .noise_sum import NoiseSum
 from .objectives import Forward, RowLosses
 from .padding import Feed
 from .perturbations import NoiseKeys
 from .rows import Place, Rows
 
 
+@dataclass(frozen=True)
+class QueryResults:
+    """What R query rows of all processes have shown.
+
+    Attributes:
+        rows: the rows.
+        measured: (R,) the deltas that their noise has been summed with.
+        deltas: (R,) the deltas that it should be summed with, now that those of all rows are known.
+        told: (R, 2) their losses and loss elements, or (R, 0) where the clean forward has told those of the samples.
+        mine: (R,) whether this process ran them.
+    """
+
+    rows: Rows
+    measured: Tensor
+    deltas: Tensor
+    told: Tensor
+    mine: Tensor
+
+    def then(self, other: QueryResults) -> QueryResults:
+        """Return these results followed by those of another round."""
+        names = ("measured", "deltas", "told", "mine")
+        joined = {name: torch.cat([getattr(self, name), getattr(other, name)]) for name in names}
+        return QueryResults(rows=self.rows.then(other.rows), **joined)
+
+    def counts(self, samples: int) -> Tensor:
+        """Return (B,) int64, queries per sample."""
+        return torch.bincount(self.rows.owner, minlength=samples)
+
+    def losses(self, samples: int) -> Tensor:
+        """Return (B,) float64, the summed losses of each sample's rows."""
+        return torch.zeros(samples, dtype=torch.float64).index_add_(0, self.rows.owner, self.told[:, 0].double())
+
+    def elements(self, samples: int) -> Tensor:
+        """Return (B,) float32, the loss elements of each sample."""
+        return torch.zeros(samples).index_put_((self.rows.owner,), self.told[:, 1])
+
+
+@dataclass(frozen=True)
 class Queries:
     """Runs query rows through the model.
 
-    Args:
+    Attributes:
         forward: runs the model.
         method: how the gradient is estimated.
         place: where the batch lies in the run.
         feed: the batch.
         samples: B.
-        clean: what the clean forward of the batch found, if it was run.
-
-    Attributes:
-        prediction: of the rows' deltas, if there is one.
     """
 
-    prediction: Prediction | None = None
-
-    def __init__(
-        self, forward: Forward, method: Method, place: Place, feed: Feed, samples: int, clean: RowLosses | None
-    ) -> None:
-        self.forward, self.method, self.place, self.feed = forward, method, place, feed
-        self.samples, self.clean = samples, clean
+    forward: Forward
+    method: Method
+    place: Place
+    feed: Feed
+    samples: int
 
     def in_chunks(self, rows: Rows, work: Work, planner: ChunkPlanner) -> None:
         """Do the work of rows, a chunk at a time."""
@@ -50,12 +84,8 @@ class Queries:
         keys = NoiseKeys.of(seed, step, positions, chunk.query, int(chunk.group[0]))
         return self.method.perturbation.draw(keys)
 
-    def evaluate(self, chunk: Rows, noise: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None, int]:
-        """Run a chunk at every sign.
-
-        Returns:
-            Deltas (R,), losses (S, R), loss elements (R,), changes of logits (R, K), and the columns of a row.
-        """
+    def evaluate(self, chunk: Rows, noise: Any) -> Evaluation:
+        """Run a chunk at every sign."""
         method = self.method
         owner = chunk.owner if method.objective.per_row else torch.arange(self.samples)
         unread = method.reuse.unread if method.reuse.complete else ()
@@ -65,19 +95,22 @@ class Queries:
         for sign in method.estimator.signs:
             with method.perturbation.applied(noise, sign * method.scale):
                 found.append(method.objective(forward, inputs))
-        losses, clean = torch.stack([part.sums.cpu() for part in found]), self.clean
-        deltas = method.estimator.deltas(losses, None if clean is None else clean.sums.cpu()[chunk.owner], method.scale)
-        changes = None
-        if self.prediction is not None and all(part.logits is not None for part in found):
-            logits = torch.stack([part.logits.cpu().float() for part in found])  # type: ignore[union-attr]
-            changes = method.estimator.deltas(logits, self.prediction.logits[chunk.owner], method.scale)
-        return deltas.float(), losses, found[0].counts.cpu().float(), changes, columns
+        losses = torch.stack([part.sums.cpu() for part in found])
+        logits = tuple(part.logits for part in found)
+        return Evaluation(chunk, noise, losses, found[0].counts.cpu().float(), logits, columns)
 
-    def pull_back(self, noise: Any, coefficients: Tensor, errors: Tensor | None) -> tuple[Tensor, Any]:
-        """Return `sum_r c_r z_r` (d,) for coefficients (R,), and (M, d) for errors (R, M); the noise is unpacked once."""
-        perturbation = self.method.perturbation
-        own: Any = None if errors is None else perturbation.row_noise(noise)
-        if errors is None or perturbation.rowwise_size < perturbation.vector.size:
-            return perturbation.pull_back(noise, coefficients), None if own is None else own.exact_sum(errors)
-        both = own.exact_sum(torch.cat([coefficients[:, None].to(errors), errors], 1))
-        return both[0], both[1:]
+    def sum_again(self, rows: Rows, coefficients: Tensor, sums: NoiseSum, planner: ChunkPlanner) -> int:
+        """Add rows' noise to a sum once more, with coefficients (R,); returns how many rows went through the model again."""
+        perturbation, replayed = self.method.perturbation, []
+
+        def work(part: slice) -> int:
+            chunk = rows[part]
+            noise = self.noise(chunk)
+            if perturbation.replays:
+                self.evaluate(chunk, noise)
+                replayed.append(len(chunk))
+            sums.add(chunk, coefficients[part], perturbation.pull_back(noise, coefficients[part]))
+            return 1
+
+        self.in_chunks(rows, work, planner)
+        return sum(replayed)

@@ -19,7 +19,7 @@ from .clean import clean_forward
 from .control_variates import control_variate
 from .errors import ObjectiveError
 from .estimators import ESTIMATORS, Estimator
-from .exchange import Exchange
+from .exchange import EXCHANGES
 from .method import Method, StepResult
 from .objectives import Forward, Objective, RowLossError
 from .padding import Feed
@@ -189,7 +189,7 @@ class SampleSession:
         self.allocator: Allocator = allocator or ALLOCATORS[args.allocator]()
         self.estimator: Estimator = estimator or ESTIMATORS[args.estimator]()
         self.control = control_variate(args.control_variate)
-        self.exchange = Exchange(group, args.reduce, every_batch=args.queries_per_sample == "auto")
+        self.exchange = EXCHANGES[args.reduce](group, every_batch=args.queries_per_sample == "auto")
         self.tuning = Tuning.of(args, objective)
         self.chosen: Chosen | None = None
         self._method: Method | None = None

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .clean import CleanPass, clean_pass
 from .contrastive import SIDES, ContrastiveBatch
 from .errors import ConfigurationError
 from .heads import ClosedFormHead
@@ -18,7 +19,7 @@ from .losses import widen
 from .method import Method, StepResult
 from .objectives import Forward, Objective, RowLosses
 from .rows import ROW, Place, batch_size
-from .step import Step
+from .step import estimate_from
 
 _TEXTS = 2**40  # texts have noise of their own, also where a tensor is in both towers: no image has this position
 _KEPT = 0.95  # of what past steps told about the towers' shares
@@ -38,18 +39,16 @@ class TowerSurrogate(Objective):
 class TowerLoss(Objective):
     """The loss of a batch with one embedding of a tower replaced: see `Objective`.
 
-    Until `batch` is known, as in the clean forward, it finds embeddings only.
-
     Args:
         side: whose embeddings, of "image" or "text".
+        batch: the loss; until it is known, as in the clean forward, embeddings are found only.
     """
 
     logits = needs_clean = True
     surrogate = TowerSurrogate()
 
-    def __init__(self, side: str) -> None:
-        self.side = side
-        self.batch: ContrastiveBatch | None = None
+    def __init__(self, side: str, batch: ContrastiveBatch | None = None) -> None:
+        self.side, self.batch = side, batch
 
     def __call__(self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False) -> RowLosses:
         """See `Objective`; `inputs` number their rows."""
@@ -111,7 +110,7 @@ def estimate_alignment(
         batches: over how many batches the optimizer step averages.
     """
     with torch.no_grad(), ExitStack() as stack:
-        steps: dict[str, Step] = {}
+        passes: dict[str, CleanPass] = {}
         found: dict[str, tuple[Tensor, Tensor | None]] = {}
         for side, tower in towers.items():
             if tower.method is None:
@@ -119,18 +118,17 @@ def estimate_alignment(
                 continue
             stack.enter_context(tower.method.reuse.installed())
             own = place if side == "image" else replace(place, position=place.position + _TEXTS)
-            steps[side] = step = Step(tower.forward, inputs[side], tower.method, own)
-            assert step.clean is not None
-            found[side] = step.clean.logits, None  # type: ignore[assignment]
+            passes[side] = clean_pass(tower.forward, inputs[side], tower.method, own)
+            losses = passes[side].losses
+            assert losses is not None
+            assert losses.logits is not None
+            found[side] = losses.logits, None
         batch = contrast(found["text"][0], found["image"][0])
         results = {}
         for side, tower in towers.items():
             clean, given = batch.clean(side), found[side][1]
-            if side in steps:
-                stack.callback(setattr, tower.loss, "batch", None)
-                tower.loss.batch = batch
-                steps[side].told(clean)
-                results[side] = steps[side].run(None, batches)
+            if side in passes:
+                results[side] = estimate_from(passes[side].judged_by(TowerLoss(side, batch), clean), None, batches)
             elif tower.head is not None and given is not None:
                 tower.head.vector.add_to_gradients(tower.head.gradient(given, clean) / (len(clean.sums) * batches))
     return results, batch

@@ -11,7 +11,7 @@ from hf_flops import ConfigurationError, Method, Place, estimate_gradient
 from hf_flops.allocators import ALLOCATORS
 from hf_flops.control_variates import LogitJacobian
 from hf_flops.estimators import ESTIMATORS
-from hf_flops.exchange import REDUCE, Exchange
+from hf_flops.exchange import EXCHANGES, REDUCE, gradient_exchange
 from hf_flops.heads import find_head
 from hf_flops.independence import choose_reuse
 from hf_flops.objectives import BatchLoss, TappedLoss
@@ -66,7 +66,7 @@ def estimates(share, reduce, *, kind="vit", samples=6, steps=2, noise="rowwise",
         rows_per_forward=4,
         reuse=reuse,
         head=head,
-        exchange=Exchange(share, reduce),
+        exchange=EXCHANGES[reduce](share),
         **{name: make() for name, make in options.items()},
     )
     found, results = [], []
@@ -171,7 +171,7 @@ def test_rows_are_dealt_evenly_to_within_a_chunk(counts, world, chunk):
     share, rows = Share(), expand(torch.tensor(counts), 1.0)
     share.world = world
     feed = Feed(tiny_batch("llama", len(counts)), frozenset({"right"}))
-    parts = Exchange(share).parts(rows, feed, grouped=False, chunk=chunk)
+    parts = gradient_exchange(share).parts(rows, feed, grouped=False, chunk=chunk)
     sizes = [len(part) for part in parts]
     assert max(sizes) - min(sizes) <= (chunk or 1)
     found = sorted(pair for part in parts for pair in zip(part.owner.tolist(), part.query.tolist(), strict=True))

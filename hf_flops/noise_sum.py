@@ -1,0 +1,82 @@
+"""The sum of noise by coefficients that a step builds up chunk by chunk: the one thing that it changes in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .perturbations import Perturbation, accumulator
+from .rows import Rows
+
+Again = Callable[[Rows, Tensor], None]
+"""Adds the noise of rows to a sum once more, with further coefficients (R,)."""
+
+
+class NoiseSum:
+    """`sum_r c_r z_r` over the rows that this process runs.
+
+    Args:
+        perturbation: where noise enters.
+
+    Attributes:
+        update: (d,) the sum.
+        parts: the chunks that it is the sum of, with their coefficients, in order.
+        dimension: random numbers of unit variance in the noise of a row as of the last chunk.
+    """
+
+    def __init__(self, perturbation: Perturbation) -> None:
+        self.perturbation, vector = perturbation, perturbation.vector
+        self.update = torch.zeros(vector.size, dtype=accumulator(vector.device), device=vector.device)
+        self.parts: list[tuple[Rows, Tensor]] = []
+        self.dimension = 0
+
+    def weighted(
+        self, noise: Any, coefficients: Tensor, errors: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return a chunk's `sum_r c_r z_r` (d,), and (M, d) that for errors (R, M); the noise is unpacked once.
+
+        Nothing is added yet, so that a chunk for which memory does not suffice can be done again.
+        """
+        perturbation = self.perturbation
+        own: Any = None if errors is None else perturbation.row_noise(noise)
+        if errors is None or perturbation.rowwise_size < perturbation.vector.size:
+            innovation = None if own is None else own.exact_sum(errors)
+            return perturbation.pull_back(noise, coefficients), innovation
+        both = own.exact_sum(torch.cat([coefficients[:, None].to(errors), errors], 1))
+        return both[0], both[1:]
+
+    def add(self, rows: Rows, coefficients: Tensor, weighted: Tensor | None, dimension: int = 0) -> None:
+        """Add a chunk.
+
+        Args:
+            rows: of the chunk.
+            coefficients: (R,) of their noise.
+            weighted: (d,) what `weighted` returned for it.
+            dimension: random numbers of unit variance in a row's noise; 0 where the rows are in the sum already.
+        """
+        self.dimension = dimension or self.dimension
+        if weighted is not None:
+            self.update.add_(weighted)
+            self.parts.append((rows, coefficients))
+
+    def add_back(self, mean: Tensor) -> None:
+        """Add (k,) to the first k numbers."""
+        self.update[: len(mean)] += mean
+
+    def complete(self, rows: Rows, coefficients: Tensor, corrections: Tensor, again: Again) -> None:
+        """Bring the coefficients of all rows to their final values, now that all deltas are known.
+
+        Args:
+            rows: R rows of all processes.
+            coefficients: (R,) the final ones.
+            corrections: (R,) what the sum lacks of them, 0 for rows of other processes.
+            again: adds the noise of rows that lack something.
+        """
+        del coefficients
+        index = torch.nonzero(corrections).flatten()
+        if self.perturbation.grouped:
+            index = index[rows.group[index].argsort(stable=True)]
+        again(rows[index], corrections[index])
