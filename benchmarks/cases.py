@@ -34,7 +34,7 @@ from hf_flops.independence import choose_reuse
 from hf_flops.last_logits import LastLogits, with_last_logits
 from hf_flops.objectives import Objective, TappedLoss
 from hf_flops.perturbations import perturb
-from hf_flops.reuse import Reuse
+from hf_flops.reuse import ReusePlan
 from hf_flops.rows import batch_size, take
 from hf_flops.selfcheck import choose_objective, choose_perturbation
 from hf_flops.setup import prepare_tap
@@ -126,7 +126,9 @@ class Case:
             ours = self._ours(self.objective)
         names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         shared = perturb(self.model, shared=names, distribution="gaussian")
-        mezo = replace(ours, perturbation=shared, estimator=Antithetic(), allocator=Uniform(), reuse=Reuse(), control=None)
+        mezo = replace(
+            ours, perturbation=shared, estimator=Antithetic(), allocator=Uniform(), reuse=ReusePlan(), control=None
+        )
         sides = {"plain": self.plain, "ours": self._step(ours), "mezo": self._step(mezo), "backprop": self.backprop}
         return sides if ours.control is None else {**sides, "no control": self._step(replace(ours, control=None))}
 

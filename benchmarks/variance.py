@@ -30,7 +30,7 @@ from hf_flops.heads import find_head
 from hf_flops.independence import choose_reuse
 from hf_flops.objectives import TappedLoss
 from hf_flops.perturbations import perturb
-from hf_flops.reuse import Reuse
+from hf_flops.reuse import ReusePlan
 
 QUERIES = 16
 OPTIONS: dict[str, dict[str, bool]] = {
@@ -69,10 +69,10 @@ def ours(
     )
 
 
-def reuse_of(model: nn.Module, objective: Any, inputs: Any, perturbation: Any) -> Reuse:
+def reuse_of(model: nn.Module, objective: Any, inputs: Any, perturbation: Any) -> ReusePlan:
     """Return what runs once per sample; a prompt behind texts that have run shares all there is to share."""
     if isinstance(model, SuffixPromptModel):
-        return Reuse()
+        return ReusePlan()
     reuse, reason = choose_reuse(model, objective, forward_of(model), inputs, perturbation)
     assert reason is None, reason
     return reuse

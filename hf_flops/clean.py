@@ -13,8 +13,9 @@ from torch import Tensor
 from .chunks import ChunkPlanner, in_chunks
 from .control_variates import MOST_LOGITS
 from .method import Method
-from .objectives import Forward, Objective, RowLosses
+from .objectives import Objective, RowLosses
 from .padding import Feed
+from .reuse import Recording
 from .rows import Features, Place, batch_size, take
 
 
@@ -40,7 +41,7 @@ class CleanPass:
     """A batch whose unperturbed rows have run, where they were asked for.
 
     Attributes:
-        forward: runs the model.
+        recording: runs the model, by the method's reuse plan.
         method: how the gradient is estimated, with the objective of the batch's queries.
         place: where the batch lies in the run.
         feed: gives inputs of samples.
@@ -51,7 +52,7 @@ class CleanPass:
         found: by the clean forward; None without one.
     """
 
-    forward: Forward
+    recording: Recording
     method: Method
     place: Place
     feed: Feed
@@ -83,44 +84,44 @@ class CleanPass:
         return Features(losses.sums.cpu(), residuals, *when, losses.counts.cpu().float(), ids)
 
 
-def clean_pass(forward: Forward, inputs: Mapping[str, Any], method: Method, place: Place) -> CleanPass:
-    """Run a batch unperturbed, if the method needs that; `method.reuse` is to be installed."""
+def clean_pass(recording: Recording, inputs: Mapping[str, Any], method: Method, place: Place) -> CleanPass:
+    """Run a batch unperturbed, if the method needs that; `recording` is one of `method.reuse`."""
     samples, per_row = batch_size(inputs), method.objective.per_row
     units = samples if per_row else 1
     budget = method.budget(samples) // (samples // units)
     planner = ChunkPlanner.of(method.rows_per_forward)
     feed = Feed(inputs, method.trimmed if per_row else frozenset())
-    method.reuse.prepare(forward, feed.whole, place.ids)
+    recording.recall(feed.whole, place.ids)
     found = None
     if method.needs_clean:
-        found = clean_forward(forward, method, samples, feed, planner)
+        found = clean_forward(recording, method, samples, feed, planner)
         method = replace(method, objective=found.objective)
     elif method.exchange.share.world == 1:
-        method.reuse.record(forward, feed.whole)
-    return CleanPass(forward, method, place, feed, planner, samples, units, budget, found)
+        recording.record(feed.whole)
+    return CleanPass(recording, method, place, feed, planner, samples, units, budget, found)
 
 
-def clean_forward(forward: Forward, method: Method, samples: int, feed: Feed, planner: ChunkPlanner) -> Clean:
+def clean_forward(recording: Recording, method: Method, samples: int, feed: Feed, planner: ChunkPlanner) -> Clean:
     """Run the batch, this process's samples all at once unless they do not fit in memory.
 
     Where processes share scalars only, the gradient of a closed-form head must not travel: then each runs all samples.
 
     Args:
-        forward: runs the model.
+        recording: runs the model, by the method's reuse plan.
         method: how the gradient is estimated.
         samples: B.
         feed: gives inputs of samples.
         planner: how much fits.
     """
-    objective, reuse, head, exchange = method.objective, method.reuse, method.head, method.exchange
+    objective, head, exchange = method.objective, method.head, method.exchange
     features = method.needs_features
     whole = feed.whole
     if not objective.per_row:
-        losses = objective(reuse.through(forward, whole), whole, features=features)
+        losses = objective(recording.batch(whole), whole, features=features)
         return Clean(losses, losses, torch.zeros(0), objective)
     found, seen = list[RowLosses](), list[Tensor]()
-    if exchange.share.world > 1 and reuse.remembers:
-        reuse.record(forward, whole)
+    if exchange.share.world > 1 and method.reuse.spans_steps:
+        recording.record(whole)
     pieces = exchange.clean_pieces(samples, head=head is not None)
     piece = pieces[exchange.share.rank % len(pieces)]
     idle = piece.start == piece.stop  # then some samples are run to see what is found, but not told
@@ -129,15 +130,15 @@ def clean_forward(forward: Forward, method: Method, samples: int, feed: Feed, pl
     def work(chunk: slice) -> int:
         owner = mine[chunk]
         inputs, columns, cut = whole, feed.columns, None
-        if len(owner) == len(mine) < samples and not reuse.complete:
-            inputs = take(whole, owner)
-            reuse.of_samples(owner, samples)
-        elif len(owner) < samples and head is not None:  # what it is given has to have one width
+        part = len(owner) == len(mine) < samples and not recording.complete
+        if part or (len(owner) < samples and head is not None):  # what a head is given has to have one width
             inputs = take(whole, owner)
         elif len(owner) < samples:
             inputs, columns, cut = feed.of(owner)
-        recording = len(owner) == len(mine) and not reuse.complete
-        run = reuse.through(forward, inputs, None if inputs is whole or recording else owner, cut)
+        if part:
+            run = recording.batch(inputs, owner, samples)
+        else:
+            run = recording.batch(whole) if inputs is whole else recording.rows(inputs, owner, cut)
         watched: AbstractContextManager[list[Tensor]] = nullcontext([]) if head is None else head.watched()
         with watched as heard:
             losses = objective(run, inputs, features=features)

@@ -19,7 +19,7 @@ from .objectives import Forward, Objective, RowLosses
 from .perturbations import NoiseKeys, Perturbation, displaced, moved
 from .perturbations.noise import draw
 from .probe_runs import Attempt, Probe
-from .reuse import Call, Reuse, replaced_forward
+from .reuse import Call, ReusePlan, replaced_forward
 from .rows import batch_size, take
 
 _CHECK_SEED = 20411  # any number: the check's noise has a stream of its own
@@ -100,7 +100,7 @@ def independent_modules(
     calls more than once or that return anything but tensors and plain values.
 
     Returns:
-        For each module, in the order of the calls, which leaves of its output hold rows; see `Reuse`.
+        For each module, in the order of the calls, which leaves of its output hold rows; see `ReusePlan`.
     """
     last = min(1, batch_size(inputs) - 1)
     two, three = (take(inputs, torch.tensor(index)) if per_row else inputs for index in ([0, last], [0, last, 0]))
@@ -139,7 +139,7 @@ def choose_reuse(
     precision: float = 1e-4,
     *,
     cached: bool = False,
-) -> tuple[Reuse, str | None]:
+) -> tuple[ReusePlan, str | None]:
     """Return what may run once per sample from now on, maybe nothing, and why if that was not to be expected.
 
     Args:
@@ -155,31 +155,30 @@ def choose_reuse(
         # A sample that is NaN hides what depends on what.
         finite = objective(forward, inputs).sums.isfinite().cpu()
         if not bool(finite.any()):
-            return Reuse(), "not one loss of the first batch is finite"
+            return ReusePlan(), "not one loss of the first batch is finite"
         if objective.per_row:
             inputs = take(inputs, torch.nonzero(finite).flatten())
         with moved(model, seeds(_CHECK_SEED, 2)):
             modules = independent_modules(model, forward, inputs, perturbation, per_row=objective.per_row)
             if not modules:
-                return Reuse(), None
-            reuse = Reuse(modules)
+                return ReusePlan(), None
+            plain = ReusePlan(modules)
             few = take(inputs, torch.arange(min(2, batch_size(inputs)))) if objective.per_row else inputs
-            _simplify(reuse, forward, few, cached)
-            for _ in range(2):
-                reason = _difference(reuse, objective, forward, inputs, perturbation, precision)
+            # With all outputs if need be: the objective may look at what the model does not return.
+            for plan in (_simplified(plain, forward, few, cached), plain):
+                unread, reason = _checked(plan, objective, forward, inputs, perturbation, precision)
                 if reason is None:
-                    return reuse, None
-                reuse = Reuse(modules)  # with all outputs: the objective may look at what the model does not return
-            attempt.refuse(str(reason))
-    return Reuse(), attempt.reason
+                    return replace(plan, unread_inputs=unread), None
+                attempt.refuse(reason)
+    return ReusePlan(), attempt.reason
 
 
-def _simplify(reuse: Reuse, forward: Forward, inputs: Mapping[str, Any], cached: bool) -> None:
+def _simplified(plan: ReusePlan, forward: Forward, inputs: Mapping[str, Any], cached: bool) -> ReusePlan:
     """Find what need not be kept during a step, or from one epoch to the next."""
     owner = torch.arange(batch_size(inputs))
 
     def outputs() -> list[Any]:
-        found = _fingerprints(reuse.through(forward, inputs, owner)(inputs))
+        found = _fingerprints(recording.rows(inputs, owner)(inputs))
         return [leaf for leaf in found if isinstance(leaf, tuple)]
 
     def unnoticed() -> bool:
@@ -187,26 +186,31 @@ def _simplify(reuse: Reuse, forward: Forward, inputs: Mapping[str, Any], cached:
             return outputs() == reference
         return False
 
-    with reuse.installed():
-        reuse.record(forward, inputs)
+    with plan.recording(forward) as recording:
+        recording.record(inputs)
         reference = outputs()
-        if reference:
-            reuse.drop_unused(unnoticed)
-        if reference and cached:
-            reuse.find_derived(unnoticed)
+        if not reference:
+            return plan
+        idle = frozenset(m for m in plan.modules if recording.works_without(m, unnoticed, hollow=True))
+        size = {module: sum(parameter.numel() for parameter in module.parameters()) for module in plan.modules}
+        small = [m for m in plan.modules if cached and m not in idle and 10 * size[m] < sum(size.values())]
+        again = frozenset(m for m in small if recording.works_without(m, unnoticed, hollow=False))
+    return replace(plan, pass_through=idle, recomputed=again)
 
 
-def _difference(
-    reuse: Reuse,
+def _checked(
+    plan: ReusePlan,
     objective: Objective,
     forward: Forward,
     inputs: Mapping[str, Any],
     perturbation: Perturbation,
     precision: float,
-) -> str | None:
+) -> tuple[frozenset[str], str | None]:
     """Compare row losses under noise with those of the plain forward, on three rows (the batch if it is one unit).
 
-    Inputs with NaN in place of which they still are the same become `reuse.unread`: all of real numbers, or one of them.
+    Returns:
+        Inputs with NaN in place of which losses still are the same (all of real numbers, or one of them), and why losses are
+        not the same if they are not.
     """
     samples = batch_size(inputs)
     owner = torch.tensor([samples - 1, 0, samples - 1]) if objective.per_row else torch.arange(samples)
@@ -222,19 +226,18 @@ def _difference(
     def difference(unread: Collection[str] = ()) -> str | None:
         rows = take(inputs, owner, unread) if objective.per_row else inputs
         otherwise = f"Rows are given {', '.join(sorted(unread))}" if unread else None
-        return probe.difference(otherwise, forward=reuse.through(forward, rows, owner), inputs=rows)
+        return probe.difference(otherwise, forward=recording.rows(rows, owner), inputs=rows)
 
     probe = Probe(noisy, forward, take(inputs, owner) if objective.per_row else inputs, tolerance, size=None)
     wanted = probe.losses.sums
-    choices: list[set[str]] = []
+    choices: list[frozenset[str]] = []
     if objective.per_row and bool(wanted.isfinite().all()):  # a loss that is NaN anyway would not show what is read
         tensors = {name: value for name, value in inputs.items() if torch.is_tensor(value)}
-        real = {name for name, value in tensors.items() if value.is_floating_point() and value.dim() > 1}
-        choices = [real, *({name} for name in sorted(real))] if len(real) > 1 else [real] * len(real)
-    with reuse.installed():
-        reuse.record(forward, inputs)
+        real = frozenset(name for name, value in tensors.items() if value.is_floating_point() and value.dim() > 1)
+        choices = [real, *(frozenset([name]) for name in sorted(real))] if len(real) > 1 else [real] * len(real)
+    with plan.recording(forward) as recording:
+        recording.record(inputs)
         for unread in choices:
             if difference(unread) is None:
-                reuse.unread = frozenset(unread)
-                return None
-        return difference()
+                return unread, None
+        return frozenset(), difference()

@@ -18,7 +18,7 @@ from .heads import ClosedFormHead
 from .objectives import Objective
 from .perturbations import Perturbation
 from .regenerate import Trace
-from .reuse import Reuse
+from .reuse import ReusePlan
 from .rows import Place
 
 
@@ -52,7 +52,7 @@ class Method:
     scale: float
     rows_per_forward: int | ChunkPlanner
     trimmed: frozenset[str] = frozenset()
-    reuse: Reuse = field(default_factory=Reuse)
+    reuse: ReusePlan = field(default_factory=ReusePlan)
     head: ClosedFormHead | None = None
     control: ControlVariate | None = None
     exchange: Exchange = field(default_factory=SingleProcess)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 from weakref import finalize
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ConfigurationError
-from .reuse import Call, Output, Reuse, columns_of
+from .reuse import Call, Output, Recording, ReusePlan, columns_of
 from .rows import ROW, batch_size, take
 
 Layout = tuple[tuple[str, Any], ...]
@@ -68,6 +68,7 @@ class SampleStore:
             finalize(self, self._file.close)
         self._contents: dict[tuple[int, Layout], bytes] = {}
         self._entries: dict[tuple[int, Layout], list[Any]] = {}
+        self._patterns: dict[Layout, dict[nn.Module, Output]] = {}
 
     def get(self, sample: Sample) -> list[Tensor] | None:
         """Return what was kept for a sample, on the CPU, or None.
@@ -93,6 +94,14 @@ class SampleStore:
             self._contents[key] = sample.content
             self._entries[key] = [self._write(t) if self._file else t.detach().to("cpu", copy=True) for t in tensors]
 
+    def pattern(self, layout: Layout) -> dict[nn.Module, Output] | None:
+        """Return the modules' outputs for one sample of a layout, what is kept by sample left empty; None if unknown."""
+        return self._patterns.get(layout)
+
+    def put_pattern(self, layout: Layout, pattern: dict[nn.Module, Output]) -> None:
+        """Keep such outputs."""
+        self._patterns[layout] = pattern
+
     def _write(self, tensor: Tensor) -> tuple[int, torch.Size, torch.dtype]:
         start = self._file.seek(0, 2)
         self._file.write(raw_bytes(tensor))
@@ -105,34 +114,56 @@ class SampleStore:
         return tensor
 
 
-class CachedReuse(Reuse):
+@dataclass(frozen=True, eq=False, kw_only=True)
+class CachedPlan(ReusePlan):
     """Late expansion that starts a step with what it knows of the batch's samples from earlier epochs.
 
-    Modules in `unused` and `derived` are not kept: nobody reads the former, and the latter run again on what is kept.
+    Modules in `pass_through` and `recomputed` are not kept: nobody reads the former, and the latter run again on what is
+    kept. None may depend on a trainable parameter.
 
-    Args:
-        reuse: the modules, which may depend on no trainable parameter.
+    Attributes:
         store: where outputs are kept.
     """
 
-    remembers = True
+    store: SampleStore
 
-    def __init__(self, reuse: Reuse, store: SampleStore) -> None:
-        super().__init__(reuse.modules)
-        self.unused, self.derived, self.store = reuse.unused, reuse.derived, store
-        self._patterns: dict[Layout, dict[nn.Module, Output]] = {}  # the outputs of one sample; what is kept is left empty
+    @classmethod
+    def of(cls, plan: ReusePlan, store: SampleStore) -> CachedPlan:
+        """Return a plan with a store."""
+        return cls(**vars(plan), store=store)
+
+    @property
+    def spans_steps(self) -> bool:
+        """See `ReusePlan`."""
+        return True
+
+    def recording(self, forward: Call) -> CachedRecording:
+        """See `ReusePlan`."""
+        return CachedRecording(self, forward)
+
+    def leaves(self) -> list[tuple[nn.Module, int]]:
+        """Return what is kept by sample: modules, and places among the leaves of their outputs."""
+        kept = [module for module in self.modules if module not in self.pass_through and module not in self.recomputed]
+        return [(module, i) for module in kept for i, rows in enumerate(self.modules[module]) if rows]
+
+
+class CachedRecording(Recording):
+    """Outputs of one step, some of them from earlier ones; what is recorded is kept when the step ends."""
+
+    plan: CachedPlan
+
+    def __init__(self, plan: CachedPlan, forward: Call) -> None:
+        super().__init__(plan, forward)
         self._new: list[Sample] = []
 
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        """See `Reuse.installed`; what the step recorded is kept."""
-        with super().installed():
-            self._new = []
-            yield
-            if self.complete:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if kind is None and self.complete:
                 self._keep_samples(self._new)
+        finally:
+            super().__exit__(kind, error, trace)
 
-    def prepare(self, forward: Call, inputs: Mapping[str, Any], ids: Sequence[int] | None) -> None:
+    def recall(self, inputs: Mapping[str, Any], ids: Sequence[int] | None) -> None:
         """Bring back the outputs of the batch; those that are not known are found by running the samples that lack them.
 
         Raises:
@@ -141,59 +172,53 @@ class CachedReuse(Reuse):
         if ids is None or len(ids) != batch_size(inputs):
             raise ConfigurationError("prefix_cache needs to know the samples: add a column sample_id to the data set.")
         samples, self._columns = identify(inputs, ids), columns_of(inputs)
-        entries = [self.store.get(sample) for sample in samples]
+        entries = [self.plan.store.get(sample) for sample in samples]
         missing = [i for i, entry in enumerate(entries) if entry is None]
         if len(missing) == len(samples):
             self._new = samples  # the clean forward records them
             return
         if missing:
-            self.record(forward, take(inputs, torch.tensor(missing)))
+            self.record(take(inputs, torch.tensor(missing)))
             if not self.complete:
                 return
             for i, entry in zip(missing, self._keep_samples([samples[i] for i in missing]), strict=True):
                 entries[i] = entry
         self._restore(samples[0].layout, [entry for entry in entries if entry is not None])
 
-    def _slots(self) -> list[tuple[nn.Module, int]]:
-        """Return the leaves that are kept: module and place among the leaves of its output."""
-        kept = [module for module in self.modules if module not in self.unused and module not in self.derived]
-        return [(module, i) for module in kept for i, rows in enumerate(self.modules[module]) if rows]
-
     def _keep_samples(self, samples: Sequence[Sample]) -> list[list[Tensor]]:
         """Keep what was recorded for these samples, all those of the record; returns it."""
-        slots, entries = self._slots(), []
+        store, leaves, entries = self.plan.store, self.plan.leaves(), []
         for i, sample in enumerate(samples):
             owner = torch.tensor([i])
-            entry = [self._repeat(self._kept[module][0][leaf], owner) for module, leaf in slots]
-            self.store.put(sample, entry)
+            entry = [self._repeat(self._outputs[module][0][leaf], owner) for module, leaf in leaves]
+            store.put(sample, entry)
             entries.append(entry)
-        if samples and samples[0].layout not in self._patterns:
-            first = torch.tensor([0])
-            self._patterns[samples[0].layout] = {
-                module: ([self._pattern(module, i, leaf, first) for i, leaf in enumerate(leaves)], spec)
-                for module, (leaves, spec) in self._kept.items()
-                if module not in self.derived
+        if samples and store.pattern(samples[0].layout) is None:
+            pattern = {
+                module: ([self._pattern(module, i, leaf) for i, leaf in enumerate(outputs)], spec)
+                for module, (outputs, spec) in self._outputs.items()
+                if module not in self.plan.recomputed
             }
+            store.put_pattern(samples[0].layout, pattern)
         return entries
 
-    def _pattern(self, module: nn.Module, index: int, leaf: Any, first: Tensor) -> Any:
-        if not self.modules[module][index]:
+    def _pattern(self, module: nn.Module, index: int, leaf: Any) -> Any:
+        if not self.plan.modules[module][index]:
             return leaf
-        return self._repeat(leaf, first) if module in self.unused else leaf.new_empty(0)
+        return self._repeat(leaf, torch.tensor([0])) if module in self.plan.pass_through else leaf.new_empty(0)
 
     def _restore(self, layout: Layout, entries: Sequence[list[Tensor]]) -> None:
         """Fill the record of the step from what is kept of each sample."""
-        self._kept.clear()
+        self._outputs.clear()
         self._samples = 1
         everyone = torch.zeros(len(entries), dtype=torch.int64)
-        for module, (leaves, spec) in self._patterns[layout].items():
-            hollow = module in self.unused
-            rows = self.modules[module]
-            found = [
-                self._repeat(leaf, everyone) if hollow and row else leaf for leaf, row in zip(leaves, rows, strict=True)
-            ]
-            self._kept[module] = (found, spec)
-        for place, (module, leaf) in enumerate(self._slots()):
-            found = self._kept[module][0]
+        pattern = self.plan.store.pattern(layout)
+        assert pattern is not None
+        for module, (leaves, spec) in pattern.items():
+            hollow, rows = module in self.plan.pass_through, self.plan.modules[module]
+            pairs = zip(leaves, rows, strict=True)
+            self._outputs[module] = [self._repeat(leaf, everyone) if hollow and row else leaf for leaf, row in pairs], spec
+        for place, (module, leaf) in enumerate(self.plan.leaves()):
+            found = self._outputs[module][0]
             found[leaf] = torch.cat([entry[place] for entry in entries]).to(found[leaf].device)
         self._samples = len(entries)

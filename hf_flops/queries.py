@@ -12,9 +12,10 @@ from .chunks import ChunkPlanner, Work, in_chunks
 from .delta_chain import Evaluation
 from .method import Method
 from .noise_sum import NoiseSum
-from .objectives import Forward, RowLosses
+from .objectives import RowLosses
 from .padding import Feed
 from .perturbations import NoiseKeys
+from .reuse import Recording
 from .rows import Place, Rows
 
 
@@ -60,14 +61,14 @@ class Queries:
     """Runs query rows through the model.
 
     Attributes:
-        forward: runs the model.
+        recording: runs the model, by the method's reuse plan.
         method: how the gradient is estimated.
         place: where the batch lies in the run.
         feed: the batch.
         samples: B.
     """
 
-    forward: Forward
+    recording: Recording
     method: Method
     place: Place
     feed: Feed
@@ -88,9 +89,9 @@ class Queries:
         """Run a chunk at every sign."""
         method = self.method
         owner = chunk.owner if method.objective.per_row else torch.arange(self.samples)
-        unread = method.reuse.unread if method.reuse.complete else ()
+        unread = self.recording.unread_inputs
         inputs, columns, cut = self.feed.of(owner, unread) if method.objective.per_row else (self.feed.whole, 1, None)
-        forward = method.reuse.through(self.forward, inputs, owner, cut)
+        forward = self.recording.rows(inputs, owner, cut)
         found: list[RowLosses] = []
         for sign in method.estimator.signs:
             with method.perturbation.applied(noise, sign * method.scale):

@@ -8,9 +8,11 @@ for the rows. The model's inputs stay those of all rows, so masks, positions, la
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import partial, wraps
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -39,186 +41,226 @@ def replaced_forward(module: nn.Module, make: Callable[[Call], Call]) -> Iterato
             module.forward = before
 
 
-class Reuse:
-    """Runs some modules of a model once per step and sample.
+@dataclass(frozen=True, eq=False)
+class ReusePlan:
+    """Which modules run once per step and sample, and what is known about their outputs: see `choose_reuse`.
 
-    Args:
-        modules: each with one flag per leaf of its output: True if the leaf's first dimension holds the rows (or, row-major,
-            rows times a whole number), False if the leaf is the same for any rows. A module is called once in a forward and
-            calls none of the others. By default none: the model runs as it is.
+    By default there are none, and the model runs as it is.
 
     Attributes:
-        unused: modules whose output is read by others of `modules` only; NaN is handed on in its place, without memory.
-        derived: small modules whose output follows from those of others; see `find_derived`.
-        unread: inputs that nothing but `modules` reads: rows are given NaN in their place, without memory.
-        narrow: whether recorded outputs may be cut where a chunk has less padding than the batch; None until it is known.
-        columned: which leaves of the modules' outputs have the batch's columns (tokens) as their second dimension.
-        remembers: whether outputs are kept from one step to the next.
+        modules: each with one flag per leaf of its output: True if the leaf's first dimension holds the rows (or, row-major,
+            rows times a whole number), False if the leaf is the same for any rows. A module is called once in a forward and
+            calls none of the others.
+        pass_through: modules whose output is read by others of `modules` only; NaN is handed on in its place, without
+            memory.
+        recomputed: small modules whose output follows from those of others: what is kept over steps does not include them.
+        unread_inputs: inputs that nothing but `modules` reads: rows are given NaN in their place, without memory.
+        crop_padding: whether recorded outputs may be cut where a chunk has less padding than the batch; None until it is
+            known.
+        token_axes: which leaves of the modules' outputs have the batch's columns (tokens) as their second dimension.
     """
 
-    remembers = False
+    modules: Mapping[nn.Module, tuple[bool, ...]] = field(default_factory=dict)
+    pass_through: frozenset[nn.Module] = frozenset()
+    recomputed: frozenset[nn.Module] = frozenset()
+    unread_inputs: frozenset[str] = frozenset()
+    crop_padding: bool | None = None
+    token_axes: frozenset[tuple[nn.Module, int]] = frozenset()
 
-    def __init__(self, modules: Mapping[nn.Module, tuple[bool, ...]] | None = None) -> None:
-        self.modules = dict(modules or {})
-        self.unused: set[nn.Module] = set()
-        self.derived: set[nn.Module] = set()
-        self.unread: frozenset[str] = frozenset()
-        self.narrow: bool | None = None
-        self.columned: frozenset[tuple[nn.Module, int]] = frozenset()
-        self._kept: dict[nn.Module, Output] = {}
+    @property
+    def spans_steps(self) -> bool:
+        """Whether outputs are kept from one step to the next."""
+        return False
+
+    def recording(self, forward: Call) -> Recording:
+        """Return the context in which the plan is followed for one step; `forward` runs the model."""
+        return Recording(self, forward)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A forward in progress: (R,) int64, the recorded sample of each row, None while recording; see `Recording.rows`."""
+
+    owner: Tensor | None
+    cut: slice | None
+    stops: bool  # once all outputs are recorded
+
+
+class Recording:
+    """Outputs of one step: a context in which the modules of a plan run once per sample.
+
+    They have another `forward` inside, and nothing is left on the model or kept outside. The batch is recorded by the first
+    forward that `batch` returns, or by `record`; forwards that `rows` returns use what is recorded.
+
+    Args:
+        plan: what runs once.
+        forward: runs the model.
+    """
+
+    def __init__(self, plan: ReusePlan, forward: Call) -> None:
+        self.plan, self.forward = plan, forward
+        self._outputs: dict[nn.Module, Output] = {}
         self._samples = self._columns = 0
-        self._cut: slice | None = None
-        self._owner: Tensor | None = None
-        self._place: Tensor | None = None  # (B,) where each sample of the batch is in the record; None where all are
-        self._running = self._stopping = False
+        self._position: Tensor | None = None  # (B,) where each sample of the batch is in the record; None where all are
+        self._run: _Run | None = None
+        self._patches = ExitStack()
 
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Replace the modules' `forward` for one step; nothing is left on the model or kept after it."""
+    def __enter__(self) -> Self:
         with ExitStack() as stack:
-            stack.callback(self._kept.clear)
-            self._place = None
-            for module in self.modules:
+            for module in self.plan.modules:
                 stack.enter_context(replaced_forward(module, partial(self._stand_in, module)))
-            yield
+            self._patches = stack.pop_all()
+        return self
 
-    def prepare(self, forward: Call, inputs: Mapping[str, Any], ids: Sequence[int] | None) -> None:
-        """Called with the batch and its samples' ids before its forwards, for those who know some outputs already."""
-
-    def through(
-        self, forward: Call, inputs: Mapping[str, Any], owner: Tensor | None = None, cut: slice | None = None
-    ) -> Call:
-        """Return `forward` for an objective, to be called on `inputs`; on anything else the model runs as it is.
-
-        Args:
-            forward: runs the model.
-            inputs: the batch, whose outputs are to be recorded, or the rows of a chunk.
-            owner: (R,) int64, the sample of the batch that each row repeats; None for the batch itself.
-            cut: which of the batch's columns (tokens) these inputs have, None for all.
-        """
-        if cut is not None and not self.narrow:
-            return forward
-
-        def run(given: Mapping[str, Any]) -> Any:
-            if given is not inputs:
-                return forward(given)
-            self._running, self._cut = True, cut
-            self._owner = owner if owner is None or self._place is None else self._place[owner]
-            self._samples = batch_size(inputs) if owner is None else self._samples
-            self._columns = columns_of(inputs) if owner is None else self._columns
-            try:
-                return forward(given)
-            finally:
-                self._running, self._owner, self._cut = False, None, None
-
-        return run
-
-    def record(self, forward: Call, inputs: Mapping[str, Any]) -> None:
-        """Run the batch no further than to the last module's output, where no clean forward would record it."""
-        if self.complete:
-            return
-        self._stopping = True
-        try:
-            self.through(forward, inputs)(inputs)
-        except _Recorded:
-            pass
-        finally:
-            self._stopping = False
-
-    def of_samples(self, owner: Tensor, samples: int) -> None:
-        """Say that the next record is of the samples `owner` (b,) of a batch of B; rows may then repeat these only."""
-        self._place = torch.full((samples,), -1).index_put((owner,), torch.arange(len(owner)))
-
-    def extend(self, forward: Call, inputs: Mapping[str, Any], owner: Tensor) -> None:
-        """Record what is lacking of the samples that rows repeat, where the record is of a part of the batch.
-
-        Args:
-            forward: runs the model.
-            inputs: the batch.
-            owner: (R,) int64, the samples of the rows.
-        """
-        samples = batch_size(inputs)
-        place = torch.full((samples,), -1) if self._place is None else self._place
-        new = owner.unique()
-        new = new[place[new] < 0]
-        if not self.modules or not len(new) or (self._place is None and self.complete):
-            return
-        before, known = dict(self._kept), self._samples if self.complete else 0
-        self._kept.clear()
-        self._place = None
-        self.record(forward, take(inputs, new))
-        if known and self.complete:
-            self._kept.update({module: self._joined(module, before[module]) for module in self.modules})
-        self._place = place.index_put((new,), torch.arange(known, known + len(new)))
-        self._samples = known + len(new)
-
-    def _joined(self, module: nn.Module, before: Output) -> Output:
-        """Put what was recorded of a module for further samples behind what was before."""
-        after, spec = self._kept[module]
-        pairs = zip(before[0], after, self.modules[module], strict=True)
-        return [_behind(old, new) if rows else old for old, new, rows in pairs], spec
-
-    def drop_unused(self, unnoticed: Callable[[], bool]) -> None:
-        """Find `unused`: put NaN in place of one recorded output after the other, and ask if the model's outputs stay."""
-        for module, output in list(self._kept.items()):
-            self._kept[module] = ([_hollow(leaf) for leaf in output[0]], output[1])
-            exact = any(torch.is_tensor(leaf) and not leaf.is_floating_point() for leaf in output[0])
-            if not exact and unnoticed():
-                self.unused.add(module)
-            else:
-                self._kept[module] = output
-
-    def find_derived(self, unnoticed: Callable[[], bool]) -> None:
-        """Find `derived`: let one small module after the other run again, and ask if the model's outputs stay."""
-        size = {module: sum(parameter.numel() for parameter in module.parameters()) for module in self.modules}
-        for module in self.modules:
-            if module not in self.unused and 10 * size[module] < sum(size.values()):
-                output = self._kept.pop(module)
-                if unnoticed():
-                    self.derived.add(module)
-                else:
-                    self._kept[module] = output
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._outputs.clear()
+        self._patches.close()
 
     @property
     def complete(self) -> bool:
         """Whether the outputs of all modules are recorded."""
-        return len(self._kept) == len(self.modules)
+        return len(self._outputs) == len(self.plan.modules)
+
+    @property
+    def unread_inputs(self) -> frozenset[str]:
+        """Inputs that rows need not be given, now that all outputs are recorded."""
+        return self.plan.unread_inputs if self.complete else frozenset()
+
+    def recall(self, inputs: Mapping[str, Any], ids: Sequence[int] | None) -> None:
+        """Take up what earlier steps recorded of the batch, its samples' ids given, if the plan spans steps."""
+
+    def batch(self, inputs: Mapping[str, Any], owner: Tensor | None = None, samples: int = 0) -> Call:
+        """Return a forward, to be called on the batch, that records; on anything else the model runs as it is.
+
+        Args:
+            inputs: the batch, or a part of it.
+            owner: (b,) int64, which samples the part has; rows may then repeat these only. None for the batch itself.
+            samples: B, if it is a part.
+        """
+        if owner is not None:
+            self._position = torch.full((samples,), -1).index_put((owner,), torch.arange(len(owner)))
+        return self._forward_of(inputs)
+
+    def rows(self, inputs: Mapping[str, Any], owner: Tensor, cut: slice | None = None) -> Call:
+        """Return a forward, to be called on the rows of a chunk, that uses what is recorded; else as `batch`.
+
+        Args:
+            inputs: the rows.
+            owner: (R,) int64, the sample of the batch that each row repeats.
+            cut: which of the batch's columns (tokens) the rows have, None for all.
+        """
+        if cut is not None and not self.plan.crop_padding:
+            return self.forward
+        return self._forward_of(inputs, owner, cut)
+
+    def record(self, inputs: Mapping[str, Any]) -> None:
+        """Run the batch no further than to the last module's output, where no clean forward would record it."""
+        if not self.complete:
+            with suppress(_Recorded):
+                self._forward_of(inputs, stops=True)(inputs)
+
+    def extend(self, inputs: Mapping[str, Any], owner: Tensor) -> None:
+        """Record what is lacking of the samples that rows repeat, where the record is of a part of the batch.
+
+        Args:
+            inputs: the batch.
+            owner: (R,) int64, the samples of the rows.
+        """
+        position = torch.full((batch_size(inputs),), -1) if self._position is None else self._position
+        new = owner.unique()
+        new = new[position[new] < 0]
+        if not self.plan.modules or not len(new) or (self._position is None and self.complete):
+            return
+        before, known = dict(self._outputs), self._samples if self.complete else 0
+        self._outputs.clear()
+        self._position = None
+        self.record(take(inputs, new))
+        if known and self.complete:
+            self._outputs.update({module: self._joined(module, before[module]) for module in self.plan.modules})
+        self._position = position.index_put((new,), torch.arange(known, known + len(new)))
+        self._samples = known + len(new)
+
+    def adopt(self, plan: ReusePlan) -> None:
+        """Go on by a plan that says more about the same modules."""
+        self.plan = plan
+
+    def token_axes(self) -> frozenset[tuple[nn.Module, int]]:
+        """Return which recorded leaves have a second dimension as long as the batch has columns, maybe by chance."""
+        return frozenset(
+            (module, i)
+            for module, (leaves, _) in self._outputs.items()
+            for i, leaf in enumerate(leaves)
+            if torch.is_tensor(leaf) and leaf.dim() > 2 and leaf.shape[1] == self._columns
+        )
+
+    def works_without(self, module: nn.Module, check: Callable[[], bool], *, hollow: bool) -> bool:
+        """Put NaN in place of a recorded output, or let its module run again, and leave it so where a check still holds.
+
+        Outputs of whole numbers, which know no NaN, are left in place.
+        """
+        output = self._outputs.get(module)
+        if output is None:
+            return False
+        leaves, spec = output
+        if hollow and any(torch.is_tensor(leaf) and not leaf.is_floating_point() for leaf in leaves):
+            return False
+        del self._outputs[module]
+        if hollow:
+            self._outputs[module] = ([_hollow(leaf) for leaf in leaves], spec)
+        if check():
+            return True
+        self._outputs[module] = output
+        return False
+
+    def _forward_of(
+        self, inputs: Mapping[str, Any], owner: Tensor | None = None, cut: slice | None = None, *, stops: bool = False
+    ) -> Call:
+        def run(given: Mapping[str, Any]) -> Any:
+            if given is not inputs:
+                return self.forward(given)
+            if owner is None:
+                self._samples, self._columns = batch_size(inputs), columns_of(inputs)
+            self._run = _Run(owner if owner is None or self._position is None else self._position[owner], cut, stops)
+            try:
+                return self.forward(given)
+            finally:
+                self._run = None
+
+        return run
 
     def _stand_in(self, module: nn.Module, original: Call) -> Call:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if self._running and module in self._kept:
-                return self._repeated(module, torch.arange(self._samples) if self._owner is None else self._owner)
+            if self._run is not None and module in self._outputs:
+                return self._repeated(module, self._run)
             output = original(*args, **kwargs)
-            if self._running and self._owner is None:
-                self._keep(module, output)
+            if self._run is not None and self._run.owner is None:
+                self._keep(module, output, self._run)
             return output
 
         return forward
 
-    def _keep(self, module: nn.Module, output: Any) -> None:
+    def _keep(self, module: nn.Module, output: Any, run: _Run) -> None:
         leaves, spec = tree_flatten(output)
         # A copy, because what follows may write into the output.
-        copy = _hollow if module in self.unused else _clone
-        self._kept[module] = ([copy(leaf) for leaf in leaves], spec)
-        if self._stopping and self.complete:
+        copy = _hollow if module in self.plan.pass_through else _clone
+        self._outputs[module] = ([copy(leaf) for leaf in leaves], spec)
+        if run.stops and self.complete:
             raise _Recorded
 
-    def _repeated(self, module: nn.Module, owner: Tensor) -> Any:
-        leaves, spec = self._kept[module]
-        per_row = self.modules[module]
-        if self._cut is not None:  # down to the columns of the chunk
-            leaves = [leaf[:, self._cut] if (module, i) in self.columned else leaf for i, leaf in enumerate(leaves)]
-        found = [self._repeat(leaf, owner) if rows else _clone(leaf) for leaf, rows in zip(leaves, per_row, strict=True)]
-        return tree_unflatten(found, spec)
+    def _repeated(self, module: nn.Module, run: _Run) -> Any:
+        leaves, spec = self._outputs[module]
+        owner = torch.arange(self._samples) if run.owner is None else run.owner
+        if run.cut is not None:  # down to the columns of the chunk
+            axes = self.plan.token_axes
+            leaves = [leaf[:, run.cut] if (module, i) in axes else leaf for i, leaf in enumerate(leaves)]
+        pairs = zip(leaves, self.plan.modules[module], strict=True)
+        return tree_unflatten([self._repeat(leaf, owner) if rows else _clone(leaf) for leaf, rows in pairs], spec)
 
-    def with_columns(self) -> frozenset[tuple[nn.Module, int]]:
-        """Return which recorded leaves have a second dimension as long as the batch has columns, maybe by chance."""
-        return frozenset(
-            (module, i)
-            for module, (leaves, _) in self._kept.items()
-            for i, leaf in enumerate(leaves)
-            if torch.is_tensor(leaf) and leaf.dim() > 2 and leaf.shape[1] == self._columns
-        )
+    def _joined(self, module: nn.Module, before: Output) -> Output:
+        """Put what was recorded of a module for further samples behind what was before."""
+        after, spec = self._outputs[module]
+        pairs = zip(before[0], after, self.plan.modules[module], strict=True)
+        return [_behind(old, new) if rows else old for old, new, rows in pairs], spec
 
     def _repeat(self, leaf: Tensor, owner: Tensor) -> Tensor:
         """Repeat (B * m, ...) for the rows: (R * m, ...)."""

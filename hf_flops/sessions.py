@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -24,7 +24,7 @@ from .method import Method, StepResult
 from .objectives import Forward, Objective, RowLossError
 from .padding import Feed
 from .perturbations import ParameterVector, Perturbation
-from .reuse import Reuse
+from .reuse import ReusePlan
 from .rows import Place, batch_size
 from .selfcheck import precision_of
 from .setup import Chosen, held_back, loss_of_batch, set_up
@@ -245,6 +245,8 @@ class SampleSession:
         precision = precision_of(self.model, autocast=self.args.bf16)
         method = self._assembled(precision, batch.step)
         method = self.tuning.complete(method, batch.forward, batch.inputs, precision=precision, seed=self.seed)
+        assert self.chosen is not None
+        self.chosen = replace(self.chosen, reuse=method.reuse)  # of which more may be known now
         self._method = self._agreed(method) if new else method
         self.check_rows, self.tuning.rows = self.check_rows + self.tuning.rows, 0
 
@@ -290,18 +292,20 @@ class SampleSession:
         assert self._method is not None
         method, ids = self._method, batches[0].ids
         if len(batches) > 1 or batches[0].step < 0:  # what is known of the next batch says nothing of these
-            method, ids = replace(method, reuse=Reuse()), None
+            method, ids = replace(method, reuse=ReusePlan()), None
         feeds = [Feed(batch.inputs, method.trimmed) for batch in batches]
 
-        def losses() -> Tensor:
-            found = [
-                clean_forward(batch.forward, method, batch.samples, feed, method.rows_per_forward)  # type: ignore[arg-type]
-                for batch, feed in zip(batches, feeds, strict=True)
-            ]
-            return torch.cat([clean.losses.sums for clean in found])
+        with ExitStack() as stack:
+            recordings = [stack.enter_context(method.reuse.recording(batch.forward)) for batch in batches]
+            recordings[0].recall(feeds[0].whole, ids)
 
-        with method.reuse.installed():
-            method.reuse.prepare(batches[0].forward, feeds[0].whole, ids)
+            def losses() -> Tensor:
+                found = [
+                    clean_forward(recording, method, batch.samples, feed, method.rows_per_forward)  # type: ignore[arg-type]
+                    for recording, batch, feed in zip(recordings, batches, feeds, strict=True)
+                ]
+                return torch.cat([clean.losses.sums for clean in found])
+
             yield losses
 
     def estimate(self, batch: Batch, position: Place, averaging: Averaging) -> StepResult:

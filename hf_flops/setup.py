@@ -19,8 +19,8 @@ from .independence import choose_reuse
 from .last_logits import with_last_logits
 from .objectives import BatchLoss, Forward, Objective, RowLossError, TappedLoss
 from .perturbations import Perturbation
-from .prefix_cache import CachedReuse, SampleStore
-from .reuse import Reuse
+from .prefix_cache import CachedPlan, SampleStore
+from .reuse import ReusePlan
 from .rows import take
 from .selfcheck import choose_objective, choose_perturbation, precision_of
 
@@ -40,7 +40,7 @@ class Chosen:
 
     objective: Objective
     perturbation: Perturbation
-    reuse: Reuse
+    reuse: ReusePlan
     head: ClosedFormHead | None
 
 
@@ -144,7 +144,7 @@ def _set_up(
         for note in notes:
             logger.warning("%s", note)
     if objective.generates:  # its forwards are not those that were looked at
-        return Chosen(objective, perturbation, Reuse(), head)
+        return Chosen(objective, perturbation, ReusePlan(), head)
     reuse = late_expansion(args, model, surrogate, forward, inputs, perturbation, precision)
     return Chosen(objective, perturbation, reuse, head)
 
@@ -176,19 +176,19 @@ def late_expansion(
     inputs: Mapping[str, Any],
     perturbation: Perturbation,
     precision: float,
-) -> Reuse:
+) -> ReusePlan:
     """Return what may run once per sample, see `choose_reuse`, as far as the arguments want it, and say so.
 
     Raises:
         ConfigurationError: `prefix_cache` cannot be had.
     """
     if not args.late_expansion:
-        return Reuse()
+        return ReusePlan()
     cached = args.prefix_cache is not None
     if hasattr(model, "cached_texts"):  # what it records for one batch would not fit answers of another length
         if cached:
             raise ConfigurationError(f"prefix_cache is not for a {type(model).__name__}, which shares its texts itself.")
-        return Reuse()
+        return ReusePlan()
     if cached and not objective.per_row:
         raise ConfigurationError("prefix_cache needs a loss per sample, but this one belongs to the batch as a whole.")
     reuse, reason = choose_reuse(model, objective, forward, inputs, perturbation, precision, cached=cached)
@@ -199,4 +199,4 @@ def late_expansion(
     if not cached:
         return reuse
     folder = Path(args.output_dir) if args.prefix_cache == "disk" else None
-    return CachedReuse(reuse, SampleStore(args.prefix_cache_gb, folder))
+    return CachedPlan.of(reuse, SampleStore(args.prefix_cache_gb, folder))

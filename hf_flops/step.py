@@ -67,8 +67,8 @@ def estimate_gradient(
     References:
         Ren et al. (2025), FLOPS, arXiv 2410.05966, section 3.
     """
-    with torch.no_grad(), method.reuse.installed():
-        return estimate_from(clean_pass(forward, inputs, method, place), elements, batches, last=last)
+    with torch.no_grad(), method.reuse.recording(forward) as recording:
+        return estimate_from(clean_pass(recording, inputs, method, place), elements, batches, last=last)
 
 
 def estimate_from(clean: CleanPass, elements: float | None = None, batches: float = 1, *, last: bool = True) -> StepResult:
@@ -143,8 +143,8 @@ def run_round(clean: CleanPass, chain: Chain, sums: NoiseSum, counts: Tensor, **
     grouped, rows = method.perturbation.grouped, lay_out(clean, counts, **options)
     parts = exchange.parts(rows, clean.feed, grouped=grouped, chunk=clean.planner.given)
     own = parts[exchange.share.rank]
-    if exchange.share.world > 1 and (clean.losses is None or method.reuse.complete):
-        method.reuse.extend(clean.forward, clean.feed.whole, own.owner)
+    if exchange.share.world > 1 and (clean.losses is None or clean.recording.complete):
+        clean.recording.extend(clean.feed.whole, own.owner)
     found = torch.empty(len(own), 3)  # deltas; losses; elements
 
     def work(index: slice) -> int:
@@ -168,7 +168,7 @@ def run_round(clean: CleanPass, chain: Chain, sums: NoiseSum, counts: Tensor, **
 
 def queries_of(clean: CleanPass) -> Queries:
     """Return what runs rows of a batch under noise."""
-    return Queries(clean.forward, clean.method, clean.place, clean.feed, clean.samples)
+    return Queries(clean.recording, clean.method, clean.place, clean.feed, clean.samples)
 
 
 def measure(queries: Queries, chain: Chain, chunk: Rows, noise: Any) -> tuple[ChunkDeltas, Tensor, Tensor, int]:

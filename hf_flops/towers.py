@@ -116,9 +116,9 @@ def estimate_alignment(
             if tower.method is None:
                 found[side] = tower.embeddings(inputs[side])
                 continue
-            stack.enter_context(tower.method.reuse.installed())
+            recording = stack.enter_context(tower.method.reuse.recording(tower.forward))
             own = place if side == "image" else replace(place, position=place.position + _TEXTS)
-            passes[side] = clean_pass(tower.forward, inputs[side], tower.method, own)
+            passes[side] = clean_pass(recording, inputs[side], tower.method, own)
             losses = passes[side].losses
             assert losses is not None
             assert losses.logits is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from .objectives import Forward, Objective
 from .padding import SIDES, Feed, real_tokens, trim, window
 from .probe_runs import Attempt, Probe, agree
-from .reuse import Reuse
+from .reuse import Recording, ReusePlan
 from .rows import batch_size, take
 
 
@@ -46,39 +47,43 @@ def padding_is_idle(
     return found
 
 
-def may_be_cut(
-    reuse: Reuse,
+def with_cropping(
+    plan: ReusePlan,
     objective: Objective,
     forward: Forward,
     inputs: Mapping[str, Any],
     sides: frozenset[str],
     precision: float = 1e-4,
-) -> bool | None:
-    """Say whether rows lose the same with recorded outputs cut to their own columns; None where no sample is shorter.
+) -> ReusePlan:
+    """Find out whether rows lose the same with recorded outputs cut to their own columns.
 
-    What is to be cut, `reuse.columned`, has as many columns as the inputs both for the batch and for a shorter sample alone.
+    What is to be cut, `token_axes`, has as many columns as the inputs both for the batch and for a shorter sample alone.
 
     Args:
-        reuse: what runs once per sample.
+        plan: what runs once per sample.
         objective: what is minimised, per row.
         forward: runs the model.
         inputs: a batch.
         sides: where padding may be cut off.
         precision: see `precision_of`.
+
+    Returns:
+        The plan with the answer; as it is where no sample is shorter.
     """
     feed = Feed(inputs, sides)
     rows = [feed.of(torch.tensor([i, i])) for i in range(batch_size(inputs))]
     short = min(range(len(rows)), key=lambda i: rows[i][1])
     own, _, cut = rows[short]
     if cut is None:
-        return None
-    reuse.narrow = True
+        return plan
     with Attempt("Chunks with less padding run through the whole model"):
-        with reuse.installed():
-            wanted, columned = objective(reuse.through(forward, own), own).sums, reuse.with_columns()
-        with reuse.installed():
-            objective(reuse.through(forward, feed.whole), feed.whole)
-            reuse.columned = columned & reuse.with_columns()
-            found = objective(reuse.through(forward, own, torch.tensor([short, short]), cut), own).sums
-        return agree(found, wanted, precision / 20, 1.0)
-    return False
+        with Recording(plan, forward) as recording:
+            wanted, axes = objective(recording.batch(own), own).sums, recording.token_axes()
+        with Recording(plan, forward) as recording:
+            objective(recording.batch(feed.whole), feed.whole)
+            cropping = replace(plan, crop_padding=True, token_axes=axes & recording.token_axes())
+            recording.adopt(cropping)
+            found = objective(recording.rows(own, torch.tensor([short, short]), cut), own).sums
+        if agree(found, wanted, precision / 20, 1.0):
+            return cropping
+    return replace(plan, crop_padding=False)

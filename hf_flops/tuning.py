@@ -12,7 +12,7 @@ from .calibration import STEP_GRID, calibrate
 from .chunks import ChunkPlanner
 from .method import FinishedBatch, Method
 from .objectives import Forward, Objective
-from .trimming import may_be_cut, padding_is_idle
+from .trimming import padding_is_idle, with_cropping
 
 logger = logging.getLogger(__name__)
 
@@ -77,8 +77,9 @@ class Tuning:
             self.idle.update(padding_is_idle(surrogate, forward, inputs, precision, known=set(self.idle)))
         sides = frozenset(side for side, idle in self.idle.items() if idle)
         method = replace(method, rows_per_forward=self.planner, trimmed=sides)
-        if sides and method.reuse.modules and method.reuse.narrow is None:
-            method.reuse.narrow = may_be_cut(method.reuse, surrogate, forward, inputs, sides, precision)
+        if sides and method.reuse.modules and method.reuse.crop_padding is None:
+            plan = with_cropping(method.reuse, surrogate, forward, inputs, sides, precision)
+            method = replace(method, reuse=plan)
         if self._calibrating and not self.found:
             self._calibrate(method, forward, inputs, seed)
         self.scale = self.found.get("perturbation_scale", method.scale)

@@ -7,7 +7,7 @@ import torch
 
 from hf_flops import ConfigurationError, FlopsTrainingArguments, Place, estimate_gradient
 from hf_flops.independence import choose_reuse
-from hf_flops.prefix_cache import CachedReuse, SampleStore, identify
+from hf_flops.prefix_cache import CachedPlan, SampleStore, identify
 from hf_flops.rows import take
 from tests.test_reuse import LAYERS, adapted, exact_batch, layer_insides, lora, method_for, rows_through, trained
 from tests.tiny import TOKENS, as_dataset, model_forward
@@ -21,7 +21,7 @@ def chosen(method, model, inputs):
 
 
 def cached(method, model, inputs, store):
-    return CachedReuse(chosen(method, model, inputs), store)
+    return CachedPlan.of(chosen(method, model, inputs), store)
 
 
 def estimates(method, reuse, model, inputs, batches):
@@ -43,7 +43,7 @@ def test_estimates_are_those_without_it(kind, estimator, tmp_path):
     wanted = estimates(method, method.reuse, model, inputs, batches)
     reuse = chosen(method, model, inputs)
     for store in (SampleStore(1.0), SampleStore(1.0, tmp_path), SampleStore(8e-6)):  # the last has room for some only
-        found = estimates(method, CachedReuse(reuse, store), model, inputs, batches)
+        found = estimates(method, CachedPlan.of(reuse, store), model, inputs, batches)
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
 
 
@@ -65,7 +65,7 @@ def test_only_what_nothing_else_gives_is_kept():
     estimates(method, reuse, model, inputs, [[0, 1, 2, 3]])
     layer = model.get_base_model().model.layers[LAYERS - 2]
     rotary = model.get_base_model().model.rotary_emb  # has no parameters, and its output is the same for all rows
-    assert {module for module, _ in reuse._slots()} - {rotary} == {layer}
+    assert {module for module, _ in reuse.leaves()} - {rotary} == {layer}
     hidden = store.get(identify(inputs, range(4))[2])[-1]
     assert hidden.shape == (1, 7, 16)
 

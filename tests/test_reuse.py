@@ -28,8 +28,8 @@ from hf_flops.estimators import ESTIMATORS
 from hf_flops.independence import choose_reuse
 from hf_flops.objectives import BatchLoss, CallableObjective, Objective, TappedLoss
 from hf_flops.perturbations import ParameterVector, perturb
-from hf_flops.reuse import Reuse
-from hf_flops.trimming import may_be_cut
+from hf_flops.reuse import ReusePlan
+from hf_flops.trimming import with_cropping
 from tests.tiny import (
     CLASSES,
     SIZES,
@@ -189,7 +189,7 @@ def test_adapters_in_one_half_of_an_encoder_and_decoder(part):
     names = names_of(model, reusing.reuse.modules)
     prefix = "base_model.model."
     assert (prefix + "encoder" in names) == (part == "decoder")
-    assert prefix + f"{part}.block.0" in names_of(model, reusing.reuse.unused)
+    assert prefix + f"{part}.block.0" in names_of(model, reusing.reuse.pass_through)
     # the decoder's own blocks are reached through their attention to the encoder
     assert (prefix + "decoder.block.0" in names) == (part == "decoder")
 
@@ -259,13 +259,12 @@ def test_recorded_outputs_are_repeated_row_by_row(samples, times, tail, owner):
             return {"rows": x.flatten(0, 1), "constant": torch.ones(samples), "nothing": None}
 
     module, owner = Flattens(), torch.tensor([i % samples for i in owner])
-    reuse = Reuse({module: (True, False, False)})
+    plan = ReusePlan({module: (True, False, False)})
     x = torch.randn(samples, times, *tail, generator=generator())
     inputs, rows = {"labels": x}, {"labels": x[owner]}
-    with reuse.installed():
-        reuse.record(lambda inputs: module(inputs["labels"]), inputs)
-        module_of_rows = reuse.through(lambda inputs: module(torch.zeros(1, 1)), rows, owner)
-        found = module_of_rows(rows)
+    with plan.recording(lambda given: module(given["labels"] if given is inputs else torch.zeros(1, 1))) as recording:
+        recording.record(inputs)
+        found = recording.rows(rows, owner)(rows)
     assert found["rows"].equal(x[owner].flatten(0, 1))
     assert found["constant"].equal(torch.ones(samples))
     assert found["nothing"] is None
@@ -304,9 +303,9 @@ def test_outputs_that_nobody_reads_are_not_kept():
     model = adapted("llama", lora("llama", [LAYERS - 1]))
     inputs = exact_batch("llama", SAMPLES)
     reuse = late(method_for(model), model, inputs).reuse
-    assert {name.split("model.", 3)[-1] for name in names_of(model, reuse.unused)} == {"embed_tokens", "layers.0"}
+    assert {name.split("model.", 3)[-1] for name in names_of(model, reuse.pass_through)} == {"embed_tokens", "layers.0"}
     inputs["output_hidden_states"] = True  # now they are read
-    assert not late(method_for(model), model, inputs).reuse.unused
+    assert not late(method_for(model), model, inputs).reuse.pass_through
     assert_same_estimates(model, inputs, method_for(model))
 
 
@@ -319,7 +318,14 @@ def test_modules_are_as_before_also_after_an_exception(failing):
     inputs, embeddings = exact_batch("vit", SAMPLES), model.get_base_model().vit.embeddings
     embeddings.forward = own = embeddings.forward  # somebody else's patch
     reusing = late(method_for(model), model, inputs)
-    calls = []
+    recordings, calls = [], []
+
+    class Watched(ReusePlan):
+        def recording(self, forward):
+            recordings.append(super().recording(forward))
+            return recordings[-1]
+
+    reusing = replace(reusing, reuse=Watched(**vars(reusing.reuse)))
 
     def forward(inputs):
         calls.append("forward" in vars(model.get_base_model().vit.layers[0]))
@@ -335,7 +341,7 @@ def test_modules_are_as_before_also_after_an_exception(failing):
     assert len(calls) == 3 if failing else len(calls) > 3
     assert [module for module in model.modules() if "forward" in vars(module)] == [embeddings]
     assert vars(embeddings)["forward"] is own
-    assert not reusing.reuse._kept
+    assert [recording._outputs for recording in recordings] == [{}]
 
 
 @pytest.mark.parametrize("call", [1, 2, 3, 4, 6, 9])
@@ -420,7 +426,7 @@ def test_rows_get_no_pixels_where_only_the_lower_modules_read_them(estimator):
     given = []
     model.register_forward_pre_hook(lambda module, args, kwargs: given.append(kwargs["pixel_values"]), with_kwargs=True)
     reusing = assert_same_estimates(model, inputs, method_for(model, estimator=estimator))
-    assert reusing.reuse.unread == {"pixel_values"}
+    assert reusing.reuse.unread_inputs == {"pixel_values"}
     given.clear()
     result, _ = estimate(reusing, model, inputs)
     batch, *rows = given
@@ -437,7 +443,7 @@ def test_an_objective_may_read_the_pixels():
 
     reusing = assert_same_estimates(model, inputs, method_for(model, CallableObjective(brightness)))
     assert reusing.reuse.modules
-    assert not reusing.reuse.unread
+    assert not reusing.reuse.unread_inputs
 
 
 def test_an_objective_may_look_inside_the_model():
@@ -450,7 +456,7 @@ def test_an_objective_may_look_inside_the_model():
         reuse, reason = choose_reuse(model, objective, forward, inputs, method.perturbation)
     assert reason is None
     assert set(reuse.modules) == set(model.layers)
-    assert not reuse.unused
+    assert not reuse.pass_through
     assert_same(method, reuse, model, inputs, forward)
 
 
@@ -533,18 +539,18 @@ def test_recorded_outputs_are_cut_with_the_padding_of_a_chunk(kind, estimator):
     plain = replace(method_for(model, estimator=estimator, rows=3), trimmed=sides)
     reuse, reason = choose_reuse(model, plain.objective, forward, inputs, plain.perturbation)
     assert reason is None
-    assert may_be_cut(reuse, plain.objective, forward, inputs, sides)
-    reuse.narrow = True
+    cropped = with_cropping(reuse, plain.objective, forward, inputs, sides)
+    assert cropped.crop_padding
     stack, inner = STACKS[kind]
     layers = next(value for name, value in model.named_modules() if name.endswith(stack))
     rows = Counter()
     with counted_columns(layers[0].get_submodule(inner), rows):
-        found = estimated(model, forward, inputs, replace(plain, reuse=reuse))
+        found = estimated(model, forward, inputs, replace(plain, reuse=cropped))
     assert set(rows) == {inputs["input_ids"].shape[1]}  # the batch as a whole, and nothing narrower
     expected = estimated(model, forward, inputs, plain)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     # Where it has not been shown that outputs may be cut, narrower chunks run through the whole model.
-    reuse.narrow = None
+    assert reuse.crop_padding is None
     with counted_columns(layers[0].get_submodule(inner), rows):
         found = estimated(model, forward, inputs, replace(plain, reuse=reuse))
     assert len(rows) > 1
@@ -607,12 +613,12 @@ def test_patches_are_not_cut_where_there_are_as_many_as_columns():
     reuse, reason = choose_reuse(model, plain.objective, forward, first, plain.perturbation)
     assert reason is None
     assert {model.patches, model.words} == set(reuse.modules)
-    reuse.narrow = may_be_cut(reuse, plain.objective, forward, first, sides)
-    assert reuse.narrow
-    assert {module for module, _ in reuse.columned} == {model.words}
+    cropped = with_cropping(reuse, plain.objective, forward, first, sides)
+    assert cropped.crop_padding
+    assert {module for module, _ in cropped.token_axes} == {model.words}
     chance = {**first, "patches": first["patches"][:, :columns]}  # by chance in a later batch
-    found = estimated(model, forward, chance, replace(plain, reuse=reuse))
+    found = estimated(model, forward, chance, replace(plain, reuse=cropped))
     torch.testing.assert_close(found, estimated(model, forward, chance, plain), rtol=1e-4, atol=1e-5)
-    reuse.narrow = may_be_cut(reuse, plain.objective, forward, chance, sides)  # and in the first
-    found = estimated(model, forward, chance, replace(plain, reuse=reuse))
+    cropped = with_cropping(reuse, plain.objective, forward, chance, sides)  # and in the first
+    found = estimated(model, forward, chance, replace(plain, reuse=cropped))
     torch.testing.assert_close(found, estimated(model, forward, chance, plain), rtol=1e-4, atol=1e-5)
