@@ -90,137 +90,150 @@ class FlopsArgumentsMixin:
     learning_rate: float | str | None = field(
         default=1e-3,
         metadata={
-            "help": "Step size of the optimizer; forward-only training of adapters wants about 1e-3. Or 'auto': 1e-3 to "
-            "start with, and learning_rate_search."
+            "help": "Step size of the optimizer; forward-only training of adapters needs about "
+            "1e-3. Or 'auto': 1e-3 to start with, and learning_rate_search."
         },
     )
     learning_rate_search: bool = field(
         default=False,
         metadata={
-            "help": "Multiply the schedule's rates by what line searches along the run's own way find, from learning_rate "
-            "on; a search costs about three rows per sample, after 1, 2, 4, ... and then every 32 steps."
+            "help": "Multiply the schedule's rates by a factor that line searches along the "
+            "recent updates determine, starting from learning_rate; a search costs about three "
+            "rows per sample, after 1, 2, 4, ... and then every 32 steps."
         },
     )
     preset: str = field(
         default="flops",
         metadata={
-            "help": "Values of the options below that are not given: 'flops' (ours), 'mezo' (n-SPSA as published) or "
-            "'flops-authors' (the heuristic of the code published with FLOPS, biased; for comparison).",
+            "help": "Values of the options below that are not given: 'flops' (ours), 'mezo' "
+            "(n-SPSA as published) or 'flops-authors' (the heuristic of the code published with "
+            "FLOPS, biased; for comparison).",
             "choices": list(PRESETS),
         },
     )
     queries_per_sample: int | str | None = field(
         default=16,
         metadata={
-            "help": "Rows of forward passes per sample and step, on average over the batch, the clean row being one of "
-            "them; or 'auto': few while the gradient is clear, more as it fades."
+            "help": "Rows of forward passes per sample and step, averaged over the batch, the "
+            "clean (unperturbed) row included; or 'auto': few while the gradient is clear, more "
+            "as its signal fades."
         },
     )
     max_queries: int | None = field(
         default=None,
         metadata={
-            "help": "Rows that may go through the model in training, checks included: training stops cleanly before a step "
-            "that would not fit. Default: no limit."
+            "help": "Maximum number of rows in training, self-checks included: training stops "
+            "cleanly before a step that would exceed it. Default: no limit."
         },
     )
     allocator: str | None = field(
         default=None,
-        metadata={"help": f"How queries are shared out among the samples of a batch: {', '.join(ALLOCATORS)}."},
+        metadata={"help": f"How queries are divided among the samples of a batch: {', '.join(ALLOCATORS)}."},
     )
     estimator: str | None = field(
         default=None,
         metadata={
-            "help": "'one_sided' (difference to the clean forward, one row per query) or 'antithetic' (central difference, "
-            "two rows per query)."
+            "help": "'one_sided' (difference to the clean forward, one row per query) or "
+            "'antithetic' (central difference, two rows per query)."
         },
     )
     perturbation: str | None = field(
         default=None,
         metadata={
-            "help": "'rowwise' (each row of a forward has noise of its own on the weights), 'activation' (on the outputs of "
-            "linear layers where a self-check proves it right), 'shared' (one noise per query for the whole batch) or "
-            "'auto' (for every tensor the best of these that the self-check proves right)."
+            "help": "'rowwise' (independent noise on the weights for each row of a forward), "
+            "'activation' (on the outputs of linear layers where a self-check confirms it), "
+            "'shared' (one noise per query for the whole batch) or 'auto' (for every tensor the "
+            "best of these that passes the self-check)."
         },
     )
     noise: str | None = field(
         default=None,
         metadata={
             "help": f"Distribution of the noise: {', '.join(sorted(DISTRIBUTIONS))}. 'rank_one' is for large adapters: "
-            "signs too, but those of a matrix are the outer product of two vectors."
+            "also signs, but a matrix's noise is the outer product of two vectors."
         },
     )
     perturbation_scale: float | str | None = field(
         default=None,
         metadata={
-            "help": "Step of the finite difference, epsilon, or 'auto': measured with the first batch, for about "
-            "256 rows, as a power of the square root of ten. Default: 1e-3, or 1e-2 where the model computes in 16 bits."
+            "help": "Step of the finite difference, epsilon, or 'auto': measured on the first "
+            "batch with about 256 rows, as a power of the square root of ten. Default: 1e-3, or "
+            "1e-2 where the model computes in 16 bits."
         },
     )
     rows_per_forward: int | str | None = field(
         default="auto",
         metadata={
-            "help": "Rows that go through the model at a time, or 'auto': the fastest size that fits in memory, found while "
-            "the first steps run. Changes the result by rounding only; a number makes runs repeat bit for bit."
+            "help": "Rows per forward pass, or 'auto': the fastest size that fits in memory, "
+            "tuned during the first steps. Changes the result by rounding only; a number makes "
+            "runs repeat bit for bit."
         },
     )
     memory_limit_gb: float | None = field(
         default=None,
         metadata={
-            "help": "GB that the rows of one forward pass may take on top of the model, noise included, where "
-            "rows_per_forward='auto'. Default: 80 percent of what is free at the first step."
+            "help": "GB that the rows of one forward pass may use on top of the model, noise "
+            "included, where rows_per_forward='auto'. Default: 80 percent of what is free at the "
+            "first step."
         },
     )
     closed_form_head: bool | None = field(
         default=None,
         metadata={
-            "help": "Where a trainable linear layer makes the logits of the loss, take its gradient from the clean forward "
-            "(residual times input, exact) and leave the noise to the other parameters. Default: true, except for the "
-            "presets 'mezo' and 'flops-authors'."
+            "help": "Where a trainable linear layer outputs the logits of the loss, take its "
+            "gradient from the clean forward (residual times input, exact) and perturb only the "
+            "other parameters. Default: true, except for the presets 'mezo' and 'flops-authors'."
         },
     )
     control_variate: str | None = field(
         default=None,
         metadata={
-            "help": "What is taken out of the noise of deltas, and put back exactly: 'logit_jacobian' (what past steps tell "
-            "about how the logits answer to the noise; for losses of up to 32 logits per row) or 'none'."
+            "help": "Prediction that is subtracted from deltas, with its exact mean added back: "
+            "'logit_jacobian' (a mean Jacobian of the logits, fitted on past steps; for losses of "
+            "up to 32 logits per row) or 'none'."
         },
     )
     lora_parts: str = field(
         default="both",
         metadata={
-            "help": "Which matrices of LoRA are trained: 'both', 'B' alone (half the noise; lora_A matters only once lora_B "
-            "has left zero), or 'B_then_A', lora_A joining after half of the steps.",
+            "help": "LoRA matrices to train: 'both', 'B' alone (half the noise; lora_A matters "
+            "only once lora_B is nonzero), or 'B_then_A', where lora_A joins after half of the "
+            "steps.",
             "choices": list(LORA_PARTS),
         },
     )
     late_expansion: bool = field(
         default=True,
         metadata={
-            "help": "Run the parts of the model that no noise reaches, such as the layers below the first adapter, once per "
-            "sample and step in place of once per row; does not change the result."
+            "help": "Run unperturbed parts of the model, such as the layers below the first "
+            "adapter, once per sample and step instead of once per row; does not change the "
+            "result."
         },
     )
     pictures: bool = field(
         default=True,
         metadata={
-            "help": "Draw the run into the output folder when it ends (learning curve, where the queries went, signal to "
-            "noise), if matplotlib is installed and the log has three entries or more."
+            "help": "Plot the run into the output folder when it ends (learning curve, queries "
+            "per sample and class, signal to noise), if matplotlib is installed and the log has "
+            "three entries or more."
         },
     )
     prefix_cache: str | None = field(
         default=None,
         metadata={
-            "help": "Keep the outputs of what no noise reaches from one epoch to the next, in 'memory' or on 'disk' (in the "
-            "output folder, gone after the run). Needs a column sample_id, and inputs without augmentation."
+            "help": "Keep the outputs of unperturbed layers from one epoch to the next, in "
+            "'memory' or on 'disk' (in the output folder, deleted after the run). Needs a column "
+            "sample_id, and inputs without augmentation."
         },
     )
-    prefix_cache_gb: float = field(default=4.0, metadata={"help": "Room for prefix_cache, in gigabytes."})
+    prefix_cache_gb: float = field(default=4.0, metadata={"help": "Size limit of prefix_cache, in gigabytes."})
     trajectory_log: bool = field(
         default=False,
         metadata={
-            "help": "Write trajectory.log into the output folder: what rebuilds the adapter of every step bit for bit, "
-            "without data and forward passes (hf-flops replay), in a few bytes per query. Switches closed_form_head and "
-            "control_variate off, which are more than a number per query."
+            "help": "Write trajectory.log into the output folder, from which the adapter of every "
+            "step can be rebuilt bit for bit, without data or forward passes (hf-flops replay), "
+            "in a few bytes per query. Disables closed_form_head and control_variate, whose terms "
+            "are more than a number per query."
         },
     )
     noise_seed: int | None = field(
@@ -230,8 +243,9 @@ class FlopsArgumentsMixin:
     reduce: str = field(
         default="gradient",
         metadata={
-            "help": "What several processes tell each other: 'gradient' (the adapter's gradient is summed, once per "
-            "optimizer step) or 'scalars' (losses and seeds, a few bytes per query; every process draws all noise).",
+            "help": "What processes exchange: 'gradient' (the adapter's gradient is summed, once "
+            "per optimizer step) or 'scalars' (losses and seeds, a few bytes per query; every "
+            "process draws all noise).",
             "choices": list(REDUCE),
         },
     )
