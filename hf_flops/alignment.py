@@ -22,6 +22,7 @@ from .image_text import contrastive_base, require_return_loss, same_texts, tower
 from .method import Method, StepResult
 from .objectives import Forward, RowLossError
 from .perturbations import ParameterVector
+from .probe_runs import Attempt, agree
 from .rows import Place, batch_size, take
 from .selfcheck import choose_perturbation, precision_of
 from .sessions import Averaging, Batch, HandOver
@@ -113,13 +114,12 @@ class ContrastiveSession:
 
     def _matches(self, batch: Batch, parts: Inputs) -> bool:
         """Say whether the model's own loss of a batch is that of its towers' embeddings."""
-        try:
+        with Attempt("The towers' embeddings make no loss"):
             with self._linked(parts, self._contrast(None, given=False)) as found:
                 loss = batch.forward(batch.inputs)[0]
-        except (ValueError, RuntimeError, IndexError, TypeError) as error:
-            logger.info("The towers' embeddings make no loss: %s: %s.", type(error).__name__, error)
-            return False
-        return loss is not None and abs(float(loss) - found.loss) <= 10 * self.precision * max(1.0, abs(found.loss))
+            both = None if loss is None else torch.tensor([float(loss), found.loss], dtype=torch.float64)
+            return both is not None and agree(both[0], both[1], 10 * self.precision, 1.0)
+        return False
 
     def unperturbed(self, batches: Sequence[Batch]) -> AbstractContextManager[Callable[[], Tensor]]:
         """See `GradientSession`; only losses of whole batches can be searched along."""
@@ -194,12 +194,12 @@ class ContrastiveSession:
             return Tower(loss, forward, None, head)
         out = trained - names
         options = {"mode": self.args.perturbation, "distribution": self.args.noise, "precision": self.precision}
-        perturbation, notes = choose_perturbation(model, loss.probe, forward, inputs, held=out, **options)
+        perturbation, notes = choose_perturbation(model, loss.surrogate, forward, inputs, held=out, **options)
         for note in notes:
             logger.warning("%s", note)
         args = copy(self.args)
         args.prefix_cache = self.args.prefix_cache if side == "image" else None  # texts have no ids of their own
-        reuse = late_expansion(args, model, loss.probe, forward, inputs, perturbation, self.precision)
+        reuse = late_expansion(args, model, loss.surrogate, forward, inputs, perturbation, self.precision)
         method = Method(
             objective=loss,
             perturbation=perturbation,

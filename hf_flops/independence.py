@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from .counters import seeds
-from .objectives import Forward, Objective
-from .perturbations import NoiseKeys, ParameterVector, Perturbation, displaced
+from .objectives import Forward, Objective, RowLosses
+from .perturbations import NoiseKeys, Perturbation, displaced, moved
 from .perturbations.noise import draw
+from .probe_runs import Attempt, Probe
 from .reuse import Call, Reuse, replaced_forward
 from .rows import batch_size, take
 
@@ -150,16 +151,14 @@ def choose_reuse(
         precision: see `precision_of`.
         cached: whether to find out, too, what a cache need not keep.
     """
-    try:
+    with Attempt(None) as attempt:
         # A sample that is NaN hides what depends on what.
         finite = objective(forward, inputs).sums.isfinite().cpu()
         if not bool(finite.any()):
             return Reuse(), "not one loss of the first batch is finite"
         if objective.per_row:
             inputs = take(inputs, torch.nonzero(finite).flatten())
-        everything = ParameterVector.of(model)
-        offset = draw("gaussian", seeds(_CHECK_SEED, 2), everything.shapes, everything.device)[0]
-        with displaced(everything, 0.05 * offset):  # a head that starts at zero hides what is below it
+        with moved(model, seeds(_CHECK_SEED, 2)):
             modules = independent_modules(model, forward, inputs, perturbation, per_row=objective.per_row)
             if not modules:
                 return Reuse(), None
@@ -167,12 +166,12 @@ def choose_reuse(
             few = take(inputs, torch.arange(min(2, batch_size(inputs)))) if objective.per_row else inputs
             _simplify(reuse, forward, few, cached)
             for _ in range(2):
-                if _agrees(reuse, objective, forward, inputs, perturbation, precision):
+                reason = _difference(reuse, objective, forward, inputs, perturbation, precision)
+                if reason is None:
                     return reuse, None
                 reuse = Reuse(modules)  # with all outputs: the objective may look at what the model does not return
-        return Reuse(), "the losses of rows were not the same with it"
-    except Exception as error:
-        return Reuse(), f"{type(error).__name__}: {error}"
+            attempt.refuse(str(reason))
+    return Reuse(), attempt.reason
 
 
 def _simplify(reuse: Reuse, forward: Forward, inputs: Mapping[str, Any], cached: bool) -> None:
@@ -184,10 +183,9 @@ def _simplify(reuse: Reuse, forward: Forward, inputs: Mapping[str, Any], cached:
         return [leaf for leaf in found if isinstance(leaf, tuple)]
 
     def unnoticed() -> bool:
-        try:
+        with Attempt(None):
             return outputs() == reference
-        except Exception:
-            return False
+        return False
 
     with reuse.installed():
         reuse.record(forward, inputs)
@@ -198,14 +196,14 @@ def _simplify(reuse: Reuse, forward: Forward, inputs: Mapping[str, Any], cached:
             reuse.find_derived(unnoticed)
 
 
-def _agrees(
+def _difference(
     reuse: Reuse,
     objective: Objective,
     forward: Forward,
     inputs: Mapping[str, Any],
     perturbation: Perturbation,
     precision: float,
-) -> bool:
+) -> str | None:
     """Compare row losses under noise with those of the plain forward, on three rows (the batch if it is one unit).
 
     Inputs with NaN in place of which they still are the same become `reuse.unread`: all of real numbers, or one of them.
@@ -216,17 +214,18 @@ def _agrees(
     noise = perturbation.draw(NoiseKeys.of(_CHECK_SEED, 1, units, units, 0))
     tolerance = precision if precision > 1e-3 else 0.1 * precision
 
-    def losses(run: Call, rows: Mapping[str, Any]) -> Tensor:
+    def noisy(run: Forward, rows: Mapping[str, Any]) -> RowLosses:
         with perturbation.applied(noise, _SCALE):
-            return objective(run, rows).sums
+            losses = objective(run, rows)
+        return replace(losses, counts=torch.ones_like(losses.sums))  # a user's may follow from outputs, and be rounded
 
-    def same(unread: Collection[str] = ()) -> bool:
+    def difference(unread: Collection[str] = ()) -> str | None:
         rows = take(inputs, owner, unread) if objective.per_row else inputs
-        found = losses(reuse.through(forward, rows, owner), rows)
-        return torch.allclose(found, wanted, rtol=tolerance, atol=tolerance * size, equal_nan=True)
+        otherwise = f"Rows are given {', '.join(sorted(unread))}" if unread else None
+        return probe.difference(otherwise, forward=reuse.through(forward, rows, owner), inputs=rows)
 
-    wanted = losses(forward, take(inputs, owner) if objective.per_row else inputs)
-    size = float(wanted.nan_to_num(posinf=0.0, neginf=0.0).abs().max())
+    probe = Probe(noisy, forward, take(inputs, owner) if objective.per_row else inputs, tolerance, size=None)
+    wanted = probe.losses.sums
     choices: list[set[str]] = []
     if objective.per_row and bool(wanted.isfinite().all()):  # a loss that is NaN anyway would not show what is read
         tensors = {name: value for name, value in inputs.items() if torch.is_tensor(value)}
@@ -235,8 +234,7 @@ def _agrees(
     with reuse.installed():
         reuse.record(forward, inputs)
         for unread in choices:
-            with suppress(Exception):  # of whoever minds NaN
-                if same(unread):
-                    reuse.unread = frozenset(unread)
-                    return True
-        return same()
+            if difference(unread) is None:
+                reuse.unread = frozenset(unread)
+                return None
+        return difference()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .objectives import Forward, Objective, RowLosses, TappedLoss
+from .probe_runs import Probe
 from .reuse import Call, replaced_forward
 from .rows import batch_size, take
 
@@ -81,17 +82,12 @@ def with_last_logits(
     if type(objective) is not TappedLoss or module is None or not torch.is_tensor(labels) or labels.dim() != 2:
         return objective
     latest = _first(labels.ne(-100)).topk(min(2, batch_size(inputs))).indices
-    rows, short = take(inputs, latest.cpu()), LastLogits(module)
-    try:
-        wanted, found = objective(forward, rows), short(forward, rows)
-        close = torch.allclose(found.sums, wanted.sums, rtol=precision / 20, atol=precision / 20)
-        same = close and found.counts.equal(wanted.counts)
-    except (ValueError, RuntimeError, IndexError, TypeError) as error:
-        logger.info("Logits are taken for every token: %s: %s.", type(error).__name__, error)
+    short, otherwise = LastLogits(module), "Logits are taken for every token"
+    probe = Probe(objective, forward, take(inputs, latest.cpu()), precision / 20)
+    if probe.difference(otherwise, objective=short) is not None:
         return objective
-    if not short.used or not same:
-        reason = "the losses were not the same otherwise" if short.used else "labels begin with the text, or stay outside"
-        logger.info("Logits are taken for every token: %s.", reason)
+    if not short.used:
+        logger.info("%s: labels begin with the text, or stay outside.", otherwise)
         return objective
     logger.info("Logits are taken where there are labels only.")
     return short

@@ -87,7 +87,7 @@ class Objective:
     generates: bool = False
 
     @property
-    def probe(self) -> Objective:
+    def surrogate(self) -> Objective:
         """A smooth objective that depends on the same outputs, for the checks of the first batch: by default itself."""
         return self
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .probe_runs import Attempt, agree
 from .texts import TextCache, run
 
 MOST = 16  # rows in a line: beyond, what they compute of each other for nothing outweighs the copies
@@ -128,8 +129,7 @@ def may_be_packed(base: Any, texts: TextCache, tokens: Tensor, precision: float 
     few = torch.tensor([0, len(texts.mask) - 1, 0, 0], device=tokens.device)
     rows = torch.stack([tokens, tokens, tokens.flip(0), 2 * tokens])
     kept = torch.ones(rows.shape[:2], dtype=torch.long, device=rows.device)
-    try:
+    with Attempt("Rows of a text are not packed into one sequence"):
         alone, together = (continued(base, texts, Packing.of(few, slots), rows, kept, 1) for slots in (1, 2))
-    except (ValueError, RuntimeError, IndexError, TypeError):
-        return False
-    return torch.allclose(together, alone, rtol=precision, atol=precision * float(alone.abs().max()))
+        return agree(together, alone, precision)
+    return False

@@ -17,7 +17,7 @@ from .texts import split
 _GENERATION_INPUTS = ("input_ids", "attention_mask", "pixel_values", "input_features")
 
 
-class Probe(Objective):
+class SmoothSurrogate(Objective):
     """A number per row that depends smoothly on all logits of its real tokens.
 
     Metrics say nothing about small changes, so the checks of the first batch look at this in their place.
@@ -99,7 +99,7 @@ class Metric(Objective):
         ConfigurationError: an unknown name, or label words that cannot tell classes apart.
     """
 
-    probe = Probe()
+    surrogate = SmoothSurrogate()
 
     def __init__(
         self,
@@ -148,7 +148,7 @@ class GeneratedMetric(Objective):
 
     generates = True
     in_steps = True
-    probe = Probe()
+    surrogate = SmoothSurrogate()
 
     def __init__(
         self,

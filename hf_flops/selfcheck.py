@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from .counters import seeds
 from .errors import ConfigurationError, NonFiniteError
 from .objectives import BatchLoss, Forward, Objective, RowLossError, TappedLoss
-from .perturbations import NoiseKeys, ParameterVector, Perturbation, PinCheck, RowwiseNoise, displaced, perturb
+from .perturbations import NoiseKeys, ParameterVector, Perturbation, PinCheck, RowwiseNoise, displaced, moved, perturb
 from .perturbations.noise import draw
+from .probe_runs import Attempt, agree
 from .rows import batch_size, misaligned, take
 
 Sums = Callable[[], Tensor]
@@ -76,16 +77,14 @@ def choose_objective(
             alone = tapped(forward, take(pair, torch.tensor([0, 0]))).sums
     except RowLossError as error:
         return BatchLoss(), str(error)
-    if not torch.allclose(together[0], alone[0], rtol=precision):
+    if not agree(together[:1], alone[:1], precision / 2):
         return BatchLoss(), "the loss of a sample depends on the other samples of its batch"
     return tapped, None
 
 
 def _moved(model: nn.Module) -> AbstractContextManager[None]:
     """Move all trainable tensors off their starting values for a while."""
-    everything = ParameterVector.of(model)
-    offset = draw("gaussian", seeds(_CHECK_SEED, 0), everything.shapes, everything.device)[0]
-    return displaced(everything, offset.mul_(0.05))
+    return moved(model, seeds(_CHECK_SEED, 0))
 
 
 @dataclass
@@ -162,10 +161,9 @@ class RuleCheck:
         start = self.sums()
         for scale in _SCALES:
             ran: Counter[int] = Counter()
-            try:
-                with rowwise.applied(noise, scale, ran):
-                    found = self.sums()
-            except (ValueError, RuntimeError, IndexError, TypeError, AttributeError):
+            with Attempt(f"Noise per row does not fit {_some(names)}") as attempt, rowwise.applied(noise, scale, ran):
+                found = self.sums()
+            if attempt.reason is not None:
                 return False
             wanted = torch.stack([self._shifted(vector, scale * noise[row])[row] for row in range(2)])
             change = float((wanted - start).abs().max())

@@ -45,6 +45,7 @@ class Batch:
         step: optimizer steps that are done.
         progress: these over the steps of the run.
         ids: (B,) numbers of the samples, if they have any.
+        checks: runs the model for the checks of the first batch, where `forward` generates text.
     """
 
     inputs: Mapping[str, Any]
@@ -52,6 +53,7 @@ class Batch:
     step: int = 0
     progress: float = 0.0
     ids: tuple[int, ...] | None = None
+    checks: Forward | None = None
 
     @property
     def samples(self) -> int:
@@ -238,7 +240,8 @@ class SampleSession:
         new = self.chosen is None
         if new:
             objective = self._whole or self._default(batch) or self.objective
-            self.chosen = set_up(self.args, self.model, batch.forward, batch.inputs, objective, self._given, self.held)
+            forward = batch.checks or batch.forward
+            self.chosen = set_up(self.args, self.model, forward, batch.inputs, objective, self._given, self.held)
         precision = precision_of(self.model, autocast=self.args.bf16)
         method = self._assembled(precision, batch.step)
         method = self.tuning.complete(method, batch.forward, batch.inputs, precision=precision, seed=self.seed)

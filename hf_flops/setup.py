@@ -75,7 +75,7 @@ def set_up(
         model: the model, in evaluation mode, gradients off.
         forward: runs the model, which does not generate text.
         inputs: a batch.
-        objective: what is minimised, None for the model's own loss; one that moves in steps has a `probe` to check with.
+        objective: what is minimised, None for the model's own loss; one that moves in steps has a `surrogate` to check with.
         perturbation: where noise enters, None for what the arguments say.
         held: names of trainable tensors that stay as they are for now.
 
@@ -124,13 +124,13 @@ def _set_up(
     """Do what `set_up` does once it is known what is minimised, and whether we chose it."""
     if ours:
         prepare_tap(model, objective, forward, inputs, control=args.control_variate != "none")
-    head, probe = None, objective.probe
+    head, surrogate = None, objective.surrogate
     if perturbation is None:
         if ours and args.closed_form_head:
             head = find_head(model, objective, forward, inputs, held)
         mode = "weights" if args.trajectory_log and args.perturbation == "auto" else args.perturbation
         options = {"mode": mode, "distribution": args.noise, "precision": precision, "replayed": args.reduce != "scalars"}
-        choose = partial(choose_perturbation, model, probe, forward, inputs, **options)
+        choose = partial(choose_perturbation, model, surrogate, forward, inputs, **options)
         try:
             perturbation, notes = choose(held=held if head is None else {*held, *head.vector.names})
         except ConfigurationError:
@@ -145,7 +145,7 @@ def _set_up(
             logger.warning("%s", note)
     if objective.generates:  # its forwards are not those that were looked at
         return Chosen(objective, perturbation, Reuse(), head)
-    reuse = late_expansion(args, model, probe, forward, inputs, perturbation, precision)
+    reuse = late_expansion(args, model, surrogate, forward, inputs, perturbation, precision)
     return Chosen(objective, perturbation, reuse, head)
 
 

@@ -25,7 +25,7 @@ _TEXTS = 2**40  # texts have noise of their own, also where a tensor is in both 
 _KEPT = 0.95  # of what past steps told about the towers' shares
 
 
-class TowerProbe(Objective):
+class TowerSurrogate(Objective):
     """A number per row that depends smoothly on all of its embedding: what the checks of the first batch look at."""
 
     def __call__(self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False) -> RowLosses:
@@ -45,7 +45,7 @@ class TowerLoss(Objective):
     """
 
     logits = needs_clean = True
-    probe = TowerProbe()
+    surrogate = TowerSurrogate()
 
     def __init__(self, side: str, batch: ContrastiveBatch | None = None) -> None:
         self.side, self.batch = side, batch

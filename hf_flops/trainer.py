@@ -106,7 +106,7 @@ class FlopsTrainerMixin(_Base):
             model = wrap_with_adapter(model, peft_config)
         if objective is not None and not isinstance(objective, Objective):
             objective = CallableObjective(objective)
-        self._objective = objective
+        self._objective: Any = objective
         self._instances: dict[str, Any] = {"allocator": allocator, "estimator": estimator, "perturbation": perturbation}
         self._ids: list[int] | None = None
         self._rate: RateSearch | None = None
@@ -280,10 +280,12 @@ class FlopsTrainerMixin(_Base):
     def _batch(self, model: nn.Module, inputs: dict[str, Any]) -> Batch:
         """Return a batch with what runs the model on it."""
         step, ids = self.state.global_step, None if self._ids is None else tuple(self._ids)
-        forward = self.ledger.metered(self._forward_function(model, inputs))
-        return Batch(inputs, forward, step, step / max(self.state.max_steps, 1), ids)
+        forward = self.ledger.metered(self._forward_function(model))
+        generates = self._objective is not None and self._objective.generates
+        checks = self.ledger.metered(partial(self._objective.surrogate.run, model)) if generates else None
+        return Batch(inputs, forward, step, step / max(self.state.max_steps, 1), ids, checks)
 
-    def _forward_function(self, model: nn.Module, inputs: Mapping[str, Any]) -> Forward:
+    def _forward_function(self, model: nn.Module) -> Forward:
         """Return what runs the model; labels are not needed where the objective is the user's own."""
         if self._objective is not None:
             return partial(self._objective.run, model)

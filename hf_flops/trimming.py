@@ -9,6 +9,7 @@ import torch
 
 from .objectives import Forward, Objective
 from .padding import SIDES, Feed, real_tokens, trim, window
+from .probe_runs import Attempt, Probe, agree
 from .reuse import Reuse
 from .rows import batch_size, take
 
@@ -38,16 +39,10 @@ def padding_is_idle(
         row = min(range(len(cut)), key=lambda i: cut[i].stop - cut[i].start)
         if cut[row].stop - cut[row].start == real.shape[1]:  # type: ignore[union-attr]
             continue
-        sample = take(inputs, torch.tensor([row]))
-        whole = objective(forward, sample)
-        try:
-            short = objective(forward, trim(sample, cut[row]))
-            error = float((whole.sums - short.sums).abs())
-            same = whole.counts.equal(short.counts) and error <= precision / 20 * max(1.0, float(whole.sums.abs()))
-        except (ValueError, RuntimeError, IndexError):
-            same = False
-        if bool(whole.sums.isfinite()):
-            found[side] = same
+        probe = Probe(objective, forward, take(inputs, torch.tensor([row])), precision / 20)
+        if bool(probe.losses.sums.isfinite()):
+            short = trim(probe.inputs, cut[row])
+            found[side] = probe.difference(f"Padding at the {side} is kept", inputs=short) is None
     return found
 
 
@@ -78,15 +73,12 @@ def may_be_cut(
     if cut is None:
         return None
     reuse.narrow = True
-    try:
+    with Attempt("Chunks with less padding run through the whole model"):
         with reuse.installed():
             wanted, columned = objective(reuse.through(forward, own), own).sums, reuse.with_columns()
         with reuse.installed():
             objective(reuse.through(forward, feed.whole), feed.whole)
             reuse.columned = columned & reuse.with_columns()
             found = objective(reuse.through(forward, own, torch.tensor([short, short]), cut), own).sums
-    except (ValueError, RuntimeError, IndexError):
-        return False
-    finally:
-        reuse.narrow = None
-    return torch.allclose(found, wanted, rtol=precision / 20, atol=precision / 20)
+        return agree(found, wanted, precision / 20, 1.0)
+    return False

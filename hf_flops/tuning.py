@@ -72,13 +72,13 @@ class Tuning:
             seed: the run's seed.
         """
         self.planner.prepare(method.perturbation.vector.device, method.perturbation.row_bytes)
-        probe = method.objective.probe
+        surrogate = method.objective.surrogate
         if method.objective.per_row and self._trim:
-            self.idle.update(padding_is_idle(probe, forward, inputs, precision, known=set(self.idle)))
+            self.idle.update(padding_is_idle(surrogate, forward, inputs, precision, known=set(self.idle)))
         sides = frozenset(side for side, idle in self.idle.items() if idle)
         method = replace(method, rows_per_forward=self.planner, trimmed=sides)
         if sides and method.reuse.modules and method.reuse.narrow is None:
-            method.reuse.narrow = may_be_cut(method.reuse, probe, forward, inputs, sides, precision)
+            method.reuse.narrow = may_be_cut(method.reuse, surrogate, forward, inputs, sides, precision)
         if self._calibrating and not self.found:
             self._calibrate(method, forward, inputs, seed)
         self.scale = self.found.get("perturbation_scale", method.scale)

@@ -29,6 +29,16 @@ def pytest_report_header(config):
     return [] if config.option.shuffle is None else f"random order of tests: --shuffle={config.option.shuffle}"
 
 
+# Whoever imports one of these trains, and so feels how the processor rounds.
+TRAINERS = {"FlopsTrainer", "FlopsTrainerMixin", "build", "doctor", "estimate_gradient"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_itemcollected(item):
+    if TRAINERS & vars(item.module).keys():
+        item.add_marker("trains")
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
     if config.option.shuffle is not None:

@@ -47,7 +47,7 @@ def adapted(kind, **options):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = LoraConfig(r=2, target_modules="all-linear", task_type=TASKS[kind])
-        model = get_peft_model(tiny_model(kind, **options), config).eval()
+        model = get_peft_model(tiny_model(kind, **options), config).eval().double()  # rounding must not decide counts
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.data.normal_(std=0.1)

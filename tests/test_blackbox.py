@@ -22,6 +22,9 @@ from recipes.engines import engine_of
 from tests.tiny import SIZES, VOCABULARY, as_dataset, generator, tiny_model
 
 WORDS = [5, 7]
+# How runs on different engines are compared, which round in their own ways: of the last bit of a number, Adam can make a
+# whole step and an allocator another whole number of queries.
+SMOOTH = {"optim": "sgd", "allocator": "uniform", "learning_rate": 0.5}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -68,7 +71,7 @@ def trainer(engine, language_model, folder, **options):
 
 
 def tuned(engine, language_model, folder, **options):
-    run = trainer(engine, language_model, folder, **options)
+    run = trainer(engine, language_model, folder, **{**SMOOTH, **options})
     run.train()
     return run.model.prompt.weight.detach().clone()
 
@@ -221,7 +224,7 @@ def test_http_gives_the_trajectory_of_the_process(language_model, tmp_path):
         asked = client(server)
         found = tuned(asked, language_model, tmp_path)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
-    assert not expected.equal(prompted(engine, language_model).prompt.weight)
+    assert (expected - prompted(engine, language_model).prompt.weight).abs().max() > 1e-2
     account = asked.account
     assert account.retries == account.calls // 20 + (account.calls % 20 >= 3)
     assert account.rows >= 4 * 4 * 8
@@ -234,7 +237,7 @@ def test_http_gives_the_trajectory_of_the_process(language_model, tmp_path):
 def test_a_killed_server_loses_nothing(language_model, tmp_path):
     engine = TorchEngine(language_model)
     expected = tuned(engine, language_model, tmp_path / "plain")
-    options = {"save_strategy": "steps", "save_steps": 2}
+    options = {"save_strategy": "steps", "save_steps": 2, **SMOOTH}
     with EngineServer(engine) as server:
         asked = client(server, retries=1)
         run = trainer(asked, language_model, tmp_path, **options)

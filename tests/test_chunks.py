@@ -15,7 +15,7 @@ from hf_flops import FlopsTrainer, FlopsTrainingArguments
 from hf_flops.chunks import ChunkPlanner, even, in_chunks, out_of_memory
 from hf_flops.memory import free_memory
 from tests.padded import Cramped, adapted, estimate, padded
-from tests.tiny import as_dataset, model_forward, tiny_batch
+from tests.tiny import as_dataset, double, model_forward, tiny_batch
 
 SHORTAGES = [
     torch.OutOfMemoryError("CUDA out of memory."),
@@ -189,7 +189,7 @@ def test_free_memory_of_a_device_that_tells_nothing_is_unknown():
 @pytest.mark.parametrize("kind", ["rowwise", "shared"])
 @pytest.mark.parametrize(("rows", "fits"), [(16, 1), (16, 4), (None, 3), (None, 9)])
 def test_a_step_that_runs_out_of_memory_gives_the_same_estimate(kind, fits, rows, caplog):
-    model, inputs = adapted("vit"), tiny_batch("vit", samples=6)
+    model, inputs = adapted("vit"), double(tiny_batch("vit", samples=6))
     expected, whole = estimate(model, inputs, kind)
     cramped = Cramped(model, fits)
     planner = ChunkPlanner(rows, limit=1e12)

@@ -71,13 +71,15 @@ def test_what_an_answer_adds_is_the_change_of_the_score():
             assert float(worth) == pytest.approx(change, rel=0.05, abs=0.01)
 
 
-def trained(folder, *, rare=4, **options):
+def trained(folder, *, rare=4, dtype=torch.float32, **options):
     """Train the classifier of a tiny ViT on two classes, one of them rare; returns the trainer."""
     model = built(lambda: tiny_model("vit"))
     model.requires_grad_(False).classifier.requires_grad_(True)
     batch = {**tiny_batch("vit", 16), "labels": (torch.arange(16) < rare).long()}
     options = {"per_device_train_batch_size": 16, "queries_per_sample": 16, **options}
-    trainer = FlopsTrainer(model, arguments(folder, **options), train_dataset=as_dataset(batch), objective=MacroF1())
+    batch["pixel_values"] = batch["pixel_values"].to(dtype)
+    args, data = arguments(folder, **options), as_dataset(batch)
+    trainer = FlopsTrainer(model.to(dtype), args, train_dataset=data, objective=MacroF1())
     trainer.train()
     return trainer
 
@@ -91,11 +93,11 @@ def test_training_improves_macro_f1_of_a_rare_class(estimator, tmp_path):
 
 
 def test_neither_chunks_nor_the_order_of_samples_matter(tmp_path):
-    options = {"max_steps": 1, "perturbation_scale": 1.0, "optim": "sgd", "learning_rate": 1.0}
+    options = {"max_steps": 1, "perturbation_scale": 1.0, "optim": "sgd", "learning_rate": 1.0, "dtype": torch.float64}
     states = [
         copy.deepcopy(trained(tmp_path, rows_per_forward=rows, **options).model.classifier.state_dict()) for rows in (5, 256)
     ]
-    start = built(lambda: tiny_model("vit")).classifier.state_dict()
+    start = built(lambda: tiny_model("vit")).double().classifier.state_dict()
     for name, value in states[0].items():
         torch.testing.assert_close(value, states[1][name], rtol=1e-5, atol=1e-6)
     assert any(not value.equal(start[name]) for name, value in states[0].items())

@@ -91,7 +91,7 @@ def test_losses_counts_and_residuals_are_the_same(adapter, firsts, left, data):
 @pytest.mark.parametrize("estimator", ["one_sided", "antithetic"])
 @pytest.mark.parametrize("adapter", list(ADAPTERS))
 def test_estimates_are_the_same_with_late_expansion_and_cut_padding(adapter, estimator):
-    model, inputs = adapted(adapter), answers([3, 5, 4, 2], [5, 7, 6, 4])
+    model, inputs = adapted(adapter).double(), answers([3, 5, 4, 2], [5, 7, 6, 4])
     forward, objective = model_forward(model), shortened(model, inputs)
     perturbation = perturb(model, rowwise=ParameterVector.of(model).names)
     parts = (perturbation, ESTIMATORS[estimator](), ALLOCATORS["optimal"]())
@@ -111,13 +111,14 @@ def test_estimates_are_the_same_with_late_expansion_and_cut_padding(adapter, est
         assert result.counts.equal(found[0][0].counts)
 
 
+@pytest.mark.parametrize("estimator", ["one_sided", "antithetic"])
 @torch.no_grad()
-def test_calibration_is_the_same():
-    model, inputs = adapted(), answers([3, 5])
+def test_calibration_is_the_same(estimator):
+    model, inputs = adapted().double(), answers([3, 5], seed=2)  # no two steps are nearly equally good
     method = Method(
         TappedLoss(),
         perturb(model, rowwise=ParameterVector.of(model).names),
-        ESTIMATORS["one_sided"](),
+        ESTIMATORS[estimator](),
         ALLOCATORS["uniform"](),
         4,
         1e-2,
@@ -126,7 +127,7 @@ def test_calibration_is_the_same():
     plain = calibrate(model_forward(model), inputs, method)
     found = calibrate(model_forward(model), inputs, replace(method, objective=shortened(model, inputs)))
     assert found.rows == plain.rows
-    assert found.scale == pytest.approx(plain.scale, rel=1e-3)
+    assert found.scale == plain.scale is not None
 
 
 @pytest.mark.parametrize("given", ["logits_to_keep", "shift_labels", "first column", "nothing labelled", "batch loss"])
@@ -194,11 +195,12 @@ def test_nothing_is_left_on_the_model_after_an_exception():
 def test_the_trainer_uses_it_and_steps_to_the_same_place(tmp_path):
     weights = []
     for own in (None, TappedLoss()):
-        model, inputs = adapted("prompt"), answers([4, 5, 6, 3])
+        model, inputs = adapted("prompt").double(), answers([4, 5, 6, 3])
         options = {
+            "optim": "sgd",  # Adam makes a whole step of the last bit of a gradient near zero
             "queries_per_sample": 4,
             "learning_rate": 0.1,
-            "perturbation_scale": 1e-2,
+            "perturbation_scale": 0.1,  # large, so that differences of losses keep their digits
             "max_steps": 2,
             "per_device_train_batch_size": 2,
         }

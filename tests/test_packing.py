@@ -60,7 +60,7 @@ def test_logits_are_those_of_rows_alone(kind, rows, slots, lengths, data):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_estimates_are_those_of_rows_alone(kind, monkeypatch):
-    model, inputs = suffix(kind), batch(draw_rows([(5, 1), (2, 2), (6, 1)]))
+    model, inputs = suffix(kind).double(), batch(draw_rows([(5, 1), (2, 2), (6, 1)]))
     perturbation = perturb(model, rowwise=ParameterVector.of(model).names)
     method, found = Method(TappedLoss(), perturbation, OneSided(), Optimal(), 6, 0.05, 7), []
     chosen, cheapest = [], Packing.cheapest

@@ -21,7 +21,7 @@ from hf_flops import (
 )
 from hf_flops.calibration import STEP_GRID, choose_step_scale
 from hf_flops.perturbations import NoiseKeys, ParameterVector, RowwiseNoise
-from hf_flops.rewards import Probe, exact_match, last_logits
+from hf_flops.rewards import SmoothSurrogate, exact_match, last_logits
 from hf_flops.rows import take
 from tests.test_suffix import batch, draw_rows
 from tests.tiny import as_dataset, generator, tiny_batch, tiny_model, training_arguments
@@ -200,19 +200,19 @@ def test_a_scale_is_chosen_at_which_queries_see_steps(data, seed):
 
 
 @torch.no_grad()
-def test_a_probe_sees_what_metrics_do_not():
+def test_a_surrogate_sees_what_metrics_do_not():
     model, inputs = tiny_model("llama"), batch(draw_rows([(5, 2), (3, 1)]))
 
     def sums(objective):
         return objective(lambda given: (None, model(**given)), inputs).sums
 
     flat = Metric(lambda outputs, given: outputs.logits[:, -1, 3] > 0)
-    before = sums(flat), sums(flat.probe)
+    before = sums(flat), sums(flat.surrogate)
     model.lm_head.weight[3] += 1e-3
     assert sums(flat).equal(before[0])
-    assert (sums(flat.probe) != before[1]).all()
+    assert (sums(flat.surrogate) != before[1]).all()
     inputs["input_ids"][1, -2:] = 0  # padding
-    assert sums(Probe())[1] == pytest.approx(float(sums(flat.probe)[1]))
+    assert sums(SmoothSurrogate())[1] == pytest.approx(float(sums(flat.surrogate)[1]))
 
 
 def test_the_scale_of_a_metric_is_measured_unless_given(tmp_path, caplog):

@@ -12,8 +12,10 @@ import hf_flops
 PACKAGE = Path(hf_flops.__file__).parent
 # Each room may import the rooms of lower floors; those of the ground floor may also import each other.
 FLOORS = {
-    **dict.fromkeys(["errors", "counters", "_version", "rows", "memory", "padding", "losses", "share", "launch"], 0),
-    "similarity": 0,
+    **dict.fromkeys(
+        ["errors", "counters", "_version", "rows", "memory", "padding", "losses", "share", "launch", "probe_runs"], 0
+    ),
+    **dict.fromkeys(["similarity", "probe_runs"], 0),
     "line_search": 1,
     **dict.fromkeys(["objectives", "perturbations", "estimators", "allocators", "metrics", "reuse", "chunks"], 1),
     **dict.fromkeys(["replayable", "baselines"], 1),
@@ -31,6 +33,7 @@ FLOORS = {
     **dict.fromkeys(["pair_steps", "trial_rate"], 11),
     "trainer": 12,
     "diagnosis": 13,
+    "testing": 14,
     "commands": 14,
     "cli": 15,
 }

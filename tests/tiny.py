@@ -80,6 +80,11 @@ def tiny_batch(kind: str, samples: int = 4, seed: int = 0) -> dict[str, Tensor]:
     return {**batch, "labels": torch.where(mask.bool(), ids, -100)}
 
 
+def double(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Convert the floating-point tensors of a batch or a sample to float64, for models in float64."""
+    return {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in inputs.items()}
+
+
 def as_dataset(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     """Take a batch apart into the samples that a Trainer's data set holds."""
     return [{name: value[i] for name, value in batch.items()} for i in range(len(batch["labels"]))]

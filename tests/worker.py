@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 from hf_flops import FlopsTrainer, FlopsTrainingArguments
 from hf_flops.checkpoints import last_checkpoint
-from tests.tiny import TASKS, as_dataset, tiny_batch, tiny_model
+from tests.tiny import TASKS, as_dataset, double, tiny_batch, tiny_model
 
 
 def adapted(kind: str) -> torch.nn.Module:
@@ -43,9 +43,17 @@ class Hook(TrainerCallback):
 
 
 def build(options: dict[str, Any], act: Any = None) -> FlopsTrainer:
-    """Build the trainer of a run: `samples` per optimizer step in all, whatever the number of processes."""
+    """Build the trainer of a run: `samples` per optimizer step in all, whatever the number of processes.
+
+    Args:
+        options: training arguments, and the `kind` of the model, the `size` of the data and whether all is in float64.
+        act: what is called with the step after every optimizer step.
+    """
     options = dict(options)
     kind, samples, size = options.pop("kind", "vit"), options.pop("samples", 4), options.pop("size", 22)
+    model, batch = adapted(kind), tiny_batch(kind, size)
+    if options.pop("double", False):
+        model, batch = model.double(), double(batch)
     args = FlopsTrainingArguments(
         **{
             "use_cpu": True,
@@ -62,11 +70,9 @@ def build(options: dict[str, Any], act: Any = None) -> FlopsTrainer:
         }
     )
     args.per_device_train_batch_size = samples // args.gradient_accumulation_steps // args.world_size
-    data = [{**row, "sample_id": i} for i, row in enumerate(as_dataset(tiny_batch(kind, size)))]
+    data = [{**row, "sample_id": i} for i, row in enumerate(as_dataset(batch))]
     held_out = data if args.eval_strategy != "no" else None
-    return FlopsTrainer(
-        adapted(kind), args, train_dataset=data, eval_dataset=held_out, callbacks=[Hook(act)] if act else None
-    )
+    return FlopsTrainer(model, args, train_dataset=data, eval_dataset=held_out, callbacks=[Hook(act)] if act else None)
 
 
 def finish(trainer: FlopsTrainer, name: str) -> None:

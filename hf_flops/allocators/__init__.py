@@ -1,7 +1,7 @@
 """Allocators: how many queries each sample of a batch deserves."""
 
 from .authors import AuthorsBernoulli
-from .base import Allocator, Piloted, check_budget, equal_counts
+from .base import Allocator, Memoryless, Piloted, check_budget, equal_counts
 from .bernoulli import Bernoulli
 from .gaussian import Gaussian
 from .loss import LossProportional, LossRank
@@ -18,6 +18,7 @@ __all__ = [
     "Gaussian",
     "LossProportional",
     "LossRank",
+    "Memoryless",
     "Optimal",
     "Piloted",
     "TwoStage",

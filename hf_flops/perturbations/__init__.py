@@ -14,7 +14,7 @@ from .noise import DISTRIBUTIONS, NoiseKeys, bytes_per_row
 from .pinned import PinCheck
 from .rowwise import RowwiseNoise
 from .rules import RowMismatch
-from .shared import SharedNoise, displaced
+from .shared import SharedNoise, displaced, moved
 
 PERTURBATIONS = ("auto", "activation", "rowwise", "shared")
 
@@ -63,5 +63,6 @@ __all__ = [
     "accumulator",
     "bytes_per_row",
     "displaced",
+    "moved",
     "perturb",
 ]

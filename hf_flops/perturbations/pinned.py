@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..counters import seeds
+from ..probe_runs import Attempt, agree
 from .activation import is_linear
 from .base import ParameterVector
 from .noise import draw
-from .shared import displaced
+from .shared import displaced, moved
 from .sites import Site, find_sites
 
 _SEED = 20411  # any number: the check's noise has a stream of its own
@@ -41,9 +42,7 @@ class PinCheck:
                 where activation noise has at most half of the numbers that noise on the weights has. With more tokens it
                 costs a factorisation per row, and noise depends on how much padding a row has.
         """
-        everything = ParameterVector.of(self.model)
-        offset = draw("gaussian", seeds(_SEED, 1), everything.shapes, everything.device)[0]
-        with displaced(everything, 0.05 * offset):  # at its initialisation `lora_B = 0` hides what happens to `lora_A`
+        with moved(self.model, seeds(_SEED, 1)):
             return self._choose(names, smaller)
 
     def _choose(self, names: Collection[str], smaller: bool) -> list[str]:
@@ -59,8 +58,10 @@ class PinCheck:
             fit = kept
         chosen = {vector.names[i] for site in fit for i in site.tensors.values()}
         pinned = [calls[0] for site, calls in zip(sites, outputs, strict=True) if site in fit]
-        right = chosen and self._pinned(fit, pinned, chosen, start) and self._apart(fit, start)
-        return [name for name in names if name in chosen] if right else []
+        with Attempt("Noise stays on the weights"):
+            if chosen and self._pinned(fit, pinned, chosen, start) and self._apart(fit, start):
+                return [name for name in names if name in chosen]
+        return []
 
     def _fits(self, site: Site, calls: Sequence[Any], smaller: bool) -> bool:
         if not is_linear(site) or len(calls) != 1 or not torch.is_tensor(calls[0]) or len(calls[0]) % 2:
@@ -85,7 +86,7 @@ class PinCheck:
         return self._run(sites, [partial(keep, calls) for calls in outputs]), outputs
 
     def _same(self, found: Tensor, wanted: Tensor) -> bool:
-        return float((found - wanted).abs().max()) <= self.precision * max(float(wanted.abs().max()), 1e-6)
+        return agree(found, wanted, self.precision / 2)
 
     def _pinned(self, sites: Sequence[Site], outputs: Sequence[Tensor], names: set[str], start: Tensor) -> bool:
         """Return whether other weights change nothing while the outputs are held."""

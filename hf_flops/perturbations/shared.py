@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .base import ParameterVector, Perturbation
 from .exact import accumulator, rounded
@@ -30,6 +30,13 @@ def displaced(vector: ParameterVector, flat: Tensor) -> Iterator[None]:
         for parameter, original in zip(vector.parameters, originals, strict=True):
             parameter.data = original
         torch.clear_autocast_cache()
+
+
+def moved(model: nn.Module, seed: np.ndarray) -> AbstractContextManager[None]:
+    """Move all trainable tensors off their starting values, which hide what others do (`lora_B = 0`), for a while."""
+    everything = ParameterVector.of(model)
+    offset = draw("gaussian", seed, everything.shapes, everything.device)[0]
+    return displaced(everything, offset.mul_(0.05))
 
 
 class SharedNoise(Perturbation):

@@ -1,0 +1,17 @@
+"""Contract tests for classes of your own: derive a test class, say how to make one of yours, and run pytest.
+
+    from hf_flops.testing import AllocatorContract
+
+    class TestMine(AllocatorContract):
+        def make(self):
+            return Mine()
+
+The library's own classes pass the same contracts.
+"""
+
+from .allocators import AllocatorContract
+from .engines import EngineContract
+from .objectives import ObjectiveContract
+from .perturbations import PerturbationContract
+
+__all__ = ["AllocatorContract", "EngineContract", "ObjectiveContract", "PerturbationContract"]
