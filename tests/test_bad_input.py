@@ -1,6 +1,5 @@
 """What cannot work is refused in one clear sentence that names the offending value; what can, goes on."""
 
-import gc
 import logging
 from contextlib import contextmanager
 
@@ -16,12 +15,7 @@ from tests.tiny import CLASSES, SIZES, TASKS, VOCABULARY, as_dataset, tiny_batch
 
 TARGETS = {"vit": ["q_proj", "v_proj"], "bert": ["query", "value"], "llama": ["q_proj", "v_proj"]}
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _collect_young_objects_only():
-    gc.freeze()  # every `train()` collects garbage, which takes long with everything that is imported
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("collect_young_objects_only")
 
 
 @pytest.fixture

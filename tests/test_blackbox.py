@@ -1,7 +1,6 @@
 """Prompts of models that are only asked for outputs: in this process, in ONNX Runtime, behind HTTP."""
 
 import email.utils
-import gc
 import itertools
 import re
 import socket
@@ -23,12 +22,7 @@ from tests.tiny import SIZES, VOCABULARY, as_dataset, generator, tiny_model
 
 WORDS = [5, 7]
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _collect_young_objects_only():
-    gc.freeze()  # every `train()` collects garbage, which takes long with everything that is imported
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("collect_young_objects_only")
 
 
 @pytest.fixture(scope="module")

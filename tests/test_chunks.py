@@ -1,6 +1,5 @@
 """How rows are cut into forward passes changes neither the estimate nor what is charged, whatever memory does."""
 
-import gc
 import logging
 import math
 
@@ -25,11 +24,7 @@ SHORTAGES = [
 ]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _collect_young_objects_only():
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("collect_young_objects_only")
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """The doctor says what the trainer then does, and leaves no trace."""
 
-import gc
 import json
 import math
 import random
@@ -28,12 +27,7 @@ CASES = [
 ]
 FAST = {("vit", "LORA"), ("vit", "LILY"), ("bert", "PROMPT_TUNING"), ("bert", "VERA"), ("llama", "OFT")}
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _collect_young_objects_only():
-    gc.freeze()  # every `train()` collects garbage, which takes long with everything that is imported
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("collect_young_objects_only")
 
 
 def config_of(kind, name):

@@ -1,6 +1,5 @@
 """Metrics and rewards as objectives: what they measure, what their steps need, and that training improves them."""
 
-import gc
 import logging
 from types import SimpleNamespace
 
@@ -36,11 +35,7 @@ class Letters:
         return [" ".join(f"w{int(token)}" for token in row if int(token) > 2) for row in rows]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _collect_young_objects_only():
-    gc.freeze()  # every `train()` collects garbage, which takes long with everything that is imported
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("collect_young_objects_only")
 
 
 def arguments(folder, **options):

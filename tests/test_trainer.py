@@ -1,7 +1,6 @@
 """FlopsTrainer is the stock Trainer in everything but how the gradient is found."""
 
 import dataclasses
-import gc
 import json
 import random
 from functools import partial
@@ -39,12 +38,7 @@ TARGETS = {"vit": ["q_proj", "v_proj"], "bert": ["query", "value"], "t5": ["q", 
 BOTH = [(Trainer, TrainingArguments), (FlopsTrainer, FlopsTrainingArguments)]
 OWN_FIELDS = [field for field in dataclasses.fields(FlopsArgumentsMixin) if field.name != "learning_rate"]
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _collect_young_objects_only():
-    gc.freeze()  # every `train()` collects garbage, which takes long with everything that is imported
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("collect_young_objects_only")
 
 
 @pytest.fixture
