@@ -18,7 +18,6 @@ from tests.tiny import TASKS, as_dataset, model_forward, tiny_batch, tiny_model,
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning"),  # PEFT, of norms
-    pytest.mark.usefixtures("collect_young_objects_only"),
 ]
 HALF = [torch.bfloat16, torch.float16]
 CONFIGS = {
