@@ -23,8 +23,9 @@ from records import ROOT, Record, quiet  # isort: skip
 
 sys.path.insert(0, str(ROOT))
 
-from recipes.alignment import RecipeArguments, RecipeTrainingArguments, Task, load_task, run
+from recipes.alignment import RecipeArguments, RecipeTrainingArguments, run
 from recipes.alignment_methods import METHODS
+from recipes.alignment_task import Task, load_task
 
 ALONE = "flops, projections alone"  # no noise and no query: what is exact is all that is trained
 ADAM = [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]

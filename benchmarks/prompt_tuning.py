@@ -18,7 +18,8 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,7 @@ from records import ROOT, Record, quiet  # isort: skip
 sys.path.insert(0, str(ROOT))
 
 from recipes import prompt_tuning
-from recipes.prompt_report import Outcome
-from recipes.prompts import load_texts
+from recipes.prompts import load_task
 
 AFTERWARDS = ("objective", "compare", "per_class", "validation_texts", "lora_rank")  # what training begins with lacks them
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's, two-sided, by the number of seeds
@@ -43,22 +43,21 @@ def begins_as(options: Sequence[str]) -> dict[str, Any]:
     return {name: value for name, value in asdict(recipe).items() if name not in AFTERWARDS}
 
 
-def known_start(options: Sequence[str], entries: dict[str, Any]) -> Outcome | None:
-    """Return an outcome of the record that began with the same model and prompt, if there is one."""
+def known_start(options: Sequence[str], entries: dict[str, Any]) -> SimpleNamespace | None:
+    """Return what the record says before training of the same model and prompt, if anything."""
     start = begins_as(options)
     for name, entry in entries.items():
         if start and begins_as(shlex.split(name) if name != "defaults" else []) == start:
             for run in (run for runs in entry["runs"].values() for run in runs.values()):
-                return Outcome(**{field.name: run[field.name] for field in fields(Outcome)})
+                return SimpleNamespace(before=run["before"], start=run["start"])
     return None
 
 
-def measure(method: str, options: Sequence[str], seed: int, known: Outcome | None) -> dict[str, Any]:
+def measure(method: str, options: Sequence[str], seed: int, known: SimpleNamespace | None) -> dict[str, Any]:
     """Train and test once, quietly; returns what the recipe found, with processor time and what the trainer's log says."""
     always = ("--disable_tqdm", "True", "--output_dir", "outputs/benchmark", "--seed", str(seed))
     recipe, args = prompt_tuning.parse([*options, *always])
-    sizes = {"validation": recipe.validation_texts, "test": recipe.test_texts, "per_class": recipe.per_class}
-    task = load_texts(recipe.domain, seed=seed, **sizes)
+    task = load_task(recipe, seed)
     start = time.process_time()
     with contextlib.redirect_stdout(io.StringIO()):
         outcome, trainer = prompt_tuning.run(method, recipe, args, task, known)

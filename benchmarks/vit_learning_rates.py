@@ -20,7 +20,8 @@ from records import ROOT, Record, quiet  # isort: skip
 
 sys.path.insert(0, str(ROOT))
 
-from recipes.vit import METHODS, Outcome, RecipeArguments, RecipeTrainingArguments, load_data, run
+from recipes.runs import Outcome
+from recipes.vit import METHODS, RecipeArguments, RecipeTrainingArguments, load_data, run
 
 GRID = [3e-3, 1e-2, 2e-2, 4e-2, 8e-2, 1.6e-1]
 

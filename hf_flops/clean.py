@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -151,11 +151,16 @@ def clean_forward(recording: Recording, method: Method, samples: int, feed: Feed
     given = torch.cat(seen) if seen else torch.zeros(0)
     if idle:
         own, given = own.without_rows(), given[:0]
-    sizes = [piece.stop - piece.start for piece in pieces]
-    # Beyond so many logits there is no control variate, and what it would look at need not travel.
-    few = method.control is not None and own.logits is not None and own.logits.shape[1] <= MOST_LOGITS
-    losses = own if len(pieces) == 1 else exchange.losses(own, sizes, logits=few or objective.needs_clean)
+    losses = own if len(pieces) == 1 else gathered(method, own, pieces)
     if not exchange.counts_exact(pieces):
         own, given = own.without_rows(), given[:0]
     objective, losses = objective.settled(losses, whole)
     return Clean(losses, own, given, objective)
+
+
+def gathered(method: Method, own: RowLosses, pieces: Sequence[slice]) -> RowLosses:
+    """Put the clean losses of all processes together, each of which ran a piece of the batch."""
+    # Beyond so many logits there is no control variate, and what it would look at need not travel.
+    few = method.control is not None and own.logits is not None and own.logits.shape[1] <= MOST_LOGITS
+    sizes = [piece.stop - piece.start for piece in pieces]
+    return method.exchange.losses(own, sizes, logits=few or method.objective.needs_clean)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .perturbations import Perturbation, accumulator
 from .rows import Rows
+from .share import Share
 
 Again = Callable[[Rows, Tensor], None]
 """Adds the noise of rows to a sum once more, with further coefficients (R,)."""
@@ -80,3 +81,10 @@ class NoiseSum:
         if self.perturbation.grouped:
             index = index[rows.group[index].argsort(stable=True)]
         again(rows[index], corrections[index])
+
+    def shared_facts(self, share: Share, replayed: int) -> tuple[int, int]:
+        """Return of how many numbers a row's noise is made, and how many rows were run again, in all processes."""
+        if not self.perturbation.replays:
+            return self.perturbation.vector.size, replayed
+        facts = share.gather(torch.tensor([[self.dimension, replayed]]), [1] * share.world)
+        return int(facts[:, 0].max()), int(facts[:, 1].sum())

@@ -31,6 +31,7 @@ from .metrics import mean_squares, summarise
 from .noise_sum import NoiseSum
 from .objectives import Forward
 from .queries import Queries, QueryResults
+from .regenerate import Trace
 from .rows import Features, Place, Rows, expand
 
 
@@ -78,20 +79,13 @@ def estimate_from(clean: CleanPass, elements: float | None = None, batches: floa
     results = all_queries(clean, chain, sums, features)
     lengths = results.elements(clean.units) if clean.losses is None else clean.losses.counts.cpu().float()
     factor, replayed = complete(clean, chain, sums, results, lengths)
-    dimension, replayed = shared_facts(method, sums, replayed)
     # Where no element counts (every label is ignored) there is nothing to average, and the update is zero.
     normalizer = (float(lengths.sum()) * batches if elements is None else elements) or 1.0
     applied = apply(clean, chain, sums.update * factor / normalizer, normalizer, last=last)
-    counts, squares = results.counts(clean.units), mean_squares(results.rows, results.deltas, clean.units)
-    method.allocator.update(features, counts, squares)
-    facts = method.perturbation.grouped, dimension
-    metrics = summarise(applied, squares / normalizer**2, counts, results.rows, results.deltas / normalizer, *facts)
-    used = (len(results.rows) + replayed) * len(method.estimator.signs) * (clean.samples // clean.units)
-    used += clean.samples * method.needs_clean
-    loss = results.losses(clean.units) / counts if clean.losses is None else clean.losses.sums
-    total = loss[loss.isfinite()].sum() / normalizer
     trace = method.exchange.trace(sums.parts, clean.place, factor, normalizer)
-    return StepResult(total.float(), used, counts, squares, metrics, trace)
+    result = report(clean, results, applied, normalizer, *sums.shared_facts(method.exchange.share, replayed), trace)
+    method.allocator.update(features, result.counts, result.mean_squares)
+    return result
 
 
 def transforms(clean: CleanPass) -> Chain:
@@ -231,10 +225,22 @@ def apply(clean: CleanPass, chain: Chain, update: Tensor, normalizer: float, *, 
     return None if put_off else (update, exact)
 
 
-def shared_facts(method: Method, sums: NoiseSum, replayed: int) -> tuple[int, int]:
-    """Return of how many numbers a row's noise is made, and how many rows all processes have run again."""
-    if not method.perturbation.replays:
-        return method.perturbation.vector.size, replayed
-    share = method.exchange.share
-    facts = share.gather(torch.tensor([[sums.dimension, replayed]]), [1] * share.world)
-    return int(facts[:, 0].max()), int(facts[:, 1].sum())
+def report(
+    clean: CleanPass,
+    results: QueryResults,
+    applied: tuple[Tensor, Tensor] | None,
+    normalizer: float,
+    dimension: int,
+    replayed: int,
+    trace: Trace | None,
+) -> StepResult:
+    """Say what the step found, and what it cost."""
+    method, rows, units = clean.method, results.rows, clean.units
+    counts, squares = results.counts(units), mean_squares(rows, results.deltas, units)
+    facts = method.perturbation.grouped, dimension
+    metrics = summarise(applied, squares / normalizer**2, counts, rows, results.deltas / normalizer, *facts)
+    used = (len(rows) + replayed) * len(method.estimator.signs) * (clean.samples // units)
+    used += clean.samples * method.needs_clean
+    losses = results.losses(units) / counts if clean.losses is None else clean.losses.sums
+    total = losses[losses.isfinite()].sum() / normalizer
+    return StepResult(total.float(), used, counts, squares, metrics, trace)

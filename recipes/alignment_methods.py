@@ -11,7 +11,7 @@ from transformers import Trainer
 
 from hf_flops import ContrastiveLoss, FlopsTrainer
 from hf_flops.args import PRESETS
-from recipes.common import stock_arguments
+from recipes.runs import stock_arguments
 
 METHODS = ["flops", "mezo", "spsa-gc", "backprop"]
 # Best of a grid on validation images: benchmarks/alignment.py.

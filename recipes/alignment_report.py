@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from hf_flops.plots import COLOURS, pyplot
+from recipes import runs
 from recipes.pairs import HELD_OUT_TEMPLATES, PixelRows, embed
 
 MEASURES = {
@@ -25,21 +27,29 @@ RIGHT, WRONG, BEFORE = "#15803d", "#b91c1c", "#d4d4d8"
 SHADES = {**COLOURS, "spsa-gc": "#0d9488"}
 
 
-def table(outcomes: Sequence[Any]) -> str:
-    """Lay outcomes out as a Markdown table: a line for each method and set of classes."""
-    lines = [
-        "| method | classes | zero-shot accuracy before | after | image to text, recall at 1 | at 5 | text to image, at 1 "
-        "| at 5 | rows | seconds | learning rate |",
-        "| --- " * 11 + "|",
-    ]
-    for o in outcomes:
-        for name, after in o.after.items():
-            recalls = " | ".join(f"{after[m]:.1%}" for m in list(MEASURES)[1:])
-            lines.append(
-                f"| {o.method} | {name} | {o.before[name]['accuracy']:.1%} | **{after['accuracy']:.1%}** | {recalls} "
-                f"| {o.rows:,} | {o.seconds:.0f} | {o.learning_rate:g} |"
+HEAD = (
+    "method | classes | zero-shot accuracy before | after | image to text, recall at 1 | at 5 | text to image, at 1 | at 5 "
+    "| rows | seconds | learning rate"
+)
+
+
+@dataclass(kw_only=True)
+class AlignmentOutcome(runs.Outcome):
+    """Scores by the set of classes that they were measured on, and the accuracy on validation images."""
+
+    validation: float
+
+    @property
+    def table_rows(self) -> list[str]:
+        """Its rows of the table: one for each set of classes."""
+        rows = []
+        for name, after in self.after.items():
+            recalls = " | ".join(f"{after[measure]:.1%}" for measure in list(MEASURES)[1:])
+            rows.append(
+                f"{self.method} | {name} | {self.before[name]['accuracy']:.1%} | **{after['accuracy']:.1%}** | {recalls} "
+                f"| {self.rows:,} | {self.seconds:.0f} | {self.learning_rate:g}"
             )
-    return "\n".join(lines)
+        return rows
 
 
 def verdict(outcomes: Sequence[Any]) -> str:
@@ -126,18 +136,18 @@ def draw(path: Path, task: Any, start: nn.Module, runs: Sequence[tuple[Any, nn.M
     plt.close(figure)
 
 
-def report(folder: Path, task: Any, start: nn.Module, runs: Sequence[tuple[Any, nn.Module]]) -> None:
-    """Write table and picture, and print the table."""
-    outcomes = [outcome for outcome, _ in runs]
-    text = f"{table(outcomes)}\n\n{verdict(outcomes)}"
-    print(f"\n{text}\n")
+def report(recipe: Any, args: Any, task: Any, start: nn.Module, found: Sequence[tuple[Any, nn.Module]]) -> None:
+    """Write the report."""
+    outcomes = [outcome for outcome, _ in found]
     notes = (
-        f"Data: {task.images.name}, {len(task.train):,} images of {', '.join(task.sentences.words)}; "
+        f"Data: {task.images.name}, {task}; "
         f"{outcomes[0].parameters:,} trained parameters. Measured with {len(HELD_OUT_TEMPLATES)} templates "
         "that were not trained on. Rows: an image, a text or (for backprop and methods that perturb a batch as a whole) a "
         "pair through the model in training; clean ones and checks count too, and a row of backprop also costs a backward "
-        "pass.\n"
+        "pass."
     )
-    (folder / "report.md").write_text(f"# Images and sentences\n\n{text}\n\n{notes}\n![report](report.png)\n")
-    draw(folder / "report.png", task, start, runs)
-    print(f"Report: {folder / 'report.md'}\nPicture: {folder / 'report.png'}")
+    text = f"{runs.table(HEAD, (row for outcome in outcomes for row in outcome.table_rows))}\n\n{verdict(outcomes)}"
+    runs.report(
+        *(recipe, args, outcomes, "Images and sentences", text, notes),
+        lambda path: draw(path, task, start, found),
+    )

@@ -14,6 +14,8 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +39,20 @@ def cache_folder() -> Path:
     return Path(os.environ.get("HF_FLOPS_CACHE") or Path.home() / ".cache" / "hf_flops")
 
 
+@contextmanager
+def appearing(folder: Path) -> Iterator[Path]:
+    """Give a place for a folder's content, which then appears whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        content = Path(scratch, "content")
+        yield content
+        try:
+            content.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was first
+                raise
+
+
 def fetch(asset: Asset) -> Path:
     """Return the folder of an unpacked asset, downloading it if it is not cached.
 
@@ -46,16 +62,13 @@ def fetch(asset: Asset) -> Path:
     folder = cache_folder() / "assets" / asset.sha256[:16]
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        content = _download(asset, Path(scratch))
-        target = Path(scratch, "unpacked")
+    with appearing(folder) as target:
+        content = _download(asset, target.parent)
         if zipfile.is_zipfile(io.BytesIO(content)):
             zipfile.ZipFile(io.BytesIO(content)).extractall(target)
         else:
             with tarfile.open(fileobj=io.BytesIO(content)) as archive:
                 archive.extractall(target, filter="data")
-        target.rename(folder)  # appears whole or not at all
     return folder
 
 
@@ -93,11 +106,9 @@ def smollm2() -> str:
     model = AutoModelForCausalLM.from_pretrained(
         source, gguf_file=file, quantization_config=GgufConfig(dequantize=True), dtype="float32"
     )
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        target = Path(scratch, "converted")
+    with appearing(folder) as target:
         model.save_pretrained(target)
         AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(target)
-        target.rename(folder)  # appears whole or not at all
     return str(folder)
 
 

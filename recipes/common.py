@@ -1,21 +1,21 @@
-"""What the recipes have in common: the command line, the stock trainer's arguments, the accuracy."""
+"""The command line of the recipes: options, YAML files, and what is wrong with them in one sentence."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 from safetensors import SafetensorError
-from transformers import HfArgumentParser, TrainingArguments
-from transformers.utils import logging as transformers_logging
+from transformers import HfArgumentParser
 
-from hf_flops import ConfigurationError, FlopsArgumentsMixin
+from hf_flops import ConfigurationError, FlopsArgumentsMixin, FlopsTrainingArguments
 from hf_flops.errors import FlopsError, in_one_line
 
 # What --help shows of the stock trainer's arguments, beside the recipe's own and those of forward-only training.
@@ -26,9 +26,41 @@ STOCK = (
 )
 
 
-def accuracy(prediction: Any) -> dict[str, float]:
-    """Compute the share of right answers."""
-    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+def option(default: Any, help: str, choices: Collection[str] | None = None, least: int | None = None) -> Any:
+    """Return a dataclass's field as an option of the command line; one with a list as default takes several values."""
+    given = {"help": help, "choices": choices and list(choices), "least": least}
+    metadata = {name: value for name, value in given.items() if value is not None}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+class Recipe:
+    """Base class of a recipe's own arguments, which are made with `option`."""
+
+    def __post_init__(self) -> None:
+        for own in fields(self):  # type: ignore[arg-type]
+            at_least(own.metadata.get("least"), self, own.name)
+
+
+@dataclass
+class RecipeDefaults(FlopsTrainingArguments):
+    """Training arguments with the defaults that all recipes have."""
+
+    learning_rate: float | str | None = option(None, "A number or 'auto'; default: what was best for each method.")
+    save_strategy: str = "no"
+    report_to: str = "none"
+
+
+@dataclass
+class ImageDefaults(RecipeDefaults):
+    """Training arguments with the defaults of the recipes on images."""
+
+    rows_per_forward: int | str | None = 256
+    per_device_train_batch_size: int = 32
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: float = 0.05
+    logging_strategy: str = "epoch"
 
 
 @contextmanager
@@ -48,15 +80,15 @@ def usable(what: str) -> Iterator[None]:
         raise ConfigurationError(f"{what} is damaged: {in_one_line(error)}.") from error
 
 
-def at_least(least: int, given: Any, *names: str) -> None:
-    """Refuse numbers that are too small; None stands for a default.
+def at_least(least: int | None, given: Any, *names: str) -> None:
+    """Refuse numbers that are too small; a value of None stands for a default, and a bound of None for none.
 
     Raises:
         ConfigurationError: one is.
     """
     for name in names:
         value = getattr(given, name)
-        if value is not None and not value >= least:
+        if None not in (least, value) and not value >= least:
             raise ConfigurationError(f"--{name} {value} must be {least} or more.")
 
 
@@ -79,70 +111,60 @@ def load_hub(name: str, known: Collection[str], **options: Any) -> Any:
         ) from error
 
 
-def begin(args: Any, methods: Sequence[str]) -> list[str]:
-    """Return the methods to run, each once.
+class RecipeParser(HfArgumentParser):
+    """A parser that raises what is wrong with a value, and whose help shows some of the options.
 
-    Raises:
-        ConfigurationError: backprop by several processes: the stock trainer is measured before it trains, and then not
-            wrapped; or a checkpoint to resume from, where there is none or several methods would.
+    Args:
+        shown: names of these options; None for all.
     """
-    transformers_logging.disable_progress_bar()  # of loading and saving; training keeps its own
-    methods, checkpoint = list(dict.fromkeys(methods)), args.resume_from_checkpoint
-    if args.world_size > 1 and "backprop" in methods:
-        raise ConfigurationError(
-            f"backprop is for comparison by one process, not {args.world_size}: leave it out, or start one."
-        )
-    if checkpoint and len(methods) > 1:
-        raise ConfigurationError(
-            f"--resume_from_checkpoint {checkpoint} is of one method, and {', '.join(methods)} would start from it: run one."
-        )
-    if checkpoint and not Path(checkpoint, "trainer_state.json").is_file():
-        raise ConfigurationError(
-            f"--resume_from_checkpoint {checkpoint} is no checkpoint: name a folder such as "
-            f"{Path(args.output_dir, methods[0], 'checkpoint-100')}."
-        )
-    return methods
 
+    def __init__(self, *args: Any, shown: Collection[str] | None, **options: Any) -> None:
+        self.shown = shown
+        super().__init__(*args, exit_on_error=False, **options)
 
-def output_folder(args: Any, method: str) -> Path:
-    """Make and return the folder of a method's adapter, within the output folder.
-
-    Raises:
-        ConfigurationError: it cannot be made.
-    """
-    folder = Path(args.output_dir, method)
-    with usable(f"--output_dir {args.output_dir}"):
-        folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def stock_arguments(args: Any, **changes: Any) -> TrainingArguments:
-    """Return the part of the arguments that the stock trainer knows."""
-    stock = {name: getattr(args, name) for name in TrainingArguments.__dataclass_fields__ if name[0] != "_"}
-    return TrainingArguments(**{**stock, **changes})
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
+        """Add an option, without help if it is not to be shown."""
+        options.pop("least", None)  # for `Recipe`
+        if self.shown is not None and names[0].lstrip("-") not in self.shown:
+            options["help"] = argparse.SUPPRESS
+        return super().add_argument(*names, **options)
 
 
 def parse(kinds: Sequence[Any], description: str, methods: Collection[str], arguments: list[str] | None = None) -> Any:
-    """Read a recipe's arguments, which name methods to `compare`, and its trainer's from the command line or a YAML file.
+    """Read a recipe's arguments, which name methods to `compare`, and its trainer's from a YAML file and the command line.
 
     Raises:
         ConfigurationError: a value cannot be used, or the file cannot be read.
         SystemExit: what argparse refuses, or help was asked for.
     """
-    usage = "%(prog)s [OPTIONS], or %(prog)s FILE.yaml with options by name"
-    parser = HfArgumentParser(list(kinds), description=description.split("\n")[0], usage=usage)
     arguments = sys.argv[1:] if arguments is None else arguments
+    own = {field.name for kind in (kinds[0], FlopsArgumentsMixin) for field in fields(kind)}
+    parser = RecipeParser(
+        list(kinds),
+        description=description.split("\n")[0],
+        usage="%(prog)s [FILE.yaml] [OPTIONS]",
+        epilog="Options go before those of the file. Every option of transformers' TrainingArguments works too: "
+        "--help_all lists them.",
+        shown=None if "--help_all" in arguments else {"h", *STOCK, *own},
+    )
     if {"-h", "--help", "--help_all"} & set(arguments):
-        print_help(parser, kinds[0], everything="--help_all" in arguments)
+        parser.print_help()
         parser.exit()
-    if len(arguments) == 1 and arguments[0].endswith((".yaml", ".yml")):
+    what, given = "One of the options", arguments
+    if arguments and arguments[0].endswith((".yaml", ".yml")):
         with usable(arguments[0]):
-            recipe, args = parser.parse_dict(read_file(parser, arguments[0]))
-    else:
-        with usable("One of the options"):
-            recipe, args, *_, others = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
-        if others:
-            parser.error(f"{others[0]} is not understood: options begin with --, and a YAML file comes alone")
+            given = [*read_file(parser, kinds, arguments[0]), *arguments[1:]]
+        what = arguments[0] if len(arguments) == 1 else f"{arguments[0]} with the options"
+    try:
+        with usable(what):
+            recipe, args, *_, others = parser.parse_args_into_dataclasses(given, return_remaining_strings=True)
+    except ConfigurationError as error:
+        if isinstance(error.__cause__, argparse.ArgumentError):
+            parser.error(str(error.__cause__))
+        raise
+    if others:
+        stray = "not understood: options begin with --, and a YAML file comes first"
+        parser.error(f"{others[0]} is {'no option, see --help_all' if others[0].startswith('-') else stray}")
     if unknown := [method for method in recipe.compare if method not in methods]:
         parser.error(f"--compare {unknown[0]} is unknown: choose among {', '.join(methods)}")
     at_least(1, args, "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
@@ -150,8 +172,8 @@ def parse(kinds: Sequence[Any], description: str, methods: Collection[str], argu
     return recipe, args
 
 
-def read_file(parser: HfArgumentParser, path: str) -> dict[str, Any]:
-    """Read options from a YAML file as the command line would, with their types and choices.
+def read_file(parser: HfArgumentParser, kinds: Sequence[Any], path: str) -> list[str]:
+    """Return the options of a YAML file as words of the command line; what has no words becomes the parser's default.
 
     Raises:
         ArgumentError, OSError, ValueError, YAMLError: one is not as it should be, or the file is not.
@@ -159,15 +181,21 @@ def read_file(parser: HfArgumentParser, path: str) -> dict[str, Any]:
     given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     if not isinstance(given, dict):
         raise ValueError("it has no options by name, such as `seed: 1`")
-    actions = {action.dest: action for action in reversed(parser._actions)}
-    if unknown := [name for name in given if name not in actions]:
+    known = {field.name for kind in kinds for field in fields(kind) if field.init}
+    if unknown := [name for name in given if name not in known]:
         raise ValueError(f"{unknown[0]} is no option, see --help_all")
+    words = []
     for name, value in given.items():
-        values = value if isinstance(value, list) else [value]
-        one = actions[name].nargs != "+"
-        if values and value is not None and not isinstance(value, dict) and not (one and isinstance(value, list)):
-            given[name] = parser._get_values(actions[name], [str(part) for part in values])
-    return given
+        if value is None or value == []:
+            parser.set_defaults(**{name: value})
+        elif isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
+        else:
+            words.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+    _, others = parser.parse_known_args(words)  # wrong values are the file's, whatever the command line says
+    if others:
+        raise ValueError(f"{others[0]} is one value too many")
+    return words
 
 
 def start(main: Callable[[], Any]) -> None:
@@ -176,13 +204,3 @@ def start(main: Callable[[], Any]) -> None:
         main()
     except FlopsError as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
-
-
-def print_help(parser: HfArgumentParser, recipe: Any, *, everything: bool) -> None:
-    """Print the arguments that matter here, or everything that the stock trainer takes."""
-    shown = {"help", *STOCK, *(field.name for kind in (recipe, FlopsArgumentsMixin) for field in fields(kind))}
-    for action in parser._actions:
-        if not everything and (action.dest not in shown or action.option_strings[0].startswith("--no_")):
-            action.help = argparse.SUPPRESS
-    parser.epilog = "Every option of transformers' TrainingArguments works too: --help_all lists them."
-    parser.print_help()

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from hf_flops.blackbox import BlackBoxPromptModel, Engine, OnnxEngine, TorchEngine, export_onnx
 from hf_flops.trajectory.start import digest
-from recipes.prompts import Template
+from recipes.prompts import Template, adapted
 
 ENGINES = ("torch", "onnx", "onnx-int8")
 
@@ -31,20 +28,24 @@ def engine_of(kind: str, model: Any, folder: Path) -> Engine:
     return OnnxEngine(path, threads=torch.get_num_threads())
 
 
-def black_box(
-    kind: str,
-    model: Any,
-    template: Template,
-    words: list[int],
-    *,
-    virtual_tokens: int,
-    init_text: str,
-    folder: Path,
-    after: bool,
-) -> BlackBoxPromptModel:
-    """Put a prompt before or after the texts that an engine continues; it starts as `adapted` says."""
-    tokens = template.tokenizer(init_text, add_special_tokens=False)["input_ids"] or None
-    embeddings = model.get_input_embeddings().weight
-    precision = 3e-2 if kind == "onnx-int8" else 1e-4
-    engine = engine_of(kind, model, folder)
-    return BlackBoxPromptModel(engine, embeddings, words, virtual_tokens, tokens, precision, after)
+def check(recipe: Any) -> None:
+    """Refuse an engine for what it cannot do.
+
+    Raises:
+        SystemExit: the recipe asks for such.
+    """
+    if recipe.engine and (recipe.adapter not in ("suffix", "prompt") or "backprop" in recipe.compare):
+        wants = "--adapter suffix or prompt, and no --compare backprop"
+        raise SystemExit(f"--engine {recipe.engine} only answers: it needs {wants}.")
+
+
+def adapter_of(recipe: Any, folder: str | Path, base: Any, template: Template, words: list[int]) -> Any:
+    """Put what the prompt recipe tunes on a model, or before or after the texts that an engine continues."""
+    if not recipe.engine:
+        sizes = {name: getattr(recipe, name) for name in ("virtual_tokens", "init_text", "lora_rank")}
+        return adapted(recipe.adapter, base, template, words, **sizes)
+    tokens = template.tokenizer(recipe.init_text, add_special_tokens=False)["input_ids"] or None
+    embeddings = base.get_input_embeddings().weight
+    precision = 3e-2 if recipe.engine == "onnx-int8" else 1e-4
+    engine, after = engine_of(recipe.engine, base, Path(folder)), recipe.adapter == "suffix"
+    return BlackBoxPromptModel(engine, embeddings, words, recipe.virtual_tokens, tokens, precision, after)

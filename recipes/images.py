@@ -4,9 +4,8 @@ import gzip
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,14 @@ from sklearn.datasets import load_digits
 from tqdm.auto import tqdm
 
 from hf_flops import ConfigurationError
+from recipes.assets import appearing, cache_folder
 from recipes.common import load_hub
 
 FASHION_MNIST_FOLDER = "/usr/share/datasets/fashion-mnist"
 TEST_SHARE, VALIDATION_SHARE = 0.3, 0.2
 PRECOMPUTED_BYTES = 2**31
 FASHION = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
+DATASETS = "'digits', 'fashion_mnist', 'auto' (the latter where installed) or a Hub id."
 CLASS_NAMES = {"digits": list("0123456789"), "fashion_mnist": FASHION}
 # Fashion-MNIST is interleaved so that each new class but the bag has a relative among the old ones.
 OLD_CLASSES = {"digits": [0, 1, 2, 3, 4], "fashion_mnist": [0, 1, 4, 5, 7]}
@@ -49,6 +50,9 @@ class ImageTask:
     validation: Dataset
     test: Dataset
     old: Dataset | None = None
+
+    def __str__(self) -> str:
+        return f"{len(self.train):,} images of {', '.join(self.class_names)}"
 
     @property
     def class_names(self) -> list[str]:
@@ -78,6 +82,17 @@ def load_images(name: str = "auto", seed: int = 0, *, every_class: bool = False)
         train, test = ([_read_idx(folder / f"{part}-{kind}-ubyte.gz") for kind in kinds] for part in ("train", "t10k"))
         return _split_by_class(name, train, test, seed, every_class)
     return _load_hub(name, seed)
+
+
+def few(task: ImageTask, per_class: int | None) -> ImageTask:
+    """Keep the first training images of each class, 0 for all; by default 100 of Fashion-MNIST, and else all."""
+    if per_class is None:
+        per_class = {"fashion_mnist": 100}.get(task.name, 0)
+    if not per_class:
+        return task
+    labels = np.asarray(task.train["label"])
+    kept = np.concatenate([np.flatnonzero(labels == c)[:per_class] for c in range(len(task.class_names))])
+    return replace(task, train=task.train.select(np.sort(kept)))
 
 
 def _read_idx(path: Path) -> np.ndarray:
@@ -162,6 +177,11 @@ def pixel_dataset(dataset: Dataset, processor: Any) -> PixelDataset:
     return PixelDataset(dataset, processor, [torch.cat(parts) for parts in zip(*batches, strict=True)])
 
 
+def pixel_parts(task: ImageTask, processor: Any) -> dict[str, PixelDataset]:
+    """Preprocess the images of every part of a task."""
+    return {part: pixel_dataset(getattr(task, part), processor) for part in ("train", "validation", "test")}
+
+
 def _preprocess(rows: Mapping[str, Any], processor: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Turn images into pixel_values (n, C, H, W) float32, and classes into labels (n,) int64."""
     mode = "RGB" if len(processor.image_mean) == 3 else "L"
@@ -188,21 +208,14 @@ def pretrained_vit(task: ImageTask, cache_dir: str | os.PathLike | None = None, 
     config = SMALL_VIT | VITS[task.name]
     settings = PRETRAINING[task.name] | ({} if epochs is None else {"epochs": epochs})
     key = json.dumps([OLD_CLASSES[task.name], config, settings], sort_keys=True)
-    cache = Path(cache_dir or os.environ.get("HF_FLOPS_CACHE") or Path.home() / ".cache" / "hf_flops")
-    folder = cache / f"vit-{task.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    cache.mkdir(parents=True, exist_ok=True)
+    folder = Path(cache_dir or cache_folder(), f"vit-{task.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}")
     if folder.is_dir():
         return str(folder)
     processor = transformers.ViTImageProcessorPil(size=config["image_size"], image_mean=[0.5], image_std=[0.5])
-    with tempfile.TemporaryDirectory(dir=cache) as scratch:
+    with appearing(folder) as target:
         model = _pretrain(config, *pixel_dataset(task.old, processor).tensors, **settings)
-        model.save_pretrained(Path(scratch, "vit"))
-        processor.save_pretrained(Path(scratch, "vit"))
-        try:
-            os.rename(Path(scratch, "vit"), folder)  # appears whole or not at all
-        except OSError:
-            if not folder.is_dir():  # else another process was first
-                raise
+        model.save_pretrained(target)
+        processor.save_pretrained(target)
     return str(folder)
 
 
@@ -254,3 +267,16 @@ def load_vit(model_id: str, task: ImageTask) -> tuple[transformers.PreTrainedMod
     for parameter in model.classifier.parameters():
         torch.nn.init.zeros_(parameter)
     return model, processor
+
+
+def check_lora_layers(model: transformers.PreTrainedModel, path: str) -> None:
+    """Refuse a model that has no layers for the recipe's LoRA.
+
+    Raises:
+        ConfigurationError: it is such a model.
+    """
+    if not any(name.endswith((".q_proj", ".v_proj")) for name, _ in model.named_modules()):
+        raise ConfigurationError(
+            f"--model {path} is a {type(model).__name__}, without the attention layers q_proj and v_proj that LoRA is for: "
+            "choose a vision transformer."
+        )

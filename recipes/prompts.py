@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,6 @@ from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_mo
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_outputs import CausalLMOutput
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from hf_flops import ConfigurationError, SuffixPromptModel
 from hf_flops.losses import mean_cross_entropy
@@ -27,6 +24,7 @@ DOMAINS = {  # of the embedded sentences; see `recipes.assets.sentences`
     "news": "nytEditorialSnippets",
     "tweets": "tweets",
 }
+PARTS = ("train", "validation", "test")
 ADAPTERS = ("suffix", "prompt", "prefix", "lora")
 Texts = list[tuple[str, int]]
 
@@ -39,6 +37,9 @@ class TextTask:
     train: Texts
     validation: Texts
     test: Texts
+
+    def __str__(self) -> str:
+        return f"{len(self.train):,} texts of {self.name}"
 
     @property
     def classes(self) -> int:
@@ -75,6 +76,12 @@ def load_texts(domain: str, *, validation: int, test: int, per_class: int = 0, s
         labels = np.array([label for _, label in train])[order]
         train = [train[i] for label in np.unique(labels) for i in order[labels == label][:per_class]]
     return TextTask(domain, train, rows[:validation], rows[validation : validation + test])
+
+
+def load_task(recipe: Any, seed: int) -> TextTask:
+    """Load the texts that the recipe's arguments name."""
+    sizes = {"validation": recipe.validation_texts, "test": recipe.test_texts, "per_class": recipe.per_class}
+    return load_texts(recipe.domain, seed=seed, **sizes)
 
 
 def check_texts(name: str, rows: Texts) -> None:
@@ -160,6 +167,11 @@ class Template:
         return [
             {"input_ids": self.head(text) + end, "labels": label, "sample_id": i} for i, (text, label) in enumerate(texts)
         ]
+
+
+def by_length(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return samples by length, so that batches of an evaluation have little padding."""
+    return sorted(rows, key=lambda row: len(row["input_ids"]))
 
 
 class WordClassifier(nn.Module):

@@ -1,6 +1,5 @@
 """What cannot work is refused in one clear sentence that names the offending value; what can, goes on."""
 
-import gc
 import logging
 from contextlib import contextmanager
 
@@ -15,13 +14,6 @@ from hf_flops.trajectory.replay import replay
 from tests.tiny import CLASSES, SIZES, TASKS, VOCABULARY, as_dataset, tiny_batch, tiny_model, training_arguments
 
 TARGETS = {"vit": ["q_proj", "v_proj"], "bert": ["query", "value"], "llama": ["q_proj", "v_proj"]}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _collect_young_objects_only():
-    gc.freeze()  # every `train()` collects garbage, which takes long with everything that is imported
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Prompts of models that are only asked for outputs: in this process, in ONNX Runtime, behind HTTP."""
 
 import email.utils
-import gc
 import itertools
 import re
 import socket
@@ -25,13 +24,6 @@ WORDS = [5, 7]
 # How runs on different engines are compared, which round in their own ways: of the last bit of a number, Adam can make a
 # whole step and an allocator another whole number of queries.
 SMOOTH = {"optim": "sgd", "allocator": "uniform", "learning_rate": 0.5}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _collect_young_objects_only():
-    gc.freeze()  # every `train()` collects garbage, which takes long with everything that is imported
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

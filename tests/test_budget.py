@@ -1,6 +1,5 @@
 """A budget of queries is never exceeded, and a run that it ends is a whole one."""
 
-import gc
 import json
 from collections import Counter
 from functools import cache
@@ -12,13 +11,6 @@ from peft import PeftModel
 from hf_flops import ConfigurationError, FlopsTrainer
 from tests.test_trainer import adapted, data, flat, logged
 from tests.tiny import tiny_model, training_arguments
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _collect_young_objects_only():
-    gc.freeze()  # every `train()` collects garbage, which takes long with everything that is imported
-    yield
-    gc.unfreeze()
 
 
 def arguments(folder, **options):

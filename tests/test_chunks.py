@@ -1,6 +1,5 @@
 """How rows are cut into forward passes changes neither the estimate nor what is charged, whatever memory does."""
 
-import gc
 import logging
 import math
 from pathlib import Path
@@ -24,13 +23,6 @@ SHORTAGES = [
         "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
     ),
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _collect_young_objects_only():
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture

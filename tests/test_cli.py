@@ -186,7 +186,7 @@ def test_a_recipe_that_cannot_work_ends_in_a_line(tmp_path, capsys, monkeypatch)
     with pytest.raises(SystemExit):
         main(["vit", "--method", "foo"])
     usage, error = capsys.readouterr().err.splitlines()
-    assert usage == "usage: hf-flops vit [OPTIONS], or hf-flops vit FILE.yaml with options by name"
+    assert usage == "usage: hf-flops vit [FILE.yaml] [OPTIONS]"
     assert "argument --method: invalid choice: 'foo'" in error
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(sys, "argv", ["vit.py", "--lora_rank", "0"])

@@ -1,6 +1,5 @@
 """The doctor says what the trainer then does, and leaves no trace."""
 
-import gc
 import json
 import math
 import random
@@ -27,13 +26,6 @@ CASES = [
     *(("llama", name) for name in ("LORA", "IA3", "OFT", "PREFIX_TUNING", "PROMPT_TUNING")),
 ]
 FAST = {("vit", "LORA"), ("vit", "LILY"), ("bert", "PROMPT_TUNING"), ("bert", "VERA"), ("llama", "OFT")}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _collect_young_objects_only():
-    gc.freeze()  # every `train()` collects garbage, which takes long with everything that is imported
-    yield
-    gc.unfreeze()
 
 
 def config_of(kind, name):

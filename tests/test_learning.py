@@ -12,6 +12,7 @@ from transformers import ResNetConfig, ResNetForImageClassification, ViTImagePro
 from hf_flops import ConfigurationError, FlopsTrainer, FlopsTrainingArguments
 from recipes import alignment, vit
 from recipes.images import collate, load_images, load_vit, pixel_dataset, pretrained_vit
+from recipes.runs import accuracy
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def adapt(digits, tmp_path, seed, **options):
         )
         config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"])
         data = {"train_dataset": train, "eval_dataset": test, "data_collator": collate}
-        trainer = FlopsTrainer(model, args, peft_config=config, compute_metrics=vit.accuracy, **data)
+        trainer = FlopsTrainer(model, args, peft_config=config, compute_metrics=accuracy, **data)
         before = trainer.evaluate()["eval_accuracy"]
         trainer.train()
         return before, trainer.evaluate()["eval_accuracy"]
@@ -76,7 +77,7 @@ def check_rows(folder):
 
 
 def test_the_recipe_leaves_a_report_a_picture_and_adapters(digits, tmp_path, monkeypatch, capsys, drawn):
-    monkeypatch.setattr(vit, "pretrained_vit", lambda task: digits[1])
+    monkeypatch.setattr("recipes.images.pretrained_vit", lambda task: digits[1])
     options = "--dataset digits --per_class 16 --num_train_epochs 1 --queries_per_sample 8 --compare backprop mezo"
     monkeypatch.setattr("sys.argv", ["vit.py", *options.split(), "--disable_tqdm", "True", "--output_dir", str(tmp_path)])
     vit.main()
@@ -124,6 +125,9 @@ class Stopped:
 
     def evaluate(self, *data, **options):
         return {"test_accuracy": 0.0}
+
+    def add_callback(self, callback):
+        assert callback.points == []
 
     def train(self, checkpoint):
         raise Stop(self.rate, checkpoint)

@@ -1,6 +1,5 @@
 """The learning rate that is found while training: where it goes from a start far off, what it costs, what stays exact."""
 
-import gc
 import math
 
 import pytest
@@ -20,13 +19,6 @@ from tests.worker import build
 
 CONSTANT = {"lr_scheduler_type": "constant"}
 OPTIONS = {"samples": 4, "size": 16, "logging_steps": 1, "learning_rate_search": True}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _collect_young_objects_only():
-    gc.freeze()  # every `train()` collects garbage, which takes long with everything that is imported
-    yield
-    gc.unfreeze()
 
 
 def run(folder, act=None, resume=None, **options):

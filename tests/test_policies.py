@@ -1,6 +1,7 @@
 """The learned policies: their gradients are right, and they learn what their family can reach."""
 
 import itertools
+import json
 
 import pytest
 import torch
@@ -93,6 +94,21 @@ def test_descent_finds_a_minimum_within_its_bounds():
     for _ in range(300):
         descent.step(2 * (descent.values - 1))
     torch.testing.assert_close(descent.values, torch.tensor([1.0, 2.0]).double(), atol=0.02, rtol=0)
+
+
+def test_descent_goes_on_from_a_state_as_if_it_had_not_stopped():
+    whole, part = (Descent([3.0, 3.0], 0.1, [(-5.0, 5.0), (2.0, 5.0)]) for _ in range(2))
+    part.load_state_dict(json.loads(json.dumps(whole.state_dict())))  # before the first step there are no moments
+    for step in range(20):
+        slope = normals(1, 2, seed=step)[0]
+        whole.step(slope)
+        part.step(slope)
+        if step == 9:
+            state = json.loads(json.dumps(part.state_dict()))
+            part = Descent([0.0, 0.0], 0.1, [(-5.0, 5.0), (2.0, 5.0)])
+            part.load_state_dict(state)
+    assert part.values.equal(whole.values)
+    assert part.state_dict() == whole.state_dict()
 
 
 def learning_curve(allocator, sigma_of, seed, steps=240, samples=16, queries=12):

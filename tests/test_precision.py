@@ -1,6 +1,5 @@
 """Bases in 16 bits and quantised bases train with forward passes; small updates and small differences survive."""
 
-import gc
 import logging
 from types import SimpleNamespace
 
@@ -17,7 +16,9 @@ from hf_flops.perturbations import NoiseKeys, ParameterVector, RowwiseNoise, Sha
 from hf_flops.precision import keep_masters
 from tests.tiny import TASKS, as_dataset, model_forward, tiny_batch, tiny_model, training_arguments
 
-pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")  # PEFT, of norms
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning"),  # PEFT, of norms
+]
 HALF = [torch.bfloat16, torch.float16]
 CONFIGS = {
     "lora": lambda kind: LoraConfig(r=2, target_modules=TARGETS[kind], task_type=TASKS[kind], modules_to_save=HEADS[kind]),
@@ -46,13 +47,6 @@ def adapted(kind, adapter, dtype=torch.float32, model=None):
 def batch(kind, dtype, samples=4):
     inputs = tiny_batch(kind, samples)
     return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _collect_young_objects_only():
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 # --- parameters in float32 ---

@@ -11,7 +11,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerFast
 
-from hf_flops import ConfigurationError
+from hf_flops import ConfigurationError, FlopsTrainer
 from hf_flops.suffix import CONFIG_FILE
 from recipes import prompt_tuning, prompts
 from recipes.prompts import Template, WordClassifier, adapted, label_tokens, load_texts
@@ -61,7 +61,7 @@ def language_model(*unused):
 @pytest.fixture
 def tiny(monkeypatch):
     monkeypatch.setattr(prompts, "sentences", reviews)
-    monkeypatch.setattr(prompt_tuning, "load_model", language_model)
+    monkeypatch.setattr(prompts, "load_model", language_model)
 
 
 def words_of(ids):
@@ -201,7 +201,7 @@ def test_a_resumed_run_without_a_curve_has_no_picture(tiny, tmp_path, monkeypatc
     checkpoint, given = tmp_path / "checkpoint-1", []
     checkpoint.mkdir()
     (checkpoint / "trainer_state.json").write_text("{}")
-    monkeypatch.setattr(prompt_tuning.FlopsTrainer, "train", lambda trainer, start: given.append((start, trainer.args)))
+    monkeypatch.setattr(FlopsTrainer, "train", lambda trainer, start: given.append((start, trainer.args)))
     options = "--queries_per_sample auto --validation_texts 0 --test_texts 4 --use_cpu True --disable_tqdm True"
     options = [*options.split(), "--label_words", "terrible", "great", "--output_dir", str(tmp_path / "out")]
     prompt_tuning.main([*options, "--resume_from_checkpoint", str(checkpoint)])
@@ -234,7 +234,7 @@ def test_a_resumed_run_without_a_curve_has_no_picture(tiny, tmp_path, monkeypatc
 def test_options_that_cannot_work_end_in_a_sentence_and_leave_no_folder(options, match, tmp_path, monkeypatch):
     monkeypatch.setattr(prompts, "sentences", reviews)
     if "--model" not in options:
-        monkeypatch.setattr(prompt_tuning, "load_model", language_model)
+        monkeypatch.setattr(prompts, "load_model", language_model)
     (tmp_path / "file").touch()
     given = ["--output_dir", str(tmp_path / "out"), "--use_cpu", "True", "--label_words", "terrible", "great"]
     with pytest.raises(ConfigurationError, match=match) as refused:
@@ -267,15 +267,45 @@ def test_a_yaml_file_is_checked_as_options_are(text, match, tmp_path):
     assert "\n" not in str(refused.value)
 
 
-def test_a_yaml_file_compares_known_methods_and_comes_alone(tmp_path, capsys):
+@pytest.mark.parametrize("option", ["adapter: sufix", "per_class: ten", "compare: [mezo]", "virtual_tokens: 0"])
+def test_a_wrong_value_is_the_same_error_in_a_file_and_on_the_command_line(option, tmp_path, capsys):
+    def refusal(arguments):
+        with pytest.raises((SystemExit, ConfigurationError)) as refused:
+            prompt_tuning.parse(arguments)
+        return capsys.readouterr().err or str(refused.value)
+
     path = tmp_path / "run.yaml"
-    path.write_text("compare: [mezo]")
-    for given in ([str(path)], [str(path), "--seed", "3"]):
+    path.write_text(option)
+    name, value = option.split(": ")
+    said = refusal([f"--{name}", value.strip("[]")]).strip().rpartition("error: ")[2]
+    assert said.rstrip(".") in refusal([str(path)])
+
+
+def test_options_override_a_file_which_comes_first(tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text("seed: 1\nlabel_words: [good, bad]\ncompare: [backprop]\nper_class: 4\ninit_text:\n")
+    recipe, args = prompt_tuning.parse([str(path), "--seed", "3", "--label_words", "yes", "no"])
+    assert (args.seed, recipe.label_words, recipe.compare, recipe.per_class) == (3, ["yes", "no"], ["backprop"], 4)
+    assert recipe.init_text is None
+    assert prompt_tuning.parse([str(path), "--init_text", "so"])[0].init_text == "so"
+    path.write_text("label_words: [good, bad]\ncompare: []")
+    assert prompt_tuning.parse([str(path)])[0].compare == []
+    refusals = {
+        ("--seed", "3", str(path)): "run.yaml is not understood: options begin with --, and a YAML file comes first",
+        ("--lerning_rate", "3"): "--lerning_rate is no option, see --help_all",
+        (str(path), "--lerning_rate", "3"): "--lerning_rate is no option, see --help_all",
+    }
+    for given, sentence in refusals.items():
         with pytest.raises(SystemExit):
-            prompt_tuning.parse(given)
-    said = capsys.readouterr().err
-    assert "error: --compare mezo is unknown: choose among flops, backprop" in said
-    assert "run.yaml is not understood" in said
+            prompt_tuning.parse([*given])
+        assert f"error: {sentence}" in capsys.readouterr().err.replace(f"{tmp_path}/", "")
+    path.write_text("seed: [1, 2]")
+    with pytest.raises(ConfigurationError, match=r"run\.yaml cannot be used: 2 is one value too many"):
+        prompt_tuning.parse([str(path)])
+
+
+def test_values_of_a_file_have_the_types_of_options(tmp_path):
+    path = tmp_path / "run.yaml"
     lines = ("compare: backprop", "weight_decay: 1e-2", "queries_per_sample: auto", "use_cpu: true")
     path.write_text("\n".join([*lines, "lr_scheduler_kwargs: {a: 1}"]))
     recipe, args = prompt_tuning.parse([str(path)])

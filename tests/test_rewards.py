@@ -1,6 +1,5 @@
 """Metrics and rewards as objectives: what they measure, what their steps need, and that training improves them."""
 
-import gc
 import logging
 from types import SimpleNamespace
 
@@ -34,13 +33,6 @@ class Letters:
 
     def batch_decode(self, rows, skip_special_tokens=False):
         return [" ".join(f"w{int(token)}" for token in row if int(token) > 2) for row in rows]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _collect_young_objects_only():
-    gc.freeze()  # every `train()` collects garbage, which takes long with everything that is imported
-    yield
-    gc.unfreeze()
 
 
 def arguments(folder, **options):

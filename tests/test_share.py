@@ -11,7 +11,7 @@ from hf_flops import ConfigurationError, Method, Place, estimate_gradient
 from hf_flops.allocators import ALLOCATORS
 from hf_flops.control_variates import LogitJacobian
 from hf_flops.estimators import ESTIMATORS
-from hf_flops.exchange import EXCHANGES, REDUCE, gradient_exchange
+from hf_flops.exchange import EXCHANGES, REDUCE, GradientAllReduce, ScalarExchange, SingleProcess, gradient_exchange
 from hf_flops.heads import find_head
 from hf_flops.independence import choose_reuse
 from hf_flops.objectives import BatchLoss, TappedLoss
@@ -137,6 +137,27 @@ def test_gradients_are_summed_once_per_optimizer_step():
     numbers = 8 * gradients.shape[1] * 2
     assert one > numbers
     assert four - numbers == 4 * (one - numbers)
+
+
+@pytest.mark.parametrize(("world", "reduce", "kind"), [(1, "gradient", SingleProcess), (3, "gradient", GradientAllReduce)])
+def test_the_exchange_follows_from_the_number_of_processes(world, reduce, kind):
+    share = Share()
+    share.world = world
+    assert type(EXCHANGES[reduce](share)) is kind
+    assert type(EXCHANGES["scalars"](share)) is ScalarExchange
+
+
+def test_a_sum_of_gradients_waits_for_the_last_batch_unless_each_one_counts():
+    def sums(share, every_batch):
+        exchange = EXCHANGES["gradient"](share, every_batch=every_batch)
+        parts = [exchange.settle([torch.ones(2) * number], last=number == 3) for number in (1, 2, 3)]
+        exchange.settle([torch.ones(2)], last=False)
+        exchange.forget()
+        assert not exchange.waiting
+        return [part if part is None else part[0].tolist() for part in parts]
+
+    assert played(2, lambda share: sums(share, False)) == [[None, None, [12.0, 12.0]]] * 2
+    assert played(2, lambda share: sums(share, True)) == [[[2.0, 2.0], [4.0, 4.0], [6.0, 6.0]]] * 2
 
 
 def test_scalars_do_not_grow_with_the_adapter():
