@@ -1,4 +1,6 @@
-"""What pyproject.toml cannot say: the recipes, which lie beside the package, are installed inside it."""
+"""What pyproject.toml cannot say: the recipes, which lie beside the package, are installed inside
+it.
+"""
 
 from setuptools import find_packages, setup
 

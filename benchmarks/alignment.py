@@ -1,8 +1,10 @@
-"""Tune the learning rate of every method of recipes/alignment.py on a grid, then measure each at its best.
+"""Tune the learning rate of every method of recipes/alignment.py on a grid, then measure each at
+its best.
 
-Grids of five rates (for SGD, of six decades) are searched on validation images, by zero-shot accuracy with seed 0; the best
-value of each method is then run with three other seeds, which also choose the training images and the new projections, and
-tested. Rows, trained parameters, batches and epochs are the same for all. Runs that the record holds are not repeated.
+Grids of five rates (for SGD, of six decades) are searched on validation images, by zero-shot
+accuracy with seed 0; the best value of each method is then run with three other seeds, which also
+choose the training images and the new projections, and tested. Rows, trained parameters, batches
+and epochs are the same for all. Runs that the record holds are not repeated.
 
     python benchmarks/alignment.py
 """
@@ -56,8 +58,8 @@ def measure(name: str, rate: float, classes: str, seed: int) -> dict[str, Any]:
         found = asdict(run(method, recipe, args, own)[0])
     after = ", ".join(f"{name} {scores['accuracy']:.3f}" for name, scores in found["after"].items())
     print(
-        f"{name:24} lr {rate:<6g} seed {seed}: validation {found['validation']:.3f}, test {after}, {found['rows']:,} rows, "
-        f"{found['seconds']:.0f} s",
+        f"{name:24} lr {rate:<6g} seed {seed}: validation {found['validation']:.3f}, test {after}, "
+        f"{found['rows']:,} rows, {found['seconds']:.0f} s",
         flush=True,
     )
     return found
@@ -68,18 +70,28 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in runs[0]["after"]:
         for moment in ("before", "after"):
-            values = np.array([[run[moment][name][measure] for measure in MEASURES] for run in runs])
+            values = np.array(
+                [[run[moment][name][measure] for measure in MEASURES] for run in runs]
+            )
             spread = values.std(0, ddof=1) if len(runs) > 1 else np.full(len(MEASURES), np.nan)
             pairs = zip(MEASURES, values.mean(0), spread, strict=True)
-            found.setdefault(name, {})[moment] = {measure: [float(m), float(s)] for measure, m, s in pairs}
-    return {**found, "rows": runs[0]["rows"], "seconds": float(np.median([run["seconds"] for run in runs]))}
+            found.setdefault(name, {})[moment] = {
+                measure: [float(m), float(s)] for measure, m, s in pairs
+            }
+    return {
+        **found,
+        "rows": runs[0]["rows"],
+        "seconds": float(np.median([run["seconds"] for run in runs])),
+    }
 
 
 def main() -> None:
     """Search the grids, measure the best, write results/alignment_<classes>.json."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--classes", default="all", choices=["all", "base"])
-    parser.add_argument("--methods", nargs="+", default=[*METHODS, ALONE], choices=[*METHODS, ALONE])
+    parser.add_argument(
+        "--methods", nargs="+", default=[*METHODS, ALONE], choices=[*METHODS, ALONE]
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     options = parser.parse_args()
     quiet()
@@ -87,7 +99,9 @@ def main() -> None:
     for method in options.methods:
         entry = record.entries.get(method, {"runs": {}})
 
-        def measured(rate: float, seed: int, method: str = method, entry: dict[str, Any] = entry) -> dict[str, Any]:
+        def measured(
+            rate: float, seed: int, method: str = method, entry: dict[str, Any] = entry
+        ) -> dict[str, Any]:
             name = f"learning rate {rate:g}, seed {seed}"
             if name not in entry["runs"]:
                 entry["runs"][name] = measure(method, rate, options.classes, seed)
@@ -97,7 +111,9 @@ def main() -> None:
         validation = {rate: measured(rate, 0)["validation"] for rate in GRIDS[method]}
         best = max(validation, key=validation.__getitem__)
         found = summary([measured(best, seed) for seed in options.seeds])
-        record.keep(method, {**entry, "learning_rate": best, "validation_by_rate": validation, **found})
+        record.keep(
+            method, {**entry, "learning_rate": best, "validation_by_rate": validation, **found}
+        )
 
 
 if __name__ == "__main__":

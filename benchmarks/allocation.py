@@ -1,9 +1,11 @@
-"""What each allocator is worth on real gradients: the variance of the estimate along real fine-tuning runs.
+"""What each allocator is worth on real gradients: the variance of the estimate along real
+fine-tuning runs.
 
-Backprop trains an adapter; at every step, gradients of single samples (by autograd) tell what the estimate of that step
-would have varied by with the counts of every allocator, all at the same number of rows, clean rows charged. Allocators
-learn from deltas drawn with those gradients, as in a forward-only run. At some steps the estimate is run for real, some
-times, and its error against autograd's gradient stands beside the variance that was computed.
+Backprop trains an adapter; at every step, gradients of single samples (by autograd) tell what the
+estimate of that step would have varied by with the counts of every allocator, all at the same
+number of rows, clean rows charged. Allocators learn from deltas drawn with those gradients, as in a
+forward-only run. At some steps the estimate is run for real, some times, and its error against
+autograd's gradient stands beside the variance that was computed.
 
     python benchmarks/allocation.py            # both tasks, three seeds
     python benchmarks/allocation.py --quick    # the shape of it in minutes
@@ -49,7 +51,9 @@ class Race:
     """
 
     seed: int
-    allocators: dict[str, Any] = field(default_factory=lambda: {name: kind() for name, kind in ALLOCATORS.items()})
+    allocators: dict[str, Any] = field(
+        default_factory=lambda: {name: kind() for name, kind in ALLOCATORS.items()}
+    )
     curves: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
     def step(self, features: Features, gradients: Tensor) -> None:
@@ -58,15 +62,25 @@ class Race:
         squares, budget = gradients.double().square().sum(1), BATCH * (QUERIES - 1)
         equal = float(proxy(squares, equal_counts(BATCH, budget)))
         whole = float(gradients.double().sum(0).square().sum())
-        self.curves[ORACLE].append(float(proxy(squares, optimal_counts(squares.sqrt(), budget))) / equal)
+        self.curves[ORACLE].append(
+            float(proxy(squares, optimal_counts(squares.sqrt(), budget))) / equal
+        )
         # Differences to the clean row leave 15 directions of 16 rows, pairs leave 8.
         self.curves[SHARED].append(whole / (QUERIES - 1) / equal)
         self.curves[MEZO].append(whole / (QUERIES // 2) / equal)
         for name, allocator in self.allocators.items():
-            self.curves[name].append(self._variance(allocator, features, gradients, squares, budget, generator) / equal)
+            self.curves[name].append(
+                self._variance(allocator, features, gradients, squares, budget, generator) / equal
+            )
 
     def _variance(
-        self, allocator: Any, features: Features, gradients: Tensor, squares: Tensor, budget: int, generator: torch.Generator
+        self,
+        allocator: Any,
+        features: Features,
+        gradients: Tensor,
+        squares: Tensor,
+        budget: int,
+        generator: torch.Generator,
     ) -> float:
         plan = allocator.pilot(features, budget) if isinstance(allocator, Piloted) else None
         if plan is None:
@@ -79,7 +93,9 @@ class Race:
         else:
             pilot, shares = plan
             seen = mean_squares(squares, pilot, generator)
-            second = allocator.second_counts(features, seen, pilot, shares, budget - int(pilot.sum()))
+            second = allocator.second_counts(
+                features, seen, pilot, shares, budget - int(pilot.sum())
+            )
             found = proxy(squares * shares**2, pilot) + proxy(squares * (1 - shares) ** 2, second)
             counts = pilot + second
         allocator.update(features, counts, mean_squares(squares, counts, generator))
@@ -87,7 +103,9 @@ class Race:
 
 
 def mean_squares(squares: Tensor, counts: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw means of n_i squared deltas: a delta is the gradient along the noise, so normal with variance ||g_i||^2."""
+    """Draw means of n_i squared deltas: a delta is the gradient along the noise, so normal with
+    variance ||g_i||^2.
+    """
     normal = torch.randn(len(squares), int(counts.max()), generator=generator, dtype=torch.float64)
     asked = torch.arange(normal.shape[1]) < counts[:, None]
     return squares * (normal.square() * asked).sum(1) / counts
@@ -96,10 +114,14 @@ def mean_squares(squares: Tensor, counts: Tensor, generator: torch.Generator) ->
 def measured(
     task: Task, inputs: dict[str, Tensor], features: Features, race: Race, truth: Tensor, draws: int
 ) -> dict[str, float]:
-    """Return the mean square error of real estimates, by allocator; truth: (d,) autograd's gradient."""
+    """Return the mean square error of real estimates, by allocator; truth: (d,) autograd's
+    gradient.
+    """
     names, found = ParameterVector.of(task.model).names, {}
     for name in ("uniform", "optimal", "gaussian", "two_stage", SHARED):
-        kind, allocator = ({"shared": names}, "uniform") if name == SHARED else ({"rowwise": names}, name)
+        kind, allocator = (
+            ({"shared": names}, "uniform") if name == SHARED else ({"rowwise": names}, name)
+        )
         errors = []
         for draw in range(draws):
             for parameter in task.model.parameters():
@@ -115,10 +137,16 @@ def measured(
                 1e-3,
                 rows_per_forward=128,
             )
-            place = Place(seed=1000 + draw, step=features.step, epoch=features.epoch, ids=features.ids)
-            estimate_gradient(lambda rows: ((out := task.model(**rows)).loss, out), inputs, method, place)
+            place = Place(
+                seed=1000 + draw, step=features.step, epoch=features.epoch, ids=features.ids
+            )
+            estimate_gradient(
+                lambda rows: ((out := task.model(**rows)).loss, out), inputs, method, place
+            )
             vector = ParameterVector.of(task.model)
-            found_gradient = torch.cat([parameter.grad.flatten() for parameter in vector.parameters])
+            found_gradient = torch.cat(
+                [parameter.grad.flatten() for parameter in vector.parameters]
+            )
             errors.append(float((found_gradient - truth).double().square().sum()))
         found[name] = float(np.mean(errors))
     return found
@@ -132,7 +160,9 @@ def run(task: Task, seed: int, steps: int, check: set[int], draws: int) -> dict[
         optimizer.zero_grad()
         gradients, seen = gradients_of(inputs)
         epoch = step * BATCH / len(task.data["labels"])
-        features = Features(seen.sums, seen.residuals, step, 0, epoch, seed, lengths=seen.counts.float(), ids=ids)
+        features = Features(
+            seen.sums, seen.residuals, step, 0, epoch, seed, lengths=seen.counts.float(), ids=ids
+        )
         if step in check:
             kept = [parameter.grad for parameter in gradients_of.vector.parameters]
             found = measured(task, inputs, features, race, gradients.mean(0), draws)
@@ -140,30 +170,45 @@ def run(task: Task, seed: int, steps: int, check: set[int], draws: int) -> dict[
                 parameter.grad = gradient
         race.step(features, gradients)
         if step in check:
-            equal = float(proxy(gradients.double().square().sum(1), equal_counts(BATCH, BATCH * (QUERIES - 1))))
+            equal = float(
+                proxy(
+                    gradients.double().square().sum(1), equal_counts(BATCH, BATCH * (QUERIES - 1))
+                )
+            )
             computed = {name: curve[-1] for name, curve in race.curves.items()}
-            dimension = gradients.shape[1]  # Rademacher noise: E ||delta z||^2 = d ||g||^2, up to terms of higher order
+            # Rademacher noise: E ||delta z||^2 = d ||g||^2, up to terms of higher order
+            dimension = gradients.shape[1]
             checks.append(
                 {
                     "step": step,
-                    "measured": {name: error / (dimension * equal / BATCH**2) for name, error in found.items()},
+                    "measured": {
+                        name: error / (dimension * equal / BATCH**2)
+                        for name, error in found.items()
+                    },
                     "computed": {name: computed[name] for name in found},
                 }
             )
         optimizer.step()
         if step % 25 == 0:
-            print(f"{task.name}, seed {seed}, step {step}: loss {float(features.losses.mean()):.3f}", flush=True)
+            print(
+                f"{task.name}, seed {seed}, step {step}: loss {float(features.losses.mean()):.3f}",
+                flush=True,
+            )
     return {"seed": seed, "curves": race.curves, "checks": checks}
 
 
 def costs(task: Task, samples: int = 256, queries: int = 64, repeats: int = 9) -> dict[str, float]:
-    """Return what each allocator costs in a step of `samples * queries` rows, as a share of the rows' plain inference.
+    """Return what each allocator costs in a step of `samples * queries` rows, as a share of the
+    rows' plain inference.
 
     Both sides are timed in turn; medians.
     """
     generator = torch.Generator().manual_seed(0)
     inputs, _ = next(task.batches(0, BATCH))
-    allocators, budget = {name: kind() for name, kind in ALLOCATORS.items()}, samples * (queries - 1)
+    allocators, budget = (
+        {name: kind() for name, kind in ALLOCATORS.items()},
+        samples * (queries - 1),
+    )
     times: dict[str, list[float]] = defaultdict(list)
     for step in range(repeats):
         start = time.perf_counter()
@@ -171,7 +216,9 @@ def costs(task: Task, samples: int = 256, queries: int = 64, repeats: int = 9) -
             task.model(**inputs)
         times["row"].append((time.perf_counter() - start) / BATCH)
         residuals = torch.rand(samples, generator=generator)
-        features = Features(residuals, residuals, step, lengths=torch.ones(samples), ids=tuple(range(samples)))
+        features = Features(
+            residuals, residuals, step, lengths=torch.ones(samples), ids=tuple(range(samples))
+        )
         for name, allocator in allocators.items():
             squares = residuals * torch.rand(samples, generator=generator)
             start = time.perf_counter()
@@ -187,7 +234,9 @@ def costs(task: Task, samples: int = 256, queries: int = 64, repeats: int = 9) -
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
-    """Return, by window of steps and name, mean variance over that of equal counts, and its standard error over seeds."""
+    """Return, by window of steps and name, mean variance over that of equal counts, and its
+    standard error over seeds.
+    """
     table: dict[str, dict[str, list[float]]] = {}
     for title, (first, last) in WINDOWS.items():
         table[title] = {}
@@ -200,11 +249,16 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
 
 def main() -> None:
     """Run the tasks, print a table, write results/allocation.json and docs/allocation.png."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--draws", type=int, default=4, help="real estimates per allocator at the steps that are checked")
+    parser.add_argument(
+        "--draws",
+        type=int,
+        default=4,
+        help="real estimates per allocator at the steps that are checked",
+    )
     parser.add_argument("--quick", action="store_true", help="one seed, fewer draws")
     options = parser.parse_args()
     if options.quick:
@@ -232,29 +286,53 @@ def report(name: str, record: dict[str, Any]) -> None:
     """Print a task's table in Markdown, and how real estimates compare with computed variances."""
     summaries = record["summary"]
     print(
-        f"\n{name}: variance over that of equal counts\n\n| | {' | '.join(summaries)} |\n|{' --- |' * (len(summaries) + 1)}"
+        f"\n{name}: variance over that of equal counts\n\n"
+        f"| | {' | '.join(summaries)} |\n"
+        f"|{' --- |' * (len(summaries) + 1)}"
     )
     for row in next(iter(summaries.values())):
-        print(
-            f"| {row} | {' | '.join(f'{mean:.2f} ± {error:.2f}' for mean, error in (s[row] for s in summaries.values()))} |"
-        )
-    print("\ncost, share of a step of 256 x 64 rows:", {name: f"{cost:.2%}" for name, cost in record["costs"].items()})
+        cells = [
+            f"{mean:.2f} ± {error:.2f}" for mean, error in (s[row] for s in summaries.values())
+        ]
+        print(f"| {row} | {' | '.join(cells)} |")
+    print(
+        "\ncost, share of a step of 256 x 64 rows:",
+        {name: f"{cost:.2%}" for name, cost in record["costs"].items()},
+    )
     for check in record["runs"][0]["checks"]:
-        pairs = {name: f"{check['measured'][name]:.2f} ({check['computed'][name]:.2f})" for name in check["measured"]}
+        pairs = {
+            name: f"{check['measured'][name]:.2f} ({check['computed'][name]:.2f})"
+            for name in check["measured"]
+        }
         print(f"step {check['step']}, real estimates (computed):", pairs)
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
     """Draw the variance along the runs, mean over seeds, smoothed over nine steps."""
     plt = pyplot()
-    figure, panels = plt.subplots(1, len(record), figsize=(5.5 * len(record), 4), layout="constrained", sharey=True)
+    figure, panels = plt.subplots(
+        1, len(record), figsize=(5.5 * len(record), 4), layout="constrained", sharey=True
+    )
     for axes, (name, own) in zip(np.atleast_1d(panels), record.items(), strict=True):
-        for row in ("uniform", "bernoulli", "loss_proportional", "gaussian", "two_stage", "optimal", ORACLE):
+        for row in (
+            "uniform",
+            "bernoulli",
+            "loss_proportional",
+            "gaussian",
+            "two_stage",
+            "optimal",
+            ORACLE,
+        ):
             curve = np.mean([run["curves"][row] for run in own["runs"]], 0)
             smooth = np.convolve(np.pad(curve, 4, mode="edge"), np.ones(9) / 9, mode="valid")
             style = {"color": "black", "linestyle": ":"} if row == ORACLE else {}
             axes.plot(smooth, label=row, linewidth=1.6, **style)
-        axes.set(title=name, xlabel="backprop steps done", ylabel="variance over that of equal counts", ylim=(0, 1.25))
+        axes.set(
+            title=name,
+            xlabel="backprop steps done",
+            ylabel="variance over that of equal counts",
+            ylim=(0, 1.25),
+        )
     np.atleast_1d(panels)[-1].legend(frameon=False, fontsize=8, ncols=2)
     figure.savefig(path, dpi=110)
     plt.close(figure)

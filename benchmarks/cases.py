@@ -1,4 +1,6 @@
-"""What speed and memory are measured on: real models with adapters, a batch, and the four ways to send its rows through."""
+"""What speed and memory are measured on: real models with adapters, a batch, and the four ways to
+send its rows through.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ SIDES = ("plain", "ours", "mezo", "backprop")
 
 
 def texts(path: str, samples: int, tokens: int, *, answers: bool) -> dict[str, Tensor]:
-    """Tokenize movie reviews to exactly `tokens` tokens each (several in one where they are short)."""
+    """Tokenize movie reviews to exactly `tokens` tokens each (several in one where they are
+    short).
+    """
     tokenizer = AutoTokenizer.from_pretrained(path)
     pairs = sentences()
     joined = [" ".join(text for text, _ in pairs[i * 16 : i * 16 + 16]) for i in range(samples)]
@@ -53,16 +57,27 @@ def texts(path: str, samples: int, tokens: int, *, answers: bool) -> dict[str, T
     labels = torch.tensor([pairs[i * 16][1] for i in range(samples)])
     if not answers:
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-    words = torch.tensor([tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in (" terrible", " great")])
+    words = torch.tensor(
+        [
+            tokenizer(word, add_special_tokens=False)["input_ids"][0]
+            for word in (" terrible", " great")
+        ]
+    )
     ids = torch.cat([ids, words[labels][:, None]], 1)
     targets = torch.full_like(ids, -100)
     targets[:, -1] = ids[:, -1]
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": targets}
 
 
-def lora(model: nn.Module, layers: list[int] | None, names: list[str], rank: int = 8, **options: Any) -> nn.Module:
-    """Put LoRA on queries and values, of all layers or of some, with B away from zero as in training."""
-    model = get_peft_model(model, LoraConfig(r=rank, target_modules=names, layers_to_transform=layers, **options)).eval()
+def lora(
+    model: nn.Module, layers: list[int] | None, names: list[str], rank: int = 8, **options: Any
+) -> nn.Module:
+    """Put LoRA on queries and values, of all layers or of some, with B away from zero as in
+    training.
+    """
+    model = get_peft_model(
+        model, LoraConfig(r=rank, target_modules=names, layers_to_transform=layers, **options)
+    ).eval()
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -93,11 +108,15 @@ class Case:
     def plain(self) -> None:
         """Send the same rows through the model, and nothing else."""
         with torch.no_grad(), self.shortened():
-            for owner in torch.arange(self.rows).div(QUERIES, rounding_mode="floor").split(self.chunk):
+            for owner in (
+                torch.arange(self.rows).div(QUERIES, rounding_mode="floor").split(self.chunk)
+            ):
                 self.inference(take(self.inputs, owner))
 
     def inference(self, rows: dict[str, Tensor]) -> None:
-        """Run rows; a suffix prompt's rows go through its base as whole sequences, of which only the answer is asked."""
+        """Run rows; a suffix prompt's rows go through its base as whole sequences, of which only
+        the answer is asked.
+        """
         if not isinstance(self.model, SuffixPromptModel):
             self.forward(rows)
             return
@@ -106,31 +125,57 @@ class Case:
         sequence = torch.cat([text, prompt.expand(len(text), -1, -1)], 1)
         mask = torch.ones(sequence.shape[:2], dtype=torch.long)
         last = torch.tensor([sequence.shape[1] - 1])
-        self.model.base(inputs_embeds=sequence, attention_mask=mask, use_cache=False, logits_to_keep=last)
+        self.model.base(
+            inputs_embeds=sequence, attention_mask=mask, use_cache=False, logits_to_keep=last
+        )
 
     def backprop(self) -> None:
         """Forward and backward of the same rows."""
         with self.shortened():
-            for owner in torch.arange(self.rows).div(QUERIES, rounding_mode="floor").split(self.chunk):
+            for owner in (
+                torch.arange(self.rows).div(QUERIES, rounding_mode="floor").split(self.chunk)
+            ):
                 self.forward(take(self.inputs, owner))[0].backward()
 
     def shortened(self) -> AbstractContextManager[None]:
-        """Let everyone take logits where our objective takes them, so that the comparison is about the rest."""
-        return self.objective.installed() if isinstance(self.objective, LastLogits) else nullcontext()
+        """Let everyone take logits where our objective takes them, so that the comparison is about
+        the rest.
+        """
+        return (
+            self.objective.installed() if isinstance(self.objective, LastLogits) else nullcontext()
+        )
 
     def methods(self) -> dict[str, Callable[[], None]]:
-        """Return what runs a step, for each of `SIDES` and for ours without the control variate; checks are done here."""
+        """Return what runs a step, for each of `SIDES` and for ours without the control variate;
+        checks are done here.
+        """
         with torch.no_grad():
             objective, _ = choose_objective(self.forward, self.inputs)
             self.objective = with_last_logits(self.model, objective, self.forward, self.inputs)
             ours = self._ours(self.objective)
-        names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        names = [
+            name for name, parameter in self.model.named_parameters() if parameter.requires_grad
+        ]
         shared = perturb(self.model, shared=names, distribution="gaussian")
         mezo = replace(
-            ours, perturbation=shared, estimator=Antithetic(), allocator=Uniform(), reuse=ReusePlan(), control=None
+            ours,
+            perturbation=shared,
+            estimator=Antithetic(),
+            allocator=Uniform(),
+            reuse=ReusePlan(),
+            control=None,
         )
-        sides = {"plain": self.plain, "ours": self._step(ours), "mezo": self._step(mezo), "backprop": self.backprop}
-        return sides if ours.control is None else {**sides, "no control": self._step(replace(ours, control=None))}
+        sides = {
+            "plain": self.plain,
+            "ours": self._step(ours),
+            "mezo": self._step(mezo),
+            "backprop": self.backprop,
+        }
+        return (
+            sides
+            if ours.control is None
+            else {**sides, "no control": self._step(replace(ours, control=None))}
+        )
 
     def _ours(self, objective: Objective) -> Method:
         perturbation, notes = choose_perturbation(self.model, objective, self.forward, self.inputs)
@@ -141,7 +186,15 @@ class Case:
             if note:
                 print(f"{self.name}: {note}")
         return Method(
-            objective, perturbation, OneSided(), Optimal(), QUERIES, 1e-3, self.chunk, reuse=reuse, control=control
+            objective,
+            perturbation,
+            OneSided(),
+            Optimal(),
+            QUERIES,
+            1e-3,
+            self.chunk,
+            reuse=reuse,
+            control=control,
         )
 
     def _step(self, method: Method) -> Callable[[], None]:
@@ -150,7 +203,8 @@ class Case:
         def run() -> None:
             start = time.perf_counter()
             with torch.no_grad(), shared_texts(self.model, self.inputs, method.needs_clean):
-                self.seconds += time.perf_counter() - start  # texts that all rows share are a forward, too
+                # texts that all rows share are a forward, too
+                self.seconds += time.perf_counter() - start
                 found = estimate_gradient(self.timed, self.inputs, method, Place(step=next(steps)))
                 run.rows = found.rows  # type: ignore[attr-defined]
 
@@ -172,17 +226,32 @@ def minilm_lora(layers: list[int] | None = None) -> Case:
     model = AutoModelForSequenceClassification.from_pretrained(minilm(), num_labels=2)
     name = "MiniLM, LoRA in all layers" if layers is None else "MiniLM, LoRA in the last third"
     inputs = texts(minilm(), 16, 32, answers=False)
-    return Case(name, lora(model, layers, ["query", "value"]), inputs, 64 if layers is None else 128)
+    return Case(
+        name, lora(model, layers, ["query", "value"]), inputs, 64 if layers is None else 128
+    )
 
 
 def vit_lora(layers: list[int] | None = None) -> Case:
-    """A ViT of the size of ViT-Tiny (192 wide, 12 layers, 65 tokens; random weights, as speed does not depend on them)."""
-    sizes = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768, "image_size": 64, "patch_size": 8}
+    """A ViT of the size of ViT-Tiny (192 wide, 12 layers, 65 tokens; random weights, as speed does
+    not depend on them).
+    """
+    sizes = {
+        "hidden_size": 192,
+        "num_attention_heads": 3,
+        "intermediate_size": 768,
+        "image_size": 64,
+        "patch_size": 8,
+    }
     model = ViTForImageClassification(ViTConfig(num_labels=10, **sizes))
     name = "ViT, LoRA in all layers" if layers is None else "ViT, LoRA in the last third"
     generator = torch.Generator().manual_seed(0)
-    inputs = {"pixel_values": torch.randn(16, 3, 64, 64, generator=generator), "labels": torch.arange(16) % 10}
-    return Case(name, lora(model, layers, ["q_proj", "v_proj"]), inputs, 64 if layers is None else 128)
+    inputs = {
+        "pixel_values": torch.randn(16, 3, 64, 64, generator=generator),
+        "labels": torch.arange(16) % 10,
+    }
+    return Case(
+        name, lora(model, layers, ["q_proj", "v_proj"]), inputs, 64 if layers is None else 128
+    )
 
 
 def smollm2_lora(layers: list[int] | None = None) -> Case:
@@ -194,16 +263,24 @@ def smollm2_lora(layers: list[int] | None = None) -> Case:
 
 
 def smollm2_prompt() -> Case:
-    """SmolLM2-135M with PEFT's prompt tuning, 8 virtual tokens before 8 texts of 32 tokens, 128 rows."""
+    """SmolLM2-135M with PEFT's prompt tuning, 8 virtual tokens before 8 texts of 32 tokens, 128
+    rows.
+    """
     model = AutoModelForCausalLM.from_pretrained(smollm2())
-    model = get_peft_model(model, PromptTuningConfig(num_virtual_tokens=8, task_type="CAUSAL_LM")).eval()
+    model = get_peft_model(
+        model, PromptTuningConfig(num_virtual_tokens=8, task_type="CAUSAL_LM")
+    ).eval()
     return Case("SmolLM2, prompt tuning", model, texts(smollm2(), 8, 32, answers=True), 64)
 
 
 def smollm2_suffix() -> Case:
     """SmolLM2-135M with 8 virtual tokens behind 2 texts of 128 tokens, 32 rows."""
-    model = SuffixPromptModel(AutoModelForCausalLM.from_pretrained(smollm2()), num_virtual_tokens=8).eval()
-    return Case("SmolLM2, suffix prompt, 128 tokens", model, texts(smollm2(), 2, 128, answers=True), 32)
+    model = SuffixPromptModel(
+        AutoModelForCausalLM.from_pretrained(smollm2()), num_virtual_tokens=8
+    ).eval()
+    return Case(
+        "SmolLM2, suffix prompt, 128 tokens", model, texts(smollm2(), 2, 128, answers=True), 32
+    )
 
 
 CASES: dict[str, Callable[[], Case]] = {

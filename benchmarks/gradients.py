@@ -14,20 +14,29 @@ from hf_flops.perturbations import ParameterVector
 
 
 class SampleGradients:
-    """Gradients of single samples by one backward pass, for models whose trainable parameters are those of Linear layers."""
+    """Gradients of single samples by one backward pass, for models whose trainable parameters are
+    those of Linear layers.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.vector = model, ParameterVector.of(model)
         index = {id(parameter): i for i, parameter in enumerate(self.vector.parameters)}
         self.sites = {
-            module: {name: index[id(p)] for name, p in module._parameters.items() if p is not None and id(p) in index}
+            module: {
+                name: index[id(p)]
+                for name, p in module._parameters.items()
+                if p is not None and id(p) in index
+            }
             for module in model.modules()
-            if isinstance(module, nn.Linear) and any(id(p) in index for p in module._parameters.values())
+            if isinstance(module, nn.Linear)
+            and any(id(p) in index for p in module._parameters.values())
         }
         assert sum(len(names) for names in self.sites.values()) == len(self.vector.names)
 
     def __call__(self, inputs: dict[str, Tensor]) -> tuple[Tensor, RowLosses]:
-        """Return (B, d) gradients of each sample's loss, and the losses; the mean gradient is left in `.grad`."""
+        """Return (B, d) gradients of each sample's loss, and the losses; the mean gradient is left
+        in `.grad`.
+        """
         rows, kept = torch.zeros(len(inputs["labels"]), self.vector.size), []
 
         def forward(inputs: Any) -> tuple[Tensor, Any]:

@@ -1,10 +1,12 @@
-"""Rows and seconds to a target accuracy, and accuracy at a fixed budget: ours, each ingredient removed, tuned opponents.
+"""Rows and seconds to a target accuracy, and accuracy at a fixed budget: ours, each ingredient
+removed, tuned opponents.
 
-Every method trains the same adapter from the same start on the same batches. Its learning rate, and the number of queries
-per sample of the forward-only ones, come from one grid, by the mean validation accuracy along the run with seed 0. The best
-is then run with other seeds; their curves are of the test split. The target is 90 % of the way from the untrained adapter to
-the best accuracy of backprop with the same adapter. Every row through the model counts, clean ones too; seconds are of
-the processor, summed over threads, in training without evaluations.
+Every method trains the same adapter from the same start on the same batches. Its learning rate, and
+the number of queries per sample of the forward-only ones, come from one grid, by the mean
+validation accuracy along the run with seed 0. The best is then run with other seeds; their curves
+are of the test split. The target is 90 % of the way from the untrained adapter to the best accuracy
+of backprop with the same adapter. Every row through the model counts, clean ones too; seconds are
+of the processor, summed over threads, in training without evaluations.
 
     python benchmarks/learning.py --task fashion
     python benchmarks/learning.py --quick
@@ -31,7 +33,12 @@ from learning_tasks import TASKS, LearningTask  # isort: skip
 from hf_flops import FlopsTrainer, FlopsTrainingArguments
 
 OURS: dict[str, Any] = {"preset": "flops"}
-SHARED = {"perturbation": "shared", "allocator": "uniform", "closed_form_head": False, "control_variate": "none"}
+SHARED = {
+    "perturbation": "shared",
+    "allocator": "uniform",
+    "closed_form_head": False,
+    "control_variate": "none",
+}
 METHODS: dict[str, dict[str, Any]] = {
     "flops": OURS,
     "flops, noise on the head": {**OURS, "closed_form_head": False},
@@ -39,7 +46,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "flops, equal counts": {**OURS, "allocator": "uniform"},
     "mezo": {"preset": "mezo"},
     "flops-authors": {"preset": "flops-authors"},
-    # One-sided differences of Rademacher noise, and steps divided by the spread of the losses: FZOO, arXiv 2506.09034.
+    # One-sided differences of Rademacher noise, and steps divided by the spread of the losses:
+    # FZOO, arXiv 2506.09034.
     "fzoo": {**OURS, **SHARED, "estimator": "one_sided", "noise": "rademacher"},
     "backprop": {},
 }
@@ -71,8 +79,12 @@ class Run:
         return float(np.mean([accuracy for _, _, accuracy in self.curve[-2:]]))
 
     def to(self, target: float) -> tuple[int, float] | None:
-        """Return rows and seconds to the first point from which the mean of two evaluations is at the target or above."""
-        for (rows, seconds, one), (_, _, two) in zip(self.curve, self.curve[1:] + self.curve[-1:], strict=True):
+        """Return rows and seconds to the first point from which the mean of two evaluations is at
+        the target or above.
+        """
+        for (rows, seconds, one), (_, _, two) in zip(
+            self.curve, self.curve[1:] + self.curve[-1:], strict=True
+        ):
             if (one + two) / 2 >= target and one >= target:
                 return rows, seconds
         return None
@@ -88,8 +100,12 @@ class Watch(TrainerCallback):
 
     def look(self, step: int) -> None:
         """Add a point to the curve."""
-        rows = self.trainer.ledger.rows if hasattr(self.trainer, "ledger") else step * self.task.batch
-        self.run.curve.append((rows, self.seconds, self.task.accuracy(self.trainer.model, self.part)))
+        rows = (
+            self.trainer.ledger.rows if hasattr(self.trainer, "ledger") else step * self.task.batch
+        )
+        self.run.curve.append(
+            (rows, self.seconds, self.task.accuracy(self.trainer.model, self.part))
+        )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.look(0)
@@ -103,12 +119,16 @@ class Watch(TrainerCallback):
 
 
 class LossSpread(TrainerCallback):
-    """Scales a step as FZOO's division by the spread of the losses does, up to a constant that the learning rate takes up.
+    """Scales a step as FZOO's division by the spread of the losses does, up to a constant that the
+    learning rate takes up.
 
-    With K directions `||estimate||^2 ~ (d / K) mean(delta^2)`, and the mean of the estimate is small against it.
+    With K directions `||estimate||^2 ~ (d / K) mean(delta^2)`, and the mean of the estimate is
+    small against it.
     """
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         norm = torch.stack([gradient.norm() for gradient in gradients]).norm().clamp(min=1e-12)
         for gradient in gradients:
@@ -116,7 +136,14 @@ class LossSpread(TrainerCallback):
 
 
 def train(
-    method: str, task: LearningTask, run: Run, budget: int, part: str, points: int, name: str = "", **changes: Any
+    method: str,
+    task: LearningTask,
+    run: Run,
+    budget: int,
+    part: str,
+    points: int,
+    name: str = "",
+    **changes: Any,
 ) -> Run:
     """Train once, to so many rows, and watch one split at so many points.
 
@@ -155,14 +182,19 @@ def train(
     if method == "backprop":
         trainer = Trainer(model, TrainingArguments(**options), **common)
     else:
-        own = {"perturbation_scale": task.scale, "queries_per_sample": run.queries, "rows_per_forward": 64}
+        own = {
+            "perturbation_scale": task.scale,
+            "queries_per_sample": run.queries,
+            "rows_per_forward": 64,
+        }
         args = FlopsTrainingArguments(**{**own, **METHODS[method], **options})
         trainer = FlopsTrainer(model, args, **common)
     watch.trainer = trainer
     trainer.train()
     print(
-        f"{task.name:8} {name or method:26} lr {run.rate:<6g} q {run.queries:<3} seed {run.seed} {part:10} "
-        f"mean {run.mean:.3f}, last {run.curve[-1][2]:.3f}, {run.curve[-1][0]:,} rows, {run.curve[-1][1]:.0f} s",
+        f"{task.name:8} {name or method:26} lr {run.rate:<6g} q {run.queries:<3} seed {run.seed} "
+        f"{part:10} mean {run.mean:.3f}, last {run.curve[-1][2]:.3f}, {run.curve[-1][0]:,} rows, "
+        f"{run.curve[-1][1]:.0f} s",
         flush=True,
     )
     return run
@@ -171,32 +203,52 @@ def train(
 def tuned(
     method: str, task: LearningTask, budget: int, grid: list[float], queries: list[int], points: int
 ) -> tuple[Run, dict[str, float]]:
-    """Return the best run of the grid, and the mean validation accuracy of all; a grid of one is not run."""
+    """Return the best run of the grid, and the mean validation accuracy of all; a grid of one is
+    not run.
+    """
     queries = [1] if method == "backprop" else queries
     if len(grid) == len(queries) == 1:
         return Run(grid[0], queries[0], 0), {}
-    runs = [train(method, task, Run(rate, q, 0), budget, "validation", points) for q in queries for rate in grid]
-    return max(runs, key=lambda run: run.mean), {f"lr {run.rate:g}, q {run.queries}": run.mean for run in runs}
+    runs = [
+        train(method, task, Run(rate, q, 0), budget, "validation", points)
+        for q in queries
+        for rate in grid
+    ]
+    return max(runs, key=lambda run: run.mean), {
+        f"lr {run.rate:g}, q {run.queries}": run.mean for run in runs
+    }
 
 
 def main() -> None:
     """Tune, run, and write results/learning_<task>.json."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--task", choices=TASKS, default="fashion")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--budget", type=int, help="rows of each run")
-    parser.add_argument("--tuning_budget", type=int, help="rows of each run of the grid; by default as many")
-    parser.add_argument("--again", action="store_true", help="take what an earlier run's grid found best")
-    parser.add_argument("--like", choices=METHODS, help="take what an earlier run's grid found best for this method")
+    parser.add_argument(
+        "--tuning_budget", type=int, help="rows of each run of the grid; by default as many"
+    )
+    parser.add_argument(
+        "--again", action="store_true", help="take what an earlier run's grid found best"
+    )
+    parser.add_argument(
+        "--like", choices=METHODS, help="take what an earlier run's grid found best for this method"
+    )
     parser.add_argument("--label", default="", help="put behind the methods' names in the record")
     parser.add_argument("--points", type=int, default=16, help="evaluations of a run")
     parser.add_argument("--grid", nargs="+", type=float, default=GRID)
     parser.add_argument("--queries", nargs="+", type=int, default=QUERIES)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--quick", action="store_true", help="three methods, two rates, one seed: the shape of it")
+    parser.add_argument(
+        "--quick", action="store_true", help="three methods, two rates, one seed: the shape of it"
+    )
     options = parser.parse_args()
     if options.quick:
-        options.methods, options.grid, options.seeds = ["flops", "mezo", "backprop"], [1e-2, 3e-2], [1]
+        options.methods, options.grid, options.seeds = (
+            ["flops", "mezo", "backprop"],
+            [1e-2, 3e-2],
+            [1],
+        )
         options.queries, options.budget = [4], 20_000
     quiet()
     task = TASKS[options.task]()
@@ -205,13 +257,19 @@ def main() -> None:
     wanted = {options.like} if options.like else set(options.methods) if options.again else set()
     if unknown := wanted - set(record.entries):
         option = "--like" if options.like else "--again"
-        parser.error(f"{option}: benchmarks/results holds no run of {', '.join(sorted(unknown))} on {options.task} yet")
+        parser.error(
+            f"{option}: benchmarks/results holds no run of {', '.join(sorted(unknown))} on "
+            f"{options.task} yet"
+        )
     for method in options.methods:
         share = 8 if method == "backprop" else 1
         first, limit = (options.tuning_budget or budget) // share, budget // share
         if wanted:
             found = record.entries[options.like or method]
-            best, grid = Run(found["rate"], found["queries"], 0), {} if options.like else found["validation"]
+            best, grid = (
+                Run(found["rate"], found["queries"], 0),
+                {} if options.like else found["validation"],
+            )
         else:
             best, grid = tuned(method, task, first, options.grid, options.queries, options.points)
         anew = [replace(best, seed=seed, curve=[]) for seed in options.seeds]
@@ -219,10 +277,17 @@ def main() -> None:
         curves = {str(run.seed): run.curve for run in runs}
         name = method + options.label
         before = record.entries.get(name, {}) if wanted else {}
-        if (best.rate, best.queries) == (before.get("rate"), before.get("queries")):  # other seeds of the same length stay
-            kept = {seed: curve for seed, curve in before["curves"].items() if curve[-1][0] == runs[0].curve[-1][0]}
+        # other seeds of the same length stay
+        if (best.rate, best.queries) == (before.get("rate"), before.get("queries")):
+            kept = {
+                seed: curve
+                for seed, curve in before["curves"].items()
+                if curve[-1][0] == runs[0].curve[-1][0]
+            }
             curves = kept | curves
-        record.keep(name, {"rate": best.rate, "queries": best.queries, "validation": grid, "curves": curves})
+        record.keep(
+            name, {"rate": best.rate, "queries": best.queries, "validation": grid, "curves": curves}
+        )
 
 
 if __name__ == "__main__":

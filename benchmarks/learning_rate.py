@@ -1,7 +1,9 @@
-"""Does `learning_rate_search` find the rate? From starts far too small and far too large, beside a grid, at the same rows.
+"""Does `learning_rate_search` find the rate? From starts far too small and far too large, beside a
+grid, at the same rows.
 
-The tasks of learning.py with four rows per sample, and as many rows for every run: those of the search are charged. A grid
-of five rates runs without the search. Starts are multiples of the rate that learning.py's own tuning found.
+The tasks of learning.py with four rows per sample, and as many rows for every run: those of the
+search are charged. A grid of five rates runs without the search. Starts are multiples of the rate
+that learning.py's own tuning found.
 
     python benchmarks/learning_rate.py --task digits
     python benchmarks/learning_rate.py --task fashion
@@ -28,7 +30,9 @@ GRID = [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
 BATCH, QUERIES = 32, 4
 
 
-def train(task: LearningTask, rate: float, seed: int, rows: int, part: str, **options: Any) -> dict[str, Any]:
+def train(
+    task: LearningTask, rate: float, seed: int, rows: int, part: str, **options: Any
+) -> dict[str, Any]:
     """Train once; returns the accuracy on a split, the rows, and how the rate went."""
     args = FlopsTrainingArguments(
         output_dir="outputs/learning_rate",
@@ -60,9 +64,9 @@ def train(task: LearningTask, rate: float, seed: int, rows: int, part: str, **op
     }
     middle = found["rates"][len(logs) // 2] if logs else float("nan")
     print(
-        f"{task.name:8} {'search from' if args.learning_rate_search else 'fixed':12} {rate:<8g} seed {seed} {part:10} "
-        f"{found['accuracy']:.3f}, {found['rows']:,} rows, {found['steps']} steps, rate {middle:.2g} in the middle, "
-        f"{found['rates'][-1]:.2g} at the end",
+        f"{task.name:8} {'search from' if args.learning_rate_search else 'fixed':12} {rate:<8g} "
+        f"seed {seed} {part:10} {found['accuracy']:.3f}, {found['rows']:,} rows, {found['steps']} "
+        f"steps, rate {middle:.2g} in the middle, {found['rates'][-1]:.2g} at the end",
         flush=True,
     )
     return found
@@ -75,10 +79,12 @@ def mean(runs: list[dict[str, Any]]) -> float:
 
 def main() -> None:
     """Run all, and write results/learning_rate_<task>.json."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--task", choices=TASKS, default="digits")
     parser.add_argument("--rows", type=int, default=26_000)
-    parser.add_argument("--factors", nargs="*", type=float, default=FACTORS, help="start over the tuned rate")
+    parser.add_argument(
+        "--factors", nargs="*", type=float, default=FACTORS, help="start over the tuned rate"
+    )
     parser.add_argument("--grid", nargs="*", type=float, default=GRID)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--schedule", default="constant_with_warmup")
@@ -87,9 +93,20 @@ def main() -> None:
     quiet()
     task, tuned = TASKS[options.task](), Record(f"learning_{options.task}").entries["flops"]["rate"]
     record = Record(f"learning_rate_{options.task}", indent=None)
-    starts = {f"search from {factor:g} x": (factor * tuned, {"learning_rate_search": True}) for factor in options.factors}
-    for name, (rate, more) in {**{f"fixed {rate:g}": (rate, {}) for rate in options.grid}, **starts}.items():
-        own = {**more, **({} if options.schedule == "constant_with_warmup" else {"schedule": options.schedule})}
+    starts = {
+        f"search from {factor:g} x": (factor * tuned, {"learning_rate_search": True})
+        for factor in options.factors
+    }
+    for name, (rate, more) in {
+        **{f"fixed {rate:g}": (rate, {}) for rate in options.grid},
+        **starts,
+    }.items():
+        own = {
+            **more,
+            **(
+                {} if options.schedule == "constant_with_warmup" else {"schedule": options.schedule}
+            ),
+        }
         runs = [train(task, rate, seed, options.rows, "test", **own) for seed in options.seeds]
         print(f"{task.name:8} {name:24} {mean(runs):.3f}", flush=True)
         if not options.no_record:

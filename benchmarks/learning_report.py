@@ -20,7 +20,13 @@ from records import ROOT  # isort: skip
 
 COLUMNS = 3
 SHARE = 0.9  # of the way from the untrained adapter to backprop
-COLOURS = {"flops": "tab:blue", "mezo": "tab:orange", "flops-authors": "tab:red", "fzoo": "tab:green", "backprop": "black"}
+COLOURS = {
+    "flops": "tab:blue",
+    "mezo": "tab:orange",
+    "flops-authors": "tab:red",
+    "fzoo": "tab:green",
+    "backprop": "black",
+}
 
 
 def runs_of(entry: dict[str, Any]) -> list[Run]:
@@ -33,18 +39,24 @@ def runs_of(entry: dict[str, Any]) -> list[Run]:
 
 def target_of(entries: dict[str, Any]) -> float:
     """Return the accuracy that counts as reached."""
-    curves = np.array([[accuracy for _, _, accuracy in run.curve] for run in runs_of(entries["backprop"])])
+    curves = np.array(
+        [[accuracy for _, _, accuracy in run.curve] for run in runs_of(entries["backprop"])]
+    )
     start, best = curves[:, 0].mean(), curves.mean(0).max()
     return float(start + SHARE * (best - start))
 
 
 def spread(values: Sequence[float]) -> str:
     """Format mean and standard deviation of accuracies."""
-    return f"{np.mean(values):.1%}" + (f" ± {np.std(values, ddof=1):.1%}" if len(values) > 1 else "")
+    return f"{np.mean(values):.1%}" + (
+        f" ± {np.std(values, ddof=1):.1%}" if len(values) > 1 else ""
+    )
 
 
 def reached(runs: list[Run], target: float) -> list[str]:
-    """Format how many runs get to the target, and the median of their rows and seconds, others counting as infinite."""
+    """Format how many runs get to the target, and the median of their rows and seconds, others
+    counting as infinite.
+    """
     found = [run.to(target) for run in runs]
     arrived = f"{sum(point is not None for point in found)} of {len(runs)}"
     rows, seconds = sorted(point or (10**12, 0.0) for point in found)[len(found) // 2]
@@ -54,7 +66,15 @@ def reached(runs: list[Run], target: float) -> list[str]:
 def table(entries: dict[str, Any]) -> str:
     """Lay the methods of a task out as a Markdown table."""
     target = target_of(entries)
-    columns = ["method", "learning rate", "rows per sample", "accuracy at the end", "along the run", "rows", "seconds"]
+    columns = [
+        "method",
+        "learning rate",
+        "rows per sample",
+        "accuracy at the end",
+        "along the run",
+        "rows",
+        "seconds",
+    ]
     columns += ["at the target", "rows to target", "seconds to target"]
     lines = [columns, ["---"] * len(columns)]
     for name, entry in entries.items():
@@ -77,7 +97,14 @@ def draw(axes: Any, title: str, entries: dict[str, Any]) -> None:
         accuracy = np.array([[point for _, _, point in curve[: len(rows)]] for curve in curves])
         rows = rows[: accuracy.shape[1]]
         axes.plot(rows[1:], accuracy.mean(0)[1:], color=COLOURS[name], label=name)
-        axes.fill_between(rows[1:], accuracy.min(0)[1:], accuracy.max(0)[1:], color=COLOURS[name], alpha=0.15, linewidth=0)
+        axes.fill_between(
+            rows[1:],
+            accuracy.min(0)[1:],
+            accuracy.max(0)[1:],
+            color=COLOURS[name],
+            alpha=0.15,
+            linewidth=0,
+        )
     axes.axhline(target_of(entries), color="grey", linestyle=":", label="target")
     axes.set(title=title, xscale="log", xlabel="rows through the model", ylabel="test accuracy")
     axes.grid(alpha=0.3)
@@ -87,9 +114,15 @@ def main() -> None:
     """Print the tables and write docs/learning.png."""
     paths = sorted((ROOT / "benchmarks" / "results").glob("learning_*.json"))
     tasks = {path.stem.removeprefix("learning_"): json.loads(path.read_text()) for path in paths}
-    tasks = {name: entries for name, entries in tasks.items() if "backprop" in entries and not name.endswith("_quick")}
+    tasks = {
+        name: entries
+        for name, entries in tasks.items()
+        if "backprop" in entries and not name.endswith("_quick")
+    }
     lines = -(-len(tasks) // COLUMNS)
-    figure, grid = plt.subplots(lines, COLUMNS, figsize=(5 * COLUMNS, 3.8 * lines), squeeze=False, layout="constrained")
+    figure, grid = plt.subplots(
+        lines, COLUMNS, figsize=(5 * COLUMNS, 3.8 * lines), squeeze=False, layout="constrained"
+    )
     all_axes = list(grid.flat)
     for axes in all_axes[len(tasks) :]:
         axes.set_axis_off()

@@ -53,7 +53,10 @@ class LearningTask:
     def train(self) -> list[dict[str, Any]]:
         """The training samples, one by one, with their numbers."""
         data = self.splits["train"]
-        return [{**{name: value[i] for name, value in data.items()}, "sample_id": i} for i in range(len(data["labels"]))]
+        return [
+            {**{name: value[i] for name, value in data.items()}, "sample_id": i}
+            for i in range(len(data["labels"]))
+        ]
 
     @torch.no_grad()
     def accuracy(self, model: nn.Module, part: str) -> float:
@@ -68,17 +71,27 @@ class LearningTask:
 
 
 def fashion() -> LearningTask:
-    """The small ViT with LoRA's B matrices and a new head, on five new classes of Fashion-MNIST, 100 images each."""
+    """The small ViT with LoRA's B matrices and a new head, on five new classes of Fashion-MNIST,
+    100 images each.
+    """
     task = load_images("fashion_mnist", seed=0)
     path = pretrained_vit(task)
     labels = np.asarray(task.train["label"])
     kept = np.concatenate([np.flatnonzero(labels == c)[:100] for c in range(len(task.class_names))])
     _, processor = load_vit(path, task)
     splits = {}
-    for part, data in (("train", task.train.select(kept)), ("validation", task.validation), ("test", task.test)):
+    for part, data in (
+        ("train", task.train.select(kept)),
+        ("validation", task.validation),
+        ("test", task.test),
+    ):
         data = data.select(range(min(1000, len(data))))
-        splits[part] = dict(zip(("pixel_values", "labels"), pixel_dataset(data, processor).tensors, strict=True))
-    return LearningTask("Fashion", lambda seed: adapter_model(RecipeArguments(), path, task, seed), splits, 60_000)
+        splits[part] = dict(
+            zip(("pixel_values", "labels"), pixel_dataset(data, processor).tensors, strict=True)
+        )
+    return LearningTask(
+        "Fashion", lambda seed: adapter_model(RecipeArguments(), path, task, seed), splits, 60_000
+    )
 
 
 class _Given(nn.Module):
@@ -89,9 +102,11 @@ class _Given(nn.Module):
 
 
 def reviews() -> LearningTask:
-    """MiniLM with LoRA's B matrices in the last layer and a new head, on the sentiment of movie reviews.
+    """MiniLM with LoRA's B matrices in the last layer and a new head, on the sentiment of movie
+    reviews.
 
-    The five layers below are frozen whatever the method, so they have run once, for all: rows cost the last layer.
+    The five layers below are frozen whatever the method, so they have run once, for all: rows cost
+    the last layer.
     """
     base = AutoModelForSequenceClassification.from_pretrained(minilm(), num_labels=2).eval()
     tokenizer = AutoTokenizer.from_pretrained(minilm())
@@ -103,7 +118,9 @@ def reviews() -> LearningTask:
         own.bert.encoder.layer = own.bert.encoder.layer[-1:]
         own.classifier.reset_parameters()
         names = ["query", "value"]
-        config = LoraConfig(r=8, lora_alpha=16, target_modules=names, modules_to_save=["classifier"])
+        config = LoraConfig(
+            r=8, lora_alpha=16, target_modules=names, modules_to_save=["classifier"]
+        )
         adapted = get_peft_model(own, config)
         for name, parameter in adapted.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and "lora_A" not in name)
@@ -111,11 +128,15 @@ def reviews() -> LearningTask:
 
     @torch.no_grad()
     def hidden(texts: list[str]) -> dict[str, Tensor]:
-        tokens = tokenizer(texts, truncation=True, max_length=32, padding="max_length", return_tensors="pt")
+        tokens = tokenizer(
+            texts, truncation=True, max_length=32, padding="max_length", return_tensors="pt"
+        )
         layer, found = base.bert.encoder.layer[-1], list[Tensor]()
         hook = layer.register_forward_pre_hook(lambda module, args: found.append(args[0]))
         for index in torch.arange(len(texts)).split(100):
-            base(input_ids=tokens["input_ids"][index], attention_mask=tokens["attention_mask"][index])
+            base(
+                input_ids=tokens["input_ids"][index], attention_mask=tokens["attention_mask"][index]
+            )
         hook.remove()
         return {"inputs_embeds": torch.cat(found), "attention_mask": tokens["attention_mask"]}
 
@@ -123,33 +144,48 @@ def reviews() -> LearningTask:
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()
     bounds = {"train": order[:2000], "validation": order[2000:2400], "test": order[2400:2900]}
     splits = {
-        part: {**hidden([pairs[i][0] for i in index]), "labels": torch.tensor([pairs[i][1] for i in index])}
+        part: {
+            **hidden([pairs[i][0] for i in index]),
+            "labels": torch.tensor([pairs[i][1] for i in index]),
+        }
         for part, index in bounds.items()
     }
     return LearningTask("reviews", model, splits, 24_000)
 
 
 class _KeptTexts(SuffixPromptModel):
-    """A suffix prompt that finds keys and values of its texts computed: rows cost prompt and answer."""
+    """A suffix prompt that finds keys and values of its texts computed: rows cost prompt and
+    answer.
+    """
 
     def cached_texts(self, inputs: Any, *, clean: bool = False) -> AbstractContextManager[None]:
         return nullcontext()
 
 
 def prompts(tokens: int = 2, start: str = " movie was", name: str = "prompts") -> LearningTask:
-    """SmolLM2-135M with a few virtual tokens behind movie reviews; " terrible" or " great" is to follow.
+    """SmolLM2-135M with a few virtual tokens behind movie reviews; " terrible" or " great" is to
+    follow.
 
-    All layers of a text are frozen whatever the method, so texts have run once, for all: rows cost the prompt.
+    All layers of a text are frozen whatever the method, so texts have run once, for all: rows cost
+    the prompt.
     """
     base, tokenizer = load_model(None, "float32")
     words = label_tokens(tokenizer, [" terrible", " great"], 2)
     task = load_texts("movies", validation=200, test=400, seed=0)
     parts = {"train": task.train[:512], "validation": task.validation, "test": task.test}
-    rows = [row for part in parts.values() for row in Template(tokenizer, "{text} It was", 32).rows(part, tail=False)]
+    rows = [
+        row
+        for part in parts.values()
+        for row in Template(tokenizer, "{text} It was", 32).rows(part, tail=False)
+    ]
     found = tokenizer.pad([{"input_ids": row["input_ids"]} for row in rows], return_tensors="pt")
     data = {**found, "labels": torch.tensor([row["labels"] for row in rows])}
-    cut = {name: values.split([len(part) for part in parts.values()]) for name, values in data.items()}
-    splits = {part: {name: pieces[i] for name, pieces in cut.items()} for i, part in enumerate(parts)}
+    cut = {
+        name: values.split([len(part) for part in parts.values()]) for name, values in data.items()
+    }
+    splits = {
+        part: {name: pieces[i] for name, pieces in cut.items()} for i, part in enumerate(parts)
+    }
     first = SuffixPromptModel(base, tokens, start, tokenizer, label_words=words)
     with torch.no_grad():
         whole = first._split(data["input_ids"], data["attention_mask"], None)
@@ -167,15 +203,25 @@ def prompts(tokens: int = 2, start: str = " movie was", name: str = "prompts") -
 
 
 def digits() -> LearningTask:
-    """The small ViT with LoRA's B matrices and a new head, on five new classes of scikit-learn's digits."""
+    """The small ViT with LoRA's B matrices and a new head, on five new classes of scikit-learn's
+    digits.
+    """
     task = load_images("digits", seed=0)
     path = pretrained_vit(task)
     _, processor = load_vit(path, task)
     splits = {
-        part: dict(zip(("pixel_values", "labels"), pixel_dataset(getattr(task, part), processor).tensors, strict=True))
+        part: dict(
+            zip(
+                ("pixel_values", "labels"),
+                pixel_dataset(getattr(task, part), processor).tensors,
+                strict=True,
+            )
+        )
         for part in ("train", "validation", "test")
     }
-    return LearningTask("digits", lambda seed: adapter_model(RecipeArguments(), path, task, seed), splits, 60_000)
+    return LearningTask(
+        "digits", lambda seed: adapter_model(RecipeArguments(), path, task, seed), splits, 60_000
+    )
 
 
 TASKS: dict[str, Callable[[], LearningTask]] = {

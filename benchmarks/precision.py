@@ -1,19 +1,22 @@
-"""How well a 16-bit base follows the gradient: cosine of its mean estimate with that of the same model in float32.
+"""How well a 16-bit base follows the gradient: cosine of its mean estimate with that of the same
+model in float32.
 
-Both estimate from the same noise, the 16-bit base with `perturbation_scale="auto"`, float32 with 1e-3, with one-sided and
-with antithetic differences: at the epsilons that 16 bits need, the curvature of the former is no longer small. `cosine` is
-that of two estimates, `mean_cosine` that of their means: what rounding adds at random falls with the number of draws, what
-it adds always stays. Over k draws of noise, float32's mean is the gradient g by backprop, the other's g + b, with b the mean
-of the differences between the two. |b|^2 is the mean product of different draws: without bias, from few draws.
+Both estimate from the same noise, the 16-bit base with `perturbation_scale="auto"`, float32 with
+1e-3, with one-sided and with antithetic differences: at the epsilons that 16 bits need, the
+curvature of the former is no longer small. `cosine` is that of two estimates, `mean_cosine` that of
+their means: what rounding adds at random falls with the number of draws, what it adds always stays.
+Over k draws of noise, float32's mean is the gradient g by backprop, the other's g + b, with b the
+mean of the differences between the two. |b|^2 is the mean product of different draws: without bias,
+from few draws.
 
     python benchmarks/precision.py                       # MiniLM
     python benchmarks/precision.py smollm2-small --estimators antithetic
 
-The error of a mean grows with the number of parameters, 460,800 for SmolLM2's LoRA: `smollm2-small` has 7,680 (rank 1, the
-last ten layers, B alone).
+The error of a mean grows with the number of parameters, 460,800 for SmolLM2's LoRA: `smollm2-small`
+has 7,680 (rank 1, the last ten layers, B alone).
 
-Products are summed in float32 and rounded once, as processors that have bfloat16 do; `--native` leaves them to torch, which
-is slow on those that have none.
+Products are summed in float32 and rounded once, as processors that have bfloat16 do; `--native`
+leaves them to torch, which is slow on those that have none.
 """
 
 from __future__ import annotations
@@ -39,7 +42,8 @@ from hf_flops.estimators import ESTIMATORS
 from hf_flops.objectives import TappedLoss
 from hf_flops.perturbations import ParameterVector, perturb
 
-SETTINGS = {"minilm": (16, 13), "smollm2": (2, 16), "smollm2-small": (2, 16)}  # samples, rows per sample
+# samples, rows per sample
+SETTINGS = {"minilm": (16, 13), "smollm2": (2, 16), "smollm2-small": (2, 16)}
 
 
 def smollm2_small() -> Case:
@@ -48,7 +52,12 @@ def smollm2_small() -> Case:
     model = lora(model, list(range(20, 30)), ["q_proj", "v_proj"], rank=1, task_type="CAUSAL_LM")
     for name, parameter in model.named_parameters():
         parameter.requires_grad = "lora_B" in name
-    return Case("SmolLM2, LoRA-B of rank 1 in the last third", model, texts(smollm2(), 8, 32, answers=True), 64)
+    return Case(
+        "SmolLM2, LoRA-B of rank 1 in the last third",
+        model,
+        texts(smollm2(), 8, 32, answers=True),
+        64,
+    )
 
 
 PRODUCTS = {getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "bmm", "baddbmm")}
@@ -87,13 +96,17 @@ def gradient(case: Case) -> Tensor:
 
 
 def mean_cosine(g: Tensor, differences: Tensor) -> tuple[float, float]:
-    """Return the cosine of g (d,) and of g plus the mean of differences (k, d), and its jackknife standard error."""
+    """Return the cosine of g (d,) and of g plus the mean of differences (k, d), and its jackknife
+    standard error.
+    """
     products, along, k = differences @ differences.T, differences @ g, len(differences)
 
     def cosine(kept: Tensor) -> Tensor:
         own, n = products[kept][:, kept], len(kept)
         bias = (own.sum() - own.trace()) / (n * (n - 1))
-        return (g @ g + along[kept].mean()) / (g.norm() * (g @ g + 2 * along[kept].mean() + bias).sqrt())
+        return (g @ g + along[kept].mean()) / (
+            g.norm() * (g @ g + 2 * along[kept].mean() + bias).sqrt()
+        )
 
     everyone = torch.arange(k)
     without = torch.stack([cosine(everyone[everyone != left]) for left in range(k)])
@@ -110,7 +123,12 @@ def measure(name: str, estimator: str, draws: int, native: bool) -> dict[str, An
     methods = []
     for own in (case, half):
         names = ParameterVector.of(own.model).names
-        parts = (TappedLoss(), perturb(own.model, rowwise=names), ESTIMATORS[estimator](), Uniform())
+        parts = (
+            TappedLoss(),
+            perturb(own.model, rowwise=names),
+            ESTIMATORS[estimator](),
+            Uniform(),
+        )
         methods.append(Method(*parts, queries, 1e-3, 8))
     rounding = contextlib.nullcontext if native else Float32Products
     with torch.no_grad(), rounding():
@@ -126,8 +144,18 @@ def measure(name: str, estimator: str, draws: int, native: bool) -> dict[str, An
             narrow = estimate(half, inputs, methods[1], seed)
         cosines.append(float(torch.cosine_similarity(wide, narrow, dim=0)))
         differences.append(narrow - wide)
-    found = {"case": case.name, "estimator": estimator, "rows": samples * queries, "epsilon": chosen.scale}
-    found |= {"signal_to_noise": chosen.signal_to_noise, "draws": draws, "cosines": cosines, "native": native}
+    found = {
+        "case": case.name,
+        "estimator": estimator,
+        "rows": samples * queries,
+        "epsilon": chosen.scale,
+    }
+    found |= {
+        "signal_to_noise": chosen.signal_to_noise,
+        "draws": draws,
+        "cosines": cosines,
+        "native": native,
+    }
     found["cosine"] = sum(cosines) / draws
     if draws > 2:
         found["mean_cosine"], found["standard_error"] = mean_cosine(g, torch.stack(differences))
@@ -136,10 +164,12 @@ def measure(name: str, estimator: str, draws: int, native: bool) -> dict[str, An
 
 def main() -> None:
     """Measure cases; write results/precision.json."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("cases", nargs="*", default=["minilm"])
     parser.add_argument("--estimators", nargs="+", choices=ESTIMATORS, default=list(ESTIMATORS))
-    parser.add_argument("--draws", type=int, default=16, help="estimates of each, with noise of their own")
+    parser.add_argument(
+        "--draws", type=int, default=16, help="estimates of each, with noise of their own"
+    )
     parser.add_argument("--native", action="store_true", help="leave products in bfloat16 to torch")
     options = parser.parse_args()
     if unknown := set(options.cases) - set(SETTINGS):

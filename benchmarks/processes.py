@@ -1,13 +1,16 @@
-"""What several processes are worth and what they tell each other: rows per second, bytes per step, and whether
-any number of them goes the same way.
+"""What several processes are worth and what they tell each other: rows per second, bytes per step,
+and whether any number of them goes the same way.
 
-    python benchmarks/processes.py speed   # two processes with one thread each against one process with one thread
+    # two processes with one thread each against one process with one thread
+    python benchmarks/processes.py speed
     python benchmarks/processes.py bytes   # both exchanges, adapters of 10^4 and 10^7 parameters
-    python benchmarks/processes.py same    # two recipes on 1, 2 and 4 processes, both exchanges and launchers
+    # two recipes on 1, 2 and 4 processes, both exchanges and launchers
+    python benchmarks/processes.py same
 
-Speeds are those of runs that live side by side and take turns of a few seconds, stopped in between; the ratio is the median
-over turns. "Two apart" are two runs of one process each at the same time, that know nothing of each other: what the
-machine's second core is worth. Bytes are what a process hands over, each counted once.
+Speeds are those of runs that live side by side and take turns of a few seconds, stopped in between;
+the ratio is the median over turns. "Two apart" are two runs of one process each at the same time,
+that know nothing of each other: what the machine's second core is worth. Bytes are what a process
+hands over, each counted once.
 """
 
 from __future__ import annotations
@@ -32,25 +35,52 @@ sys.path.insert(0, str(ROOT))
 from records import Record, quiet  # isort: skip
 
 SPEED = {"hidden": 96, "layers": 4, "rank": 4, "samples": 32, "queries": 16, "rows": 64}
-SMALL = {"hidden": 128, "layers": 2, "rank": 20, "samples": 32, "queries": 4, "steps": 3, "rows": 16}
-LARGE = {"hidden": 512, "layers": 5, "rank": 1000, "samples": 8, "queries": 4, "steps": 2, "rows": 2}
+SMALL = {
+    "hidden": 128,
+    "layers": 2,
+    "rank": 20,
+    "samples": 32,
+    "queries": 4,
+    "steps": 3,
+    "rows": 16,
+}
+LARGE = {
+    "hidden": 512,
+    "layers": 5,
+    "rank": 1000,
+    "samples": 8,
+    "queries": 4,
+    "steps": 2,
+    "rows": 2,
+}
 
 RECIPES = {  # samples per optimizer step of all processes together, and options
     "vit": (32, "--queries_per_sample 16 --rows_per_forward 64 --max_steps 10"),
     "prompt_tuning": (
         8,
-        "--queries_per_sample 9 --rows_per_forward 8 --max_steps 6 --test_texts 8 --validation_texts 8 --eval_strategy no",
+        "--queries_per_sample 9 --rows_per_forward 8 --max_steps 6 --test_texts 8 "
+        "--validation_texts 8 --eval_strategy no",
     ),
 }
 FILES = ("adapter_model.safetensors", "model.safetensors")  # what recipes leave
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node"]
-ACCELERATE = ["accelerate.commands.launch", "--main_process_port", "0", "--num_machines", "1", "--mixed_precision", "no"]
+ACCELERATE = [
+    "accelerate.commands.launch",
+    "--main_process_port",
+    "0",
+    "--num_machines",
+    "1",
+    "--mixed_precision",
+    "no",
+]
 ACCELERATE += ["--dynamo_backend", "no", "--multi_gpu", "--num_processes"]
 
 
 def work(options: dict[str, Any]) -> None:
-    """Train a ViT of random weights for a few steps, and print what was measured; run by a launcher."""
+    """Train a ViT of random weights for a few steps, and print what was measured; run by a
+    launcher.
+    """
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import TrainerCallback, ViTConfig, ViTForImageClassification
@@ -72,11 +102,22 @@ def work(options: dict[str, Any]) -> None:
                     file.write(f"{self.seconds[-1]} {trainer.ledger.all_rows}\n")
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": options["hidden"], "intermediate_size": 4 * options["hidden"], "num_attention_heads": 4}
-    config = ViTConfig(image_size=32, patch_size=4, num_hidden_layers=options["layers"], num_labels=10, **sizes)
-    adapter = LoraConfig(r=options["rank"], target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    sizes = {
+        "hidden_size": options["hidden"],
+        "intermediate_size": 4 * options["hidden"],
+        "num_attention_heads": 4,
+    }
+    config = ViTConfig(
+        image_size=32, patch_size=4, num_hidden_layers=options["layers"], num_labels=10, **sizes
+    )
+    adapter = LoraConfig(
+        r=options["rank"], target_modules=["q_proj", "v_proj"], init_lora_weights=False
+    )
     model = get_peft_model(ViTForImageClassification(config), adapter)
-    data = [{"pixel_values": torch.randn(3, 32, 32), "labels": i % 10} for i in range(4 * options["samples"])]
+    data = [
+        {"pixel_values": torch.randn(3, 32, 32), "labels": i % 10}
+        for i in range(4 * options["samples"])
+    ]
     args = FlopsTrainingArguments(
         output_dir=options["folder"],
         use_cpu=True,
@@ -107,9 +148,15 @@ def work(options: dict[str, Any]) -> None:
         Path(options["folder"], "found.json").write_text(json.dumps(found))
 
 
-def launch(processes: int, script: list[str], launcher: list[str] = TORCHRUN) -> subprocess.Popen[str]:
+def launch(
+    processes: int, script: list[str], launcher: list[str] = TORCHRUN
+) -> subprocess.Popen[str]:
     """Start a script with one thread per process."""
-    command = [sys.executable, *(["-m", *launcher, str(processes)] if processes > 1 else []), *script]
+    command = [
+        sys.executable,
+        *(["-m", *launcher, str(processes)] if processes > 1 else []),
+        *script,
+    ]
     pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=ENVIRONMENT, **pipes)
 
@@ -121,7 +168,9 @@ def finish(launched: subprocess.Popen[str]) -> None:
         raise SystemExit(errors[-3000:])
 
 
-def start(processes: int, reduce: str, options: dict[str, Any], folder: str) -> subprocess.Popen[str]:
+def start(
+    processes: int, reduce: str, options: dict[str, Any], folder: str
+) -> subprocess.Popen[str]:
     """Launch a run of `work`."""
     own = json.dumps({**options, "reduce": reduce, "folder": folder})
     return launch(processes, [str(Path(__file__).resolve()), "--worker", own])
@@ -139,26 +188,39 @@ class Side:
 
     def __init__(self, launches: int, processes: int, reduce: str) -> None:
         self.folders = [tempfile.TemporaryDirectory() for _ in range(launches)]
-        self.runs = [start(processes, reduce, {**SPEED, "steps": 10**6}, folder.name) for folder in self.folders]
+        self.runs = [
+            start(processes, reduce, {**SPEED, "steps": 10**6}, folder.name)
+            for folder in self.folders
+        ]
 
     def steps(self) -> list[np.ndarray]:
         """Return for each run (time, rows so far) at the end of its steps."""
         files = [Path(folder.name, "steps") for folder in self.folders]
-        return [np.loadtxt(file, ndmin=2)[:-1] if file.is_file() else np.zeros((0, 2)) for file in files]  # the last: half
+        # the last: half
+        return [
+            np.loadtxt(file, ndmin=2)[:-1] if file.is_file() else np.zeros((0, 2)) for file in files
+        ]
 
     def turn(self, seconds: float) -> float:
-        """Go on for so long; returns rows per second, from the first step that ends in this time to the last."""
+        """Go on for so long; returns rows per second, from the first step that ends in this time to
+        the last.
+        """
         begun = time.perf_counter()
         self.signal(signal.SIGCONT)
         time.sleep(seconds)
         self.signal(signal.SIGSTOP)
         own = [steps[steps[:, 0] > begun] for steps in self.steps()]
-        return float(sum((steps[-1, 1] - steps[0, 1]) / (steps[-1, 0] - steps[0, 0]) for steps in own))
+        return float(
+            sum((steps[-1, 1] - steps[0, 1]) / (steps[-1, 0] - steps[0, 0]) for steps in own)
+        )
 
     def signal(self, number: int) -> None:
         """Signal all processes; launchers put theirs into sessions of their own."""
         for launched in self.runs:
-            for process in [*psutil.Process(launched.pid).children(recursive=True), psutil.Process(launched.pid)]:
+            for process in [
+                *psutil.Process(launched.pid).children(recursive=True),
+                psutil.Process(launched.pid),
+            ]:
                 process.send_signal(number)
 
     def close(self) -> None:
@@ -172,7 +234,10 @@ class Side:
 def speed(turns: int) -> None:
     """Compare rows per second; both exchanges."""
     record = Record("processes")
-    print("| exchange | rows/s, 1 process | rows/s, 2 processes | ratio | two apart |\n| --- | --- | --- | --- | --- |")
+    print(
+        "| exchange | rows/s, 1 process | rows/s, 2 processes | ratio | two apart |\n"
+        "| --- | --- | --- | --- | --- |"
+    )
     for reduce in ("gradient", "scalars"):
         sides: list[Side] = []
         try:
@@ -183,14 +248,20 @@ def speed(turns: int) -> None:
                         raise SystemExit("A run has ended before it could be timed.")
                     time.sleep(0.5)
                 sides[-1].signal(signal.SIGSTOP)
-            rates = np.array([[side.turn(7.0) for side in sides] for _ in range(turns)])  # (turns, 3)
+            # (turns, 3)
+            rates = np.array([[side.turn(7.0) for side in sides] for _ in range(turns)])
         finally:
             for side in sides:
                 side.close()
         ratios = rates[:, 1:] / rates[:, :1]
         (ratio, most), (one, two, _) = np.median(ratios, 0), np.median(rates, 0)
         quartiles = np.quantile(ratios[:, 0], [0.25, 0.75]).tolist()
-        found = {"ratio": float(ratio), "quartiles": quartiles, "apart": float(most), "rows_per_second": rates.tolist()}
+        found = {
+            "ratio": float(ratio),
+            "quartiles": quartiles,
+            "apart": float(most),
+            "rows_per_second": rates.tolist(),
+        }
         record.keep(f"speed-{reduce}", {**found, **SPEED})
         print(f"| {reduce} | {one:.0f} | {two:.0f} | {ratio:.2f} | {most:.2f} |", flush=True)
 
@@ -198,7 +269,10 @@ def speed(turns: int) -> None:
 def bytes_sent() -> None:
     """Count bytes per step and query for a small and a large adapter; both exchanges."""
     record = Record("processes")
-    print("| parameters | exchange | bytes per step | bytes per query of a process |\n| --- | --- | --- | --- |")
+    print(
+        "| parameters | exchange | bytes per step | bytes per query of a process |\n"
+        "| --- | --- | --- | --- |"
+    )
     for options in (SMALL, LARGE):
         for reduce in ("gradient", "scalars"):
             found = run(2, reduce, options)
@@ -213,24 +287,47 @@ def bytes_sent() -> None:
             assert reduce == "gradient" or found["sent_bytes_per_query"] <= 16
 
 
-def recipe(name: str, processes: int, reduce: str, launcher: list[str]) -> tuple[list[float], dict[str, Any]]:
-    """Run a recipe with one thread per process; returns its losses and the parameters it trained."""
+def recipe(
+    name: str, processes: int, reduce: str, launcher: list[str]
+) -> tuple[list[float], dict[str, Any]]:
+    """Run a recipe with one thread per process; returns its losses and the parameters it
+    trained.
+    """
     from safetensors.torch import load_file
 
     samples, options = RECIPES[name]
     with tempfile.TemporaryDirectory() as folder:
-        script = [str(ROOT / "recipes" / f"{name}.py"), *options.split(), "--output_dir", folder, "--reduce", reduce]
-        script += ["--per_device_train_batch_size", str(samples // processes), "--logging_steps", "1", "--use_cpu", "true"]
+        script = [
+            str(ROOT / "recipes" / f"{name}.py"),
+            *options.split(),
+            "--output_dir",
+            folder,
+            "--reduce",
+            reduce,
+        ]
+        script += [
+            "--per_device_train_batch_size",
+            str(samples // processes),
+            "--logging_steps",
+            "1",
+            "--use_cpu",
+            "true",
+        ]
         finish(launch(processes, script, launcher))
         history = json.loads(Path(folder, "flops", "trainer_state.json").read_text())["log_history"]
-        file = next(Path(folder, "flops", own) for own in FILES if Path(folder, "flops", own).is_file())
+        file = next(
+            Path(folder, "flops", own) for own in FILES if Path(folder, "flops", own).is_file()
+        )
         return [entry["loss"] for entry in history if "loss" in entry], load_file(file)
 
 
 def same_way(names: list[str]) -> None:
     """Compare losses and parameters of recipes on two and four processes with those on one."""
     record = Record("processes")
-    print("| recipe | exchange | launcher | processes | losses differ by | parameters by |\n| --- |" + " --- |" * 5)
+    print(
+        "| recipe | exchange | launcher | processes | losses differ by | parameters by |\n| --- |"
+        + " --- |" * 5
+    )
     for name in names:
         for reduce in ("gradient", "scalars"):
             losses, parameters = recipe(name, 1, reduce, [])
@@ -238,19 +335,28 @@ def same_way(names: list[str]) -> None:
                 for processes in (2, 4):
                     other, others = recipe(name, processes, reduce, launcher)
                     loss = float(np.abs(np.subtract(losses, other)).max())
-                    parameter = max(float((others[key] - value).abs().max()) for key, value in parameters.items())
+                    parameter = max(
+                        float((others[key] - value).abs().max())
+                        for key, value in parameters.items()
+                    )
                     kind = launcher[0].split(".")[0]
                     found = {"steps": len(losses), "losses": loss, "parameters": parameter}
                     record.keep(f"same-{name}-{reduce}-{kind}-{processes}", found)
-                    print(f"| {name} | {reduce} | {kind} | {processes} | {loss:.1e} | {parameter:.1e} |", flush=True)
+                    print(
+                        f"| {name} | {reduce} | {kind} | {processes} | {loss:.1e} | "
+                        f"{parameter:.1e} |",
+                        flush=True,
+                    )
 
 
 def main() -> None:
     """Measure what the command line names; write results/processes.json."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("what", nargs="?", choices=["speed", "bytes", "same"])
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES))
-    parser.add_argument("--turns", type=int, default=9, help="of seven seconds, for each of three sides")
+    parser.add_argument(
+        "--turns", type=int, default=9, help="of seven seconds, for each of three sides"
+    )
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.worker:

@@ -1,7 +1,8 @@
 """Run recipes/prompt_tuning.py with several seeds, and say what the seeds agree on.
 
-What this does not know itself is the recipe's: options that are given there belong to the entry's name. Runs that the record
-holds are not repeated. Seconds are of the processor, in training with the evaluations of the curve.
+What this does not know itself is the recipe's: options that are given there belong to the entry's
+name. Runs that the record holds are not repeated. Seconds are of the processor, in training with
+the evaluations of the curve.
 
     python benchmarks/prompt_tuning.py --methods flops backprop
     python benchmarks/prompt_tuning.py --domain products
@@ -31,12 +32,15 @@ sys.path.insert(0, str(ROOT))
 from recipes import prompt_tuning
 from recipes.prompts import load_task
 
-AFTERWARDS = ("objective", "compare", "per_class", "validation_texts", "lora_rank")  # what training begins with lacks them
+# what training begins with lacks them
+AFTERWARDS = ("objective", "compare", "per_class", "validation_texts", "lora_rank")
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's, two-sided, by the number of seeds
 
 
 def begins_as(options: Sequence[str]) -> dict[str, Any]:
-    """Return the options that say what is measured before training, whatever the seed; nothing if it is random."""
+    """Return the options that say what is measured before training, whatever the seed; nothing if
+    it is random.
+    """
     recipe = prompt_tuning.parse(list(options))[0]
     if recipe.adapter not in ("suffix", "prompt") or not recipe.init_text:
         return {}
@@ -53,8 +57,12 @@ def known_start(options: Sequence[str], entries: dict[str, Any]) -> SimpleNamesp
     return None
 
 
-def measure(method: str, options: Sequence[str], seed: int, known: SimpleNamespace | None) -> dict[str, Any]:
-    """Train and test once, quietly; returns what the recipe found, with processor time and what the trainer's log says."""
+def measure(
+    method: str, options: Sequence[str], seed: int, known: SimpleNamespace | None
+) -> dict[str, Any]:
+    """Train and test once, quietly; returns what the recipe found, with processor time and what the
+    trainer's log says.
+    """
     always = ("--disable_tqdm", "True", "--output_dir", "outputs/benchmark", "--seed", str(seed))
     recipe, args = prompt_tuning.parse([*options, *always])
     task = load_task(recipe, seed)
@@ -65,16 +73,18 @@ def measure(method: str, options: Sequence[str], seed: int, known: SimpleNamespa
     log = {name: value for entry in trainer.state.log_history for name, value in entry.items()}
     found |= {name: log[name] for name in ("perturbation_scale", "changed_queries") if name in log}
     print(
-        f"{' '.join(options) or 'defaults'}, {method}, seed {seed}: {outcome.before:.1%} zero-shot, {outcome.start:.1%} "
-        f"untrained, {outcome.after:.1%} after {outcome.steps} steps, {outcome.rows:,} rows, "
-        f"{found['processor_seconds']:.0f} processor seconds",
+        f"{' '.join(options) or 'defaults'}, {method}, seed {seed}: {outcome.before:.1%} "
+        f"zero-shot, {outcome.start:.1%} untrained, {outcome.after:.1%} after {outcome.steps} "
+        f"steps, {outcome.rows:,} rows, {found['processor_seconds']:.0f} processor seconds",
         flush=True,
     )
     return found
 
 
 def spread(values: Sequence[float]) -> str:
-    """Format the mean of accuracies, and where that of further seeds is expected, with 95 % confidence."""
+    """Format the mean of accuracies, and where that of further seeds is expected, with 95 %
+    confidence.
+    """
     mean = f"{np.mean(values):.1%}"
     if len(values) not in T_95:
         return mean
@@ -85,30 +95,45 @@ def spread(values: Sequence[float]) -> str:
 def table(entries: dict[str, Any]) -> str:
     """Lay all entries out as a Markdown table, seeds together."""
     lines = [
-        "| options | method | seeds | untrained | tuned | improvement, 95 % | of backprop's gain | rows | seconds |",
+        "| options | method | seeds | untrained | tuned | improvement, 95 % | of backprop's gain | "
+        "rows | seconds |",
         "| --- " * 9 + "|",
     ]
     for name, entry in entries.items():
-        gains = {m: {s: run["after"] - run["start"] for s, run in entry["runs"][m].items()} for m in entry["runs"]}
+        gains = {
+            m: {s: run["after"] - run["start"] for s, run in entry["runs"][m].items()}
+            for m in entry["runs"]
+        }
         for method, runs in entry["runs"].items():
             after, start = ([run[moment] for run in runs.values()] for moment in ("after", "start"))
             both = sorted(set(gains[method]) & set(gains.get("backprop", {})))
-            share = f"{sum(gains[method][s] for s in both) / sum(gains['backprop'][s] for s in both):.0%}" if both else ""
-            tuned = f"{np.mean(after):.1%} ± {np.std(after, ddof=1):.1%}" if len(after) > 1 else f"{after[0]:.1%}"
-            rows, seconds = (np.median([run[n] for run in runs.values()]) for n in ("rows", "processor_seconds"))
+            ours, most = (
+                (sum(gains[m][s] for s in both) for m in (method, "backprop")) if both else (0, 0)
+            )
+            share = f"{ours / most:.0%}" if both else ""
+            tuned = (
+                f"{np.mean(after):.1%} ± {np.std(after, ddof=1):.1%}"
+                if len(after) > 1
+                else f"{after[0]:.1%}"
+            )
+            rows, seconds = (
+                np.median([run[n] for run in runs.values()]) for n in ("rows", "processor_seconds")
+            )
             lines.append(
-                f"| {name} | {method} | {len(runs)} | {np.mean(start):.1%} | {tuned} "
-                f"| {spread(list(gains[method].values()))} | {share} | {rows:,.0f} | {seconds:.0f} |"
+                f"| {name} | {method} | {len(runs)} | {np.mean(start):.1%} | {tuned} | "
+                f"{spread(list(gains[method].values()))} | {share} | {rows:,.0f} | {seconds:.0f} |"
             )
     return "\n".join(lines)
 
 
 def main() -> None:
     """Run what the record lacks, write results/prompt_tuning.json and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--methods", nargs="+", default=["flops"], choices=prompt_tuning.METHODS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--table", action="store_true", help="run nothing, print what the record holds")
+    parser.add_argument(
+        "--table", action="store_true", help="run nothing, print what the record holds"
+    )
     own, options = parser.parse_known_args()
     quiet()
     record = Record("prompt_tuning")
@@ -118,7 +143,9 @@ def main() -> None:
         for method in own.methods:
             runs = entry["runs"].setdefault(method, {})
             if str(seed) not in runs:
-                runs[str(seed)] = measure(method, options, seed, known_start(options, record.entries))
+                runs[str(seed)] = measure(
+                    method, options, seed, known_start(options, record.entries)
+                )
                 record.keep(name, entry)
     print(table(record.entries))
 

@@ -1,4 +1,6 @@
-"""What every benchmark does before and after it measures: be quiet, and keep what was found beside its environment."""
+"""What every benchmark does before and after it measures: be quiet, and keep what was found beside
+its environment.
+"""
 
 from __future__ import annotations
 
@@ -22,17 +24,27 @@ def quiet() -> None:
 
 
 class Record:
-    """The results of a benchmark in `results/<name>.json`; entries that are not measured again stay.
+    """The results of a benchmark in `results/<name>.json`; entries that are not measured again
+    stay.
 
     Attributes:
-        entries: name → what was found, with the commit that the run started from, torch's version and the threads.
+        entries: name → what was found, with the commit that the run started from, torch's version
+            and the threads.
     """
 
     def __init__(self, name: str, indent: int | None = 1) -> None:
         self.path, self.indent = ROOT / "benchmarks" / "results" / f"{name}.json", indent
-        self.entries: dict[str, Any] = json.loads(self.path.read_text()) if self.path.is_file() else {}
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-        self.environment = {"commit": commit, "torch": torch.__version__, "threads": torch.get_num_threads()}
+        self.entries: dict[str, Any] = (
+            json.loads(self.path.read_text()) if self.path.is_file() else {}
+        )
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
+        ).stdout.strip()
+        self.environment = {
+            "commit": commit,
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+        }
 
     def keep(self, name: str, found: dict[str, Any]) -> None:
         """Write an entry to the file."""

@@ -1,7 +1,10 @@
-"""What suits noisy estimates: optimizers, adapters, batches. Each tuned on a grid of rates, at the same rows.
+"""What suits noisy estimates: optimizers, adapters, batches.
 
-As in learning.py: the rate by the mean validation accuracy along the run with seed 0, then three other seeds on the test
-split, whose last two evaluations are averaged. Adapters are trained by backprop too, with an eighth of the rows.
+Each tuned on a grid of rates, at the same rows.
+
+As in learning.py: the rate by the mean validation accuracy along the run with seed 0, then three
+other seeds on the test split, whose last two evaluations are averaged. Adapters are trained by
+backprop too, with an eighth of the rows.
 
     python benchmarks/studies.py optimizers
     python benchmarks/studies.py adapters
@@ -19,7 +22,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import IA3Config, LNTuningConfig, LoraConfig, PeftConfig, TinyLoraConfig, VeraConfig, get_peft_model
+from peft import (
+    IA3Config,
+    LNTuningConfig,
+    LoraConfig,
+    PeftConfig,
+    TinyLoraConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from torch import nn
 from transformers import TrainerCallback, set_seed
 
@@ -39,7 +50,9 @@ STEEP = [1e-2, 3e-2, 1e-1, 3e-1, 1.0]  # rates of what does not divide by the gr
 class Signs(TrainerCallback):
     """Leaves the signs of the gradient."""
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
         for parameter in model.parameters():
             if parameter.grad is not None:
                 parameter.grad.sign_()
@@ -68,13 +81,19 @@ class Variant:
     order: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] | None = None
 
 
-def put(config: Callable[..., PeftConfig], *, only: str = "", **options: Any) -> Callable[[nn.Module], nn.Module]:
-    """Return what puts an adapter and a new head on a model; tensors of it train that have `only` in their names."""
+def put(
+    config: Callable[..., PeftConfig], *, only: str = "", **options: Any
+) -> Callable[[nn.Module], nn.Module]:
+    """Return what puts an adapter and a new head on a model; tensors of it train that have `only`
+    in their names.
+    """
 
     def on(model: nn.Module) -> nn.Module:
         adapted = get_peft_model(model, config(modules_to_save=["classifier"], **options))
         for name, parameter in adapted.named_parameters():
-            parameter.requires_grad_(parameter.requires_grad and ("classifier" in name or only in name))
+            parameter.requires_grad_(
+                parameter.requires_grad and ("classifier" in name or only in name)
+            )
         return adapted
 
     return on
@@ -87,7 +106,9 @@ def head(model: nn.Module) -> nn.Module:
 
 
 def balanced(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return samples in an order in which every stretch has all classes equally often, shuffled epoch after epoch."""
+    """Return samples in an order in which every stretch has all classes equally often, shuffled
+    epoch after epoch.
+    """
     labels = torch.tensor([int(sample["labels"]) for sample in samples])
     generator, order = torch.Generator().manual_seed(0), []
     for _ in range(40):
@@ -105,23 +126,36 @@ STUDIES: dict[str, dict[str, Variant]] = {
         "AdamW (0.95, 0.9999)": Variant(options={"adam_beta1": 0.95, "adam_beta2": 0.9999}),
         "RMSprop": Variant(options={"optim": "rmsprop"}),
         "SGD": Variant(STEEP, options={"optim": "sgd", "max_grad_norm": 0.0}),
-        "SGD over the loss spread": Variant(STEEP, options={"optim": "sgd", "max_grad_norm": 0.0}, callbacks=[LossSpread]),
+        "SGD over the loss spread": Variant(
+            STEEP, options={"optim": "sgd", "max_grad_norm": 0.0}, callbacks=[LossSpread]
+        ),
         "signs": Variant(options={"optim": "sgd", "max_grad_norm": 0.0}, callbacks=[Signs]),
         "AdamW, no clipping": Variant(options={"max_grad_norm": 0.0}),
     },
     "adapters": {
-        "LoRA 2, B alone": Variant(adapter=put(LoraConfig, only="lora_B", r=2, lora_alpha=4, **LAYERS)),
-        "LoRA 1, B alone": Variant(adapter=put(LoraConfig, only="lora_B", r=1, lora_alpha=2, **LAYERS)),
-        "LoRA 8, B alone": Variant(adapter=put(LoraConfig, only="lora_B", r=8, lora_alpha=16, **LAYERS)),
+        "LoRA 2, B alone": Variant(
+            adapter=put(LoraConfig, only="lora_B", r=2, lora_alpha=4, **LAYERS)
+        ),
+        "LoRA 1, B alone": Variant(
+            adapter=put(LoraConfig, only="lora_B", r=1, lora_alpha=2, **LAYERS)
+        ),
+        "LoRA 8, B alone": Variant(
+            adapter=put(LoraConfig, only="lora_B", r=8, lora_alpha=16, **LAYERS)
+        ),
         "LoRA 2": Variant(adapter=put(LoraConfig, r=2, lora_alpha=4, **LAYERS)),
         "VeRA 16": Variant(adapter=put(VeraConfig, r=16, **LAYERS)),
         "TinyLoRA": Variant(adapter=put(TinyLoraConfig, **LAYERS)),
         "IA3": Variant(adapter=put(IA3Config, feedforward_modules=[], **LAYERS)),
-        "LayerNorm": Variant(adapter=put(LNTuningConfig, target_modules=["layernorm_before", "layernorm_after"])),
+        "LayerNorm": Variant(
+            adapter=put(LNTuningConfig, target_modules=["layernorm_before", "layernorm_after"])
+        ),
         "the head alone": Variant(adapter=head),
     },
     "batches": {
-        **{f"{b} samples, {q} rows": Variant(GRID[1:4], q, b) for b, q in [(8, 16), (16, 8), (32, 4), (64, 2), (32, 16)]},
+        **{
+            f"{b} samples, {q} rows": Variant(GRID[1:4], q, b)
+            for b, q in [(8, 16), (16, 8), (32, 4), (64, 2), (32, 16)]
+        },
         "8 samples, 4 rows": Variant(GRID[1:4], 4, 8),
         "32 samples, auto": Variant(GRID[1:4], "auto", 32),
         "32 samples of all classes, 4 rows": Variant(
@@ -160,50 +194,76 @@ def changed(task: LearningTask, images: str, variant: Variant) -> LearningTask:
     return replace(task, batch=variant.batch) if variant.batch else task
 
 
-def measure(name: str, variant: Variant, task: LearningTask, rows: int, method: str) -> dict[str, Any]:
+def measure(
+    name: str, variant: Variant, task: LearningTask, rows: int, method: str
+) -> dict[str, Any]:
     """Tune a variant's rate, and run it with the other seeds."""
     queries = 4 if variant.queries == "auto" else int(variant.queries)
-    options = {**variant.options, **({"queries_per_sample": "auto"} if variant.queries == "auto" else {})}
+    options = {
+        **variant.options,
+        **({"queries_per_sample": "auto"} if variant.queries == "auto" else {}),
+    }
     budget = rows // 8 if method == "backprop" else rows
 
     def run(rate: float, seed: int, part: str) -> Run:
         changes = {**options, "callbacks": [make() for make in variant.callbacks]}
         if variant.queries == "auto":
             changes["max_queries"] = budget
-        return train(method, task, Run(rate, queries, seed), budget, part, POINTS, f"{name}, {method}", **changes)
+        return train(
+            method,
+            task,
+            Run(rate, queries, seed),
+            budget,
+            part,
+            POINTS,
+            f"{name}, {method}",
+            **changes,
+        )
 
     grid = {rate: run(rate, 0, "validation").mean for rate in variant.rates}
     best = max(grid, key=lambda rate: grid[rate])
     runs = [run(best, seed, "test") for seed in SEEDS]
     size = sum(p.numel() for p in task.model(0).parameters() if p.requires_grad)
     ends, means = [own.end for own in runs], [own.mean for own in runs]
-    return {"rate": best, "grid": grid, "accuracy": ends, "means": means, "rows": runs[0].curve[-1][0], "size": size}
+    return {
+        "rate": best,
+        "grid": grid,
+        "accuracy": ends,
+        "means": means,
+        "rows": runs[0].curve[-1][0],
+        "size": size,
+    }
 
 
 def table(entries: dict[str, Any]) -> str:
     """Lay all studies out as a Markdown table."""
     lines = [
-        "| study | variant | method | numbers | rate | accuracy at the end | mean along the run | rows |",
+        "| study | variant | method | numbers | rate | accuracy at the end | mean along the run | "
+        "rows |",
         "| --- " * 8 + "|",
     ]
     for study, variants in entries.items():
         for name, methods in variants.items():
-            for method, found in methods.items() if isinstance(methods, dict) else []:  # not what the record adds
+            # not what the record adds
+            for method, found in methods.items() if isinstance(methods, dict) else []:
                 ends = found["accuracy"]
                 lines.append(
-                    f"| {study} | {name} | {method} | {found['size']:,} | {found['rate']:g} | {np.mean(ends):.1%} ± "
-                    f"{np.std(ends, ddof=1):.1%} | {np.mean(found['means']):.1%} | {found['rows']:,} |"
+                    f"| {study} | {name} | {method} | {found['size']:,} | {found['rate']:g} | "
+                    f"{np.mean(ends):.1%} ± {np.std(ends, ddof=1):.1%} | "
+                    f"{np.mean(found['means']):.1%} | {found['rows']:,} |"
                 )
     return "\n".join(lines)
 
 
 def main() -> None:
     """Run studies, and write results/studies_<task>.json."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("studies", nargs="*", choices=[*STUDIES, []], help="all by default")
     parser.add_argument("--task", choices=["digits", "fashion"], default="digits")
     parser.add_argument("--rows", type=int, default=26_000)
-    parser.add_argument("--table", action="store_true", help="run nothing, print what the record holds")
+    parser.add_argument(
+        "--table", action="store_true", help="run nothing, print what the record holds"
+    )
     options = parser.parse_args()
     quiet()
     record = Record(f"studies_{options.task}")
@@ -213,7 +273,9 @@ def main() -> None:
         for name, variant in STUDIES[study].items():
             methods = ["flops", "backprop"] if study == "adapters" else ["flops"]
             own = changed(task, images, variant)
-            found = {method: measure(name, variant, own, options.rows, method) for method in methods}
+            found = {
+                method: measure(name, variant, own, options.rows, method) for method in methods
+            }
             record.keep(study, {**record.entries.get(study, {}), name: found})
     print(table(record.entries))
 

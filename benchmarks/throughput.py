@@ -1,11 +1,14 @@
-"""Rows per second of our step, of the MeZO preset and of backprop, against plain inference of the same rows.
+"""Rows per second of our step, of the MeZO preset and of backprop, against plain inference of the
+same rows.
 
-Sides take turns in one process, in another order each time, and are compared within a turn; the medians over turns are
-reported, because machines are shared and noisy. glibc keeps freed memory, for all sides alike: whether it gave blocks of
-10 MB back to the system, which makes a thousand pages anew for each, was chance, and worth 20 % either way.
+Sides take turns in one process, in another order each time, and are compared within a turn; the
+medians over turns are reported, because machines are shared and noisy. glibc keeps freed memory,
+for all sides alike: whether it gave blocks of 10 MB back to the system, which makes a thousand
+pages anew for each, was chance, and worth 20 % either way.
 
-`overhead` is the part of our step that is spent outside the model's forward (noise inside the layers belongs to the
-forward), `control variate` what a step is longer by than one without it; both are shares of our step.
+`overhead` is the part of our step that is spent outside the model's forward (noise inside the
+layers belongs to the forward), `control variate` what a step is longer by than one without it; both
+are shares of our step.
 
     python benchmarks/throughput.py                        # all cases
     python benchmarks/throughput.py minilm minilm-third    # some
@@ -25,11 +28,14 @@ import numpy as np
 from cases import CASES, SIDES, Case  # isort: skip
 from records import Record, quiet  # isort: skip
 
-HEAP = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**34)}  # read when a process starts
+# read when a process starts
+HEAP = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
 
 
 def measure(case: Case, repeats: int) -> dict[str, Any]:
-    """Time every side in turn; returns medians in seconds and the ratios of rows per second to plain inference."""
+    """Time every side in turn; returns medians in seconds and the ratios of rows per second to
+    plain inference.
+    """
     methods = case.methods()
     seconds: dict[str, list[float]] = {side: [] for side in methods}
     overhead = []
@@ -57,7 +63,9 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
         "seconds": medians,
         "rows_per_second": {side: case.rows / own for side, own in medians.items()},
         "against_plain": {side: float(np.median(own)) for side, own in ratios.items()},
-        "quartiles": {side: np.quantile(own, [0.25, 0.75]).tolist() for side, own in ratios.items()},
+        "quartiles": {
+            side: np.quantile(own, [0.25, 0.75]).tolist() for side, own in ratios.items()
+        },
         "overhead": float(np.median(overhead)),
         "control_variate": 1 - float(np.median(np.divide(seconds["no control"], seconds["ours"])))
         if "no control" in seconds
@@ -67,7 +75,7 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
 
 def main() -> None:
     """Measure cases one after the other; write results/throughput.json."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("cases", nargs="*", default=[])
     parser.add_argument("--repeats", type=int, default=9)
     options = parser.parse_args()
@@ -77,14 +85,20 @@ def main() -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **HEAP})
     quiet()
     record = Record("throughput")
-    print("| case | rows/s, plain | ours / plain | MeZO / plain | backprop / plain | overhead | control variate |")
+    print(
+        "| case | rows/s, plain | ours / plain | MeZO / plain | backprop / plain | overhead | "
+        "control variate |"
+    )
     print("| --- |" + " --- |" * 6)
     for name in options.cases or CASES:
         found = measure(CASES[name](), options.repeats)
         record.keep(name, found)
         ratios = " | ".join(f"{found['against_plain'][side]:.2f}" for side in SIDES[1:])
         shares = f"{found['overhead']:.1%} | {found['control_variate']:.1%}"
-        print(f"| {found['case']} | {found['rows_per_second']['plain']:.0f} | {ratios} | {shares} |", flush=True)
+        print(
+            f"| {found['case']} | {found['rows_per_second']['plain']:.0f} | {ratios} | {shares} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""What a trajectory log takes, and how much faster than training its replay is: the adapter must be the same bit for bit.
+"""What a trajectory log takes, and how much faster than training its replay is: the adapter must be
+the same bit for bit.
 
     python benchmarks/trajectory.py --task reviews --steps 500
 
-The replay is timed in the process, and as the command `hf-flops replay` in one of its own; all times are of the processor.
+The replay is timed in the process, and as the command `hf-flops replay` in one of its own; all
+times are of the processor.
 """
 
 from __future__ import annotations
@@ -34,8 +36,14 @@ from hf_flops.trajectory.verify import verify
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """Stack samples and cut the padding that none of them needs."""
-    batch = {name: torch.as_tensor([s[name] for s in samples]) if name == "sample_id" else None for name in samples[0]}
-    batch = {name: torch.stack([s[name] for s in samples]) if value is None else value for name, value in batch.items()}
+    batch = {
+        name: torch.as_tensor([s[name] for s in samples]) if name == "sample_id" else None
+        for name in samples[0]
+    }
+    batch = {
+        name: torch.stack([s[name] for s in samples]) if value is None else value
+        for name, value in batch.items()
+    }
     return Feed(batch, frozenset(["right"])).whole
 
 
@@ -46,7 +54,9 @@ def children() -> float:
 
 
 class Clock(TrainerCallback):
-    """Times the steps alone: from the first step's end, so that the checks of the first batch do not count."""
+    """Times the steps alone: from the first step's end, so that the checks of the first batch do
+    not count.
+    """
 
     def __init__(self) -> None:
         self.first, self.last, self.rows = 0.0, 0.0, 0
@@ -75,7 +85,9 @@ def measure(name: str, steps: int, batch: int, queries: int, repeats: int) -> di
         logging_steps=steps,
         trajectory_log=True,
     )
-    trainer = FlopsTrainer(task.model(0), args, train_dataset=task.train, data_collator=collate, callbacks=[clock])
+    trainer = FlopsTrainer(
+        task.model(0), args, train_dataset=task.train, data_collator=collate, callbacks=[clock]
+    )
     before = task.accuracy(trainer.model, "validation")
     trainer.train()
     per_step = (clock.last - clock.first) / (steps - 1)
@@ -86,12 +98,24 @@ def measure(name: str, steps: int, batch: int, queries: int, repeats: int) -> di
         rebuilt = replay(folder, Path(folder, "rebuilt"))
         times.append(time.process_time() - start)
         start = children()
-        command = [sys.executable, "-m", "hf_flops.cli", "replay", folder, "--output", str(Path(folder, "again"))]
+        command = [
+            sys.executable,
+            "-m",
+            "hf_flops.cli",
+            "replay",
+            folder,
+            "--output",
+            str(Path(folder, "again")),
+        ]
         subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
         commands.append(children() - start)
     checkpoint = Path(folder, f"checkpoint-{steps}")
     saved = [
-        p.read_bytes() for p in (checkpoint / "adapter_model.safetensors", Path(folder, "rebuilt/adapter_model.safetensors"))
+        p.read_bytes()
+        for p in (
+            checkpoint / "adapter_model.safetensors",
+            Path(folder, "rebuilt/adapter_model.safetensors"),
+        )
     ]
     records = list(read(Path(folder, "trajectory.log")))
     size, first = records[-1].end, records[0].end
@@ -109,7 +133,9 @@ def measure(name: str, steps: int, batch: int, queries: int, repeats: int) -> di
         "command_seconds": sorted(commands)[len(commands) // 2],
         "ratio": training / replayed,
         "command_ratio": training / sorted(commands)[len(commands) // 2],
-        "identical": all(torch.equal(p.detach(), own[name].detach()) for name, p in rebuilt.parameters.items()),
+        "identical": all(
+            torch.equal(p.detach(), own[name].detach()) for name, p in rebuilt.parameters.items()
+        ),
         "same_file": saved[0] == saved[1],
         "verified": verify(folder, checkpoint).right,
         "log_bytes": size,
@@ -121,7 +147,7 @@ def measure(name: str, steps: int, batch: int, queries: int, repeats: int) -> di
 
 def main() -> None:
     """Measure, print and keep."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--task", choices=list(TASKS), default="reviews")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--batch", type=int, default=4)

@@ -1,9 +1,11 @@
-"""Variance of one step's estimate, parameters fixed after some steps of backprop: ours, its parts, MeZO.
+"""Variance of one step's estimate, parameters fixed after some steps of backprop: ours, its parts,
+MeZO.
 
-On MiniLM the adapter is LoRA's B matrices in the last two layers and a new head, after 150 steps with batches of 32; `--task
-prompts` takes the prompt of SmolLM2 from learning.py, after 90 steps with batches of 8. For batches that come after, the
-gradient by backprop and estimates from real forwards at equal rows (16 per sample, the clean one included) are compared:
-`sum ||estimate - gradient||^2 / sum ||gradient||^2`. What learns from past steps learns on other batches before.
+On MiniLM the adapter is LoRA's B matrices in the last two layers and a new head, after 150 steps
+with batches of 32; `--task prompts` takes the prompt of SmolLM2 from learning.py, after 90 steps
+with batches of 8. For batches that come after, the gradient by backprop and estimates from real
+forwards at equal rows (16 per sample, the clean one included) are compared: `sum ||estimate -
+gradient||^2 / sum ||gradient||^2`. What learns from past steps learns on other batches before.
 
     python benchmarks/variance.py
     python benchmarks/variance.py --task prompts --warm 30
@@ -53,7 +55,13 @@ def forward_of(model: nn.Module) -> Any:
 
 
 def ours(
-    model: nn.Module, inputs: Any, *, control: bool = True, head: bool = True, optimal: bool = True, rows: int = 64
+    model: nn.Module,
+    inputs: Any,
+    *,
+    control: bool = True,
+    head: bool = True,
+    optimal: bool = True,
+    rows: int = 64,
 ) -> Method:
     """Build the default method, or one without some of its ingredients."""
     forward, objective = forward_of(model), TappedLoss(logits=True)
@@ -65,12 +73,23 @@ def ours(
     allocator = Optimal() if optimal else Uniform()
     variate = LogitJacobian() if control else None
     return Method(
-        objective, perturbation, OneSided(), allocator, QUERIES, 1e-3, rows, reuse=reuse, head=found, control=variate
+        objective,
+        perturbation,
+        OneSided(),
+        allocator,
+        QUERIES,
+        1e-3,
+        rows,
+        reuse=reuse,
+        head=found,
+        control=variate,
     )
 
 
 def reuse_of(model: nn.Module, objective: Any, inputs: Any, perturbation: Any) -> ReusePlan:
-    """Return what runs once per sample; a prompt behind texts that have run shares all there is to share."""
+    """Return what runs once per sample; a prompt behind texts that have run shares all there is to
+    share.
+    """
     if isinstance(model, SuffixPromptModel):
         return ReusePlan()
     reuse, reason = choose_reuse(model, objective, forward_of(model), inputs, perturbation)
@@ -83,15 +102,21 @@ def mezo(model: nn.Module, inputs: Any, rows: int = 64) -> Method:
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     perturbation = perturb(model, shared=names, distribution="gaussian")
     reuse = reuse_of(model, TappedLoss(), inputs, perturbation)
-    return Method(TappedLoss(), perturbation, Antithetic(), Uniform(), QUERIES, 1e-3, rows, reuse=reuse)
+    return Method(
+        TappedLoss(), perturbation, Antithetic(), Uniform(), QUERIES, 1e-3, rows, reuse=reuse
+    )
 
 
 def gradient(model: nn.Module) -> Tensor:
     """Take the gradient (d,) off the parameters."""
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad and p.grad is not None])
+    return torch.cat(
+        [p.grad.flatten() for p in model.parameters() if p.requires_grad and p.grad is not None]
+    )
 
 
-def measure(model: nn.Module, method: Method, warm: list[Any], batches: list[Any]) -> dict[str, float]:
+def measure(
+    model: nn.Module, method: Method, warm: list[Any], batches: list[Any]
+) -> dict[str, float]:
     """Return the relative variance, and the rows of a step."""
     error = size = rows = 0.0
     for step, (inputs, ids) in enumerate(warm + batches):
@@ -130,7 +155,7 @@ def smollm2_prompt() -> tuple[nn.Module, Iterator[Any], float, int]:
 
 def main() -> None:
     """Measure, print, and write results/variance.json."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--task", choices=["minilm", "prompts"], default="minilm")
     parser.add_argument("--warm", type=int, default=60)
     parser.add_argument("--batches", type=int, default=12)
@@ -155,7 +180,10 @@ def main() -> None:
         found = measure(model, method, warm if learns else [], batches)
         record.keep(name, {**found, "dimension": dimension})
         ratio = found["variance"] / record.entries["mezo"]["variance"]
-        print(f"{name:32} {found['variance']:8.1f}  {ratio:.3f} of MeZO's, {found['rows']:.0f} rows", flush=True)
+        print(
+            f"{name:32} {found['variance']:8.1f}  {ratio:.3f} of MeZO's, {found['rows']:.0f} rows",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

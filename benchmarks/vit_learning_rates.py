@@ -1,7 +1,9 @@
-"""Tune the learning rate of every method of recipes/vit.py on the same grid, then measure each at its best.
+"""Tune the learning rate of every method of recipes/vit.py on the same grid, then measure each at
+its best.
 
-The grid is searched on the validation split with one seed; the best value of each method is then run with other seeds
-and tested. Rows, adapter, epochs, schedule and everything else are the same for all.
+The grid is searched on the validation split with one seed; the best value of each method is then
+run with other seeds and tested. Rows, adapter, epochs, schedule and everything else are the same
+for all.
 
     python benchmarks/vit_learning_rates.py --dataset digits
 """
@@ -26,7 +28,9 @@ from recipes.vit import METHODS, RecipeArguments, RecipeTrainingArguments, load_
 GRID = [3e-3, 1e-2, 2e-2, 4e-2, 8e-2, 1.6e-1]
 
 
-def measure(method: str, rate: float, recipe: RecipeArguments, seed: int, epochs: float, data: Any) -> Outcome:
+def measure(
+    method: str, rate: float, recipe: RecipeArguments, seed: int, epochs: float, data: Any
+) -> Outcome:
     """Train and test once, quietly."""
     args = RecipeTrainingArguments(
         output_dir="outputs/benchmark",
@@ -39,8 +43,8 @@ def measure(method: str, rate: float, recipe: RecipeArguments, seed: int, epochs
     with contextlib.redirect_stdout(io.StringIO()):
         outcome, _ = run(method, recipe, args, *data)
     print(
-        f"{method:14} lr {rate:<6g} seed {seed}: validation {outcome.curve[-1][1]:.3f}, test {outcome.after:.3f}, "
-        f"{outcome.rows:,} rows, {outcome.seconds:.0f} s",
+        f"{method:14} lr {rate:<6g} seed {seed}: validation {outcome.curve[-1][1]:.3f}, test "
+        f"{outcome.after:.3f}, {outcome.rows:,} rows, {outcome.seconds:.0f} s",
         flush=True,
     )
     return outcome
@@ -64,7 +68,7 @@ def summary(outcomes: list[Outcome]) -> dict[str, Any]:
 
 def main() -> None:
     """Search the grid, measure the best, write results/vit_<dataset>.json."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--dataset", default="digits")
     parser.add_argument("--per_class", type=int)
     parser.add_argument("--epochs", type=float, default=10)
@@ -77,10 +81,14 @@ def main() -> None:
     data = load_data(recipe, seed=42)
     record = Record(f"vit_{data[1].name}")
     for method in options.methods:
-        grid = {rate: measure(method, rate, recipe, 0, options.epochs, data) for rate in options.grid}
+        grid = {
+            rate: measure(method, rate, recipe, 0, options.epochs, data) for rate in options.grid
+        }
         validation = {rate: outcome.curve[-1][1] for rate, outcome in grid.items()}
         best = max(validation, key=validation.__getitem__)
-        outcomes = [measure(method, best, recipe, seed, options.epochs, data) for seed in options.seeds]
+        outcomes = [
+            measure(method, best, recipe, seed, options.epochs, data) for seed in options.seeds
+        ]
         found = {"epochs": options.epochs, "validation_by_rate": validation, **summary(outcomes)}
         record.keep(method, found)
 

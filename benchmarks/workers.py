@@ -1,4 +1,6 @@
-"""Simulated workers of benchmarks/scaling.py: their rows and noise are real, their times and losses are drawn."""
+"""Simulated workers of benchmarks/scaling.py: their rows and noise are real, their times and losses
+are drawn.
+"""
 
 from __future__ import annotations
 
@@ -21,15 +23,23 @@ from hf_flops.rows import Rows, expand
 from hf_flops.trajectory.rules import Unwatched
 
 MESSAGE = 8  # bytes of a query: its coefficient, its sample and which of the sample's queries it is
-LATENCY, BANDWIDTH = 0.05, 1.25e6  # seconds and bytes per second of one worker's link: 50 ms, 10 Mbit/s
-SLOW, SLOWER, LOST = 0.02, 10.0, 0.02  # share of workers that take ten times as long in a step; of messages that are lost
-QUORUM, TIMEOUT = 0.9, 3.0  # share of workers whose answers are waited for; otherwise a lost answer is asked for again
+# seconds and bytes per second of one worker's link: 50 ms, 10 Mbit/s
+LATENCY, BANDWIDTH = 0.05, 1.25e6
+# share of workers that take ten times as long in a step; of messages that are lost
+SLOW, SLOWER, LOST = 0.02, 10.0, 0.02
+# share of workers whose answers are waited for; otherwise a lost answer is asked for again
+QUORUM, TIMEOUT = 0.9, 3.0
 
 
 def noise_of(d: int, distribution: str = "rademacher") -> Unwatched:
-    """Return the row-wise noise of d parameters, in matrices of 384 x 8 (LoRA's B) where there are enough."""
+    """Return the row-wise noise of d parameters, in matrices of 384 x 8 (LoRA's B) where there are
+    enough.
+    """
     shapes = [(384, 8)] * (d // 3072) if d >= 3072 else [(d,)]
-    return Unwatched(ParameterVector([(str(i), nn.Parameter(torch.zeros(s))) for i, s in enumerate(shapes)]), distribution)
+    return Unwatched(
+        ParameterVector([(str(i), nn.Parameter(torch.zeros(s))) for i, s in enumerate(shapes)]),
+        distribution,
+    )
 
 
 @dataclass(frozen=True)
@@ -45,14 +55,18 @@ class Costs:
         return queries * self.d * self.number
 
     def exchange(self, queries: int, workers: int, *, scalars: bool) -> float:
-        """Seconds of the exchange over the slowest link: all scalars come in, or a gradient goes round (ring all-reduce)."""
+        """Seconds of the exchange over the slowest link: all scalars come in, or a gradient goes
+        round (ring all-reduce).
+        """
         sent = MESSAGE * queries if scalars else 2 * 4 * self.d * (workers - 1) / workers
         rounds = math.log2(workers) if scalars else 2 * (workers - 1)
         return LATENCY * min(rounds, 2 * math.log2(workers)) + sent / BANDWIDTH
 
 
 class Problem:
-    """Logistic regression whose gradients are known exactly: 1,024 samples, 128 parameters, batches of 64."""
+    """Logistic regression whose gradients are known exactly: 1,024 samples, 128 parameters, batches
+    of 64.
+    """
 
     size, d, batch = 1024, 128, 64
 
@@ -77,7 +91,9 @@ class Problem:
         return float(nn.functional.binary_cross_entropy_with_logits(self.x @ theta, self.y))
 
 
-def estimate(gradients: Tensor, rows: Rows, kept: Tensor, noise: Unwatched, step: int, *, spread: bool) -> Tensor:
+def estimate(
+    gradients: Tensor, rows: Rows, kept: Tensor, noise: Unwatched, step: int, *, spread: bool
+) -> Tensor:
     """Return the estimate (d,) that everyone makes of the scalars that arrived.
 
     Args:
@@ -86,8 +102,8 @@ def estimate(gradients: Tensor, rows: Rows, kept: Tensor, noise: Unwatched, step
         kept: (R,) which of their scalars arrived.
         noise: of the parameters.
         step: the optimizer step.
-        spread: whether the weight of lost rows is spread over what is left of their sample, and that of lost samples over
-            the others.
+        spread: whether the weight of lost rows is spread over what is left of their sample, and
+            that of lost samples over the others.
     """
     rows, samples = rows[kept], len(gradients)
     if not len(rows):
@@ -100,33 +116,52 @@ def estimate(gradients: Tensor, rows: Rows, kept: Tensor, noise: Unwatched, step
     for part in torch.arange(len(rows)).split(4096):
         keys = NoiseKeys.of(0, step, rows.owner[part], rows.query[part], 0)
         deltas[part] = (noise.draw(keys).tensor(0) * gradients[rows.owner[part]]).sum(1)
-    return regenerate(noise, 0, step, rows.owner, rows.query, deltas * weight, rows.group, 4096).float()
+    return regenerate(
+        noise, 0, step, rows.owner, rows.query, deltas * weight, rows.group, 4096
+    ).float()
 
 
 def bias(problem: Problem, workers: int, repeats: int) -> dict[str, list[float]]:
-    """Return mean and 95 % interval of `<estimate, g> / |g|^2`, 1 where unbiased, while a tenth of the workers is lost."""
+    """Return mean and 95 % interval of `<estimate, g> / |g|^2`, 1 where unbiased, while a tenth of
+    the workers is lost.
+    """
     noise, rng = noise_of(problem.d), np.random.default_rng(workers)
     index = torch.arange(problem.batch)
     gradients = problem.errors(torch.zeros(problem.d), index)[:, None] * problem.x[index]
-    gradients *= torch.linspace(0.25, 1.75, problem.batch)[:, None]  # uneven samples, in order: those of a block are alike
+    # uneven samples, in order: those of a block are alike
+    gradients *= torch.linspace(0.25, 1.75, problem.batch)[:, None]
     mean = gradients.mean(0)
     rows = expand(torch.full((problem.batch,), 8 * workers // problem.batch), problem.batch)
     place, found = torch.arange(len(rows)), {"spread": [], "not spread": [], "blocks": []}
-    interleaved = (place * 2654435761 % 2**32).argsort().argsort() % workers  # no sample lies with one worker
+    # no sample lies with one worker
+    interleaved = (place * 2654435761 % 2**32).argsort().argsort() % workers
     blocks = rows.owner * workers // problem.batch  # a sample's rows all lie with few workers
     for repeat in range(repeats):
         slow = torch.from_numpy(rng.random(workers) < 0.1)
         # In blocks the larger samples are the slower ones, as longer texts are.
         late = torch.from_numpy(rng.random(workers)) < 0.2 * torch.arange(workers) / workers
-        for name, lost in (("spread", slow[interleaved]), ("not spread", slow[interleaved]), ("blocks", late[blocks])):
+        for name, lost in (
+            ("spread", slow[interleaved]),
+            ("not spread", slow[interleaved]),
+            ("blocks", late[blocks]),
+        ):
             got = estimate(gradients, rows, ~lost, noise, repeat, spread=name != "not spread")
             found[name].append(float(got @ mean / (mean @ mean)))
-    return {k: [float(np.mean(v)), 1.96 * float(np.std(v, ddof=1)) / len(v) ** 0.5] for k, v in found.items()}
+    return {
+        k: [float(np.mean(v)), 1.96 * float(np.std(v, ddof=1)) / len(v) ** 0.5]
+        for k, v in found.items()
+    }
 
 
-def wait(rng: np.random.Generator, workers: int, seconds: float, *, quorum: bool) -> tuple[float, Tensor]:
+def wait(
+    rng: np.random.Generator, workers: int, seconds: float, *, quorum: bool
+) -> tuple[float, Tensor]:
     """Return how long a step waits for answers, and from which workers (W,) they came."""
-    times = seconds * rng.lognormal(0.0, 0.2, workers) * np.where(rng.random(workers) < SLOW, SLOWER, 1.0)
+    times = (
+        seconds
+        * rng.lognormal(0.0, 0.2, workers)
+        * np.where(rng.random(workers) < SLOW, SLOWER, 1.0)
+    )
     lost = rng.random(workers) < LOST
     if not quorum:  # a lost answer is asked for again, after a while
         return float(np.max(times + lost * TIMEOUT)), torch.ones(workers, dtype=torch.bool)
@@ -136,10 +171,17 @@ def wait(rng: np.random.Generator, workers: int, seconds: float, *, quorum: bool
     return limit, torch.from_numpy(arrivals <= limit)
 
 
-def race(problem: Problem, workers: int, costs: Costs, seed: int, *, quorum: bool, most: int = 4000) -> dict[str, float]:
-    """Train to the target with 8 rows per worker and step; returns steps and seconds of what they are made of."""
+def race(
+    problem: Problem, workers: int, costs: Costs, seed: int, *, quorum: bool, most: int = 4000
+) -> dict[str, float]:
+    """Train to the target with 8 rows per worker and step; returns steps and seconds of what they
+    are made of.
+    """
     noise, rng = noise_of(problem.d), np.random.default_rng([seed, workers])
-    theta, spent = torch.zeros(problem.d), {"forward and waiting": 0.0, "exchange": 0.0, "noise again": 0.0}
+    theta, spent = (
+        torch.zeros(problem.d),
+        {"forward and waiting": 0.0, "exchange": 0.0, "noise again": 0.0},
+    )
     queries = 8 * workers
     rows = expand(torch.full((problem.batch,), queries // problem.batch), problem.batch)
     owner = (torch.arange(queries) * 2654435761 % 2**32).argsort().argsort() % workers
@@ -148,10 +190,13 @@ def race(problem: Problem, workers: int, costs: Costs, seed: int, *, quorum: boo
         gradients = problem.errors(theta, index)[:, None] * problem.x[index]
         seconds, there = wait(rng, workers, 8 * costs.row, quorum=quorum)
         got = estimate(gradients, rows, there[owner], noise, step + 10_000 * seed, spread=True)
-        # The step that improves the loss most, by the exact gradient and variance: as large as the noise allows.
+        # The step that improves the loss most, by the exact gradient and variance: as large as the
+        # noise allows.
         exact = (problem.errors(theta, slice(None)) @ problem.x) / problem.size
         signal, square = float(exact @ exact), float(gradients.square().sum()) / problem.batch**2
-        variance = square * (1 + (problem.d - 1) * problem.batch / (float(there.float().mean()) * queries))
+        variance = square * (
+            1 + (problem.d - 1) * problem.batch / (float(there.float().mean()) * queries)
+        )
         theta = theta - got * signal / (signal + variance) / problem.smoothness
         spent["forward and waiting"] += seconds
         spent["exchange"] += costs.exchange(queries, workers, scalars=True)

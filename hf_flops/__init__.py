@@ -1,4 +1,6 @@
-"""Fine-tune any PEFT adapter with forward passes only, and give each sample the queries that it deserves."""
+"""Fine-tune any PEFT adapter with forward passes only, and give each sample the queries that it
+deserves.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +91,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import public names when they are first used, so that the engine can be used without transformers."""
+    """Import public names when they are first used, so that the engine can be used without
+    transformers.
+    """
     if name in _HOMES:
         return getattr(import_module(f".{_HOMES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

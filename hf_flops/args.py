@@ -29,7 +29,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "closed_form_head": True,
         "control_variate": "logit_jacobian",
     },
-    # n-SPSA as published with MeZO (arXiv 2305.17333): one noise for the batch, central differences, equal counts.
+    # n-SPSA as published with MeZO (arXiv 2305.17333): one noise for the batch, central
+    # differences, equal counts.
     "mezo": {
         "perturbation": "shared",
         "estimator": "antithetic",
@@ -79,12 +80,14 @@ def _number(kind: type, value: Any) -> Any:
 
 @dataclass
 class FlopsArgumentsMixin:
-    """The fields of forward-only training, to be put in front of any class derived from `TrainingArguments`.
+    """The fields of forward-only training, to be put in front of any class derived from
+    `TrainingArguments`.
 
     Options that are None take the value of the preset.
 
     Raises:
-        ConfigurationError: a value is unknown or out of range, or a stock option needs a backward pass.
+        ConfigurationError: a value is unknown or out of range, or a stock option needs a backward
+            pass.
     """
 
     learning_rate: float | str | None = field(
@@ -128,7 +131,10 @@ class FlopsArgumentsMixin:
     )
     allocator: str | None = field(
         default=None,
-        metadata={"help": f"How queries are divided among the samples of a batch: {', '.join(ALLOCATORS)}."},
+        metadata={
+            "help": "How queries are divided among the samples of a batch: "
+            f"{', '.join(ALLOCATORS)}."
+        },
     )
     estimator: str | None = field(
         default=None,
@@ -149,8 +155,9 @@ class FlopsArgumentsMixin:
     noise: str | None = field(
         default=None,
         metadata={
-            "help": f"Distribution of the noise: {', '.join(sorted(DISTRIBUTIONS))}. 'rank_one' is for large adapters: "
-            "also signs, but a matrix's noise is the outer product of two vectors."
+            "help": f"Distribution of the noise: {', '.join(sorted(DISTRIBUTIONS))}. 'rank_one' is "
+            "for large adapters: also signs, but a matrix's noise is the outer product of two "
+            "vectors."
         },
     )
     perturbation_scale: float | str | None = field(
@@ -226,7 +233,9 @@ class FlopsArgumentsMixin:
             "sample_id, and inputs without augmentation."
         },
     )
-    prefix_cache_gb: float = field(default=4.0, metadata={"help": "Size limit of prefix_cache, in gigabytes."})
+    prefix_cache_gb: float = field(
+        default=4.0, metadata={"help": "Size limit of prefix_cache, in gigabytes."}
+    )
     trajectory_log: bool = field(
         default=False,
         metadata={
@@ -261,15 +270,26 @@ class FlopsArgumentsMixin:
         check_world(self.world_size)  # type: ignore[attr-defined]
         _require(
             not self.trajectory_log or self.world_size == 1,  # type: ignore[attr-defined]
-            "trajectory_log=True is for one process, as of several none has all numbers: use one, or switch it off.",
+            "trajectory_log=True is for one process, as of several none has all numbers: use one, "
+            "or switch it off.",
         )
 
     def _check_choices(self) -> None:
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
-            _require(value is None or value in choices, f"{name}={value!r} is unknown: choose one of {', '.join(choices)}.")
-        if self.reduce == "scalars" and self.control_variate is None and PRESETS[self.preset]["control_variate"] != "none":
-            logger.warning('reduce="scalars" goes without a control variate, which learns from what does not travel.')
+            _require(
+                value is None or value in choices,
+                f"{name}={value!r} is unknown: choose one of {', '.join(choices)}.",
+            )
+        if (
+            self.reduce == "scalars"
+            and self.control_variate is None
+            and PRESETS[self.preset]["control_variate"] != "none"
+        ):
+            logger.warning(
+                'reduce="scalars" goes without a control variate, which learns from what does not '
+                "travel."
+            )
             self.control_variate = "none"
         defaults = PRESETS[self.preset] | (replayable(self) if self.trajectory_log else {})
         for name, value in defaults.items():
@@ -279,83 +299,119 @@ class FlopsArgumentsMixin:
     def _check_scalars(self) -> None:
         _require(
             self.reduce != "scalars" or self.control_variate == "none",
-            f"control_variate={self.control_variate!r} learns from gradients, which do not travel with reduce='scalars': "
-            "use reduce='gradient', or 'none'.",
+            f"control_variate={self.control_variate!r} learns from gradients, which do not travel "
+            "with reduce='scalars': use reduce='gradient', or 'none'.",
         )
         _require(
             self.reduce != "scalars" or self.perturbation != "activation",
-            "perturbation='activation' needs the forwards of all rows to draw its noise again, which reduce='scalars' would "
-            "do in every process: use reduce='gradient', or 'auto'.",
+            "perturbation='activation' needs the forwards of all rows to draw its noise again, "
+            "which reduce='scalars' would do in every process: use reduce='gradient', or 'auto'.",
         )
 
     def _check_numbers(self) -> None:
-        self.rows_per_forward = _number(int, "auto" if self.rows_per_forward is None else self.rows_per_forward)
+        self.rows_per_forward = _number(
+            int, "auto" if self.rows_per_forward is None else self.rows_per_forward
+        )
         self.perturbation_scale = _number(float, self.perturbation_scale)
         self.queries_per_sample = _number(int, self.queries_per_sample)
-        queries, scale, rows = self.queries_per_sample, self.perturbation_scale, self.rows_per_forward
+        queries, scale, rows = (
+            self.queries_per_sample,
+            self.perturbation_scale,
+            self.rows_per_forward,
+        )
         _require(
             queries == "auto" or (isinstance(queries, int) and queries >= 1),
-            f"queries_per_sample={queries!r} must be a whole number, 1 or more (2 or more to estimate a gradient), or "
-            "'auto'.",
+            f"queries_per_sample={queries!r} must be a whole number, 1 or more (2 or more to "
+            "estimate a gradient), or 'auto'.",
         )
         most = self.max_queries
         _require(
-            most is None or (isinstance(most, int) and most >= 1), f"max_queries={most!r} must be a whole number, 1 or more."
+            most is None or (isinstance(most, int) and most >= 1),
+            f"max_queries={most!r} must be a whole number, 1 or more.",
         )
         least = ESTIMATORS[str(self.estimator)]
         clean = least.baseline or ALLOCATORS[str(self.allocator)].needs_clean
         _require(
             queries == "auto" or queries >= len(least.signs) + clean,  # type: ignore[operator]
-            f"queries_per_sample={queries} is too few: estimator={self.estimator!r} with allocator={self.allocator!r} "
-            f"needs at least {len(least.signs) + clean} rows per sample, the clean one included.",
+            f"queries_per_sample={queries} is too few: estimator={self.estimator!r} with "
+            f"allocator={self.allocator!r} needs at least {len(least.signs) + clean} rows per "
+            "sample, the clean one included.",
         )
-        fine = scale in (None, "auto") or (isinstance(scale, (int, float)) and 0 < scale < float("inf"))
+        fine = scale in (None, "auto") or (
+            isinstance(scale, (int, float)) and 0 < scale < float("inf")
+        )
         _require(fine, f"perturbation_scale={scale!r} must be positive and finite, or 'auto'.")
-        _require(self.late_expansion or self.prefix_cache is None, "prefix_cache needs late_expansion=True.")
-        _require(self.prefix_cache_gb > 0, f"prefix_cache_gb={self.prefix_cache_gb!r} must be positive.")
+        _require(
+            self.late_expansion or self.prefix_cache is None,
+            "prefix_cache needs late_expansion=True.",
+        )
+        _require(
+            self.prefix_cache_gb > 0, f"prefix_cache_gb={self.prefix_cache_gb!r} must be positive."
+        )
         whole = isinstance(rows, int) and rows >= 1
-        _require(rows == "auto" or whole, f"rows_per_forward={rows!r} must be a whole number, 1 or more, or 'auto'.")
+        _require(
+            rows == "auto" or whole,
+            f"rows_per_forward={rows!r} must be a whole number, 1 or more, or 'auto'.",
+        )
         limit = self.memory_limit_gb
-        _require(limit is None or 0 < limit < float("inf"), f"memory_limit_gb={limit!r} must be positive and finite.")
+        _require(
+            limit is None or 0 < limit < float("inf"),
+            f"memory_limit_gb={limit!r} must be positive and finite.",
+        )
 
     def _check_rate(self) -> None:
         rate = self.learning_rate = _number(float, self.learning_rate)
         if rate == "auto":
             self.learning_rate, self.learning_rate_search = 1e-3, True
-        _require(not isinstance(rate, str) or rate == "auto", f"learning_rate={rate!r} must be a number, or 'auto'.")
+        _require(
+            not isinstance(rate, str) or rate == "auto",
+            f"learning_rate={rate!r} must be a number, or 'auto'.",
+        )
         _require(
             not (self.learning_rate_search and self.trajectory_log),
-            "trajectory_log=True cannot replay a learning rate search, which moves parameters by more than estimates: give "
-            "learning_rate a number, or switch one of the two off.",
+            "trajectory_log=True cannot replay a learning rate search, which moves parameters by "
+            "more than estimates: give learning_rate a number, or switch one of the two off.",
         )
         optimizer = str(getattr(self.optim, "value", self.optim))  # type: ignore[attr-defined]
         _require(
             not self.learning_rate_search or "schedule_free" not in optimizer,
-            f"optim={optimizer!r} is not for a learning rate search, as it trains at other points than it keeps: choose "
-            "another.",
+            f"optim={optimizer!r} is not for a learning rate search, as it trains at other points "
+            "than it keeps: choose another.",
         )
 
     def _check_stock_options(self) -> None:
-        """Refuse, or quietly switch off, options of `TrainingArguments` that belong to the backward pass."""
+        """Refuse, or quietly switch off, options of `TrainingArguments` that belong to the backward
+        pass.
+        """
         given: Any = self
         _require(
             not given.fp16,
-            "fp16=True is not supported: forward differences need no loss scaling and lose their digits in fp16; use "
-            "bf16=True or fp32.",
+            "fp16=True is not supported: forward differences need no loss scaling and lose their "
+            "digits in fp16; use bf16=True or fp32.",
         )
         for name, what in (
             ("fsdp", "FSDP shards the model for the backward pass"),
             ("deepspeed", "DeepSpeed takes the training step over"),
             ("use_liger_kernel", "Liger kernels fuse the loss, which must be seen row by row"),
             ("neftune_noise_alpha", "NEFTune adds noise of its own to the embeddings"),
-            ("torch_compile", "a compiled model hides its layers and its loss, which must be seen row by row"),
+            (
+                "torch_compile",
+                "a compiled model hides its layers and its loss, which must be seen row by row",
+            ),
             ("torch_compile_backend", "it switches torch_compile on"),
             ("torch_compile_mode", "it switches torch_compile on"),
         ):
-            _require(not getattr(given, name, None), f"{name}={getattr(given, name, None)!r} is not supported: {what}.")
+            _require(
+                not getattr(given, name, None),
+                f"{name}={getattr(given, name, None)!r} is not supported: {what}.",
+            )
         optimizer = str(getattr(given.optim, "value", given.optim))
-        _require("lomo" not in optimizer, f"optim={optimizer!r} is not supported: it fuses the update with backward.")
-        given.activation_checkpointing = given.gradient_checkpointing = None  # nothing is kept for a backward pass
+        _require(
+            "lomo" not in optimizer,
+            f"optim={optimizer!r} is not supported: it fuses the update with backward.",
+        )
+        # nothing is kept for a backward pass
+        given.activation_checkpointing = given.gradient_checkpointing = None
 
 
 @dataclass

@@ -14,11 +14,13 @@ _KEPT = 0.95  # of what past steps showed, from one step to the next
 class AutoQueries:
     """Chooses `queries_per_sample` from the signal and the noise that past steps found.
 
-    With S the squared norm of the gradient and V / q the variance of an estimate from q queries per sample, the best step
-    along it improves the loss by `S^2 / (2 L (S + V / q))`. It costs c clean rows and s rows for each query. Improvement per
-    row is largest at `q = sqrt(c V / (s S))`: few queries while the signal is clear, more as it fades.
+    With S the squared norm of the gradient and V / q the variance of an estimate from q queries per
+    sample, the best step along it improves the loss by `S^2 / (2 L (S + V / q))`. It costs c clean
+    rows and s rows for each query. Improvement per row is largest at `q = sqrt(c V / (s S))`: few
+    queries while the signal is clear, more as it fades.
 
-    S is that of all trained parameters, a closed-form head included: while the head learns most, queries are few.
+    S is that of all trained parameters, a closed-form head included: while the head learns most,
+    queries are few.
 
     Args:
         rows: rows per sample of the first step.
@@ -44,7 +46,9 @@ class AutoQueries:
         self._variance = _KEPT * self._variance + result.metrics["gradient_variance"] * queries
         wanted = 1.0
         if clean:
-            wanted = math.sqrt(self._variance / (signs * self._signal)) if self._signal > 0 else MOST
+            wanted = (
+                math.sqrt(self._variance / (signs * self._signal)) if self._signal > 0 else MOST
+            )
         # At most twice as many as before, because single steps say little.
         wanted = min(max(round(wanted), 1), 2 * max(1, (self.rows - clean) // signs))
         self._next = max(clean + signs, min(clean + signs * wanted, MOST))

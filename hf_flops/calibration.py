@@ -1,4 +1,6 @@
-"""The step of the finite difference, measured: neither so small that rounding drowns it nor so large that curvature does."""
+"""The step of the finite difference, measured: neither so small that rounding drowns it nor so
+large that curvature does.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,15 @@ from .objectives import Forward
 from .perturbations import NoiseKeys
 from .rows import Rows, batch_size, expand, take
 
-# Powers of the square root of ten. Epsilon is always one of these: the error that rounding causes depends on the processor's
-# kernels, and a finer choice would follow it from machine to machine.
+# Powers of the square root of ten. Epsilon is always one of these: the error that rounding causes
+# depends on the processor's kernels, and a finer choice would follow it from machine to machine.
 GRID = tuple(10 ** (exponent / 2) for exponent in range(-8, -1))  # 1e-4 ... 1e-1
-STEP_GRID = tuple(10 ** (exponent / 2) for exponent in range(-6, 2))  # 1e-3 ... 3, for objectives that move in steps
+# 1e-3 ... 3, for objectives that move in steps
+STEP_GRID = tuple(10 ** (exponent / 2) for exponent in range(-6, 2))
 _SHARE = 0.25  # of queries that should see a step
 _ROWS = 32  # queries at each scale, or 8 where each needs a whole batch
-_STEP = 2**61  # no optimizer step has this number: the noise of a calibration is used by nothing else
+# no optimizer step has this number: the noise of a calibration is used by nothing else
+_STEP = 2**61
 
 
 @dataclass(frozen=True)
@@ -30,9 +34,10 @@ class Calibration:
     """What a calibration found.
 
     Attributes:
-        scale: the step of the difference, epsilon, one of the grid's; None where no two steps agree on any signal.
-        signal_to_noise: RMS of the deltas there over the RMS of their error; for an objective that moves in steps, the share
-            of the queries that see one there.
+        scale: the step of the difference, epsilon, one of the grid's; None where no two steps agree
+            on any signal.
+        signal_to_noise: RMS of the deltas there over the RMS of their error; for an objective that
+            moves in steps, the share of the queries that see one there.
         rows: rows that went through the model.
     """
 
@@ -41,22 +46,28 @@ class Calibration:
     rows: int
 
 
-def choose_scale(deltas: Tensor, scales: tuple[float, ...] = GRID, order: int = 1) -> tuple[float | None, float]:
-    """Return the scale of the grid at which deltas have the least error, and their signal-to-noise ratio there.
+def choose_scale(
+    deltas: Tensor, scales: tuple[float, ...] = GRID, order: int = 1
+) -> tuple[float | None, float]:
+    """Return the scale of the grid at which deltas have the least error, and their signal-to-noise
+    ratio there.
 
-    Deltas of the same queries at neighbouring scales have independent errors from rounding, `rounding / epsilon`, and from
-    curvature errors that grow as `epsilon ** order`. So their mean squared difference is `a (1 / low^2 + 1 / high^2) +
-    b (high^order - low^order)^2`; a and b are fitted to all pairs by least squares of relative errors, and the error
-    `a / epsilon^2 + b epsilon^(2 order)` is compared at all scales. The mean product of neighbours is the squared signal.
-    Where only one of the errors is visible, the scale is one of the two neighbours that agree best: the smaller where only
-    curvature is visible, the larger where only rounding is. Pairs in which rounding swallows most perturbations are left
-    out. Of scales with equal errors the larger is taken, at which rounding matters less.
+    Deltas of the same queries at neighbouring scales have independent errors from rounding,
+    `rounding / epsilon`, and from curvature errors that grow as `epsilon ** order`. So their mean
+    squared difference is `a (1 / low^2 + 1 / high^2) + b (high^order - low^order)^2`; a and b are
+    fitted to all pairs by least squares of relative errors, and the error
+    `a / epsilon^2 + b epsilon^(2 order)` is compared at all scales. The mean product of neighbours
+    is the squared signal. Where only one of the errors is visible, the scale is one of the two
+    neighbours that agree best: the smaller where only curvature is visible, the larger where only
+    rounding is. Pairs in which rounding swallows most perturbations are left out. Of scales with
+    equal errors the larger is taken, at which rounding matters less.
 
     Args:
         deltas: (K, R) the same R queries at K scales.
-        scales: the K scales, growing: powers of the square root of ten, so that the choice is the same whatever kernels the
-            processor runs, unless two of them are nearly equally good.
-        order: by which power of epsilon the error of curvature grows: 1 for one-sided differences, 2 for antithetic ones.
+        scales: the K scales, growing: powers of the square root of ten, so that the choice is the
+            same whatever kernels the processor runs, unless two of them are nearly equally good.
+        order: by which power of epsilon the error of curvature grows: 1 for one-sided differences,
+            2 for antithetic ones.
     """
     low, high = deltas[:-1].double(), deltas[1:].double()
     steps = torch.tensor(scales, dtype=torch.float64)
@@ -64,13 +75,23 @@ def choose_scale(deltas: Tensor, scales: tuple[float, ...] = GRID, order: int = 
     seen = difference.isfinite() & (difference > 0) & ((low != 0).double().mean(1) >= 0.5)
     if not bool(seen.any()):
         return None, 0.0
-    rounding, curvature = steps[:-1] ** -2 + steps[1:] ** -2, (steps[1:] ** order - steps[:-1] ** order) ** 2
+    rounding, curvature = (
+        steps[:-1] ** -2 + steps[1:] ** -2,
+        (steps[1:] ** order - steps[:-1] ** order) ** 2,
+    )
     shares = torch.stack([rounding[seen] / difference[seen], curvature[seen] / difference[seen]], 1)
     sizes = shares.norm(dim=0)
-    a, b = (torch.linalg.lstsq(shares / sizes, torch.ones(len(shares), 1).double()).solution.flatten() / sizes).tolist()
+    a, b = (
+        torch.linalg.lstsq(shares / sizes, torch.ones(len(shares), 1).double()).solution.flatten()
+        / sizes
+    ).tolist()
     if a > 0 and b > 0:
         visible = torch.nonzero(seen).flatten().tolist()
-        errors = {k: a / scales[k] ** 2 + b * scales[k] ** (2 * order) for p in visible for k in (p, p + 1)}
+        errors = {
+            k: a / scales[k] ** 2 + b * scales[k] ** (2 * order)
+            for p in visible
+            for k in (p, p + 1)
+        }
         best = min(errors, key=lambda k: (errors[k], -k))
         pair, error = min(visible, key=lambda k: abs(2 * (k - best) + 1)), errors[best]
     else:
@@ -80,7 +101,9 @@ def choose_scale(deltas: Tensor, scales: tuple[float, ...] = GRID, order: int = 
     return (scales[best], (squared / error) ** 0.5) if squared > 1e-2 * error else (None, 0.0)
 
 
-def calibrate(forward: Forward, inputs: Mapping[str, Any], method: Method, seed: int = 0) -> Calibration:
+def calibrate(
+    forward: Forward, inputs: Mapping[str, Any], method: Method, seed: int = 0
+) -> Calibration:
     """Evaluate the same few queries of a batch at every scale of the grid, and choose one.
 
     Args:
@@ -91,15 +114,23 @@ def calibrate(forward: Forward, inputs: Mapping[str, Any], method: Method, seed:
     """
     steps = method.objective.in_steps
     deltas, used = _evaluated(forward, inputs, method, seed, STEP_GRID if steps else GRID)
-    found = choose_step_scale(deltas) if steps else choose_scale(deltas, order=len(method.estimator.signs))
+    found = (
+        choose_step_scale(deltas)
+        if steps
+        else choose_scale(deltas, order=len(method.estimator.signs))
+    )
     return Calibration(*found, used)
 
 
-def choose_step_scale(deltas: Tensor, scales: tuple[float, ...] = STEP_GRID) -> tuple[float | None, float]:
-    """Return the least scale at which a quarter of the queries sees a step, or else most do, and what share that is.
+def choose_step_scale(
+    deltas: Tensor, scales: tuple[float, ...] = STEP_GRID
+) -> tuple[float | None, float]:
+    """Return the least scale at which a quarter of the queries sees a step, or else most do, and
+    what share that is.
 
-    Differences estimate the gradient of the objective averaged over the noise. Below this scale most queries see no
-    difference at all and are wasted; far above it the average is over models that have forgotten what they knew.
+    Differences estimate the gradient of the objective averaged over the noise. Below this scale
+    most queries see no difference at all and are wasted; far above it the average is over models
+    that have forgotten what they knew.
 
     Args:
         deltas: (K, R) the same R queries at K scales, zero where there is no difference.
@@ -114,7 +145,9 @@ def choose_step_scale(deltas: Tensor, scales: tuple[float, ...] = STEP_GRID) -> 
 def _evaluated(
     forward: Forward, inputs: Mapping[str, Any], method: Method, seed: int, grid: tuple[float, ...]
 ) -> tuple[Tensor, int]:
-    """Return (K, R) deltas of the same queries at every scale of the grid, and how many rows that took."""
+    """Return (K, R) deltas of the same queries at every scale of the grid, and how many rows that
+    took.
+    """
     samples = batch_size(inputs)
     units, wanted = (samples, _ROWS) if method.objective.per_row else (1, 8)
     rows = expand(torch.full((units,), -(-wanted // units)), 1.0)[slice(wanted)]

@@ -14,8 +14,8 @@ from .settings import as_code
 TAGS = ("hf-flops", "forward-only", "zeroth-order")
 CITATION = """@inproceedings{ren2025flops,
   title = {{FLOPS}: Forward Learning with {OPtimal} Sampling},
-  author = {Ren, Tao and Zhang, Zishi and Jiang, Jinyang and Li, Guanghao and Zhang, Zeliang and Feng, Mingqian and
-            Peng, Yijie},
+  author = {Ren, Tao and Zhang, Zishi and Jiang, Jinyang and Li, Guanghao and Zhang, Zeliang and
+            Feng, Mingqian and Peng, Yijie},
   booktitle = {International Conference on Learning Representations},
   year = {2025},
   eprint = {2410.05966},
@@ -24,7 +24,8 @@ CITATION = """@inproceedings{ren2025flops,
 
 
 def complete_card(args: Any, model: Any, costs: Mapping[str, float], tags: Any) -> None:
-    """Add our tags, beside those of the model and the caller, and our sections to the stock card of an output folder.
+    """Add our tags, beside those of the model and the caller, and our sections to the stock card of
+    an output folder.
 
     Args:
         args: the arguments of the run.
@@ -37,10 +38,15 @@ def complete_card(args: Any, model: Any, costs: Mapping[str, float], tags: Any) 
         return
     card, own = ModelCard.load(path), [tags] if isinstance(tags, str) else tags or []
     stock = ["generated_from_trainer"]
-    card.data.tags = sorted({*(card.data.tags or []), *own, *stock, *(getattr(model, "model_tags", None) or []), *TAGS})
-    if not card.data.get("base_model"):  # an empty name, of a model made from its configuration, is refused by the Hub
+    card.data.tags = sorted(
+        {*(card.data.tags or []), *own, *stock, *(getattr(model, "model_tags", None) or []), *TAGS}
+    )
+    # an empty name, of a model made from its configuration, is refused by the Hub
+    if not card.data.get("base_model"):
         card.data.pop("base_model", None)
-    card.text = "\n\n".join([card.text.rstrip(), *sections(args, costs, pictures(path.parent))]) + "\n"
+    card.text = (
+        "\n\n".join([card.text.rstrip(), *sections(args, costs, pictures(path.parent))]) + "\n"
+    )
     card.save(path)
 
 
@@ -59,8 +65,9 @@ def sections(args: Any, costs: Mapping[str, float], drawn: Iterable[tuple[str, s
     """
     parts = [
         "## Forward-only training",
-        "This adapter was trained by `hf_flops` with forward passes only: its gradient was estimated from perturbed rows, "
-        "without backpropagation ([FLOPS](https://arxiv.org/abs/2410.05966)).",
+        "This adapter was trained by `hf_flops` with forward passes only: its gradient was "
+        "estimated from perturbed rows, without backpropagation "
+        "([FLOPS](https://arxiv.org/abs/2410.05966)).",
     ]
     if costs["rows"]:
         parts += ["### What it cost", cost_table(costs)]
@@ -87,4 +94,6 @@ def cost_table(costs: Mapping[str, float]) -> str:
     lines["seconds"] = f"{costs['seconds']:,.1f}"
     if "peak_memory" in costs:
         lines["peak memory of the process"] = f"{costs['peak_memory'] / 2**20:,.0f} MB"
-    return "\n".join(["| | |", "| --- | ---: |", *(f"| {name} | {value} |" for name, value in lines.items())])
+    return "\n".join(
+        ["| | |", "| --- | ---: |", *(f"| {name} | {value} |" for name, value in lines.items())]
+    )

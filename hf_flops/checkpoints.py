@@ -1,4 +1,6 @@
-"""Checkpoints that appear whole or not at all, and a run that saves and leaves when it is told to."""
+"""Checkpoints that appear whole or not at all, and a run that saves and leaves when it is told
+to.
+"""
 
 from __future__ import annotations
 
@@ -25,25 +27,35 @@ UNFINISHED, MANIFEST, STATE = ".unfinished", "flops_files.json", "trainer_state.
 
 
 def is_whole(folder: str | Path) -> bool:
-    """Say whether a checkpoint has all files that it was saved with; of a stock trainer's, whether the last one is there."""
+    """Say whether a checkpoint has all files that it was saved with; of a stock trainer's, whether
+    the last one is there.
+    """
     state, manifest = Path(folder, STATE), Path(folder, MANIFEST)
     if not state.is_file():
         return False
     if not manifest.is_file():
         return True
     try:
-        files = [(Path(folder, name), size) for name, size in json.loads(manifest.read_text()).items()]
+        files = [
+            (Path(folder, name), size) for name, size in json.loads(manifest.read_text()).items()
+        ]
     except (OSError, ValueError, AttributeError):  # the manifest itself was cut off
         return False
     return all(path.is_file() and path.stat().st_size == size for path, size in files)
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """Return the whole checkpoint of the latest step in a folder, or None; those half written or deleted do not count."""
+    """Return the whole checkpoint of the latest step in a folder, or None; those half written or
+    deleted do not count.
+    """
     for old in Path(folder, UNFINISHED).glob("*.old"):  # its successor was about to take its place
         if not Path(folder, old.stem).exists():
             old.rename(Path(folder, old.stem))
-    found = [path for path in Path(folder).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    found = [
+        path
+        for path in Path(folder).glob("checkpoint-*")
+        if re.fullmatch(r"checkpoint-\d+", path.name)
+    ]
     for path in sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True):
         if is_whole(path):
             return str(path)
@@ -52,10 +64,14 @@ def last_checkpoint(folder: str | Path) -> str | None:
 
 
 def publish(unfinished: Path, folder: Path) -> None:
-    """Let a finished checkpoint appear under its name, in the place of an older one if there is one."""
+    """Let a finished checkpoint appear under its name, in the place of an older one if there is
+    one.
+    """
     files = [path for path in unfinished.rglob("*") if path.is_file()]
     manifest = unfinished / MANIFEST
-    manifest.write_text(json.dumps({str(path.relative_to(unfinished)): path.stat().st_size for path in files}))
+    manifest.write_text(
+        json.dumps({str(path.relative_to(unfinished)): path.stat().st_size for path in files})
+    )
     for path in [*files, manifest, unfinished]:
         _flush(path)
     if folder.exists():
@@ -75,7 +91,8 @@ def _flush(path: Path) -> None:
 
 
 class CheckpointWriter:
-    """Lets the stock trainer save in a folder beside, and moves the checkpoint to its place when all of it is there.
+    """Lets the stock trainer save in a folder beside, and moves the checkpoint to its place when
+    all of it is there.
 
     Attributes:
         saving: whether a checkpoint is being saved.
@@ -111,7 +128,8 @@ class CheckpointWriter:
             yield folder
         finally:
             self.saving = False
-        if Path(state.best_model_checkpoint or "") == unfinished:  # "./out" is spelled otherwise as a path
+        # "./out" is spelled otherwise as a path
+        if Path(state.best_model_checkpoint or "") == unfinished:
             state.best_model_checkpoint = str(folder)
             if args.should_save:
                 state.save_to_json(str(unfinished / STATE))
@@ -119,7 +137,8 @@ class CheckpointWriter:
         if args.process_index == 0:
             publish(unfinished, folder)
         group.everyone(None)
-        if args.local_process_index == 0 and unfinished.is_dir():  # on another machine that shares no disk
+        # on another machine that shares no disk
+        if args.local_process_index == 0 and unfinished.is_dir():
             publish(unfinished, folder)
 
 
@@ -139,22 +158,26 @@ def chosen_checkpoint(wanted: str | bool | None, output_dir: Any, group: Share) 
     if wanted is True:
         wanted = group.first(last_checkpoint(output_dir))
         if wanted is None:
-            raise ConfigurationError(f"output_dir={output_dir!r} holds no whole checkpoint to resume from.")
+            raise ConfigurationError(
+                f"output_dir={output_dir!r} holds no whole checkpoint to resume from."
+            )
     elif Path(wanted, MANIFEST).is_file() and not is_whole(wanted):
         raise ConfigurationError(
-            f"{wanted!r} lacks files that it was saved with, or its {MANIFEST} is damaged: resume from an earlier one."
+            f"{wanted!r} lacks files that it was saved with, or its {MANIFEST} is damaged: resume "
+            "from an earlier one."
         )
     elif not Path(wanted, STATE).is_file():
         raise ConfigurationError(
-            f"resume_from_checkpoint={wanted!r} holds no {STATE}: give the folder of a checkpoint, such as "
-            f"{output_dir}/checkpoint-100, or True for the latest one there."
+            f"resume_from_checkpoint={wanted!r} holds no {STATE}: give the folder of a "
+            f"checkpoint, such as {output_dir}/checkpoint-100, or True for the latest one there."
         )
     return str(wanted)
 
 
 @contextmanager
 def generator_states(checkpoint: str | None, args: Any) -> Iterator[str | None]:
-    """Yield a folder with the states of this process's generators, also of a run with another number of processes.
+    """Yield a folder with the states of this process's generators, also of a run with another
+    number of processes.
 
     All processes of a run have the same states.
     """
@@ -172,7 +195,8 @@ def generator_states(checkpoint: str | None, args: Any) -> Iterator[str | None]:
 
 
 class Leave(TrainerCallback):
-    """Saves and ends the run when SIGTERM arrives: after the optimizer step that is under way, in all processes alike.
+    """Saves and ends the run when SIGTERM arrives: after the optimizer step that is under way, in
+    all processes alike.
 
     Attributes:
         asked: whether this process was told to leave.

@@ -1,4 +1,6 @@
-"""What is checked or prepared before the first step, so that a run that cannot work does not start."""
+"""What is checked or prepared before the first step, so that a run that cannot work does not
+start.
+"""
 
 from __future__ import annotations
 
@@ -20,34 +22,44 @@ logger = logging.getLogger(__name__)
 
 
 def check_arguments(args: Any) -> None:
-    """Refuse arguments of the wrong class and processes that do not know each other; switch off what is not for us."""
+    """Refuse arguments of the wrong class and processes that do not know each other; switch off
+    what is not for us.
+    """
     if not issubclass(type(args), FlopsArgumentsMixin):
         raise ConfigurationError(
-            f"args is a {type(args).__name__}: use FlopsTrainingArguments, or put FlopsArgumentsMixin before your class."
+            f"args is a {type(args).__name__}: use FlopsTrainingArguments, or put "
+            "FlopsArgumentsMixin before your class."
         )
     check_environment()
     check_world(args.world_size)
     args._n_gpu = min(args.n_gpu, 1)  # no DataParallel
     if args.world_size > 1:
-        args.average_tokens_across_devices = False  # every process reads, and counts, the tokens of all
+        # every process reads, and counts, the tokens of all
+        args.average_tokens_across_devices = False
     args.enable_jit_checkpoint = False  # `Leave` saves on SIGTERM, in all processes alike
 
 
 def check_ready(model: nn.Module, data: Any, needs_clean: bool, samples: int) -> None:
-    """Refuse a model or a data set that leaves nothing to train, and say if batches of one leave nothing to share out."""
+    """Refuse a model or a data set that leaves nothing to train, and say if batches of one leave
+    nothing to share out.
+    """
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ConfigurationError("The model has no trainable parameter: add an adapter (peft_config=) or unfreeze a head.")
+        raise ConfigurationError(
+            "The model has no trainable parameter: add an adapter (peft_config=) or unfreeze a "
+            "head."
+        )
     if data is not None and hasattr(data, "__len__") and len(data) == 0:
         raise ConfigurationError("train_dataset is empty: there is nothing to train on.")
     if needs_clean and samples == 1:
         logger.warning(
-            "per_device_train_batch_size=1 leaves the allocator nothing to share out: use larger batches with fewer "
-            "queries_per_sample."
+            "per_device_train_batch_size=1 leaves the allocator nothing to share out: use larger "
+            "batches with fewer queries_per_sample."
         )
 
 
 def check_labels(forward: Forward, inputs: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Refuse a batch without labels, of a model that makes no loss without them, as an autoencoder does.
+    """Refuse a batch without labels, of a model that makes no loss without them, as an autoencoder
+    does.
 
     Args:
         forward: runs the model.
@@ -61,7 +73,10 @@ def check_labels(forward: Forward, inputs: Mapping[str, Any], names: Sequence[st
     except (AttributeError, KeyError, TypeError, ValueError):
         loss = None
     if loss is None:
-        raise ObjectiveError(f"The batch has no labels: its keys are {sorted(inputs)}, and none of {names} is among them.")
+        raise ObjectiveError(
+            f"The batch has no labels: its keys are {sorted(inputs)}, and none of {names} is "
+            "among them."
+        )
 
 
 def wrap_with_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
@@ -78,7 +93,8 @@ def widen_trainable(model: nn.Module) -> None:
     names = keep_masters(model)
     if names:
         logger.warning(
-            "%d trainable tensors are kept in float32, as 16 bits would round small updates away (%s, ...).",
+            "%d trainable tensors are kept in float32, as 16 bits would round small updates away "
+            "(%s, ...).",
             len(names),
             names[0],
         )
@@ -86,12 +102,18 @@ def widen_trainable(model: nn.Module) -> None:
 
 @contextmanager
 def quantised_base_allowed(model: Any) -> Iterator[None]:
-    """Let the stock trainer accept a quantised model that cannot be trained by backprop; forward passes are enough here.
+    """Let the stock trainer accept a quantised model that cannot be trained by backprop; forward
+    passes are enough here.
 
-    The stock check passes over models that carry an adapter of their own, so this one says for a while that it does.
+    The stock check passes over models that carry an adapter of their own, so this one says for a
+    while that it does.
     """
     flag = "_hf_peft_config_loaded"
-    if not isinstance(model, nn.Module) or not getattr(model, "is_quantized", False) or flag in vars(model):
+    if (
+        not isinstance(model, nn.Module)
+        or not getattr(model, "is_quantized", False)
+        or flag in vars(model)
+    ):
         yield
         return
     setattr(model, flag, True)
@@ -103,7 +125,9 @@ def quantised_base_allowed(model: Any) -> Iterator[None]:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch dropout and batch-norm updates off for a while, and put every module back as it was."""
+    """Switch dropout and batch-norm updates off for a while, and put every module back as it
+    was.
+    """
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -114,15 +138,20 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def without_cache(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Tell a language model to keep no keys and values, which only generation needs, unless the batch says otherwise."""
+    """Tell a language model to keep no keys and values, which only generation needs, unless the
+    batch says otherwise.
+    """
     base: Any = getattr(model, "get_base_model", lambda: model)()
     if "use_cache" in inputs or "use_cache" not in inspect.signature(base.forward).parameters:
         return inputs
     return {**inputs, "use_cache": False}
 
 
-def shared_texts(model: nn.Module, inputs: Mapping[str, Any], clean: bool) -> AbstractContextManager[None]:
-    """Let a model that can, as `SuffixPromptModel` does, run what all rows of a batch's samples share once for a step.
+def shared_texts(
+    model: nn.Module, inputs: Mapping[str, Any], clean: bool
+) -> AbstractContextManager[None]:
+    """Let a model that can, as `SuffixPromptModel` does, run what all rows of a batch's samples
+    share once for a step.
 
     With `clean`, the samples will also be run as they are.
     """

@@ -1,4 +1,6 @@
-"""How many rows go through the model at a time: found out while the work is done, and halved where memory is short."""
+"""How many rows go through the model at a time: found out while the work is done, and halved where
+memory is short.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,12 @@ from .memory import PeakMemory, free_memory
 
 logger = logging.getLogger(__name__)
 Work = Callable[[slice], int]
-"""Does the work of some rows and keeps the result only if all of it succeeded; returns how many columns a row had."""
+"""Does the work of some rows and keeps the result only if all of it succeeded; returns how many
+columns a row had.
+"""
 
-FIRST, SMALL, MOST = 8, 32, 4096  # rows: the first size tried, steps too small for timing to matter, the last size tried
+# rows: the first size tried, steps too small for timing to matter, the last size tried
+FIRST, SMALL, MOST = 8, 32, 4096
 _TIMED_ROWS = 64  # a size is timed on at least this many rows
 _SHARE = 0.8  # of free memory
 _TOLERANCE = 1.03  # sizes that are slower by less are as good: the smallest of them is taken
@@ -27,21 +32,25 @@ def out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     text = str(error)  # torch has no class of its own for the CPU's allocator
-    return isinstance(error, RuntimeError) and ("you tried to allocate" in text or "out of memory" in text)
+    return isinstance(error, RuntimeError) and (
+        "you tried to allocate" in text or "out of memory" in text
+    )
 
 
 class ChunkPlanner:
     """Knows how many rows go through the model at a time.
 
-    With a size it keeps to that size. Without one it tries sizes on the chunks of the first steps, so that nothing is
-    computed for the trial alone: from 8 rows it doubles as long as memory will suffice, by the peak of the size before,
-    and time per row falls; then it settles on the smallest size that is as fast as the fastest. Steps of 32 rows or fewer
-    are not timed, nor is anything where torch is told to be deterministic. Either way a chunk that does not fit in memory
-    is halved and done again.
+    With a size it keeps to that size. Without one it tries sizes on the chunks of the first steps,
+    so that nothing is computed for the trial alone: from 8 rows it doubles as long as memory will
+    suffice, by the peak of the size before, and time per row falls; then it settles on the smallest
+    size that is as fast as the fastest. Steps of 32 rows or fewer are not timed, nor is anything
+    where torch is told to be deterministic. Either way a chunk that does not fit in memory is
+    halved and done again.
 
     Args:
         size: rows at a time, or None to find out.
-        limit: bytes that a chunk may take on top of the model, noise included; None for 80 % of what is free.
+        limit: bytes that a chunk may take on top of the model, noise included; None for 80 % of
+            what is free.
 
     Attributes:
         given: the size that was asked for, None where it is found out.
@@ -57,7 +66,8 @@ class ChunkPlanner:
         self.costs: dict[int, float] = {}
         self.ceiling = MOST if size is None else 2**62
         self.limit, self.device, self._prepared = limit, torch.device("cpu"), False
-        self._peak, self._timed, self._warned = math.nan, -1, False  # rows timed at this size; -1: not even run
+        # rows timed at this size; -1: not even run
+        self._peak, self._timed, self._warned = math.nan, -1, False
 
     @classmethod
     def of(cls, rows: int | ChunkPlanner) -> ChunkPlanner:
@@ -65,7 +75,9 @@ class ChunkPlanner:
         return rows if isinstance(rows, ChunkPlanner) else cls(rows)
 
     def prepare(self, device: torch.device, row_bytes: float) -> None:
-        """Learn where the model runs, and how many bytes the noise of a row has, with the first batch."""
+        """Learn where the model runs, and how many bytes the noise of a row has, with the first
+        batch.
+        """
         if self._prepared:
             return
         self.device, self._prepared = device, True
@@ -100,7 +112,9 @@ class ChunkPlanner:
         return False
 
     def _try(self, work: Callable[[], int], rows: int, most: int) -> None:
-        """Do the work of a chunk of a size on trial: the first shows its memory, the next ones its time."""
+        """Do the work of a chunk of a size on trial: the first shows its memory, the next ones its
+        time.
+        """
         if self._timed < 0:
             with PeakMemory(self.device) as memory:
                 work()
@@ -138,7 +152,9 @@ class ChunkPlanner:
         self.settled = True
         costs = {size: cost for size, cost in self.costs.items() if size <= self.ceiling}
         if costs:
-            self.size = min(size for size, cost in costs.items() if cost <= _TOLERANCE * min(costs.values()))
+            self.size = min(
+                size for size, cost in costs.items() if cost <= _TOLERANCE * min(costs.values())
+            )
         logger.info("Rows per forward: %d.", self.size)
 
     def _halve(self, rows: int) -> None:
@@ -150,8 +166,8 @@ class ChunkPlanner:
             torch.cuda.empty_cache()
         if not self._warned:
             logger.warning(
-                "A forward pass of %d rows did not fit in memory: rows_per_forward is halved until it does, to %d now. The "
-                "estimate stays the same.",
+                "A forward pass of %d rows did not fit in memory: rows_per_forward is halved "
+                "until it does, to %d now. The estimate stays the same.",
                 rows,
                 self.ceiling,
             )
@@ -159,26 +175,39 @@ class ChunkPlanner:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resume needs to go on with the same size, as JSON-serialisable values."""
-        return {"size": self.size, "settled": self.settled, "ceiling": self.ceiling, "costs": list(self.costs.items())}
+        return {
+            "size": self.size,
+            "settled": self.settled,
+            "ceiling": self.ceiling,
+            "costs": list(self.costs.items()),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a state from `state_dict`; a size that the user gave stays."""
         if self.given is None:
-            self.size, self.settled, self.ceiling = state["size"], state["settled"], state["ceiling"]
+            self.size, self.settled, self.ceiling = (
+                state["size"],
+                state["settled"],
+                state["ceiling"],
+            )
             self.costs = {int(size): cost for size, cost in state["costs"]}
 
 
 def even(number: int, most: int) -> int:
-    """Return how many of so many rows go first, where they are cut into as few chunks as `most` rows at a time allow.
+    """Return how many of so many rows go first, where they are cut into as few chunks as `most`
+    rows at a time allow.
 
-    All chunks are as long as the first or shorter by one, as `torch.tensor_split` cuts. So no short one is left over, and a
-    process that gets some of them cuts its rows into the same ones.
+    All chunks are as long as the first or shorter by one, as `torch.tensor_split` cuts. So no short
+    one is left over, and a process that gets some of them cuts its rows into the same ones.
     """
     return -(-number // -(-number // most))
 
 
-def in_chunks(lengths: Iterable[int], work: Work, planner: ChunkPlanner, *, whole: bool = False) -> None:
-    """Do the work of consecutive stretches of rows, a chunk at a time and never two stretches together.
+def in_chunks(
+    lengths: Iterable[int], work: Work, planner: ChunkPlanner, *, whole: bool = False
+) -> None:
+    """Do the work of consecutive stretches of rows, a chunk at a time and never two stretches
+    together.
 
     Args:
         lengths: rows of each stretch.

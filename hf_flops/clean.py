@@ -1,4 +1,6 @@
-"""The clean pass of a step: the batch unperturbed (that is what "clean" means), each process its part of the samples."""
+"""The clean pass of a step: the batch unperturbed (that is what "clean" means), each process its
+part of the samples.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,9 @@ class CleanPass:
         return None if self.found is None else self.found.losses
 
     def judged_by(self, objective: Objective, losses: RowLosses) -> CleanPass:
-        """Return the pass with another objective for its queries, and its clean losses by that objective."""
+        """Return the pass with another objective for its queries, and its clean losses by that
+        objective.
+        """
         assert self.found is not None
         found = replace(self.found, losses=losses, own=losses, objective=objective)
         return replace(self, method=replace(self.method, objective=objective), found=found)
@@ -84,7 +88,9 @@ class CleanPass:
         return Features(losses.sums.cpu(), residuals, *when, losses.counts.cpu().float(), ids)
 
 
-def clean_pass(recording: Recording, inputs: Mapping[str, Any], method: Method, place: Place) -> CleanPass:
+def clean_pass(
+    recording: Recording, inputs: Mapping[str, Any], method: Method, place: Place
+) -> CleanPass:
     """Run a batch unperturbed, if the method needs that; `recording` is one of `method.reuse`."""
     samples, per_row = batch_size(inputs), method.objective.per_row
     units = samples if per_row else 1
@@ -101,10 +107,13 @@ def clean_pass(recording: Recording, inputs: Mapping[str, Any], method: Method, 
     return CleanPass(recording, method, place, feed, planner, samples, units, budget, found)
 
 
-def clean_forward(recording: Recording, method: Method, samples: int, feed: Feed, planner: ChunkPlanner) -> Clean:
+def clean_forward(
+    recording: Recording, method: Method, samples: int, feed: Feed, planner: ChunkPlanner
+) -> Clean:
     """Run the batch, this process's samples all at once unless they do not fit in memory.
 
-    Where processes share scalars only, the gradient of a closed-form head must not travel: then each runs all samples.
+    Where processes share scalars only, the gradient of a closed-form head must not travel: then
+    each runs all samples.
 
     Args:
         recording: runs the model, by the method's reuse plan.
@@ -131,7 +140,8 @@ def clean_forward(recording: Recording, method: Method, samples: int, feed: Feed
         owner = mine[chunk]
         inputs, columns, cut = whole, feed.columns, None
         part = len(owner) == len(mine) < samples and not recording.complete
-        if part or (len(owner) < samples and head is not None):  # what a head is given has to have one width
+        # what a head is given has to have one width
+        if part or (len(owner) < samples and head is not None):
             inputs = take(whole, owner)
         elif len(owner) < samples:
             inputs, columns, cut = feed.of(owner)
@@ -139,7 +149,9 @@ def clean_forward(recording: Recording, method: Method, samples: int, feed: Feed
             run = recording.batch(inputs, owner, samples)
         else:
             run = recording.batch(whole) if inputs is whole else recording.rows(inputs, owner, cut)
-        watched: AbstractContextManager[list[Tensor]] = nullcontext([]) if head is None else head.watched()
+        watched: AbstractContextManager[list[Tensor]] = (
+            nullcontext([]) if head is None else head.watched()
+        )
         with watched as heard:
             losses = objective(run, inputs, features=features)
         found.append(losses)
@@ -161,6 +173,8 @@ def clean_forward(recording: Recording, method: Method, samples: int, feed: Feed
 def gathered(method: Method, own: RowLosses, pieces: Sequence[slice]) -> RowLosses:
     """Put the clean losses of all processes together, each of which ran a piece of the batch."""
     # Beyond so many logits there is no control variate, and what it would look at need not travel.
-    few = method.control is not None and own.logits is not None and own.logits.shape[1] <= MOST_LOGITS
+    few = (
+        method.control is not None and own.logits is not None and own.logits.shape[1] <= MOST_LOGITS
+    )
     sizes = [piece.stop - piece.start for piece in pieces]
     return method.exchange.losses(own, sizes, logits=few or method.objective.needs_clean)

@@ -1,4 +1,6 @@
-"""The command `hf-flops`: a table of subcommands, each of which is imported only when it is asked for."""
+"""The command `hf-flops`: a table of subcommands, each of which is imported only when it is asked
+for.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,23 @@ from .errors import FlopsError
 COMMANDS: dict[str, tuple[str, str]] = {
     "vit": ("recipe:vit", "adapt a vision transformer to new classes with forward passes only"),
     "prompt": ("recipe:prompt", "tune a prompt of a language model with forward passes only"),
-    "align": ("recipe:align", "align images with texts, or classify images by sentences, with forward passes only"),
+    "align": (
+        "recipe:align",
+        "align images with texts, or classify images by sentences, with forward passes only",
+    ),
     "compare": ("compare:main", "presets side by side on one task at the same rows"),
-    "doctor": ("doctor:main", "what training would do with a model, a method and data, and a learning rate to begin with"),
-    "plot": ("plot:main", "pictures of a run: learning curve, where the queries went, signal to noise"),
-    "replay": ("replay:main", "rebuild an adapter from its trajectory log, or verify a checkpoint against it"),
+    "doctor": (
+        "doctor:main",
+        "what training would do with a model, a method and data, and a learning rate to begin with",
+    ),
+    "plot": (
+        "plot:main",
+        "pictures of a run: learning curve, where the queries went, signal to noise",
+    ),
+    "replay": (
+        "replay:main",
+        "rebuild an adapter from its trajectory log, or verify a checkpoint against it",
+    ),
 }
 
 
@@ -46,7 +60,9 @@ def function(command: str) -> Callable[[list[str]], int]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a subcommand; returns the exit code: 0 for success, 1 for an error that the message explains."""
+    """Run a subcommand; returns the exit code: 0 for success, 1 for an error that the message
+    explains.
+    """
     given = parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
@@ -54,7 +70,10 @@ def main(arguments: list[str] | None = None) -> int:
     except FlopsError as error:
         reason = str(error)
     except ModuleNotFoundError as error:
-        reason = f"{error.name} is not installed: pip install 'hf_flops[recipes]' brings all that the commands want."
+        reason = (
+            f"{error.name} is not installed: pip install 'hf_flops[recipes]' brings all that the "
+            "commands want."
+        )
     except ImportError as error:  # of the library's own, which names the extra
         reason = str(error)
     print(f"hf-flops {given.command}: {reason}", file=sys.stderr)

@@ -1,8 +1,10 @@
-"""Contrastive losses of images and texts: a batch's loss, its derivatives, and what it is with one embedding replaced.
+"""Contrastive losses of images and texts: a batch's loss, its derivatives, and what it is with one
+embedding replaced.
 
-Such a loss is no sum over samples: every embedding is compared with all of the other tower's. But its gradient is the sum of
-what each embedding alone would change, so a query is one row through one tower, and its loss that of the batch with this one
-embedding in the place of its sample's: a row or column of similarities, and no other forward.
+Such a loss is no sum over samples: every embedding is compared with all of the other tower's. But
+its gradient is the sum of what each embedding alone would change, so a query is one row through one
+tower, and its loss that of the batch with this one embedding in the place of its sample's: a row or
+column of similarities, and no other forward.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ KINDS = ("auto", "softmax", "sigmoid")
 
 
 class ContrastiveBatch:
-    """The loss of one batch, computed in float64 from what the towers return; nothing of it needs autograd.
+    """The loss of one batch, computed in float64 from what the towers return; nothing of it needs
+    autograd.
 
     Args:
         texts: (C, D) embeddings, not normalised.
@@ -35,9 +38,16 @@ class ContrastiveBatch:
         bias: what is added to them.
     """
 
-    def __init__(self, texts: Tensor, images: Tensor, terms: Terms, scale: float, bias: float = 0.0) -> None:
-        self.given = {"text": texts.detach().double().cpu(), "image": images.detach().double().cpu()}
-        self.units = {side: F.normalize(values, dim=1, eps=1e-30) for side, values in self.given.items()}
+    def __init__(
+        self, texts: Tensor, images: Tensor, terms: Terms, scale: float, bias: float = 0.0
+    ) -> None:
+        self.given = {
+            "text": texts.detach().double().cpu(),
+            "image": images.detach().double().cpu(),
+        }
+        self.units = {
+            side: F.normalize(values, dim=1, eps=1e-30) for side, values in self.given.items()
+        }
         self.terms, self.scale, self.bias = terms, scale, bias
         self.logits = scale * self.units["text"] @ self.units["image"].T + bias
 
@@ -62,10 +72,11 @@ class ContrastiveBatch:
         return float(self.slopes.sum())
 
     def clean(self, side: str) -> RowLosses:
-        """Return what the clean forward found for the images or texts, as if their mean loss were that of the batch.
+        """Return what the clean forward found for the images or texts, as if their mean loss were
+        that of the batch.
 
-        `slopes` are by the embeddings before they are normalised: for `u = a / ||a||` and h the derivative by u, that by a
-        is `(h - (h . u) u) / ||a||`.
+        `slopes` are by the embeddings before they are normalised: for `u = a / ||a||` and h the
+        derivative by u, that by a is `(h - (h . u) u) / ||a||`.
         """
         elements = self.terms.elements(self.logits)
         slopes, other = (self.slopes, "image") if side == "text" else (self.slopes.T, "text")
@@ -77,7 +88,8 @@ class ContrastiveBatch:
         return RowLosses(sums, torch.ones_like(sums), found.norm(dim=1), given, found)
 
     def replaced(self, side: str, owner: Tensor, embeddings: Tensor) -> RowLosses:
-        """Return the losses of rows that each replace one embedding, in place of its own for itself alone.
+        """Return the losses of rows that each replace one embedding, in place of its own for itself
+        alone.
 
         Args:
             side: whose embeddings, of "image" or "text".
@@ -96,19 +108,22 @@ class ContrastiveBatch:
 
 
 class ContrastiveLoss(Objective):
-    """The loss that aligns images with texts, of models that return `image_embeds` and `text_embeds`, as CLIP and SigLIP do.
+    """The loss that aligns images with texts, of models that return `image_embeds` and
+    `text_embeds`, as CLIP and SigLIP do.
 
-    Image i of a batch belongs to text i. Where the batch has `labels`, image i belongs to text `labels[i]` instead; there
-    may be any number of texts then, as the names of all classes, and for the softmax kind only the images choose.
+    Image i of a batch belongs to text i. Where the batch has `labels`, image i belongs to text
+    `labels[i]` instead; there may be any number of texts then, as the names of all classes, and for
+    the softmax kind only the images choose.
 
-    As an objective of `FlopsTrainer` every image and every text gets queries of its own through its own tower, and what
-    projects its embedding, the scale and the bias get their exact gradients. With `perturbation="shared"` the loss of the
-    batch as a whole is perturbed.
+    As an objective of `FlopsTrainer` every image and every text gets queries of its own through its
+    own tower, and what projects its embedding, the scale and the bias get their exact gradients.
+    With `perturbation="shared"` the loss of the batch as a whole is perturbed.
 
     Args:
-        kind: "softmax" (CLIP), "sigmoid" (SigLIP), or "auto": sigmoid for models that have a `logit_bias`.
-        same_texts: what equal texts in a batch are to the images of each other: "negatives", as in the models' own loss, or
-            "positives", each text taken once.
+        kind: "softmax" (CLIP), "sigmoid" (SigLIP), or "auto": sigmoid for models that have a
+            `logit_bias`.
+        same_texts: what equal texts in a batch are to the images of each other: "negatives", as in
+            the models' own loss, or "positives", each text taken once.
 
     Raises:
         ConfigurationError: an unknown kind or meaning of equal texts.
@@ -118,12 +133,18 @@ class ContrastiveLoss(Objective):
 
     def __init__(self, kind: str = "auto", same_texts: str = "negatives") -> None:
         if kind not in KINDS:
-            raise ConfigurationError(f"ContrastiveLoss(kind={kind!r}) is unknown: use {', '.join(KINDS)}.")
+            raise ConfigurationError(
+                f"ContrastiveLoss(kind={kind!r}) is unknown: use {', '.join(KINDS)}."
+            )
         if same_texts not in ("negatives", "positives"):
-            raise ConfigurationError(f"same_texts={same_texts!r} is unknown: use 'negatives' or 'positives'.")
+            raise ConfigurationError(
+                f"same_texts={same_texts!r} is unknown: use 'negatives' or 'positives'."
+            )
         self.kind, self.same_texts = kind, same_texts
 
-    def terms(self, texts: int, images: int, labels: Tensor | None, *, sigmoid: bool, given: bool) -> Terms:
+    def terms(
+        self, texts: int, images: int, labels: Tensor | None, *, sigmoid: bool, given: bool
+    ) -> Terms:
         """Return the loss for so many texts and images.
 
         Args:
@@ -135,7 +156,10 @@ class ContrastiveLoss(Objective):
         """
         labels = torch.arange(images) if labels is None else labels.cpu()
         if images and not 0 <= int(labels.min()) <= int(labels.max()) < texts:
-            raise ObjectiveError(f"labels from {int(labels.min())} to {int(labels.max())} do not number {texts} texts.")
+            raise ObjectiveError(
+                f"labels from {int(labels.min())} to {int(labels.max())} do not number {texts} "
+                "texts."
+            )
         wanted = F.one_hot(labels, texts).T.double()
         if self.kind == "sigmoid" or (self.kind == "auto" and sigmoid):
             return SigmoidTerms(2 * wanted - 1, 1 / images)
@@ -143,8 +167,11 @@ class ContrastiveLoss(Objective):
             return SoftmaxTerms(torch.zeros_like(wanted), wanted / images)
         return SoftmaxTerms(wanted / (2 * images), wanted / (2 * images))
 
-    def pairing(self, inputs: Mapping[str, Any], texts: int, images: int) -> tuple[Tensor | None, Tensor]:
-        """Return the text (B,) of each image, None for its own, and which of the batch's texts are looked at (C,).
+    def pairing(
+        self, inputs: Mapping[str, Any], texts: int, images: int
+    ) -> tuple[Tensor | None, Tensor]:
+        """Return the text (B,) of each image, None for its own, and which of the batch's texts are
+        looked at (C,).
 
         Raises:
             ObjectiveError: there are no labels, and not as many texts as images.
@@ -154,16 +181,20 @@ class ContrastiveLoss(Objective):
             return torch.as_tensor(labels), everyone
         if texts != images:
             raise ObjectiveError(
-                f"The batch has {images} images and {texts} texts: pair them one to one, or add labels (B,), the number of "
-                "each image's text."
+                f"The batch has {images} images and {texts} texts: pair them one to one, or add "
+                "labels (B,), the number of each image's text."
             )
         if self.same_texts == "negatives":
             return None, everyone
         _, labels = torch.unique(text_keys(inputs), dim=0, return_inverse=True)
-        first = torch.full((int(labels.max()) + 1,), texts).scatter_reduce_(0, labels, everyone, "amin")
+        first = torch.full((int(labels.max()) + 1,), texts).scatter_reduce_(
+            0, labels, everyone, "amin"
+        )
         return labels, first
 
-    def loss(self, outputs: Any, inputs: Mapping[str, Any], scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    def loss(
+        self, outputs: Any, inputs: Mapping[str, Any], scale: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
         """Return the loss of a batch as a differentiable scalar, for training by backprop.
 
         Args:
@@ -174,7 +205,9 @@ class ContrastiveLoss(Objective):
         """
         texts, images = (widen(values) for values in (outputs.text_embeds, outputs.image_embeds))
         labels, kept = self.pairing(inputs, len(texts), len(images))
-        terms = self.terms(len(kept), len(images), labels, sigmoid=bias is not None, given="labels" in inputs)
+        terms = self.terms(
+            len(kept), len(images), labels, sigmoid=bias is not None, given="labels" in inputs
+        )
         texts = F.normalize(texts[kept.to(texts.device)], dim=1)
         cosines = (texts @ F.normalize(images, dim=1).T).double().cpu()
         logits = scale.double().cpu().exp() * cosines
@@ -182,7 +215,13 @@ class ContrastiveLoss(Objective):
 
     def run(self, model: Any, inputs: Mapping[str, Any]) -> tuple[None, Any]:
         """Run a model for its embeddings."""
-        return None, model(**{name: value for name, value in inputs.items() if name not in ("labels", "return_loss")})
+        return None, model(
+            **{
+                name: value
+                for name, value in inputs.items()
+                if name not in ("labels", "return_loss")
+            }
+        )
 
 
 class BatchContrast(Objective):
@@ -202,11 +241,15 @@ class BatchContrast(Objective):
         """See `ContrastiveLoss.run`."""
         return self.contrast.run(model, inputs)
 
-    def __call__(self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False) -> RowLosses:
+    def __call__(
+        self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False
+    ) -> RowLosses:
         """See `Objective`."""
         del features
         _, outputs = forward(inputs)
-        loss = self.contrast.loss(outputs, inputs, self.model.logit_scale, getattr(self.model, "logit_bias", None))
+        loss = self.contrast.loss(
+            outputs, inputs, self.model.logit_scale, getattr(self.model, "logit_bias", None)
+        )
         return RowLosses(loss.reshape(1), torch.ones(1, dtype=torch.float64))
 
 

@@ -1,4 +1,6 @@
-"""Control variates: what past steps tell about a query's outcome is taken out of its noise, and put back exactly."""
+"""Control variates: what past steps tell about a query's outcome is taken out of its noise, and put
+back exactly.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from .perturbations.noise import RowNoise
 
 MOST_LOGITS = 32  # per row; beyond them the Jacobian is too much to learn and to hold
 _MOST_NUMBERS = 2**27  # of the Jacobian
-_START = 0.5  # share of the logits' changes that a Jacobian is expected to explain before anything was seen
+# share of the logits' changes that a Jacobian is expected to explain before anything was seen
+_START = 0.5
 _DRIFT = 0.01  # share of them that training makes new at each step
 _KEPT = 0.95  # of what is known of the Jacobian's use, from one step to the next
 _LARGEST = 8.0  # no number of noise is larger
@@ -25,7 +28,9 @@ _WIDTH = 16.0  # root mean squares of the errors that one digit of 15 bits is to
 class ControlVariate(Protocol):
     """Predicts deltas from the noise of their rows, with what it learned before the step."""
 
-    def start(self, clean: RowLosses, size: int, device: torch.device, step: int) -> Prediction | None:
+    def start(
+        self, clean: RowLosses, size: int, device: torch.device, step: int
+    ) -> Prediction | None:
         """Return the predictions for a batch, or None if there can be none.
 
         Args:
@@ -37,7 +42,9 @@ class ControlVariate(Protocol):
         ...
 
     def finish(self, innovation: Tensor, sums: Tensor) -> None:
-        """Take in what a finished batch taught, as `Prediction.taught` tells it, to be used from the next step on."""
+        """Take in what a finished batch taught, as `Prediction.taught` tells it, to be used from
+        the next step on.
+        """
         ...
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -52,8 +59,8 @@ class ControlVariate(Protocol):
 class Prediction:
     """One step's predictions: `delta_ik ~ weights_i . J z_ik`, with J fixed before the noise.
 
-    Since `E[(h . z) z] = h`, the remainder `delta_ik - h_i . z_ik` with `h_i = J^T weights_i` put in the place of delta, and
-    h_i added, leaves the expectation as it is, whatever J.
+    Since `E[(h . z) z] = h`, the remainder `delta_ik - h_i . z_ik` with `h_i = J^T weights_i` put
+    in the place of delta, and h_i added, leaves the expectation as it is, whatever J.
 
     Args:
         jacobian: (M, d) J.
@@ -61,20 +68,38 @@ class Prediction:
         logits: (B, M) of the clean forward.
         trust: what predictions are multiplied by.
         basis: (K, M) which directions of the K logits are looked at.
-        unit: a power of two above nearly all errors of the changes, so that one digit of each is enough to sum.
+        unit: a power of two above nearly all errors of the changes, so that one digit of each is
+            enough to sum.
     """
 
     def __init__(
-        self, jacobian: Tensor, slopes: Tensor, logits: Tensor, trust: float, basis: Tensor, unit: float = 1.0
+        self,
+        jacobian: Tensor,
+        slopes: Tensor,
+        logits: Tensor,
+        trust: float,
+        basis: Tensor,
+        unit: float = 1.0,
     ) -> None:
-        self.jacobian, self.slopes, self.logits, self.trust, self.basis = jacobian, slopes, logits, trust, basis
+        self.jacobian, self.slopes, self.logits, self.trust, self.basis = (
+            jacobian,
+            slopes,
+            logits,
+            trust,
+            basis,
+        )
         self.unit = unit
-        # The sum over rows of (change - J z) z^T in digits of units: whole numbers, half as wide as long as they fit.
+        # The sum over rows of (change - J z) z^T in digits of units: whole numbers, half as wide as
+        # long as they fit.
         self._innovation, self._most = torch.zeros_like(jacobian, dtype=torch.int32), 0.0
-        self.sums = torch.zeros(4, dtype=torch.float64)  # rows; squared errors; delta x prediction; squared predictions
+        # rows; squared errors; delta x prediction; squared predictions
+        self.sums = torch.zeros(4, dtype=torch.float64)
 
-    def remainder(self, noise: RowNoise, owner: Tensor, deltas: Tensor, changes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what the prediction leaves of the deltas (R,), errors of the changes in units (R, M), and sums for `add`.
+    def remainder(
+        self, noise: RowNoise, owner: Tensor, deltas: Tensor, changes: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what the prediction leaves of the deltas (R,), errors of the changes in units
+        (R, M), and sums for `add`.
 
         Args:
             noise: of the rows.
@@ -86,13 +111,28 @@ class Prediction:
         predicted = (self.slopes[owner] * wanted.cpu()).sum(1)
         errors = changes @ self.basis - wanted.cpu()
         fine = errors.isfinite().all(1) & deltas.isfinite()
-        errors = rounded(torch.where(fine[:, None], errors, 0.0) / self.unit, DIGIT)  # of nearly all one digit to sum
-        seen, expected = torch.where(fine, deltas, 0.0).double(), torch.where(fine, predicted, 0.0).double()
-        sums = [fine.sum(), errors.double().square().sum() * self.unit**2, seen @ expected, expected @ expected]
-        return deltas - self.trust * predicted, errors.to(self.jacobian), torch.stack([x.double() for x in sums])
+        # of nearly all one digit to sum
+        errors = rounded(torch.where(fine[:, None], errors, 0.0) / self.unit, DIGIT)
+        seen, expected = (
+            torch.where(fine, deltas, 0.0).double(),
+            torch.where(fine, predicted, 0.0).double(),
+        )
+        sums = [
+            fine.sum(),
+            errors.double().square().sum() * self.unit**2,
+            seen @ expected,
+            expected @ expected,
+        ]
+        return (
+            deltas - self.trust * predicted,
+            errors.to(self.jacobian),
+            torch.stack([x.double() for x in sums]),
+        )
 
     def add(self, innovation: Tensor, errors: Tensor, sums: Tensor) -> None:
-        """Take in what rows taught: `sum error z^T` (M, d) in units, and the errors and sums from `remainder`."""
+        """Take in what rows taught: `sum error z^T` (M, d) in units, and the errors and sums from
+        `remainder`.
+        """
         self._most += _LARGEST / DIGIT * float(errors.abs().sum(0).max())
         if self._most >= 2**31 - 2**10:
             self._innovation = self._innovation.to(accumulator(self._innovation.device))
@@ -101,21 +141,28 @@ class Prediction:
 
     def taught(self) -> tuple[Tensor, Tensor]:
         """Return `sum error z^T` (M, d) and the sums of all rows that were added."""
-        return self._innovation.to(accumulator(self._innovation.device)) * (DIGIT * self.unit), self.sums
+        return self._innovation.to(accumulator(self._innovation.device)) * (
+            DIGIT * self.unit
+        ), self.sums
 
     def baseline(self, weights: Tensor) -> Tensor:
-        """Return `sum_i weights[i] h_i` (d,), to be added to an estimate whose rows have that weight (B,) in all."""
-        return self.trust * ((weights[:, None] * self.slopes).sum(0).to(self.jacobian) @ self.jacobian)
+        """Return `sum_i weights[i] h_i` (d,), to be added to an estimate whose rows have that
+        weight (B,) in all.
+        """
+        return self.trust * (
+            (weights[:, None] * self.slopes).sum(0).to(self.jacobian) @ self.jacobian
+        )
 
 
 class LogitJacobian:
     """The mean Jacobian J of the logits by the noise, tracked by least mean squares.
 
-    Every query shows how all logits changed, not only the loss: `changes_ik = J_i z_ik`. The mean of the J_i needs no labels
-    and changes slowly, while gradients `J_i^T r_i` change sign with the residuals r_i. A step's rows give the unbiased
-    estimate `(1/R) sum (change - J z) z^T` of what J lacks, whose error is `d / R` times the squared error of the
-    predictions; the gain of the update is that of a scalar Kalman filter. Predictions are multiplied by the factor that
-    would have served best in past steps.
+    Every query shows how all logits changed, not only the loss: `changes_ik = J_i z_ik`. The mean
+    of the J_i needs no labels and changes slowly, while gradients `J_i^T r_i` change sign with the
+    residuals r_i. A step's rows give the unbiased estimate `(1/R) sum (change - J z) z^T` of what J
+    lacks, whose error is `d / R` times the squared error of the predictions; the gain of the update
+    is that of a scalar Kalman filter. Predictions are multiplied by the factor that would have
+    served best in past steps.
 
     Logits of a softmax count up to a constant, so of K logits K - 1 directions are tracked.
     """
@@ -123,20 +170,27 @@ class LogitJacobian:
     def __init__(self) -> None:
         self.jacobian: Tensor | None = None
         self._basis = torch.zeros(0, 0)
-        self._unknown = -1.0  # squared error of J, a sum over its numbers; negative before the first step
-        self._error = 0.0  # mean over the last step's rows of the squared error of the changes, a sum over the logits
+        # squared error of J, a sum over its numbers; negative before the first step
+        self._unknown = -1.0
+        # mean over the last step's rows of the squared error of the changes, a sum over the logits
+        self._error = 0.0
         self._use = torch.zeros(2, dtype=torch.float64)  # delta x prediction, squared predictions
         self._waiting: tuple[Tensor, Tensor] | None = None  # what the batches of this step taught
         self._step = -1
 
-    def start(self, clean: RowLosses, size: int, device: torch.device, step: int) -> Prediction | None:
+    def start(
+        self, clean: RowLosses, size: int, device: torch.device, step: int
+    ) -> Prediction | None:
         """See `ControlVariate.start`."""
         if step != self._step:
             self._learn()
             self._step = step
         if clean.slopes is None or clean.logits is None or not size:
             return None
-        slopes, logits = clean.slopes.cpu().float().nan_to_num(0.0, 0.0, 0.0), clean.logits.cpu().float()
+        slopes, logits = (
+            clean.slopes.cpu().float().nan_to_num(0.0, 0.0, 0.0),
+            clean.logits.cpu().float(),
+        )
         classes = slopes.shape[1]
         if classes > MOST_LOGITS or classes * size > _MOST_NUMBERS:
             return None
@@ -147,7 +201,9 @@ class LogitJacobian:
         trust = float(self._use[0] / self._use[1]) if self._use[1] > 0 else 0.0
         spread = (self._error / len(self.jacobian)) ** 0.5
         unit = 2.0 ** math.ceil(math.log2(_WIDTH * spread)) if spread > 0 else 1.0
-        return Prediction(self.jacobian, slopes @ self._basis, logits, max(trust, 0.0), self._basis, unit)
+        return Prediction(
+            self.jacobian, slopes @ self._basis, logits, max(trust, 0.0), self._basis, unit
+        )
 
     def _begin(self, slopes: Tensor, size: int) -> None:
         classes = slopes.shape[1]
@@ -160,7 +216,9 @@ class LogitJacobian:
     def finish(self, innovation: Tensor, sums: Tensor) -> None:
         """See `ControlVariate.finish`."""
         before = self._waiting
-        self._waiting = (innovation, sums) if before is None else (before[0] + innovation, before[1] + sums)
+        self._waiting = (
+            (innovation, sums) if before is None else (before[0] + innovation, before[1] + sums)
+        )
 
     def _learn(self) -> None:
         """Bring the Jacobian up to date with the step that is over."""
@@ -191,11 +249,14 @@ class LogitJacobian:
         if state:
             self.jacobian, self._basis = state["jacobian"], state["basis"]
             self._unknown, self._use = float(state["facts"][0]), state["facts"][1:3].clone()
-            self._error = float(state["facts"][3]) if len(state["facts"]) > 3 else 0.0  # of an older version
+            # of an older version
+            self._error = float(state["facts"][3]) if len(state["facts"]) > 3 else 0.0
 
 
 def _contrasts(classes: int) -> Tensor:
-    """Return (K, K - 1) orthonormal columns that sum to zero, in the layout that a saved state has: products round by it."""
+    """Return (K, K - 1) orthonormal columns that sum to zero, in the layout that a saved state has:
+    products round by it.
+    """
     return torch.linalg.qr(torch.eye(classes)[:, :-1] - 1 / classes)[0].contiguous()
 
 

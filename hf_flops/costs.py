@@ -23,7 +23,8 @@ class RunCosts(TrainerCallback):
         self._finished: dict[str, float] = {}
 
     def so_far(self) -> dict[str, float]:
-        """Return rows, check rows, tokens, seconds and peak bytes of the process, of the last run or of this one so far.
+        """Return rows, check rows, tokens, seconds and peak bytes of the process, of the last run
+        or of this one so far.
 
         The peak is that of the GPU where there is one; it is absent where the system does not tell.
         """
@@ -31,8 +32,16 @@ class RunCosts(TrainerCallback):
 
     def _measure(self) -> dict[str, float]:
         ledger, peak = self.ledger(), peak_memory()
-        found = {"rows": ledger.all_rows, "check_rows": ledger.all_rows - ledger.rows, "tokens": ledger.tokens}
-        return {**found, "seconds": ledger.seconds, **({} if peak is None else {"peak_memory": peak})}
+        found = {
+            "rows": ledger.all_rows,
+            "check_rows": ledger.all_rows - ledger.rows,
+            "tokens": ledger.tokens,
+        }
+        return {
+            **found,
+            "seconds": ledger.seconds,
+            **({} if peak is None else {"peak_memory": peak}),
+        }
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Forget the run before."""

@@ -1,4 +1,6 @@
-"""Counter-based seeds: a pure function of integers, so that nothing about randomness has to be stored or reseeded."""
+"""Counter-based seeds: a pure function of integers, so that nothing about randomness has to be
+stored or reseeded.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def words(row_seeds: np.ndarray, count: int, start: int = 0) -> np.ndarray:
 
     Seeds (R,) uint64 become (R, count) uint64.
     """
-    return _mix(row_seeds[:, None] + np.arange(start + 1, start + count + 1, dtype=np.uint64) * _GOLDEN)
+    return _mix(
+        row_seeds[:, None] + np.arange(start + 1, start + count + 1, dtype=np.uint64) * _GOLDEN
+    )
 
 
 def uniforms(row_seeds: np.ndarray) -> np.ndarray:

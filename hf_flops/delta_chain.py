@@ -1,10 +1,12 @@
-"""What happens to the losses of query rows until they are coefficients of noise: a chain of small transforms.
+"""What happens to the losses of query rows until they are coefficients of noise: a chain of small
+transforms.
 
-    losses (S, R) -> finite difference -> residual of the control variate -> leave-one-out -> deltas (R,)
+    losses (S, R) -> finite difference -> residual of the control variate -> leave-one-out
+                  -> deltas (R,)
 
-The first is one-sided or antithetic (`estimators.py`), the others are there where they reduce the variance. None of them
-changes the mean of an estimate: whatever is subtracted from deltas is independent of their rows' noise, or its exact mean is
-added back (`DeltaTransform.mean`).
+The first is one-sided or antithetic (`estimators.py`), the others are there where they reduce the
+variance. None of them changes the mean of an estimate: whatever is subtracted from deltas is
+independent of their rows' noise, or its exact mean is added back (`DeltaTransform.mean`).
 """
 
 from __future__ import annotations
@@ -50,7 +52,8 @@ class ChunkDeltas:
 
     Attributes:
         values: (R,) deltas; before the finite difference (S, R) losses.
-        errors: (R, M) further coefficients of the same noise: `learn` gets the sum of the rows' noise by them.
+        errors: (R, M) further coefficients of the same noise: `learn` gets the sum of the rows'
+            noise by them.
         sums: what else `learn` gets.
     """
 
@@ -73,10 +76,13 @@ class DeltaTransform:
         return deltas
 
     def learn(self, deltas: ChunkDeltas, innovation: Tensor | None) -> None:
-        """Learn from a chunk whose deltas have been used; innovation: (M, d), its noise summed by `errors`."""
+        """Learn from a chunk whose deltas have been used; innovation: (M, d), its noise summed by
+        `errors`.
+        """
 
     def mean(self, weights: Tensor) -> Tensor | None:
-        """Return (k,), the mean of what was subtracted, by the first k perturbed numbers; None for 0.
+        """Return (k,), the mean of what was subtracted, by the first k perturbed numbers; None for
+        0.
 
         Args:
             weights: (B,) what the rows of each sample weigh in the estimate.
@@ -89,7 +95,9 @@ class DeltaTransform:
         return []
 
     def finish(self, statistics: Iterator[Tensor]) -> None:
-        """Take as many sums off the iterator as `statistics` returns, to be used from the next step on."""
+        """Take as many sums off the iterator as `statistics` returns, to be used from the next step
+        on.
+        """
 
 
 class FiniteDifference(DeltaTransform):
@@ -107,11 +115,14 @@ class FiniteDifference(DeltaTransform):
     def of_chunk(self, deltas: ChunkDeltas, seen: Evaluation) -> ChunkDeltas:
         """See `DeltaTransform`."""
         clean = None if self.clean is None else self.clean[seen.rows.owner]
-        return replace(deltas, values=self.estimator.deltas(deltas.values, clean, self.scale).float())
+        return replace(
+            deltas, values=self.estimator.deltas(deltas.values, clean, self.scale).float()
+        )
 
 
 class Residual(DeltaTransform):
-    """What a control variate, fitted on past steps, leaves of the deltas; its exact mean is added back.
+    """What a control variate, fitted on past steps, leaves of the deltas; its exact mean is added
+    back.
 
     Args:
         control: takes in what the step's rows teach.

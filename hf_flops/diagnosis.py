@@ -1,4 +1,6 @@
-"""What training would do with a model, a method and data, and what it would take: found by a short trial on a copy."""
+"""What training would do with a model, a method and data, and what it would take: found by a short
+trial on a copy.
+"""
 
 from __future__ import annotations
 
@@ -98,11 +100,16 @@ class Diagnosis:
             alike.setdefault((rule.way, rule.reason), []).append(rule)
         lines = [f"{'noise':<12}{'tensors':>8}{'numbers':>10}  reason"]
         for (way, reason), rules in alike.items():
-            lines.append(f"{way:<12}{len(rules):>8}{sum(rule.size for rule in rules):>10,}  {reason}")
+            lines.append(
+                f"{way:<12}{len(rules):>8}{sum(rule.size for rule in rules):>10,}  {reason}"
+            )
             lines += [f"{'':32}{rule.tensor}" for rule in rules[:2]]
             lines += [f"{'':32}... and {len(rules) - 2} more"] * (len(rules) > 2)
         lines += ["", f"{'':28}{'value':>12}  reason"]
-        lines += [f"{fact.name:<28}{_shown(fact.value):>12}  {fact.reason}" for fact in self.facts.values()]
+        lines += [
+            f"{fact.name:<28}{_shown(fact.value):>12}  {fact.reason}"
+            for fact in self.facts.values()
+        ]
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
@@ -116,17 +123,19 @@ def doctor(
     target: float = 1.0,
     **kwargs: Any,
 ) -> Diagnosis:
-    """Find out what training would do, by a few steps of it on a copy; nothing of the model is changed.
+    """Find out what training would do, by a few steps of it on a copy; nothing of the model is
+    changed.
 
     The copy shares what is frozen, so it takes the memory of the adapter only.
 
     Args:
         model: a model with trainable parameters, or a plain one together with `peft_config`.
         train_dataset: a few batches of data as for training.
-        args: as for training; by default 4 rows for each of 32 samples. Its `learning_rate` is where the search starts.
+        args: as for training; by default 4 rows for each of 32 samples. Its `learning_rate` is
+            where the search starts.
         peft_config: a PEFT configuration to wrap the copy with.
-        steps: optimizer steps of the trial, 2 or more; up to four times as many are taken where no rate shows that it is
-            better than standing still.
+        steps: optimizer steps of the trial, 2 or more; up to four times as many are taken where no
+            rate shows that it is better than standing still.
         target: signal to noise to predict the steps for.
         kwargs: what else `FlopsTrainer` takes: an objective, a collator, ...
 
@@ -135,15 +144,24 @@ def doctor(
     """
     with tempfile.TemporaryDirectory() as folder, generators_kept(), listening() as notes:
         if args is None:
-            args = FlopsTrainingArguments(folder, per_device_train_batch_size=32, queries_per_sample=4, report_to="none")
+            args = FlopsTrainingArguments(
+                folder, per_device_train_batch_size=32, queries_per_sample=4, report_to="none"
+            )
         queries = 4 if args.queries_per_sample == "auto" else args.queries_per_sample
         batch = args.per_device_train_batch_size
-        changes = {**_QUIET, "output_dir": folder, "queries_per_sample": queries, "per_device_eval_batch_size": batch}
+        changes = {
+            **_QUIET,
+            "output_dir": folder,
+            "queries_per_sample": queries,
+            "per_device_eval_batch_size": batch,
+        }
         trial = replace(args, max_steps=LONGEST * max(2, steps) + 1, **changes)
         trainer = _Trial(copied(model, peft_config), trial, train_dataset=train_dataset, **kwargs)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-        return Diagnosis(rules_of(trainer), {fact.name: fact for fact in _facts(trainer, target)}, notes)
+        return Diagnosis(
+            rules_of(trainer), {fact.name: fact for fact in _facts(trainer, target)}, notes
+        )
 
 
 class _Trial(FlopsTrainer):
@@ -152,15 +170,22 @@ class _Trial(FlopsTrainer):
     model: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.auto, self.speeds, self.found = AutoQueries(), list[float](), list[tuple[float, float]]()
+        self.auto, self.speeds, self.found = (
+            AutoQueries(),
+            list[float](),
+            list[tuple[float, float]](),
+        )
         self.megabytes = math.nan
-        self.searched: int | None = None  # steps that searches looked at, once these are over; the next one ends the trial
+        # steps that searches looked at, once these are over; the next one ends the trial
+        self.searched: int | None = None
         self.calibration = Calibration(None, 0.0, 0)
         super().__init__(*args, **kwargs)
 
     def _new_search(self) -> PlannedSearch:
         search = PlannedSearch(self.args.max_steps // LONGEST)
-        loader = self.get_test_dataloader(some_of(self.train_dataset, min(JUDGES, PER_STEP * search.steps)))
+        loader = self.get_test_dataloader(
+            some_of(self.train_dataset, min(JUDGES, PER_STEP * search.steps))
+        )
         search.judges = [self._batch(self.model, self._prepare_inputs(inputs)) for inputs in loader]
         return search
 
@@ -168,7 +193,9 @@ class _Trial(FlopsTrainer):
         super()._search_rate(batch)
         assert isinstance(self._rate, PlannedSearch)
         if self.searched is None and self._rate.settled and self.session.method is not None:
-            self.calibration = calibrate(batch.forward, batch.inputs, self.session.method, self._seed)
+            self.calibration = calibrate(
+                batch.forward, batch.inputs, self.session.method, self._seed
+            )
             self.searched = self.state.global_step
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -186,7 +213,9 @@ class _Trial(FlopsTrainer):
         if result is not None and method is not None and "gradient_signal" in result.metrics:
             self.auto.at(self.state.global_step)
             self.auto.learn(result, method)
-            self.found.append((result.metrics["gradient_signal"], result.metrics["gradient_variance"]))
+            self.found.append(
+                (result.metrics["gradient_signal"], result.metrics["gradient_variance"])
+            )
         return loss
 
 
@@ -198,13 +227,19 @@ def rules_of(trainer: Any) -> list[Rule]:
         for site in getattr(part, "sites", []) if not isinstance(part, ActivationNoise) else []:
             if getattr(site.rule, "__name__", "") == "looped":
                 names = [part.vector.names[index] for index in site.tensors.values()]
-                ways.update(dict.fromkeys(names, ("row by row", "no rule for all rows at once agrees with moving it")))
+                ways.update(
+                    dict.fromkeys(
+                        names, ("row by row", "no rule for all rows at once agrees with moving it")
+                    )
+                )
         for name in part.vector.names:
             ways.setdefault(name, _way(part, trainer))
     if session.chosen.head is not None:
         reason = "it makes the loss's logits: residual times input, from the clean forward"
         ways.update(dict.fromkeys(session.chosen.head.vector.names, ("exact", reason)))
-    ways.update(dict.fromkeys(session.held, ("held back", f"lora_parts={trainer.args.lora_parts!r}")))
+    ways.update(
+        dict.fromkeys(session.held, ("held back", f"lora_parts={trainer.args.lora_parts!r}"))
+    )
     vector, idle = ParameterVector.of(trainer.model), ("none", "the loss does not depend on it")
     pairs = zip(vector.names, vector.parameters, strict=True)
     return [Rule(name, parameter.numel(), *ways.get(name, idle)) for name, parameter in pairs]
@@ -230,30 +265,53 @@ def _facts(trainer: _Trial, target: float) -> Iterator[Fact]:
     assert trainer._rate is not None
     precision = precision_of(trainer.model, autocast=trainer.args.bf16)
     yield Fact("trained numbers", ParameterVector.of(trainer.model).size, "of the tensors above")
-    yield Fact("precision", precision, f"relative rounding of a loss in {'16' if precision > 1e-3 else '32'} bits")
+    yield Fact(
+        "precision",
+        precision,
+        f"relative rounding of a loss in {'16' if precision > 1e-3 else '32'} bits",
+    )
     if found.scale is None:
         reason = "no step of the difference shows any signal"
     elif method.objective.in_steps:
-        reason = f"the least at which queries see a step of the objective: {found.signal_to_noise:.0%} of them do"
+        reason = (
+            f"the least at which queries see a step of the objective: {found.signal_to_noise:.0%} "
+            "of them do"
+        )
     else:
-        reason = f"least error of differences: their signal to noise there is {found.signal_to_noise:.3g}"
+        reason = (
+            "least error of differences: their signal to noise there is "
+            f"{found.signal_to_noise:.3g}"
+        )
     scale = method.scale if found.scale is None else found.scale
     yield Fact("epsilon", scale, f"{reason}; training would take {method.scale:.3g}")
     speed = float(np.median(trainer.speeds[1:] or trainer.speeds))
     yield Fact("rows per second", speed, f"median of {len(trainer.speeds[1:]) or 1} steps")
-    yield Fact("peak memory (MB)", trainer.megabytes, "of one step, above what the process held before")
+    yield Fact(
+        "peak memory (MB)", trainer.megabytes, "of one step, above what the process held before"
+    )
     signal, variance = np.array(trainer.found or [(0.0, 1.0)]).mean(0).tolist()
     ratio = max(signal, 0.0) / max(variance, 1e-30)
     each = f"{method.queries_per_sample} rows for each of {trainer.args.train_batch_size} samples"
-    yield Fact("signal to noise of a step", ratio, f"squared gradient without an exact head over variance, {each}")
+    yield Fact(
+        "signal to noise of a step",
+        ratio,
+        f"squared gradient without an exact head over variance, {each}",
+    )
     wanted = math.ceil(target / ratio) if ratio > 0 else None
     reason = "whose mean has it" if ratio > 0 else f"no signal was seen in {steps} steps"
     yield Fact(f"steps to signal to noise {target:g}", wanted, reason)
     rate = _OF_A_RUN * trainer.args.learning_rate * trainer._rate.multiplier
-    reason = f"{_OF_A_RUN:g} times what line searches in {trainer.searched} steps found: the best of few is short for a run"
+    reason = (
+        f"{_OF_A_RUN:g} times what line searches in {trainer.searched} steps found: the best of "
+        "few is short for a run"
+    )
     yield Fact("learning_rate", float(f"{rate:.2g}"), reason)
     queries = trainer.auto.at(steps)
-    yield Fact("queries_per_sample", queries, "most progress per row at this signal and noise, the exact head's included")
+    yield Fact(
+        "queries_per_sample",
+        queries,
+        "most progress per row at this signal and noise, the exact head's included",
+    )
 
 
 def _shown(value: Any) -> str:

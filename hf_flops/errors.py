@@ -1,12 +1,12 @@
 """What can go wrong, as a tree: every error of the library is a `FlopsError`.
 
-FlopsError
-├── ConfigurationError   an argument, or a combination of arguments, that cannot work (also a ValueError)
-├── ObjectiveError       the model's loss cannot be taken the way that was asked for (also a ValueError)
-├── NonFiniteError       no perturbed row of a step has a finite loss (also an ArithmeticError)
-├── EngineError          a black box refused, failed, or answered with nonsense (also a RuntimeError)
-├── ProcessError         another process of the run has ended or does not answer (also a RuntimeError)
-└── TrajectoryError      a trajectory log is damaged, or does not lead where it should (also a RuntimeError)
+FlopsError ├── ConfigurationError an argument, or a combination of arguments, that cannot work (also
+a ValueError) ├── ObjectiveError the model's loss cannot be taken the way that was asked for (also a
+ValueError) ├── NonFiniteError no perturbed row of a step has a finite loss (also an
+ArithmeticError) ├── EngineError a black box refused, failed, or answered with nonsense (also a
+RuntimeError) ├── ProcessError another process of the run has ended or does not answer (also a
+RuntimeError) └── TrajectoryError a trajectory log is damaged, or does not lead where it should
+(also a RuntimeError)
 """
 
 import textwrap
@@ -42,4 +42,6 @@ class TrajectoryError(FlopsError, RuntimeError):
 
 def in_one_line(error: BaseException) -> str:
     """Return what an error says, on one line of a bearable length, without a full stop."""
-    return textwrap.shorten(str(error), 500, placeholder=" ...").rstrip(" .!") or type(error).__name__
+    return (
+        textwrap.shorten(str(error), 500, placeholder=" ...").rstrip(" .!") or type(error).__name__
+    )

@@ -33,10 +33,12 @@ class Estimator(Protocol):
 
 
 class OneSided:
-    """Forward differences: `(s(theta + eps z) - s(theta)) / eps`, one row per query and one clean row per sample.
+    """Forward differences: `(s(theta + eps z) - s(theta)) / eps`, one row per query and one clean
+    row per sample.
 
-    The clean row is shared by all queries of its sample, so at equal rows there are almost twice as many directions
-    as with antithetic pairs, and the variance halves. The bias is O(eps^2) for symmetric noise, like the pair's.
+    The clean row is shared by all queries of its sample, so at equal rows there are almost twice as
+    many directions as with antithetic pairs, and the variance halves. The bias is O(eps^2) for
+    symmetric noise, like the pair's.
     """
 
     signs: tuple[int, ...] = (1,)

@@ -1,4 +1,6 @@
-"""How the processes of a run come to the same update: alone, by summing gradients, or by telling each other scalars."""
+"""How the processes of a run come to the same update: alone, by summing gradients, or by telling
+each other scalars.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +23,12 @@ _NOISE = 2**26  # bytes of noise that are held at a time when an update is made 
 
 
 class Exchange:
-    """What processes share of a step: its samples and rows evenly, its numbers all, and in the end its update.
+    """What processes share of a step: its samples and rows evenly, its numbers all, and in the end
+    its update.
 
-    All processes hold the whole batch. Rows are cut into even pieces by number, whatever samples they repeat. Losses and
-    deltas are gathered, so that every process decides by the same numbers. How the update is made is a subclass's.
+    All processes hold the whole batch. Rows are cut into even pieces by number, whatever samples
+    they repeat. Losses and deltas are gathered, so that every process decides by the same numbers.
+    How the update is made is a subclass's.
 
     Args:
         share: the other processes.
@@ -57,16 +61,22 @@ class Exchange:
         return self.share.cut(samples, 2) if samples >= 4 else [slice(0, samples)]
 
     def counts_exact(self, pieces: Sequence[slice]) -> bool:
-        """Say whether this process adds its samples' exact gradient, where they have been run in these pieces."""
+        """Say whether this process adds its samples' exact gradient, where they have been run in
+        these pieces.
+        """
         del pieces
         return True
 
-    def parts(self, rows: Rows, feed: Feed, *, grouped: bool, chunk: int | None = None) -> list[Rows]:
-        """Cut rows into the pieces of all processes, each in the order in which it goes through the model.
+    def parts(
+        self, rows: Rows, feed: Feed, *, grouped: bool, chunk: int | None = None
+    ) -> list[Rows]:
+        """Cut rows into the pieces of all processes, each in the order in which it goes through the
+        model.
 
-        Rows of a sample stay together where noise is per row, so that what runs once per sample runs in few processes; where
-        noise is shared those of a group do, so that forwards stay large. Whole chunks are dealt out where there are enough
-        to be fair, because then what a forward is given, and so its rounding, does not depend on the number of processes.
+        Rows of a sample stay together where noise is per row, so that what runs once per sample
+        runs in few processes; where noise is shared those of a group do, so that forwards stay
+        large. Whole chunks are dealt out where there are enough to be fair, because then what a
+        forward is given, and so its rounding, does not depend on the number of processes.
 
         Args:
             rows: of all processes.
@@ -78,11 +88,14 @@ class Exchange:
         rows = rows if grouped else rows.sorted()
         fair = chunks >= world and (chunks % world == 0 or chunks >= 4 * world)
         if grouped or not fair:
-            return [feed.ordered(rows[own], within_groups=grouped) for own in self.share.cut(len(rows))]
+            return [
+                feed.ordered(rows[own], within_groups=grouped) for own in self.share.cut(len(rows))
+            ]
         ordered = feed.ordered(rows, within_groups=False)
         dealt: list[list[Tensor]] = [[] for _ in range(world)]
         for number, index in enumerate(torch.arange(len(rows)).tensor_split(chunks)):
-            turn = number % (2 * world)  # 0, 1, 2, 2, 1, 0, 0, ...: the first chunks have the widest rows
+            # 0, 1, 2, 2, 1, 0, 0, ...: the first chunks have the widest rows
+            turn = number % (2 * world)
             dealt[min(turn, 2 * world - 1 - turn)].append(index)
         return [ordered[torch.cat(own)] for own in dealt]
 
@@ -100,15 +113,23 @@ class Exchange:
         found, rows = self.share.gather(own, sizes), parts[0]
         for part in parts[1:]:
             rows = rows.then(part)
-        mine = torch.repeat_interleave(torch.arange(self.share.world), torch.tensor(sizes)) == self.share.rank
+        mine = (
+            torch.repeat_interleave(torch.arange(self.share.world), torch.tensor(sizes))
+            == self.share.rank
+        )
         order = rows.order()
         return rows[order], found[order], mine[order]
 
     def losses(self, own: RowLosses, sizes: Sequence[int], *, logits: bool) -> RowLosses:
-        """Put the clean losses of all processes together; logits and slopes only if they are wanted."""
+        """Put the clean losses of all processes together; logits and slopes only if they are
+        wanted.
+        """
         names = ["sums", "counts", "residuals"] + ["logits", "slopes"] * logits
         found = {name: values for name in names if (values := getattr(own, name)) is not None}
-        flat = [(values if values.dim() > 1 else values[:, None]).to(own.sums) for values in found.values()]
+        flat = [
+            (values if values.dim() > 1 else values[:, None]).to(own.sums)
+            for values in found.values()
+        ]
         widths = [part.shape[1] for part in flat]
         gathered = self.share.gather(torch.cat(flat, 1), sizes).split(widths, 1)
         return RowLosses(
@@ -123,12 +144,15 @@ class Exchange:
         del place
         return NoiseSum(perturbation)
 
-    def trace(self, parts: Sequence[tuple[Rows, Tensor]], place: Place, factor: float, normalizer: float) -> Trace | None:
+    def trace(
+        self, parts: Sequence[tuple[Rows, Tensor]], place: Place, factor: float, normalizer: float
+    ) -> Trace | None:
         """Return what the update was made of, None where no process has all chunks."""
         return Trace.of(parts, place.position, factor, normalizer)
 
     def settle(self, own: list[Tensor], *, last: bool) -> list[Tensor] | None:
-        """Return the sums over all processes, and over the batches since the last time; None while more are to come.
+        """Return the sums over all processes, and over the batches since the last time; None while
+        more are to come.
 
         Args:
             own: what this process has of each.
@@ -149,18 +173,22 @@ class SingleProcess(Exchange):
         del head
         return [slice(0, samples)]
 
-    def parts(self, rows: Rows, feed: Feed, *, grouped: bool, chunk: int | None = None) -> list[Rows]:
+    def parts(
+        self, rows: Rows, feed: Feed, *, grouped: bool, chunk: int | None = None
+    ) -> list[Rows]:
         """See `Exchange`."""
         del chunk
         return [feed.ordered(rows if grouped else rows.sorted(), within_groups=grouped)]
 
 
 class GradientAllReduce(Exchange):
-    """The update is the sum of what each process pulled back: as many numbers as the adapter has travel, once per step.
+    """The update is the sum of what each process pulled back: as many numbers as the adapter has
+    travel, once per step.
 
     Args:
         share: the other processes.
-        every_batch: sum after every batch of an optimizer step, for those who decide by each one's signal.
+        every_batch: sum after every batch of an optimizer step, for those who decide by each one's
+            signal.
     """
 
     def __init__(self, share: Share | None = None, *, every_batch: bool = False) -> None:
@@ -177,7 +205,9 @@ class GradientAllReduce(Exchange):
         """See `Exchange`: what all processes have alike is added by the first only."""
         return len(pieces) > 1 or self.share.rank == 0
 
-    def trace(self, parts: Sequence[tuple[Rows, Tensor]], place: Place, factor: float, normalizer: float) -> Trace | None:
+    def trace(
+        self, parts: Sequence[tuple[Rows, Tensor]], place: Place, factor: float, normalizer: float
+    ) -> Trace | None:
         """See `Exchange`."""
         del parts, place, factor, normalizer
         return None
@@ -197,24 +227,30 @@ class GradientAllReduce(Exchange):
 
 
 class ScalarExchange(Exchange):
-    """Every process makes the update from the coefficients of all rows: nothing else travels, but all noise is drawn twice.
+    """Every process makes the update from the coefficients of all rows: nothing else travels, but
+    all noise is drawn twice.
 
     References:
-        Malladi et al. (2023), MeZO, arXiv 2305.17333, section 2.1, on updates that are seeds and scalars.
+        Malladi et al. (2023), MeZO, arXiv 2305.17333, section 2.1, on updates that are seeds and
+        scalars.
     """
 
     def check(self, *, control: bool, replays: bool) -> None:
         """See `Exchange`."""
         if control:
-            raise ConfigurationError('A control variate learns from gradients: with reduce="scalars" there is none.')
+            raise ConfigurationError(
+                'A control variate learns from gradients: with reduce="scalars" there is none.'
+            )
         if replays:
             raise ConfigurationError(
-                'reduce="scalars" draws all noise again in every process, but noise on outputs needs the forwards too: use '
-                'perturbation="auto" or "rowwise".'
+                'reduce="scalars" draws all noise again in every process, but noise on outputs '
+                'needs the forwards too: use perturbation="auto" or "rowwise".'
             )
 
     def clean_pieces(self, samples: int, *, head: bool) -> list[slice]:
-        """See `Exchange`: the gradient of a head must not travel, so each process runs all samples for it."""
+        """See `Exchange`: the gradient of a head must not travel, so each process runs all samples
+        for it.
+        """
         return [slice(0, samples)] if head else super().clean_pieces(samples, head=head)
 
     def noise_sum(self, perturbation: Perturbation, place: Place) -> NoiseSum:
@@ -223,7 +259,8 @@ class ScalarExchange(Exchange):
 
 
 class RegeneratedSum(NoiseSum):
-    """`sum_r c_r z_r` over the rows of all processes: made at the end, from noise that is drawn again.
+    """`sum_r c_r z_r` over the rows of all processes: made at the end, from noise that is drawn
+    again.
 
     Args:
         perturbation: where noise enters.
@@ -247,7 +284,9 @@ class RegeneratedSum(NoiseSum):
         perturbation, place = self.perturbation, self.place
         size = max(1, min(4096, int(_NOISE // max(1.0, perturbation.row_bytes))))
         where = rows.owner + place.position, rows.query
-        self.update = regenerate(perturbation, place.seed, place.step, *where, coefficients, rows.group, size)
+        self.update = regenerate(
+            perturbation, place.seed, place.step, *where, coefficients, rows.group, size
+        )
         chunks = in_turn(rows.group, size, grouped=perturbation.grouped)
         self.parts = [(rows[chunk], coefficients[chunk]) for chunk in chunks]
 
@@ -264,5 +303,8 @@ def scalar_exchange(share: Share | None = None, *, every_batch: bool = False) ->
     return ScalarExchange(share)
 
 
-EXCHANGES: dict[str, Callable[..., Exchange]] = {"gradient": gradient_exchange, "scalars": scalar_exchange}
+EXCHANGES: dict[str, Callable[..., Exchange]] = {
+    "gradient": gradient_exchange,
+    "scalars": scalar_exchange,
+}
 REDUCE = tuple(EXCHANGES)

@@ -1,4 +1,6 @@
-"""A linear head whose outputs are the logits of the loss: its gradient is known from the clean forward, without noise."""
+"""A linear head whose outputs are the logits of the loss: its gradient is known from the clean
+forward, without noise.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +26,13 @@ _CHECK_SEED = 20412  # any number: the check's noise has a stream of its own
 
 
 class ClosedFormHead:
-    """The last layer of a model, whose gradient is the product of two things that the clean forward shows.
+    """The last layer of a model, whose gradient is the product of two things that the clean forward
+    shows.
 
-    With logits `W x_i + b` and r_i the derivative of a sample's loss by its logits (for cross-entropy softmax - onehot), the
-    gradient of the loss is `sum_i r_i x_i^T` for W and `sum_i r_i` for b. So no noise enters here, and what the deltas say
-    is about the other parameters alone.
+    With logits `W x_i + b` and r_i the derivative of a sample's loss by its logits (for
+    cross-entropy softmax - onehot), the gradient of the loss is `sum_i r_i x_i^T` for W and
+    `sum_i r_i` for b. So no noise enters here, and what the deltas say is about the other
+    parameters alone.
 
     Args:
         module: the layer.
@@ -37,33 +41,42 @@ class ClosedFormHead:
 
     def __init__(self, module: nn.Linear, names: Mapping[str, str]) -> None:
         self.module, self.names = module, dict(names)
-        self.vector = ParameterVector([(name, getattr(module, own)) for own, name in self.names.items()])
+        self.vector = ParameterVector(
+            [(name, getattr(module, own)) for own, name in self.names.items()]
+        )
 
     @contextmanager
     def watched(self) -> Iterator[list[Tensor]]:
         """Collect what the layer is given by the forwards that are run inside."""
         seen: list[Tensor] = []
-        handle = self.module.register_forward_hook(lambda module, args, output: seen.append(args[0].detach()))
+        handle = self.module.register_forward_hook(
+            lambda module, args, output: seen.append(args[0].detach())
+        )
         try:
             yield seen
         finally:
             handle.remove()
 
     def gradient(self, inputs: Tensor, clean: RowLosses, whole: RowLosses | None = None) -> Tensor:
-        """Return the gradient (d,) of the summed loss; samples without a finite loss leave the average.
+        """Return the gradient (d,) of the summed loss; samples without a finite loss leave the
+        average.
 
         Args:
             inputs: (B, ...) what the layer was given.
             clean: what the forward that gave it these found.
-            whole: what was found for all samples, where these are a part of them and the gradient is that of the part.
+            whole: what was found for all samples, where these are a part of them and the gradient
+                is that of the part.
         """
         assert clean.slopes is not None
         kept, whole = clean.sums.isfinite(), clean if whole is None else whole
         finite = whole.counts[whole.sums.isfinite()].sum()
         share = whole.counts.sum() / finite if bool(finite) else 1.0
-        x, slopes = (torch.where(kept[:, None], part.flatten(1), 0.0) for part in (inputs, clean.slopes))
+        x, slopes = (
+            torch.where(kept[:, None], part.flatten(1), 0.0) for part in (inputs, clean.slopes)
+        )
         x = widen(x.reshape(-1, self.module.in_features))
-        if slopes.numel() < _WIDE:  # so that it matters less than a float32's last bit in what order samples are summed
+        # so that it matters less than a float32's last bit in what order samples are summed
+        if slopes.numel() < _WIDE:
             x = x.to(accumulator(x.device))
         slopes = slopes.reshape(-1, self.module.out_features).to(x) * share
         parts = {"weight": slopes.T @ x, "bias": slopes.sum(0)}
@@ -71,12 +84,17 @@ class ClosedFormHead:
 
 
 def find_head(
-    model: nn.Module, objective: Objective, forward: Forward, inputs: Mapping[str, Any], held: Collection[str] = ()
+    model: nn.Module,
+    objective: Objective,
+    forward: Forward,
+    inputs: Mapping[str, Any],
+    held: Collection[str] = (),
 ) -> ClosedFormHead | None:
-    """Return the trainable linear layer that makes the logits, if there is one and other tensors are trained beside it.
+    """Return the trainable linear layer that makes the logits, if there is one and other tensors
+    are trained beside it.
 
-    Its output must be the loss function's input bit for bit, and with its parameters moved the logits must be what the same
-    inputs and the moved parameters make.
+    Its output must be the loss function's input bit for bit, and with its parameters moved the
+    logits must be what the same inputs and the moved parameters make.
 
     Args:
         model: the model, in evaluation mode, gradients off.
@@ -94,45 +112,75 @@ def find_head(
     for head, x in zip(heads, _given(heads, watched, forward, few), strict=True):
         own = set(head.names.values())
         alone = tapped and trained - set(held) <= own
-        if x is not None and not alone and own.isdisjoint(held) and _agrees(head, x, watched, forward, few):
+        if (
+            x is not None
+            and not alone
+            and own.isdisjoint(held)
+            and _agrees(head, x, watched, forward, few)
+        ):
             return head
     return None
 
 
 def _candidates(model: nn.Module) -> list[ClosedFormHead]:
     """List linear layers with trainable tensors that no other module holds."""
-    users = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    users = Counter(
+        id(p) for module in model.modules() for p in module._parameters.values() if p is not None
+    )
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     heads = []
     for module in model.modules():
         if type(module) is nn.Linear:
-            own = {name: p for name, p in module._parameters.items() if p is not None and p.requires_grad}
+            own = {
+                name: p
+                for name, p in module._parameters.items()
+                if p is not None and p.requires_grad
+            }
             if own and all(users[id(p)] == 1 for p in own.values()):
-                heads.append(ClosedFormHead(module, {name: names[id(p)] for name, p in own.items()}))
+                heads.append(
+                    ClosedFormHead(module, {name: names[id(p)] for name, p in own.items()})
+                )
     return heads
 
 
 def _given(
-    heads: Sequence[ClosedFormHead], objective: Objective, forward: Forward, inputs: Mapping[str, Any]
+    heads: Sequence[ClosedFormHead],
+    objective: Objective,
+    forward: Forward,
+    inputs: Mapping[str, Any],
 ) -> list[Tensor | None]:
-    """Return for each head what it was given, if it was called once and its output is just the logits."""
+    """Return for each head what it was given, if it was called once and its output is just the
+    logits.
+    """
     outputs: dict[nn.Module, list[Tensor]] = {head.module: [] for head in heads}
     with ExitStack() as stack:
         seen = [stack.enter_context(head.watched()) for head in heads]
         for head in heads:
-            hook = head.module.register_forward_hook(lambda module, args, out: outputs[module].append(out.detach()))
+            hook = head.module.register_forward_hook(
+                lambda module, args, out: outputs[module].append(out.detach())
+            )
             stack.callback(hook.remove)
         logits = objective(forward, inputs).logits
     assert logits is not None
     wanted = widen(logits).reshape(-1)
     return [
-        given[0] if len(given) == 1 and torch.equal(widen(outputs[head.module][0]).reshape(-1), wanted) else None
+        given[0]
+        if len(given) == 1 and torch.equal(widen(outputs[head.module][0]).reshape(-1), wanted)
+        else None
         for head, given in zip(heads, seen, strict=True)
     ]
 
 
-def _agrees(head: ClosedFormHead, x: Tensor, objective: Objective, forward: Forward, inputs: Mapping[str, Any]) -> bool:
-    """Say whether the logits change with the head's parameters as those of a linear layer with the same input do."""
+def _agrees(
+    head: ClosedFormHead,
+    x: Tensor,
+    objective: Objective,
+    forward: Forward,
+    inputs: Mapping[str, Any],
+) -> bool:
+    """Say whether the logits change with the head's parameters as those of a linear layer with the
+    same input do.
+    """
     vector = head.vector
     shift = draw("gaussian", seeds(_CHECK_SEED, 0), vector.shapes, vector.device)[0]
     with Attempt("The head stays under noise"), displaced(vector, shift), head.watched() as seen:

@@ -1,4 +1,6 @@
-"""Which modules the noise does not reach, found by moving the perturbed parameters and looking; names prove nothing."""
+"""Which modules the noise does not reach, found by moving the perturbed parameters and looking;
+names prove nothing.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ _SCALE = 0.1  # far from rounding; what the model says there does not matter
 
 @dataclass
 class _Visit:
-    """A call of a module in a traced forward: the innermost call around it, and what it returned."""
+    """A call of a module in a traced forward: the innermost call around it, and what it
+    returned.
+    """
 
     parent: _Visit | None
     leaves: tuple[Any, ...] = ()
@@ -43,11 +47,14 @@ _Visits = dict[nn.Module, list[_Visit]]  # in the order of the first calls
 
 
 def _fingerprint(leaf: Any) -> Any:
-    """Return what is the same for two leaves only if they are equal bit for bit; tensors become (shape, hash)."""
+    """Return what is the same for two leaves only if they are equal bit for bit; tensors become
+    (shape, hash).
+    """
     if torch.is_tensor(leaf):
         content = leaf.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
         return leaf.shape, blake2b(content.data, digest_size=16).digest()
-    return leaf if leaf is None or isinstance(leaf, (bool, int, float, str)) else object()  # equal to nothing else
+    # equal to nothing else
+    return leaf if leaf is None or isinstance(leaf, (bool, int, float, str)) else object()
 
 
 def _fingerprints(output: Any) -> tuple[Any, ...]:
@@ -79,7 +86,9 @@ def _trace(model: nn.Module, forward: Forward, inputs: Mapping[str, Any]) -> _Vi
 
 
 def _layout(two: _Visit, three: _Visit) -> tuple[bool, ...] | None:
-    """Tell which leaves grow with the rows, from a run of two rows and one of three; None if any does neither."""
+    """Tell which leaves grow with the rows, from a run of two rows and one of three; None if any
+    does neither.
+    """
     flags = []
     for a, b in zip(two.shapes, three.shapes, strict=True):
         if a == b:
@@ -92,18 +101,29 @@ def _layout(two: _Visit, three: _Visit) -> tuple[bool, ...] | None:
 
 
 def independent_modules(
-    model: nn.Module, forward: Forward, inputs: Mapping[str, Any], perturbation: Perturbation, *, per_row: bool
+    model: nn.Module,
+    forward: Forward,
+    inputs: Mapping[str, Any],
+    perturbation: Perturbation,
+    *,
+    per_row: bool,
 ) -> dict[nn.Module, tuple[bool, ...]]:
-    """Return the outermost modules whose output is bit for bit the same wherever the perturbed parameters are.
+    """Return the outermost modules whose output is bit for bit the same wherever the perturbed
+    parameters are.
 
-    Modules without parameters and buffers are left out, because they cost next to nothing, and so are those that a forward
-    calls more than once or that return anything but tensors and plain values.
+    Modules without parameters and buffers are left out, because they cost next to nothing, and so
+    are those that a forward calls more than once or that return anything but tensors and plain
+    values.
 
     Returns:
-        For each module, in the order of the calls, which leaves of its output hold rows; see `ReusePlan`.
+        For each module, in the order of the calls, which leaves of its output hold rows; see
+        `ReusePlan`.
     """
     last = min(1, batch_size(inputs) - 1)
-    two, three = (take(inputs, torch.tensor(index)) if per_row else inputs for index in ([0, last], [0, last, 0]))
+    two, three = (
+        take(inputs, torch.tensor(index)) if per_row else inputs
+        for index in ([0, last], [0, last, 0])
+    )
     vector = perturbation.vector
     shift = draw("gaussian", seeds(_CHECK_SEED, 0), vector.shapes, vector.device)[0]
     here = _trace(model, forward, two)
@@ -118,9 +138,15 @@ def _outermost(here: _Visits, moved: _Visits, wider: _Visits) -> dict[nn.Module,
     for module, visits in here.items():
         if id(visits[0].parent) in inside:
             inside.update(map(id, visits))
-        elif _holds_numbers(module) and all(len(visited.get(module, ())) == 1 for visited in (here, moved, wider)):
+        elif _holds_numbers(module) and all(
+            len(visited.get(module, ())) == 1 for visited in (here, moved, wider)
+        ):
             flags = _layout(visits[0], wider[module][0])
-            if flags is not None and any(visits[0].shapes) and visits[0].leaves == moved[module][0].leaves:
+            if (
+                flags is not None
+                and any(visits[0].shapes)
+                and visits[0].leaves == moved[module][0].leaves
+            ):
                 found[module] = flags
                 inside.add(id(visits[0]))
     return found
@@ -140,7 +166,8 @@ def choose_reuse(
     *,
     cached: bool = False,
 ) -> tuple[ReusePlan, str | None]:
-    """Return what may run once per sample from now on, maybe nothing, and why if that was not to be expected.
+    """Return what may run once per sample from now on, maybe nothing, and why if that was not to be
+    expected.
 
     Args:
         model: the model, in evaluation mode, gradients off.
@@ -159,11 +186,17 @@ def choose_reuse(
         if objective.per_row:
             inputs = take(inputs, torch.nonzero(finite).flatten())
         with moved(model, seeds(_CHECK_SEED, 2)):
-            modules = independent_modules(model, forward, inputs, perturbation, per_row=objective.per_row)
+            modules = independent_modules(
+                model, forward, inputs, perturbation, per_row=objective.per_row
+            )
             if not modules:
                 return ReusePlan(), None
             plain = ReusePlan(modules)
-            few = take(inputs, torch.arange(min(2, batch_size(inputs)))) if objective.per_row else inputs
+            few = (
+                take(inputs, torch.arange(min(2, batch_size(inputs))))
+                if objective.per_row
+                else inputs
+            )
             # With all outputs if need be: the objective may look at what the model does not return.
             for plan in (_simplified(plain, forward, few, cached), plain):
                 unread, reason = _checked(plan, objective, forward, inputs, perturbation, precision)
@@ -173,7 +206,9 @@ def choose_reuse(
     return ReusePlan(), attempt.reason
 
 
-def _simplified(plan: ReusePlan, forward: Forward, inputs: Mapping[str, Any], cached: bool) -> ReusePlan:
+def _simplified(
+    plan: ReusePlan, forward: Forward, inputs: Mapping[str, Any], cached: bool
+) -> ReusePlan:
     """Find what need not be kept during a step, or from one epoch to the next."""
     owner = torch.arange(batch_size(inputs))
 
@@ -191,9 +226,18 @@ def _simplified(plan: ReusePlan, forward: Forward, inputs: Mapping[str, Any], ca
         reference = outputs()
         if not reference:
             return plan
-        idle = frozenset(m for m in plan.modules if recording.works_without(m, unnoticed, hollow=True))
-        size = {module: sum(parameter.numel() for parameter in module.parameters()) for module in plan.modules}
-        small = [m for m in plan.modules if cached and m not in idle and 10 * size[m] < sum(size.values())]
+        idle = frozenset(
+            m for m in plan.modules if recording.works_without(m, unnoticed, hollow=True)
+        )
+        size = {
+            module: sum(parameter.numel() for parameter in module.parameters())
+            for module in plan.modules
+        }
+        small = [
+            m
+            for m in plan.modules
+            if cached and m not in idle and 10 * size[m] < sum(size.values())
+        ]
         again = frozenset(m for m in small if recording.works_without(m, unnoticed, hollow=False))
     return replace(plan, pass_through=idle, recomputed=again)
 
@@ -206,14 +250,17 @@ def _checked(
     perturbation: Perturbation,
     precision: float,
 ) -> tuple[frozenset[str], str | None]:
-    """Compare row losses under noise with those of the plain forward, on three rows (the batch if it is one unit).
+    """Compare row losses under noise with those of the plain forward, on three rows (the batch if
+    it is one unit).
 
     Returns:
-        Inputs with NaN in place of which losses still are the same (all of real numbers, or one of them), and why losses are
-        not the same if they are not.
+        Inputs with NaN in place of which losses still are the same (all of real numbers, or one of
+        them), and why losses are not the same if they are not.
     """
     samples = batch_size(inputs)
-    owner = torch.tensor([samples - 1, 0, samples - 1]) if objective.per_row else torch.arange(samples)
+    owner = (
+        torch.tensor([samples - 1, 0, samples - 1]) if objective.per_row else torch.arange(samples)
+    )
     units = torch.arange(3 if objective.per_row else 1)
     noise = perturbation.draw(NoiseKeys.of(_CHECK_SEED, 1, units, units, 0))
     tolerance = precision if precision > 1e-3 else 0.1 * precision
@@ -221,20 +268,30 @@ def _checked(
     def noisy(run: Forward, rows: Mapping[str, Any]) -> RowLosses:
         with perturbation.applied(noise, _SCALE):
             losses = objective(run, rows)
-        return replace(losses, counts=torch.ones_like(losses.sums))  # a user's may follow from outputs, and be rounded
+        # a user's may follow from outputs, and be rounded
+        return replace(losses, counts=torch.ones_like(losses.sums))
 
     def difference(unread: Collection[str] = ()) -> str | None:
         rows = take(inputs, owner, unread) if objective.per_row else inputs
         otherwise = f"Rows are given {', '.join(sorted(unread))}" if unread else None
         return probe.difference(otherwise, forward=recording.rows(rows, owner), inputs=rows)
 
-    probe = Probe(noisy, forward, take(inputs, owner) if objective.per_row else inputs, tolerance, size=None)
+    probe = Probe(
+        noisy, forward, take(inputs, owner) if objective.per_row else inputs, tolerance, size=None
+    )
     wanted = probe.losses.sums
     choices: list[frozenset[str]] = []
-    if objective.per_row and bool(wanted.isfinite().all()):  # a loss that is NaN anyway would not show what is read
+    # a loss that is NaN anyway would not show what is read
+    if objective.per_row and bool(wanted.isfinite().all()):
         tensors = {name: value for name, value in inputs.items() if torch.is_tensor(value)}
-        real = frozenset(name for name, value in tensors.items() if value.is_floating_point() and value.dim() > 1)
-        choices = [real, *(frozenset([name]) for name in sorted(real))] if len(real) > 1 else [real] * len(real)
+        real = frozenset(
+            name for name, value in tensors.items() if value.is_floating_point() and value.dim() > 1
+        )
+        choices = (
+            [real, *(frozenset([name]) for name in sorted(real))]
+            if len(real) > 1
+            else [real] * len(real)
+        )
     with plan.recording(forward) as recording:
         recording.record(inputs)
         for unread in choices:

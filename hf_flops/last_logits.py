@@ -1,4 +1,6 @@
-"""Logits only where there are labels: a causal language model's head skips the tokens whose predictions nobody scores."""
+"""Logits only where there are labels: a causal language model's head skips the tokens whose
+predictions nobody scores.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,12 @@ logger = logging.getLogger(__name__)
 
 
 class LastLogits(TappedLoss):
-    """A causal language model's own loss, with logits from one column before the first label of any row to the last.
+    """A causal language model's own loss, with logits from one column before the first label of any
+    row to the last.
 
-    Losses are the same: a label is predicted from the column before it, or from its own where a model does not shift. A
-    forward that is given other things than labels (R, T) by name, or already told which logits to keep, runs as it is.
+    Losses are the same: a label is predicted from the column before it, or from its own where a
+    model does not shift. A forward that is given other things than labels (R, T) by name, or
+    already told which logits to keep, runs as it is.
 
     Args:
         module: the language model, whose forward takes `labels` and `logits_to_keep`.
@@ -36,7 +40,9 @@ class LastLogits(TappedLoss):
         super().__init__()
         self.module, self.used = module, False
 
-    def __call__(self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False) -> RowLosses:
+    def __call__(
+        self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False
+    ) -> RowLosses:
         """See `Objective`."""
         with self.installed():
             return super().__call__(forward, inputs, features=features)
@@ -50,9 +56,13 @@ class LastLogits(TappedLoss):
             labels, told = kwargs.get("labels"), {"logits_to_keep", "shift_labels"} & kwargs.keys()
             if torch.is_tensor(labels) and labels.dim() == 2 and not told:
                 labelled = labels.ne(-100).any(0)
-                first, last = int(_first(labelled)), labels.shape[1] - 1 - int(_first(labelled.flip(0)))
+                first, last = (
+                    int(_first(labelled)),
+                    labels.shape[1] - 1 - int(_first(labelled.flip(0))),
+                )
                 if first > 1 or last < labels.shape[1] - 1:
-                    # Indices, not a number: torch is slow where a head reads a slice, whose rows are apart in memory.
+                    # Indices, not a number: torch is slow where a head reads a slice, whose rows
+                    # are apart in memory.
                     kept = torch.arange(max(0, first - 1), last + 1, device=labels.device)
                     kwargs |= {"labels": labels[:, kept], "logits_to_keep": kept}
                     self.used = True
@@ -67,19 +77,30 @@ def _first(labelled: Tensor) -> Tensor:
 
 
 def with_last_logits(
-    model: nn.Module, objective: Objective, forward: Forward, inputs: Mapping[str, Any], precision: float = 1e-4
+    model: nn.Module,
+    objective: Objective,
+    forward: Forward,
+    inputs: Mapping[str, Any],
+    precision: float = 1e-4,
 ) -> Objective:
-    """Return the objective with logits only where there are labels, where two samples of the batch lose the same with it.
+    """Return the objective with logits only where there are labels, where two samples of the batch
+    lose the same with it.
 
     Args:
         model: the model.
-        objective: what is minimised; anything but the model's own loss, which may read all logits, is returned as it is.
+        objective: what is minimised; anything but the model's own loss, which may read all logits,
+            is returned as it is.
         forward: runs the model.
         inputs: a batch.
         precision: see `precision_of`.
     """
     labels, module = inputs.get("labels"), _language_model(model)
-    if type(objective) is not TappedLoss or module is None or not torch.is_tensor(labels) or labels.dim() != 2:
+    if (
+        type(objective) is not TappedLoss
+        or module is None
+        or not torch.is_tensor(labels)
+        or labels.dim() != 2
+    ):
         return objective
     latest = _first(labels.ne(-100)).topk(min(2, batch_size(inputs))).indices
     short, otherwise = LastLogits(module), "Logits are taken for every token"

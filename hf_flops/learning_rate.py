@@ -1,4 +1,6 @@
-"""A learning rate that is found while training: a multiplier of the schedule, and a way back where it was far off."""
+"""A learning rate that is found while training: a multiplier of the schedule, and a way back where
+it was far off.
+"""
 
 from __future__ import annotations
 
@@ -20,16 +22,19 @@ from .share import Share
 
 logger = logging.getLogger("hf_flops.trainer")
 MOST_STEPS = 32  # of a window
-_EARLY, _LATE = (1 / 8, 64.0), (1 / 4, 4.0)  # factors that a window of up to 8 steps may have, and a longer one
+# factors that a window of up to 8 steps may have, and a longer one
+_EARLY, _LATE = (1 / 8, 64.0), (1 / 4, 4.0)
 
 
 class RateSearch(TrainerCallback):
-    """Multiplies the rates of a schedule for the optimizer step, and adapts the multiplier by line searches.
+    """Multiplies the rates of a schedule for the optimizer step, and adapts the multiplier by line
+    searches.
 
-    A single estimated step says little about its length, so the way of several is judged: parameters are kept, and after a
-    window of 1, 2, 4, ... 32 optimizer steps the loss of the next batch, whose samples the window did not see, is compared
-    along the line from there to here and beyond. If another length is clearly better, parameters go there, and the
-    multiplier takes its factor. What a rate that was far too large has destroyed is thus undone, and so is what the
+    A single estimated step says little about its length, so the way of several is judged:
+    parameters are kept, and after a window of 1, 2, 4, ... 32 optimizer steps the loss of the next
+    batch, whose samples the window did not see, is compared along the line from there to here and
+    beyond. If another length is clearly better, parameters go there, and the multiplier takes its
+    factor. What a rate that was far too large has destroyed is thus undone, and so is what the
     optimizer remembers of it.
 
     Attributes:
@@ -43,7 +48,8 @@ class RateSearch(TrainerCallback):
 
     def __init__(self) -> None:
         self.multiplier, self.window = 1.0, 1
-        self._steps, self._rates = 0, 0.0  # since the window began: optimizer steps, sum of the schedule's rates
+        # since the window began: optimizer steps, sum of the schedule's rates
+        self._steps, self._rates = 0, 0.0
         self._names: list[str] = []  # of the parameters
         self._start: list[Tensor] = []  # parameters where it began
         self._state: list[Any] = []  # what the optimizer remembered of each of them there
@@ -56,8 +62,8 @@ class RateSearch(TrainerCallback):
         self._stock = [group["lr"] for group in groups]
         if any(rate is None for rate in self._stock):
             raise ConfigurationError(
-                f"learning_rate_search multiplies the optimizer's learning rates, but {args.optim!s} has none: choose "
-                "another optim, or switch the search off."
+                "learning_rate_search multiplies the optimizer's learning rates, but "
+                f"{args.optim!s} has none: choose another optim, or switch the search off."
             )
         for group, rate in zip(groups, self._stock, strict=True):
             group["lr"] = rate * self.multiplier
@@ -69,7 +75,9 @@ class RateSearch(TrainerCallback):
             group["lr"] = rate
 
     def due(self, step: int, vector: ParameterVector, optimizer: Any) -> bool:
-        """Say whether a search is due before an optimizer step, and begin the first window, or one of other parameters."""
+        """Say whether a search is due before an optimizer step, and begin the first window, or one
+        of other parameters.
+        """
         if step == self._seen:
             return False
         self._seen = step
@@ -88,7 +96,8 @@ class RateSearch(TrainerCallback):
         planned: int,
         left: float,
     ) -> int:
-        """Search before an optimizer step, where that is due and the budget allows it; returns the rows that it took.
+        """Search before an optimizer step, where that is due and the budget allows it; returns the
+        rows that it took.
 
         Args:
             session: gives the losses.
@@ -99,14 +108,19 @@ class RateSearch(TrainerCallback):
             planned: rows of the coming optimizer step.
             left: rows that may still go through the model.
         """
-        if not self.due(batch.step, vector, optimizer) or planned + MOST_LOOKS * batch.samples > left:
+        if (
+            not self.due(batch.step, vector, optimizer)
+            or planned + MOST_LOOKS * batch.samples > left
+        ):
             return 0
         judges = self.judges or [batch]
         with session.unperturbed(judges) as losses:
             found = self.search(losses, vector, optimizer, group.first)
         return found.looks * sum(judge.samples for judge in judges)
 
-    def search(self, losses: Callable[[], Tensor], vector: ParameterVector, optimizer: Any, agree: Any) -> Found:
+    def search(
+        self, losses: Callable[[], Tensor], vector: ParameterVector, optimizer: Any, agree: Any
+    ) -> Found:
         """Search along the window's way, and go where it is best.
 
         Args:
@@ -144,7 +158,9 @@ class RateSearch(TrainerCallback):
         least, most = self._bounds()
         factor = min(max(best, least), most)
         if factor > 1 and rate > 1.001 * mean:  # a warmup, which will multiply the rate itself
-            self.multiplier = max(before, before * factor * mean / max(rate, float(group.get("initial_lr", rate))))
+            self.multiplier = max(
+                before, before * factor * mean / max(rate, float(group.get("initial_lr", rate)))
+            )
         else:
             self.multiplier = before * factor
         if factor in (least, most):  # far off: the sooner the next look, the better
@@ -153,9 +169,15 @@ class RateSearch(TrainerCallback):
             state = getattr(optimizer, "optimizer", optimizer).state
             for parameter, kept in zip(vector.parameters, self._state, strict=True):
                 state.pop(parameter, None)
-                if kept:  # moments are where their parameter is, also in a run that was resumed; steps are anywhere
-                    state[parameter] = {name: _beside(value, parameter) for name, value in kept.items()}
-        logger.info("Learning rate x %.3g, after a window of %d steps.", self.multiplier, self._steps)
+                # moments are where their parameter is, also in a run that was resumed; steps are
+                # anywhere
+                if kept:
+                    state[parameter] = {
+                        name: _beside(value, parameter) for name, value in kept.items()
+                    }
+        logger.info(
+            "Learning rate x %.3g, after a window of %d steps.", self.multiplier, self._steps
+        )
 
     def _bounds(self) -> tuple[float, float]:
         """Return the least and the largest factor that the window may give."""
@@ -170,7 +192,12 @@ class RateSearch(TrainerCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resume needs."""
-        numbers = {"multiplier": self.multiplier, "window": self.window, "steps": self._steps, "rates": self._rates}
+        numbers = {
+            "multiplier": self.multiplier,
+            "window": self.window,
+            "steps": self._steps,
+            "rates": self._rates,
+        }
         return {**numbers, "names": self._names, "start": self._start, "state": self._state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,6 @@
-"""The ledger of a run: every row that went through the model, who got queries, and what the log says of it."""
+"""The ledger of a run: every row that went through the model, who got queries, and what the log
+says of it.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def columns(inputs: Mapping[str, Any]) -> int:
 
 
 def class_labels(inputs: Mapping[str, Any]) -> list[int] | None:
-    """Return the class of each sample of a batch; None where labels are not one whole number per sample."""
+    """Return the class of each sample of a batch; None where labels are not one whole number per
+    sample.
+    """
     labels = inputs.get("labels")
     if not torch.is_tensor(labels) or labels.dim() != 1 or labels.is_floating_point():
         return None
@@ -36,11 +40,15 @@ class Ledger:
     """Counts rows and queries, and averages the metrics of steps between two logs.
 
     Attributes:
-        rows: rows that went through the model for estimates so far, clean ones and the calibration of epsilon included.
-        all_rows: rows that the model was asked for in training, those of the checks with the first batch included.
+        rows: rows that went through the model for estimates so far, clean ones and the calibration
+            of epsilon included.
+        all_rows: rows that the model was asked for in training, those of the checks with the first
+            batch included.
         tokens: tokens of all these rows, padding included, as if every row ran whole.
-        sample_queries: sample id → [steps that the sample took part in, queries that it got], for samples that have an id.
-        class_windows: [rows so far, {class: [samples, their queries]}] for each stretch of the run, at most 64.
+        sample_queries: sample id → [steps that the sample took part in, queries that it got], for
+            samples that have an id.
+        class_windows: [rows so far, {class: [samples, their queries]}] for each stretch of the run,
+            at most 64.
         last_step: what the last batch found.
     """
 
@@ -74,7 +82,8 @@ class Ledger:
         self.record(finished.result, finished.position.ids, class_labels(finished.inputs))
 
     def reconcile(self, before: tuple[int, int], ran: int, group: Share) -> None:
-        """Enter the rows that all processes ran since the ledger said `before`; what each ran alike counts once.
+        """Enter the rows that all processes ran since the ledger said `before`; what each ran alike
+        counts once.
 
         Args:
             before: `all_rows` and `tokens` of then.
@@ -84,9 +93,16 @@ class Ledger:
         if group.world > 1:
             rows, tokens = before
             self.all_rows = rows + ran
-            self.tokens = tokens + int(group.total(torch.tensor([self.tokens - tokens], dtype=torch.int32)))
+            self.tokens = tokens + int(
+                group.total(torch.tensor([self.tokens - tokens], dtype=torch.int32))
+            )
 
-    def record(self, result: StepResult, ids: Sequence[int] | None = None, labels: Sequence[int] | None = None) -> None:
+    def record(
+        self,
+        result: StepResult,
+        ids: Sequence[int] | None = None,
+        labels: Sequence[int] | None = None,
+    ) -> None:
         """Enter a finished batch; ids, labels: (B,) of its samples, if they have any."""
         self.last_step = result
         self.rows += result.rows
@@ -106,13 +122,19 @@ class Ledger:
             self.class_windows.append((self.rows, self._classes))
             self._classes = {}
         if len(self.class_windows) > 64:
-            for (_, before), (_, classes) in zip(self.class_windows[::2], self.class_windows[1::2], strict=False):
+            for (_, before), (_, classes) in zip(
+                self.class_windows[::2], self.class_windows[1::2], strict=False
+            ):
                 for label, seen in before.items():
                     _add(classes, label, seen)
-            self.class_windows = self.class_windows[1::2] + self.class_windows[len(self.class_windows) // 2 * 2 :]
+            self.class_windows = (
+                self.class_windows[1::2] + self.class_windows[len(self.class_windows) // 2 * 2 :]
+            )
 
     def summary(self) -> dict[str, float]:
-        """Average what was recorded since the last call; a ratio is taken between averages, as single steps are noisy."""
+        """Average what was recorded since the last call; a ratio is taken between averages, as
+        single steps are noisy.
+        """
         if not self._window:
             return {}
         mean = {name: sum(values) / len(values) for name, values in self._window.items()}
@@ -122,17 +144,30 @@ class Ledger:
         if signal is not None:  # else processes sum gradients less often than there are batches
             summary["signal_to_noise"] = max(signal, 0.0) / variance if variance > 0 else 0.0
         if signal is not None and signal > 0:
-            # mean(||g_i||)^2 / B over ||g||^2: below 1, noise per row with the best counts beats shared noise.
+            # mean(||g_i||)^2 / B over ||g||^2: below 1, noise per row with the best counts beats
+            # shared noise.
             summary["noise_ratio"] = sample_signal / signal
         self._close_window()
         self._window = {}
         counts = {"rows": self.rows, "check_rows": self.all_rows - self.rows, "tokens": self.tokens}
-        return {**{name: round(value, 6) for name, value in summary.items()}, **counts, "seconds": self.seconds}
+        return {
+            **{name: round(value, 6) for name, value in summary.items()},
+            **counts,
+            "seconds": self.seconds,
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resume needs, as JSON-serialisable values."""
-        counts = {"rows": self.rows, "all_rows": self.all_rows, "tokens": self.tokens, "seconds": self.seconds}
-        windows = [[rows, [[label, *seen] for label, seen in classes.items()]] for rows, classes in self.class_windows]
+        counts = {
+            "rows": self.rows,
+            "all_rows": self.all_rows,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+        }
+        windows = [
+            [rows, [[label, *seen] for label, seen in classes.items()]]
+            for rows, classes in self.class_windows
+        ]
         samples = [[sample, *seen] for sample, seen in self.sample_queries.items()]
         return {**counts, "samples": samples, "classes": windows}
 
@@ -140,8 +175,13 @@ class Ledger:
         """Take up a state from `state_dict`."""
         self.rows, self.all_rows, self.tokens = state["rows"], state["all_rows"], state["tokens"]
         self._began = time.monotonic() - state.get("seconds", 0.0)
-        self.sample_queries = {sample: [steps, queries] for sample, steps, queries in state["samples"]}
-        self.class_windows = [(rows, {label: seen for label, *seen in found}) for rows, found in state.get("classes", [])]
+        self.sample_queries = {
+            sample: [steps, queries] for sample, steps, queries in state["samples"]
+        }
+        self.class_windows = [
+            (rows, {label: seen for label, *seen in found})
+            for rows, found in state.get("classes", [])
+        ]
 
 
 def _add(classes: dict[int, list[int]], label: int, seen: Sequence[int]) -> None:

@@ -1,4 +1,6 @@
-"""A line search along the way that training took: would a shorter or a longer way have been better?"""
+"""A line search along the way that training took: would a shorter or a longer way have been
+better?
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ def line_search(losses: Callable[[float], Tensor]) -> Found:
     """Try lengths from 1 on in the direction in which the loss falls, for as long as it does.
 
     Args:
-        losses: returns the losses (B,) of the same B samples at a length, 0 being where the way began.
+        losses: returns the losses (B,) of the same B samples at a length, 0 being where the way
+            began.
     """
     best, seen = 1.0, {1.0: losses(1.0)}
     for lengths in (LONGER, SHORTER):
@@ -50,7 +53,8 @@ def line_search(losses: Callable[[float], Tensor]) -> Found:
 
 
 def thorough_search(losses: Callable[[float], Tensor]) -> Found:
-    """Find the best power of 2: by factors of 8 for as long as the loss falls, and then of 2 about the best of them.
+    """Find the best power of 2: by factors of 8 for as long as the loss falls, and then of 2 about
+    the best of them.
 
     It is clear if the way leads down, or if it was harmful as it is, beyond two standard errors.
 
@@ -78,7 +82,9 @@ def _mean(losses: Tensor) -> float:
 
 
 def _clear(one: Tensor, two: Tensor, errors: float = _CLEAR) -> bool:
-    """Say whether losses (B,) are less than others (B,) of the same samples by so many standard errors."""
+    """Say whether losses (B,) are less than others (B,) of the same samples by so many standard
+    errors.
+    """
     if not bool(two.isfinite().all()):
         return True
     gain = (two - one).double()

@@ -1,4 +1,6 @@
-"""Torch's standard loss functions, element by element: what an element weighs, and the derivative by the logits."""
+"""Torch's standard loss functions, element by element: what an element weighs, and the derivative
+by the logits.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,19 @@ def widen(values: Tensor) -> Tensor:
 
 
 def mean_cross_entropy(logits: Tensor, targets: Tensor, items: Tensor | int | None) -> Tensor:
-    """Return the cross-entropy of (E, C) logits, summed over `items`, Trainer's `num_items_in_batch`; None for its mean."""
+    """Return the cross-entropy of (E, C) logits, summed over `items`, Trainer's
+    `num_items_in_batch`; None for its mean.
+    """
     loss = F.cross_entropy(widen(logits), targets, reduction="mean" if items is None else "sum")
     return loss if items is None else loss / items
 
 
-def element_weights(name: str, losses: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
-    """Return what each element contributes to the denominator of a mean, in the shape of `losses`."""
+def element_weights(
+    name: str, losses: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int
+) -> Tensor:
+    """Return what each element contributes to the denominator of a mean, in the shape of
+    `losses`.
+    """
     if name in ("cross_entropy", "nll_loss") and not target.is_floating_point():
         kept = target != ignore_index
         if weight is None:
@@ -33,7 +41,9 @@ def element_weights(name: str, losses: Tensor, target: Tensor, weight: Tensor | 
 
 
 def squared_residuals(name: str, prediction: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    """Return `||d loss / d prediction||^2` of each element, ignoring class weights and label smoothing."""
+    """Return `||d loss / d prediction||^2` of each element, ignoring class weights and label
+    smoothing.
+    """
     if name == "mse_loss":
         return (2 * (prediction - target)).square()
     if name == "binary_cross_entropy_with_logits":
@@ -43,10 +53,14 @@ def squared_residuals(name: str, prediction: Tensor, target: Tensor, ignore_inde
     if target.is_floating_point():
         return (probabilities - target).square().sum(dimension)
     kept = target != ignore_index
-    chosen = probabilities.gather(dimension, target.clamp(min=0).unsqueeze(dimension)).squeeze(dimension)
+    chosen = probabilities.gather(dimension, target.clamp(min=0).unsqueeze(dimension)).squeeze(
+        dimension
+    )
     # ||p - onehot||^2 = ||p||^2 - 2 p_y + 1, without building the one-hot matrix
     # (never negative but for rounding)
-    return torch.where(kept, (probabilities.square().sum(dimension) - 2 * chosen + 1).clamp(min=0), 0.0)
+    return torch.where(
+        kept, (probabilities.square().sum(dimension) - 2 * chosen + 1).clamp(min=0), 0.0
+    )
 
 
 def slopes(name: str, given: dict[str, Any]) -> Tensor:
@@ -73,7 +87,9 @@ def slopes(name: str, given: dict[str, Any]) -> Tensor:
 
 
 def _wanted(logits: Tensor, target: Tensor, given: dict[str, Any]) -> Tensor:
-    """Return a in `loss = -sum_c a_c log p_c`: what cross-entropy wants of each class, in the shape of the logits."""
+    """Return a in `loss = -sum_c a_c log p_c`: what cross-entropy wants of each class, in the shape
+    of the logits.
+    """
     dimension, classes = (1, logits.shape[1]) if logits.dim() > 1 else (0, len(logits))
     weight, smoothing = given.get("weight"), given.get("label_smoothing", 0.0)
     shape = [-1 if i == dimension else 1 for i in range(logits.dim())]
@@ -81,5 +97,7 @@ def _wanted(logits: Tensor, target: Tensor, given: dict[str, Any]) -> Tensor:
     if target.is_floating_point():
         return weights * (target * (1 - smoothing) + smoothing / classes)
     kept = (target != given.get("ignore_index", -100)).unsqueeze(dimension)
-    chosen = torch.zeros_like(logits).scatter_(dimension, target.clamp(min=0).unsqueeze(dimension), 1.0)
+    chosen = torch.zeros_like(logits).scatter_(
+        dimension, target.clamp(min=0).unsqueeze(dimension), 1.0
+    )
     return kept * weights * (chosen * (1 - smoothing) + smoothing / classes)

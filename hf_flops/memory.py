@@ -23,16 +23,22 @@ def _status(name: str) -> int | None:
 
 
 def _trim() -> None:
-    """Give freed memory back to the system, so that it is not mistaken for memory in use (glibc only)."""
+    """Give freed memory back to the system, so that it is not mistaken for memory in use (glibc
+    only).
+    """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _number(path: str, name: str = "") -> float:
-    """Return the number in a file of the system, or in the line of it that starts with `name`; NaN where there is none."""
+    """Return the number in a file of the system, or in the line of it that starts with `name`; NaN
+    where there is none.
+    """
     try:
         lines = Path(path).read_text().splitlines()
-        return float(next(line for line in lines if line.startswith(name)).removeprefix(name).split()[0])
+        return float(
+            next(line for line in lines if line.startswith(name)).removeprefix(name).split()[0]
+        )
     except (OSError, StopIteration, ValueError, IndexError):
         return float("nan")
 
@@ -47,18 +53,23 @@ def free_memory(device: torch.device) -> float:
     free = 1024 * _number("/proc/meminfo", "MemAvailable:")
     group = "/sys/fs/cgroup/memory"  # the limit of a container; cached files give way
     used = _number(f"{group}.current") - _number(f"{group}.stat", "inactive_file ")
-    return min(free, _number(f"{group}.max") - used)  # a comparison with NaN is false, and leaves `free`
+    # a comparison with NaN is false, and leaves `free`
+    return min(free, _number(f"{group}.max") - used)
 
 
 def peak_memory() -> int | None:
-    """Return the most bytes that the process has held so far, on the GPU if there is one; None where nothing tells."""
+    """Return the most bytes that the process has held so far, on the GPU if there is one; None
+    where nothing tells.
+    """
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status("VmHWM")
 
 
 class PeakMemory:
-    """Measures the peak of a process's memory above what it held at the start: `with PeakMemory() as memory: ...`.
+    """Measures the peak of a process's memory above what it held at the start:
+    `with PeakMemory() as memory: ...`.
 
-    On a GPU torch's own count is taken; elsewhere Linux's high-water mark of the resident set, reset at the start.
+    On a GPU torch's own count is taken; elsewhere Linux's high-water mark of the resident set,
+    reset at the start.
 
     Args:
         device: where the memory is; by default the GPU if there is one.

@@ -36,8 +36,10 @@ class Method:
         rows_per_forward: rows that go through the model at a time, or what finds out how many.
         trimmed: sides ("left", "right") at which padding that no row of a forward needs is cut off.
         reuse: modules that run once per sample, because no noise reaches them; see `choose_reuse`.
-        head: the layer whose gradient the clean forward gives, if there is one; the perturbation leaves it alone.
-        control: predicts deltas from past steps and takes the predictions out of the noise; None for no control variate.
+        head: the layer whose gradient the clean forward gives, if there is one; the perturbation
+            leaves it alone.
+        control: predicts deltas from past steps and takes the predictions out of the noise; None
+            for no control variate.
         exchange: the other processes of the run, and what they tell each other.
 
     Raises:
@@ -69,23 +71,29 @@ class Method:
     def needs_features(self) -> bool:
         """Whether the clean forward has to show more than losses."""
         predicted = self.control is not None and self.objective.logits
-        return self.objective.per_row and (self.allocator.needs_clean or self.head is not None or predicted)
+        return self.objective.per_row and (
+            self.allocator.needs_clean or self.head is not None or predicted
+        )
 
     @property
     def centred(self) -> bool:
-        """Whether deltas are measured against the sample's other queries; not where that takes a forward for each row."""
+        """Whether deltas are measured against the sample's other queries; not where that takes a
+        forward for each row.
+        """
         return self.estimator.baseline and self.objective.in_steps and not self.perturbation.replays
 
     def budget(self, samples: int) -> int:
-        """Return how many queries `samples` samples can afford in all, after the clean rows are paid for."""
+        """Return how many queries `samples` samples can afford in all, after the clean rows are
+        paid for.
+        """
         rows = samples * (self.queries_per_sample - self.needs_clean)
         budget = rows // len(self.estimator.signs)
         if budget < samples:
             least = len(self.estimator.signs) + self.needs_clean
             raise ConfigurationError(
                 f"queries_per_sample={self.queries_per_sample} leaves no query for every sample: "
-                f"{type(self.estimator).__name__} with {type(self.allocator).__name__} needs at least {least} rows per "
-                "sample, the clean one included."
+                f"{type(self.estimator).__name__} with {type(self.allocator).__name__} needs at "
+                f"least {least} rows per sample, the clean one included."
             )
         return budget
 
@@ -95,12 +103,16 @@ class StepResult:
     """What a step found.
 
     Attributes:
-        loss: sum of the batch's clean losses divided by the normalizer (without a clean forward, of the perturbed ones).
+        loss: sum of the batch's clean losses divided by the normalizer (without a clean forward, of
+            the perturbed ones).
         rows: rows that went through the model, all included.
-        counts: (B,) int64, queries per sample; one entry where the loss belongs to the batch as a whole.
-        mean_squares: (B,) mean squared delta per sample, an estimate of `||grad s_i||^2`; NaN where none is finite.
+        counts: (B,) int64, queries per sample; one entry where the loss belongs to the batch as a
+            whole.
+        mean_squares: (B,) mean squared delta per sample, an estimate of `||grad s_i||^2`; NaN where
+            none is finite.
         metrics: numbers for the log.
-        trace: what the estimate was made of, the closed-form head and the control variate left aside.
+        trace: what the estimate was made of, the closed-form head and the control variate left
+            aside.
     """
 
     loss: Tensor

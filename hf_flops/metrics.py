@@ -11,7 +11,9 @@ from .rows import Rows
 
 
 def mean_squares(rows: Rows, deltas: Tensor, units: int) -> Tensor:
-    """Return (B,) mean of each sample's finite squared deltas (R,), an estimate of `||grad s_i||^2`; NaN where none is."""
+    """Return (B,) mean of each sample's finite squared deltas (R,), an estimate of
+    `||grad s_i||^2`; NaN where none is.
+    """
     finite = deltas.isfinite()
     squares = torch.zeros(units).index_add_(0, rows.owner[finite], deltas[finite].square())
     return squares / torch.bincount(rows.owner[finite], minlength=units)
@@ -28,12 +30,14 @@ def summarise(
 ) -> dict[str, float]:
     """Summarise a step for the log.
 
-    `E delta^2 = ||grad s_i||^2`, so row-wise noise gives `tr Cov = (d + 1) sum_i ||grad s_i||^2 / n_i / N^2`; where a group
-    shares its noise, its summed coefficient takes the place of delta. `||estimate||^2 - tr Cov` is an unbiased estimate of
-    the squared gradient norm. `effective_queries` per sample, all alike, would have the variance of the counts used.
+    `E delta^2 = ||grad s_i||^2`, so row-wise noise gives `tr Cov = (d + 1) sum_i ||grad s_i||^2 /
+    n_i / N^2`; where a group shares its noise, its summed coefficient takes the place of delta.
+    `||estimate||^2 - tr Cov` is an unbiased estimate of the squared gradient norm.
+    `effective_queries` per sample, all alike, would have the variance of the counts used.
 
     Args:
-        gradients: (d,) the estimate, and the closed-form head's gradient; None where only a sum over batches is known.
+        gradients: (d,) the estimate, and the closed-form head's gradient; None where only a sum
+            over batches is known.
         squares: (B,) what `mean_squares` gives, over N squared.
         counts: (B,) queries per sample.
         rows: the step's R rows, laid out with N = 1.
@@ -47,10 +51,14 @@ def summarise(
     spread = inverse
     if grouped:
         groups = torch.zeros(int(rows.group.max()) + 1)
-        spread = float(groups.index_add_(0, rows.group[finite], (deltas * rows.weight)[finite]).square().sum())
+        spread = float(
+            groups.index_add_(0, rows.group[finite], (deltas * rows.weight)[finite]).square().sum()
+        )
     variance = (dimension + 1) * spread
     share = counts.double() / counts.sum()
-    entropy = float(-(share * share.log()).sum()) / math.log(len(counts)) if len(counts) > 1 else 1.0
+    entropy = (
+        float(-(share * share.log()).sum()) / math.log(len(counts)) if len(counts) > 1 else 1.0
+    )
     gain = float(squares.sum() * len(counts) / counts.sum()) / inverse if inverse > 0 else 1.0
     metrics = {
         "gradient_variance": variance,

@@ -1,4 +1,6 @@
-"""The sum of noise by coefficients that a step builds up chunk by chunk: the one thing that it changes in place."""
+"""The sum of noise by coefficients that a step builds up chunk by chunk: the one thing that it
+changes in place.
+"""
 
 from __future__ import annotations
 
@@ -30,14 +32,17 @@ class NoiseSum:
 
     def __init__(self, perturbation: Perturbation) -> None:
         self.perturbation, vector = perturbation, perturbation.vector
-        self.update = torch.zeros(vector.size, dtype=accumulator(vector.device), device=vector.device)
+        self.update = torch.zeros(
+            vector.size, dtype=accumulator(vector.device), device=vector.device
+        )
         self.parts: list[tuple[Rows, Tensor]] = []
         self.dimension = 0
 
     def weighted(
         self, noise: Any, coefficients: Tensor, errors: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Return a chunk's `sum_r c_r z_r` (d,), and (M, d) that for errors (R, M); the noise is unpacked once.
+        """Return a chunk's `sum_r c_r z_r` (d,), and (M, d) that for errors (R, M); the noise is
+        unpacked once.
 
         Nothing is added yet, so that a chunk for which memory does not suffice can be done again.
         """
@@ -49,14 +54,17 @@ class NoiseSum:
         both = own.exact_sum(torch.cat([coefficients[:, None].to(errors), errors], 1))
         return both[0], both[1:]
 
-    def add(self, rows: Rows, coefficients: Tensor, weighted: Tensor | None, dimension: int = 0) -> None:
+    def add(
+        self, rows: Rows, coefficients: Tensor, weighted: Tensor | None, dimension: int = 0
+    ) -> None:
         """Add a chunk.
 
         Args:
             rows: of the chunk.
             coefficients: (R,) of their noise.
             weighted: (d,) what `weighted` returned for it.
-            dimension: random numbers of unit variance in a row's noise; 0 where the rows are in the sum already.
+            dimension: random numbers of unit variance in a row's noise; 0 where the rows are in the
+                sum already.
         """
         self.dimension = dimension or self.dimension
         if weighted is not None:
@@ -83,7 +91,9 @@ class NoiseSum:
         again(rows[index], corrections[index])
 
     def shared_facts(self, share: Share, replayed: int) -> tuple[int, int]:
-        """Return of how many numbers a row's noise is made, and how many rows were run again, in all processes."""
+        """Return of how many numbers a row's noise is made, and how many rows were run again, in
+        all processes.
+        """
         if not self.perturbation.replays:
             return self.perturbation.vector.size, replayed
         facts = share.gather(torch.tensor([[self.dimension, replayed]]), [1] * share.world)

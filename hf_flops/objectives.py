@@ -1,7 +1,8 @@
 """Objectives: from a forward pass to one loss sum per row.
 
-Row losses are *sums* over a row's loss elements (tokens, labels, ...), so that dividing by the number of elements of the
-whole optimizer step reproduces the mean that backpropagation would have followed.
+Row losses are *sums* over a row's loss elements (tokens, labels, ...), so that dividing by the
+number of elements of the whole optimizer step reproduces the mean that backpropagation would have
+followed.
 """
 
 from __future__ import annotations
@@ -37,9 +38,12 @@ class RowLosses:
     Attributes:
         sums: (R,) float32 or wider, the loss of each row summed over its elements.
         counts: (R,), how many loss elements each row has.
-        residuals: (R,) norm of the derivative of a row's loss by the model's outputs, where it was asked for and is known.
-        logits: (R, K) what the loss function was given for each row, where it was asked for and is known.
-        slopes: (R, K) derivative of a row's loss by its logits, where it was asked for and is known.
+        residuals: (R,) norm of the derivative of a row's loss by the model's outputs, where it was
+            asked for and is known.
+        logits: (R, K) what the loss function was given for each row, where it was asked for and is
+            known.
+        slopes: (R, K) derivative of a row's loss by its logits, where it was asked for and is
+            known.
     """
 
     sums: Tensor
@@ -58,24 +62,34 @@ class RowLosses:
             found = [getattr(part, name) for part in parts]
             return None if any(values is None for values in found) else torch.cat(found)
 
-        sums, counts = torch.cat([part.sums for part in parts]), torch.cat([part.counts for part in parts])
+        sums, counts = (
+            torch.cat([part.sums for part in parts]),
+            torch.cat([part.counts for part in parts]),
+        )
         return cls(sums, counts, *(together(name) for name in ("residuals", "logits", "slopes")))
 
     def without_rows(self) -> RowLosses:
         """Return the findings of no row at all."""
-        none: dict[str, Any] = {name: None if values is None else values[:0] for name, values in vars(self).items()}
+        none: dict[str, Any] = {
+            name: None if values is None else values[:0] for name, values in vars(self).items()
+        }
         return RowLosses(**none)
 
 
 class Objective:
-    """What is minimised; a subclass defines `__call__` and overrides what differs from the defaults.
+    """What is minimised; a subclass defines `__call__` and overrides what differs from the
+    defaults.
 
     Attributes:
-        per_row: False if the loss belongs to the batch as a whole; then `sums` and `counts` have one entry.
-        logits: whether row losses come with their logits, and with slopes where features are asked for.
+        per_row: False if the loss belongs to the batch as a whole; then `sums` and `counts` have
+            one entry.
+        logits: whether row losses come with their logits, and with slopes where features are asked
+            for.
         predictable: whether a control variate may learn from these logits.
-        needs_clean: whether clean (unperturbed) rows always run, because rows are judged by the rest of the batch.
-        in_steps: whether small changes of the parameters leave most rows' numbers as they are, as with an accuracy.
+        needs_clean: whether clean (unperturbed) rows always run, because rows are judged by the
+            rest of the batch.
+        in_steps: whether small changes of the parameters leave most rows' numbers as they are, as
+            with an accuracy.
         generates: whether `run` generates text, in place of one forward pass.
     """
 
@@ -88,7 +102,9 @@ class Objective:
 
     @property
     def surrogate(self) -> Objective:
-        """A smooth objective that depends on the same outputs, for the checks of the first batch: by default itself."""
+        """A smooth objective that depends on the same outputs, for the checks of the first batch:
+        by default itself.
+        """
         return self
 
     def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor | None, Any]:
@@ -97,7 +113,8 @@ class Objective:
         return getattr(outputs, "loss", None), outputs
 
     def settled(self, clean: RowLosses, inputs: Mapping[str, Any]) -> tuple[Objective, RowLosses]:
-        """Return the objective that the queries of a batch get, and the losses of its clean rows by that objective.
+        """Return the objective that the queries of a batch get, and the losses of its clean rows by
+        that objective.
 
         Args:
             clean: what this objective found for the batch's clean rows.
@@ -106,14 +123,22 @@ class Objective:
         del inputs
         return self, clean
 
-    def __call__(self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False) -> RowLosses:
-        """Run the model on `inputs` and return the losses of its rows; `features` asks for residuals too."""
-        raise NotImplementedError(f"{type(self).__name__} does not define __call__(forward, inputs, features=False).")
+    def __call__(
+        self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False
+    ) -> RowLosses:
+        """Run the model on `inputs` and return the losses of its rows; `features` asks for
+        residuals too.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} does not define __call__(forward, inputs, features=False)."
+        )
 
 
 @dataclass(frozen=True)
 class _Caught:
-    """One call of a loss function: (E,) losses and weights of its elements, and what was asked for beside them."""
+    """One call of a loss function: (E,) losses and weights of its elements, and what was asked for
+    beside them.
+    """
 
     losses: Tensor
     weights: Tensor
@@ -123,20 +148,33 @@ class _Caught:
 
 
 class _WideLosses(TorchFunctionMode):
-    """Computes the standard loss functions in float32 at least: a difference of 16-bit losses has no digits left."""
+    """Computes the standard loss functions in float32 at least: a difference of 16-bit losses has
+    no digits left.
+    """
 
     functions: ClassVar = {
         function: inspect.signature(function)
-        for function in (F.cross_entropy, F.nll_loss, F.mse_loss, F.binary_cross_entropy_with_logits)
+        for function in (
+            F.cross_entropy,
+            F.nll_loss,
+            F.mse_loss,
+            F.binary_cross_entropy_with_logits,
+        )
     }
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         if func not in self.functions:
             return func(*args, **(kwargs or {}))
         call = self.functions[func].bind(*args, **(kwargs or {}))
         call.apply_defaults()
-        floating = {n: v for n, v in call.arguments.items() if torch.is_tensor(v) and v.is_floating_point()}
-        return self.loss(func, {**call.arguments, **{name: widen(value) for name, value in floating.items()}})
+        floating = {
+            n: v for n, v in call.arguments.items() if torch.is_tensor(v) and v.is_floating_point()
+        }
+        return self.loss(
+            func, {**call.arguments, **{name: widen(value) for name, value in floating.items()}}
+        )
 
     def loss(self, function: Any, given: dict[str, Any]) -> Tensor:
         """Return what the model gets for a call with these arguments."""
@@ -158,7 +196,9 @@ class _Tap(_WideLosses):
         losses = function(**{**given, "size_average": None, "reduce": None, "reduction": "none"})
         name, target, ignored = function.__name__, given["target"], given.get("ignore_index", -100)
         weights = element_weights(name, losses, target, given.get("weight"), ignored)
-        squared = squared_residuals(name, given["input"], target, ignored) if self.features else None
+        squared = (
+            squared_residuals(name, given["input"], target, ignored) if self.features else None
+        )
         logits = given["input"] if self.logits else None
         slope = slopes(name, given) if self.logits and self.features else None
         self.caught.append(_Caught(losses, weights, squared, logits, slope))
@@ -170,14 +210,16 @@ class _Tap(_WideLosses):
 class TappedLoss(Objective):
     """The model's own loss, taken apart into rows by a tap on torch's loss functions.
 
-    Works where the loss is one call of `cross_entropy`, `nll_loss`, `mse_loss` or `binary_cross_entropy_with_logits` and
-    nothing else is added to it; labels never leave the model, so shifts and padding stay right.
+    Works where the loss is one call of `cross_entropy`, `nll_loss`, `mse_loss` or
+    `binary_cross_entropy_with_logits` and nothing else is added to it; labels never leave the
+    model, so shifts and padding stay right.
 
     Args:
         logits: whether to keep logits, and where features are asked for slopes.
 
     Attributes:
-        after: the module after which to listen; None to listen from the start, which makes every call of torch slower.
+        after: the module after which to listen; None to listen from the start, which makes every
+            call of torch slower.
         predictable: whether a control variate may learn from the logits.
     """
 
@@ -200,7 +242,9 @@ class TappedLoss(Objective):
             forward(inputs)
         self.after = last[0] if last else None
 
-    def _listen(self, forward: Forward, inputs: Mapping[str, Any], features: bool) -> tuple[_Tap, Tensor | None]:
+    def _listen(
+        self, forward: Forward, inputs: Mapping[str, Any], features: bool
+    ) -> tuple[_Tap, Tensor | None]:
         tap, heard = _Tap(features, self.logits), list[_Tap]()
         with ExitStack() as stack:
 
@@ -215,7 +259,9 @@ class TappedLoss(Objective):
             loss, _ = forward(inputs)
         return tap, loss
 
-    def __call__(self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False) -> RowLosses:
+    def __call__(
+        self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False
+    ) -> RowLosses:
         """See `Objective`."""
         rows = batch_size(inputs)
         tap, loss = self._listen(forward, inputs, features)
@@ -223,16 +269,24 @@ class TappedLoss(Objective):
             self.after = None
             tap, loss = self._listen(forward, inputs, features)
         if len(tap.caught) != 1:
-            raise RowLossError(f"the model's loss is made of {len(tap.caught)} calls of torch's loss functions, not one")
+            raise RowLossError(
+                f"the model's loss is made of {len(tap.caught)} calls of torch's loss functions, "
+                "not one"
+            )
         caught = tap.caught[0]
         if caught.losses.numel() % rows:
-            raise RowLossError(f"the model's loss has {caught.losses.numel()} elements for {rows} rows")
+            raise RowLossError(
+                f"the model's loss has {caught.losses.numel()} elements for {rows} rows"
+            )
         sums = caught.losses.reshape(rows, -1).sum(1)
         counts = caught.weights.reshape(rows, -1).sum(1)
         _require_same(loss, sums.sum() / counts.sum())
         squared = caught.squared_residuals
         residuals = None if squared is None else squared.reshape(rows, -1).sum(1).sqrt()
-        flat = (None if values is None else values.reshape(rows, -1) for values in (caught.logits, caught.slopes))
+        flat = (
+            None if values is None else values.reshape(rows, -1)
+            for values in (caught.logits, caught.slopes)
+        )
         return RowLosses(sums, counts, residuals, *flat)
 
 
@@ -242,22 +296,28 @@ def _require_same(loss: Tensor | None, mean: Tensor) -> None:
         raise RowLossError("the model returns no loss")
     loss, mean = loss.detach(), mean.detach()
     tolerance = 1e-4 if loss.dtype in (torch.float32, torch.float64) else 3e-2
-    if bool(mean.isfinite()) and abs(float(loss) - float(mean)) > tolerance * max(1.0, abs(float(mean))):
-        raise RowLossError(f"the model's loss {float(loss):.6g} is not the mean {float(mean):.6g} of its elements")
+    if bool(mean.isfinite()) and abs(float(loss) - float(mean)) > tolerance * max(
+        1.0, abs(float(mean))
+    ):
+        raise RowLossError(
+            f"the model's loss {float(loss):.6g} is not the mean {float(mean):.6g} of its elements"
+        )
 
 
 class CallableObjective(Objective):
     """A user's function of the model's outputs: a loss, a metric, a reward; it needs no derivative.
 
     Args:
-        function: maps (outputs, inputs) of R rows to (R,) losses to be minimised, or to a pair (sums, counts) of (R,)
-            where rows have different numbers of elements.
+        function: maps (outputs, inputs) of R rows to (R,) losses to be minimised, or to a pair
+            (sums, counts) of (R,) where rows have different numbers of elements.
     """
 
     def __init__(self, function: Callable[[Any, Mapping[str, Any]], Any]) -> None:
         self.function = function
 
-    def __call__(self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False) -> RowLosses:
+    def __call__(
+        self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False
+    ) -> RowLosses:
         """See `Objective`."""
         del features
         rows = batch_size(inputs)
@@ -268,7 +328,9 @@ class CallableObjective(Objective):
         counts = torch.ones_like(sums) if counts is None else torch.as_tensor(counts).to(sums)
         for name, tensor in (("losses", sums), ("counts", counts)):
             if tensor.shape != (rows,):
-                raise ObjectiveError(f"The objective returned {name} of shape {tuple(tensor.shape)} for {rows} rows.")
+                raise ObjectiveError(
+                    f"The objective returned {name} of shape {tuple(tensor.shape)} for {rows} rows."
+                )
         return RowLosses(sums, counts)
 
 
@@ -277,7 +339,9 @@ class BatchLoss(Objective):
 
     per_row = False
 
-    def __call__(self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False) -> RowLosses:
+    def __call__(
+        self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False
+    ) -> RowLosses:
         """See `Objective`."""
         del features
         with _WideLosses():

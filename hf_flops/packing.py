@@ -1,4 +1,6 @@
-"""Rows that continue the same text, side by side in one sequence: its keys and values are not copied for each row."""
+"""Rows that continue the same text, side by side in one sequence: its keys and values are not
+copied for each row.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from torch import Tensor
 from .probe_runs import Attempt, agree
 from .texts import TextCache, run
 
-MOST = 16  # rows in a line: beyond, what they compute of each other for nothing outweighs the copies
+# rows in a line: beyond, what they compute of each other for nothing outweighs the copies
+MOST = 16
 _TOKEN = 50  # running a token costs about as much as copying so many keys and values
 
 
@@ -38,7 +41,9 @@ class Packing:
         lines = (counts + slots - 1).div(slots, rounding_mode="floor")
         order = rows.argsort(stable=True)
         rank = torch.empty_like(rows)
-        rank[order] = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows[order]]
+        rank[order] = (
+            torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows[order]]
+        )
         first = (lines.cumsum(0) - lines)[rows]
         texts = torch.repeat_interleave(torch.arange(len(counts), device=rows.device), lines)
         return cls(texts, first + rank.div(slots, rounding_mode="floor"), rank % slots, slots)
@@ -69,7 +74,8 @@ class Packing:
         return lines.unflatten(1, (self.slots, -1))[self.line, self.slot]
 
     def mask(self, text: Tensor, kept: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return what is added to scores (L, 1, N * S, T + N * S): a token sees its text, and its own row up to itself.
+        """Return what is added to scores (L, 1, N * S, T + N * S): a token sees its text, and its
+        own row up to itself.
 
         Args:
             text: (L, T), zero on padding.
@@ -80,11 +86,17 @@ class Packing:
         place = torch.arange(lines.shape[1], device=text.device)
         row = place.div(own, rounding_mode="floor")
         block = (row[:, None] == row) & (place[:, None] >= place)
-        seen = torch.cat([text.bool()[:, None].expand(-1, len(place), -1), lines[:, None] & block], 2)
-        return torch.zeros(seen.shape, dtype=dtype, device=text.device).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
+        seen = torch.cat(
+            [text.bool()[:, None].expand(-1, len(place), -1), lines[:, None] & block], 2
+        )
+        return torch.zeros(seen.shape, dtype=dtype, device=text.device).masked_fill(
+            ~seen, torch.finfo(dtype).min
+        )[:, None]
 
 
-def continued(base: Any, texts: TextCache, packing: Packing, tokens: Tensor, kept: Tensor, last: int) -> Tensor:
+def continued(
+    base: Any, texts: TextCache, packing: Packing, tokens: Tensor, kept: Tensor, last: int
+) -> Tensor:
     """Run rows that continue texts, and return the logits (R, last, V) of their last tokens.
 
     Args:
@@ -98,14 +110,19 @@ def continued(base: Any, texts: TextCache, packing: Packing, tokens: Tensor, kep
     size = tokens.shape[1]
     past, mask = texts.take(packing.texts)
     own = torch.arange(size, device=mask.device)
-    # Indices, not a number: torch is slow where a head reads a slice, whose rows are apart in memory.
-    index = (torch.arange(packing.slots, device=mask.device)[:, None] * size + own[size - last :]).flatten()
+    # Indices, not a number: torch is slow where a head reads a slice, whose rows are apart in
+    # memory.
+    index = (
+        torch.arange(packing.slots, device=mask.device)[:, None] * size + own[size - last :]
+    ).flatten()
     single = packing.slots == 1
     outputs = run(
         base,
         past,
         inputs_embeds=packing.pack(tokens),
-        attention_mask=torch.cat([mask, packing.pack(kept)], 1) if single else packing.mask(mask, kept, tokens.dtype),
+        attention_mask=torch.cat([mask, packing.pack(kept)], 1)
+        if single
+        else packing.mask(mask, kept, tokens.dtype),
         position_ids=mask.sum(1, keepdim=True) + own.repeat(packing.slots),
         use_cache=True,
         logits_to_keep=index,
@@ -116,7 +133,8 @@ def continued(base: Any, texts: TextCache, packing: Packing, tokens: Tensor, kep
 
 @torch.no_grad()
 def may_be_packed(base: Any, texts: TextCache, tokens: Tensor, precision: float = 1e-4) -> bool:
-    """Say whether rows have the same logits in one sequence as alone: not every model takes a mask of its own.
+    """Say whether rows have the same logits in one sequence as alone: not every model takes a mask
+    of its own.
 
     Args:
         base: a causal language model of transformers.
@@ -130,6 +148,8 @@ def may_be_packed(base: Any, texts: TextCache, tokens: Tensor, precision: float 
     rows = torch.stack([tokens, tokens, tokens.flip(0), 2 * tokens])
     kept = torch.ones(rows.shape[:2], dtype=torch.long, device=rows.device)
     with Attempt("Rows of a text are not packed into one sequence"):
-        alone, together = (continued(base, texts, Packing.of(few, slots), rows, kept, 1) for slots in (1, 2))
+        alone, together = (
+            continued(base, texts, Packing.of(few, slots), rows, kept, 1) for slots in (1, 2)
+        )
         return agree(together, alone, precision)
     return False

@@ -11,15 +11,17 @@ from torch import Tensor
 from .rows import Rows, take
 
 SIDES = ("left", "right")
-_PADDED = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "labels")  # inputs with one column per token
+# inputs with one column per token
+_PADDED = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "labels")
 
 
 def real_tokens(inputs: Mapping[str, Any]) -> Tensor | None:
-    """Return (B, T) bool, the columns that each sample needs, or None where columns cannot be told apart.
+    """Return (B, T) bool, the columns that each sample needs, or None where columns cannot be told
+    apart.
 
-    A column is needed where the attention mask is not zero or a label is not ignored; all are where a causal model predicts
-    such a label from padding. Another input with T columns, or a mask of another shape, means that more depends on columns
-    than is known here.
+    A column is needed where the attention mask is not zero or a label is not ignored; all are where
+    a causal model predicts such a label from padding. Another input with T columns, or a mask of
+    another shape, means that more depends on columns than is known here.
     """
     mask = inputs.get("attention_mask")
     if not torch.is_tensor(mask) or mask.dim() != 2:
@@ -36,7 +38,9 @@ def real_tokens(inputs: Mapping[str, Any]) -> Tensor | None:
 
 
 def window(real: Tensor, sides: frozenset[str]) -> slice:
-    """Return the columns that rows need together, cut at the given sides only; real: (R, T) bool."""
+    """Return the columns that rows need together, cut at the given sides only; real: (R, T)
+    bool.
+    """
     needed = torch.nonzero(real.any(0)).flatten()
     if not len(needed):
         return slice(0, real.shape[1])
@@ -45,18 +49,26 @@ def window(real: Tensor, sides: frozenset[str]) -> slice:
 
 
 def trim(inputs: Mapping[str, Any], columns: slice) -> dict[str, Any]:
-    """Cut every input with one column per token down to some columns; models may take a view of what they get."""
+    """Cut every input with one column per token down to some columns; models may take a view of
+    what they get.
+    """
     wide = inputs["attention_mask"].shape[1]
-    cut = {name: inputs[name] for name in _PADDED if torch.is_tensor(inputs.get(name)) and inputs[name].shape[1:] == (wide,)}
+    cut = {
+        name: inputs[name]
+        for name in _PADDED
+        if torch.is_tensor(inputs.get(name)) and inputs[name].shape[1:] == (wide,)
+    }
     return {**inputs, **{name: value[:, columns].contiguous() for name, value in cut.items()}}
 
 
 class Feed:
-    """What rows of a batch are fed to the model: their samples' inputs, without padding that none of them needs.
+    """What rows of a batch are fed to the model: their samples' inputs, without padding that none
+    of them needs.
 
     Args:
         inputs: the batch; tensors (B, ...), lists of B entries, or scalars that all samples share.
-        sides: where padding may be cut off, because a check has shown that the model's losses do not depend on it.
+        sides: where padding may be cut off, because a check has shown that the model's losses do
+            not depend on it.
 
     Attributes:
         whole: the inputs of the whole batch, without padding that no sample needs.
@@ -73,15 +85,20 @@ class Feed:
         """How many columns the batch has without padding that none of it needs, 1 if unknown."""
         return self.window.stop - self.window.start
 
-    def of(self, owner: Tensor, unread: Collection[str] = ()) -> tuple[dict[str, Any], int, slice | None]:
-        """Return the inputs of rows that repeat samples, how many columns they have, and which of the batch's these are.
+    def of(
+        self, owner: Tensor, unread: Collection[str] = ()
+    ) -> tuple[dict[str, Any], int, slice | None]:
+        """Return the inputs of rows that repeat samples, how many columns they have, and which of
+        the batch's these are.
 
         Args:
             owner: (R,) int64.
-            unread: names of inputs to which rows are given NaN, without memory, unless they are cut.
+            unread: names of inputs to which rows are given NaN, without memory, unless they are
+                cut.
 
         Returns:
-            The inputs, their number of columns (1 if unknown), and their place among those of `whole`, None for all.
+            The inputs, their number of columns (1 if unknown), and their place among those of
+            `whole`, None for all.
         """
         if self.real is None:
             return take(self.inputs, owner, unread), 1, None
@@ -92,7 +109,9 @@ class Feed:
         return trim(inputs, columns), stop - start, cut
 
     def ordered(self, rows: Rows, *, within_groups: bool) -> Rows:
-        """Put rows of like width next to each other, the widest first, so that little padding is left in a chunk."""
+        """Put rows of like width next to each other, the widest first, so that little padding is
+        left in a chunk.
+        """
         if self.real is None:
             return rows
         cut = [window(row[None], self.sides) for row in self.real]

@@ -1,4 +1,6 @@
-"""Which gradient session a run has: one of single images and texts for a contrastive loss, or one of samples."""
+"""Which gradient session a run has: one of single images and texts for a contrastive loss, or one
+of samples.
+"""
 
 from __future__ import annotations
 
@@ -50,10 +52,14 @@ def start_session(
         ConfigurationError: arguments that queries of single images and texts cannot follow.
     """
     contrast = objective if isinstance(objective, ContrastiveLoss) else None
-    contrastive = contrastive_base(model) is not None and (objective is None or contrast is not None)
+    contrastive = contrastive_base(model) is not None and (
+        objective is None or contrast is not None
+    )
     if contrastive and not (whole or perturbation or args.perturbation == "shared"):
         _check_contrastive(args)
-        return ContrastiveSession(args, model, contrast, metered, allocator=allocator, estimator=estimator)
+        return ContrastiveSession(
+            args, model, contrast, metered, allocator=allocator, estimator=estimator
+        )
 
     def default(batch: Batch) -> Objective | None:
         if contrastive:
@@ -62,7 +68,11 @@ def start_session(
             check(batch)
         return None
 
-    parts: dict[str, Any] = {"allocator": allocator, "estimator": estimator, "perturbation": perturbation}
+    parts: dict[str, Any] = {
+        "allocator": allocator,
+        "estimator": estimator,
+        "perturbation": perturbation,
+    }
     return SampleSession(args, model, group, objective=objective, default=default, **parts)
 
 
@@ -70,17 +80,20 @@ def _check_contrastive(args: Any) -> None:
     """Refuse arguments that need a loss per batch."""
     if args.trajectory_log:
         raise ConfigurationError(
-            'trajectory_log=True cannot tell queries of images from those of texts: use perturbation="shared".'
+            "trajectory_log=True cannot tell queries of images from those of texts: use "
+            'perturbation="shared".'
         )
     if args.queries_per_sample == "auto":
-        raise ConfigurationError("queries_per_sample='auto' does not know the rows of images and texts: give a number.")
+        raise ConfigurationError(
+            "queries_per_sample='auto' does not know the rows of images and texts: give a number."
+        )
     if args.world_size > 1:
         raise ConfigurationError(
-            f"{args.world_size} processes cannot share the queries of single images and texts: use one, or "
-            'perturbation="shared".'
+            f"{args.world_size} processes cannot share the queries of single images and texts: "
+            'use one, or perturbation="shared".'
         )
     if args.learning_rate_search:
         raise ConfigurationError(
-            "learning_rate_search needs a loss per batch, not queries of single images and texts: give learning_rate a "
-            'number, or use perturbation="shared".'
+            "learning_rate_search needs a loss per batch, not queries of single images and texts: "
+            'give learning_rate a number, or use perturbation="shared".'
         )

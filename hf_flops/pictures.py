@@ -1,4 +1,6 @@
-"""The pictures of a run, drawn from its log when it ends: learning curve, where the queries went, signal to noise."""
+"""The pictures of a run, drawn from its log when it ends: learning curve, where the queries went,
+signal to noise.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ class Pictures(TrainerCallback):
         except ImportError as error:
             logger.info("No pictures of the run: %s", error)
         except Exception as error:
-            logger.warning("The pictures of the run could not be drawn (%s: %s).", type(error).__name__, error)
+            logger.warning(
+                "The pictures of the run could not be drawn (%s: %s).", type(error).__name__, error
+            )
 
 
 def draw_pictures(folder: str | Path, history: Log, ledger: Ledger) -> list[str]:
@@ -69,12 +73,17 @@ def draw_pictures(folder: str | Path, history: Log, ledger: Ledger) -> list[str]
 
 
 def draw_seeds(path: str | Path, folders: Sequence[str | Path]) -> None:
-    """Draw one learning curve from the output folders of runs that differ in their seed: mean and standard deviation.
+    """Draw one learning curve from the output folders of runs that differ in their seed: mean and
+    standard deviation.
 
     Args:
         path: where to; the ending decides the format.
-        folders: each holds `trainer_state.json`: a checkpoint, or an output folder after `trainer.save_state()`.
+        folders: each holds `trainer_state.json`: a checkpoint, or an output folder after
+            `trainer.save_state()`.
     """
-    histories = [json.loads(Path(folder, "trainer_state.json").read_text())["log_history"] for folder in folders]
+    histories = [
+        json.loads(Path(folder, "trainer_state.json").read_text())["log_history"]
+        for folder in folders
+    ]
     curves = [curve_of(history) for history in histories]
     save_learning_curve(path, [points for _, points in curves], curves[0][0])

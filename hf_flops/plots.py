@@ -23,7 +23,9 @@ def pyplot() -> Any:
     return plt
 
 
-def draw_learning_curves(axes: Any, curves: Mapping[str, Sequence[tuple[float, float]]], start: float) -> None:
+def draw_learning_curves(
+    axes: Any, curves: Mapping[str, Sequence[tuple[float, float]]], start: float
+) -> None:
     """Draw accuracy against the rows that went through the model.
 
     Args:
@@ -33,11 +35,28 @@ def draw_learning_curves(axes: Any, curves: Mapping[str, Sequence[tuple[float, f
     """
     for method, points in curves.items():
         rows, accuracies = np.array(points, dtype=float).T
-        axes.plot(rows, accuracies, ".-", color=COLOURS.get(method), label=method, markersize=4, linewidth=1.4)
-        axes.annotate(f"{accuracies[-1]:.1%}", (rows[-1], accuracies[-1]), textcoords="offset points", xytext=(4, -3))
+        axes.plot(
+            rows,
+            accuracies,
+            ".-",
+            color=COLOURS.get(method),
+            label=method,
+            markersize=4,
+            linewidth=1.4,
+        )
+        axes.annotate(
+            f"{accuracies[-1]:.1%}",
+            (rows[-1], accuracies[-1]),
+            textcoords="offset points",
+            xytext=(4, -3),
+        )
     axes.axhline(start, color="#a1a1aa", linestyle=":", label="untrained adapter")
-    seen, label = [rows for points in curves.values() for rows, _ in points if rows > 0], "rows through the model"
-    if seen and max(seen) >= 10 * min(seen):  # labels of a shorter logarithmic axis run into each other
+    seen, label = (
+        [rows for points in curves.values() for rows, _ in points if rows > 0],
+        "rows through the model",
+    )
+    # labels of a shorter logarithmic axis run into each other
+    if seen and max(seen) >= 10 * min(seen):
         axes.set_xscale("log")
         label += " (log scale)"
     axes.set(xlabel=label, ylabel="validation accuracy", title="Accuracy against rows")
@@ -55,14 +74,27 @@ def draw_queries(axes: Any, mean_queries: Sequence[float], average: float) -> No
         average: queries per step that equal counts would give.
     """
     queries = np.sort(np.asarray(mean_queries, dtype=float))[::-1]
-    axes.fill_between(np.arange(len(queries)), queries, step="mid", color=COLOURS["flops"], alpha=0.35, linewidth=0)
+    axes.fill_between(
+        np.arange(len(queries)),
+        queries,
+        step="mid",
+        color=COLOURS["flops"],
+        alpha=0.35,
+        linewidth=0,
+    )
     axes.axhline(average, color="#52525b", linestyle="--", linewidth=1)
     axes.annotate("equal counts", (len(queries) * 0.98, average), ha="right", va="bottom")
-    axes.set(xlabel="samples, most queried first", ylabel="queries per step, on average", title="Where the queries went")
+    axes.set(
+        xlabel="samples, most queried first",
+        ylabel="queries per step, on average",
+        title="Where the queries went",
+    )
     axes.set_ylim(bottom=0)
 
 
-def draw_images(figure: Any, images: Sequence[np.ndarray], captions: Sequence[str], title: str) -> None:
+def draw_images(
+    figure: Any, images: Sequence[np.ndarray], captions: Sequence[str], title: str
+) -> None:
     """Draw a row of images, (H, W) or (H, W, C) each, under a title."""
     figure.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold")
     row = figure.subplots(1, max(len(images), 2))
@@ -94,7 +126,9 @@ def save_report(
     plt = pyplot()
     images = images or {}
     figure = plt.figure(figsize=(11, 4.2 + 2.0 * len(images)), layout="constrained")
-    parts = np.atleast_1d(figure.subfigures(1 + len(images), 1, height_ratios=[4.2] + [2.0] * len(images)))
+    parts = np.atleast_1d(
+        figure.subfigures(1 + len(images), 1, height_ratios=[4.2] + [2.0] * len(images))
+    )
     panels = np.atleast_1d(parts[0].subplots(1, 2 if mean_queries else 1))
     draw_learning_curves(panels[0], curves, start)
     if mean_queries:

@@ -13,20 +13,27 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def keep_masters(model: nn.Module) -> list[str]:
-    """Convert trainable 16-bit parameters to float32 where the rest of the model stays in 16 bits; returns their names.
+    """Convert trainable 16-bit parameters to float32 where the rest of the model stays in 16 bits;
+    returns their names.
 
-    Modules that hold one compute in float32 from then on: a hook widens what they are given, and another narrows what they
-    return, unless nothing in 16 bits comes after them, as with a head. What else they hold becomes float32 with it, such as
-    the frozen weight beside a bias that is trained. PEFT does the same for LoRA, but not for `modules_to_save`, biases or
-    layer-norm tuning. Hooks stay as long as the model does, so evaluation and generation work too;
-    saved weights are ordinary float32 tensors, which load into a 16-bit model.
+    Modules that hold one compute in float32 from then on: a hook widens what they are given, and
+    another narrows what they return, unless nothing in 16 bits comes after them, as with a head.
+    What else they hold becomes float32 with it, such as the frozen weight beside a bias that is
+    trained. PEFT does the same for LoRA, but not for `modules_to_save`, biases or layer-norm
+    tuning. Hooks stay as long as the model does, so evaluation and generation work too; saved
+    weights are ordinary float32 tensors, which load into a 16-bit model.
     """
     frozen = [id(p) for p in model.parameters() if not p.requires_grad and p.dtype in HALF]
-    trainable = {id(p): name for name, p in model.named_parameters() if p.requires_grad and p.dtype in HALF}
+    trainable = {
+        id(p): name for name, p in model.named_parameters() if p.requires_grad and p.dtype in HALF
+    }
     if not frozen or not trainable:
         return []  # a model that is trained as a whole keeps its precision
     modules, wide = list(model.modules()), set(trainable)
-    while more := {id(p) for module in modules if _holds(module, wide) for p in _halves(module)} - wide:
+    while (
+        more := {id(p) for module in modules if _holds(module, wide) for p in _halves(module)}
+        - wide
+    ):
         wide |= more
     last_frozen = max(i for i, module in enumerate(modules) if _holds(module, set(frozen)))
     for place, module in enumerate(modules):
@@ -47,7 +54,11 @@ def _holds(module: nn.Module, parameters: set[int]) -> bool:
 
 def _halves(module: nn.Module) -> list[nn.Parameter]:
     """Return a module's own parameters in 16 bits."""
-    return [parameter for parameter in module._parameters.values() if parameter is not None and parameter.dtype in HALF]
+    return [
+        parameter
+        for parameter in module._parameters.values()
+        if parameter is not None and parameter.dtype in HALF
+    ]
 
 
 def _cast(value: Any, dtype: torch.dtype, kinds: tuple[torch.dtype, ...]) -> Any:

@@ -1,4 +1,6 @@
-"""A frozen prefix runs once per sample of the data set: what no noise reaches is kept from one epoch to the next."""
+"""A frozen prefix runs once per sample of the data set: what no noise reaches is kept from one
+epoch to the next.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ Layout = tuple[tuple[str, Any], ...]
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample's inputs: its place in the data set, names, shapes and dtypes (padding included), and a hash of all."""
+    """One sample's inputs: its place in the data set, names, shapes and dtypes (padding included),
+    and a hash of all.
+    """
 
     id: int
     layout: Layout
@@ -31,19 +35,29 @@ class Sample:
 
 
 def raw_bytes(tensor: Tensor) -> Any:
-    """Return the content of a tensor of any dtype, on any device; that of one on the CPU can be written to."""
+    """Return the content of a tensor of any dtype, on any device; that of one on the CPU can be
+    written to.
+    """
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data
 
 
 def identify(inputs: Mapping[str, Any], ids: Sequence[int]) -> list[Sample]:
     """Identify the samples of a batch; ids: (B,)."""
-    inputs = {name: value for name, value in inputs.items() if name != ROW}  # a place in the batch says nothing of a sample
-    per_row = {k: v for k, v in inputs.items() if isinstance(v, (list, tuple)) or (torch.is_tensor(v) and v.dim() > 0)}
+    # a place in the batch says nothing of a sample
+    inputs = {name: value for name, value in inputs.items() if name != ROW}
+    per_row = {
+        k: v
+        for k, v in inputs.items()
+        if isinstance(v, (list, tuple)) or (torch.is_tensor(v) and v.dim() > 0)
+    }
     shared = [(name, repr(value)) for name, value in inputs.items() if name not in per_row]
     found = []
     for i, number in enumerate(ids):
         own = [(name, values[i]) for name, values in per_row.items()]
-        layout = [(name, (tuple(value.shape), value.dtype) if torch.is_tensor(value) else None) for name, value in own]
+        layout = [
+            (name, (tuple(value.shape), value.dtype) if torch.is_tensor(value) else None)
+            for name, value in own
+        ]
         content = blake2b(digest_size=16)
         for _, value in own:
             content.update(raw_bytes(value) if torch.is_tensor(value) else repr(value).encode())
@@ -56,7 +70,8 @@ class SampleStore:
 
     Args:
         gigabytes: what may be kept in all; samples that no longer fit are left out.
-        folder: where to put a file without a name, which is gone when the run ends; None keeps everything in memory.
+        folder: where to put a file without a name, which is gone when the run ends; None keeps
+            everything in memory.
     """
 
     def __init__(self, gigabytes: float, folder: Path | None = None) -> None:
@@ -79,11 +94,16 @@ class SampleStore:
         key = (sample.id, sample.layout)
         if self._contents.get(key, sample.content) != sample.content:
             raise ConfigurationError(
-                f"The inputs of sample {sample.id} have changed since they were kept: prefix_cache cannot be used with data "
-                "augmentation, random masks or ids that are not unique; set prefix_cache=None."
+                f"The inputs of sample {sample.id} have changed since they were kept: "
+                "prefix_cache cannot be used with data augmentation, random masks or ids that are "
+                "not unique; set prefix_cache=None."
             )
         entry = self._entries.get(key)
-        return entry if entry is None or self._file is None else [self._read(*place) for place in entry]
+        return (
+            entry
+            if entry is None or self._file is None
+            else [self._read(*place) for place in entry]
+        )
 
     def put(self, sample: Sample, tensors: Sequence[Tensor]) -> None:
         """Keep tensors for a sample, if there is room."""
@@ -92,10 +112,14 @@ class SampleStore:
         if size <= self.room and key not in self._entries:
             self.room -= size
             self._contents[key] = sample.content
-            self._entries[key] = [self._write(t) if self._file else t.detach().to("cpu", copy=True) for t in tensors]
+            self._entries[key] = [
+                self._write(t) if self._file else t.detach().to("cpu", copy=True) for t in tensors
+            ]
 
     def pattern(self, layout: Layout) -> dict[nn.Module, Output] | None:
-        """Return the modules' outputs for one sample of a layout, what is kept by sample left empty; None if unknown."""
+        """Return the modules' outputs for one sample of a layout, what is kept by sample left
+        empty; None if unknown.
+        """
         return self._patterns.get(layout)
 
     def put_pattern(self, layout: Layout, pattern: dict[nn.Module, Output]) -> None:
@@ -116,10 +140,11 @@ class SampleStore:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class CachedPlan(ReusePlan):
-    """Late expansion that starts a step with what it knows of the batch's samples from earlier epochs.
+    """Late expansion that starts a step with what it knows of the batch's samples from earlier
+    epochs.
 
-    Modules in `pass_through` and `recomputed` are not kept: nobody reads the former, and the latter run again on what is
-    kept. None may depend on a trainable parameter.
+    Modules in `pass_through` and `recomputed` are not kept: nobody reads the former, and the latter
+    run again on what is kept. None may depend on a trainable parameter.
 
     Attributes:
         store: where outputs are kept.
@@ -143,12 +168,20 @@ class CachedPlan(ReusePlan):
 
     def leaves(self) -> list[tuple[nn.Module, int]]:
         """Return what is kept by sample: modules, and places among the leaves of their outputs."""
-        kept = [module for module in self.modules if module not in self.pass_through and module not in self.recomputed]
-        return [(module, i) for module in kept for i, rows in enumerate(self.modules[module]) if rows]
+        kept = [
+            module
+            for module in self.modules
+            if module not in self.pass_through and module not in self.recomputed
+        ]
+        return [
+            (module, i) for module in kept for i, rows in enumerate(self.modules[module]) if rows
+        ]
 
 
 class CachedRecording(Recording):
-    """Outputs of one step, some of them from earlier ones; what is recorded is kept when the step ends."""
+    """Outputs of one step, some of them from earlier ones; what is recorded is kept when the step
+    ends.
+    """
 
     plan: CachedPlan
 
@@ -156,7 +189,12 @@ class CachedRecording(Recording):
         super().__init__(plan, forward)
         self._new: list[Sample] = []
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         try:
             if kind is None and self.complete:
                 self._keep_samples(self._new)
@@ -164,13 +202,17 @@ class CachedRecording(Recording):
             super().__exit__(kind, error, trace)
 
     def recall(self, inputs: Mapping[str, Any], ids: Sequence[int] | None) -> None:
-        """Bring back the outputs of the batch; those that are not known are found by running the samples that lack them.
+        """Bring back the outputs of the batch; those that are not known are found by running the
+        samples that lack them.
 
         Raises:
-            ConfigurationError: the samples have no ids, or one has other inputs than when it was kept.
+            ConfigurationError: the samples have no ids, or one has other inputs than when it was
+                kept.
         """
         if ids is None or len(ids) != batch_size(inputs):
-            raise ConfigurationError("prefix_cache needs to know the samples: add a column sample_id to the data set.")
+            raise ConfigurationError(
+                "prefix_cache needs to know the samples: add a column sample_id to the data set."
+            )
         samples, self._columns = identify(inputs, ids), columns_of(inputs)
         entries = [self.plan.store.get(sample) for sample in samples]
         missing = [i for i, entry in enumerate(entries) if entry is None]
@@ -181,7 +223,9 @@ class CachedRecording(Recording):
             self.record(take(inputs, torch.tensor(missing)))
             if not self.complete:
                 return
-            for i, entry in zip(missing, self._keep_samples([samples[i] for i in missing]), strict=True):
+            for i, entry in zip(
+                missing, self._keep_samples([samples[i] for i in missing]), strict=True
+            ):
                 entries[i] = entry
         self._restore(samples[0].layout, [entry for entry in entries if entry is not None])
 
@@ -205,7 +249,11 @@ class CachedRecording(Recording):
     def _pattern(self, module: nn.Module, index: int, leaf: Any) -> Any:
         if not self.plan.modules[module][index]:
             return leaf
-        return self._repeat(leaf, torch.tensor([0])) if module in self.plan.pass_through else leaf.new_empty(0)
+        return (
+            self._repeat(leaf, torch.tensor([0]))
+            if module in self.plan.pass_through
+            else leaf.new_empty(0)
+        )
 
     def _restore(self, layout: Layout, entries: Sequence[list[Tensor]]) -> None:
         """Fill the record of the step from what is kept of each sample."""
@@ -217,7 +265,10 @@ class CachedRecording(Recording):
         for module, (leaves, spec) in pattern.items():
             hollow, rows = module in self.plan.pass_through, self.plan.modules[module]
             pairs = zip(leaves, rows, strict=True)
-            self._outputs[module] = [self._repeat(leaf, everyone) if hollow and row else leaf for leaf, row in pairs], spec
+            self._outputs[module] = (
+                [self._repeat(leaf, everyone) if hollow and row else leaf for leaf, row in pairs],
+                spec,
+            )
         for place, (module, leaf) in enumerate(self.plan.leaves()):
             found = self._outputs[module][0]
             found[leaf] = torch.cat([entry[place] for entry in entries]).to(found[leaf].device)

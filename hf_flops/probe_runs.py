@@ -14,7 +14,8 @@ from torch import Tensor
 from .errors import in_one_line
 
 logger = logging.getLogger(__name__)
-FAILURES = (Exception,)  # models and objectives raise anything where they mind a change; memory errors are among these
+# models and objectives raise anything where they mind a change; memory errors are among these
+FAILURES = (Exception,)
 
 
 def agree(found: Tensor, wanted: Tensor, tolerance: float, size: float | None = None) -> bool:
@@ -26,7 +27,8 @@ def agree(found: Tensor, wanted: Tensor, tolerance: float, size: float | None = 
         found: numbers of any shape.
         wanted: what they should be, of the same shape.
         tolerance: the relative error that rounding may cause.
-        size: how large the numbers are from which they were computed, 1 for losses; None for the largest of `wanted`.
+        size: how large the numbers are from which they were computed, 1 for losses; None for the
+            largest of `wanted`.
     """
     finite = wanted[wanted.isfinite()]
     if not len(finite):
@@ -39,7 +41,8 @@ class Attempt:
     """A context in which something is tried: what fails ends the block, and is logged.
 
     Args:
-        otherwise: what happens where the attempt fails, for the log; None where the caller says so itself.
+        otherwise: what happens where the attempt fails, for the log; None where the caller says so
+            itself.
 
     Attributes:
         reason: why it failed; None if it did not.
@@ -52,7 +55,12 @@ class Attempt:
     def __enter__(self) -> Attempt:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool:
         if not isinstance(error, FAILURES):
             return False
         self.refuse(f"{type(error).__name__}: {in_one_line(error)}")
@@ -100,7 +108,8 @@ class Probe:
         forward: Callable[..., Any] | None = None,
         inputs: Mapping[str, Any] | None = None,
     ) -> str | None:
-        """Return why losses are not the same with another objective, forward or inputs; None where they are.
+        """Return why losses are not the same with another objective, forward or inputs; None where
+        they are.
 
         Args:
             otherwise: see `Attempt`.
@@ -110,7 +119,12 @@ class Probe:
         """
         with Attempt(otherwise) as attempt:
             wanted = self.losses
-            found = (objective or self.objective)(forward or self.forward, self.inputs if inputs is None else inputs)
-            if not (found.counts.equal(wanted.counts) and agree(found.sums, wanted.sums, self.tolerance, self.size)):
+            found = (objective or self.objective)(
+                forward or self.forward, self.inputs if inputs is None else inputs
+            )
+            if not (
+                found.counts.equal(wanted.counts)
+                and agree(found.sums, wanted.sums, self.tolerance, self.size)
+            ):
                 attempt.refuse("the losses were not the same")
         return attempt.reason

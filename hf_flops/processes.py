@@ -1,4 +1,6 @@
-"""Training by several processes: all read the same batches, none is wrapped for a backward pass, and they agree or stop."""
+"""Training by several processes: all read the same batches, none is wrapped for a backward pass,
+and they agree or stop.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,14 @@ from .errors import ConfigurationError
 from .share import ProcessShare, Share
 
 logger = logging.getLogger("hf_flops.trainer")
-_SAME = ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs")
+_SAME = (
+    "seed",
+    "data_seed",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_steps",
+    "num_train_epochs",
+)
 
 
 def start_group(args: Any, before: Share | None) -> Share:
@@ -31,7 +40,10 @@ def start_group(args: Any, before: Share | None) -> Share:
         ConfigurationError: each process would get other samples.
     """
     if args.world_size > 1 and str(args.train_sampling_strategy) == "batch_rebalance":
-        raise ConfigurationError("train_sampling_strategy='batch_rebalance' gives each process other samples: use another.")
+        raise ConfigurationError(
+            "train_sampling_strategy='batch_rebalance' gives each process other samples: use "
+            "another."
+        )
     if isinstance(before, ProcessShare):
         return before
     return ProcessShare(args.device) if args.world_size > 1 else Share()
@@ -40,8 +52,9 @@ def start_group(args: Any, before: Share | None) -> Share:
 class Lockstep:
     """Makes sure that all processes of a run do the same.
 
-    Every process reads the batch of all of them, `per_device_train_batch_size` times their number. So no samples have to
-    travel, batches are those of one process that has so large a batch, and every sample is known where its queries run.
+    Every process reads the batch of all of them, `per_device_train_batch_size` times their number.
+    So no samples have to travel, batches are those of one process that has so large a batch, and
+    every sample is known where its queries run.
 
     Args:
         group: the processes.
@@ -54,7 +67,8 @@ class Lockstep:
         self._met = False
 
     def check(self, model: nn.Module, inputs: Mapping[str, Any], step: int) -> None:
-        """Compare arguments, parameters and data, and hear whether one of the processes was told to leave.
+        """Compare arguments, parameters and data, and hear whether one of the processes was told to
+        leave.
 
         Raises:
             ConfigurationError: they have other arguments, parameters or data.
@@ -68,8 +82,9 @@ class Lockstep:
         other = torch.nonzero(found // 2 != found[0] // 2).flatten().tolist()
         if other:
             raise ConfigurationError(
-                f"At optimizer step {step} process {other[0]} has other samples than process 0, but all must read the same: "
-                "give every process the whole data set, and let augmentation depend on the global generators only."
+                f"At optimizer step {step} process {other[0]} has other samples than process 0, "
+                "but all must read the same: give every process the whole data set, and let "
+                "augmentation depend on the global generators only."
             )
         self.leave.agreed = bool((found % 2).any())
 
@@ -84,7 +99,9 @@ class Lockstep:
         self._met = True
 
 
-def undivided_loader(trainer: Any, stock: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+def undivided_loader(
+    trainer: Any, stock: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
+) -> Any:
     """Build a stock trainer's data loader; the one for training reads the batches of all processes.
 
     Args:
@@ -105,7 +122,8 @@ def undivided_loader(trainer: Any, stock: Callable[..., Any], args: tuple, kwarg
 
 
 class BatchSize:
-    """How many samples an optimizer step has; a run that is resumed with another number goes another way.
+    """How many samples an optimizer step has; a run that is resumed with another number goes
+    another way.
 
     Args:
         samples: of all processes and micro-batches.
@@ -122,15 +140,18 @@ class BatchSize:
         """Compare with a state from `state_dict`."""
         if state["samples"] != self.samples:
             logger.warning(
-                "The checkpoint's run had %d samples in an optimizer step, this one has %d and will differ: the number is "
-                "processes x per_device_train_batch_size x gradient_accumulation_steps.",
+                "The checkpoint's run had %d samples in an optimizer step, this one has %d and "
+                "will differ: the number is processes x per_device_train_batch_size x "
+                "gradient_accumulation_steps.",
                 state["samples"],
                 self.samples,
             )
 
 
 class _Undivided:
-    """Stands in for an accelerator that is to prepare a data loader, and leaves it whole for every process."""
+    """Stands in for an accelerator that is to prepare a data loader, and leaves it whole for every
+    process.
+    """
 
     def __init__(self, accelerator: Any) -> None:
         self._accelerator = accelerator
@@ -141,7 +162,8 @@ class _Undivided:
     def prepare(self, loader: Any) -> Any:
         """Prepare a data loader as for a single process."""
         own = self._accelerator
-        loader.worker_init_fn = partial(seed_worker, num_workers=loader.num_workers, rank=0)  # the same augmentation
+        # the same augmentation
+        loader.worker_init_fn = partial(seed_worker, num_workers=loader.num_workers, rank=0)
         return prepare_data_loader(
             loader,
             own.device,

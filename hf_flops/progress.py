@@ -14,8 +14,8 @@ from .ledger import Ledger
 class RowProgress(ProgressCallback):
     """The stock progress bar, counting rows, with rows per second and the time that is left.
 
-    The rows of the whole run are those used so far, and for each step that is left the average of a step; or the budget,
-    where that is less.
+    The rows of the whole run are those used so far, and for each step that is left the average of a
+    step; or the budget, where that is less.
 
     Args:
         ledger: returns the ledger of the run.
@@ -31,13 +31,17 @@ class RowProgress(ProgressCallback):
         self.most = args.max_queries
         if state.is_world_process_zero:
             done = self.ledger().all_rows
-            self.training_bar = tqdm(initial=done, total=self.most, unit=" rows", unit_scale=True, dynamic_ncols=True)
+            self.training_bar = tqdm(
+                initial=done, total=self.most, unit=" rows", unit_scale=True, dynamic_ncols=True
+            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Move the bar by the rows of the step."""
         if state.is_world_process_zero and self.training_bar is not None:
             self.training_bar.total = self.expected(state.global_step, state.max_steps)
-            self.training_bar.set_postfix_str(f"step {state.global_step}/{state.max_steps}", refresh=False)
+            self.training_bar.set_postfix_str(
+                f"step {state.global_step}/{state.max_steps}", refresh=False
+            )
             self.training_bar.update(self.ledger().all_rows - self.training_bar.n)
 
     def expected(self, step: int, steps: int) -> int:

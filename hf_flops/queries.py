@@ -27,7 +27,8 @@ class QueryResults:
         rows: the rows.
         measured: (R,) the deltas that their noise has been summed with.
         deltas: (R,) the deltas that it should be summed with, now that those of all rows are known.
-        told: (R, 2) their losses and loss elements, or (R, 0) where the clean forward has told those of the samples.
+        told: (R, 2) their losses and loss elements, or (R, 0) where the clean forward has told
+            those of the samples.
         mine: (R,) whether this process ran them.
     """
 
@@ -49,7 +50,9 @@ class QueryResults:
 
     def losses(self, samples: int) -> Tensor:
         """Return (B,) float64, the summed losses of each sample's rows."""
-        return torch.zeros(samples, dtype=torch.float64).index_add_(0, self.rows.owner, self.told[:, 0].double())
+        return torch.zeros(samples, dtype=torch.float64).index_add_(
+            0, self.rows.owner, self.told[:, 0].double()
+        )
 
     def elements(self, samples: int) -> Tensor:
         """Return (B,) float32, the loss elements of each sample."""
@@ -77,7 +80,9 @@ class Queries:
     def in_chunks(self, rows: Rows, work: Work, planner: ChunkPlanner) -> None:
         """Do the work of rows, a chunk at a time."""
         per_row, grouped = self.method.objective.per_row, self.method.perturbation.grouped
-        in_chunks(rows.stretches(within_groups=grouped) if per_row else [1] * len(rows), work, planner)
+        in_chunks(
+            rows.stretches(within_groups=grouped) if per_row else [1] * len(rows), work, planner
+        )
 
     def noise(self, chunk: Rows) -> Any:
         """Draw the noise of a chunk."""
@@ -90,7 +95,9 @@ class Queries:
         method = self.method
         owner = chunk.owner if method.objective.per_row else torch.arange(self.samples)
         unread = self.recording.unread_inputs
-        inputs, columns, cut = self.feed.of(owner, unread) if method.objective.per_row else (self.feed.whole, 1, None)
+        inputs, columns, cut = (
+            self.feed.of(owner, unread) if method.objective.per_row else (self.feed.whole, 1, None)
+        )
         forward = self.recording.rows(inputs, owner, cut)
         found: list[RowLosses] = []
         for sign in method.estimator.signs:
@@ -100,8 +107,12 @@ class Queries:
         logits = tuple(part.logits for part in found)
         return Evaluation(chunk, noise, losses, found[0].counts.cpu().float(), logits, columns)
 
-    def sum_again(self, rows: Rows, coefficients: Tensor, sums: NoiseSum, planner: ChunkPlanner) -> int:
-        """Add rows' noise to a sum once more, with coefficients (R,); returns how many rows went through the model again."""
+    def sum_again(
+        self, rows: Rows, coefficients: Tensor, sums: NoiseSum, planner: ChunkPlanner
+    ) -> int:
+        """Add rows' noise to a sum once more, with coefficients (R,); returns how many rows went
+        through the model again.
+        """
         perturbation, replayed = self.method.perturbation, []
 
         def work(part: slice) -> int:

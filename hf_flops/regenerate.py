@@ -1,4 +1,6 @@
-"""A step's update again, from the few numbers that made it: no data, no forward pass, no noise that is stored or sent."""
+"""A step's update again, from the few numbers that made it: no data, no forward pass, no noise that
+is stored or sent.
+"""
 
 from __future__ import annotations
 
@@ -33,13 +35,17 @@ class Trace:
     normalizer: float
 
     @classmethod
-    def of(cls, parts: Sequence[tuple[Rows, Tensor]], position: int, factor: float, normalizer: float) -> Trace:
+    def of(
+        cls, parts: Sequence[tuple[Rows, Tensor]], position: int, factor: float, normalizer: float
+    ) -> Trace:
         """Join the rows and coefficients of chunks."""
         (rows, coefficients), *others = parts
         for more, _ in others:
             rows = rows.then(more)
         coefficients = torch.cat([coefficients, *(more for _, more in others)])
-        return cls(rows, coefficients, [len(part) for part, _ in parts], position, factor, normalizer)
+        return cls(
+            rows, coefficients, [len(part) for part, _ in parts], position, factor, normalizer
+        )
 
 
 def regenerate(
@@ -52,7 +58,8 @@ def regenerate(
     groups: Tensor,
     rows_per_chunk: int | Sequence[int],
 ) -> Tensor:
-    """Return `sum_r c_r z_r` (d,) float64 for rows in any order; with the same chunks it is the same bit for bit.
+    """Return `sum_r c_r z_r` (d,) float64 for rows in any order; with the same chunks it is the
+    same bit for bit.
 
     Args:
         perturbation: where noise enters; its pull-back must not need a forward.
@@ -62,8 +69,8 @@ def regenerate(
         queries: (R,) int64, which query of its sample each row is.
         coefficients: (R,) float32.
         groups: (R,) int64; rows of a group have the same noise where noise is shared.
-        rows_per_chunk: rows whose noise is there at a time, or those of each chunk, as they come (no chunk may leave its
-            group then, where noise is shared).
+        rows_per_chunk: rows whose noise is there at a time, or those of each chunk, as they come
+            (no chunk may leave its group then, where noise is shared).
     """
     device = perturbation.vector.device
     update = torch.zeros(perturbation.vector.size, dtype=accumulator(device), device=device)
@@ -78,7 +85,9 @@ def regenerate(
 
 
 def in_turn(groups: Tensor, rows_per_chunk: int, *, grouped: bool) -> list[Tensor]:
-    """Return the indices of the rows of each chunk, where groups (R,) are kept apart if noise is shared."""
+    """Return the indices of the rows of each chunk, where groups (R,) are kept apart if noise is
+    shared.
+    """
     order, lengths = torch.arange(len(groups)), [len(groups)]
     if grouped:
         order = groups.argsort(stable=True)

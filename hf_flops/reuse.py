@@ -1,8 +1,10 @@
-"""Late expansion: what the noise does not reach runs once per sample of the batch, not once per query row.
+"""Late expansion: what the noise does not reach runs once per sample of the batch, not once per
+query row.
 
-Query rows repeat samples, and a module whose output depends on no perturbed parameter computes the same for every repeat.
-Such a module runs on the batch alone; in the other forwards of the step its `forward` returns the recorded output, repeated
-for the rows. The model's inputs stay those of all rows, so masks, positions, labels and keywords need no care.
+Query rows repeat samples, and a module whose output depends on no perturbed parameter computes the
+same for every repeat. Such a module runs on the batch alone; in the other forwards of the step its
+`forward` returns the recorded output, repeated for the rows. The model's inputs stay those of all
+rows, so masks, positions, labels and keywords need no care.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ class _Recorded(Exception):
 def replaced_forward(module: nn.Module, make: Callable[[Call], Call]) -> Iterator[None]:
     """Let `module.forward` be what `make` makes of it for a while, on this instance alone."""
     before, original = module.__dict__.get("forward"), module.forward
-    module.forward = wraps(original)(make(original))  # whoever asks for the signature gets the original one
+    # whoever asks for the signature gets the original one
+    module.forward = wraps(original)(make(original))
     try:
         yield
     finally:
@@ -43,21 +46,25 @@ def replaced_forward(module: nn.Module, make: Callable[[Call], Call]) -> Iterato
 
 @dataclass(frozen=True, eq=False)
 class ReusePlan:
-    """Which modules run once per step and sample, and what is known about their outputs: see `choose_reuse`.
+    """Which modules run once per step and sample, and what is known about their outputs: see
+    `choose_reuse`.
 
     By default there are none, and the model runs as it is.
 
     Attributes:
-        modules: each with one flag per leaf of its output: True if the leaf's first dimension holds the rows (or, row-major,
-            rows times a whole number), False if the leaf is the same for any rows. A module is called once in a forward and
-            calls none of the others.
-        pass_through: modules whose output is read by others of `modules` only; NaN is handed on in its place, without
-            memory.
-        recomputed: small modules whose output follows from those of others: what is kept over steps does not include them.
-        unread_inputs: inputs that nothing but `modules` reads: rows are given NaN in their place, without memory.
-        crop_padding: whether recorded outputs may be cut where a chunk has less padding than the batch; None until it is
-            known.
-        token_axes: which leaves of the modules' outputs have the batch's columns (tokens) as their second dimension.
+        modules: each with one flag per leaf of its output: True if the leaf's first dimension holds
+            the rows (or, row-major, rows times a whole number), False if the leaf is the same for
+            any rows. A module is called once in a forward and calls none of the others.
+        pass_through: modules whose output is read by others of `modules` only; NaN is handed on in
+            its place, without memory.
+        recomputed: small modules whose output follows from those of others: what is kept over steps
+            does not include them.
+        unread_inputs: inputs that nothing but `modules` reads: rows are given NaN in their place,
+            without memory.
+        crop_padding: whether recorded outputs may be cut where a chunk has less padding than the
+            batch; None until it is known.
+        token_axes: which leaves of the modules' outputs have the batch's columns (tokens) as their
+            second dimension.
     """
 
     modules: Mapping[nn.Module, tuple[bool, ...]] = field(default_factory=dict)
@@ -73,13 +80,17 @@ class ReusePlan:
         return False
 
     def recording(self, forward: Call) -> Recording:
-        """Return the context in which the plan is followed for one step; `forward` runs the model."""
+        """Return the context in which the plan is followed for one step; `forward` runs the
+        model.
+        """
         return Recording(self, forward)
 
 
 @dataclass(frozen=True)
 class _Run:
-    """A forward in progress: (R,) int64, the recorded sample of each row, None while recording; see `Recording.rows`."""
+    """A forward in progress: (R,) int64, the recorded sample of each row, None while recording; see
+    `Recording.rows`.
+    """
 
     owner: Tensor | None
     cut: slice | None
@@ -89,8 +100,9 @@ class _Run:
 class Recording:
     """Outputs of one step: a context in which the modules of a plan run once per sample.
 
-    They have another `forward` inside, and nothing is left on the model or kept outside. The batch is recorded by the first
-    forward that `batch` returns, or by `record`; forwards that `rows` returns use what is recorded.
+    They have another `forward` inside, and nothing is left on the model or kept outside. The batch
+    is recorded by the first forward that `batch` returns, or by `record`; forwards that `rows`
+    returns use what is recorded.
 
     Args:
         plan: what runs once.
@@ -101,7 +113,8 @@ class Recording:
         self.plan, self.forward = plan, forward
         self._outputs: dict[nn.Module, Output] = {}
         self._samples = self._columns = 0
-        self._position: Tensor | None = None  # (B,) where each sample of the batch is in the record; None where all are
+        # (B,) where each sample of the batch is in the record; None where all are
+        self._position: Tensor | None = None
         self._run: _Run | None = None
         self._patches = ExitStack()
 
@@ -112,7 +125,12 @@ class Recording:
             self._patches = stack.pop_all()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._outputs.clear()
         self._patches.close()
 
@@ -127,22 +145,31 @@ class Recording:
         return self.plan.unread_inputs if self.complete else frozenset()
 
     def recall(self, inputs: Mapping[str, Any], ids: Sequence[int] | None) -> None:
-        """Take up what earlier steps recorded of the batch, its samples' ids given, if the plan spans steps."""
+        """Take up what earlier steps recorded of the batch, its samples' ids given, if the plan
+        spans steps.
+        """
 
-    def batch(self, inputs: Mapping[str, Any], owner: Tensor | None = None, samples: int = 0) -> Call:
-        """Return a forward, to be called on the batch, that records; on anything else the model runs as it is.
+    def batch(
+        self, inputs: Mapping[str, Any], owner: Tensor | None = None, samples: int = 0
+    ) -> Call:
+        """Return a forward, to be called on the batch, that records; on anything else the model
+        runs as it is.
 
         Args:
             inputs: the batch, or a part of it.
-            owner: (b,) int64, which samples the part has; rows may then repeat these only. None for the batch itself.
+            owner: (b,) int64, which samples the part has; rows may then repeat these only. None for
+                the batch itself.
             samples: B, if it is a part.
         """
         if owner is not None:
-            self._position = torch.full((samples,), -1).index_put((owner,), torch.arange(len(owner)))
+            self._position = torch.full((samples,), -1).index_put(
+                (owner,), torch.arange(len(owner))
+            )
         return self._forward_of(inputs)
 
     def rows(self, inputs: Mapping[str, Any], owner: Tensor, cut: slice | None = None) -> Call:
-        """Return a forward, to be called on the rows of a chunk, that uses what is recorded; else as `batch`.
+        """Return a forward, to be called on the rows of a chunk, that uses what is recorded; else
+        as `batch`.
 
         Args:
             inputs: the rows.
@@ -154,19 +181,24 @@ class Recording:
         return self._forward_of(inputs, owner, cut)
 
     def record(self, inputs: Mapping[str, Any]) -> None:
-        """Run the batch no further than to the last module's output, where no clean forward would record it."""
+        """Run the batch no further than to the last module's output, where no clean forward would
+        record it.
+        """
         if not self.complete:
             with suppress(_Recorded):
                 self._forward_of(inputs, stops=True)(inputs)
 
     def extend(self, inputs: Mapping[str, Any], owner: Tensor) -> None:
-        """Record what is lacking of the samples that rows repeat, where the record is of a part of the batch.
+        """Record what is lacking of the samples that rows repeat, where the record is of a part of
+        the batch.
 
         Args:
             inputs: the batch.
             owner: (R,) int64, the samples of the rows.
         """
-        position = torch.full((batch_size(inputs),), -1) if self._position is None else self._position
+        position = (
+            torch.full((batch_size(inputs),), -1) if self._position is None else self._position
+        )
         new = owner.unique()
         new = new[position[new] < 0]
         if not self.plan.modules or not len(new) or (self._position is None and self.complete):
@@ -176,7 +208,9 @@ class Recording:
         self._position = None
         self.record(take(inputs, new))
         if known and self.complete:
-            self._outputs.update({module: self._joined(module, before[module]) for module in self.plan.modules})
+            self._outputs.update(
+                {module: self._joined(module, before[module]) for module in self.plan.modules}
+            )
         self._position = position.index_put((new,), torch.arange(known, known + len(new)))
         self._samples = known + len(new)
 
@@ -185,7 +219,9 @@ class Recording:
         self.plan = plan
 
     def token_axes(self) -> frozenset[tuple[nn.Module, int]]:
-        """Return which recorded leaves have a second dimension as long as the batch has columns, maybe by chance."""
+        """Return which recorded leaves have a second dimension as long as the batch has columns,
+        maybe by chance.
+        """
         return frozenset(
             (module, i)
             for module, (leaves, _) in self._outputs.items()
@@ -194,7 +230,8 @@ class Recording:
         )
 
     def works_without(self, module: nn.Module, check: Callable[[], bool], *, hollow: bool) -> bool:
-        """Put NaN in place of a recorded output, or let its module run again, and leave it so where a check still holds.
+        """Put NaN in place of a recorded output, or let its module run again, and leave it so where
+        a check still holds.
 
         Outputs of whole numbers, which know no NaN, are left in place.
         """
@@ -202,7 +239,9 @@ class Recording:
         if output is None:
             return False
         leaves, spec = output
-        if hollow and any(torch.is_tensor(leaf) and not leaf.is_floating_point() for leaf in leaves):
+        if hollow and any(
+            torch.is_tensor(leaf) and not leaf.is_floating_point() for leaf in leaves
+        ):
             return False
         del self._outputs[module]
         if hollow:
@@ -213,14 +252,23 @@ class Recording:
         return False
 
     def _forward_of(
-        self, inputs: Mapping[str, Any], owner: Tensor | None = None, cut: slice | None = None, *, stops: bool = False
+        self,
+        inputs: Mapping[str, Any],
+        owner: Tensor | None = None,
+        cut: slice | None = None,
+        *,
+        stops: bool = False,
     ) -> Call:
         def run(given: Mapping[str, Any]) -> Any:
             if given is not inputs:
                 return self.forward(given)
             if owner is None:
                 self._samples, self._columns = batch_size(inputs), columns_of(inputs)
-            self._run = _Run(owner if owner is None or self._position is None else self._position[owner], cut, stops)
+            self._run = _Run(
+                owner if owner is None or self._position is None else self._position[owner],
+                cut,
+                stops,
+            )
             try:
                 return self.forward(given)
             finally:
@@ -252,9 +300,13 @@ class Recording:
         owner = torch.arange(self._samples) if run.owner is None else run.owner
         if run.cut is not None:  # down to the columns of the chunk
             axes = self.plan.token_axes
-            leaves = [leaf[:, run.cut] if (module, i) in axes else leaf for i, leaf in enumerate(leaves)]
+            leaves = [
+                leaf[:, run.cut] if (module, i) in axes else leaf for i, leaf in enumerate(leaves)
+            ]
         pairs = zip(leaves, self.plan.modules[module], strict=True)
-        return tree_unflatten([self._repeat(leaf, owner) if rows else _clone(leaf) for leaf, rows in pairs], spec)
+        return tree_unflatten(
+            [self._repeat(leaf, owner) if rows else _clone(leaf) for leaf, rows in pairs], spec
+        )
 
     def _joined(self, module: nn.Module, before: Output) -> Output:
         """Put what was recorded of a module for further samples behind what was before."""
@@ -274,14 +326,20 @@ class Recording:
 
 
 def columns_of(inputs: Mapping[str, Any]) -> int:
-    """Return how many tokens the texts of a batch have, padding included; 0 where there are none."""
+    """Return how many tokens the texts of a batch have, padding included; 0 where there are
+    none.
+    """
     mask = inputs.get("attention_mask")
     return mask.shape[1] if torch.is_tensor(mask) and mask.dim() == 2 else 0
 
 
 def _behind(old: Tensor, new: Tensor) -> Tensor:
     """Return (a + b, ...) for (a, ...) and (b, ...); what takes no memory still takes none."""
-    return torch.cat([old, new]) if any(old.stride()) else old[:1].expand(len(old) + len(new), *old.shape[1:])
+    return (
+        torch.cat([old, new])
+        if any(old.stride())
+        else old[:1].expand(len(old) + len(new), *old.shape[1:])
+    )
 
 
 def _clone(leaf: Any) -> Any:
@@ -289,7 +347,9 @@ def _clone(leaf: Any) -> Any:
 
 
 def _hollow(leaf: Any) -> Any:
-    """Return NaN in the shape of a tensor, without its memory; whole numbers know no NaN, they are copied."""
+    """Return NaN in the shape of a tensor, without its memory; whole numbers know no NaN, they are
+    copied.
+    """
     if torch.is_tensor(leaf) and leaf.is_floating_point():
         return hollow(leaf, leaf.shape)
     return _clone(leaf)

@@ -20,36 +20,52 @@ _GENERATION_INPUTS = ("input_ids", "attention_mask", "pixel_values", "input_feat
 class SmoothSurrogate(Objective):
     """A number per row that depends smoothly on all logits of its real tokens.
 
-    Metrics say nothing about small changes, so the checks of the first batch look at this in their place.
+    Metrics say nothing about small changes, so the checks of the first batch look at this in their
+    place.
     """
 
-    def __call__(self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False) -> RowLosses:
+    def __call__(
+        self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False
+    ) -> RowLosses:
         """See `Objective`."""
         del features
         _, outputs = forward(inputs)
         logits, rows, mask = widen(outputs.logits), batch_size(inputs), inputs.get("attention_mask")
         # Uneven weights, as the sum of all logits may be blind to what a softmax sees.
-        each = (logits * torch.arange(logits.shape[-1], device=logits.device).cos()).sum(-1).reshape(rows, -1)
+        each = (
+            (logits * torch.arange(logits.shape[-1], device=logits.device).cos())
+            .sum(-1)
+            .reshape(rows, -1)
+        )
         kept = torch.ones_like(each)
-        if torch.is_tensor(mask) and mask.dim() == 2 and each.shape[1] > 1 and mask.shape[1] <= each.shape[1]:
+        if (
+            torch.is_tensor(mask)
+            and mask.dim() == 2
+            and each.shape[1] > 1
+            and mask.shape[1] <= each.shape[1]
+        ):
             kept[:, -mask.shape[1] :] = mask.to(each)  # virtual tokens come first
         return RowLosses((each * kept).sum(1) / kept.sum(1), torch.ones_like(each[:, 0]))
 
 
 def last_logits(outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
-    """Return the logits (R, V) that predict what follows the last real token, whatever the side of the padding."""
+    """Return the logits (R, V) that predict what follows the last real token, whatever the side of
+    the padding.
+    """
     logits, mask = outputs.logits, inputs.get("attention_mask")
     if mask is None:
         return logits[:, -1]
     columns = torch.arange(mask.shape[1], device=mask.device)
-    last = torch.where(mask.bool(), columns, -1).amax(1) - mask.shape[1]  # from the end, as virtual tokens come first
+    # from the end, as virtual tokens come first
+    last = torch.where(mask.bool(), columns, -1).amax(1) - mask.shape[1]
     return logits[torch.arange(len(logits), device=logits.device), last]
 
 
 def answers(
     what: str, outputs: Any, inputs: Mapping[str, Any], label_words: Sequence[int] | None
 ) -> tuple[Tensor, Tensor, int]:
-    """Return the class with the highest logit (R,), or the likeliest of some words, the labels (R,), and how many there are.
+    """Return the class with the highest logit (R,), or the likeliest of some words, the labels
+    (R,), and how many there are.
 
     Args:
         what: who asks, for the error.
@@ -66,8 +82,9 @@ def answers(
     if labels is None or labels.dim() != 1 or logits.dim() != 2:
         shapes = tuple(logits.shape), None if labels is None else tuple(labels.shape)
         raise ObjectiveError(
-            f"{what} needs logits (R, classes) and labels (R,), not {shapes[0]} and {shapes[1]}: give "
-            "label_words=, a token per class, for a language model, or a function of your own."
+            f"{what} needs logits (R, classes) and labels (R,), not {shapes[0]} and {shapes[1]}: "
+            "give label_words=, a token per class, for a language model, or a function of your "
+            "own."
         )
     return logits.argmax(-1), labels.to(logits.device), logits.shape[1]
 
@@ -86,14 +103,16 @@ class _Accuracy:
 class Metric(Objective):
     """A metric of the model's outputs as the objective of training: an accuracy, a reward.
 
-    What is minimised, and logged as the loss, is the metric with its sign turned where more is better.
+    What is minimised, and logged as the loss, is the metric with its sign turned where more is
+    better.
 
     Args:
         what: "accuracy", or a function that maps (outputs, inputs) of R rows to (R,) numbers.
         greater_is_better: which way the metric improves.
-        label_words: for "accuracy" of a causal language model on texts with labels (R,): a token for each class.
-        in_steps: whether small changes of the parameters leave most rows' numbers as they are. Then the default of
-            `perturbation_scale` is "auto".
+        label_words: for "accuracy" of a causal language model on texts with labels (R,): a token
+            for each class.
+        in_steps: whether small changes of the parameters leave most rows' numbers as they are. Then
+            the default of `perturbation_scale` is "auto".
 
     Raises:
         ConfigurationError: an unknown name, or label words that cannot tell classes apart.
@@ -111,21 +130,36 @@ class Metric(Objective):
     ) -> None:
         if isinstance(what, str) and what != "accuracy":
             raise ConfigurationError(
-                f"Metric({what!r}) is unknown: use 'accuracy', a function, MacroF1, or GeneratedMetric for texts."
+                f"Metric({what!r}) is unknown: use 'accuracy', a function, MacroF1, or "
+                "GeneratedMetric for texts."
             )
-        if label_words is not None and (len(set(label_words)) < len(label_words) or len(label_words) < 2):
-            raise ConfigurationError(f"label_words={list(label_words)!r} must be two or more different tokens.")
+        if label_words is not None and (
+            len(set(label_words)) < len(label_words) or len(label_words) < 2
+        ):
+            raise ConfigurationError(
+                f"label_words={list(label_words)!r} must be two or more different tokens."
+            )
         words = None if label_words is None else tuple(label_words)
-        self.function: Callable[[Any, Mapping[str, Any]], Any] = _Accuracy(words) if isinstance(what, str) else what
+        self.function: Callable[[Any, Mapping[str, Any]], Any] = (
+            _Accuracy(words) if isinstance(what, str) else what
+        )
         self.sign, self.in_steps = -1.0 if greater_is_better else 1.0, in_steps
         self.words = words
 
     def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor | None, Any]:
-        """Run the model; without labels where they are classes that stand for words, as it has no use for these."""
-        given = inputs if self.words is None else {name: value for name, value in inputs.items() if name != "labels"}
+        """Run the model; without labels where they are classes that stand for words, as it has no
+        use for these.
+        """
+        given = (
+            inputs
+            if self.words is None
+            else {name: value for name, value in inputs.items() if name != "labels"}
+        )
         return super().run(model, given)
 
-    def __call__(self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False) -> RowLosses:
+    def __call__(
+        self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False
+    ) -> RowLosses:
         """See `Objective`."""
         del features
         _, outputs = forward(inputs)
@@ -133,14 +167,16 @@ class Metric(Objective):
 
 
 class GeneratedMetric(Objective):
-    """A metric or reward of the text that the perturbed model generates, all rows of a forward at once.
+    """A metric or reward of the text that the perturbed model generates, all rows of a forward at
+    once.
 
     Args:
-        what: "exact_match", which compares words with the text of the labels, or a function that maps (R texts, inputs) to
-            R numbers.
+        what: "exact_match", which compares words with the text of the labels, or a function that
+            maps (R texts, inputs) to R numbers.
         tokenizer: turns tokens into text.
         greater_is_better: which way the metric improves.
-        options: for the model's `generate`; the default is greedy, so that a row's text depends on its noise alone.
+        options: for the model's `generate`; the default is greedy, so that a row's text depends on
+            its noise alone.
 
     Raises:
         ConfigurationError: an unknown name.
@@ -160,7 +196,8 @@ class GeneratedMetric(Objective):
     ) -> None:
         if isinstance(what, str) and what != "exact_match":
             raise ConfigurationError(
-                f"GeneratedMetric({what!r}) is unknown: use exact_match or a function of texts and inputs."
+                f"GeneratedMetric({what!r}) is unknown: use exact_match or a function of texts "
+                "and inputs."
             )
         self.what, self.tokenizer, self.sign = what, tokenizer, -1.0 if greater_is_better else 1.0
         self.options = {"do_sample": False, "num_beams": 1, **options}
@@ -170,11 +207,20 @@ class GeneratedMetric(Objective):
         generator: Any = model
         own = {name: inputs[name] for name in _GENERATION_INPUTS if name in inputs}
         labels = inputs.get("labels")
-        if not generator.config.is_encoder_decoder and torch.is_tensor(labels) and labels.dim() == 2:
-            rows = split(inputs["input_ids"], inputs.get("attention_mask"), labels)  # the answer is what is to be found
+        if (
+            not generator.config.is_encoder_decoder
+            and torch.is_tensor(labels)
+            and labels.dim() == 2
+        ):
+            # the answer is what is to be found
+            rows = split(inputs["input_ids"], inputs.get("attention_mask"), labels)
             own = {**own, "input_ids": rows.text, "attention_mask": rows.text_mask}
         tokens, given = generator.generate(**own, **self.options), own.get("input_ids")
-        if given is not None and tokens.shape[1] >= given.shape[1] and tokens[:, : given.shape[1]].equal(given):
+        if (
+            given is not None
+            and tokens.shape[1] >= given.shape[1]
+            and tokens[:, : given.shape[1]].equal(given)
+        ):
             tokens = tokens[:, given.shape[1] :]  # some models return the text too
         return None, self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
@@ -183,25 +229,34 @@ class GeneratedMetric(Objective):
         labels = inputs.get("labels")
         if labels is None or labels.dim() != 2:
             raise ObjectiveError(
-                f"GeneratedMetric({self.what!r}) compares with the text of labels (R, L), and there are none."
+                f"GeneratedMetric({self.what!r}) compares with the text of labels (R, L), and "
+                "there are none."
             )
-        return self.tokenizer.batch_decode([row[row != -100] for row in labels], skip_special_tokens=True)
+        return self.tokenizer.batch_decode(
+            [row[row != -100] for row in labels], skip_special_tokens=True
+        )
 
-    def __call__(self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False) -> RowLosses:
+    def __call__(
+        self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False
+    ) -> RowLosses:
         """See `Objective`; `forward` is `run` of the model."""
         del features
         _, texts = forward(inputs)
         if callable(self.what):
             scores = self.what(texts, inputs)
         else:
-            scores = [exact_match(*pair) for pair in zip(texts, self.references(inputs), strict=True)]
+            scores = [
+                exact_match(*pair) for pair in zip(texts, self.references(inputs), strict=True)
+            ]
         return _losses(scores, self.sign, batch_size(inputs))
 
 
 def _losses(scores: Any, sign: float, rows: int) -> RowLosses:
     sums = sign * widen(torch.as_tensor(scores))
     if sums.shape != (rows,):
-        raise ObjectiveError(f"The metric returned numbers of shape {tuple(sums.shape)} for {rows} rows.")
+        raise ObjectiveError(
+            f"The metric returned numbers of shape {tuple(sums.shape)} for {rows} rows."
+        )
     return RowLosses(sums, torch.ones_like(sums))
 
 

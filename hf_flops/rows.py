@@ -11,8 +11,16 @@ from torch import Tensor
 
 from .errors import ObjectiveError
 
-MAIN_INPUTS = ("labels", "input_ids", "pixel_values", "inputs_embeds", "input_features", "input_values")
-ROW = "row_of_batch"  # an input that numbers the rows of a batch, where what they are compared with is of the batch
+MAIN_INPUTS = (
+    "labels",
+    "input_ids",
+    "pixel_values",
+    "inputs_embeds",
+    "input_features",
+    "input_values",
+)
+# an input that numbers the rows of a batch, where what they are compared with is of the batch
+ROW = "row_of_batch"
 
 
 @dataclass(frozen=True)
@@ -24,7 +32,8 @@ class Place:
         step: optimizer steps done before this one.
         position: index of the batch's first sample in the global batch of this optimizer step.
         epoch: epochs done, with fraction.
-        ids: the samples' places in the data set, where they are known; they say nothing about the noise.
+        ids: the samples' places in the data set, where they are known; they say nothing about the
+            noise.
     """
 
     seed: int = 0
@@ -42,7 +51,8 @@ class Rows:
         owner: (R,) int64, the sample of the batch that the row repeats.
         query: (R,) int64, which query of its sample the row is, from 0.
         group: (R,) int64, non-decreasing; rows of a group see the same noise where noise is shared.
-        weight: (R,) float32, what the row's loss difference counts in the gradient: `1 / (N n_owner)`.
+        weight: (R,) float32, what the row's loss difference counts in the gradient:
+            `1 / (N n_owner)`.
     """
 
     owner: Tensor
@@ -58,22 +68,36 @@ class Rows:
 
     def then(self, other: Rows) -> Rows:
         """Return these rows followed by others."""
-        return Rows(*(torch.cat([getattr(self, field.name), getattr(other, field.name)]) for field in fields(self)))
+        return Rows(
+            *(
+                torch.cat([getattr(self, field.name), getattr(other, field.name)])
+                for field in fields(self)
+            )
+        )
 
     def order(self) -> Tensor:
         """Return what sorts the rows (R,) by sample, and those of a sample by query."""
-        return torch.argsort(self.owner * (int(self.query.max()) + 1 if len(self) else 1) + self.query)
+        return torch.argsort(
+            self.owner * (int(self.query.max()) + 1 if len(self) else 1) + self.query
+        )
 
     def sorted(self) -> Rows:
         """Return the rows by sample, and those of a sample by query."""
         return self[self.order()]
 
     def stretches(self, *, within_groups: bool) -> list[int]:
-        """Return how many consecutive rows may go together: all, or those of each group if `within_groups`."""
-        return torch.unique_consecutive(self.group, return_counts=True)[1].tolist() if within_groups else [len(self)]
+        """Return how many consecutive rows may go together: all, or those of each group if
+        `within_groups`.
+        """
+        return (
+            torch.unique_consecutive(self.group, return_counts=True)[1].tolist()
+            if within_groups
+            else [len(self)]
+        )
 
     def lacking(self, deltas: Tensor, samples: int) -> Tensor:
-        """Return what the coefficients (R,) of rows lack, where others of their sample were dropped.
+        """Return what the coefficients (R,) of rows lack, where others of their sample were
+        dropped.
 
         Args:
             deltas: (R,) float32, not finite where a row was dropped.
@@ -87,18 +111,25 @@ class Rows:
 
 
 def expand(
-    counts: Tensor, normalizer: float, *, weighted: bool = True, share: Tensor | float = 1.0, after: Tensor | None = None
+    counts: Tensor,
+    normalizer: float,
+    *,
+    weighted: bool = True,
+    share: Tensor | float = 1.0,
+    after: Tensor | None = None,
 ) -> Rows:
     """Lay out `counts[i]` query rows for each sample, query by query.
 
-    Query k of every sample forms group k: with shared noise this is the simultaneous perturbation of the whole
-    batch (SPSA). The weight `1 / n_i` keeps the estimate unbiased whatever the counts.
+    Query k of every sample forms group k: with shared noise this is the simultaneous perturbation
+    of the whole batch (SPSA). The weight `1 / n_i` keeps the estimate unbiased whatever the counts.
 
     Args:
         counts: (B,) int64, queries per sample, each at least 1.
         normalizer: N, the number of loss elements that the objective averages over.
-        weighted: False gives every row the same weight, as published code does, at the price of a bias.
-        share: (B,) the weight of these rows in their sample's estimate, where other rows have the rest.
+        weighted: False gives every row the same weight, as published code does, at the price of a
+            bias.
+        share: (B,) the weight of these rows in their sample's estimate, where other rows have the
+            rest.
         after: (B,) queries of each sample that went before.
     """
     samples = len(counts)
@@ -114,15 +145,21 @@ def expand(
 
 def batch_size(inputs: Mapping[str, Any]) -> int:
     """Return the number of samples in a batch, read off its labels or its main input."""
-    tensors = {name: value for name, value in inputs.items() if torch.is_tensor(value) and value.dim() > 0}
+    tensors = {
+        name: value for name, value in inputs.items() if torch.is_tensor(value) and value.dim() > 0
+    }
     if not tensors:
-        raise ObjectiveError(f"The batch holds no tensor to count samples by (its keys are {sorted(inputs)}).")
+        raise ObjectiveError(
+            f"The batch holds no tensor to count samples by (its keys are {sorted(inputs)})."
+        )
     name = next((name for name in MAIN_INPUTS if name in tensors), next(iter(tensors)))
     return len(tensors[name])
 
 
 def misaligned(inputs: Mapping[str, Any]) -> list[str]:
-    """Return the names of inputs that are not laid out one entry per sample, so cannot be repeated per row."""
+    """Return the names of inputs that are not laid out one entry per sample, so cannot be repeated
+    per row.
+    """
     samples = batch_size(inputs)
     return [
         name
@@ -143,7 +180,8 @@ def take(inputs: Mapping[str, Any], owner: Tensor, unread: Collection[str] = ())
     Args:
         inputs: the batch; tensors (B, ...), lists of B entries, or scalars that all samples share.
         owner: (R,) int64.
-        unread: names of tensors of real numbers in place of which rows are given NaN, which takes no memory.
+        unread: names of tensors of real numbers in place of which rows are given NaN, which takes
+            no memory.
 
     Returns:
         The inputs of a forward pass of R rows.
@@ -167,7 +205,8 @@ class Features:
 
     Attributes:
         losses: (B,) float32, loss sums of the clean forward.
-        residuals: (B,) float32 norm of the loss's gradient by the model's outputs, or None where it is unknown.
+        residuals: (B,) float32 norm of the loss's gradient by the model's outputs, or None where it
+            is unknown.
         step: optimizer steps done before this one.
         position: index of the first sample in the global batch of this optimizer step.
         epoch: epochs done, with fraction.

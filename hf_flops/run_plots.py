@@ -1,4 +1,6 @@
-"""The pictures of a run, from its log: its learning curve, where the queries went, how clear the estimates were."""
+"""The pictures of a run, from its log: its learning curve, where the queries went, how clear the
+estimates were.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +14,15 @@ import numpy as np
 from .plots import COLOURS, draw_queries
 
 Log = Sequence[Mapping[str, Any]]  # entries of the stock trainer's log
-Windows = Sequence[tuple[int, Mapping[int, Sequence[int]]]]  # rows so far, class → (samples, their queries)
+# rows so far, class → (samples, their queries)
+Windows = Sequence[tuple[int, Mapping[int, Sequence[int]]]]
 
 
 def curve_of(history: Log) -> tuple[str, list[tuple[float, float, float]]]:
     """Return what a learning curve shows, and its (rows, seconds, value) triples.
 
-    The value is accuracy where the log has it, else the validation loss, else the training loss. Evaluations happen at the
-    rows of the last log that is not after them.
+    The value is accuracy where the log has it, else the validation loss, else the training loss.
+    Evaluations happen at the rows of the last log that is not after them.
     """
     names = ("eval_accuracy", "eval_loss", "loss")
     name = next((name for name in names if any(name in entry for entry in history)), "loss")
@@ -28,18 +31,27 @@ def curve_of(history: Log) -> tuple[str, list[tuple[float, float, float]]]:
         rows, seconds = entry.get("rows", rows), entry.get("seconds", seconds)
         if name in entry and rows and math.isfinite(entry[name]):
             points.append((rows, seconds, entry[name]))
-    return {"eval_accuracy": "validation accuracy", "eval_loss": "validation loss", "loss": "training loss"}[name], points
+    return {
+        "eval_accuracy": "validation accuracy",
+        "eval_loss": "validation loss",
+        "loss": "training loss",
+    }[name], points
 
 
 def series_of(history: Log, name: str) -> list[tuple[float, float]]:
     """Return (rows, value) of a number in the log, where it is finite."""
     return [
-        (entry["rows"], entry[name]) for entry in history if "rows" in entry and math.isfinite(entry.get(name, math.nan))
+        (entry["rows"], entry[name])
+        for entry in history
+        if "rows" in entry and math.isfinite(entry.get(name, math.nan))
     ]
 
 
-def draw_seeds(axes: Any, curves: Sequence[Sequence[tuple[float, float]]], xlabel: str, measure: str) -> None:
-    """Draw a learning curve: of one run, or the mean of runs that differ in their seed, with their standard deviation.
+def draw_seeds(
+    axes: Any, curves: Sequence[Sequence[tuple[float, float]]], xlabel: str, measure: str
+) -> None:
+    """Draw a learning curve: of one run, or the mean of runs that differ in their seed, with their
+    standard deviation.
 
     Args:
         axes: where to draw.
@@ -54,7 +66,9 @@ def draw_seeds(axes: Any, curves: Sequence[Sequence[tuple[float, float]]], xlabe
         grid = np.linspace(max(x[0] for x, _ in runs), min(x[-1] for x, _ in runs), 100)
         values = np.array([np.interp(grid, x, y) for x, y in runs])
         mean, spread = values.mean(0), values.std(0, ddof=1)
-        axes.plot(grid, mean, color=COLOURS["flops"], linewidth=1.6, label=f"mean of {len(runs)} seeds")
+        axes.plot(
+            grid, mean, color=COLOURS["flops"], linewidth=1.6, label=f"mean of {len(runs)} seeds"
+        )
         band = {"color": COLOURS["flops"], "alpha": 0.2, "linewidth": 0}
         axes.fill_between(grid, mean - spread, mean + spread, label="± standard deviation", **band)
         axes.legend(frameon=False)
@@ -75,25 +89,36 @@ def draw_classes(axes: Any, windows: Windows) -> None:
     axes.bar(range(len(labels)), queries / samples, color=COLOURS["flops"], alpha=0.6)
     axes.axhline(queries.sum() / samples.sum(), color="#52525b", linestyle="--", linewidth=1)
     _class_ticks(axes.xaxis, labels)
-    axes.set(xlabel="class", ylabel="queries per sample", title="Queries of each class (dashed: all)")
+    axes.set(
+        xlabel="class", ylabel="queries per sample", title="Queries of each class (dashed: all)"
+    )
 
 
 def draw_classes_over_time(axes: Any, windows: Windows) -> None:
-    """Draw how many queries a sample of each class got in each stretch of the run; see `draw_classes`."""
+    """Draw how many queries a sample of each class got in each stretch of the run; see
+    `draw_classes`.
+    """
     labels, grid = _per_class(windows)
     edges = [0, *(rows for rows, _ in windows)]
     with np.errstate(invalid="ignore"):
-        values = (grid[..., 1] / grid[..., 0]).T  # NaN, which stays white, where a class was not drawn
+        # NaN, which stays white, where a class was not drawn
+        values = (grid[..., 1] / grid[..., 0]).T
     mesh = axes.pcolormesh(edges, np.arange(len(labels) + 1) - 0.5, values, cmap="YlOrBr")
     axes.figure.colorbar(mesh, ax=axes, label="queries per sample")
     _class_ticks(axes.yaxis, labels)
-    axes.set(xlabel="rows through the model", ylabel="class", title="Queries of each class over time (white: none drawn)")
+    axes.set(
+        xlabel="rows through the model",
+        ylabel="class",
+        title="Queries of each class over time (white: none drawn)",
+    )
 
 
 def _per_class(windows: Windows) -> tuple[list[int], np.ndarray]:
     """Return the classes, and (windows, classes, 2): samples and their queries."""
     labels = sorted({label for _, classes in windows for label in classes})
-    return labels, np.array([[classes.get(label, (0, 0)) for label in labels] for _, classes in windows], dtype=float)
+    return labels, np.array(
+        [[classes.get(label, (0, 0)) for label in labels] for _, classes in windows], dtype=float
+    )
 
 
 def _class_ticks(axis: Any, labels: Sequence[int]) -> None:
@@ -102,7 +127,9 @@ def _class_ticks(axis: Any, labels: Sequence[int]) -> None:
 
 
 def _panels(count: int, across: int = 3) -> tuple[Any, Any]:
-    """Return a figure and `count` axes, so many beside each other, without a word to pyplot, whose backend is the user's."""
+    """Return a figure and `count` axes, so many beside each other, without a word to pyplot, whose
+    backend is the user's.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -115,7 +142,9 @@ def _panels(count: int, across: int = 3) -> tuple[Any, Any]:
     return figure, axes[:count]
 
 
-def save_learning_curve(path: str | Path, curves: Sequence[Sequence[tuple[float, float, float]]], measure: str) -> None:
+def save_learning_curve(
+    path: str | Path, curves: Sequence[Sequence[tuple[float, float, float]]], measure: str
+) -> None:
     """Save a learning curve against rows and against seconds.
 
     Args:
@@ -128,9 +157,18 @@ def save_learning_curve(path: str | Path, curves: Sequence[Sequence[tuple[float,
     figure.savefig(path, dpi=120)
 
 
-def _draw_both(panels: Any, curves: Sequence[Sequence[tuple[float, float, float]]], measure: str) -> None:
-    for axes, place, xlabel in zip(panels, (0, 1), ("rows through the model", "seconds"), strict=True):
-        draw_seeds(axes, [[(point[place], point[2]) for point in curve] for curve in curves], xlabel, measure)
+def _draw_both(
+    panels: Any, curves: Sequence[Sequence[tuple[float, float, float]]], measure: str
+) -> None:
+    for axes, place, xlabel in zip(
+        panels, (0, 1), ("rows through the model", "seconds"), strict=True
+    ):
+        draw_seeds(
+            axes,
+            [[(point[place], point[2]) for point in curve] for curve in curves],
+            xlabel,
+            measure,
+        )
 
 
 def save_queries(path: str | Path, samples: Sequence[float], windows: Windows) -> None:
@@ -151,7 +189,8 @@ def save_queries(path: str | Path, samples: Sequence[float], windows: Windows) -
 
 
 def draw_signal(axes: Any, signal: Sequence[tuple[float, float]]) -> None:
-    """Draw the signal to noise of the estimates, (rows, ratio) pairs, and their mean over a fifth of the run.
+    """Draw the signal to noise of the estimates, (rows, ratio) pairs, and their mean over a fifth
+    of the run.
 
     Single entries are noisy, and 0 where the estimate of the signal came out negative.
     """
@@ -161,18 +200,30 @@ def draw_signal(axes: Any, signal: Sequence[tuple[float, float]]) -> None:
     means = sums / np.convolve(np.ones(len(rows)), np.ones(2 * width + 1))[width:-width]
     axes.plot(rows, ratios, ".", color=COLOURS["flops"], alpha=0.35, markersize=5)
     axes.plot(rows, means, color=COLOURS["flops"], linewidth=1.6)
-    axes.set(xlabel="rows through the model", ylabel="signal / variance of an estimate", title="Signal to noise")
+    axes.set(
+        xlabel="rows through the model",
+        ylabel="signal / variance of an estimate",
+        title="Signal to noise",
+    )
     axes.set_ylim(bottom=0)
 
 
-def save_signal(path: str | Path, signal: Sequence[tuple[float, float]], gain: Sequence[tuple[float, float]]) -> None:
-    """Save how clear the estimates were over time, and what the allocation gained; (rows, value) pairs each."""
+def save_signal(
+    path: str | Path, signal: Sequence[tuple[float, float]], gain: Sequence[tuple[float, float]]
+) -> None:
+    """Save how clear the estimates were over time, and what the allocation gained; (rows, value)
+    pairs each.
+    """
     figure, (left, right) = _panels(2)
     draw_signal(left, signal)
     rows, values = np.array(gain, dtype=float).reshape(-1, 2).T
     right.plot(rows, values, ".-", color=COLOURS["flops"], markersize=4, linewidth=1.2)
     right.axhline(1.0, color="#52525b", linestyle="--", linewidth=1)
-    right.set(xlabel="rows through the model", ylabel="variance of equal counts / ours", title="What the allocation gained")
+    right.set(
+        xlabel="rows through the model",
+        ylabel="variance of equal counts / ours",
+        title="What the allocation gained",
+    )
     figure.savefig(path, dpi=120)
 
 

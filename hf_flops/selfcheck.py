@@ -1,7 +1,9 @@
-"""The first step's self-check: which loss can be taken per row, and which tensors can have noise per row.
+"""The first step's self-check: which loss can be taken per row, and which tensors can have noise
+per row.
 
-Nothing is taken on trust. A rule is used only after it gave the same row losses as an explicit change of the parameters;
-this catches modules that are called in unexpected ways (DoRA, attention that reads weights directly, routed experts).
+Nothing is taken on trust. A rule is used only after it gave the same row losses as an explicit
+change of the parameters; this catches modules that are called in unexpected ways (DoRA, attention
+that reads weights directly, routed experts).
 """
 
 from __future__ import annotations
@@ -19,20 +21,31 @@ from torch import Tensor, nn
 from .counters import seeds
 from .errors import ConfigurationError, NonFiniteError
 from .objectives import BatchLoss, Forward, Objective, RowLossError, TappedLoss
-from .perturbations import NoiseKeys, ParameterVector, Perturbation, PinCheck, RowwiseNoise, displaced, moved, perturb
+from .perturbations import (
+    NoiseKeys,
+    ParameterVector,
+    Perturbation,
+    PinCheck,
+    RowwiseNoise,
+    displaced,
+    moved,
+    perturb,
+)
 from .perturbations.noise import draw
 from .probe_runs import Attempt, agree
 from .rows import batch_size, misaligned, take
 
 Sums = Callable[[], Tensor]
 _CHECK_SEED = 20410  # any number: the check's noise has a stream of its own
-_SCALES = (0.02, 0.1, 0.5, 2.0)  # tried in turn until the loss moves enough to tell right from wrong
+# tried in turn until the loss moves enough to tell right from wrong
+_SCALES = (0.02, 0.1, 0.5, 2.0)
 
 
 def two_rows(objective: Objective, forward: Forward, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the first two samples of a batch (its only one twice) that can tell right from wrong.
 
-    Samples with a non-finite loss, and where others exist also those without a loss element, prove nothing.
+    Samples with a non-finite loss, and where others exist also those without a loss element, prove
+    nothing.
 
     Raises:
         NonFiniteError: no sample has a finite loss.
@@ -46,25 +59,37 @@ def two_rows(objective: Objective, forward: Forward, inputs: Mapping[str, Any]) 
     telling = finite & (losses.counts > 0)
     index = torch.nonzero(telling if telling.any() else finite).flatten().cpu()
     if not len(index):
-        raise NonFiniteError(f"Not one of the first batch's {len(finite)} samples has a finite loss: look there for NaN.")
+        raise NonFiniteError(
+            f"Not one of the first batch's {len(finite)} samples has a finite loss: look there for "
+            "NaN."
+        )
     return take(inputs, index[[0, min(1, len(index) - 1)]])
 
 
 def precision_of(model: nn.Module, *, autocast: bool = False) -> float:
-    """Return the relative error that a loss may have from rounding alone; a model may say so itself as `precision`."""
+    """Return the relative error that a loss may have from rounding alone; a model may say so itself
+    as `precision`.
+    """
     own = getattr(model, "precision", None)
     if isinstance(own, float):
         return own
-    half = any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in model.parameters())
+    half = any(
+        parameter.dtype in (torch.float16, torch.bfloat16) for parameter in model.parameters()
+    )
     return 3e-2 if half or autocast else 1e-4
 
 
 def choose_objective(
-    forward: Forward, inputs: Mapping[str, Any], precision: float = 1e-4, model: nn.Module | None = None
+    forward: Forward,
+    inputs: Mapping[str, Any],
+    precision: float = 1e-4,
+    model: nn.Module | None = None,
 ) -> tuple[Objective, str | None]:
-    """Return the finest objective that the model's own loss allows, and why it is not per row if it is not.
+    """Return the finest objective that the model's own loss allows, and why it is not per row if it
+    is not.
 
-    With the model its trainable tensors are moved meanwhile: a term of the loss may be zero where they start.
+    With the model its trainable tensors are moved meanwhile: a term of the loss may be zero where
+    they start.
     """
     odd = misaligned(inputs)
     if odd:
@@ -119,8 +144,9 @@ class RuleCheck:
     def run(self, names: Iterable[str]) -> Verdict:
         """Find for each name a rule that is right.
 
-        All tensors are moved off their starting values first: at its initialisation `lora_B = 0` hides what happens to
-        `lora_A`. Tensors that differ in layer numbers only are tried together, and share the verdict.
+        All tensors are moved off their starting values first: at its initialisation `lora_B = 0`
+        hides what happens to `lora_A`. Tensors that differ in layer numbers only are tried
+        together, and share the verdict.
         """
         alike: dict[str, list[str]] = {}
         for name in names:
@@ -129,8 +155,11 @@ class RuleCheck:
         with _moved(self.model):
             for group in alike.values():
                 self._judge(group, verdict)
-            # A layer that is run row by row takes its other tensors along: whether that is right shows together only.
-            if verdict.looping and not self._agrees([*verdict.rowwise, *verdict.looping], set(), verdict.looping):
+            # A layer that is run row by row takes its other tensors along: whether that is right
+            # shows together only.
+            if verdict.looping and not self._agrees(
+                [*verdict.rowwise, *verdict.looping], set(), verdict.looping
+            ):
                 verdict.wrong |= verdict.rowwise | verdict.looping
                 verdict.rowwise, verdict.looping = set(), set()
         return verdict
@@ -161,11 +190,16 @@ class RuleCheck:
         start = self.sums()
         for scale in _SCALES:
             ran: Counter[int] = Counter()
-            with Attempt(f"Noise per row does not fit {_some(names)}") as attempt, rowwise.applied(noise, scale, ran):
+            with (
+                Attempt(f"Noise per row does not fit {_some(names)}") as attempt,
+                rowwise.applied(noise, scale, ran),
+            ):
                 found = self.sums()
             if attempt.reason is not None:
                 return False
-            wanted = torch.stack([self._shifted(vector, scale * noise[row])[row] for row in range(2)])
+            wanted = torch.stack(
+                [self._shifted(vector, scale * noise[row])[row] for row in range(2)]
+            )
             change = float((wanted - start).abs().max())
             floor = self.precision * float(start.abs().max())
             if change > 10 * floor:
@@ -181,7 +215,9 @@ class RuleCheck:
         noise = draw("gaussian", seeds(_CHECK_SEED, 2), vector.shapes, vector.device)[0]
         start = self.sums()
         floor = self.precision * float(start.abs().max())
-        return any(float((self._shifted(vector, s * noise) - start).abs().max()) > floor for s in _SCALES)
+        return any(
+            float((self._shifted(vector, s * noise) - start).abs().max()) > floor for s in _SCALES
+        )
 
 
 def _some(names: Iterable[str], most: int = 3) -> str:
@@ -209,9 +245,10 @@ def choose_perturbation(
         objective: what is minimised.
         forward: runs the model.
         inputs: a batch.
-        mode: "auto" (per row where that is right, shared elsewhere, and on the outputs of heads that see one token of each
-            row where that needs fewer random numbers), "weights" (the same but never on outputs), "activation" (on outputs
-            wherever that is right), "rowwise" (an error where it is not right) or "shared".
+        mode: "auto" (per row where that is right, shared elsewhere, and on the outputs of heads
+            that see one token of each row where that needs fewer random numbers), "weights" (the
+            same but never on outputs), "activation" (on outputs wherever that is right), "rowwise"
+            (an error where it is not right) or "shared".
         distribution: a name in `DISTRIBUTIONS`.
         precision: see `precision_of`.
         held: names of trainable tensors that stay as they are for now.
@@ -222,10 +259,15 @@ def choose_perturbation(
     """
     names = ParameterVector.of(model).names
     if not names:
-        raise ConfigurationError("The model has no trainable parameter: add an adapter (peft_config=) or unfreeze a head.")
+        raise ConfigurationError(
+            "The model has no trainable parameter: add an adapter (peft_config=) or unfreeze a "
+            "head."
+        )
     names = [name for name in names if name not in held]
     if not names:
-        raise ConfigurationError("All trainable parameters are held back: there is nothing but lora_A to train.")
+        raise ConfigurationError(
+            "All trainable parameters are held back: there is nothing but lora_A to train."
+        )
     if mode == "shared" or not objective.per_row:
         return perturb(model, shared=names, distribution=distribution), []
     pair = two_rows(objective, forward, inputs)
@@ -238,17 +280,19 @@ def choose_perturbation(
     notes = []
     if shared and mode == "rowwise":
         raise ConfigurationError(
-            f'perturbation="rowwise" has no rule that is right for {_some(shared)}: use "auto" or "shared".'
+            f'perturbation="rowwise" has no rule that is right for {_some(shared)}: use "auto" or '
+            '"shared".'
         )
     if shared:
         notes.append(
-            f"{len(shared)} of {len(names)} trainable tensors get noise that is shared by the batch, because no per-row "
-            f"rule is right for them: {_some(shared)}."
+            f"{len(shared)} of {len(names)} trainable tensors get noise that is shared by the "
+            f"batch, because no per-row rule is right for them: {_some(shared)}."
         )
     if found.looping:
         notes.append(
-            f"The layers of {_some(found.looping)} run once for each row, because no rule for all rows at once is right for "
-            'them; where that takes too long, perturbation="shared" avoids it.'
+            f"The layers of {_some(found.looping)} run once for each row, because no rule for all "
+            'rows at once is right for them; where that takes too long, perturbation="shared" '
+            "avoids it."
         )
     if found.idle:
         notes.append(f"The loss does not depend on {_some(found.idle)}; left as they are.")
@@ -260,6 +304,11 @@ def choose_perturbation(
         activation = PinCheck(model, sums, precision).run(found.rowwise, smaller=mode == "auto")
     rowwise = [name for name in rowwise if name not in activation]
     chosen = perturb(
-        model, rowwise=rowwise, shared=shared, activation=activation, looping=found.looping, distribution=distribution
+        model,
+        rowwise=rowwise,
+        shared=shared,
+        activation=activation,
+        looping=found.looping,
+        distribution=distribution,
     )
     return chosen, notes

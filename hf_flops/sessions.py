@@ -1,6 +1,7 @@
 """A gradient session: all that a run learns about its gradient, and the estimate of every batch.
 
-The trainer asks one session for gradients. It does not know what is minimised, where noise enters, or what was found out.
+The trainer asks one session for gradients. It does not know what is minimised, where noise enters,
+or what was found out.
 """
 
 from __future__ import annotations
@@ -82,9 +83,11 @@ class GradientSession(Protocol):
     """Owns what a run learns about its gradient: self-checks, tuned numbers, what is reused, state.
 
     Attributes:
-        counts_labels: whether batches weigh by the stock trainer's count of labels; else they weigh alike.
+        counts_labels: whether batches weigh by the stock trainer's count of labels; else they weigh
+            alike.
         needs_clean: whether every batch runs unperturbed, too.
-        method: how the gradient of the batch that `prepare` has seen last is estimated, if there is one method.
+        method: how the gradient of the batch that `prepare` has seen last is estimated, if there is
+            one method.
         check_rows: rows that finding epsilon has taken and the ledger does not know of yet.
         observers: what learns from finished batches.
     """
@@ -112,7 +115,8 @@ class GradientSession(Protocol):
         ...
 
     def prepare(self, batch: Batch) -> None:
-        """Find out what is not known yet: with the first batch, or where other tensors are trainable than before.
+        """Find out what is not known yet: with the first batch, or where other tensors are
+        trainable than before.
 
         Raises:
             HandOver: the loss is not one that this session knows how to estimate.
@@ -125,7 +129,9 @@ class GradientSession(Protocol):
         ...
 
     def unperturbed(self, batches: Sequence[Batch]) -> AbstractContextManager[Callable[[], Tensor]]:
-        """Return a context with a function that gives the losses (B,) of batches, parameters being as they are by then."""
+        """Return a context with a function that gives the losses (B,) of batches, parameters being
+        as they are by then.
+        """
         ...
 
     def estimate(self, batch: Batch, position: Place, averaging: Averaging) -> StepResult:
@@ -141,7 +147,8 @@ class GradientSession(Protocol):
 
         Args:
             error: why.
-            recorded: whether earlier batches of the optimizer step are recorded in a trajectory log.
+            recorded: whether earlier batches of the optimizer step are recorded in a trajectory
+                log.
         """
         ...
 
@@ -169,7 +176,8 @@ class SampleSession:
         allocator: an instance, in place of the name in `args`.
         estimator: an instance, in place of the name in `args`.
         perturbation: an instance, in place of the name in `args`; it skips the self-check.
-        default: returns what is minimised in place of `objective` once there is a batch to look at, None for no other.
+        default: returns what is minimised in place of `objective` once there is a batch to look at,
+            None for no other.
     """
 
     def __init__(
@@ -196,7 +204,8 @@ class SampleSession:
         self.held: frozenset[str] = frozenset()
         self.check_rows = 0
         self._trainable: list[str] = []
-        self._whole: Objective | None = None  # what is minimised once losses per row could not be had any more
+        # what is minimised once losses per row could not be had any more
+        self._whole: Objective | None = None
 
     @property
     def counts_labels(self) -> bool:
@@ -241,10 +250,14 @@ class SampleSession:
         if new:
             objective = self._whole or self._default(batch) or self.objective
             forward = batch.checks or batch.forward
-            self.chosen = set_up(self.args, self.model, forward, batch.inputs, objective, self._given, self.held)
+            self.chosen = set_up(
+                self.args, self.model, forward, batch.inputs, objective, self._given, self.held
+            )
         precision = precision_of(self.model, autocast=self.args.bf16)
         method = self._assembled(precision, batch.step)
-        method = self.tuning.complete(method, batch.forward, batch.inputs, precision=precision, seed=self.seed)
+        method = self.tuning.complete(
+            method, batch.forward, batch.inputs, precision=precision, seed=self.seed
+        )
         assert self.chosen is not None
         self.chosen = replace(self.chosen, reuse=method.reuse)  # of which more may be known now
         self._method = self._agreed(method) if new else method
@@ -269,7 +282,9 @@ class SampleSession:
         )
 
     def _agreed(self, method: Method) -> Method:
-        """Let all processes take the same way, which the first batch has shown; returns the method with it."""
+        """Let all processes take the same way, which the first batch has shown; returns the method
+        with it.
+        """
         named = {id(module): name for name, module in self.model.named_modules()}
         self.group.agree(
             {
@@ -277,7 +292,9 @@ class SampleSession:
                 "noise": [type(part).__name__ for part in method.perturbation.parts],
                 "the tensors with noise": method.perturbation.vector.names,
                 "the closed-form head": None if method.head is None else method.head.vector.names,
-                "what runs once per sample": [named.get(id(module)) for module in method.reuse.modules],
+                "what runs once per sample": [
+                    named.get(id(module)) for module in method.reuse.modules
+                ],
                 "the padding that is cut off": sorted(method.trimmed),
             },
             "in what the first batch shows",
@@ -291,12 +308,15 @@ class SampleSession:
         """See `GradientSession`."""
         assert self._method is not None
         method, ids = self._method, batches[0].ids
-        if len(batches) > 1 or batches[0].step < 0:  # what is known of the next batch says nothing of these
+        # what is known of the next batch says nothing of these
+        if len(batches) > 1 or batches[0].step < 0:
             method, ids = replace(method, reuse=ReusePlan()), None
         feeds = [Feed(batch.inputs, method.trimmed) for batch in batches]
 
         with ExitStack() as stack:
-            recordings = [stack.enter_context(method.reuse.recording(batch.forward)) for batch in batches]
+            recordings = [
+                stack.enter_context(method.reuse.recording(batch.forward)) for batch in batches
+            ]
             recordings[0].recall(feeds[0].whole, ids)
 
             def losses() -> Tensor:
@@ -312,7 +332,9 @@ class SampleSession:
         """See `GradientSession`."""
         assert self._method is not None
         batches, last = averaging.batches, averaging.last
-        return estimate_gradient(batch.forward, batch.inputs, self._method, position, None, batches, last=last)
+        return estimate_gradient(
+            batch.forward, batch.inputs, self._method, position, None, batches, last=last
+        )
 
     def fall_back(self, error: RowLossError, *, recorded: bool) -> None:
         """See `GradientSession`.
@@ -326,8 +348,8 @@ class SampleSession:
             many = f"a run of {self.group.world} processes"
             where = many if self.group.world > 1 else "a step that trajectory_log records"
             raise ObjectiveError(
-                f"Cannot fall back to a batch-level loss during {where}: {error}. Resume from the last checkpoint, or pass "
-                "objective=."
+                f"Cannot fall back to a batch-level loss during {where}: {error}. Resume from the "
+                "last checkpoint, or pass objective=."
             )
         self._whole, self.chosen = loss_of_batch(self.args, error), None
 

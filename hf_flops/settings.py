@@ -10,12 +10,31 @@ from typing import Any
 from .args import PRESETS
 
 # Where a run writes and what it shows, not what it computes; and what follows from other arguments.
-_ASIDE = {"output_dir", "run_name", "report_to", "disable_tqdm", "push_to_hub", "debug", "accelerator_config", "pictures"}
-_ASIDE_PREFIXES = ("hub_", "logging_", "log_", "dataloader_pin_memory", "use_cpu", "project", "trackio_", "save_")
+_ASIDE = {
+    "output_dir",
+    "run_name",
+    "report_to",
+    "disable_tqdm",
+    "push_to_hub",
+    "debug",
+    "accelerator_config",
+    "pictures",
+}
+_ASIDE_PREFIXES = (
+    "hub_",
+    "logging_",
+    "log_",
+    "dataloader_pin_memory",
+    "use_cpu",
+    "project",
+    "trackio_",
+    "save_",
+)
 
 
 def changed_settings(args: Any) -> dict[str, Any]:
-    """Return the arguments of a run that differ from the defaults, the preset's values being defaults too.
+    """Return the arguments of a run that differ from the defaults, the preset's values being
+    defaults too.
 
     Tokens, folders and what is only shown are left out; so is what cannot be written as a literal.
     """
@@ -24,9 +43,15 @@ def changed_settings(args: Any) -> dict[str, Any]:
         if not field.init or field.name in _ASIDE or field.name.startswith(_ASIDE_PREFIXES):
             continue
         made = None if field.default_factory is dataclasses.MISSING else field.default_factory()
-        default = preset.get(field.name, made if field.default is dataclasses.MISSING else field.default)
+        default = preset.get(
+            field.name, made if field.default is dataclasses.MISSING else field.default
+        )
         value = _plain(getattr(args, field.name))
-        if value != _plain(default) and (value or default) and isinstance(value, (bool, int, float, str, list, dict)):
+        if (
+            value != _plain(default)
+            and (value or default)
+            and isinstance(value, (bool, int, float, str, list, dict))
+        ):
             found[field.name] = value
     return found
 
@@ -34,7 +59,10 @@ def changed_settings(args: Any) -> dict[str, Any]:
 def as_code(args: Any) -> str:
     """Return a call of the arguments' class that sets what differs from the defaults."""
     changed = changed_settings(args).items()
-    lines = [f"    {name}={json.dumps(value) if isinstance(value, str) else repr(value)}," for name, value in changed]
+    lines = [
+        f"    {name}={json.dumps(value) if isinstance(value, str) else repr(value)},"
+        for name, value in changed
+    ]
     return "\n".join([f"{type(args).__name__}(", '    output_dir="outputs",', *lines, ")"])
 
 

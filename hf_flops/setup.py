@@ -1,4 +1,6 @@
-"""What the first batch decides: the objective, where noise enters, and what runs once per sample."""
+"""What the first batch decides: the objective, where noise enters, and what runs once per
+sample.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,8 @@ class Chosen:
 def held_back(model: nn.Module, parts: str, progress: float) -> frozenset[str]:
     """Return the names of the tensors that get no noise for now: `lora_A`, while `parts` says so.
 
-    At its initialisation `lora_B = 0` hides `lora_A` from the loss: noise on it would carry no signal, and only move it.
+    At its initialisation `lora_B = 0` hides `lora_A` from the loss: noise on it would carry no
+    signal, and only move it.
 
     Args:
         model: the model.
@@ -56,7 +59,11 @@ def held_back(model: nn.Module, parts: str, progress: float) -> frozenset[str]:
     """
     if parts == "both" or (parts == "B_then_A" and progress >= 0.5):
         return frozenset()
-    return frozenset(name for name, parameter in model.named_parameters() if ".lora_A." in name and parameter.requires_grad)
+    return frozenset(
+        name
+        for name, parameter in model.named_parameters()
+        if ".lora_A." in name and parameter.requires_grad
+    )
 
 
 def set_up(
@@ -75,7 +82,8 @@ def set_up(
         model: the model, in evaluation mode, gradients off.
         forward: runs the model, which does not generate text.
         inputs: a batch.
-        objective: what is minimised, None for the model's own loss; one that moves in steps has a `surrogate` to check with.
+        objective: what is minimised, None for the model's own loss; one that moves in steps has a
+            `surrogate` to check with.
         perturbation: where noise enters, None for what the arguments say.
         held: names of trainable tensors that stay as they are for now.
 
@@ -85,7 +93,8 @@ def set_up(
     """
     precision = precision_of(model, autocast=args.bf16)
     given = args, model, forward, inputs, perturbation, held, precision
-    if objective is not None:  # one of the user's own is left as it is, unless it keeps logits of itself
+    # one of the user's own is left as it is, unless it keeps logits of itself
+    if objective is not None:
         return _set_up(objective, *given, ours=objective.logits)
     objective, reason = choose_objective(forward, inputs, precision, model)
     try:
@@ -104,7 +113,9 @@ def loss_of_batch(args: Any, reason: object) -> BatchLoss:
         ObjectiveError: noise per row is asked for.
     """
     if args.perturbation == "rowwise":
-        raise ObjectiveError(f'perturbation="rowwise" needs a loss per row, but {reason}; pass objective=.')
+        raise ObjectiveError(
+            f'perturbation="rowwise" needs a loss per row, but {reason}; pass objective=.'
+        )
     logger.warning("The loss is taken for the batch as a whole, with shared noise: %s.", reason)
     return BatchLoss()
 
@@ -128,8 +139,15 @@ def _set_up(
     if perturbation is None:
         if ours and args.closed_form_head:
             head = find_head(model, objective, forward, inputs, held)
-        mode = "weights" if args.trajectory_log and args.perturbation == "auto" else args.perturbation
-        options = {"mode": mode, "distribution": args.noise, "precision": precision, "replayed": args.reduce != "scalars"}
+        mode = (
+            "weights" if args.trajectory_log and args.perturbation == "auto" else args.perturbation
+        )
+        options = {
+            "mode": mode,
+            "distribution": args.noise,
+            "precision": precision,
+            "replayed": args.reduce != "scalars",
+        }
         choose = partial(choose_perturbation, model, surrogate, forward, inputs, **options)
         try:
             perturbation, notes = choose(held=held if head is None else {*held, *head.vector.names})
@@ -140,7 +158,10 @@ def _set_up(
             perturbation, notes = choose(held=held)
         if head is not None:
             objective.logits = True
-            logger.info("Noise leaves the head alone, whose gradient is exact: %s.", ", ".join(head.vector.names))
+            logger.info(
+                "Noise leaves the head alone, whose gradient is exact: %s.",
+                ", ".join(head.vector.names),
+            )
         for note in notes:
             logger.warning("%s", note)
     if objective.generates:  # its forwards are not those that were looked at
@@ -150,9 +171,16 @@ def _set_up(
 
 
 def prepare_tap(
-    model: nn.Module, objective: Objective, forward: Forward, inputs: Mapping[str, Any], *, control: bool
+    model: nn.Module,
+    objective: Objective,
+    forward: Forward,
+    inputs: Mapping[str, Any],
+    *,
+    control: bool,
 ) -> None:
-    """Let a tap on the model's loss keep logits, if a control variate is wanted and they are few, and listen late."""
+    """Let a tap on the model's loss keep logits, if a control variate is wanted and they are few,
+    and listen late.
+    """
     if control and type(objective) is TappedLoss:
         objective.logits = objective.predictable = few_logits(forward, inputs)
     if isinstance(objective, TappedLoss):
@@ -160,9 +188,12 @@ def prepare_tap(
 
 
 def few_logits(forward: Forward, inputs: Mapping[str, Any]) -> bool:
-    """Say whether the loss of a sample is made of few enough logits for a control variate, and not of its tokens'."""
+    """Say whether the loss of a sample is made of few enough logits for a control variate, and not
+    of its tokens'.
+    """
     labels = inputs.get("labels")
-    if torch.is_tensor(labels) and labels.dim() > 1 and not labels.is_floating_point():  # as many as the padding leaves
+    # as many as the padding leaves
+    if torch.is_tensor(labels) and labels.dim() > 1 and not labels.is_floating_point():
         return False
     logits = TappedLoss(logits=True)(forward, take(inputs, torch.tensor([0]))).logits
     return logits is not None and logits.shape[1] <= MOST_LOGITS
@@ -177,7 +208,8 @@ def late_expansion(
     perturbation: Perturbation,
     precision: float,
 ) -> ReusePlan:
-    """Return what may run once per sample, see `choose_reuse`, as far as the arguments want it, and say so.
+    """Return what may run once per sample, see `choose_reuse`, as far as the arguments want it, and
+    say so.
 
     Raises:
         ConfigurationError: `prefix_cache` cannot be had.
@@ -185,17 +217,28 @@ def late_expansion(
     if not args.late_expansion:
         return ReusePlan()
     cached = args.prefix_cache is not None
-    if hasattr(model, "cached_texts"):  # what it records for one batch would not fit answers of another length
+    # what it records for one batch would not fit answers of another length
+    if hasattr(model, "cached_texts"):
         if cached:
-            raise ConfigurationError(f"prefix_cache is not for a {type(model).__name__}, which shares its texts itself.")
+            raise ConfigurationError(
+                f"prefix_cache is not for a {type(model).__name__}, which shares its texts itself."
+            )
         return ReusePlan()
     if cached and not objective.per_row:
-        raise ConfigurationError("prefix_cache needs a loss per sample, but this one belongs to the batch as a whole.")
-    reuse, reason = choose_reuse(model, objective, forward, inputs, perturbation, precision, cached=cached)
+        raise ConfigurationError(
+            "prefix_cache needs a loss per sample, but this one belongs to the batch as a whole."
+        )
+    reuse, reason = choose_reuse(
+        model, objective, forward, inputs, perturbation, precision, cached=cached
+    )
     if reason:
         logger.warning("Late expansion is off, every row runs through the whole model: %s.", reason)
     names = [name for name, module in model.named_modules() if module in reuse.modules]
-    logger.info("Late expansion: %d modules run once per sample and step (%s).", len(names), ", ".join(names))
+    logger.info(
+        "Late expansion: %d modules run once per sample and step (%s).",
+        len(names),
+        ", ".join(names),
+    )
     if not cached:
         return reuse
     folder = Path(args.output_dir) if args.prefix_cache == "disk" else None

@@ -1,4 +1,6 @@
-"""What the processes of a run tell each other: tensors gathered and summed, every byte counted, no waiting for the dead."""
+"""What the processes of a run tell each other: tensors gathered and summed, every byte counted, no
+waiting for the dead.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ from torch import distributed as dist
 
 from .errors import ConfigurationError, ProcessError
 
-_POLL, _LISTEN, _PATIENCE = 1e-4, 1.0, 5.0  # seconds: between looks at a transfer, between looks for trouble, for an answer
+# seconds: between looks at a transfer, between looks for trouble, for an answer
+_POLL, _LISTEN, _PATIENCE = 1e-4, 1.0, 5.0
 
 
 class Share:
@@ -26,7 +29,8 @@ class Share:
     Attributes:
         rank: number of the process.
         world: how many there are.
-        sent: bytes that this process has handed to the others, each counted once, however many others there are.
+        sent: bytes that this process has handed to the others, each counted once, however many
+            others there are.
     """
 
     rank, world = 0, 1
@@ -35,13 +39,17 @@ class Share:
         self.sent = 0
 
     def cut(self, number: int, least: int = 1) -> list[slice]:
-        """Cut so many things into one even piece for each process; none has fewer than `least`, unless it has none."""
+        """Cut so many things into one even piece for each process; none has fewer than `least`,
+        unless it has none.
+        """
         busy = max(1, min(self.world, number // least))
         edges = [number * min(rank, busy) // busy for rank in range(self.world + 1)]
         return [slice(start, stop) for start, stop in pairwise(edges)]
 
     def gather(self, own: Tensor, sizes: Sequence[int]) -> Tensor:
-        """Put the pieces (n, ...) of all processes together, n by process being `sizes`: (sum(sizes), ...)."""
+        """Put the pieces (n, ...) of all processes together, n by process being `sizes`:
+        (sum(sizes), ...).
+        """
         del sizes
         return own
 
@@ -75,15 +83,17 @@ class Share:
             for name in values:
                 if found[name] != others[0][name]:
                     raise ConfigurationError(
-                        f"The processes differ {when}: {name} is {others[0][name]!r} in process 0 and {found[name]!r} in "
-                        f"process {rank}; start all of them with the same script, arguments, seed and data."
+                        f"The processes differ {when}: {name} is {others[0][name]!r} in process 0 "
+                        f"and {found[name]!r} in process {rank}; start all of them with the same "
+                        "script, arguments, seed and data."
                     )
 
 
 class ProcessShare(Share):
     """A process among those that a launcher started, over torch.distributed's default group.
 
-    A transfer is not waited for blindly: where a process has gone, the others notice, ask around, and say which one it was.
+    A transfer is not waited for blindly: where a process has gone, the others notice, ask around,
+    and say which one it was.
 
     Args:
         device: where tensors have to be for a transfer: a GPU for nccl.
@@ -95,7 +105,11 @@ class ProcessShare(Share):
     def __init__(self, device: torch.device | str = "cpu") -> None:
         super().__init__()
         self._troubled = False
-        self.rank, self.world, self.device = dist.get_rank(), dist.get_world_size(), torch.device(device)
+        self.rank, self.world, self.device = (
+            dist.get_rank(),
+            dist.get_world_size(),
+            torch.device(device),
+        )
         self._store = dist.distributed_c10d._get_default_store()
         self._names: list[str] = []
         atexit.register(self._part)
@@ -110,7 +124,9 @@ class ProcessShare(Share):
             piece = torch.cat([piece, piece.new_zeros(most - len(piece), *piece.shape[1:])])
         pieces = [torch.empty_like(piece) for _ in sizes]
         self._run(lambda: dist.all_gather(pieces, piece, async_op=True))
-        return torch.cat([found[:size] for found, size in zip(pieces, sizes, strict=True)]).to(own.device)
+        return torch.cat([found[:size] for found, size in zip(pieces, sizes, strict=True)]).to(
+            own.device
+        )
 
     def total(self, own: Tensor) -> Tensor:
         """See `Share.total`."""
@@ -158,18 +174,23 @@ class ProcessShare(Share):
         try:
             yield
         except RuntimeError as error:
-            if isinstance(error, ProcessError) or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            if isinstance(error, ProcessError) or not (
+                isinstance(error, dist.DistError) or "gloo" in str(error)
+            ):
                 raise
             raise ProcessError(self._blame(error)) from error
 
     def _part(self) -> None:
-        """Close the connections before the interpreter goes: gloo's threads, left alone, may abort a process."""
+        """Close the connections before the interpreter goes: gloo's threads, left alone, may abort
+        a process.
+        """
         if not self._troubled and dist.is_initialized():
             dist.destroy_process_group()
 
     def _blame(self, error: Exception) -> str:
         """Ask around who is still there, and say who is not."""
-        self._troubled, gone = True, list(range(self.world))  # from here on nobody waits for the others
+        # from here on nobody waits for the others
+        self._troubled, gone = True, list(range(self.world))
         with suppress(RuntimeError):  # the store is gone with the machine that kept it
             self._store.set("hf_flops/trouble", "1")
             self._store.set(f"hf_flops/alive/{self.rank}", "1")
@@ -178,6 +199,17 @@ class ProcessShare(Share):
                 gone = [rank for rank in gone if not self._store.check([f"hf_flops/alive/{rank}"])]
                 time.sleep(0.1)
         names = dict(enumerate(self._names))
-        lost = ", ".join(f"process {rank} ({names.get(rank, 'not yet known')})" for rank in gone if rank != self.rank)
-        what = f"{lost} of {self.world} has ended or cannot be reached" if lost else f"a transfer failed ({error})"
-        return f"{what}; process {self.rank} stops. Start again with resume_from_checkpoint=True to go on from the last."
+        lost = ", ".join(
+            f"process {rank} ({names.get(rank, 'not yet known')})"
+            for rank in gone
+            if rank != self.rank
+        )
+        what = (
+            f"{lost} of {self.world} has ended or cannot be reached"
+            if lost
+            else f"a transfer failed ({error})"
+        )
+        return (
+            f"{what}; process {self.rank} stops. Start again with resume_from_checkpoint=True to "
+            "go on from the last."
+        )

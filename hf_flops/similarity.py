@@ -1,4 +1,6 @@
-"""Losses of the similarities of images and texts: their elements, derivatives, and what a change of one column does."""
+"""Losses of the similarities of images and texts: their elements, derivatives, and what a change of
+one column does.
+"""
 
 from __future__ import annotations
 
@@ -26,15 +28,19 @@ class Terms(Protocol):
         ...
 
     def changes(self, logits: Tensor, columns: Tensor, shifts: Tensor) -> Tensor:
-        """Return (R,) how the loss changes where a column changes: columns (R,) int64, shifts (R, C)."""
+        """Return (R,) how the loss changes where a column changes: columns (R,) int64, shifts
+        (R, C).
+        """
         ...
 
 
 @dataclass(frozen=True)
 class SoftmaxTerms:
-    """Cross-entropy of each text over the images, and of each image over the texts, with weighted targets.
+    """Cross-entropy of each text over the images, and of each image over the texts, with weighted
+    targets.
 
-    A text with weights w over its images contributes `sum_i w_i (logsumexp of its row - similarity to i)`.
+    A text with weights w over its images contributes `sum_i w_i (logsumexp of its row - similarity
+    to i)`.
 
     Attributes:
         by_text: (C, B) weights of the pairs in the texts' cross-entropies.
@@ -59,13 +65,22 @@ class SoftmaxTerms:
     def slopes(self, logits: Tensor) -> Tensor:
         """See `Terms`."""
         wanted = self.by_text + self.by_image
-        return self.by_text.sum(1, keepdim=True) * logits.softmax(1) + self.by_image.sum(0) * logits.softmax(0) - wanted
+        return (
+            self.by_text.sum(1, keepdim=True) * logits.softmax(1)
+            + self.by_image.sum(0) * logits.softmax(0)
+            - wanted
+        )
 
     def changes(self, logits: Tensor, columns: Tensor, shifts: Tensor) -> Tensor:
-        """See `Terms`: a row's logsumexp changes by `log1p(p expm1(shift))`, which keeps the digits of small shifts."""
+        """See `Terms`: a row's logsumexp changes by `log1p(p expm1(shift))`, which keeps the digits
+        of small shifts.
+        """
         factors = shifts.expm1()
         rows = self.by_text.sum(1) * (logits.softmax(1)[:, columns].T * factors).log1p()  # (R, C)
-        own = self.by_image.sum(0)[columns] * (logits.softmax(0)[:, columns].T * factors).sum(1).log1p()
+        own = (
+            self.by_image.sum(0)[columns]
+            * (logits.softmax(0)[:, columns].T * factors).sum(1).log1p()
+        )
         wanted = (self.by_text + self.by_image)[:, columns].T
         return rows.sum(1) + own - (wanted * shifts).sum(1)
 
@@ -101,4 +116,6 @@ class SigmoidTerms:
     def changes(self, logits: Tensor, columns: Tensor, shifts: Tensor) -> Tensor:
         """See `Terms`: `softplus(x + s) - softplus(x) = log1p(sigmoid(x) expm1(s))`."""
         signs, before = self.signs[:, columns].T, logits[:, columns].T
-        return self.weight * ((-signs * before).sigmoid() * (-signs * shifts).expm1()).log1p().sum(1)
+        return self.weight * ((-signs * before).sigmoid() * (-signs * shifts).expm1()).log1p().sum(
+            1
+        )

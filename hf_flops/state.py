@@ -1,4 +1,6 @@
-"""What a checkpoint holds beside the stock trainer's files: the state of every part, by one function each way."""
+"""What a checkpoint holds beside the stock trainer's files: the state of every part, by one
+function each way.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ _TENSOR = "__tensor__"  # {"__tensor__": key} stands for a tensor of the other f
 
 
 class Stateful(Protocol):
-    """A part of a run that a checkpoint holds: its state is a nested dict or list of tensors and plain values."""
+    """A part of a run that a checkpoint holds: its state is a nested dict or list of tensors and
+    plain values.
+    """
 
     def state_dict(self) -> Mapping[str, Any]:
         """Return what a resume needs."""
@@ -33,14 +37,17 @@ class Stateful(Protocol):
 
 
 def save_state(folder: str, parts: Mapping[str, Any]) -> None:
-    """Write the state of the parts into a folder: plain values as JSON, tensors in a file beside it.
+    """Write the state of the parts into a folder: plain values as JSON, tensors in a file beside
+    it.
 
     Args:
         folder: of the checkpoint.
         parts: what is `Stateful`, by name.
     """
     tensors: dict[str, Tensor] = {}
-    states = {name: _without_tensors(part.state_dict(), name, tensors) for name, part in parts.items()}
+    states = {
+        name: _without_tensors(part.state_dict(), name, tensors) for name, part in parts.items()
+    }
     kinds = {name: type(part).__name__ for name, part in parts.items()}
     if tensors:
         _replace(Path(folder, TENSOR_FILE), save(tensors))
@@ -48,7 +55,8 @@ def save_state(folder: str, parts: Mapping[str, Any]) -> None:
 
 
 def load_state(folder: str | None, parts: Mapping[str, Any]) -> None:
-    """Give the parts the state that `save_state` wrote, if it did; a part of another class than the saved one starts afresh.
+    """Give the parts the state that `save_state` wrote, if it did; a part of another class than the
+    saved one starts afresh.
 
     Raises:
         ConfigurationError: a file cannot be read.
@@ -63,7 +71,8 @@ def load_state(folder: str | None, parts: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path, *keys: str) -> Any:
-    """Return what a file of a run says, or what it says under a key, under a key in that, and so on.
+    """Return what a file of a run says, or what it says under a key, under a key in that, and so
+    on.
 
     Raises:
         ConfigurationError: it is no JSON, or there is no such key.
@@ -87,12 +96,16 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _without_tensors(state: Any, key: str, tensors: dict[str, Tensor]) -> Any:
-    """Return a nested state with a reference in the place of each tensor, which goes to `tensors`."""
+    """Return a nested state with a reference in the place of each tensor, which goes to
+    `tensors`.
+    """
     if torch.is_tensor(state):
         tensors[key] = state.detach().clone().contiguous()
         return {_TENSOR: key}
     if isinstance(state, Mapping):
-        return {name: _without_tensors(value, f"{key}.{name}", tensors) for name, value in state.items()}
+        return {
+            name: _without_tensors(value, f"{key}.{name}", tensors) for name, value in state.items()
+        }
     if isinstance(state, (list, tuple)):
         return [_without_tensors(value, f"{key}.{i}", tensors) for i, value in enumerate(state)]
     return state
@@ -112,11 +125,18 @@ def _with_tensors(state: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def _same_kind(name: str, part: Any, state: Mapping[str, Any]) -> bool:
-    """Say whether a part is of the class that a state is of, as far as the state tells, and warn if it is not."""
+    """Say whether a part is of the class that a state is of, as far as the state tells, and warn if
+    it is not.
+    """
     now = type(part).__name__
     saved = state.get("kinds", {}).get(name, now)
     if saved != now:
-        logger.warning("The %s of the checkpoint's run was %s, this one's is %s and starts afresh.", name, saved, now)
+        logger.warning(
+            "The %s of the checkpoint's run was %s, this one's is %s and starts afresh.",
+            name,
+            saved,
+            now,
+        )
     return bool(saved == now)
 
 

@@ -1,14 +1,18 @@
 """One gradient estimate without a backward pass: the file to read first.
 
-    clean pass       unperturbed ("clean") losses, features, the closed-form head's inputs    clean.py
-    counts           the allocator's queries per sample, from clean features only             allocators/
-    rows             one row per query, dealt out to processes                                rows.py, exchange.py
-    for each chunk   draw noise, evaluate, transform losses to deltas, accumulate             queries.py, delta_chain.py
-    complete         add back what the control variate subtracted; redistribute the weight
-                     of rows without a finite loss
+    clean pass       unperturbed ("clean") losses, features, the closed-form head's inputs:
+                     clean.py
+    counts           the allocator's queries per sample, from clean features only: allocators/
+    rows             one row per query, dealt out to processes: rows.py,
+                     exchange.py
+    for each chunk   draw noise, evaluate, transform losses to deltas, accumulate: queries.py,
+                     delta_chain.py
+    complete         add back what the control variate subtracted; redistribute the weight of rows
+                     without a finite loss
     apply            sum over processes, add to `.grad`, with the head's exact gradient
 
-To follow a delta open two more files: `queries.py` runs its row, `delta_chain.py` says what is done to it.
+To follow a delta open two more files: `queries.py` runs its row, `delta_chain.py` says what is done
+to it.
 """
 
 from __future__ import annotations
@@ -48,7 +52,8 @@ def estimate_gradient(
     """Add an estimate of the loss's gradient to the `.grad` of the perturbed parameters.
 
     The loss is `(1/N) sum_i s_i`, s_i a sample's loss sum; the estimate is
-    `(1/N) sum_i (1/n_i) sum_k delta_ik z_ik`, unbiased for any counts n_i that are fixed before the noise.
+    `(1/N) sum_i (1/n_i) sum_k delta_ik z_ik`, unbiased for any counts n_i that are fixed before the
+    noise.
 
     Args:
         forward: runs the model, in evaluation mode, and returns its loss and outputs.
@@ -56,10 +61,11 @@ def estimate_gradient(
         method: how the gradient is estimated.
         place: where the batch lies in the run.
         elements: N, the number of loss elements that the optimizer step averages over.
-        batches: where `elements` is None, over how many batches the step averages: N is then this many times the batch's
-            own number of loss elements.
-        last: whether the batch is the last of its optimizer step. Several processes that sum gradients wait for it: until
-            then `.grad` stays as it is, and the metrics lack what only the sum can tell.
+        batches: where `elements` is None, over how many batches the step averages: N is then this
+            many times the batch's own number of loss elements.
+        last: whether the batch is the last of its optimizer step. Several processes that sum
+            gradients wait for it: until then `.grad` stays as it is, and the metrics lack what only
+            the sum can tell.
 
     Raises:
         ConfigurationError: `queries_per_sample` does not pay for one query per sample.
@@ -69,21 +75,37 @@ def estimate_gradient(
         Ren et al. (2025), FLOPS, arXiv 2410.05966, section 3.
     """
     with torch.no_grad(), method.reuse.recording(forward) as recording:
-        return estimate_from(clean_pass(recording, inputs, method, place), elements, batches, last=last)
+        return estimate_from(
+            clean_pass(recording, inputs, method, place), elements, batches, last=last
+        )
 
 
-def estimate_from(clean: CleanPass, elements: float | None = None, batches: float = 1, *, last: bool = True) -> StepResult:
-    """Run the queries and add what they say to the gradients; for the arguments see `estimate_gradient`."""
+def estimate_from(
+    clean: CleanPass, elements: float | None = None, batches: float = 1, *, last: bool = True
+) -> StepResult:
+    """Run the queries and add what they say to the gradients; for the arguments see
+    `estimate_gradient`.
+    """
     method, features, chain = clean.method, clean.features(), transforms(clean)
     sums = method.exchange.noise_sum(method.perturbation, clean.place)
     results = all_queries(clean, chain, sums, features)
-    lengths = results.elements(clean.units) if clean.losses is None else clean.losses.counts.cpu().float()
+    lengths = (
+        results.elements(clean.units) if clean.losses is None else clean.losses.counts.cpu().float()
+    )
     factor, replayed = complete(clean, chain, sums, results, lengths)
-    # Where no element counts (every label is ignored) there is nothing to average, and the update is zero.
+    # Where no element counts (every label is ignored) there is nothing to average, and the update
+    # is zero.
     normalizer = (float(lengths.sum()) * batches if elements is None else elements) or 1.0
     applied = apply(clean, chain, sums.update * factor / normalizer, normalizer, last=last)
     trace = method.exchange.trace(sums.parts, clean.place, factor, normalizer)
-    result = report(clean, results, applied, normalizer, *sums.shared_facts(method.exchange.share, replayed), trace)
+    result = report(
+        clean,
+        results,
+        applied,
+        normalizer,
+        *sums.shared_facts(method.exchange.share, replayed),
+        trace,
+    )
     method.allocator.update(features, result.counts, result.mean_squares)
     return result
 
@@ -97,7 +119,11 @@ def transforms(clean: CleanPass) -> Chain:
         vector, size = method.perturbation.vector, getattr(method.perturbation, "rowwise_size", 0)
         prediction = method.control.start(losses, size, vector.device, clean.place.step)
         if prediction is not None:
-            chain.append(Residual(method.control, prediction, method.perturbation, method.estimator, method.scale))
+            chain.append(
+                Residual(
+                    method.control, prediction, method.perturbation, method.estimator, method.scale
+                )
+            )
     if method.centred:
         chain.append(LeaveOneOut(clean.units))
     return Chain(chain)
@@ -113,7 +139,10 @@ def all_queries(clean: CleanPass, chain: Chain, sums: NoiseSum, features: Featur
         return run_round(clean, chain, sums, allocator.counts(features, clean.budget))
     pilot, weights = plan
     first = run_round(clean, chain, sums, pilot, share=weights)
-    squares, left = mean_squares(first.rows, first.deltas, clean.units), clean.budget - len(first.rows)
+    squares, left = (
+        mean_squares(first.rows, first.deltas, clean.units),
+        clean.budget - len(first.rows),
+    )
     counts = allocator.second_counts(features, squares, pilot, weights, left)
     return first.then(run_round(clean, chain, sums, counts, share=1 - weights, after=pilot))
 
@@ -121,8 +150,9 @@ def all_queries(clean: CleanPass, chain: Chain, sums: NoiseSum, features: Featur
 def lay_out(clean: CleanPass, counts: Tensor, **options: Any) -> Rows:
     """Return the rows of so many queries of each sample; `options` are those of `expand`."""
     allocator, place = clean.method.allocator, clean.place
-    # N is only known once a forward has shown how many elements each sample has: rows are laid out with N = 1.
-    # The arithmetic behind counts may round differently on another machine: those of process 0 are everyone's.
+    # N is only known once a forward has shown how many elements each sample has: rows are laid out
+    # with N = 1. The arithmetic behind counts may round differently on another machine: those of
+    # process 0 are everyone's.
     counts = clean.method.exchange.share.first(counts.int()).long()
     rows = expand(counts, 1.0, weighted=allocator.weighted, **options)
     if not (allocator.shuffled and clean.method.objective.per_row):
@@ -131,8 +161,12 @@ def lay_out(clean: CleanPass, counts: Tensor, **options: Any) -> Rows:
     return replace(rows[torch.from_numpy(order)], group=torch.arange(len(rows)) // clean.units)
 
 
-def run_round(clean: CleanPass, chain: Chain, sums: NoiseSum, counts: Tensor, **options: Any) -> QueryResults:
-    """Run so many queries of each sample, this process its part of them, and add their noise to the sum."""
+def run_round(
+    clean: CleanPass, chain: Chain, sums: NoiseSum, counts: Tensor, **options: Any
+) -> QueryResults:
+    """Run so many queries of each sample, this process its part of them, and add their noise to the
+    sum.
+    """
     method, queries, exchange = clean.method, queries_of(clean), clean.method.exchange
     grouped, rows = method.perturbation.grouped, lay_out(clean, counts, **options)
     parts = exchange.parts(rows, clean.feed, grouped=grouped, chunk=clean.planner.given)
@@ -155,7 +189,9 @@ def run_round(clean: CleanPass, chain: Chain, sums: NoiseSum, counts: Tensor, **
 
     queries.in_chunks(own, work, clean.planner)
     # Where there was no clean forward, losses and elements of the rows stand for it.
-    rows, found, mine = exchange.gathered(parts, found[:, :1] if clean.losses is not None else found)
+    rows, found, mine = exchange.gathered(
+        parts, found[:, :1] if clean.losses is not None else found
+    )
     measured = found[:, 0]
     return QueryResults(rows, measured, chain.of_round(measured, rows), found[:, 1:], mine)
 
@@ -165,26 +201,34 @@ def queries_of(clean: CleanPass) -> Queries:
     return Queries(clean.recording, clean.method, clean.place, clean.feed, clean.samples)
 
 
-def measure(queries: Queries, chain: Chain, chunk: Rows, noise: Any) -> tuple[ChunkDeltas, Tensor, Tensor, int]:
-    """Return a chunk's deltas, losses (R,), loss elements (R,), and the columns of a row; its logits are let go."""
+def measure(
+    queries: Queries, chain: Chain, chunk: Rows, noise: Any
+) -> tuple[ChunkDeltas, Tensor, Tensor, int]:
+    """Return a chunk's deltas, losses (R,), loss elements (R,), and the columns of a row; its
+    logits are let go.
+    """
     seen = queries.evaluate(chunk, noise)
     deltas = chain.of_chunk(ChunkDeltas(seen.losses), seen)
     return deltas, seen.losses.mean(0).float(), seen.elements, seen.columns
 
 
-def complete(clean: CleanPass, chain: Chain, sums: NoiseSum, results: QueryResults, lengths: Tensor) -> tuple[float, int]:
-    """Add what chunks could not know: exact means, other rows' deltas, and the weight of rows without a finite loss.
+def complete(
+    clean: CleanPass, chain: Chain, sums: NoiseSum, results: QueryResults, lengths: Tensor
+) -> tuple[float, int]:
+    """Add what chunks could not know: exact means, other rows' deltas, and the weight of rows
+    without a finite loss.
 
     Returns:
-        What the sum has to be multiplied by where samples lack a finite row altogether, given the loss elements
-        `lengths` (B,) of all; and how many rows went through the model again.
+        What the sum has to be multiplied by where samples lack a finite row altogether, given the
+        loss elements `lengths` (B,) of all; and how many rows went through the model again.
     """
     method, rows, deltas, replayed = clean.method, results.rows, results.deltas, 0
     finite = deltas.isfinite()
     if not bool(finite.any()):
         raise NonFiniteError(
-            f"All {len(rows)} perturbed rows of optimizer step {clean.place.step} have a non-finite loss: lower "
-            f"perturbation_scale (now {method.scale:g}) or the learning rate, and look at the batch for NaN."
+            f"All {len(rows)} perturbed rows of optimizer step {clean.place.step} have a "
+            f"non-finite loss: lower perturbation_scale (now {method.scale:g}) or the learning "
+            "rate, and look at the batch for NaN."
         )
     kept = torch.bincount(rows.owner[finite], minlength=clean.units) > 0
     if method.exchange.share.rank == 0:
@@ -197,14 +241,18 @@ def complete(clean: CleanPass, chain: Chain, sums: NoiseSum, results: QueryResul
 
     def again(rows: Rows, coefficients: Tensor) -> None:
         nonlocal replayed
-        replayed = queries_of(clean).sum_again(rows, coefficients, sums, ChunkPlanner(clean.planner.size))
+        replayed = queries_of(clean).sum_again(
+            rows, coefficients, sums, ChunkPlanner(clean.planner.size)
+        )
 
     sums.complete(rows, coefficients, torch.where(results.mine, corrections, 0.0), again)
     factor = 1.0 if whole else float(lengths.sum() / (lengths[kept].sum() or 1.0))
     return factor, replayed
 
 
-def apply(clean: CleanPass, chain: Chain, update: Tensor, normalizer: float, *, last: bool) -> tuple[Tensor, Tensor] | None:
+def apply(
+    clean: CleanPass, chain: Chain, update: Tensor, normalizer: float, *, last: bool
+) -> tuple[Tensor, Tensor] | None:
     """Add the update (d,) to the gradients, and the head's exact one.
 
     Returns:
@@ -238,7 +286,9 @@ def report(
     method, rows, units = clean.method, results.rows, clean.units
     counts, squares = results.counts(units), mean_squares(rows, results.deltas, units)
     facts = method.perturbation.grouped, dimension
-    metrics = summarise(applied, squares / normalizer**2, counts, rows, results.deltas / normalizer, *facts)
+    metrics = summarise(
+        applied, squares / normalizer**2, counts, rows, results.deltas / normalizer, *facts
+    )
     used = (len(rows) + replayed) * len(method.estimator.signs) * (clean.samples // units)
     used += clean.samples * method.needs_clean
     losses = results.losses(units) / counts if clean.losses is None else clean.losses.sums

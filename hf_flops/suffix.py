@@ -1,4 +1,6 @@
-"""A soft prompt after the text: queries run its few virtual tokens and the answer only, the text is run once."""
+"""A soft prompt after the text: queries run its few virtual tokens and the answer only, the text is
+run once.
+"""
 
 from __future__ import annotations
 
@@ -22,26 +24,33 @@ from .packing import Packing, continued, may_be_packed
 from .selfcheck import precision_of
 from .texts import Ending, Split, TextCache, split
 
-WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "suffix_prompt.json"  # the former is where Trainer puts a state dict
+# the former is where Trainer puts a state dict
+WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "suffix_prompt.json"
 
 
 class SuffixPromptModel(nn.Module, PushToHubMixin):
-    """A frozen causal language model with P trainable virtual tokens between every row's text and its answer.
+    """A frozen causal language model with P trainable virtual tokens between every row's text and
+    its answer.
 
-    As attention is causal and the base frozen, nothing that happens to the prompt reaches the text. So the keys and values
-    of a text are computed once per call for all rows that begin with it, or once per step inside `cached_texts`, where rows
-    of the same text go side by side in one sequence if the model allows it. If parameters of the base are trainable after
-    all, every row runs its own text.
+    As attention is causal and the base frozen, nothing that happens to the prompt reaches the text.
+    So the keys and values of a text are computed once per call for all rows that begin with it, or
+    once per step inside `cached_texts`, where rows of the same text go side by side in one sequence
+    if the model allows it. If parameters of the base are trainable after all, every row runs its
+    own text.
 
     Args:
-        model: any causal language model of transformers whose memory of the past is keys and values; it is frozen.
+        model: any causal language model of transformers whose memory of the past is keys and
+            values; it is frozen.
         num_virtual_tokens: P.
-        init_text: a text whose tokens, repeated as needed, are what the prompt starts as; else it is random tokens.
+        init_text: a text whose tokens, repeated as needed, are what the prompt starts as; else it
+            is random tokens.
         tokenizer: turns `init_text` into tokens.
-        label_words: the token that stands for each of C classes; then labels (R,) are classes, and logits (R, C).
+        label_words: the token that stands for each of C classes; then labels (R,) are classes, and
+            logits (R, C).
 
     Raises:
-        ConfigurationError: not a model of transformers, fewer than one virtual token, or `init_text` without a tokenizer.
+        ConfigurationError: not a model of transformers, fewer than one virtual token, or
+            `init_text` without a tokenizer.
     """
 
     label_words: Tensor | None
@@ -58,11 +67,13 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
         super().__init__()
         if not issubclass(type(model), PreTrainedModel):
             raise ConfigurationError(
-                f"A {type(model).__name__} cannot be continued from a cache: give a causal language model of transformers, "
-                "of a PEFT model what merge_and_unload() returns."
+                f"A {type(model).__name__} cannot be continued from a cache: give a causal "
+                "language model of transformers, of a PEFT model what merge_and_unload() returns."
             )
         if not isinstance(num_virtual_tokens, int) or num_virtual_tokens < 1:
-            raise ConfigurationError(f"num_virtual_tokens={num_virtual_tokens!r} must be a whole number, 1 or more.")
+            raise ConfigurationError(
+                f"num_virtual_tokens={num_virtual_tokens!r} must be a whole number, 1 or more."
+            )
         if init_text is not None and tokenizer is None:
             raise ConfigurationError(f"init_text={init_text!r} needs tokenizer= to become tokens.")
         self.base = model.requires_grad_(False)
@@ -70,15 +81,23 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
         if init_text is None:
             tokens = torch.randint(len(words), (num_virtual_tokens,), device=words.device)
         else:
-            tokens = torch.tensor(tokenizer(init_text, add_special_tokens=False)["input_ids"], device=words.device)
+            tokens = torch.tensor(
+                tokenizer(init_text, add_special_tokens=False)["input_ids"], device=words.device
+            )
             tokens = tokens.repeat(-(-num_virtual_tokens // len(tokens)))[:num_virtual_tokens]
         start = words.detach()[tokens]
         # An embedding, so that every rule for embeddings holds: each row looks all P entries up.
-        self.prompt = nn.Embedding.from_pretrained(start if start.dtype == torch.float64 else start.float(), freeze=False)
-        self.register_buffer("label_words", None if label_words is None else torch.tensor(label_words, device=words.device))
+        self.prompt = nn.Embedding.from_pretrained(
+            start if start.dtype == torch.float64 else start.float(), freeze=False
+        )
+        self.register_buffer(
+            "label_words",
+            None if label_words is None else torch.tensor(label_words, device=words.device),
+        )
         self.model_tags: list[str] = []
         self._texts: TextCache | None = None
-        self._packs: bool | None = None  # whether rows of a text may go in one sequence, once that was tried
+        # whether rows of a text may go in one sequence, once that was tried
+        self._packs: bool | None = None
         self.register_state_dict_post_hook(_without_base)
         self.register_load_state_dict_post_hook(_missing_without_base)
 
@@ -103,16 +122,17 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
         Args:
             input_ids: (R, L) int64, padded on either side.
             attention_mask: (R, L), zero on padding.
-            labels: (R, L), -100 on the text; the answer, at the end of a row, has labels. Or, with `label_words`, (R,)
-                classes, and all of `input_ids` is text.
+            labels: (R, L), -100 on the text; the answer, at the end of a row, has labels. Or, with
+                `label_words`, (R,) classes, and all of `input_ids` is text.
             num_items_in_batch: what the sum of the losses is divided by; else their number.
 
         Returns:
-            The loss if there are labels, and logits: (R, A, V) of the answers' tokens, left-aligned; (R, 1, V) of the next
-            token without labels; (R, C) of the classes.
+            The loss if there are labels, and logits: (R, A, V) of the answers' tokens,
+            left-aligned; (R, 1, V) of the next token without labels; (R, C) of the classes.
 
         Raises:
-            ConfigurationError: a row has no text, no answer, labels in the middle, or more tokens than the model takes.
+            ConfigurationError: a row has no text, no answer, labels in the middle, or more tokens
+                than the model takes.
         """
         rows = self._split(input_ids, attention_mask, labels)
         logits = self._logits(rows)
@@ -126,39 +146,59 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
 
     @contextmanager
     def cached_texts(self, inputs: Mapping[str, Any], *, clean: bool = False) -> Iterator[None]:
-        """Keep the texts of a batch as keys and values for a while, for all rows made of its samples; then drop them.
+        """Keep the texts of a batch as keys and values for a while, for all rows made of its
+        samples; then drop them.
 
         Args:
             inputs: the batch.
-            clean: its samples will be run with the prompt as it is, too: that is done in the same forward.
+            clean: its samples will be run with the prompt as it is, too: that is done in the same
+                forward.
         """
         before = self._texts
         try:
             if self._shares():
-                rows = self._split(inputs["input_ids"], inputs.get("attention_mask"), inputs.get("labels"))
+                rows = self._split(
+                    inputs["input_ids"], inputs.get("attention_mask"), inputs.get("labels")
+                )
                 self._texts = self._read(rows, rows.keys(), self._ending(rows) if clean else None)
                 if self._packs is None:
                     prompt = self.prompt.weight.to(self.base.dtype)
-                    self._packs = may_be_packed(self.base, self._texts, prompt, precision_of(self.base))
+                    self._packs = may_be_packed(
+                        self.base, self._texts, prompt, precision_of(self.base)
+                    )
             yield
         finally:
             self._texts = before
 
     @torch.no_grad()
-    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
-        """Return the tokens (R, .) that the base model generates after text and prompt; options as for its `generate`."""
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
+    ) -> Tensor:
+        """Return the tokens (R, .) that the base model generates after text and prompt; options as
+        for its `generate`.
+        """
         rows = self._split(input_ids, attention_mask, None)
-        embeddings = torch.cat([self.base.get_input_embeddings()(rows.text), self._prompts(len(input_ids))], 1)
+        embeddings = torch.cat(
+            [self.base.get_input_embeddings()(rows.text), self._prompts(len(input_ids))], 1
+        )
         mask = F.pad(rows.text_mask, (0, self.prompt.num_embeddings), value=1)
         return self.base.generate(inputs_embeds=embeddings, attention_mask=mask, **options)
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
-        """Write the prompt (safetensors) and what it belongs to (JSON) into a folder; the base is not written."""
+        """Write the prompt (safetensors) and what it belongs to (JSON) into a folder; the base is
+        not written.
+        """
         del options
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: value.contiguous() for name, value in self.state_dict().items()}, folder / WEIGHTS_FILE)
-        config = {"base_model_name_or_path": self.config.name_or_path, "num_virtual_tokens": self.prompt.num_embeddings}
+        save_file(
+            {name: value.contiguous() for name, value in self.state_dict().items()},
+            folder / WEIGHTS_FILE,
+        )
+        config = {
+            "base_model_name_or_path": self.config.name_or_path,
+            "num_virtual_tokens": self.prompt.num_embeddings,
+        }
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod
@@ -166,30 +206,43 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
         """Put a prompt that `save_pretrained` or a Trainer's checkpoint holds on a base model."""
         state = load_file(Path(folder, WEIGHTS_FILE))
         words = state.get("label_words")
-        loaded = cls(model, len(state["prompt.weight"]), label_words=None if words is None else words.tolist())
+        loaded = cls(
+            model,
+            len(state["prompt.weight"]),
+            label_words=None if words is None else words.tolist(),
+        )
         loaded.load_state_dict(state)
         return loaded
 
-    def _split(self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None) -> Split:
+    def _split(
+        self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None
+    ) -> Split:
         """Cut rows into texts and answers; labels (R,) are classes, and then there is no answer."""
         if labels is not None and labels.dim() == 1:
             if self.label_words is None:
                 raise ConfigurationError(
-                    f"Labels of shape {tuple(labels.shape)} are classes: give label_words=, a token each."
+                    f"Labels of shape {tuple(labels.shape)} are classes: give label_words=, a "
+                    "token each."
                 )
             labels = None
         rows = split(input_ids, attention_mask, labels)
-        text, prompt, answer = int(rows.text_mask.sum(1).max()), self.prompt.num_embeddings, rows.answer.shape[1]
+        text, prompt, answer = (
+            int(rows.text_mask.sum(1).max()),
+            self.prompt.num_embeddings,
+            rows.answer.shape[1],
+        )
         most = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         if most is not None and text + prompt + answer > most:
             raise ConfigurationError(
-                f"A text of {text} tokens, {prompt} virtual tokens and an answer of {answer} are more than the {most} that "
-                "the model takes: truncate the text."
+                f"A text of {text} tokens, {prompt} virtual tokens and an answer of {answer} are "
+                f"more than the {most} that the model takes: truncate the text."
             )
         return rows
 
     def _shares(self) -> bool:
-        """Whether rows with the same text can share its keys and values: nothing that changes them is trained."""
+        """Whether rows with the same text can share its keys and values: nothing that changes them
+        is trained.
+        """
         return not any(parameter.requires_grad for parameter in self.base.parameters())
 
     def _read(self, rows: Split, keys: Sequence[Any], ending: Ending | None = None) -> TextCache:
@@ -197,28 +250,42 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
             return TextCache(self.base, rows, keys, ending)
 
     def _ending(self, rows: Split) -> Ending:
-        """Return prompt and answer of each row; the last answer token predicts nothing, so it is not run."""
+        """Return prompt and answer of each row; the last answer token predicts nothing, so it is
+        not run.
+        """
         answer = rows.answer[:, :-1]
-        tokens = torch.cat([self._prompts(len(answer)), self.base.get_input_embeddings()(answer)], 1)
-        kept = F.pad((rows.targets[:, :-1] != -100).long(), (self.prompt.num_embeddings, 0), value=1)
+        tokens = torch.cat(
+            [self._prompts(len(answer)), self.base.get_input_embeddings()(answer)], 1
+        )
+        kept = F.pad(
+            (rows.targets[:, :-1] != -100).long(), (self.prompt.num_embeddings, 0), value=1
+        )
         return Ending(tokens, kept, max(1, rows.answer.shape[1]))
 
     def _prompts(self, rows: int) -> Tensor:
-        """Return the prompt of each row, (R, P, D) in the base's dtype; noise is added before the cast."""
+        """Return the prompt of each row, (R, P, D) in the base's dtype; noise is added before the
+        cast.
+        """
         index = torch.arange(self.prompt.num_embeddings, device=self.prompt.weight.device)
         return self.prompt(index.expand(rows, -1)).to(self.base.dtype)
 
     def _logits(self, rows: Split) -> Tensor:
         """Return the logits (R, A or 1, V) of the answers' tokens, or of the next one."""
         keys = rows.keys() if self._shares() else range(len(rows.text))
-        texts = self._texts if self._texts is not None and keys in self._texts else self._read(rows, keys)
+        texts = (
+            self._texts
+            if self._texts is not None and keys in self._texts
+            else self._read(rows, keys)
+        )
         ending, place = self._ending(rows), texts.rows(keys)
         known = texts.known(place, ending)
         if known is not None:
             return known
         packs = texts is self._texts and self._packs
         size = ending.tokens.shape[1]
-        packing = Packing.cheapest(place, size, rows.text.shape[1]) if packs else Packing.of(place, 1)
+        packing = (
+            Packing.cheapest(place, size, rows.text.shape[1]) if packs else Packing.of(place, 1)
+        )
         return continued(self.base, texts, packing, ending.tokens, ending.kept, ending.last)
 
 

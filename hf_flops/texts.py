@@ -35,7 +35,10 @@ class Split:
     def keys(self) -> list[bytes]:
         """Return a key for each row: equal texts have equal keys, however they are padded."""
         lengths = self.text_mask.sum(1).tolist()
-        return [row[len(row) - n :].tobytes() for row, n in zip(self.text.cpu().numpy(), lengths, strict=True)]
+        return [
+            row[len(row) - n :].tobytes()
+            for row, n in zip(self.text.cpu().numpy(), lengths, strict=True)
+        ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +67,8 @@ class Ending:
 
 
 def split(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None) -> Split:
-    """Cut every row into its text (label -100) and its answer (labelled), and leave the padding out.
+    """Cut every row into its text (label -100) and its answer (labelled), and leave the padding
+    out.
 
     Args:
         input_ids: (R, L) int64, padded on either side.
@@ -81,20 +85,29 @@ def split(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | Non
     for fine, what in (
         (text.any(1), "has no text before its answer, where a suffix prompt needs some to follow"),
         (answer.any(1) | (labels is None), "has no answer: all its labels are -100"),
-        (~late.any(1), "has labels in the middle of its text: label the tokens at its end only, all others with -100"),
+        (
+            ~late.any(1),
+            "has labels in the middle of its text: label the tokens at its end only, all others "
+            "with -100",
+        ),
     ):
         if not bool(fine.all()):
             raise ConfigurationError(f"Row {int((~fine).nonzero()[0])} of the batch {what}.")
     last = text.long().argsort(dim=1, stable=True)[:, -int(text.sum(1).max()) :]
     first = (~answer).long().argsort(dim=1, stable=True)[:, : int(answer.sum(1).max())]
     targets = first if labels is None else labels.gather(1, first)
-    return Split(input_ids.gather(1, last), text.gather(1, last).long(), input_ids.gather(1, first), targets)
+    return Split(
+        input_ids.gather(1, last), text.gather(1, last).long(), input_ids.gather(1, first), targets
+    )
 
 
 def run(model: nn.Module, cache: DynamicCache, **inputs: Any) -> Any:
-    """Call a model on a cache, with those inputs that its forward has a name for: not every one takes `position_ids`."""
+    """Call a model on a cache, with those inputs that its forward has a name for: not every one
+    takes `position_ids`.
+    """
     names = inspect.signature(model.forward).parameters
-    inputs["cache" if "cache" in names else "past_key_values"] = cache  # transformers renamed it in 5.24
+    # transformers renamed it in 5.24
+    inputs["cache" if "cache" in names else "past_key_values"] = cache
     return model(**{name: value for name, value in inputs.items() if name in names})
 
 
@@ -107,7 +120,8 @@ class TextCache:
         base: a causal language model of transformers.
         texts: R rows, of which every text is run through `base` once.
         keys: R keys, equal where texts are.
-        ending: what the R rows go on with, to be run in the same forward; left out where a layer forgets its text.
+        ending: what the R rows go on with, to be run in the same forward; left out where a layer
+            forgets its text.
 
     Attributes:
         mask: (U, T) int64, zero on padding.
@@ -118,20 +132,34 @@ class TextCache:
         ConfigurationError: the model keeps anything but keys and values.
     """
 
-    def __init__(self, base: Any, texts: Split, keys: Sequence[Hashable], ending: Ending | None = None) -> None:
-        first = dict(zip(reversed(keys), reversed(range(len(keys))), strict=True))  # the first row of each text
+    def __init__(
+        self, base: Any, texts: Split, keys: Sequence[Hashable], ending: Ending | None = None
+    ) -> None:
+        # the first row of each text
+        first = dict(zip(reversed(keys), reversed(range(len(keys))), strict=True))
         self._place = {key: place for place, key in enumerate(first)}
         rows = torch.tensor(list(first.values()), device=texts.text.device)
         ids, self.mask = texts.text[rows], texts.text_mask[rows]
         self._cache = DynamicCache(config=base.config)
-        self.ending, self.logits = None if ending is None or self.sliding else ending.rows(rows), None
+        self.ending, self.logits = (
+            None if ending is None or self.sliding else ending.rows(rows),
+            None,
+        )
         mask, own = self.mask, {"input_ids": ids}
         if self.ending is not None:
-            own = {"inputs_embeds": torch.cat([base.get_input_embeddings()(ids), self.ending.tokens], 1)}
-            own["logits_to_keep"] = torch.arange(-self.ending.last, 0, device=ids.device) + own["inputs_embeds"].shape[1]
+            own = {
+                "inputs_embeds": torch.cat(
+                    [base.get_input_embeddings()(ids), self.ending.tokens], 1
+                )
+            }
+            own["logits_to_keep"] = (
+                torch.arange(-self.ending.last, 0, device=ids.device)
+                + own["inputs_embeds"].shape[1]
+            )
             mask = torch.cat([mask, self.ending.kept], 1)
         found = run(
-            base if self.ending is not None else base.base_model,  # without the head: nothing is predicted inside the text
+            # without the head: nothing is predicted inside the text
+            base if self.ending is not None else base.base_model,
             self._cache,
             **own,
             attention_mask=mask,
@@ -142,10 +170,13 @@ class TextCache:
             self.logits = found.logits[:, -self.ending.last :]
             self._cache.crop(-self.ending.tokens.shape[1])
         kinds = {type(layer) for layer in self._cache.layers}
-        if not kinds <= {DynamicLayer, DynamicSlidingWindowLayer} or self._cache.get_seq_length() != ids.shape[1]:
+        if (
+            not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
+            or self._cache.get_seq_length() != ids.shape[1]
+        ):
             raise ConfigurationError(
-                f"{type(base).__name__} does not keep its text as keys and values alone, which a suffix prompt is a "
-                "continuation of: use prompt tuning from PEFT."
+                f"{type(base).__name__} does not keep its text as keys and values alone, which a "
+                "suffix prompt is a continuation of: use prompt tuning from PEFT."
             )
 
     def __contains__(self, keys: Sequence[Hashable]) -> bool:
@@ -157,7 +188,9 @@ class TextCache:
         return any(getattr(layer, "is_sliding", False) for layer in self._cache.layers)
 
     def known(self, place: Tensor, ending: Ending) -> Tensor | None:
-        """Return the logits (R, A, V) of rows that go on as those did that were run with their texts, (R,), else None."""
+        """Return the logits (R, A, V) of rows that go on as those did that were run with their
+        texts, (R,), else None.
+        """
         if self.logits is None or self.ending is None or torch.is_grad_enabled():
             return None
         return self.logits[place] if self.ending.rows(place) == ending else None
@@ -167,14 +200,17 @@ class TextCache:
         return torch.tensor([self._place[key] for key in keys], device=self.mask.device)
 
     def take(self, rows: Tensor) -> tuple[DynamicCache, Tensor]:
-        """Return what a forward of rows with the texts (R,) continues: their cache, and the mask (R, T) of its slots."""
+        """Return what a forward of rows with the texts (R,) continues: their cache, and the mask
+        (R, T) of its slots.
+        """
         cache = copy.copy(self._cache)
         cache.layers = [_Continued(layer, rows) for layer in self._cache.layers]
         return cache, self.mask[rows]
 
 
 class _Continued(DynamicLayer):
-    """A layer of a cache whose rows are selected when attention asks for them, so that copies live for one layer only.
+    """A layer of a cache whose rows are selected when attention asks for them, so that copies live
+    for one layer only.
 
     Args:
         layer: keys and values (U, heads, slots, head size) of the texts.
@@ -185,11 +221,17 @@ class _Continued(DynamicLayer):
         super().__init__()
         self.layer, self.rows, self.is_sliding = layer, rows, layer.is_sliding
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Return the texts' keys and values with the new ones (R, heads, S, head size) behind them; nothing is kept."""
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Return the texts' keys and values with the new ones (R, heads, S, head size) behind them;
+        nothing is kept.
+        """
         del args, kwargs
         rows = self.rows.to(key_states.device)
-        return _behind(self.layer.keys, rows, key_states), _behind(self.layer.values, rows, value_states)
+        return _behind(self.layer.keys, rows, key_states), _behind(
+            self.layer.values, rows, value_states
+        )
 
     def get_seq_length(self) -> int:
         """Return how many tokens the texts have."""
@@ -201,7 +243,9 @@ class _Continued(DynamicLayer):
 
 
 def _behind(kept: Tensor, rows: Tensor, new: Tensor) -> Tensor:
-    """Return selected rows of (U, heads, slots, size) with (R, heads, S, size) behind them, copied once."""
+    """Return selected rows of (U, heads, slots, size) with (R, heads, S, size) behind them, copied
+    once.
+    """
     if torch.is_grad_enabled():
         return torch.cat([kept.index_select(0, rows), new], -2)
     slots = kept.shape[-2]

@@ -17,11 +17,15 @@ from .checks import wrap_with_adapter
 
 
 def copied(model: nn.Module, peft_config: Any = None) -> nn.Module:
-    """Return a model that shares storage with another where it is frozen, and has trained tensors of its own."""
+    """Return a model that shares storage with another where it is frozen, and has trained tensors
+    of its own.
+    """
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         plain = type(parameter) is nn.Parameter
-        memo[id(parameter)] = nn.Parameter(parameter.data, parameter.requires_grad) if plain else parameter
+        memo[id(parameter)] = (
+            nn.Parameter(parameter.data, parameter.requires_grad) if plain else parameter
+        )
     own = copy.deepcopy(model, memo)
     if peft_config is not None:
         own = wrap_with_adapter(own, copy.deepcopy(peft_config))

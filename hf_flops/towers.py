@@ -1,4 +1,6 @@
-"""One step of a contrastive loss: each tower's noisy rows on their own, what the clean forward tells exactly beside them."""
+"""One step of a contrastive loss: each tower's noisy rows on their own, what the clean forward
+tells exactly beside them.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,19 @@ from .objectives import Forward, Objective, RowLosses
 from .rows import ROW, Place, batch_size
 from .step import estimate_from
 
-_TEXTS = 2**40  # texts have noise of their own, also where a tensor is in both towers: no image has this position
+# texts have noise of their own, also where a tensor is in both towers: no image has this position
+_TEXTS = 2**40
 _KEPT = 0.95  # of what past steps told about the towers' shares
 
 
 class TowerSurrogate(Objective):
-    """A number per row that depends smoothly on all of its embedding: what the checks of the first batch look at."""
+    """A number per row that depends smoothly on all of its embedding: what the checks of the first
+    batch look at.
+    """
 
-    def __call__(self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False) -> RowLosses:
+    def __call__(
+        self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False
+    ) -> RowLosses:
         """See `Objective`."""
         del features
         values = widen(forward(inputs)[1])
@@ -50,7 +57,9 @@ class TowerLoss(Objective):
     def __init__(self, side: str, batch: ContrastiveBatch | None = None) -> None:
         self.side, self.batch = side, batch
 
-    def __call__(self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False) -> RowLosses:
+    def __call__(
+        self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False
+    ) -> RowLosses:
         """See `Objective`; `inputs` number their rows."""
         del features
         _, embeddings = forward(inputs)
@@ -97,10 +106,12 @@ def estimate_alignment(
     place: Place,
     batches: int = 1,
 ) -> tuple[dict[str, StepResult], ContrastiveBatch]:
-    """Add an estimate of a contrastive loss's gradient to `.grad`; return what noisy towers found, and the loss.
+    """Add an estimate of a contrastive loss's gradient to `.grad`; return what noisy towers found,
+    and the loss.
 
-    With u_i all embeddings, `dL = sum_i dL/du_i du_i`: an embedding's queries, the batch's others as they are, estimate its
-    part, and the sum is unbiased for any counts that are fixed before the noise. A tower without noise runs once.
+    With u_i all embeddings, `dL = sum_i dL/du_i du_i`: an embedding's queries, the batch's others
+    as they are, estimate its part, and the sum is unbiased for any counts that are fixed before the
+    noise. A tower without noise runs once.
 
     Args:
         towers: by side.
@@ -128,17 +139,22 @@ def estimate_alignment(
         for side, tower in towers.items():
             clean, given = batch.clean(side), found[side][1]
             if side in passes:
-                results[side] = estimate_from(passes[side].judged_by(TowerLoss(side, batch), clean), None, batches)
+                results[side] = estimate_from(
+                    passes[side].judged_by(TowerLoss(side, batch), clean), None, batches
+                )
             elif tower.head is not None and given is not None:
-                tower.head.vector.add_to_gradients(tower.head.gradient(given, clean) / (len(clean.sums) * batches))
+                tower.head.vector.add_to_gradients(
+                    tower.head.gradient(given, clean) / (len(clean.sums) * batches)
+                )
     return results, batch
 
 
 class TowerShares:
     """Shares a step's rows out among the towers.
 
-    The variance is `sum over towers of d sum_i ||g_i||^2 / n_i`, g_i the gradient through one embedding and d the tower's
-    number of noisy parameters. It is least for rows in proportion to `sqrt(d) sum_i ||g_i||`, which past deltas tell.
+    The variance is `sum over towers of d sum_i ||g_i||^2 / n_i`, g_i the gradient through one
+    embedding and d the tower's number of noisy parameters. It is least for rows in proportion to
+    `sqrt(d) sum_i ||g_i||`, which past deltas tell.
 
     Attributes:
         weights: that number by side, for towers that had a step.
@@ -153,10 +169,14 @@ class TowerShares:
             method = towers[side].method
             assert method is not None
             # deltas are those of U times the loss
-            weight = math.sqrt(method.perturbation.vector.size) * float(found.mean_squares.nan_to_num(0.0).sqrt().mean())
+            weight = math.sqrt(method.perturbation.vector.size) * float(
+                found.mean_squares.nan_to_num(0.0).sqrt().mean()
+            )
             self.weights[side] = _KEPT * self.weights.get(side, weight) + (1 - _KEPT) * weight
 
-    def share(self, towers: Mapping[str, Tower], sizes: Mapping[str, int], queries: int) -> dict[str, int]:
+    def share(
+        self, towers: Mapping[str, Tower], sizes: Mapping[str, int], queries: int
+    ) -> dict[str, int]:
         """Return the rows per embedding of each noisy tower, beside the clean ones.
 
         Args:
@@ -169,13 +189,17 @@ class TowerShares:
         """
         noisy = {side: tower.method for side, tower in towers.items() if tower.method is not None}
         least = {side: len(method.estimator.signs) for side, method in noisy.items()}
-        clean, needed = sum(sizes.values()), {side: count * sizes[side] for side, count in least.items()}
+        clean, needed = (
+            sum(sizes.values()),
+            {side: count * sizes[side] for side, count in least.items()},
+        )
         rows = queries * sizes["image"] - clean
         if rows < sum(needed.values()):
             enough = -(-(clean + sum(needed.values())) // sizes["image"])
             raise ConfigurationError(
-                f"queries_per_sample={queries} is too few for {sizes['image']} images and {sizes['text']} texts: a clean "
-                f"row each, and {max(least.values())} more where noise enters its tower: use {enough} or more."
+                f"queries_per_sample={queries} is too few for {sizes['image']} images and "
+                f"{sizes['text']} texts: a clean row each, and {max(least.values())} more where "
+                f"noise enters its tower: use {enough} or more."
             )
         weights = self.weights if sum(self.weights.get(side, 0.0) for side in noisy) > 0 else {}
         weights = weights if noisy.keys() <= weights.keys() else dict.fromkeys(noisy, 1.0)

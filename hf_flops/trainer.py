@@ -1,4 +1,7 @@
-"""FlopsTrainer: `transformers.Trainer` with a training step that only runs the model forward. Wiring only."""
+"""FlopsTrainer: `transformers.Trainer` with a training step that only runs the model forward.
+
+Wiring only.
+"""
 
 from __future__ import annotations
 
@@ -55,10 +58,11 @@ else:
 
 
 class FlopsTrainerMixin(_Base):
-    """Forward-only training for any class derived from `transformers.Trainer`: `class T(FlopsTrainerMixin, SomeTrainer)`.
+    """Forward-only training for any class derived from `transformers.Trainer`:
+    `class T(FlopsTrainerMixin, SomeTrainer)`.
 
-    A data set column `sample_id` (whole numbers) never reaches the model; it lets the trainer count queries per sample, and
-    the allocator remember what a sample's deltas were.
+    A data set column `sample_id` (whole numbers) never reaches the model; it lets the trainer count
+    queries per sample, and the allocator remember what a sample's deltas were.
 
     Attributes:
         ledger: rows used, queries per sample, and what the last step found.
@@ -69,23 +73,27 @@ class FlopsTrainerMixin(_Base):
         model: a model with trainable parameters, or a plain one together with `peft_config`.
         args: `FlopsTrainingArguments`, or any arguments class with `FlopsArgumentsMixin`.
         peft_config: a PEFT configuration to wrap the model with.
-        objective: what to minimise instead of the model's own loss: a function that maps (outputs, inputs) of R rows to
-            (R,) losses, a `Metric` or `GeneratedMetric` to be improved, a `ContrastiveLoss`, or an `Objective`; it needs no
-            derivative.
+        objective: what to minimise instead of the model's own loss: a function that maps (outputs,
+            inputs) of R rows to (R,) losses, a `Metric` or `GeneratedMetric` to be improved, a
+            `ContrastiveLoss`, or an `Objective`; it needs no derivative.
         allocator: an instance, in place of the name in `args`.
         estimator: an instance, in place of the name in `args`.
         perturbation: an instance, in place of the name in `args`; it skips the self-check.
         kwargs: everything else that the stock trainer takes.
 
     Raises:
-        ConfigurationError: nothing is trainable, the data set is empty, or unsuitable arguments or processes.
+        ConfigurationError: nothing is trainable, the data set is empty, or unsuitable arguments or
+            processes.
     """
 
     args: Any
     model: Any
     _tag_names: ClassVar = list(TAGS)
     _name = "FLOPS"
-    _paper: ClassVar = {"title": "FLOPS: Forward Learning with OPtimal Sampling", "id": "2410.05966"}
+    _paper: ClassVar = {
+        "title": "FLOPS: Forward Learning with OPtimal Sampling",
+        "id": "2410.05966",
+    }
 
     def __init__(
         self,
@@ -107,7 +115,11 @@ class FlopsTrainerMixin(_Base):
         if objective is not None and not isinstance(objective, Objective):
             objective = CallableObjective(objective)
         self._objective: Any = objective
-        self._instances: dict[str, Any] = {"allocator": allocator, "estimator": estimator, "perturbation": perturbation}
+        self._instances: dict[str, Any] = {
+            "allocator": allocator,
+            "estimator": estimator,
+            "perturbation": perturbation,
+        }
         self._ids: list[int] | None = None
         self._rate: RateSearch | None = None
         self._group: Share | None = None
@@ -117,7 +129,9 @@ class FlopsTrainerMixin(_Base):
             super().__init__(model, args, *positional, **kwargs)
         self._begin()
         self._budget = QueryBudget(
-            lambda: self.args.max_queries, lambda step: self.session.rows(1, step), lambda: self.ledger
+            lambda: self.args.max_queries,
+            lambda step: self.session.rows(1, step),
+            lambda: self.ledger,
         )
         for callback in (self._budget, self._leave, self._recorder):
             if callback is not None:
@@ -138,8 +152,11 @@ class FlopsTrainerMixin(_Base):
         widen_trainable(model)
         return model
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as the stock trainer does; each run starts with a new ledger, estimator, allocator and self-check.
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Train as the stock trainer does; each run starts with a new ledger, estimator, allocator
+        and self-check.
 
         Raises:
             ConfigurationError: there is no whole checkpoint to resume from.
@@ -180,7 +197,11 @@ class FlopsTrainerMixin(_Base):
 
     def _new_session(self, *, whole: bool) -> GradientSession:
         metered = lambda forward: self.ledger.metered(forward)  # noqa: E731, the ledger is a new one in each run
-        given: dict[str, Any] = {"objective": self._objective, **self._instances, "check": self._check_labels}
+        given: dict[str, Any] = {
+            "objective": self._objective,
+            **self._instances,
+            "check": self._check_labels,
+        }
         return start_session(self.args, self.model, self.group, metered, whole=whole, **given)
 
     def _check_labels(self, batch: Batch) -> None:
@@ -188,7 +209,9 @@ class FlopsTrainerMixin(_Base):
             check_labels(batch.forward, batch.inputs, self.label_names)
 
     def _hp_search_setup(self, trial: Any) -> None:
-        """Take up a trial's arguments as the stock trainer does, which is after `train` has begun."""
+        """Take up a trial's arguments as the stock trainer does, which is after `train` has
+        begun.
+        """
         super()._hp_search_setup(trial)
         if trial is not None:
             self._begin()
@@ -196,11 +219,16 @@ class FlopsTrainerMixin(_Base):
     # A training step.
 
     def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """Estimate the gradient from perturbed forwards and add it to `.grad`, in place of loss and backward.
+        """Estimate the gradient from perturbed forwards and add it to `.grad`, in place of loss and
+        backward.
 
-        Where the model's own loss can no longer be taken per row, it is the batch's from here on, which is then done anew.
+        Where the model's own loss can no longer be taken per row, it is the batch's from here on,
+        which is then done anew.
 
         Returns:
             The batch's share of the optimizer step's mean loss, a detached scalar.
@@ -219,20 +247,30 @@ class FlopsTrainerMixin(_Base):
         try:
             return self._estimated(model, batch, position, num_items_in_batch)
         except RowLossError as error:
-            self.session.fall_back(error, recorded=self._recorder is not None and self._recorder.begun)
+            self.session.fall_back(
+                error, recorded=self._recorder is not None and self._recorder.begun
+            )
         except HandOver:
             self._session = self._new_session(whole=True)
         return self._estimated(model, batch, position, num_items_in_batch)
 
-    def _estimated(self, model: nn.Module, batch: Batch, position: Place, items: Tensor | int | None) -> Tensor:
+    def _estimated(
+        self, model: nn.Module, batch: Batch, position: Place, items: Tensor | int | None
+    ) -> Tensor:
         """Prepare, search the rate, ask the budget, estimate, tell the observers."""
         with self._inference(model, batch):
             self.session.prepare(batch)
-            self.ledger.rows, self.session.check_rows = self.ledger.rows + self.session.check_rows, 0
+            self.ledger.rows, self.session.check_rows = (
+                self.ledger.rows + self.session.check_rows,
+                0,
+            )
             self._search_rate(batch)
             if not self._budget.allows(batch.samples, batch.step):
                 return self._refuse_step(model)
-            averaging, before = self._averaging(batch, items), (self.ledger.all_rows, self.ledger.tokens)
+            averaging, before = (
+                self._averaging(batch, items),
+                (self.ledger.all_rows, self.ledger.tokens),
+            )
             result = self.session.estimate(batch, position, averaging)
             self.ledger.reconcile(before, result.rows, self.group)
         finished = FinishedBatch(result, batch.inputs, position, self.session.method)
@@ -246,7 +284,9 @@ class FlopsTrainerMixin(_Base):
         return [self.ledger, *recorder, *self.session.observers]
 
     def _inference(self, model: nn.Module, batch: Batch) -> AbstractContextManager[Any]:
-        """Return a context for forward passes alone: evaluation mode, no gradients, the stock trainer's precision."""
+        """Return a context for forward passes alone: evaluation mode, no gradients, the stock
+        trainer's precision.
+        """
         stack = ExitStack()
         stack.enter_context(evaluation_mode(model))
         stack.enter_context(torch.no_grad())
@@ -266,10 +306,18 @@ class FlopsTrainerMixin(_Base):
         """Search the learning rate, if that is wanted and due; every row is charged."""
         if self._rate is None:
             return
-        planned = self.session.rows(batch.samples * self.args.gradient_accumulation_steps, batch.step)
+        planned = self.session.rows(
+            batch.samples * self.args.gradient_accumulation_steps, batch.step
+        )
         vector, before = ParameterVector.of(self.model), (self.ledger.all_rows, self.ledger.tokens)
         rows = self._rate.step(
-            self.session, batch, vector, self.optimizer, self.group, planned=planned, left=self._budget.left
+            self.session,
+            batch,
+            vector,
+            self.optimizer,
+            self.group,
+            planned=planned,
+            left=self._budget.left,
         )
         if rows:
             self.ledger.rows += rows
@@ -282,40 +330,61 @@ class FlopsTrainerMixin(_Base):
         step, ids = self.state.global_step, None if self._ids is None else tuple(self._ids)
         forward = self.ledger.metered(self._forward_function(model))
         generates = self._objective is not None and self._objective.generates
-        checks = self.ledger.metered(partial(self._objective.surrogate.run, model)) if generates else None
+        checks = (
+            self.ledger.metered(partial(self._objective.surrogate.run, model))
+            if generates
+            else None
+        )
         return Batch(inputs, forward, step, step / max(self.state.max_steps, 1), ids, checks)
 
     def _forward_function(self, model: nn.Module) -> Forward:
-        """Return what runs the model; labels are not needed where the objective is the user's own."""
+        """Return what runs the model; labels are not needed where the objective is the user's
+        own.
+        """
         if self._objective is not None:
             return partial(self._objective.run, model)
 
         def forward(inputs: Mapping[str, Any]) -> tuple[Tensor | None, Any]:
-            # A user's function may divide by the count, so it gets that of these rows: the loss is their mean.
+            # A user's function may divide by the count, so it gets that of these rows: the loss is
+            # their mean.
             own = self.compute_loss_func is not None
-            items = {"num_items_in_batch": self._get_num_items_in_batch([inputs], self.args.device)} if own else {}
+            items = (
+                {"num_items_in_batch": self._get_num_items_in_batch([inputs], self.args.device)}
+                if own
+                else {}
+            )
             found = self.compute_loss(model, dict(inputs), return_outputs=True, **items)
-            return found if isinstance(found, tuple) else (found, None)  # an override may return nothing but the loss
+            # an override may return nothing but the loss
+            return found if isinstance(found, tuple) else (found, None)
 
         return forward
 
     def _place(self, batch: Batch) -> Place:
-        """Return where the batch lies in the run: micro-batches of one optimizer step follow each other."""
+        """Return where the batch lies in the run: micro-batches of one optimizer step follow each
+        other.
+        """
         if batch.step != self._position_step:
             self._position, self._position_step = 0, batch.step
         position = self._position
         self._position += batch.samples
-        return Place(seed=self._seed, step=batch.step, position=position, epoch=self.state.epoch or 0.0, ids=batch.ids)
+        return Place(
+            seed=self._seed,
+            step=batch.step,
+            position=position,
+            epoch=self.state.epoch or 0.0,
+            ids=batch.ids,
+        )
 
     @property
     def _seed(self) -> int:
         return self.args.seed if self.args.noise_seed is None else self.args.noise_seed
 
     def _averaging(self, batch: Batch, num_items_in_batch: Tensor | int | None) -> Averaging:
-        """Return over how many batches like this one the optimizer step averages, by the stock trainer's count of labels.
+        """Return over how many batches like this one the optimizer step averages, by the stock
+        trainer's count of labels.
 
-        The loss may have another number of elements, as it may weigh or ignore classes. Where nothing is counted, batches
-        weigh alike.
+        The loss may have another number of elements, as it may weigh or ignore classes. Where
+        nothing is counted, batches weigh alike.
         """
         batches = float(self.current_gradient_accumulation_steps)
         if num_items_in_batch is not None and self.session.counts_labels:
@@ -340,22 +409,34 @@ class FlopsTrainerMixin(_Base):
     # Logs, cards, checkpoints, processes.
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add rows used and the averages of the estimator's metrics to the training log, and the rate that is searched."""
+        """Add rows used and the averages of the estimator's metrics to the training log, and the
+        rate that is searched.
+        """
         if "loss" in logs:
             sent = {"sent_bytes": self.group.sent} if self.group.world > 1 else {}
             logs = {**logs, **self.session.log(), **self.ledger.summary(), **sent}
         if self._rate is not None and "learning_rate" in logs:
             factor = self._rate.multiplier
-            logs = {**logs, "learning_rate": logs["learning_rate"] * factor, "learning_rate_multiplier": factor}
+            logs = {
+                **logs,
+                "learning_rate": logs["learning_rate"] * factor,
+                "learning_rate_multiplier": factor,
+            }
         super().log(logs, *args, **kwargs)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Count 2 operations per parameter, token and row: the third of the stock count, times the queries."""
-        flos = super().floating_point_ops(inputs) // 3 * self.session.rows(1, self.state.global_step)
+        """Count 2 operations per parameter, token and row: the third of the stock count, times the
+        queries.
+        """
+        flos = (
+            super().floating_point_ops(inputs) // 3 * self.session.rows(1, self.state.global_step)
+        )
         return flos // self.args.world_size
 
     def create_model_card(self, *positional: Any, **options: Any) -> None:
-        """Write the stock card, with our tags beside those of the model, the adapter and the caller, and our sections."""
+        """Write the stock card, with our tags beside those of the model, the adapter and the
+        caller, and our sections.
+        """
         super().create_model_card(*positional, **options)
         if self.is_world_process_zero():
             complete_card(self.args, self.model, self.costs.so_far(), options.get("tags"))
@@ -403,25 +484,34 @@ class FlopsTrainerMixin(_Base):
         if not self._writer.saving:
             super()._push_from_checkpoint(checkpoint_folder)
 
-    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
-        """Leave the model as it is: there is no backward pass for DistributedDataParallel to wait for."""
+    def _wrap_model(
+        self, model: nn.Module, training: bool = True, dataloader: Any = None
+    ) -> nn.Module:
+        """Leave the model as it is: there is no backward pass for DistributedDataParallel to wait
+        for.
+        """
         if training and model is self.model and self.args.world_size > 1:
             return self.accelerator.prepare_model(model, evaluation_mode=True)
         return super()._wrap_model(model, training, dataloader)
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        """Build the stock trainer's data loader; the one for training reads the batches of all processes."""
+        """Build the stock trainer's data loader; the one for training reads the batches of all
+        processes.
+        """
         return undivided_loader(self, super()._get_dataloader, args, kwargs)
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
         """Count the tokens that all processes have read alike once."""
         before = self.state.num_input_tokens_seen
         super()._track_num_input_tokens(inputs)
-        self.state.num_input_tokens_seen = before + (self.state.num_input_tokens_seen - before) // self.args.world_size
+        self.state.num_input_tokens_seen = (
+            before + (self.state.num_input_tokens_seen - before) // self.args.world_size
+        )
 
 
 class FlopsTrainer(FlopsTrainerMixin, Trainer):
-    """`transformers.Trainer` that trains with forward passes only; see `FlopsTrainerMixin` for what it adds.
+    """`transformers.Trainer` that trains with forward passes only; see `FlopsTrainerMixin` for what
+    it adds.
 
     References:
         Ren et al. (2025), FLOPS: Forward Learning with OPtimal Sampling, arXiv 2410.05966.

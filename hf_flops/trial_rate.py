@@ -1,4 +1,6 @@
-"""The learning rate that a short trial suggests: searches along its way that look at many samples."""
+"""The learning rate that a short trial suggests: searches along its way that look at many
+samples.
+"""
 
 from __future__ import annotations
 
@@ -36,13 +38,20 @@ class PlannedSearch(RateSearch):
     def __init__(self, steps: int) -> None:
         super().__init__()
         self.steps, quarter = steps, steps // 4
-        self._windows = [window for window in (quarter, quarter, steps - 2 * quarter, steps, 2 * steps) if window]
+        self._windows = [
+            window for window in (quarter, quarter, steps - 2 * quarter, steps, 2 * steps) if window
+        ]
         self._searches, self.settled = 0, False
 
-    def search(self, losses: Callable[[], Tensor], vector: ParameterVector, optimizer: Any, agree: Any) -> Found:
+    def search(
+        self, losses: Callable[[], Tensor], vector: ParameterVector, optimizer: Any, agree: Any
+    ) -> Found:
         """Search as `RateSearch` does, and know what is left to do."""
         self._searches += 1
-        found, left = super().search(losses, vector, optimizer, agree), len(self._windows) - self._searches
+        found, left = (
+            super().search(losses, vector, optimizer, agree),
+            len(self._windows) - self._searches,
+        )
         self.settled = left <= 0 or (left <= 2 and found.clear)
         return found
 
@@ -55,7 +64,10 @@ class PlannedSearch(RateSearch):
 
 
 def some_of(dataset: Any, most: int) -> Any:
-    """Return so many samples of a dataset at most, drawn at random where it has a length; global generators stay."""
+    """Return so many samples of a dataset at most, drawn at random where it has a length; global
+    generators stay.
+    """
     if not isinstance(dataset, Sized):
         return list(islice(dataset, most))
-    return Subset(dataset, torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:most].tolist())  # type: ignore[arg-type]
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
+    return Subset(dataset, order[:most].tolist())  # type: ignore[arg-type]

@@ -23,9 +23,11 @@ def padding_is_idle(
     *,
     known: Collection[str] = (),
 ) -> dict[str, bool]:
-    """Return, for each side at which a sample of the batch is padded, whether its loss is the same without that padding.
+    """Return, for each side at which a sample of the batch is padded, whether its loss is the same
+    without that padding.
 
-    With padding at the left it is not where a model counts positions from the first column, as GPT-2 does.
+    With padding at the left it is not where a model counts positions from the first column, as
+    GPT-2 does.
 
     Args:
         objective: what is minimised, per row.
@@ -57,7 +59,8 @@ def with_cropping(
 ) -> ReusePlan:
     """Find out whether rows lose the same with recorded outputs cut to their own columns.
 
-    What is to be cut, `token_axes`, has as many columns as the inputs both for the batch and for a shorter sample alone.
+    What is to be cut, `token_axes`, has as many columns as the inputs both for the batch and for a
+    shorter sample alone.
 
     Args:
         plan: what runs once per sample.

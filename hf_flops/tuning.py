@@ -1,4 +1,6 @@
-"""What a run finds out about itself with its first batches, and keeps: rows per forward, padding, epsilon."""
+"""What a run finds out about itself with its first batches, and keeps: rows per forward, padding,
+epsilon.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ class Tuning:
 
     Args:
         rows: rows per forward pass, or None to find out.
-        memory: bytes that a forward pass may take on top of the model, or None for most of what is free.
+        memory: bytes that a forward pass may take on top of the model, or None for most of what is
+            free.
         scale: whether to find epsilon out.
         trim: whether padding may be cut off.
         queries: what chooses queries per sample; None where the method's number stays.
@@ -46,7 +49,8 @@ class Tuning:
         self.rows, self.found, self._calibrating = 0, dict[str, float](), scale
         self.scale: float | None = None
         self._trim, self.queries = trim, queries
-        self.idle: dict[str, bool] = {}  # side → whether the loss is the same without its padding, once that is known
+        # side → whether the loss is the same without its padding, once that is known
+        self.idle: dict[str, bool] = {}
 
     @classmethod
     def of(cls, args: Any, objective: Objective | None = None) -> Tuning:
@@ -54,13 +58,28 @@ class Tuning:
         memory = None if args.memory_limit_gb is None else args.memory_limit_gb * 1e9
         rows = None if args.rows_per_forward == "auto" else args.rows_per_forward
         # Noise on the outputs of many tokens depends on their number.
-        trim = args.perturbation != "activation" and not (objective is not None and objective.generates)
-        scale = "auto" if objective is not None and objective.in_steps else None  # the constants are for smooth losses
+        trim = args.perturbation != "activation" and not (
+            objective is not None and objective.generates
+        )
+        # the constants are for smooth losses
+        scale = "auto" if objective is not None and objective.in_steps else None
         queries = AutoQueries() if args.queries_per_sample == "auto" else None
-        return cls(rows, memory, scale=(args.perturbation_scale or scale) == "auto", trim=trim, queries=queries)
+        return cls(
+            rows,
+            memory,
+            scale=(args.perturbation_scale or scale) == "auto",
+            trim=trim,
+            queries=queries,
+        )
 
     def complete(
-        self, method: Method, forward: Forward, inputs: Mapping[str, Any], *, precision: float = 1e-4, seed: int = 0
+        self,
+        method: Method,
+        forward: Forward,
+        inputs: Mapping[str, Any],
+        *,
+        precision: float = 1e-4,
+        seed: int = 0,
     ) -> Method:
         """Return the method with all that is known; runs the model where that tells something new.
 
@@ -74,7 +93,9 @@ class Tuning:
         self.planner.prepare(method.perturbation.vector.device, method.perturbation.row_bytes)
         surrogate = method.objective.surrogate
         if method.objective.per_row and self._trim:
-            self.idle.update(padding_is_idle(surrogate, forward, inputs, precision, known=set(self.idle)))
+            self.idle.update(
+                padding_is_idle(surrogate, forward, inputs, precision, known=set(self.idle))
+            )
         sides = frozenset(side for side, idle in self.idle.items() if idle)
         method = replace(method, rows_per_forward=self.planner, trimmed=sides)
         if sides and method.reuse.modules and method.reuse.crop_padding is None:
@@ -100,7 +121,9 @@ class Tuning:
         if "perturbation_scale" in self.found:
             self.found["perturbation_scale"] = scale
 
-    def _calibrate(self, method: Method, forward: Forward, inputs: Mapping[str, Any], seed: int) -> None:
+    def _calibrate(
+        self, method: Method, forward: Forward, inputs: Mapping[str, Any], seed: int
+    ) -> None:
         result, steps = calibrate(forward, inputs, method, seed), method.objective.in_steps
         scale = method.scale if result.scale is None else result.scale
         self.rows += result.rows
@@ -110,15 +133,17 @@ class Tuning:
         }
         if steps and result.scale is None:
             logger.warning(
-                "No query of the first batch changes the objective, whatever perturbation_scale is up to %.2g; going on "
-                "with %.2g. An objective that nothing changes cannot be followed: start with a smoother one.",
+                "No query of the first batch changes the objective, whatever perturbation_scale "
+                "is up to %.2g; going on with %.2g. An objective that nothing changes cannot be "
+                "followed: start with a smoother one.",
                 STEP_GRID[-1],
                 scale,
             )
         if not steps and result.signal_to_noise < 1:
             logger.warning(
-                "perturbation_scale='auto' found no step at which differences are larger than their error (signal to noise "
-                "%.2g); going on with %.2g. A loss in steps, such as accuracy, should be given as a Metric.",
+                "perturbation_scale='auto' found no step at which differences are larger than "
+                "their error (signal to noise %.2g); going on with %.2g. A loss in steps, such as "
+                "accuracy, should be given as a Metric.",
                 result.signal_to_noise,
                 scale,
             )
@@ -126,7 +151,12 @@ class Tuning:
     def state_dict(self) -> dict[str, Any]:
         """Return what a resume needs, as JSON-serialisable values."""
         queries = None if self.queries is None else self.queries.state_dict()
-        return {"chunks": self.planner.state_dict(), "padding": self.idle, "found": self.found, "queries": queries}
+        return {
+            "chunks": self.planner.state_dict(),
+            "padding": self.idle,
+            "found": self.found,
+            "queries": queries,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a state from `state_dict`."""

@@ -1,4 +1,6 @@
-"""Visual prompts: what is trained is the input of a frozen vision model, a border of pixels or tokens beside the patches."""
+"""Visual prompts: what is trained is the input of a frozen vision model, a border of pixels or
+tokens beside the patches.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,12 @@ KINDS = ("border", "tokens")
 
 
 class VisualPrompt(nn.Module):
-    """A frozen vision model with a trained prompt, in its place: `clip.vision_model = VisualPrompt(clip.vision_model)`.
+    """A frozen vision model with a trained prompt, in its place: `clip.vision_model =
+    VisualPrompt(clip.vision_model)`.
 
-    A border is added to the outermost pixels of every image, after whatever processing made `pixel_values`. Tokens follow
-    what the module `embeddings` makes of the patches. Either is an embedding that every row looks up whole, so noise per row
-    reaches it by the rule for embeddings.
+    A border is added to the outermost pixels of every image, after whatever processing made
+    `pixel_values`. Tokens follow what the module `embeddings` makes of the patches. Either is an
+    embedding that every row looks up whole, so noise per row reaches it by the rule for embeddings.
 
     Args:
         vision_model: any module that takes `pixel_values` (R, C, H, W), an image classifier too.
@@ -25,26 +28,32 @@ class VisualPrompt(nn.Module):
         size: width of the border in pixels, or number of tokens.
 
     Attributes:
-        prompt: (1, pixels of the border) or (tokens, D), in its `weight`; a border starts at zero, tokens near it.
+        prompt: (1, pixels of the border) or (tokens, D), in its `weight`; a border starts at zero,
+            tokens near it.
 
     Raises:
-        ConfigurationError: an unknown kind, a border that leaves no image, or a model without suitable embeddings.
+        ConfigurationError: an unknown kind, a border that leaves no image, or a model without
+            suitable embeddings.
 
     References:
-        Bahng et al. (2022), Exploring Visual Prompts, arXiv 2203.17274; Jia et al. (2022), Visual Prompt Tuning,
-        arXiv 2203.12119, section 3.2.
+        Bahng et al. (2022), Exploring Visual Prompts, arXiv 2203.17274; Jia et al. (2022), Visual
+        Prompt Tuning, arXiv 2203.12119, section 3.2.
     """
 
     def __init__(self, vision_model: nn.Module, kind: str = "border", size: int = 4) -> None:
         super().__init__()
         if kind not in KINDS or size < 1:
-            raise ConfigurationError(f"kind={kind!r} of size={size!r} is no visual prompt: use {KINDS} of 1 or more.")
+            raise ConfigurationError(
+                f"kind={kind!r} of size={size!r} is no visual prompt: use {KINDS} of 1 or more."
+            )
         self.vision_model, self.kind, self.size = vision_model.requires_grad_(False), kind, size
         self.config: Any = getattr(vision_model, "config", None)
         config: Any = getattr(self.config, "vision_config", self.config)
         needed = "hidden_size" if kind == "tokens" else "image_size"
         if not hasattr(config, needed):
-            raise ConfigurationError(f"{type(vision_model).__name__} has no config.{needed}, which kind={kind!r} needs.")
+            raise ConfigurationError(
+                f"{type(vision_model).__name__} has no config.{needed}, which kind={kind!r} needs."
+            )
         if kind == "tokens":
             self.prompt = nn.Embedding(size, config.hidden_size)
             self._embeddings  # noqa: B018 - it must be there
@@ -53,7 +62,10 @@ class VisualPrompt(nn.Module):
         sides = config.image_size
         height, width = sides if isinstance(sides, (list, tuple)) else (sides, sides)
         if 2 * size >= min(height, width):
-            raise ConfigurationError(f"A border of {size} pixels covers an image of {height} x {width}: use a smaller one.")
+            raise ConfigurationError(
+                f"A border of {size} pixels covers an image of {height} x {width}: use a smaller "
+                "one."
+            )
         frame = torch.ones(config.num_channels, height, width, dtype=torch.bool)
         frame[:, size:-size, size:-size] = False
         self.shape = frame.shape
@@ -67,7 +79,8 @@ class VisualPrompt(nn.Module):
             if name.rpartition(".")[2] == "embeddings":
                 return module
         raise ConfigurationError(
-            f"{type(self.vision_model).__name__} has no module called embeddings to add tokens to: use kind='border'."
+            f"{type(self.vision_model).__name__} has no module called embeddings to add tokens "
+            "to: use kind='border'."
         )
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any) -> Any:
@@ -77,7 +90,9 @@ class VisualPrompt(nn.Module):
             return self.vision_model(pixel_values=self._framed(pixel_values), **kwargs)
         rows = torch.arange(self.size, device=pixel_values.device).expand(len(pixel_values), -1)
         tokens = self.prompt(rows)  # (R, size, D)
-        handle = self._embeddings.register_forward_hook(lambda module, given, out: torch.cat([out, tokens.to(out)], 1))
+        handle = self._embeddings.register_forward_hook(
+            lambda module, given, out: torch.cat([out, tokens.to(out)], 1)
+        )
         try:
             return self.vision_model(pixel_values=pixel_values, **kwargs)
         finally:
@@ -86,8 +101,13 @@ class VisualPrompt(nn.Module):
     def _framed(self, pixel_values: Tensor) -> Tensor:
         """Add the border to images (R, C, H, W)."""
         if pixel_values.shape[1:] != self.shape:
-            raise ObjectiveError(f"The border is for images of {tuple(self.shape)}, not {tuple(pixel_values.shape[1:])}.")
-        border = self.prompt(torch.zeros(len(pixel_values), dtype=torch.int64, device=pixel_values.device))
+            raise ObjectiveError(
+                f"The border is for images of {tuple(self.shape)}, not "
+                f"{tuple(pixel_values.shape[1:])}."
+            )
+        border = self.prompt(
+            torch.zeros(len(pixel_values), dtype=torch.int64, device=pixel_values.device)
+        )
         places = self.get_buffer("places").expand(len(pixel_values), -1)
         flat = pixel_values.flatten(1)
         return flat.scatter_add(1, places, border.to(flat)).view(pixel_values.shape)

@@ -1,4 +1,6 @@
-"""The callbacks that say what a run does while it trains: costs, a progress bar of rows, pictures at the end."""
+"""The callbacks that say what a run does while it trains: costs, a progress bar of rows, pictures
+at the end.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from .progress import RowProgress
 
 
 def add_reports(trainer: Any, ledger: Callable[[], Ledger]) -> RunCosts:
-    """Add the callbacks to a trainer; its stock progress bar, if there is one, gives way to one of rows.
+    """Add the callbacks to a trainer; its stock progress bar, if there is one, gives way to one of
+    rows.
 
     Args:
         trainer: the trainer.
@@ -26,7 +29,11 @@ def add_reports(trainer: Any, ledger: Callable[[], Ledger]) -> RunCosts:
     costs = RunCosts(ledger)
     trainer.add_callback(costs)
     trainer.add_callback(Pictures(ledger))
-    stock = [callback for callback in trainer.callback_handler.callbacks if type(callback) is ProgressCallback]
+    stock = [
+        callback
+        for callback in trainer.callback_handler.callbacks
+        if type(callback) is ProgressCallback
+    ]
     if stock:
         trainer.remove_callback(stock[0])
         trainer.add_callback(RowProgress(ledger, trainer.args.max_queries))

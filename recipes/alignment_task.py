@@ -51,8 +51,16 @@ def load_task(recipe: Any, seed: int) -> Task:
     with common.usable(data):
         images = load_images(recipe.dataset, seed=seed, every_class=True)
     with common.usable(named(recipe, "vision")):
-        vision = recipe.model or recipe.vision_model or pretrained_vit(load_images(images.name, seed=seed))
-    with common.usable(f"--image_processor {recipe.image_processor}" if recipe.image_processor else named(recipe, "vision")):
+        vision = (
+            recipe.model
+            or recipe.vision_model
+            or pretrained_vit(load_images(images.name, seed=seed))
+        )
+    with common.usable(
+        f"--image_processor {recipe.image_processor}"
+        if recipe.image_processor
+        else named(recipe, "vision")
+    ):
         processor = load_processor(recipe.image_processor or vision)
     with common.usable(named(recipe, "text")):
         text = recipe.model or recipe.text_model or minilm()
@@ -70,6 +78,9 @@ def load_task(recipe: Any, seed: int) -> Task:
     own = ((images.train, shots), (images.validation, 50))
     with common.usable(data):
         parts = [pixel_rows(part, processor, base, most, seed) for part, most in own]
-        test = {name: pixel_rows(images.test, processor, own, per_class, 0) for name, own in classes.items()}
+        test = {
+            name: pixel_rows(images.test, processor, own, per_class, 0)
+            for name, own in classes.items()
+        }
     collate = PairCollator(sentences, base, recipe.loss or ("classes" if recipe.model else "pairs"))
     return Task(images, *parts, test, sentences, classes, collate, recipe.model or (vision, text))

@@ -1,4 +1,6 @@
-"""The command line of the recipes: options, YAML files, and what is wrong with them in one sentence."""
+"""The command line of the recipes: options, YAML files, and what is wrong with them in one
+sentence.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +20,34 @@ from transformers import HfArgumentParser
 from hf_flops import ConfigurationError, FlopsArgumentsMixin, FlopsTrainingArguments
 from hf_flops.errors import FlopsError, in_one_line
 
-# What --help shows of the stock trainer's arguments, beside the recipe's own and those of forward-only training.
+# What --help shows of the stock trainer's arguments, beside the recipe's own and those of
+# forward-only training.
 STOCK = (
-    *("output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size"),
-    *("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm"),
+    *(
+        "output_dir",
+        "max_steps",
+        "num_train_epochs",
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+    ),
+    *(
+        "learning_rate",
+        "lr_scheduler_type",
+        "warmup_steps",
+        "optim",
+        "weight_decay",
+        "max_grad_norm",
+    ),
     *("eval_strategy", "save_strategy", "seed", "use_cpu"),
 )
 
 
-def option(default: Any, help: str, choices: Collection[str] | None = None, least: int | None = None) -> Any:
-    """Return a dataclass's field as an option of the command line; one with a list as default takes several values."""
+def option(
+    default: Any, help: str, choices: Collection[str] | None = None, least: int | None = None
+) -> Any:
+    """Return a dataclass's field as an option of the command line; one with a list as default takes
+    several values.
+    """
     given = {"help": help, "choices": choices and list(choices), "least": least}
     metadata = {name: value for name, value in given.items() if value is not None}
     if isinstance(default, list):
@@ -47,7 +67,9 @@ class Recipe:
 class RecipeDefaults(FlopsTrainingArguments):
     """Training arguments with the defaults that all recipes have."""
 
-    learning_rate: float | str | None = option(None, "A number or 'auto'; default: what was best for each method.")
+    learning_rate: float | str | None = option(
+        None, "A number or 'auto'; default: what was best for each method."
+    )
     save_strategy: str = "no"
     report_to: str = "none"
 
@@ -81,7 +103,8 @@ def usable(what: str) -> Iterator[None]:
 
 
 def at_least(least: int | None, given: Any, *names: str) -> None:
-    """Refuse numbers that are too small; a value of None stands for a default, and a bound of None for none.
+    """Refuse numbers that are too small; a value of None stands for a default, and a bound of None
+    for none.
 
     Raises:
         ConfigurationError: one is.
@@ -104,10 +127,15 @@ def load_hub(name: str, known: Collection[str], **options: Any) -> Any:
     try:
         return load_dataset(name, **options)
     except (DatasetsError, OSError, ValueError) as error:
-        reason = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
+        reason = (
+            error.__cause__
+            if isinstance(error, DatasetGenerationError) and error.__cause__
+            else error
+        )
         other = "" if Path(name).exists() else f"is none of {', '.join(known)}, and "
         raise ConfigurationError(
-            f"{name!r} {other}failed to load as a folder or a data set of the Hub: {in_one_line(reason)}."
+            f"{name!r} {other}failed to load as a folder or a data set of the Hub: "
+            f"{in_one_line(reason)}."
         ) from error
 
 
@@ -130,8 +158,14 @@ class RecipeParser(HfArgumentParser):
         return super().add_argument(*names, **options)
 
 
-def parse(kinds: Sequence[Any], description: str, methods: Collection[str], arguments: list[str] | None = None) -> Any:
-    """Read a recipe's arguments, which name methods to `compare`, and its trainer's from a YAML file and the command line.
+def parse(
+    kinds: Sequence[Any],
+    description: str,
+    methods: Collection[str],
+    arguments: list[str] | None = None,
+) -> Any:
+    """Read a recipe's arguments, which name methods to `compare`, and its trainer's from a YAML
+    file and the command line.
 
     Raises:
         ConfigurationError: a value cannot be used, or the file cannot be read.
@@ -141,10 +175,10 @@ def parse(kinds: Sequence[Any], description: str, methods: Collection[str], argu
     own = {field.name for kind in (kinds[0], FlopsArgumentsMixin) for field in fields(kind)}
     parser = RecipeParser(
         list(kinds),
-        description=description.split("\n")[0],
+        description=description.split("\n\n")[0],
         usage="%(prog)s [FILE.yaml] [OPTIONS]",
-        epilog="Options go before those of the file. Every option of transformers' TrainingArguments works too: "
-        "--help_all lists them.",
+        epilog="Options go before those of the file. Every option of transformers' "
+        "TrainingArguments works too: --help_all lists them.",
         shown=None if "--help_all" in arguments else {"h", *STOCK, *own},
     )
     if {"-h", "--help", "--help_all"} & set(arguments):
@@ -157,26 +191,38 @@ def parse(kinds: Sequence[Any], description: str, methods: Collection[str], argu
         what = arguments[0] if len(arguments) == 1 else f"{arguments[0]} with the options"
     try:
         with usable(what):
-            recipe, args, *_, others = parser.parse_args_into_dataclasses(given, return_remaining_strings=True)
+            recipe, args, *_, others = parser.parse_args_into_dataclasses(
+                given, return_remaining_strings=True
+            )
     except ConfigurationError as error:
         if isinstance(error.__cause__, argparse.ArgumentError):
             parser.error(str(error.__cause__))
         raise
     if others:
         stray = "not understood: options begin with --, and a YAML file comes first"
-        parser.error(f"{others[0]} is {'no option, see --help_all' if others[0].startswith('-') else stray}")
+        parser.error(
+            f"{others[0]} is {'no option, see --help_all' if others[0].startswith('-') else stray}"
+        )
     if unknown := [method for method in recipe.compare if method not in methods]:
         parser.error(f"--compare {unknown[0]} is unknown: choose among {', '.join(methods)}")
-    at_least(1, args, "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+    at_least(
+        1,
+        args,
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "gradient_accumulation_steps",
+    )
     at_least(0, args, "learning_rate")
     return recipe, args
 
 
 def read_file(parser: HfArgumentParser, kinds: Sequence[Any], path: str) -> list[str]:
-    """Return the options of a YAML file as words of the command line; what has no words becomes the parser's default.
+    """Return the options of a YAML file as words of the command line; what has no words becomes the
+    parser's default.
 
     Raises:
-        ArgumentError, OSError, ValueError, YAMLError: one is not as it should be, or the file is not.
+        ArgumentError, OSError, ValueError, YAMLError: one is not as it should be, or the file is
+            not.
     """
     given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     if not isinstance(given, dict):
@@ -192,14 +238,17 @@ def read_file(parser: HfArgumentParser, kinds: Sequence[Any], path: str) -> list
             words += [f"--{name}", *map(str, value)]
         else:
             words.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
-    _, others = parser.parse_known_args(words)  # wrong values are the file's, whatever the command line says
+    # wrong values are the file's, whatever the command line says
+    _, others = parser.parse_known_args(words)
     if others:
         raise ValueError(f"{others[0]} is one value too many")
     return words
 
 
 def start(main: Callable[[], Any]) -> None:
-    """Run a recipe that was called as a script: what cannot work ends in a sentence, as with hf-flops."""
+    """Run a recipe that was called as a script: what cannot work ends in a sentence, as with
+    hf-flops.
+    """
     try:
         main()
     except FlopsError as error:

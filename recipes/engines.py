@@ -1,4 +1,6 @@
-"""Engines that only answer, for a prompt before or after the text: the same model in transformers or in ONNX Runtime."""
+"""Engines that only answer, for a prompt before or after the text: the same model in transformers
+or in ONNX Runtime.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ ENGINES = ("torch", "onnx", "onnx-int8")
 
 
 def engine_of(kind: str, model: Any, folder: Path) -> Engine:
-    """Put a model into an engine; a file of ONNX is written into the folder, if there is none of the same weights."""
+    """Put a model into an engine; a file of ONNX is written into the folder, if there is none of
+    the same weights.
+    """
     if kind == "torch":
         return TorchEngine(model)
     tensors = {name: digest(tensor) for name, tensor in model.state_dict().items()}
@@ -34,18 +38,28 @@ def check(recipe: Any) -> None:
     Raises:
         SystemExit: the recipe asks for such.
     """
-    if recipe.engine and (recipe.adapter not in ("suffix", "prompt") or "backprop" in recipe.compare):
+    if recipe.engine and (
+        recipe.adapter not in ("suffix", "prompt") or "backprop" in recipe.compare
+    ):
         wants = "--adapter suffix or prompt, and no --compare backprop"
         raise SystemExit(f"--engine {recipe.engine} only answers: it needs {wants}.")
 
 
-def adapter_of(recipe: Any, folder: str | Path, base: Any, template: Template, words: list[int]) -> Any:
-    """Put what the prompt recipe tunes on a model, or before or after the texts that an engine continues."""
+def adapter_of(
+    recipe: Any, folder: str | Path, base: Any, template: Template, words: list[int]
+) -> Any:
+    """Put what the prompt recipe tunes on a model, or before or after the texts that an engine
+    continues.
+    """
     if not recipe.engine:
-        sizes = {name: getattr(recipe, name) for name in ("virtual_tokens", "init_text", "lora_rank")}
+        sizes = {
+            name: getattr(recipe, name) for name in ("virtual_tokens", "init_text", "lora_rank")
+        }
         return adapted(recipe.adapter, base, template, words, **sizes)
     tokens = template.tokenizer(recipe.init_text, add_special_tokens=False)["input_ids"] or None
     embeddings = base.get_input_embeddings().weight
     precision = 3e-2 if recipe.engine == "onnx-int8" else 1e-4
     engine, after = engine_of(recipe.engine, base, Path(folder)), recipe.adapter == "suffix"
-    return BlackBoxPromptModel(engine, embeddings, words, recipe.virtual_tokens, tokens, precision, after)
+    return BlackBoxPromptModel(
+        engine, embeddings, words, recipe.virtual_tokens, tokens, precision, after
+    )

@@ -1,4 +1,6 @@
-"""Image tasks for the ViT recipe: new classes to adapt to, and a small ViT pre-trained on the other classes."""
+"""Image tasks for the ViT recipe: new classes to adapt to, and a small ViT pre-trained on the other
+classes.
+"""
 
 import gzip
 import hashlib
@@ -25,15 +27,37 @@ from recipes.common import load_hub
 FASHION_MNIST_FOLDER = "/usr/share/datasets/fashion-mnist"
 TEST_SHARE, VALIDATION_SHARE = 0.3, 0.2
 PRECOMPUTED_BYTES = 2**31
-FASHION = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
+FASHION = [
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+]
 DATASETS = "'digits', 'fashion_mnist', 'auto' (the latter where installed) or a Hub id."
 CLASS_NAMES = {"digits": list("0123456789"), "fashion_mnist": FASHION}
 # Fashion-MNIST is interleaved so that each new class but the bag has a relative among the old ones.
 OLD_CLASSES = {"digits": [0, 1, 2, 3, 4], "fashion_mnist": [0, 1, 4, 5, 7]}
 SMALL_VIT = {"num_channels": 1, "num_hidden_layers": 4, "num_attention_heads": 4}
 VITS = {
-    "digits": {"image_size": 8, "patch_size": 2, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3},
-    "fashion_mnist": {"image_size": 28, "patch_size": 7, "hidden_size": 64, "intermediate_size": 128},
+    "digits": {
+        "image_size": 8,
+        "patch_size": 2,
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+    },
+    "fashion_mnist": {
+        "image_size": 28,
+        "patch_size": 7,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+    },
 }
 PRETRAINING = {
     "digits": {"epochs": 50, "batch_size": 64, "learning_rate": 2e-3},
@@ -43,7 +67,9 @@ PRETRAINING = {
 
 @dataclass(frozen=True)
 class ImageTask:
-    """A classification task with columns `image` and `label`, and the old classes' rows, if there are any."""
+    """A classification task with columns `image` and `label`, and the old classes' rows, if there
+    are any.
+    """
 
     name: str
     train: Dataset
@@ -61,14 +87,16 @@ class ImageTask:
 
 
 def load_images(name: str = "auto", seed: int = 0, *, every_class: bool = False) -> ImageTask:
-    """Load "digits", "fashion_mnist" or a Hub image dataset; `seed` fixes the splits and nothing else.
+    """Load "digits", "fashion_mnist" or a Hub image dataset; `seed` fixes the splits and nothing
+    else.
 
-    The embedded sets' rows of old classes, which the small ViT was pre-trained on, are apart unless `every_class`.
+    The embedded sets' rows of old classes, which the small ViT was pre-trained on, are apart unless
+    `every_class`.
 
     Raises:
         FileNotFoundError: Fashion-MNIST is not installed.
-        ConfigurationError: The name is no dataset that could be loaded and split, or its columns are not images and
-            classes.
+        ConfigurationError: The name is no dataset that could be loaded and split, or its columns
+            are not images and classes.
     """
     folder = Path(os.environ.get("HF_FLOPS_FASHION_MNIST", FASHION_MNIST_FOLDER))
     if name == "auto":
@@ -79,28 +107,38 @@ def load_images(name: str = "auto", seed: int = 0, *, every_class: bool = False)
         return _split_by_class(name, (pixels, labels), None, seed, every_class)
     if name == "fashion_mnist":
         kinds = ("images-idx3", "labels-idx1")
-        train, test = ([_read_idx(folder / f"{part}-{kind}-ubyte.gz") for kind in kinds] for part in ("train", "t10k"))
+        train, test = (
+            [_read_idx(folder / f"{part}-{kind}-ubyte.gz") for kind in kinds]
+            for part in ("train", "t10k")
+        )
         return _split_by_class(name, train, test, seed, every_class)
     return _load_hub(name, seed)
 
 
 def few(task: ImageTask, per_class: int | None) -> ImageTask:
-    """Keep the first training images of each class, 0 for all; by default 100 of Fashion-MNIST, and else all."""
+    """Keep the first training images of each class, 0 for all; by default 100 of Fashion-MNIST, and
+    else all.
+    """
     if per_class is None:
         per_class = {"fashion_mnist": 100}.get(task.name, 0)
     if not per_class:
         return task
     labels = np.asarray(task.train["label"])
-    kept = np.concatenate([np.flatnonzero(labels == c)[:per_class] for c in range(len(task.class_names))])
+    kept = np.concatenate(
+        [np.flatnonzero(labels == c)[:per_class] for c in range(len(task.class_names))]
+    )
     return replace(task, train=task.train.select(np.sort(kept)))
 
 
 def _read_idx(path: Path) -> np.ndarray:
-    """Read a gzipped IDX file of bytes: the fourth byte counts the dimensions, which follow as big-endian int32."""
+    """Read a gzipped IDX file of bytes: the fourth byte counts the dimensions, which follow as
+    big-endian int32.
+    """
     if not path.is_file():
         raise FileNotFoundError(
-            f"Fashion-MNIST needs {path}, which does not exist: run `apt-get install dataset-fashion-mnist`, "
-            "or name the folder of its four .gz files in HF_FLOPS_FASHION_MNIST."
+            f"Fashion-MNIST needs {path}, which does not exist: run `apt-get install "
+            "dataset-fashion-mnist`, or name the folder of its four .gz files in "
+            "HF_FLOPS_FASHION_MNIST."
         )
     content = gzip.decompress(path.read_bytes())
     dimensions = np.frombuffer(content, ">i4", count=content[3], offset=4)
@@ -108,7 +146,11 @@ def _read_idx(path: Path) -> np.ndarray:
 
 
 def _split_by_class(
-    name: str, train: Sequence[np.ndarray], test: Sequence[np.ndarray] | None, seed: int, every_class: bool
+    name: str,
+    train: Sequence[np.ndarray],
+    test: Sequence[np.ndarray] | None,
+    seed: int,
+    every_class: bool,
 ) -> ImageTask:
     """Split off the old classes; a part is its images (N, H, W) uint8 and labels (N,) integer."""
     old = [] if every_class else OLD_CLASSES[name]
@@ -118,8 +160,12 @@ def _split_by_class(
     return ImageTask(name, *splits, old=_select_classes(name, *train, old) if old else None)
 
 
-def _select_classes(name: str, images: np.ndarray, labels: np.ndarray, classes: list[int]) -> Dataset:
-    """Make a dataset of some classes, relabelled from 0: images (N, H, W) uint8, labels (N,) integer."""
+def _select_classes(
+    name: str, images: np.ndarray, labels: np.ndarray, classes: list[int]
+) -> Dataset:
+    """Make a dataset of some classes, relabelled from 0: images (N, H, W) uint8, labels (N,)
+    integer.
+    """
     rows, names = np.isin(labels, classes), [CLASS_NAMES[name][label] for label in classes]
     features = Features(image=Array2D(images.shape[1:], "uint8"), label=ClassLabel(names=names))
     columns = {"image": images[rows], "label": np.searchsorted(classes, labels[rows])}
@@ -138,24 +184,37 @@ def _load_hub(name: str, seed: int) -> ImageTask:
     """Load a Hub dataset, whose image and class columns may have any name."""
     parts = load_hub(name, CLASS_NAMES)
     if "train" not in parts:
-        raise ConfigurationError(f"{name!r} has no split 'train', but {', '.join(parts)}: choose a dataset to train on.")
-    columns = {type(feature): column for column, feature in reversed(parts["train"].features.items())}
+        raise ConfigurationError(
+            f"{name!r} has no split 'train', but {', '.join(parts)}: choose a dataset to train on."
+        )
+    columns = {
+        type(feature): column for column, feature in reversed(parts["train"].features.items())
+    }
     if not {Image, ClassLabel} <= columns.keys():
         raise ConfigurationError(
-            f"{name!r} has no column of images or of class labels: choose an image classification dataset."
+            f"{name!r} has no column of images or of class labels: choose an image classification "
+            "dataset."
         )
     if len(parts["train"]) < 8:
-        raise ConfigurationError(f"{name!r} has {len(parts['train'])} images to train on: 8 or more can be split.")
+        raise ConfigurationError(
+            f"{name!r} has {len(parts['train'])} images to train on: 8 or more can be split."
+        )
     renamed = {columns[Image]: "image", columns[ClassLabel]: "label"}
     parts = parts.select_columns(list(renamed)).rename_columns(renamed)
-    held_out = next((parts[part] for part in ("test", "validation", "valid") if part in parts), None)
+    held_out = next(
+        (parts[part] for part in ("test", "validation", "valid") if part in parts), None
+    )
     return ImageTask(name, *_split(parts["train"], held_out, seed))
 
 
 class PixelDataset(torch.utils.data.Dataset):
-    """Rows of pixel_values (C, H, W) float32, labels () int64 and sample_id () int64, the row's index."""
+    """Rows of pixel_values (C, H, W) float32, labels () int64 and sample_id () int64, the row's
+    index.
+    """
 
-    def __init__(self, dataset: Dataset, processor: Any, tensors: Sequence[torch.Tensor] | None = None) -> None:
+    def __init__(
+        self, dataset: Dataset, processor: Any, tensors: Sequence[torch.Tensor] | None = None
+    ) -> None:
         self.dataset, self.processor, self.tensors = dataset, processor, tensors
 
     def __len__(self) -> int:
@@ -163,55 +222,80 @@ class PixelDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
         if self.tensors is None:
-            pixel_values, labels = (part[0] for part in _preprocess(self.dataset[row : row + 1], self.processor))
+            pixel_values, labels = (
+                part[0] for part in _preprocess(self.dataset[row : row + 1], self.processor)
+            )
         else:
             pixel_values, labels = (part[row] for part in self.tensors)
         return {"pixel_values": pixel_values, "labels": labels, "sample_id": torch.tensor(row)}
 
 
 def pixel_dataset(dataset: Dataset, processor: Any) -> PixelDataset:
-    """Preprocess every image once, or whenever it is read where all of them would take more than 2 GiB."""
+    """Preprocess every image once, or whenever it is read where all of them would take more than 2
+    GiB.
+    """
     if len(dataset) * _preprocess(dataset[:1], processor)[0].nbytes > PRECOMPUTED_BYTES:
         return PixelDataset(dataset, processor)
     batches = [_preprocess(rows, processor) for rows in dataset.iter(batch_size=1024)]
-    return PixelDataset(dataset, processor, [torch.cat(parts) for parts in zip(*batches, strict=True)])
+    return PixelDataset(
+        dataset, processor, [torch.cat(parts) for parts in zip(*batches, strict=True)]
+    )
 
 
 def pixel_parts(task: ImageTask, processor: Any) -> dict[str, PixelDataset]:
     """Preprocess the images of every part of a task."""
-    return {part: pixel_dataset(getattr(task, part), processor) for part in ("train", "validation", "test")}
+    return {
+        part: pixel_dataset(getattr(task, part), processor)
+        for part in ("train", "validation", "test")
+    }
 
 
 def _preprocess(rows: Mapping[str, Any], processor: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Turn images into pixel_values (n, C, H, W) float32, and classes into labels (n,) int64."""
     mode = "RGB" if len(processor.image_mean) == 3 else "L"
-    pictures = (i if isinstance(i, PILImage.Image) else PILImage.fromarray(i.astype(np.uint8)) for i in rows["image"])
-    pixel_values = processor([picture.convert(mode) for picture in pictures], return_tensors="pt")["pixel_values"]
+    pictures = (
+        i if isinstance(i, PILImage.Image) else PILImage.fromarray(i.astype(np.uint8))
+        for i in rows["image"]
+    )
+    pixel_values = processor([picture.convert(mode) for picture in pictures], return_tensors="pt")[
+        "pixel_values"
+    ]
     return pixel_values, torch.as_tensor(np.asarray(rows["label"]), dtype=torch.long)
 
 
 def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Stack rows into pixel_values (R, C, H, W) float32, labels (R,) int64 and sample_id (R,) where rows have it."""
+    """Stack rows into pixel_values (R, C, H, W) float32, labels (R,) int64 and sample_id (R,) where
+    rows have it.
+    """
     return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
 
-def pretrained_vit(task: ImageTask, cache_dir: str | os.PathLike | None = None, epochs: int | None = None) -> str:
-    """Return the folder of a small ViT pre-trained by backprop on the task's old classes, training it if not cached.
+def pretrained_vit(
+    task: ImageTask, cache_dir: str | os.PathLike | None = None, epochs: int | None = None
+) -> str:
+    """Return the folder of a small ViT pre-trained by backprop on the task's old classes, training
+    it if not cached.
 
     Raises:
         ConfigurationError: The task has no old classes.
     """
     if task.old is None:
         raise ConfigurationError(
-            f"{task.name!r} has no old classes to pre-train on: give the id of a pre-trained Hub model."
+            f"{task.name!r} has no old classes to pre-train on: give the id of a pre-trained Hub "
+            "model."
         )
     config = SMALL_VIT | VITS[task.name]
     settings = PRETRAINING[task.name] | ({} if epochs is None else {"epochs": epochs})
     key = json.dumps([OLD_CLASSES[task.name], config, settings], sort_keys=True)
-    folder = Path(cache_dir or cache_folder(), f"vit-{task.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}")
+    folder = Path(
+        cache_dir or cache_folder(),
+        f"vit-{task.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}",
+    )
     if folder.is_dir():
         return str(folder)
-    processor = transformers.ViTImageProcessorPil(size=config["image_size"], image_mean=[0.5], image_std=[0.5])
+    processor = transformers.ViTImageProcessorPil(
+        size=config["image_size"], image_mean=[0.5], image_std=[0.5]
+    )
     with appearing(folder) as target:
         model = _pretrain(config, *pixel_dataset(task.old, processor).tensors, **settings)
         model.save_pretrained(target)
@@ -220,9 +304,16 @@ def pretrained_vit(task: ImageTask, cache_dir: str | os.PathLike | None = None, 
 
 
 def _pretrain(
-    config: Mapping[str, int], images: torch.Tensor, labels: torch.Tensor, epochs: int, batch_size: int, learning_rate: float
+    config: Mapping[str, int],
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
 ) -> transformers.PreTrainedModel:
-    """Train a ViT on images (N, 1, H, W) float32 to tell their labels (N,) int64 and by how many quarters they turned."""
+    """Train a ViT on images (N, 1, H, W) float32 to tell their labels (N,) int64 and by how many
+    quarters they turned.
+    """
     # The turns keep features alive that a few old classes alone would let go.
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng(devices=[]):  # the weights are drawn from the global generator
@@ -231,9 +322,13 @@ def _pretrain(
         model = transformers.ViTForImageClassification(vit).train()
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.05, fused=True)
     steps = len(images) // batch_size
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, epochs=epochs, steps_per_epoch=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, learning_rate, epochs=epochs, steps_per_epoch=steps
+    )
     for _ in tqdm(range(epochs), desc="Pre-training a small ViT, once"):
-        for rows in torch.randperm(len(images), generator=generator)[: steps * batch_size].split(batch_size):
+        for rows in torch.randperm(len(images), generator=generator)[: steps * batch_size].split(
+            batch_size
+        ):
             quarters = torch.randint(4, (batch_size,), generator=generator)
             turned = _jitter(images[rows], quarters, generator)
             model(pixel_values=turned, labels=4 * labels[rows] + quarters).loss.backward()
@@ -243,22 +338,34 @@ def _pretrain(
     return model.eval()
 
 
-def _jitter(images: torch.Tensor, quarters: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Turn images (n, C, H, W) float32 by quarters (n,) and up to 0.1 rad, shift by up to 5 %, stretch by up to 10 %."""
+def _jitter(
+    images: torch.Tensor, quarters: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
+    """Turn images (n, C, H, W) float32 by quarters (n,) and up to 0.1 rad, shift by up to 5 %,
+    stretch by up to 10 %.
+    """
     turn, shift, stretch = 0.1 * torch.empty(3, len(images), 2).uniform_(-1, 1, generator=generator)
     angle = turn[:, 0] + quarters * (torch.pi / 2)
     rotation = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2)
     maps = torch.cat([rotation * (1 + stretch)[:, None], shift[..., None]], 2)
     grid = F.affine_grid(maps, list(images.shape), align_corners=False)
-    return F.grid_sample(images + 1, grid, align_corners=False) - 1  # it pads with 0, and the background is -1
+    # it pads with 0, and the background is -1
+    return F.grid_sample(images + 1, grid, align_corners=False) - 1
 
 
 def load_vit(model_id: str, task: ImageTask) -> tuple[transformers.PreTrainedModel, Any]:
-    """Load a pre-trained backbone under a zero head for the task's classes, and its image processor."""
+    """Load a pre-trained backbone under a zero head for the task's classes, and its image
+    processor.
+    """
     names = dict(enumerate(task.class_names))
-    heads = {"id2label": names, "label2id": {name: label for label, name in names.items()}, "ignore_mismatched_sizes": True}
+    heads = {
+        "id2label": names,
+        "label2id": {name: label for label, name in names.items()},
+        "ignore_mismatched_sizes": True,
+    }
     verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # the loading report presents the new head as a fault
+    # the loading report presents the new head as a fault
+    transformers.logging.set_verbosity_error()
     try:
         model = transformers.AutoModelForImageClassification.from_pretrained(model_id, **heads)
         processor = transformers.AutoImageProcessor.from_pretrained(model_id)
@@ -277,6 +384,6 @@ def check_lora_layers(model: transformers.PreTrainedModel, path: str) -> None:
     """
     if not any(name.endswith((".q_proj", ".v_proj")) for name, _ in model.named_modules()):
         raise ConfigurationError(
-            f"--model {path} is a {type(model).__name__}, without the attention layers q_proj and v_proj that LoRA is for: "
-            "choose a vision transformer."
+            f"--model {path} is a {type(model).__name__}, without the attention layers q_proj and "
+            "v_proj that LoRA is for: choose a vision transformer."
         )

@@ -72,25 +72,36 @@ class Sentences:
         return [template.format(self.words[index]) for index in classes]
 
     def tokens(self, texts: list[str]) -> dict[str, Tensor]:
-        """Return input_ids and attention_mask (C, T) of texts, after the start token the trained context."""
-        options = {"max_length": self.longest - len(self.context), "truncation": True, "return_tensors": "pt"}
+        """Return input_ids and attention_mask (C, T) of texts, after the start token the trained
+        context.
+        """
+        options = {
+            "max_length": self.longest - len(self.context),
+            "truncation": True,
+            "return_tensors": "pt",
+        }
         given = self.tokenizer(texts, padding=self.padding, **options)
         found = {name: given[name] for name in ("input_ids", "attention_mask")}
         if self.context:
             own = torch.tensor(self.context).expand(len(texts), -1)
             added = {"input_ids": own, "attention_mask": torch.ones_like(own)}
-            found = {name: torch.cat([value[:, :1], added[name], value[:, 1:]], 1) for name, value in found.items()}
+            found = {
+                name: torch.cat([value[:, :1], added[name], value[:, 1:]], 1)
+                for name, value in found.items()
+            }
         return found
 
 
 @dataclass
 class PairCollator:
-    """Makes batches of images with sentences; the template depends on the samples alone, so all methods see the same.
+    """Makes batches of images with sentences; the template depends on the samples alone, so all
+    methods see the same.
 
     Attributes:
         sentences: of the classes.
         classes: those that are trained, as numbers.
-        loss: "pairs" (each image with the sentence of its class) or "classes" (with the sentences of all classes).
+        loss: "pairs" (each image with the sentence of its class) or "classes" (with the sentences
+            of all classes).
     """
 
     sentences: Sentences
@@ -99,16 +110,25 @@ class PairCollator:
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
-            raise ConfigurationError(f"The loss {self.loss!r} is unknown: choose among {', '.join(LOSSES)}.")
+            raise ConfigurationError(
+                f"The loss {self.loss!r} is unknown: choose among {', '.join(LOSSES)}."
+            )
 
     def __call__(self, rows: list[dict[str, Tensor]]) -> dict[str, Any]:
         """Make a batch."""
         labels = torch.stack([row["labels"] for row in rows])
         ids = torch.stack([row["sample_id"] for row in rows])
         template = TRAINED_TEMPLATES[int(ids.sum()) % len(TRAINED_TEMPLATES)]
-        batch: dict[str, Any] = {"pixel_values": torch.stack([row["pixel_values"] for row in rows]), "sample_id": ids}
+        batch: dict[str, Any] = {
+            "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
+            "sample_id": ids,
+        }
         if self.loss == "pairs":
-            return {**batch, **self.sentences.tokens(self.sentences.texts(template, labels.tolist())), "return_loss": True}
+            return {
+                **batch,
+                **self.sentences.tokens(self.sentences.texts(template, labels.tolist())),
+                "return_loss": True,
+            }
         place = {label: index for index, label in enumerate(self.classes)}
         batch["labels"] = torch.tensor([place[label] for label in labels.tolist()])
         return {**batch, **self.sentences.tokens(self.sentences.texts(template, self.classes))}
@@ -124,25 +144,37 @@ class PixelRows(torch.utils.data.Dataset):
         return len(self.labels)
 
     def __getitem__(self, row: int) -> dict[str, Tensor]:
-        return {"pixel_values": self.pixels[row], "labels": self.labels[row], "sample_id": torch.tensor(row)}
+        return {
+            "pixel_values": self.pixels[row],
+            "labels": self.labels[row],
+            "sample_id": torch.tensor(row),
+        }
 
 
-def pixel_rows(dataset: Any, processor: Any, classes: Sequence[int], per_class: int, seed: int) -> PixelRows:
+def pixel_rows(
+    dataset: Any, processor: Any, classes: Sequence[int], per_class: int, seed: int
+) -> PixelRows:
     """Preprocess the first images of some classes, in an order that the seed fixes."""
     labels = np.asarray(dataset["label"])
     order = np.random.default_rng(seed).permutation(len(labels))
     kept = np.concatenate([order[labels[order] == label][: per_class or None] for label in classes])
     rows = pixel_dataset(dataset.select(np.sort(kept)), processor)
     found = [rows[index] for index in range(len(rows))]
-    return PixelRows(*(torch.stack([row[name] for row in found]) for name in ("pixel_values", "labels")))
+    return PixelRows(
+        *(torch.stack([row[name] for row in found]) for name in ("pixel_values", "labels"))
+    )
 
 
 @torch.no_grad()
-def embed(model: nn.Module, rows: PixelRows, sentences: Sentences, texts: list[str]) -> tuple[Tensor, Tensor]:
+def embed(
+    model: nn.Module, rows: PixelRows, sentences: Sentences, texts: list[str]
+) -> tuple[Tensor, Tensor]:
     """Return normalised embeddings of images (N, D) and texts (C, D)."""
     base = getattr(model, "get_base_model", lambda: model)()
     training, _ = model.training, model.eval()
-    images = [_features(base.get_image_features, pixel_values=part) for part in rows.pixels.split(256)]
+    images = [
+        _features(base.get_image_features, pixel_values=part) for part in rows.pixels.split(256)
+    ]
     accepted = sentences.tokens(texts)
     found = torch.cat(images), _features(base.get_text_features, **accepted)
     model.train(training)
@@ -154,11 +186,14 @@ def _features(method: Callable[..., Any], **inputs: Tensor) -> Tensor:
     return found if torch.is_tensor(found) else found.pooler_output
 
 
-def scores(model: nn.Module, rows: PixelRows, sentences: Sentences, classes: list[int]) -> dict[str, float]:
+def scores(
+    model: nn.Module, rows: PixelRows, sentences: Sentences, classes: list[int]
+) -> dict[str, float]:
     """Measure a model on images of some classes, with the sentences of the held-out templates.
 
-    Zero-shot accuracy is the mean over these templates, each alone. A sentence or an image is found if one of those ranked
-    first, or of the first five, has the right class: image to text among all sentences, text to image among all images.
+    Zero-shot accuracy is the mean over these templates, each alone. A sentence or an image is found
+    if one of those ranked first, or of the first five, has the right class: image to text among all
+    sentences, text to image among all images.
     """
     texts = [text for template in HELD_OUT_TEMPLATES for text in sentences.texts(template, classes)]
     owner = torch.tensor(classes * len(HELD_OUT_TEMPLATES))

@@ -22,12 +22,18 @@ OBJECTIVES: dict[str, tuple[Any, float, float]] = {
 def trainer_for(method: str, model: Any, args: Any, recipe: Any, **options: Any) -> Trainer:
     """Build the trainer of a method: the stock one for backprop, ours otherwise."""
     if method not in METHODS:
-        raise ConfigurationError(f"The method {method!r} is unknown: choose among {', '.join(METHODS)}.")
+        raise ConfigurationError(
+            f"The method {method!r} is unknown: choose among {', '.join(METHODS)}."
+        )
     objective, *best = OBJECTIVES[recipe.objective if method == "flops" else "loss"]
     given = (args.perturbation_scale, args.learning_rate)
-    scale, rate = (default if value is None else value for value, default in zip(given, best, strict=True))
+    scale, rate = (
+        default if value is None else value for value, default in zip(given, best, strict=True)
+    )
     args = replace(args, perturbation_scale=scale, learning_rate=rate)
     options = {"compute_metrics": runs.accuracy, **options}
     if method == "backprop":
-        return Trainer(model, runs.stock_arguments(args, include_num_input_tokens_seen="all"), **options)
+        return Trainer(
+            model, runs.stock_arguments(args, include_num_input_tokens_seen="all"), **options
+        )
     return FlopsTrainer(model, args, objective=objective(), **options)

@@ -10,12 +10,17 @@ from hf_flops.plots import save_report
 from recipes import runs
 from recipes.prompts import TextTask
 
-HEAD = "method | zero-shot | untrained | tuned | 95 % interval | rows | tokens | seconds | memory | steps | parameters"
+HEAD = (
+    "method | zero-shot | untrained | tuned | 95 % interval | rows | tokens | seconds | memory | "
+    "steps | parameters"
+)
 
 
 @dataclass(kw_only=True)
 class PromptOutcome(runs.Outcome):
-    """Accuracies of the model as it is, before, of the adapter as it starts, and as it was tuned, on so many texts."""
+    """Accuracies of the model as it is, before, of the adapter as it starts, and as it was tuned,
+    on so many texts.
+    """
 
     start: float
     texts: int
@@ -32,21 +37,22 @@ class PromptOutcome(runs.Outcome):
         """Its row of the table."""
         low, high = self.interval
         return (
-            f"{self.method} | {self.before:.1%} | {self.start:.1%} | **{self.after:.1%}** | {low:.1%} to {high:.1%} "
-            f"| {self.rows:,} | {self.tokens:,} | {self.seconds:.0f} | +{self.peak_megabytes:,.0f} MB | {self.steps:,} "
-            f"| {self.parameters:,}"
+            f"{self.method} | {self.before:.1%} | {self.start:.1%} | **{self.after:.1%}** | "
+            f"{low:.1%} to {high:.1%} | {self.rows:,} | {self.tokens:,} | {self.seconds:.0f} | "
+            f"+{self.peak_megabytes:,.0f} MB | {self.steps:,} | {self.parameters:,}"
         )
 
 
 def report(recipe: Any, args: Any, task: TextTask, outcomes: Sequence[PromptOutcome]) -> None:
     """Write the report."""
     notes = (
-        f"Texts: {task.name}, {len(task.train):,} for training, accuracy on {outcomes[0].texts:,} held-out ones. Adapter: "
-        f"{recipe.adapter}; objective: {recipe.objective}. Zero-shot is the model without the adapter, asked with "
-        f"`{recipe.template}` for {', '.join(map(repr, recipe.label_words))}; untrained is the adapter as "
-        "it starts. Rows and tokens are what went through the "
-        "model in training, checks included, as if every row ran whole; a row of backprop also costs a backward pass. "
-        "Seconds include the evaluations for the curve."
+        f"Texts: {task.name}, {len(task.train):,} for training, accuracy on {outcomes[0].texts:,} "
+        f"held-out ones. Adapter: {recipe.adapter}; objective: {recipe.objective}. Zero-shot is "
+        f"the model without the adapter, asked with `{recipe.template}` for "
+        f"{', '.join(map(repr, recipe.label_words))}; untrained is the adapter as it starts. Rows "
+        "and tokens are what went through the model in training, checks included, as if every row "
+        "ran whole; a row of backprop also costs a backward pass. Seconds include the evaluations "
+        "for the curve."
     )
     curves = {o.method: o.curve for o in outcomes if o.curve}
     draw = (lambda path: save_report(path, curves, outcomes[0].before)) if curves else None

@@ -1,12 +1,15 @@
-"""Tune a prompt of a language model, which is only asked for outputs, to tell classes of texts apart.
+"""Tune a prompt of a language model, which is only asked for outputs, to tell classes of texts
+apart.
 
-With no arguments, eight virtual tokens after the text teach SmolLM2-135M-Instruct whether a movie review is good, without a
-backward pass. With a connection, any causal language model and data set of the Hub take their place:
+With no arguments, eight virtual tokens after the text teach SmolLM2-135M-Instruct whether a movie
+review is good, without a backward pass. With a connection, any causal language model and data set
+of the Hub take their place:
 
     python recipes/prompt_tuning.py --domain products --compare backprop
     python recipes/prompt_tuning.py --objective accuracy
     python recipes/prompt_tuning.py --engine onnx-int8
-    python recipes/prompt_tuning.py --model Qwen/Qwen2.5-0.5B-Instruct --domain cornell-movie-review-data/rotten_tomatoes
+    python recipes/prompt_tuning.py --model Qwen/Qwen2.5-0.5B-Instruct \\
+        --domain cornell-movie-review-data/rotten_tomatoes
     python recipes/prompt_tuning.py recipes/prompt_tuning.yaml --seed 1
 
 It ends with a table (report.md, results.json), a picture (report.png) and the adapters.
@@ -20,7 +23,8 @@ from typing import Any
 
 from transformers import DataCollatorWithPadding, set_seed
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also when hf_flops is not installed
+# also when hf_flops is not installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from recipes import common, engines, prompts, runs
 from recipes.common import option
@@ -33,20 +37,32 @@ class RecipeArguments(common.Recipe):
     """What is tuned on what, and what it is compared with."""
 
     model: str | None = option(None, "Hub id or folder; default: the embedded SmolLM2.")
-    domain: str = option("movies", f"{', '.join(prompts.DOMAINS)} (embedded), or a Hub id with columns text, label.")
+    domain: str = option(
+        "movies", f"{', '.join(prompts.DOMAINS)} (embedded), or a Hub id with columns text, label."
+    )
     template: str = option("{text} It was", "How a text is put; the answer comes at its end.")
     chat: bool = option(False, "Put the text as a user's message, in the model's chat template.")
-    label_words: list[str] = option([" terrible", " great"], "One token for each class, in their order.")
-    adapter: str = option("suffix", "A prompt after the text (cheapest) or before it, a prefix, or LoRA.", prompts.ADAPTERS)
+    label_words: list[str] = option(
+        [" terrible", " great"], "One token for each class, in their order."
+    )
+    adapter: str = option(
+        "suffix",
+        "A prompt after the text (cheapest) or before it, a prefix, or LoRA.",
+        prompts.ADAPTERS,
+    )
     virtual_tokens: int = option(8, "Length of the prompt or prefix.", least=1)
-    init_text: str = option(" All in all, the movie was just", "A prompt's start; empty: random tokens.")
+    init_text: str = option(
+        " All in all, the movie was just", "A prompt's start; empty: random tokens."
+    )
     lora_rank: int = option(2, "Rank of LoRA on queries and values.", least=1)
     per_class: int = option(0, "Training texts per class, 0 for all.", least=0)
     test_texts: int = option(500, "Held-out texts that are reported on.", least=1)
     validation_texts: int = option(128, "Held-out texts for the learning curve.", least=0)
     text_tokens: int = option(48, "Tokens of a text that are kept.", least=1)
     objective: str = option("loss", "'accuracy' and 'macro_f1' have no gradient.", OBJECTIVES)
-    engine: str | None = option(None, "A black box that runs the model, for a suffix or prompt.", engines.ENGINES)
+    engine: str | None = option(
+        None, "A black box that runs the model, for a suffix or prompt.", engines.ENGINES
+    )
     compare: list[str] = option([], "'backprop' runs beside it with the same prompt and rows.")
     dtype: str = option("float32", "The model's numbers.", ("float32", "bfloat16"))
 
@@ -58,7 +74,9 @@ class RecipeTrainingArguments(common.RecipeDefaults):
     output_dir: str | None = "outputs/prompt_tuning"
     max_steps: int = 80
     queries_per_sample: int | str | None = 24
-    perturbation_scale: float | str | None = option(None, "Default: 1e-2; for metrics 0.1, near the embeddings' size.")
+    perturbation_scale: float | str | None = option(
+        None, "Default: 1e-2; for metrics 0.1, near the embeddings' size."
+    )
     per_device_train_batch_size: int = 8
     per_device_eval_batch_size: int = 32
     adam_beta2: float = 0.99
@@ -70,28 +88,44 @@ class RecipeTrainingArguments(common.RecipeDefaults):
 parse = partial(common.parse, [RecipeArguments, RecipeTrainingArguments], __doc__, METHODS)
 
 
-def run(method: str, recipe: Any, args: Any, task: Any, known: Any = None) -> tuple[PromptOutcome, Any]:
-    """Measure, tune with one method and measure again; a known outcome has the same model and first prompt."""
+def run(
+    method: str, recipe: Any, args: Any, task: Any, known: Any = None
+) -> tuple[PromptOutcome, Any]:
+    """Measure, tune with one method and measure again; a known outcome has the same model and first
+    prompt.
+    """
     with args.main_process_first(), common.usable(f"--model {recipe.model or '(SmolLM2)'}"):
         base, tokenizer = prompts.load_model(recipe.model, recipe.dtype)
     words = prompts.label_tokens(tokenizer, recipe.label_words, task.classes)
     template = prompts.Template(tokenizer, recipe.template, recipe.text_tokens, recipe.chat)
     collate = DataCollatorWithPadding(tokenizer)
-    data = {part: template.rows(getattr(task, part), tail=recipe.adapter != "suffix") for part in prompts.PARTS}
+    data = {
+        part: template.rows(getattr(task, part), tail=recipe.adapter != "suffix")
+        for part in prompts.PARTS
+    }
     folder, args = args.output_dir, runs.method_arguments(args, method)
     if not known:
         asked, plain = template.rows(task.test, tail=True), prompts.WordClassifier(base, words)
         before = runs.accuracy_of(plain, args, prompts.by_length(asked), collate)
     set_seed(args.seed)
-    model, test = engines.adapter_of(recipe, folder, base, template, words), prompts.by_length(data["test"])
-    before, start = (known.before, known.start) if known else (before, runs.accuracy_of(model, args, test, collate))
+    model, test = (
+        engines.adapter_of(recipe, folder, base, template, words),
+        prompts.by_length(data["test"]),
+    )
+    before, start = (
+        (known.before, known.start)
+        if known
+        else (before, runs.accuracy_of(model, args, test, collate))
+    )
     sets = {"train_dataset": data["train"], "eval_dataset": prompts.by_length(data["validation"])}
     trainer = trainer_for(method, model, args, recipe, data_collator=collate, **sets)
     found = runs.train(trainer, args.resume_from_checkpoint)
     after = runs.tested(trainer, test)
     if args.process_index == 0:
         getattr(model, "save_pretrained", trainer.save_model)(args.output_dir)
-    return PromptOutcome(method=method, before=before, start=start, after=after, texts=len(test), **found), trainer
+    return PromptOutcome(
+        method=method, before=before, start=start, after=after, texts=len(test), **found
+    ), trainer
 
 
 def main(arguments: list[str] | None = None) -> list[PromptOutcome]:

@@ -61,9 +61,13 @@ class Curve(TrainerCallback):
             return self.trainer.ledger.all_rows
         state, args = self.trainer.state, self.trainer.args
         epochs = math.ceil(state.epoch or 0) * len(self.trainer.train_dataset)
-        return min(state.global_step * args.train_batch_size * args.gradient_accumulation_steps, epochs)
+        return min(
+            state.global_step * args.train_batch_size * args.gradient_accumulation_steps, epochs
+        )
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any
+    ) -> None:
         if self.rows and "eval_accuracy" in metrics:
             self.points.append((self.rows, metrics["eval_accuracy"]))
 
@@ -75,7 +79,11 @@ def accuracy(prediction: Any) -> dict[str, float]:
 
 def stock_arguments(args: Any, **changes: Any) -> TrainingArguments:
     """Return the part of the arguments that the stock trainer knows."""
-    stock = {name: getattr(args, name) for name in TrainingArguments.__dataclass_fields__ if name[0] != "_"}
+    stock = {
+        name: getattr(args, name)
+        for name in TrainingArguments.__dataclass_fields__
+        if name[0] != "_"
+    }
     return TrainingArguments(**{**stock, **changes})
 
 
@@ -83,25 +91,30 @@ def accuracy_of(model: Any, args: Any, data: Any, collate: Any) -> float:
     """Measure a model that is not trained."""
     names = ("output_dir", "per_device_eval_batch_size", "use_cpu", "disable_tqdm", "report_to")
     plain = TrainingArguments(**{name: getattr(args, name) for name in names})
-    return Trainer(model, plain, data_collator=collate, compute_metrics=accuracy).evaluate(data)["eval_accuracy"]
+    return Trainer(model, plain, data_collator=collate, compute_metrics=accuracy).evaluate(data)[
+        "eval_accuracy"
+    ]
 
 
 def begin(args: Any, methods: Sequence[str]) -> list[str]:
     """Return the methods to run, each once.
 
     Raises:
-        ConfigurationError: backprop by several processes: the stock trainer is measured before it trains, and then not
-            wrapped; or a checkpoint to resume from, where there is none or several methods would.
+        ConfigurationError: backprop by several processes: the stock trainer is measured before it
+            trains, and then not wrapped; or a checkpoint to resume from, where there is none or
+            several methods would.
     """
     transformers_logging.disable_progress_bar()  # of loading and saving; training keeps its own
     methods, checkpoint = list(dict.fromkeys(methods)), args.resume_from_checkpoint
     if args.world_size > 1 and "backprop" in methods:
         raise ConfigurationError(
-            f"backprop is for comparison by one process, not {args.world_size}: leave it out, or start one."
+            f"backprop is for comparison by one process, not {args.world_size}: leave it out, or "
+            "start one."
         )
     if checkpoint and len(methods) > 1:
         raise ConfigurationError(
-            f"--resume_from_checkpoint {checkpoint} is of one method, and {', '.join(methods)} would start from it: run one."
+            f"--resume_from_checkpoint {checkpoint} is of one method, and {', '.join(methods)} "
+            "would start from it: run one."
         )
     if checkpoint and not Path(checkpoint, "trainer_state.json").is_file():
         raise ConfigurationError(
@@ -120,7 +133,8 @@ def announced(methods: Sequence[str], args: Any, what: Any) -> Iterator[str]:
 
 
 def method_arguments(args: Any, method: str, learning_rate: float | None = None) -> Any:
-    """Return the arguments of one method: a folder of its own, which is made, and its learning rate if none was given.
+    """Return the arguments of one method: a folder of its own, which is made, and its learning rate
+    if none was given.
 
     Raises:
         ConfigurationError: the folder cannot be made.
@@ -180,7 +194,9 @@ def report(
     notes: str,
     draw: Callable[[Path], Any] | None,
 ) -> None:
-    """Write a report with a table, the figures as JSON and, by `draw`, a picture; print the table."""
+    """Write a report with a table, the figures as JSON and, by `draw`, a picture; print the
+    table.
+    """
     print(f"\n{text}\n")
     folder = Path(args.output_dir)
     picture = "\n![report](report.png)\n" if draw else ""

@@ -19,7 +19,8 @@ from typing import Any
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, set_seed
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also when hf_flops is not installed
+# also when hf_flops is not installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from hf_flops import FlopsTrainer
 from hf_flops.args import PRESETS
@@ -42,7 +43,9 @@ class RecipeArguments(common.Recipe):
     dataset: str = option("auto", images.DATASETS)
     method: str = option("flops", "What trains the adapter.", METHODS)
     compare: list[str] = option([], f"Run beside it on the same rows: {', '.join(METHODS)}.")
-    per_class: int | None = option(None, "Images per class, 0: all; default: few of Fashion-MNIST.", least=0)
+    per_class: int | None = option(
+        None, "Images per class, 0: all; default: few of Fashion-MNIST.", least=0
+    )
     lora_rank: int = option(2, "Rank of LoRA on the attention's queries and values.", least=1)
     train_lora_a: bool = option(False, "Train lora_A as well: twice as many parameters.")
 
@@ -78,7 +81,9 @@ def adapter_model(recipe: RecipeArguments, path: str, task: Any, seed: int) -> A
     model, _ = images.load_vit(path, task)
     images.check_lora_layers(model, path)
     lora = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["classifier"]}
-    model = get_peft_model(model, LoraConfig(r=recipe.lora_rank, lora_alpha=2 * recipe.lora_rank, **lora))
+    model = get_peft_model(
+        model, LoraConfig(r=recipe.lora_rank, lora_alpha=2 * recipe.lora_rank, **lora)
+    )
     if not recipe.train_lora_a:
         runs.freeze(model, "lora_A")
     return model
@@ -90,18 +95,27 @@ def trainer_for(method: str, model: Any, args: Any, train: Any, validation: Any)
     options |= {"train_dataset": train, "eval_dataset": validation}
     if method == "backprop":
         return Trainer(model, runs.stock_arguments(args), **options)
-    return FlopsTrainer(model, replace(args, preset=method, **dict.fromkeys(PRESETS[method])), **options)
+    return FlopsTrainer(
+        model, replace(args, preset=method, **dict.fromkeys(PRESETS[method])), **options
+    )
 
 
-def run(method: str, recipe: Any, args: Any, path: str, task: Any, data: Any) -> tuple[runs.Outcome, Any]:
+def run(
+    method: str, recipe: Any, args: Any, path: str, task: Any, data: Any
+) -> tuple[runs.Outcome, Any]:
     """Train the adapter with one method and test it."""
     rate = LEARNING_RATES.get(task.name, LEARNING_RATES["fashion_mnist"])[method]
-    model, args = adapter_model(recipe, path, task, args.seed), runs.method_arguments(args, method, rate)
+    model, args = (
+        adapter_model(recipe, path, task, args.seed),
+        runs.method_arguments(args, method, rate),
+    )
     trainer = trainer_for(method, model, args, data["train"], data["validation"])
     before = runs.tested(trainer, data["test"])
     found = runs.train(trainer, args.resume_from_checkpoint)
     trainer.save_model()
-    return runs.Outcome(method=method, before=before, after=runs.tested(trainer, data["test"]), **found), trainer
+    return runs.Outcome(
+        method=method, before=before, after=runs.tested(trainer, data["test"]), **found
+    ), trainer
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -110,7 +124,10 @@ def main(arguments: list[str] | None = None) -> None:
     methods = runs.begin(args, [recipe.method, *recipe.compare])
     with args.main_process_first():
         path, task, data = load_data(recipe, args.seed)
-    found = [run(method, recipe, args, path, task, data) for method in runs.announced(methods, args, task)]
+    found = [
+        run(method, recipe, args, path, task, data)
+        for method in runs.announced(methods, args, task)
+    ]
     if args.process_index == 0:
         vit_report.report(recipe, args, task, found)
 

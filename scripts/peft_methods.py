@@ -50,11 +50,25 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "LORA on all linear layers": ("LORA", {"r": 2, "target_modules": "all-linear"}),
     "LORA, DoRA": ("LORA", {"r": 2, "use_dora": True}),
     "LORA on embeddings": ("LORA", {"r": 2, "target_modules": "embeddings"}),
-    "LORA, DoRA on embeddings": ("LORA", {"r": 2, "use_dora": True, "target_modules": "embeddings"}),
+    "LORA, DoRA on embeddings": (
+        "LORA",
+        {"r": 2, "use_dora": True, "target_modules": "embeddings"},
+    ),
     "LORA with trainable tokens": ("LORA", {"r": 2, "trainable_token_indices": [5, 6]}),
-    "PREFIX_TUNING with projection": ("PREFIX_TUNING", {**PROMPTS, "prefix_projection": True, "encoder_hidden_size": 8}),
+    "PREFIX_TUNING with projection": (
+        "PREFIX_TUNING",
+        {**PROMPTS, "prefix_projection": True, "encoder_hidden_size": 8},
+    ),
 }
-TEXT_ONLY = {"CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "TRAINABLE_TOKENS"}
+TEXT_ONLY = {
+    "CARTRIDGE",
+    "CPT",
+    "MULTITASK_PROMPT_TUNING",
+    "PREFIX_TUNING",
+    "PROMPT_TUNING",
+    "P_TUNING",
+    "TRAINABLE_TOKENS",
+}
 
 
 def methods() -> list[tuple[str, str, dict[str, Any]]]:

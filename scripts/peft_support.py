@@ -1,7 +1,8 @@
 """Tries every PEFT method of the installed release on tiny models and writes docs/peft-support.md.
 
-For each it runs the self-check of the first step as a trainer would, one training step, and then compares what queries saw
-with autograd and with explicit changes of the parameters. `--only NAME` prints the rows of a few methods instead.
+For each it runs the self-check of the first step as a trainer would, one training step, and then
+compares what queries saw with autograd and with explicit changes of the parameters. `--only NAME`
+prints the rows of a few methods instead.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ from tests.tiny import model_forward, tiny_batch, tiny_model
 PAGE = ROOT / "docs" / "peft-support.md"
 TOLERANCE = 0.02  # relative; differences in float32 are no better
 LEFT_OUT = (
-    "noise follows the loss as it is; PEFT's backward pass gives something else (DoRA takes a norm for a constant, OSF "
-    "projects, C3A is a few per cent off)"
+    "noise follows the loss as it is; PEFT's backward pass gives something else (DoRA takes a norm "
+    "for a constant, OSF projects, C3A is a few per cent off)"
 )
 
 
@@ -49,7 +50,8 @@ class Finding:
     Attributes:
         ways: how noise enters → the kinds of tensors; empty where the method cannot be used.
         reason: why it cannot, or why the loss belongs to the batch as a whole.
-        autograd: largest relative error of a query's difference against autograd; None where autograd has no answer.
+        autograd: largest relative error of a query's difference against autograd; None where
+            autograd has no answer.
     """
 
     ways: dict[str, list[str]] = field(default_factory=dict)
@@ -62,7 +64,9 @@ def off_the_start(model: nn.Module) -> None:
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator).to(
+                parameter.dtype
+            )
 
 
 def ways_of(perturbation: Perturbation, model: nn.Module) -> dict[str, list[str]]:
@@ -71,7 +75,12 @@ def ways_of(perturbation: Perturbation, model: nn.Module) -> dict[str, list[str]
     moved = set()
     for part in perturbation.parts:
         sites = part.sites if isinstance(part, RowwiseNoise) else []
-        looping = {i for site in sites if getattr(site.rule, "__name__", "") == "looped" for i in site.tensors.values()}
+        looping = {
+            i
+            for site in sites
+            if getattr(site.rule, "__name__", "") == "looped"
+            for i in site.tensors.values()
+        }
         for index, name in enumerate(part.vector.names):
             way = "shared" if part.grouped else "row by row" if index in looping else "per row"
             ways.setdefault(way, []).append(name)
@@ -82,17 +91,26 @@ def ways_of(perturbation: Perturbation, model: nn.Module) -> dict[str, list[str]
 
 def kinds_of(names: list[str]) -> list[str]:
     """Reduce tensors' names to what tells their kinds apart."""
-    short = {re.sub(r"(\.default|\.weight|\.bias|\.original\w*|\.\d+)+$", "", name).split(".")[-1] for name in names}
+    short = {
+        re.sub(r"(\.default|\.weight|\.bias|\.original\w*|\.\d+)+$", "", name).split(".")[-1]
+        for name in names
+    }
     return sorted(short)
 
 
-def compare(model: nn.Module, objective: Objective, perturbation: Perturbation, inputs: Any) -> tuple[float, float | None]:
-    """Compare the differences that four queries see with explicit changes of parameters and with autograd.
+def compare(
+    model: nn.Module, objective: Objective, perturbation: Perturbation, inputs: Any
+) -> tuple[float, float | None]:
+    """Compare the differences that four queries see with explicit changes of parameters and with
+    autograd.
 
     Returns:
         The largest relative errors against both; the second is None where autograd has no answer.
     """
-    wide = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+    wide = {
+        name: value.double() if value.is_floating_point() else value
+        for name, value in inputs.items()
+    }
     model.double()
     with contextlib.suppress(RuntimeError):
         errors = _compare(model_forward(model), objective, perturbation, wide, 1e-5)
@@ -100,7 +118,10 @@ def compare(model: nn.Module, objective: Objective, perturbation: Perturbation, 
             return errors
     model.float()  # something in the model computes in float32 whatever its parameters are
     # Kinks and curvature want small steps there, rounding wants large ones.
-    tried = [_compare(model_forward(model), objective, perturbation, inputs, scale) for scale in (2e-3, 3e-4, 1e-4)]
+    tried = [
+        _compare(model_forward(model), objective, perturbation, inputs, scale)
+        for scale in (2e-3, 3e-4, 1e-4)
+    ]
     return min(tried, key=lambda errors: max(errors[0], errors[1] or 0.0))
 
 
@@ -115,15 +136,22 @@ def _compare(
             with perturbation.applied(noise, sign * scale):
                 seen.append(objective(forward, inputs).sums)
         deltas = ((seen[0] - seen[1]) / (2 * scale)).double()
-        directions = [perturbation.pull_back(noise, row).double() for row in torch.eye(4)[: len(deltas)]]
-        slopes = [_slope(vector, objective, forward, inputs, z, scale)[r] for r, z in enumerate(directions)]
+        directions = [
+            perturbation.pull_back(noise, row).double() for row in torch.eye(4)[: len(deltas)]
+        ]
+        slopes = [
+            _slope(vector, objective, forward, inputs, z, scale)[r]
+            for r, z in enumerate(directions)
+        ]
     explicit = torch.stack(slopes).double()
     size = float(explicit.abs().max())
     error = float((deltas - explicit).abs().max()) / size
     try:
         losses, found = objective(forward, inputs).sums, []
         for row, z in enumerate(directions):
-            gradients = torch.autograd.grad(losses[row], vector.parameters, retain_graph=True, allow_unused=True)
+            gradients = torch.autograd.grad(
+                losses[row], vector.parameters, retain_graph=True, allow_unused=True
+            )
             pairs = zip(gradients, vector.views(z), strict=True)
             found.append(sum(float((g.double() * v).sum()) for g, v in pairs if g is not None))
     except RuntimeError:
@@ -131,8 +159,17 @@ def _compare(
     return error, float((deltas - torch.tensor(found, dtype=torch.float64)).abs().max()) / size
 
 
-def _slope(vector: ParameterVector, objective: Objective, forward: Any, inputs: Any, z: Tensor, scale: float) -> Tensor:
-    """Return the central difference (R,) of the losses under an explicit change of the parameters along z (d,)."""
+def _slope(
+    vector: ParameterVector,
+    objective: Objective,
+    forward: Any,
+    inputs: Any,
+    z: Tensor,
+    scale: float,
+) -> Tensor:
+    """Return the central difference (R,) of the losses under an explicit change of the parameters
+    along z (d,).
+    """
     ends = []
     for sign in (1, -1):
         with displaced(vector, sign * scale * z):
@@ -140,13 +177,19 @@ def _slope(vector: ParameterVector, objective: Objective, forward: Any, inputs: 
     return (ends[0] - ends[1]) / (2 * scale)
 
 
-def one_step(forward: Any, inputs: Any, objective: Objective, perturbation: Perturbation, model: nn.Module) -> None:
+def one_step(
+    forward: Any, inputs: Any, objective: Objective, perturbation: Perturbation, model: nn.Module
+) -> None:
     """Run a training step in float32 and see that only gradients are left of it."""
     before = copy.deepcopy(dict(model.named_parameters()))
     method = Method(objective, perturbation, Antithetic(), Uniform(), 4, 1e-3, 8)
     estimate_gradient(forward, inputs, method, Place())
-    assert all(value.equal(before[name]) for name, value in model.named_parameters()), "parameters have changed"
-    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in perturbation.vector.parameters)
+    assert all(value.equal(before[name]) for name, value in model.named_parameters()), (
+        "parameters have changed"
+    )
+    assert all(
+        p.grad is not None and bool(p.grad.isfinite().all()) for p in perturbation.vector.parameters
+    )
     model.zero_grad()
 
 
@@ -177,7 +220,9 @@ def examine(kind: str, name: str, options: dict[str, Any]) -> Finding:
         perturbation, _ = choose_perturbation(model, objective, forward, inputs)
         one_step(forward, inputs, objective, perturbation, model)
     explicit, autograd = compare(model, objective, perturbation, inputs)
-    assert explicit < TOLERANCE, f"{name} on {kind}: queries are {explicit:.1%} off what a change of the parameters does"
+    assert explicit < TOLERANCE, (
+        f"{name} on {kind}: queries are {explicit:.1%} off what a change of the parameters does"
+    )
     return Finding(ways_of(perturbation, model), re.sub(r" \d+\.\d+", "", reason or ""), autograd)
 
 
@@ -192,10 +237,15 @@ def cell(finding: Finding, notes: list[str]) -> str:
     if not finding.ways:
         return "–" + note(finding.reason)
     several = len(finding.ways) > 1
-    parts = [f"{way}: {', '.join(kinds_of(names))}" if several else way for way, names in finding.ways.items()]
+    parts = [
+        f"{way}: {', '.join(kinds_of(names))}" if several else way
+        for way, names in finding.ways.items()
+    ]
     text = "; ".join(parts) + (note(finding.reason) if finding.reason else "")
     if finding.autograd is None:
-        return text + note("autograd finds no derivative; compared with changes of the parameters only")
+        return text + note(
+            "autograd finds no derivative; compared with changes of the parameters only"
+        )
     if finding.autograd > TOLERANCE:
         text += note(LEFT_OUT)
     return text
@@ -218,15 +268,17 @@ def lines(only: list[str], kinds: list[str]) -> Iterator[str]:
 
 INTRODUCTION = f"""# PEFT methods
 
-What `perturbation="auto"` does with every method of PEFT {peft.__version__}, as `python scripts/peft_support.py` found it on
-tiny models with random weights. For every entry the script ran the self-check and a training step as a trainer does, and
-then compared what four queries saw with explicit changes of the parameters; where no note says otherwise, also with
-autograd.
+What `perturbation="auto"` does with every method of PEFT {peft.__version__}, as
+`python scripts/peft_support.py` found it on tiny models with random weights. For every entry the
+script ran the self-check and a training step as a trainer does, and then compared what four queries
+saw with explicit changes of the parameters; where no note says otherwise, also with autograd.
 
-- **per row**: every row of a forward pass has noise of its own, all rows at once; on the weights, or on the outputs of
-  linear layers where that needs fewer random numbers.
-- **row by row**: the same estimate, but the adapted layers (only these) run once for each row, which costs time.
-- **shared**: the rows of a forward share their noise, query by query; allocation of queries gains little.
+- **per row**: every row of a forward pass has noise of its own, all rows at once; on the weights,
+  or on the outputs of linear layers where that needs fewer random numbers.
+- **row by row**: the same estimate, but the adapted layers (only these) run once for each row,
+  which costs time.
+- **shared**: the rows of a forward share their noise, query by query; allocation of queries gains
+  little.
 
 `modules_to_save` are heads that PEFT adds to a classifier by itself.
 
@@ -234,7 +286,9 @@ autograd.
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="*", default=[], help="rows to print, in place of writing the page")
+    parser.add_argument(
+        "--only", nargs="*", default=[], help="rows to print, in place of writing the page"
+    )
     only = parser.parse_args().only
     text = "\n".join(lines(only, list(KINDS))) + "\n"
     if only:

@@ -1,4 +1,6 @@
-"""Hypothesis finds the same examples every time; `--shuffle=SEED` or `--shuffle=random` puts tests in a random order."""
+"""Hypothesis finds the same examples every time; `--shuffle=SEED` or `--shuffle=random` puts tests
+in a random order.
+"""
 
 import gc
 import random
@@ -21,12 +23,17 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    if config.option.shuffle == "random":  # drawn once: workers of xdist get the options of their controller
+    # drawn once: workers of xdist get the options of their controller
+    if config.option.shuffle == "random":
         config.option.shuffle = str(secrets.randbelow(2**32))
 
 
 def pytest_report_header(config):
-    return [] if config.option.shuffle is None else f"random order of tests: --shuffle={config.option.shuffle}"
+    return (
+        []
+        if config.option.shuffle is None
+        else f"random order of tests: --shuffle={config.option.shuffle}"
+    )
 
 
 # Whoever imports one of these trains, and so feels how the processor rounds.
@@ -48,7 +55,8 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True, scope="module")
 def _collect_young_objects_only():
     gc.collect()
-    gc.freeze()  # every `train()` collects garbage, which takes long with everything that is imported
+    # every `train()` collects garbage, which takes long with everything that is imported
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

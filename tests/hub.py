@@ -1,4 +1,6 @@
-"""A Hub on loopback: the part of the HTTP API that uploading and reloading a model uses, with everything in memory."""
+"""A Hub on loopback: the part of the HTTP API that uploading and reloading a model uses, with
+everything in memory.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ class LocalHub:
         self.commits: dict[str, list[str]] = {}  # repository → messages
         self.large: dict[str, bytes] = {}  # sha256 → content
         self.calls: list[tuple[str, str]] = []
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+        self._server = ThreadingHTTPServer(
+            ("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self})
+        )
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     def __enter__(self) -> LocalHub:
@@ -50,7 +54,11 @@ class LocalHub:
 
     def preupload(self, repo: str, body: bytes) -> tuple[int, Any, dict[str, str]]:
         files = [
-            {"path": file["path"], "uploadMode": "lfs" if file["path"].endswith(LARGE) else "regular", "shouldIgnore": False}
+            {
+                "path": file["path"],
+                "uploadMode": "lfs" if file["path"].endswith(LARGE) else "regular",
+                "shouldIgnore": False,
+            }
             for file in json.loads(body)["files"]
         ]
         return 200, {"files": files}, {}
@@ -59,7 +67,10 @@ class LocalHub:
         objects = [
             {
                 **wanted,
-                "actions": {name: {"href": f"{self.url}/large/{name}/{wanted['oid']}"} for name in ("upload", "verify")},
+                "actions": {
+                    name: {"href": f"{self.url}/large/{name}/{wanted['oid']}"}
+                    for name in ("upload", "verify")
+                },
             }
             for wanted in json.loads(body)["objects"]
         ]
@@ -79,26 +90,54 @@ class LocalHub:
             else:
                 return 400, {"error": f"unknown operation {entry['key']}"}, {}
         self.commits[repo].append(message)
-        return 200, {"commitUrl": f"{self.url}/{repo}/commit/{self.sha(repo)}", "commitOid": self.sha(repo)}, {}
+        return (
+            200,
+            {
+                "commitUrl": f"{self.url}/{repo}/commit/{self.sha(repo)}",
+                "commitOid": self.sha(repo),
+            },
+            {},
+        )
 
     def info(self, repo: str) -> tuple[int, Any, dict[str, str]]:
         siblings = [{"rfilename": path} for path in self.repos[repo]]
-        return 200, {"id": repo, "sha": self.sha(repo), "siblings": siblings, "tags": [], "private": False}, {}
+        return (
+            200,
+            {"id": repo, "sha": self.sha(repo), "siblings": siblings, "tags": [], "private": False},
+            {},
+        )
 
     def tree(self, repo: str) -> tuple[int, Any, dict[str, str]]:
         files = self.repos[repo].items()
-        return 200, [{"type": "file", "path": path, "size": len(data), "oid": _oid(data)} for path, data in files], {}
+        return (
+            200,
+            [
+                {"type": "file", "path": path, "size": len(data), "oid": _oid(data)}
+                for path, data in files
+            ],
+            {},
+        )
 
     def resolve(self, repo: str, path: str) -> tuple[int, Any, dict[str, str]]:
         content = self.repos[repo].get(path)
         if content is None:
-            return 404, {"error": f"no {path}"}, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": self.sha(repo)}
+            return (
+                404,
+                {"error": f"no {path}"},
+                {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": self.sha(repo)},
+            )
         return 200, content, {"X-Repo-Commit": self.sha(repo), "ETag": f'"{_oid(content)}"'}
 
-    def answer(self, method: str, path: str, body: bytes, token: str | None) -> tuple[int, Any, dict[str, str]]:
+    def answer(
+        self, method: str, path: str, body: bytes, token: str | None
+    ) -> tuple[int, Any, dict[str, str]]:
         """Find who answers a request; writing needs the token."""
         self.calls.append((method, path))
-        if method in ("POST", "PUT") and not path.startswith("/large/") and token != f"Bearer {self.token}":
+        if (
+            method in ("POST", "PUT")
+            and not path.startswith("/large/")
+            and token != f"Bearer {self.token}"
+        ):
             return 401, {"error": "wrong token"}, {}
         if method == "PUT" and (match := re.fullmatch("/large/upload/(.+)", path)):
             self.large[match[1]] = body
@@ -120,7 +159,11 @@ class LocalHub:
         for wanted, pattern, reply in routes:
             if wanted == method and (match := re.fullmatch(pattern, path)):
                 if match.groups() and match[1] not in self.repos:
-                    return 404, {"error": f"no repository {match[1]}"}, {"X-Error-Code": "RepoNotFound"}
+                    return (
+                        404,
+                        {"error": f"no repository {match[1]}"},
+                        {"X-Error-Code": "RepoNotFound"},
+                    )
                 return reply(*match.groups())
         return 501, {"error": f"this Hub does not know {method} {path}"}, {}
 
@@ -136,11 +179,17 @@ class _Handler(BaseHTTPRequestHandler):
     def _handle(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         path = unquote(urlsplit(self.path).path)
-        status, answer, headers = self.hub.answer(self.command, path, body, self.headers.get("Authorization"))
+        status, answer, headers = self.hub.answer(
+            self.command, path, body, self.headers.get("Authorization")
+        )
         content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
         self.send_response(status)
         kind = "application/octet-stream" if isinstance(answer, bytes) else "application/json"
-        for name, value in {"Content-Type": kind, "Content-Length": str(len(content)), **headers}.items():
+        for name, value in {
+            "Content-Type": kind,
+            "Content-Length": str(len(content)),
+            **headers,
+        }.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":

@@ -1,4 +1,6 @@
-"""What tests of chunks and of padding share: a model that watches what it is fed, padded batches, and one estimate."""
+"""What tests of chunks and of padding share: a model that watches what it is fed, padded batches,
+and one estimate.
+"""
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -39,7 +41,9 @@ def estimate(model, inputs, kind="rowwise", forward=None, **options):
         "rows_per_forward": 1000,
     }
     model.zero_grad()
-    result = estimate_gradient(forward or model_forward(model), inputs, Method(**{**defaults, **options}), Place())
+    result = estimate_gradient(
+        forward or model_forward(model), inputs, Method(**{**defaults, **options}), Place()
+    )
     return torch.cat([p.grad.flatten() for p in vector.parameters]), result
 
 
@@ -47,7 +51,8 @@ def adapted(kind, **options):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = LoraConfig(r=2, target_modules="all-linear", task_type=TASKS[kind])
-        model = get_peft_model(tiny_model(kind, **options), config).eval().double()  # rounding must not decide counts
+        # rounding must not decide counts
+        model = get_peft_model(tiny_model(kind, **options), config).eval().double()
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.data.normal_(std=0.1)
@@ -57,7 +62,10 @@ def adapted(kind, **options):
 def left(batch):
     """Move the padding of a batch to the left."""
     order = batch["attention_mask"].argsort(dim=1, stable=True)
-    batch = {name: value.gather(1, order) if value.shape == order.shape else value for name, value in batch.items()}
+    batch = {
+        name: value.gather(1, order) if value.shape == order.shape else value
+        for name, value in batch.items()
+    }
     if batch["labels"].shape == order.shape:  # what is predicted from padding must not count
         batch["labels"][:, 1:][batch["attention_mask"][:, :-1] == 0] = -100
     return batch
@@ -69,7 +77,9 @@ def padded(kind, samples=4, extra=3, side="right"):
     fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
     wide = batch["attention_mask"].shape
     batch = {
-        name: nn.functional.pad(value, (0, extra), value=fill[name]) if value.shape == wide else value
+        name: nn.functional.pad(value, (0, extra), value=fill[name])
+        if value.shape == wide
+        else value
         for name, value in batch.items()
     }
     return left(batch) if side == "left" else batch

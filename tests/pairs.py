@@ -23,7 +23,11 @@ from tests.tiny import SIZES, VOCABULARY, generator
 
 KINDS = ("clip", "siglip", "dual")
 TOKENS = 6
-LORA = {"clip": ["q_proj", "v_proj"], "siglip": ["q_proj", "v_proj"], "dual": ["q_proj", "v_proj", "query", "value"]}
+LORA = {
+    "clip": ["q_proj", "v_proj"],
+    "siglip": ["q_proj", "v_proj"],
+    "dual": ["q_proj", "v_proj", "query", "value"],
+}
 
 
 def pair_model(kind: str, seed: int = 0, positions: int = TOKENS) -> nn.Module:
@@ -34,7 +38,9 @@ def pair_model(kind: str, seed: int = 0, positions: int = TOKENS) -> nn.Module:
         torch.manual_seed(seed)
         if kind == "clip":
             text |= {"eos_token_id": VOCABULARY - 1, "bos_token_id": 0, "pad_token_id": 1}
-            config = CLIPConfig(text_config=text, vision_config=image, projection_dim=12, logit_scale_init_value=1.0)
+            config = CLIPConfig(
+                text_config=text, vision_config=image, projection_dim=12, logit_scale_init_value=1.0
+            )
             model: nn.Module = CLIPModel(config)
         elif kind == "siglip":
             model = SiglipModel(SiglipConfig(text_config=text, vision_config=image))
@@ -43,8 +49,12 @@ def pair_model(kind: str, seed: int = 0, positions: int = TOKENS) -> nn.Module:
         else:
             towers = ViTModel(ViTConfig(**image)), BertModel(BertConfig(**text))
             options = {"projection_dim": 12, "logit_scale_init_value": 1.0}
-            both = VisionTextDualEncoderConfig.from_vision_text_configs(towers[0].config, towers[1].config, **options)
-            model = VisionTextDualEncoderModel(config=both, vision_model=towers[0], text_model=towers[1])
+            both = VisionTextDualEncoderConfig.from_vision_text_configs(
+                towers[0].config, towers[1].config, **options
+            )
+            model = VisionTextDualEncoderModel(
+                config=both, vision_model=towers[0], text_model=towers[1]
+            )
         for parameter in model.parameters():  # some start so small that nothing depends on them
             if parameter.dim() > 1:
                 parameter.data += 0.2 * torch.randn(parameter.shape)
@@ -56,15 +66,24 @@ def pair_batch(images: int = 4, texts: int | None = None, seed: int = 0) -> dict
     rng, texts = generator(seed), images if texts is None else texts
     ids = torch.randint(3, VOCABULARY - 1, (texts, TOKENS), generator=rng)
     ids[:, -1] = VOCABULARY - 1
-    batch: dict[str, Any] = {"pixel_values": torch.randn(images, 3, 8, 8, generator=rng), "input_ids": ids}
+    batch: dict[str, Any] = {
+        "pixel_values": torch.randn(images, 3, 8, 8, generator=rng),
+        "input_ids": ids,
+    }
     return {**batch, "attention_mask": torch.ones_like(ids), "return_loss": True}
 
 
 def as_pairs(batch: dict[str, Any]) -> list[dict[str, Tensor]]:
     """Take a batch apart into the samples of a data set."""
-    return [{n: v[i] for n, v in batch.items() if torch.is_tensor(v)} for i in range(len(batch["pixel_values"]))]
+    return [
+        {n: v[i] for n, v in batch.items() if torch.is_tensor(v)}
+        for i in range(len(batch["pixel_values"]))
+    ]
 
 
 def collate(rows: list[dict[str, Tensor]]) -> dict[str, Any]:
     """Make a batch of pairs, as the examples of transformers do."""
-    return {**{name: torch.stack([row[name] for row in rows]) for name in rows[0]}, "return_loss": True}
+    return {
+        **{name: torch.stack([row[name] for row in rows]) for name in rows[0]},
+        "return_loss": True,
+    }

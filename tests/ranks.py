@@ -1,4 +1,6 @@
-"""Processes of a run played by threads: each has a model of its own, and what they tell each other goes through memory."""
+"""Processes of a run played by threads: each has a model of its own, and what they tell each other
+goes through memory.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ class ThreadShare(Share):
 
 
 def played(world: int, act: Callable[[Share], Any]) -> list[Any]:
-    """Let so many ranks act at the same time; returns what each found, or raises what the first of them raised."""
+    """Let so many ranks act at the same time; returns what each found, or raises what the first of
+    them raised.
+    """
     meeting, found, errors = Meeting(world), [None] * world, []
 
     def run(rank: int) -> None:
@@ -67,5 +71,7 @@ def played(world: int, act: Callable[[Share], Any]) -> list[Any]:
     for thread in threads:
         thread.join()
     if errors:
-        raise next((e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0])
+        raise next(
+            (e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0]
+        )
     return found

@@ -1,4 +1,6 @@
-"""Activation noise: unbiased by enumeration, the published formula, the Rao-Blackwell form, and where it is used."""
+"""Activation noise: unbiased by enumeration, the published formula, the Rao-Blackwell form, and
+where it is used.
+"""
 
 import re
 from itertools import product
@@ -47,7 +49,12 @@ def row_estimates(module, perturbation, noise, x, scale, loss):
         with perturbation.applied(noise, scale):
             deltas = (loss(module(x)) - clean) / scale
         rows = torch.eye(len(x), dtype=x.dtype)
-        return torch.stack([delta * perturbation.pull_back(noise, row) for delta, row in zip(deltas, rows, strict=True)])
+        return torch.stack(
+            [
+                delta * perturbation.pull_back(noise, row)
+                for delta, row in zip(deltas, rows, strict=True)
+            ]
+        )
 
 
 @MIXINGS
@@ -61,14 +68,25 @@ def row_estimates(module, perturbation, noise, x, scale, loss):
 def test_the_mean_over_all_signs_is_the_gradient(mixing, trainable, kind, inside, shape):
     tokens, outside = shape
     module = linear_layer(kind, inside, outside, trainable)
-    signs = torch.tensor(list(product([1.0, -1.0], repeat=tokens * outside)), dtype=torch.float64).view(-1, tokens, outside)
+    signs = torch.tensor(
+        list(product([1.0, -1.0], repeat=tokens * outside)), dtype=torch.float64
+    ).view(-1, tokens, outside)
     x, slope = randn(tokens, inside).double(), randn(tokens, outside).double()
     vector = ParameterVector.of(module)
     perturbation = ActivationNoise(module, vector, "rademacher", mixing)
     noise = Drawn(keys(len(signs)), {(0, 0): signs})
-    found = row_estimates(module, perturbation, noise, x.repeat(len(signs), 1, 1), 0.1, lambda y: (y * slope).sum((1, 2)))
+    found = row_estimates(
+        module,
+        perturbation,
+        noise,
+        x.repeat(len(signs), 1, 1),
+        0.1,
+        lambda y: (y * slope).sum((1, 2)),
+    )
     wanted = torch.autograd.grad((module(x) * slope).sum(), vector.parameters)
-    torch.testing.assert_close(found.mean(0).double(), torch.cat([g.flatten() for g in wanted]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        found.mean(0).double(), torch.cat([g.flatten() for g in wanted]), rtol=1e-5, atol=1e-6
+    )
     assert perturbation.dimension(noise) == tokens * outside
 
 
@@ -111,7 +129,9 @@ def test_it_is_weight_noise_less_what_the_forward_cannot_see(tokens):
     projected = full @ torch.linalg.pinv(seen) @ seen  # E[z | what was seen]
     for row in range(4):
         weight, bias = vector.views(perturbation.pull_back(noise, torch.eye(4)[row]).double())
-        torch.testing.assert_close(torch.cat([weight, bias[:, None]], -1), projected[row], rtol=0.01, atol=0.01)
+        torch.testing.assert_close(
+            torch.cat([weight, bias[:, None]], -1), projected[row], rtol=0.01, atol=0.01
+        )
 
 
 class Net(nn.Module):
@@ -140,16 +160,27 @@ class Given(Uniform):
 def net_and_inputs():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return Net().double(), {"features": randn(4, 3, 5).double(), "labels": torch.tensor([0, 1, 2, 0])}
+        return Net().double(), {
+            "features": randn(4, 3, 5).double(),
+            "labels": torch.tensor([0, 1, 2, 0]),
+        }
 
 
 def estimate(model, inputs, counts, objective=surprise, estimator=OneSided, rows_per_forward=10**6):
     model.zero_grad()
     perturbation = ActivationNoise(model, ParameterVector.of(model), "rademacher")
     method = Method(
-        CallableObjective(objective), perturbation, estimator(), Given(torch.tensor(counts)), 100, 1e-4, rows_per_forward
+        CallableObjective(objective),
+        perturbation,
+        estimator(),
+        Given(torch.tensor(counts)),
+        100,
+        1e-4,
+        rows_per_forward,
     )
-    result = estimate_gradient(lambda inputs: (None, model(**inputs)), inputs, method, Place(seed=5))
+    result = estimate_gradient(
+        lambda inputs: (None, model(**inputs)), inputs, method, Place(seed=5)
+    )
     return torch.cat([p.grad.flatten() for p in model.parameters()]), result
 
 
@@ -171,7 +202,9 @@ def test_chunks_do_not_matter(estimator):
     model, inputs = net_and_inputs()
     whole, _ = estimate(model, inputs, [3, 1, 5, 2], estimator=estimator)
     for size in (1, 4):
-        pieces, _ = estimate(model, inputs, [3, 1, 5, 2], estimator=estimator, rows_per_forward=size)
+        pieces, _ = estimate(
+            model, inputs, [3, 1, 5, 2], estimator=estimator, rows_per_forward=size
+        )
         torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-6)
 
 
@@ -193,25 +226,35 @@ def test_rows_with_a_non_finite_loss_run_again_for_their_neighbours():
     for sample, count in enumerate([2, 2, 9, 2]):
         for query in range(count):
             one = {name: value[sample : sample + 1] for name, value in inputs.items()}
-            noise = perturbation.draw(NoiseKeys.of(5, 0, torch.tensor([sample]), torch.tensor([query]), 0))
+            noise = perturbation.draw(
+                NoiseKeys.of(5, 0, torch.tensor([sample]), torch.tensor([query]), 0)
+            )
             with torch.no_grad(), perturbation.applied(noise, 1e-4):
                 delta = (broken(model(**one), one) - clean[sample]) / 1e-4
             if bool(delta.isfinite()):
-                wanted += perturbation.pull_back(noise, delta) / (9 - lost if sample == 2 else count) / 4
+                wanted += (
+                    perturbation.pull_back(noise, delta) / (9 - lost if sample == 2 else count) / 4
+                )
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
 
 
 def adapted(kind):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return get_peft_model(tiny_model(kind), LoraConfig(r=2, target_modules="all-linear", task_type=TASKS[kind])).eval()
+        return get_peft_model(
+            tiny_model(kind), LoraConfig(r=2, target_modules="all-linear", task_type=TASKS[kind])
+        ).eval()
 
 
 @torch.no_grad()
 def test_nothing_is_left_behind():
     model = adapted("llama")
     names = [name for name in ParameterVector.of(model).names if "lora_A" in name]
-    perturbation = perturb(model, activation=names, rowwise=[n for n in ParameterVector.of(model).names if n not in names])
+    perturbation = perturb(
+        model,
+        activation=names,
+        rowwise=[n for n in ParameterVector.of(model).names if n not in names],
+    )
     before = {name: (value.clone(), value.data_ptr()) for name, value in model.named_parameters()}
     for rows in (4, 3):
         noise = perturbation.draw(keys(rows))
@@ -222,24 +265,32 @@ def test_nothing_is_left_behind():
             applied = perturbation.applied(noise, 0.1)
             with pytest.raises(RowMismatch), applied:
                 model(**tiny_batch("llama"))
-        assert all(value.equal(before[n][0]) and value.data_ptr() == before[n][1] for n, value in model.named_parameters())
+        assert all(
+            value.equal(before[n][0]) and value.data_ptr() == before[n][1]
+            for n, value in model.named_parameters()
+        )
         assert not any(module._forward_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize(
-    ("kind", "mode"), [("vit", "auto"), ("bert", "auto"), ("gpt2", "activation"), ("llama", "activation")]
+    ("kind", "mode"),
+    [("vit", "auto"), ("bert", "auto"), ("gpt2", "activation"), ("llama", "activation")],
 )
 def test_queries_see_the_slope_along_their_pull_back(kind, mode):
     model, inputs, objective = adapted(kind), tiny_batch(kind), TappedLoss()
     with torch.no_grad():
-        perturbation, notes = choose_perturbation(model, objective, model_forward(model), inputs, mode=mode)
+        perturbation, notes = choose_perturbation(
+            model, objective, model_forward(model), inputs, mode=mode
+        )
     activation = next(p for p in perturbation.parts if isinstance(p, ActivationNoise))
     # The pooler and the classifier see one token, all other layers several.
     if mode == "auto":
         assert activation.vector.names
         assert all(re.search("pooler|classifier", name) for name in activation.vector.names)
     else:
-        assert set(activation.vector.names) >= {name for name in perturbation.vector.names if "lora_" in name}
+        assert set(activation.vector.names) >= {
+            name for name in perturbation.vector.names if "lora_" in name
+        }
     assert notes == []
     assert perturbation.replays
     vector = perturbation.vector
@@ -251,7 +302,9 @@ def test_queries_see_the_slope_along_their_pull_back(kind, mode):
                 with perturbation.applied(noise, sign * 1e-3):
                     deltas += sign * objective(model_forward(model), inputs).sums / 2e-3
         losses = objective(model_forward(model), inputs).sums
-        gradients = [torch.autograd.grad(loss, vector.parameters, retain_graph=True) for loss in losses]
+        gradients = [
+            torch.autograd.grad(loss, vector.parameters, retain_graph=True) for loss in losses
+        ]
         flat = [torch.cat([piece.flatten() for piece in gradient]) for gradient in gradients]
     if mode == "auto":  # as few outputs as inputs, so that the weights can do what the noise did
         pulled = [perturbation.pull_back(noise, row) for row in torch.eye(4)]
@@ -290,14 +343,20 @@ def test_the_check_pins_what_the_noise_must_act_through(way):
     check = PinCheck(model, lambda: objective(lambda inputs: model(**inputs), pair).sums, 1e-4)
     found = check.run([name for name in names if "layer" in name], smaller=False)
     assert found == (["layer.weight", "layer.bias"] if way == "plainly" else [])
-    perturbation, _ = choose_perturbation(model, objective, lambda inputs: model(**inputs), inputs, mode="activation")
+    perturbation, _ = choose_perturbation(
+        model, objective, lambda inputs: model(**inputs), inputs, mode="activation"
+    )
     parts = perturbation.parts
-    activation = {name for part in parts if isinstance(part, ActivationNoise) for name in part.vector.names}
+    activation = {
+        name for part in parts if isinstance(part, ActivationNoise) for name in part.vector.names
+    }
     fine = {"plainly": ["layer.weight", "layer.bias"], "elsewhere": ["layer.bias"]}.get(way, [])
     assert activation == {"head.weight", "head.bias", *fine}
 
 
 def test_only_linear_layers_are_taken():
     module = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
-    with pytest.raises(RowMismatch, match=r"\['1.weight', '1.bias'\] do not belong to linear layers"):
+    with pytest.raises(
+        RowMismatch, match=r"\['1.weight', '1.bias'\] do not belong to linear layers"
+    ):
         ActivationNoise(module, ParameterVector.of(module), "gaussian")

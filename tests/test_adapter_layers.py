@@ -1,4 +1,6 @@
-"""Per-row rules of PEFT's own layers against the oracle, and the rule that runs a layer row by row."""
+"""Per-row rules of PEFT's own layers against the oracle, and the rule that runs a layer row by
+row.
+"""
 
 import pytest
 import torch
@@ -20,7 +22,13 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_flops.counters import seeds
 from hf_flops.objectives import TappedLoss
-from hf_flops.perturbations import ParameterVector, RowMismatch, RowwiseNoise, SharedNoise, displaced
+from hf_flops.perturbations import (
+    ParameterVector,
+    RowMismatch,
+    RowwiseNoise,
+    SharedNoise,
+    displaced,
+)
 from hf_flops.perturbations.noise import draw
 from hf_flops.selfcheck import choose_perturbation
 from tests.test_perturbations import keys, randn
@@ -46,16 +54,25 @@ class Net(nn.Module):
 
 ADAPTERS = {
     "dora": lambda: LoraConfig(r=2, target_modules=["first", "second", "third"], use_dora=True),
-    "ia3": lambda: IA3Config(target_modules=["first", "second", "third", "patch"], feedforward_modules=["second", "patch"]),
-    "ia3_outputs": lambda: IA3Config(target_modules=["first", "third", "patch"], feedforward_modules=[]),
+    "ia3": lambda: IA3Config(
+        target_modules=["first", "second", "third", "patch"],
+        feedforward_modules=["second", "patch"],
+    ),
+    "ia3_outputs": lambda: IA3Config(
+        target_modules=["first", "third", "patch"], feedforward_modules=[]
+    ),
     "vera": lambda: VeraConfig(r=3, target_modules=["first"], vera_dropout=0.1),
     "embedding": lambda: LoraConfig(r=2, target_modules=["tokens"]),
     "tokens": lambda: TrainableTokensConfig(target_modules=["tokens"], token_indices=[0, 3, 5]),
-    "lora_and_tokens": lambda: LoraConfig(r=2, target_modules=["first"], trainable_token_indices={"tokens": [0, 3, 5]}),
+    "lora_and_tokens": lambda: LoraConfig(
+        r=2, target_modules=["first"], trainable_token_indices={"tokens": [0, 3, 5]}
+    ),
 }
 LOOPED = {
     "loha": lambda: LoHaConfig(r=2, target_modules=["first", "second", "patch"]),
-    "oft": lambda: OFTConfig(oft_block_size=2, target_modules=["first", "second"], use_cayley_neumann=False),
+    "oft": lambda: OFTConfig(
+        oft_block_size=2, target_modules=["first", "second"], use_cayley_neumann=False
+    ),
     "c3a": lambda: C3AConfig(block_size=2, target_modules=["first", "second"]),
     "dora_bias": lambda: LoraConfig(r=2, target_modules=["first"], use_dora=True, bias="lora_only"),
     "dora_embedding": lambda: LoraConfig(r=2, target_modules=["tokens"], use_dora=True),
@@ -64,12 +81,15 @@ LOOPED = {
 
 @torch.no_grad()
 def assert_equals_oracle(config, inside, outside, rows, tokens, repeats=1, looping=False):
-    """Compare outputs under row-wise noise with a loop over rows that changes the parameters, in float64."""
+    """Compare outputs under row-wise noise with a loop over rows that changes the parameters, in
+    float64.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = get_peft_model(Net(inside, outside), config).double().eval()
     vector = ParameterVector.of(model)
-    offset = 0.3 * draw("gaussian", seeds(3, 3), vector.shapes)[0]  # off values at which tensors hide each other
+    # off values at which tensors hide each other
+    offset = 0.3 * draw("gaussian", seeds(3, 3), vector.shapes)[0]
     ids = torch.arange(rows * repeats * tokens).reshape(rows * repeats, tokens) * 5 % 7
     perturbation = RowwiseNoise(model, vector, "gaussian", vector.names if looping else ())
     noise = perturbation.draw(keys(rows))
@@ -84,10 +104,17 @@ def assert_equals_oracle(config, inside, outside, rows, tokens, repeats=1, loopi
         assert not torch.allclose(found, model(ids))
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT on models without a configuration, and on GPT-2's layer
+# PEFT on models without a configuration, and on GPT-2's layer
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("adapter", ADAPTERS)
 @settings(max_examples=6)
-@given(inside=WIDTHS, outside=WIDTHS, rows=st.integers(1, 4), tokens=st.integers(2, 4), repeats=st.integers(1, 2))
+@given(
+    inside=WIDTHS,
+    outside=WIDTHS,
+    rows=st.integers(1, 4),
+    tokens=st.integers(2, 4),
+    repeats=st.integers(1, 2),
+)
 def test_rules_of_adapter_layers(adapter, inside, outside, rows, tokens, repeats):
     assert_equals_oracle(ADAPTERS[adapter](), inside, outside, rows, tokens, repeats)
 
@@ -95,7 +122,9 @@ def test_rules_of_adapter_layers(adapter, inside, outside, rows, tokens, repeats
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("adapter", [*LOOPED, *ADAPTERS])
 def test_layers_run_row_by_row(adapter):
-    assert_equals_oracle({**LOOPED, **ADAPTERS}[adapter](), 4, 6, rows=3, tokens=4, repeats=2, looping=True)
+    assert_equals_oracle(
+        {**LOOPED, **ADAPTERS}[adapter](), 4, 6, rows=3, tokens=4, repeats=2, looping=True
+    )
 
 
 def adapted(kind, config):
@@ -105,19 +134,53 @@ def adapted(kind, config):
 
 
 CHECKED = [
-    ("llama", LoraConfig(r=2, target_modules="all-linear", use_dora=True, task_type="CAUSAL_LM"), False),
-    ("gpt2", LoraConfig(r=2, target_modules="all-linear", use_dora=True, task_type="CAUSAL_LM"), False),
-    ("bert", IA3Config(target_modules=["key", "value", "dense"], feedforward_modules=["dense"], task_type="SEQ_CLS"), False),
+    (
+        "llama",
+        LoraConfig(r=2, target_modules="all-linear", use_dora=True, task_type="CAUSAL_LM"),
+        False,
+    ),
+    (
+        "gpt2",
+        LoraConfig(r=2, target_modules="all-linear", use_dora=True, task_type="CAUSAL_LM"),
+        False,
+    ),
+    (
+        "bert",
+        IA3Config(
+            target_modules=["key", "value", "dense"],
+            feedforward_modules=["dense"],
+            task_type="SEQ_CLS",
+        ),
+        False,
+    ),
     ("vit", VeraConfig(r=4, target_modules=["q_proj", "v_proj"]), False),
     ("bert", LoraConfig(r=2, target_modules=["word_embeddings"], task_type="SEQ_CLS"), False),
-    ("llama", TrainableTokensConfig(token_indices=[5, 6, 9], target_modules=["embed_tokens"], task_type="CAUSAL_LM"), False),
-    ("gpt2", TrainableTokensConfig(token_indices=list(range(9)), target_modules=["wte"], task_type="CAUSAL_LM"), False),
+    (
+        "llama",
+        TrainableTokensConfig(
+            token_indices=[5, 6, 9], target_modules=["embed_tokens"], task_type="CAUSAL_LM"
+        ),
+        False,
+    ),
+    (
+        "gpt2",
+        TrainableTokensConfig(
+            token_indices=list(range(9)), target_modules=["wte"], task_type="CAUSAL_LM"
+        ),
+        False,
+    ),
     ("llama", LoHaConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"), True),
-    ("bert", PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=8, task_type="SEQ_CLS"), True),
+    (
+        "bert",
+        PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=8, task_type="SEQ_CLS"),
+        True,
+    ),
 ]
 
 
-@pytest.mark.parametrize(("kind", "config", "looping"), CHECKED, ids=lambda value: getattr(value, "peft_type", value))
+@pytest.mark.parametrize(
+    ("kind", "config", "looping"), CHECKED, ids=lambda value: getattr(value, "peft_type", value)
+)
 @torch.no_grad()
 def test_the_self_check_agrees_with_the_oracle(kind, config, looping):
     model, inputs, objective = adapted(kind, config), tiny_batch(kind), TappedLoss()
@@ -136,15 +199,23 @@ def test_the_self_check_agrees_with_the_oracle(kind, config, looping):
 
 @torch.no_grad()
 def test_nothing_is_left_behind_in_adapter_layers():
-    model = adapted("bert", PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=8, task_type="SEQ_CLS"))
-    vector = ParameterVector.of(model, {n for n, _ in model.named_parameters() if "prompt_encoder" in n})
+    model = adapted(
+        "bert",
+        PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=8, task_type="SEQ_CLS"),
+    )
+    vector = ParameterVector.of(
+        model, {n for n, _ in model.named_parameters() if "prompt_encoder" in n}
+    )
     perturbation = RowwiseNoise(model, vector, "gaussian", vector.names)
     before = {name: (value.clone(), value.data_ptr()) for name, value in model.named_parameters()}
     applied = perturbation.applied(perturbation.draw(keys(3)), 0.1)
     with pytest.raises(RowMismatch, match="does not see 3 rows"), applied:
         model(**tiny_batch("bert"))
     assert "get_prompt" not in vars(model)
-    assert all(value.equal(before[n][0]) and value.data_ptr() == before[n][1] for n, value in model.named_parameters())
+    assert all(
+        value.equal(before[n][0]) and value.data_ptr() == before[n][1]
+        for n, value in model.named_parameters()
+    )
 
 
 @torch.no_grad()
@@ -169,7 +240,9 @@ def test_layers_that_mix_rows_are_not_run_row_by_row():
         config = OFTConfig(oft_block_size=2, target_modules=["first"], use_cayley_neumann=False)
         model = get_peft_model(Mixes(), config).eval()
     inputs = {"features": randn(4, 4), "labels": torch.tensor([0, 1, 2, 0])}
-    perturbation, notes = choose_perturbation(model, TappedLoss(), lambda inputs: model(**inputs), inputs)
+    perturbation, notes = choose_perturbation(
+        model, TappedLoss(), lambda inputs: model(**inputs), inputs
+    )
     assert isinstance(perturbation, SharedNoise)
     assert "noise that is shared by the batch" in notes[0]
 

@@ -1,11 +1,20 @@
-"""The alignment recipe on tiny models: two encoders, CLIP and SigLIP, every adapter and method, the protocol's splits."""
+"""The alignment recipe on tiny models: two encoders, CLIP and SigLIP, every adapter and method, the
+protocol's splits.
+"""
 
 import json
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, ViTConfig, ViTImageProcessorPil, ViTModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTImageProcessorPil,
+    ViTModel,
+)
 
 from hf_flops import ConfigurationError
 from recipes import alignment
@@ -28,16 +37,26 @@ from tests.tiny import SIZES, VOCABULARY
 
 
 def tiny_tokenizer():
-    words = {word for template in TRAINED_TEMPLATES for word in template.replace(".", " .").replace(",", " ,").split()}
+    words = {
+        word
+        for template in TRAINED_TEMPLATES
+        for word in template.replace(".", " .").replace(",", " ,").split()
+    }
     names = {"[BOS]": 0, "[PAD]": 1, "[UNK]": 2, "[EOS]": VOCABULARY - 1}
     vocabulary = names | {word: 3 + i for i, word in enumerate(sorted(words)[: VOCABULARY - 14])}
     vocabulary |= {word: VOCABULARY - 11 + i for i, word in enumerate(DIGITS)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     ends = [("[BOS]", 0), ("[EOS]", VOCABULARY - 1)]
-    tokenizer.post_processor = processors.TemplateProcessing(single="[BOS] $A [EOS]", special_tokens=ends)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[BOS] $A [EOS]", special_tokens=ends
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="[BOS]", eos_token="[EOS]", pad_token="[PAD]", unk_token="[UNK]"
+        tokenizer_object=tokenizer,
+        bos_token="[BOS]",
+        eos_token="[EOS]",
+        pad_token="[PAD]",
+        unk_token="[UNK]",
     )
 
 
@@ -56,25 +75,46 @@ def folders(tmp_path_factory):
     for name in ("bert", "clip", "siglip"):
         tiny_tokenizer().save_pretrained(root / name)
     for name in ("vit", "clip", "siglip"):
-        ViTImageProcessorPil(size=8, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(root / name)
+        ViTImageProcessorPil(size=8, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(
+            root / name
+        )
     return root
 
 
 def recipe(folder, *options):
-    common = ["--dataset", "digits", "--shots", "2", "--test_images", "40", "--num_train_epochs", "1"]
+    common = [
+        "--dataset",
+        "digits",
+        "--shots",
+        "2",
+        "--test_images",
+        "40",
+        "--num_train_epochs",
+        "1",
+    ]
     common += ["--disable_tqdm", "True", "--per_device_train_batch_size", "10"]
     return alignment.main([*common, "--output_dir", str(folder), *options])
 
 
 def test_two_encoders_by_every_method(folders, tmp_path, drawn):
-    towers = ["--vision_model", str(folders / "vit"), "--text_model", str(folders / "bert"), "--projection_dim", "6"]
+    towers = [
+        "--vision_model",
+        str(folders / "vit"),
+        "--text_model",
+        str(folders / "bert"),
+        "--projection_dim",
+        "6",
+    ]
     outcomes = recipe(tmp_path, *towers, "--compare", "mezo", "spsa-gc", "backprop")
     assert [outcome.method for outcome in outcomes] == METHODS
     assert len({outcome.parameters for outcome in outcomes}) == 1
     assert len({json.dumps(outcome.before) for outcome in outcomes}) == 1
     rows = {outcome.method: outcome.rows for outcome in outcomes}
     assert rows["backprop"] == 20
-    logs = {method: json.loads((tmp_path / method / "trainer_state.json").read_text())["log_history"] for method in rows}
+    logs = {
+        method: json.loads((tmp_path / method / "trainer_state.json").read_text())["log_history"]
+        for method in rows
+    }
     checks = {name: max(entry.get("check_rows", 0) for entry in log) for name, log in logs.items()}
     assert checks["flops"] > 0
     assert rows["flops"] - checks["flops"] <= 160
@@ -84,7 +124,9 @@ def test_two_encoders_by_every_method(folders, tmp_path, drawn):
     shown = {bars.get_label(): [bar.get_height() for bar in bars] for bars in measures.containers}
     after = {outcome.method: outcome.after["all"] for outcome in outcomes}
     after = {"untrained": outcomes[0].before["all"], **after}
-    assert shown == {name: [values[measure] for measure in MEASURES] for name, values in after.items()}
+    assert shown == {
+        name: [values[measure] for measure in MEASURES] for name, values in after.items()
+    }
     assert [len(axes.images) for axes in examples] == [1] * 10  # one of each digit
     moments = [[text.get_text()[:-2] for text in axes.texts[::2]] for axes in examples]
     assert moments == [["before", "after"]] * 10
@@ -96,7 +138,10 @@ def test_two_encoders_by_every_method(folders, tmp_path, drawn):
     [
         ("clip", ["--adapter", "lora", "--towers", "both", "--classes", "base"]),
         ("clip", ["--adapter", "context"]),
-        ("clip", ["--adapter", "border", "--prompt_size", "1", "--classes", "base", "--method", "mezo"]),
+        (
+            "clip",
+            ["--adapter", "border", "--prompt_size", "1", "--classes", "base", "--method", "mezo"],
+        ),
         ("siglip", ["--adapter", "tokens", "--loss", "pairs"]),
     ],
 )
@@ -114,7 +159,9 @@ def test_a_context_is_tokens_after_the_start(folders):
     context = trained_context(tokenizer, 3)
     assert len(set(context)) == 3
     assert set(context).isdisjoint(tokenizer.all_special_ids)
-    tokens = Sentences(["one", "two"], tokenizer, context).tokens(["this is a one", "this is a two ."])
+    tokens = Sentences(["one", "two"], tokenizer, context).tokens(
+        ["this is a one", "this is a two ."]
+    )
     assert torch.equal(tokens["input_ids"][:, 1:4], torch.tensor(context).expand(2, -1))
     assert tokens["attention_mask"].sum(1).tolist() == [9, 10]
 
@@ -129,14 +176,19 @@ def test_a_missing_image_processor_is_one_clear_sentence(folders):
     [
         ({"model": "/nowhere"}, "--model /nowhere cannot be used: .*'/nowhere'"),
         ({"vision_model": "/nowhere"}, "--vision_model /nowhere cannot be used"),
-        ({"image_processor": "/nowhere", "vision_model": "vit"}, "--image_processor /nowhere cannot be used"),
+        (
+            {"image_processor": "/nowhere", "vision_model": "vit"},
+            "--image_processor /nowhere cannot be used",
+        ),
         ({"text_model": "/nowhere", "vision_model": "vit"}, "--text_model /nowhere cannot be used"),
         ({"text_model": "vit", "vision_model": "bert"}, "bert' has no image processor"),
         ({"model": "bert", "image_processor": "vit"}, "bert' has no two towers"),
     ],
 )
 def test_models_that_cannot_be_used_are_refused_in_a_sentence(options, match, folders):
-    given = {name: value if value[0] == "/" else str(folders / value) for name, value in options.items()}
+    given = {
+        name: value if value[0] == "/" else str(folders / value) for name, value in options.items()
+    }
     with pytest.raises(ConfigurationError, match=match) as refused:
         alignment.load_task(alignment.RecipeArguments(dataset="digits", **given), seed=0)
     assert str(refused.value).endswith(".")
@@ -148,11 +200,17 @@ def test_unknown_kinds_fall_into_no_other(capsys):
         with pytest.raises(SystemExit):
             alignment.parse([option, "foo"])
         assert "invalid choice: 'foo'" in capsys.readouterr().err
-    with pytest.raises(ConfigurationError, match="The adapter 'foo' is unknown: choose among lora, border"):
+    with pytest.raises(
+        ConfigurationError, match="The adapter 'foo' is unknown: choose among lora, border"
+    ):
         adapted(None, "foo", projections=False)
-    with pytest.raises(ConfigurationError, match="The tower 'foo' is unknown: choose among image, text, both"):
+    with pytest.raises(
+        ConfigurationError, match="The tower 'foo' is unknown: choose among image, text, both"
+    ):
         adapted(None, "lora", projections=False, towers="foo")
-    with pytest.raises(ConfigurationError, match="The loss 'foo' is unknown: choose among pairs, classes"):
+    with pytest.raises(
+        ConfigurationError, match="The loss 'foo' is unknown: choose among pairs, classes"
+    ):
         PairCollator(Sentences([], None), [], "foo")
 
 
@@ -160,9 +218,14 @@ def test_a_frozen_text_encoder_reads_a_sentence_once():
     torch.manual_seed(0)
     bert = BertModel(BertConfig(vocab_size=VOCABULARY, **SIZES)).eval()
     reads = []
-    bert.register_forward_pre_hook(lambda module, args, kwargs: reads.append(len(kwargs["input_ids"])), with_kwargs=True)
+    bert.register_forward_pre_hook(
+        lambda module, args, kwargs: reads.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
     pooled = Pooled(bert.requires_grad_(False), "mean")
-    ids, mask = torch.randint(3, VOCABULARY, (3, 5)), torch.tensor([[1, 1, 1, 0, 0], [1] * 5, [1] * 5])
+    ids, mask = (
+        torch.randint(3, VOCABULARY, (3, 5)),
+        torch.tensor([[1, 1, 1, 0, 0], [1] * 5, [1] * 5]),
+    )
     first = pooled(input_ids=ids, attention_mask=mask).pooler_output
     second = pooled(input_ids=ids[[2, 0]], attention_mask=mask[[2, 0]]).pooler_output
     assert reads == [3]
@@ -187,10 +250,14 @@ def test_templates_of_training_and_test_are_different_and_a_batch_has_one():
 
 
 def test_scores_are_those_of_counting(monkeypatch):
-    """Three classes, images and sentences along the axes: all right but one image, which looks like another class."""
+    """Three classes, images and sentences along the axes: all right but one image, which looks like
+    another class.
+    """
     axes = torch.eye(3)
     images, labels = axes[[0, 1, 2, 2]], torch.tensor([0, 1, 2, 0])
-    monkeypatch.setattr("recipes.pairs.embed", lambda *args: (images, axes.repeat(len(HELD_OUT_TEMPLATES), 1)))
+    monkeypatch.setattr(
+        "recipes.pairs.embed", lambda *args: (images, axes.repeat(len(HELD_OUT_TEMPLATES), 1))
+    )
     found = scores(None, PixelRows(images, labels), Sentences(["a", "b", "c"], None), [0, 1, 2])
     assert found["accuracy"] == found["image_to_text_1"] == 0.75
     assert found["text_to_image_5"] == 1.0

@@ -19,14 +19,26 @@ from hf_flops.allocators import (
 )
 from hf_flops.rows import Features
 
-LOSS = st.one_of(st.floats(0, 100, width=32), st.sampled_from([0.0, 1.0, 1.0, 3e38, float("inf"), float("nan"), -1.0]))
+LOSS = st.one_of(
+    st.floats(0, 100, width=32),
+    st.sampled_from([0.0, 1.0, 1.0, 3e38, float("inf"), float("nan"), -1.0]),
+)
 EXTRA = st.one_of(st.integers(0, 60), st.sampled_from([10**6, 10**6 + 7]))
 
 
 def features_of(losses, step, *, known=True, **options):
     """Everything that a step may know."""
-    lengths, ids = (torch.arange(len(losses)) + 1.0, tuple(range(len(losses)))) if known else (None, None)
-    return Features(losses, losses.abs().sqrt() if known else None, step=step, lengths=lengths, ids=ids, **options)
+    lengths, ids = (
+        (torch.arange(len(losses)) + 1.0, tuple(range(len(losses)))) if known else (None, None)
+    )
+    return Features(
+        losses,
+        losses.abs().sqrt() if known else None,
+        step=step,
+        lengths=lengths,
+        ids=ids,
+        **options,
+    )
 
 
 def trained(name, generator, samples=8, steps=40):
@@ -36,12 +48,20 @@ def trained(name, generator, samples=8, steps=40):
         losses = torch.rand(samples, generator=generator)
         features = features_of(losses, step)
         counts = allocator.counts(features, samples * 8)
-        allocator.update(features, counts, losses.square() * torch.rand(samples, generator=generator))
+        allocator.update(
+            features, counts, losses.square() * torch.rand(samples, generator=generator)
+        )
     return allocator
 
 
 @settings(max_examples=150)
-@given(st.sampled_from(sorted(ALLOCATORS)), st.lists(LOSS, min_size=1, max_size=9), EXTRA, st.booleans(), st.data())
+@given(
+    st.sampled_from(sorted(ALLOCATORS)),
+    st.lists(LOSS, min_size=1, max_size=9),
+    EXTRA,
+    st.booleans(),
+    st.data(),
+)
 def test_every_allocator_spends_its_budget_whatever_it_sees(name, losses, extra, known, data):
     allocator, losses = ALLOCATORS[name](), torch.tensor(losses)
     for step in range(4):
@@ -58,14 +78,19 @@ def test_every_allocator_spends_its_budget_whatever_it_sees(name, losses, extra,
 @pytest.mark.parametrize("name", sorted(set(ALLOCATORS) - {"authors_bernoulli", "bernoulli"}))
 def test_samples_that_are_all_alike_get_equal_counts(name):
     losses = torch.full((6,), 0.1)
-    for allocator in (ALLOCATORS[name](), trained(name, torch.Generator().manual_seed(0), samples=12)):
+    for allocator in (
+        ALLOCATORS[name](),
+        trained(name, torch.Generator().manual_seed(0), samples=12),
+    ):
         features = Features(losses, losses, step=1000, lengths=losses)
         assert allocator.counts(features, 24).tolist() == [4] * 6
 
 
 @pytest.mark.parametrize("name", sorted(ALLOCATORS))
 def test_a_budget_below_one_query_per_sample_is_refused(name):
-    with pytest.raises(ConfigurationError, match="budget of 3 queries cannot give each of 4 samples"):
+    with pytest.raises(
+        ConfigurationError, match="budget of 3 queries cannot give each of 4 samples"
+    ):
         ALLOCATORS[name]().counts(Features(torch.rand(4)), 3)
 
 
@@ -98,7 +123,9 @@ def test_counts_are_the_same_whatever_the_other_micro_batches_of_the_step_showed
         found.append(counts.tolist())
     assert found[0] == found[1]
     if name in ("optimal", "gaussian"):  # in the next step it does decide
-        assert not torch.equal(allocator.counts(features_of(losses, 41), 64), torch.tensor(found[0]))
+        assert not torch.equal(
+            allocator.counts(features_of(losses, 41), 64), torch.tensor(found[0])
+        )
 
 
 @pytest.mark.parametrize("name", sorted(ALLOCATORS))
@@ -106,7 +133,11 @@ def test_samples_without_a_finite_row_teach_nothing(name):
     generator = torch.Generator().manual_seed(0)
     whole, cut = trained(name, generator), trained(name, torch.Generator().manual_seed(0))
     losses, counts = torch.rand(6, generator=generator), torch.tensor([3, 4, 5, 6, 7, 8])
-    whole.update(features_of(losses, 40), counts, torch.tensor([1.0, 2.0, 3.0, 4.0, float("nan"), float("nan")]))
+    whole.update(
+        features_of(losses, 40),
+        counts,
+        torch.tensor([1.0, 2.0, 3.0, 4.0, float("nan"), float("nan")]),
+    )
     cut.update(features_of(losses[:4], 40), counts[:4], torch.tensor([1.0, 2.0, 3.0, 4.0]))
     assert whole.state_dict() == cut.state_dict()
     whole.update(features_of(losses, 41), counts, torch.full((6,), float("nan")))
@@ -125,8 +156,16 @@ def test_the_authors_heuristic_halves_easy_samples_and_favours_no_other():
 
 
 def test_counts_proportional_to_the_loss():
-    assert LossProportional().counts(Features(torch.tensor([1.0, 2.0, 7.0])), 100).tolist() == [10, 20, 70]
-    assert LossProportional().counts(Features(torch.tensor([-1.0, 2.0, 2.0])), 21).tolist() == [1, 10, 10]
+    assert LossProportional().counts(Features(torch.tensor([1.0, 2.0, 7.0])), 100).tolist() == [
+        10,
+        20,
+        70,
+    ]
+    assert LossProportional().counts(Features(torch.tensor([-1.0, 2.0, 2.0])), 21).tolist() == [
+        1,
+        10,
+        10,
+    ]
 
 
 def test_counts_by_the_rank_of_the_loss():
@@ -137,7 +176,8 @@ def test_counts_by_the_rank_of_the_loss():
         LossRank(top=0)
 
 
-# The variance of the estimate over that of equal counts, where sigma is the loss; the integer optimum is at 0.7375.
+# The variance of the estimate over that of equal counts, where sigma is the loss; the integer
+# optimum is at 0.7375.
 REACHED = {
     "optimal": 0.738,
     "two_stage": 0.738,

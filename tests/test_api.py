@@ -1,4 +1,7 @@
-"""The public API is frozen: names, and what parameters are called. `python -m tests.test_api` writes the record anew."""
+"""The public API is frozen: names, and what parameters are called.
+
+`python -m tests.test_api` writes the record anew.
+"""
 
 import inspect
 from pathlib import Path
@@ -15,7 +18,11 @@ def described():
         value = getattr(hf_flops, name)
         yield name + _signature(value)
         if inspect.isclass(value) and not issubclass(value, Exception):
-            own = {key: member for key, member in vars(value).items() if callable(member) and not key.startswith("_")}
+            own = {
+                key: member
+                for key, member in vars(value).items()
+                if callable(member) and not key.startswith("_")
+            }
             yield from (f"{name}.{key}{_signature(own[key])}" for key in sorted(own))
 
 
@@ -38,7 +45,9 @@ def test_names_and_parameters_are_those_of_the_record():
 
 def test_types_are_shipped():
     assert (ROOT / "hf_flops" / "py.typed").is_file()
-    rules = [path.read_text() for path in (ROOT / "pyproject.toml", ROOT / "setup.py") if path.is_file()]
+    rules = [
+        path.read_text() for path in (ROOT / "pyproject.toml", ROOT / "setup.py") if path.is_file()
+    ]
     assert any("py.typed" in rule for rule in rules)
 
 

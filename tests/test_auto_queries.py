@@ -27,8 +27,14 @@ def settled(signal, variance, how, head=0.0, steps=60):
     auto = AutoQueries()
     for step in range(steps):
         queries = (auto.at(step) - how.needs_clean) // len(how.estimator.signs)
-        metrics = {"gradient_signal": signal, "gradient_variance": variance / queries, "head_signal": head}
-        auto.learn(StepResult(torch.tensor(0.0), 0, torch.tensor([queries]), torch.ones(1), metrics), how)
+        metrics = {
+            "gradient_signal": signal,
+            "gradient_variance": variance / queries,
+            "head_signal": head,
+        }
+        auto.learn(
+            StepResult(torch.tensor(0.0), 0, torch.tensor([queries]), torch.ones(1), metrics), how
+        )
     return auto.at(steps)
 
 
@@ -41,14 +47,17 @@ def test_no_other_number_gains_more_per_row(signal, variance):
         return signal**2 / (signal + variance / (rows - 1)) / rows
 
     assert 2 <= rows <= MOST
-    assert gain(rows) >= 0.999 * max(gain(other) for other in range(2, MOST + 1) if abs(other - rows) > 1)
+    assert gain(rows) >= 0.999 * max(
+        gain(other) for other in range(2, MOST + 1) if abs(other - rows) > 1
+    )
 
 
 def test_what_it_depends_on():
     how = method(OneSided(), Optimal())
     assert settled(1.0, 1e4, how, head=1e4) == 2  # the head's gradient is clear
     assert settled(-1.0, 1e4, how) == MOST  # no signal at all
-    assert settled(1.0, 1e4, method(Antithetic(), Uniform())) == 2  # no clean row to share: the fewest are best
+    # no clean row to share: the fewest are best
+    assert settled(1.0, 1e4, method(Antithetic(), Uniform())) == 2
 
 
 def test_all_batches_of_a_step_get_the_same():
@@ -66,16 +75,27 @@ def test_the_trainer_follows_it_and_a_resumed_run_goes_on_alike(tmp_path):
     def trained(folder, **options):
         model.load_state_dict(start)
         args = FlopsTrainingArguments(
-            output_dir=str(folder), queries_per_sample="auto", max_steps=8, per_device_train_batch_size=4,
-            rows_per_forward=16, report_to="none", learning_rate=0.01, save_steps=4, save_strategy="steps",
-        )  # fmt: skip
+            output_dir=str(folder),
+            queries_per_sample="auto",
+            max_steps=8,
+            per_device_train_batch_size=4,
+            rows_per_forward=16,
+            report_to="none",
+            learning_rate=0.01,
+            save_steps=4,
+            save_strategy="steps",
+        )
         trainer = FlopsTrainer(model=model, args=args, train_dataset=data)
         trainer.train(**options)
-        return trainer, torch.cat([p.detach().flatten().clone() for p in model.parameters() if p.requires_grad])
+        return trainer, torch.cat(
+            [p.detach().flatten().clone() for p in model.parameters() if p.requires_grad]
+        )
 
     whole, found = trained(tmp_path)
     assert whole.ledger.rows != 8 * 4 * 4  # it did change
-    resumed, again = trained(tmp_path / "other", resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    resumed, again = trained(
+        tmp_path / "other", resume_from_checkpoint=str(tmp_path / "checkpoint-4")
+    )
     assert resumed.ledger.rows == whole.ledger.rows
     assert torch.equal(found, again)
 

@@ -1,4 +1,6 @@
-"""What cannot work is refused in one clear sentence that names the offending value; what can, goes on."""
+"""What cannot work is refused in one clear sentence that names the offending value; what can, goes
+on.
+"""
 
 import logging
 from contextlib import contextmanager
@@ -6,12 +8,32 @@ from contextlib import contextmanager
 import pytest
 import torch
 from peft import AdaptionPromptConfig, CartridgeConfig, LoraConfig, get_peft_model
-from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceClassification, TrainingArguments
+from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    TrainingArguments,
+)
 
-from hf_flops import ConfigurationError, FlopsTrainer, FlopsTrainingArguments, NonFiniteError, ObjectiveError
+from hf_flops import (
+    ConfigurationError,
+    FlopsTrainer,
+    FlopsTrainingArguments,
+    NonFiniteError,
+    ObjectiveError,
+)
 from hf_flops.objectives import RowLossError, TappedLoss
 from hf_flops.trajectory.replay import replay
-from tests.tiny import CLASSES, SIZES, TASKS, VOCABULARY, as_dataset, tiny_batch, tiny_model, training_arguments
+from tests.tiny import (
+    CLASSES,
+    SIZES,
+    TASKS,
+    VOCABULARY,
+    as_dataset,
+    tiny_batch,
+    tiny_model,
+    training_arguments,
+)
 
 TARGETS = {"vit": ["q_proj", "v_proj"], "bert": ["query", "value"], "llama": ["q_proj", "v_proj"]}
 
@@ -22,7 +44,9 @@ def arguments(tmp_path):
 
     def build(kind=FlopsTrainingArguments, **options):
         few = {"queries_per_sample": 4} if kind is FlopsTrainingArguments else {}
-        return training_arguments(tmp_path, kind, **{**few, "max_steps": 2, "logging_steps": 1, **options})
+        return training_arguments(
+            tmp_path, kind, **{**few, "max_steps": 2, "logging_steps": 1, **options}
+        )
 
     return build
 
@@ -31,7 +55,9 @@ def arguments(tmp_path):
 def notices(caplog):
     """Return what lists the warnings that the library has logged."""
     caplog.set_level(logging.WARNING)
-    return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("hf_flops")]
+    return lambda: [
+        record.getMessage() for record in caplog.records if record.name.startswith("hf_flops")
+    ]
 
 
 @contextmanager
@@ -62,7 +88,9 @@ def trainer(args, model=None, dataset=None, **options):
 
 
 def flat(model):
-    return torch.cat([value.detach().flatten() for value in model.parameters() if value.requires_grad])
+    return torch.cat(
+        [value.detach().flatten() for value in model.parameters() if value.requires_grad]
+    )
 
 
 def assert_trains(candidate):
@@ -81,9 +109,18 @@ def assert_trains(candidate):
         ({"queries_per_sample": 0}, "queries_per_sample=0 must be"),
         ({"queries_per_sample": -3}, "queries_per_sample=-3 must be"),
         ({"queries_per_sample": 2.5}, "queries_per_sample=2.5 must be"),
-        ({"queries_per_sample": 1}, "queries_per_sample=1 is too few.*'one_sided'.*'optimal'.*at least 2"),
-        ({"queries_per_sample": 1, "preset": "mezo"}, "queries_per_sample=1 is too few.*at least 2"),
-        ({"queries_per_sample": 2, "estimator": "antithetic"}, "queries_per_sample=2 .*'antithetic'.*'optimal'.*at least 3"),
+        (
+            {"queries_per_sample": 1},
+            "queries_per_sample=1 is too few.*'one_sided'.*'optimal'.*at least 2",
+        ),
+        (
+            {"queries_per_sample": 1, "preset": "mezo"},
+            "queries_per_sample=1 is too few.*at least 2",
+        ),
+        (
+            {"queries_per_sample": 2, "estimator": "antithetic"},
+            "queries_per_sample=2 .*'antithetic'.*'optimal'.*at least 3",
+        ),
         ({"preset": "best"}, "preset='best' is unknown: choose one of flops, mezo"),
         ({"allocator": "best"}, "allocator='best' is unknown: choose one of optimal"),
         ({"estimator": "three_sided"}, "estimator='three_sided' is unknown: .*antithetic"),
@@ -92,7 +129,10 @@ def assert_trains(candidate):
         ({"perturbation_scale": -0.1}, "perturbation_scale=-0.1 must be positive"),
         ({"perturbation_scale": 0.0}, "perturbation_scale=0.0 must be positive"),
         ({"perturbation_scale": float("nan")}, "perturbation_scale=nan must be positive"),
-        ({"perturbation_scale": float("inf")}, "perturbation_scale=inf must be positive and finite"),
+        (
+            {"perturbation_scale": float("inf")},
+            "perturbation_scale=inf must be positive and finite",
+        ),
         ({"rows_per_forward": 0}, "rows_per_forward=0 must be a whole number"),
         ({"rows_per_forward": 2.5}, "rows_per_forward=2.5 must be a whole number"),
         ({"fp16": True}, "fp16=True is not supported"),
@@ -106,7 +146,9 @@ def assert_trains(candidate):
         ({"optim": "lomo"}, "optim='lomo' is not supported"),
         ({"optim": "adalomo"}, "optim='adalomo' is not supported"),
     ],
-    ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
+    ids=lambda value: (
+        "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else ""
+    ),
 )
 def test_arguments_are_checked_when_they_are_made(options, match, arguments):
     with refused(ConfigurationError, match):
@@ -130,16 +172,25 @@ def test_plain_arguments_are_refused(arguments):
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"WORLD_SIZE": "2"}, "2 processes were started, but each takes itself for the only one.*use_cpu=True"),
         (
-            {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
+            {"WORLD_SIZE": "2"},
+            "2 processes were started, but each takes itself for the only one.*use_cpu=True",
+        ),
+        (
+            {
+                "ACCELERATE_MIXED_PRECISION": "no",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": "29500",
+            },
             "asked for several processes but started one.*MULTI_CPU.*torchrun",
         ),
         ({"ACCELERATE_USE_FSDP": "true"}, "FSDP shards the model for a backward pass"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed shards the model"),
     ],
 )
-def test_launchers_that_start_something_else_are_found(environment, message, arguments, monkeypatch):
+def test_launchers_that_start_something_else_are_found(
+    environment, message, arguments, monkeypatch
+):
     args = arguments()
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -150,7 +201,9 @@ def test_launchers_that_start_something_else_are_found(environment, message, arg
             arguments()
 
 
-@pytest.mark.parametrize("option", [{"control_variate": "logit_jacobian"}, {"perturbation": "activation"}])
+@pytest.mark.parametrize(
+    "option", [{"control_variate": "logit_jacobian"}, {"perturbation": "activation"}]
+)
 def test_what_scalars_cannot_tell_is_refused(option, arguments):
     with refused(ConfigurationError, f"{next(iter(option))}.*reduce='gradient'"):
         arguments(reduce="scalars", **option)
@@ -189,16 +242,24 @@ class Auxiliary(BertForSequenceClassification):
 
 
 def auxiliary():
-    return adapted("bert", lambda: Auxiliary(BertConfig(vocab_size=VOCABULARY, num_labels=CLASSES, **SIZES))), data("bert")
+    return adapted(
+        "bert", lambda: Auxiliary(BertConfig(vocab_size=VOCABULARY, num_labels=CLASSES, **SIZES))
+    ), data("bert")
 
 
 def questions():
-    model = adapted("bert", lambda: BertForQuestionAnswering(BertConfig(vocab_size=VOCABULARY, **SIZES)))
-    return model, [{**sample, "start_positions": 0, "end_positions": 1} for sample in unlabelled("bert")]
+    model = adapted(
+        "bert", lambda: BertForQuestionAnswering(BertConfig(vocab_size=VOCABULARY, **SIZES))
+    )
+    return model, [
+        {**sample, "start_positions": 0, "end_positions": 1} for sample in unlabelled("bert")
+    ]
 
 
 def unlabelled(kind):
-    return [{name: value for name, value in sample.items() if name != "labels"} for sample in data(kind)]
+    return [
+        {name: value for name, value in sample.items() if name != "labels"} for sample in data(kind)
+    ]
 
 
 WITHOUT_ROWS = [(auxiliary, "is not the mean"), (questions, "2 calls")]
@@ -218,7 +279,9 @@ def test_a_loss_that_has_no_rows_is_taken_whole(case, why, preset, arguments, no
 @pytest.mark.parametrize(("case", "why"), WITHOUT_ROWS)
 def test_a_loss_that_has_no_rows_cannot_have_noise_per_row(case, why, arguments):
     model, dataset = case()
-    with refused(ObjectiveError, f'perturbation="rowwise" needs a loss per row, but .*{why}.*pass objective='):
+    with refused(
+        ObjectiveError, f'perturbation="rowwise" needs a loss per row, but .*{why}.*pass objective='
+    ):
         trainer(arguments(perturbation="rowwise"), model, dataset).train()
 
 
@@ -231,7 +294,9 @@ class Penalised(FlopsTrainer):
 
 
 def penalty(candidate, _):
-    return 0.1 * sum(p.square().sum() for name, p in candidate.model.named_parameters() if "lora_B" in name)
+    return 0.1 * sum(
+        p.square().sum() for name, p in candidate.model.named_parameters() if "lora_B" in name
+    )
 
 
 def checked(candidate, square):
@@ -252,10 +317,17 @@ def penalised(term, args):
     return candidate
 
 
-LOGGED = {"trajectory_log": True, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
+LOGGED = {
+    "trajectory_log": True,
+    "gradient_accumulation_steps": 2,
+    "per_device_train_batch_size": 4,
+}
 
 
-@pytest.mark.parametrize(("term", "options"), [(penalty, {}), (checked, {}), (warmup, {"preset": "mezo"}), (warmup, LOGGED)])
+@pytest.mark.parametrize(
+    ("term", "options"),
+    [(penalty, {}), (checked, {}), (warmup, {"preset": "mezo"}), (warmup, LOGGED)],
+)
 def test_a_loss_whose_rows_are_lost_is_taken_whole(term, options, arguments, notices, tmp_path):
     candidate = penalised(term, arguments(max_steps=3, **options))
     assert_trains(candidate)
@@ -263,28 +335,43 @@ def test_a_loss_whose_rows_are_lost_is_taken_whole(term, options, arguments, not
     assert "batch as a whole" in message
     assert "is not the mean" in message
     assert_sentence(message)
-    assert candidate.ledger.all_rows > candidate.ledger.rows == 3 * 8 * 4  # what was done in vain stays counted
+    # what was done in vain stays counted
+    assert candidate.ledger.all_rows > candidate.ledger.rows == 3 * 8 * 4
     if candidate.args.trajectory_log:
         rebuilt = replay(tmp_path).parameters
-        assert all(rebuilt[name].equal(p) for name, p in candidate.model.named_parameters() if p.requires_grad)
+        assert all(
+            rebuilt[name].equal(p)
+            for name, p in candidate.model.named_parameters()
+            if p.requires_grad
+        )
 
 
 def test_a_loss_whose_rows_are_lost_where_it_cannot_change_is_refused(arguments):
-    with refused(ObjectiveError, "during a step that trajectory_log records: .* is not the mean .* Resume"):
+    with refused(
+        ObjectiveError, "during a step that trajectory_log records: .* is not the mean .* Resume"
+    ):
         penalised(late, arguments(**LOGGED)).train()
-    with refused(ObjectiveError, 'perturbation="rowwise" needs a loss per row, but .* is not the mean'):
+    with refused(
+        ObjectiveError, 'perturbation="rowwise" needs a loss per row, but .* is not the mean'
+    ):
         penalised(warmup, arguments(perturbation="rowwise")).train()
     candidate = penalised(warmup, arguments())
     candidate.group.world = 2
-    with refused(ObjectiveError, "Cannot fall back to a batch-level loss during a run of 2 processes"):
+    with refused(
+        ObjectiveError, "Cannot fall back to a batch-level loss during a run of 2 processes"
+    ):
         candidate.session.fall_back(RowLossError("it has two terms"), recorded=False)
     model, dataset = auxiliary()
-    with pytest.raises(RowLossError, match="is not the mean"):  # an objective of the user's own stays
+    # an objective of the user's own stays
+    with pytest.raises(RowLossError, match="is not the mean"):
         trainer(arguments(), model, dataset, objective=TappedLoss()).train()
 
 
 WITHOUT_RULE = {
-    "adaption_prompt": ("llama", AdaptionPromptConfig(adapter_len=3, adapter_layers=1, task_type="CAUSAL_LM")),
+    "adaption_prompt": (
+        "llama",
+        AdaptionPromptConfig(adapter_len=3, adapter_layers=1, task_type="CAUSAL_LM"),
+    ),
     "trainable_embedding": ("bert", CartridgeConfig(num_virtual_tokens=3, task_type="SEQ_CLS")),
 }
 
@@ -301,7 +388,9 @@ def test_tensors_without_a_rule_share_noise(name, arguments, notices):
 @pytest.mark.parametrize("name", WITHOUT_RULE)
 def test_tensors_without_a_rule_cannot_have_noise_per_row(name, arguments):
     kind, config = WITHOUT_RULE[name]
-    with refused(ConfigurationError, f'perturbation="rowwise" has no rule that is right for .*{name}'):
+    with refused(
+        ConfigurationError, f'perturbation="rowwise" has no rule that is right for .*{name}'
+    ):
         trainer(arguments(perturbation="rowwise"), adapted(kind, config=config), data(kind)).train()
 
 
@@ -316,7 +405,9 @@ def test_a_batch_of_one_trains_with_a_warning(arguments, notices):
 
 
 def test_a_last_batch_of_one_needs_no_warning(arguments, notices):
-    assert_trains(trainer(arguments(per_device_train_batch_size=4, max_steps=3), dataset=data(samples=5)))
+    assert_trains(
+        trainer(arguments(per_device_train_batch_size=4, max_steps=3), dataset=data(samples=5))
+    )
     assert notices() == []
 
 
@@ -335,7 +426,10 @@ def test_missing_labels_are_refused(kind, arguments):
 @pytest.mark.parametrize("shape", [(), (1,), (3, 2)])
 def test_an_objective_of_the_wrong_shape_is_refused(shape, preset, arguments):
     with refused(ObjectiveError, r"returned losses of shape \(.*\) for \d+ rows"):
-        trainer(arguments(preset=preset), objective=lambda outputs, inputs: outputs.logits.new_zeros(shape)).train()
+        trainer(
+            arguments(preset=preset),
+            objective=lambda outputs, inputs: outputs.logits.new_zeros(shape),
+        ).train()
 
 
 # --- losses that are not finite ---
@@ -366,14 +460,20 @@ def test_a_poisoned_sample_does_not_hide_a_rule_that_is_right(arguments):
 
 def test_rows_that_fail_by_chance_are_dropped_and_counted(arguments):
     def sometimes(outputs, inputs):
-        losses = torch.nn.functional.cross_entropy(outputs.logits, inputs["labels"], reduction="none")
+        losses = torch.nn.functional.cross_entropy(
+            outputs.logits, inputs["labels"], reduction="none"
+        )
         losses[2::5] = float("inf")
         losses[3::5] = float("nan")
         return losses
 
-    candidate = trainer(arguments(queries_per_sample=8, per_device_train_batch_size=8), objective=sometimes)
+    candidate = trainer(
+        arguments(queries_per_sample=8, per_device_train_batch_size=8), objective=sometimes
+    )
     assert_trains(candidate)
-    assert all(entry["dropped_rows"] > 8 for entry in candidate.state.log_history if "loss" in entry)
+    assert all(
+        entry["dropped_rows"] > 8 for entry in candidate.state.log_history if "loss" in entry
+    )
 
 
 @pytest.mark.parametrize("batches", [1, 2])
@@ -384,7 +484,9 @@ def test_a_batch_without_any_label_changes_nothing(preset, poison, batches, argu
     batch["labels"][:] = -100
     if poison:  # the only sample with a label is the one that fails
         batch["labels"][5], batch["pixel_values"][5] = 1, float("nan")
-    args = arguments(preset=preset, per_device_train_batch_size=8 // batches, gradient_accumulation_steps=batches)
+    args = arguments(
+        preset=preset, per_device_train_batch_size=8 // batches, gradient_accumulation_steps=batches
+    )
     candidate = trainer(args, dataset=as_dataset(batch))
     before = flat(candidate.model)
     candidate.train()
@@ -392,7 +494,9 @@ def test_a_batch_without_any_label_changes_nothing(preset, poison, batches, argu
 
 
 @pytest.mark.parametrize("perturbation", ["auto", "shared"])
-@pytest.mark.parametrize("objective", [None, lambda outputs, inputs: outputs.logits[:, 0]], ids=["loss", "objective"])
+@pytest.mark.parametrize(
+    "objective", [None, lambda outputs, inputs: outputs.logits[:, 0]], ids=["loss", "objective"]
+)
 @pytest.mark.parametrize("first", [True, False])
 def test_without_any_finite_row_nothing_is_touched(first, objective, perturbation, arguments):
     candidate = trainer(arguments(perturbation=perturbation), objective=objective)
@@ -407,4 +511,6 @@ def test_without_any_finite_row_nothing_is_touched(first, objective, perturbatio
     with refused(NonFiniteError, "finite loss"):
         candidate.training_step(candidate.model, batch, None)
     assert flat(candidate.model).equal(before)
-    assert all(value.grad.eq(1).all() for value in candidate.model.parameters() if value.requires_grad)
+    assert all(
+        value.grad.eq(1).all() for value in candidate.model.parameters() if value.requires_grad
+    )

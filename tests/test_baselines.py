@@ -1,4 +1,6 @@
-"""What deltas of objectives in steps are measured against: unbiased still, and with less variance."""
+"""What deltas of objectives in steps are measured against: unbiased still, and with less
+variance.
+"""
 
 import math
 
@@ -32,7 +34,10 @@ def scores(width=3):
     with torch.no_grad():
         model.weight.copy_(0.4 * torch.randn(1, width, generator=generator(2)))
         model.bias.fill_(0.1)
-    inputs = {"features": torch.randn(SAMPLES, width, generator=generator(3)), "labels": torch.zeros(SAMPLES)}
+    inputs = {
+        "features": torch.randn(SAMPLES, width, generator=generator(3)),
+        "labels": torch.zeros(SAMPLES),
+    }
     return model, inputs
 
 
@@ -40,8 +45,13 @@ def estimates(count, objective=None, width=3, **options):
     model, inputs = scores(width)
     found = []
     for step in range(count):
-        options |= {"forward": lambda batch: (None, model(batch["features"]).squeeze(-1)), "rows_per_forward": 99}
-        found.append(run(model, inputs, step=step, objective=objective or Right(), scale=SCALE, **options)[0])
+        options |= {
+            "forward": lambda batch: (None, model(batch["features"]).squeeze(-1)),
+            "rows_per_forward": 99,
+        }
+        found.append(
+            run(model, inputs, step=step, objective=objective or Right(), scale=SCALE, **options)[0]
+        )
     return torch.stack(found)
 
 
@@ -54,7 +64,9 @@ def test_each_delta_is_measured_against_the_others_of_its_sample(data, counts):
     for row, (delta, owner) in enumerate(zip(deltas.tolist(), rows.owner.tolist(), strict=True)):
         others = [
             other
-            for index, (other, of) in enumerate(zip(deltas.tolist(), rows.owner.tolist(), strict=True))
+            for index, (other, of) in enumerate(
+                zip(deltas.tolist(), rows.owner.tolist(), strict=True)
+            )
             if of == owner and index != row and not math.isnan(other)
         ]
         expected = delta - sum(others) / (len(others) + 1)
@@ -71,7 +83,8 @@ def test_the_mean_of_many_estimates_is_the_gradient_of_the_smoothed_objective(ki
     extended = torch.cat([inputs["features"], torch.ones(SAMPLES, 1)], 1)
     margins, spread = model(inputs["features"]).detach(), SCALE * extended.norm(dim=1, keepdim=True)
     density = (-0.5 * (margins / spread).square()).exp() / (spread * math.sqrt(2 * math.pi))
-    wanted = -(density * extended).mean(0)  # of -Phi(margin / spread), which is the chance to be right
+    # of -Phi(margin / spread), which is the chance to be right
+    wanted = -(density * extended).mean(0)
     found = estimates(300, kind=kind, allocator=allocator, queries_per_sample=4)
     error = found.mean(0) - wanted
     assert (error.abs() < 4.5 * found.std(0) / len(found) ** 0.5).all()
@@ -82,14 +95,17 @@ def test_the_variance_is_what_the_formula_says():
     model, inputs = scores(width)
     plain = CallableObjective(Right().function)  # the same without a word about steps
     options = {"allocator": Uniform(), "queries_per_sample": queries + 1, "width": width}
-    ours, before = (float(estimates(200, objective, **options).var(0).sum()) for objective in (None, plain))
+    ours, before = (
+        float(estimates(200, objective, **options).var(0).sum()) for objective in (None, plain)
+    )
     extended = torch.cat([inputs["features"], torch.ones(SAMPLES, 1)], 1)
     margins = model(inputs["features"]).detach().squeeze(-1)
     p = 0.5 * (1 + torch.erf(margins / (SCALE * extended.norm(dim=1)) / 2**0.5))
     clean, v = (margins > 0).float(), p * (1 - p)
     old = v + (p - clean).square()
     new = v * (1 + (queries - 1) / queries**2) + (p - clean).square() / queries**2
-    # d numbers of noise multiply the square of a delta by about d, which is large beside the squared gradient.
+    # d numbers of noise multiply the square of a delta by about d, which is large beside the
+    # squared gradient.
     assert ours / before == pytest.approx(float(new.sum() / old.sum()), rel=0.15)
     assert ours < 0.85 * before
 
@@ -104,13 +120,24 @@ def test_rows_that_fail_count_for_nothing():
     class Fails(Right):
         def __init__(self, in_steps):
             self.in_steps, self.per_row = in_steps, True
-            self.function = lambda outputs, inputs: torch.where(outputs.isnan(), torch.nan, -(outputs > 0).float())
+            self.function = lambda outputs, inputs: torch.where(
+                outputs.isnan(), torch.nan, -(outputs > 0).float()
+            )
 
     def totals(in_steps):
-        gradient, result = run(model, inputs, objective=Fails(in_steps), scale=SCALE, forward=forward, queries_per_sample=9)
+        gradient, result = run(
+            model,
+            inputs,
+            objective=Fails(in_steps),
+            scale=SCALE,
+            forward=forward,
+            queries_per_sample=9,
+        )
         assert gradient.isfinite().all()
         assert result.metrics["dropped_rows"] > 0
-        return torch.zeros(SAMPLES).index_add_(0, result.trace.rows.owner, result.trace.coefficients)
+        return torch.zeros(SAMPLES).index_add_(
+            0, result.trace.rows.owner, result.trace.coefficients
+        )
 
     plain, ours = totals(False), totals(True)
     seen = plain != 0

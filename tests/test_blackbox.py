@@ -1,4 +1,6 @@
-"""Prompts of models that are only asked for outputs: in this process, in ONNX Runtime, behind HTTP."""
+"""Prompts of models that are only asked for outputs: in this process, in ONNX Runtime, behind
+HTTP.
+"""
 
 import email.utils
 import itertools
@@ -13,16 +15,30 @@ import torch
 import transformers
 from safetensors.torch import save
 
-from hf_flops import ConfigurationError, EngineError, FlopsTrainer, FlopsTrainingArguments, NonFiniteError
-from hf_flops.blackbox import BlackBoxPromptModel, EngineServer, HttpEngine, OnnxEngine, TorchEngine, engines, export_onnx
+from hf_flops import (
+    ConfigurationError,
+    EngineError,
+    FlopsTrainer,
+    FlopsTrainingArguments,
+    NonFiniteError,
+)
+from hf_flops.blackbox import (
+    BlackBoxPromptModel,
+    EngineServer,
+    HttpEngine,
+    OnnxEngine,
+    TorchEngine,
+    engines,
+    export_onnx,
+)
 from hf_flops.blackbox.client import _Failure, _seconds
 from hf_flops.blackbox.server import main
 from recipes.engines import engine_of
 from tests.tiny import SIZES, VOCABULARY, as_dataset, generator, tiny_model
 
 WORDS = [5, 7]
-# How runs on different engines are compared, which round in their own ways: of the last bit of a number, Adam can make a
-# whole step and an allocator another whole number of queries.
+# How runs on different engines are compared, which round in their own ways: of the last bit of a
+# number, Adam can make a whole step and an allocator another whole number of queries.
 SMOOTH = {"optim": "sgd", "allocator": "uniform", "learning_rate": 0.5}
 
 
@@ -35,12 +51,18 @@ def batch(samples=8):
     rng = generator()
     lengths = torch.randint(2, 6, (samples, 1), generator=rng)
     ids = torch.randint(3, VOCABULARY, (samples, 5), generator=rng)
-    return {"input_ids": ids, "attention_mask": (torch.arange(5) < lengths).long(), "labels": torch.arange(samples) % 2}
+    return {
+        "input_ids": ids,
+        "attention_mask": (torch.arange(5) < lengths).long(),
+        "labels": torch.arange(samples) % 2,
+    }
 
 
 def prompted(engine, language_model, **options):
     table = language_model.get_input_embeddings().weight
-    return BlackBoxPromptModel(engine, table, WORDS, num_virtual_tokens=3, init_tokens=[9, 8], **options)
+    return BlackBoxPromptModel(
+        engine, table, WORDS, num_virtual_tokens=3, init_tokens=[9, 8], **options
+    )
 
 
 def trainer(engine, language_model, folder, **options):
@@ -97,14 +119,21 @@ def test_answers_are_those_of_prompt_and_text(side, after, language_model):
     model, inputs = prompted(TorchEngine(language_model), language_model, after=after), batch()
     if side == "left":
         order = inputs["attention_mask"].argsort(dim=1, stable=True)
-        inputs = {name: value.gather(1, order) if value.dim() == 2 else value for name, value in inputs.items()}
+        inputs = {
+            name: value.gather(1, order) if value.dim() == 2 else value
+            for name, value in inputs.items()
+        }
     outputs = model(**inputs)
     for row in range(8):
         text = inputs["input_ids"][row][inputs["attention_mask"][row].bool()]
-        tokens = torch.cat([text, torch.tensor([9, 8, 9])] if after else [torch.tensor([9, 8, 9]), text])
+        tokens = torch.cat(
+            [text, torch.tensor([9, 8, 9])] if after else [torch.tensor([9, 8, 9]), text]
+        )
         expected = language_model(input_ids=tokens[None]).logits[0, -1, WORDS]
         torch.testing.assert_close(outputs.logits[row], expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(outputs.loss, torch.nn.functional.cross_entropy(outputs.logits, inputs["labels"]))
+    torch.testing.assert_close(
+        outputs.loss, torch.nn.functional.cross_entropy(outputs.logits, inputs["labels"])
+    )
     torch.testing.assert_close(model(**inputs, num_items_in_batch=16).loss, outputs.loss / 2)
     assert set(model.state_dict()) == {"prompt.weight", "label_words"}
 
@@ -116,7 +145,11 @@ def test_answers_are_those_of_prompt_and_text(side, after, language_model):
         ([5], 3, "two or more"),
         (WORDS, 0, "num_virtual_tokens=0"),
         (WORDS, True, "num_virtual_tokens=True"),
-        ([5, 999], 3, rf"label_words=\[5, 999\] must be tokens, whole numbers from 0 to {VOCABULARY - 1}"),
+        (
+            [5, 999],
+            3,
+            rf"label_words=\[5, 999\] must be tokens, whole numbers from 0 to {VOCABULARY - 1}",
+        ),
         ([5, -1], 3, r"label_words=\[5, -1\]"),
         ([5.0, 7.0], 3, r"label_words=\[5.0, 7.0\]"),
         (5, 3, r"label_words=5 "),
@@ -144,7 +177,9 @@ def test_a_prompt_starts_as_tokens_that_there_are(tokens, language_model):
         ([[0, 1], [1, 0]], r"in the shape \(2, 2\)"),
     ],
 )
-def test_labels_that_are_no_classes_are_refused_before_anything_is_asked(labels, match, language_model):
+def test_labels_that_are_no_classes_are_refused_before_anything_is_asked(
+    labels, match, language_model
+):
     inputs = {**batch(2), "labels": torch.tensor(labels)}
     with pytest.raises(ConfigurationError, match=match):
         prompted(crash, language_model)(**inputs)
@@ -182,12 +217,18 @@ def test_nan_from_some_rows_is_passed_over_and_from_all_is_an_error(language_mod
         return logits
 
     plain = TorchEngine(language_model)
-    run = trainer(Fails(plain, some, lambda call: run.state.global_step >= 2), language_model, tmp_path)
+    run = trainer(
+        Fails(plain, some, lambda call: run.state.global_step >= 2), language_model, tmp_path
+    )
     run.train()
     assert sum(entry.get("dropped_rows", 0) for entry in run.state.log_history) > 0
     assert run.model.prompt.weight.isfinite().all()
     with pytest.raises(NonFiniteError):
-        trainer(Fails(plain, lambda embeds, mask: plain(embeds, mask) * float("nan")), language_model, tmp_path).train()
+        trainer(
+            Fails(plain, lambda embeds, mask: plain(embeds, mask) * float("nan")),
+            language_model,
+            tmp_path,
+        ).train()
 
 
 def test_coarse_engines_keep_noise_per_row_if_they_say_so(language_model, tmp_path):
@@ -200,7 +241,9 @@ def test_coarse_engines_keep_noise_per_row_if_they_say_so(language_model, tmp_pa
     table = language_model.get_input_embeddings().weight
     for precision in (1e-4, 3e-2):
         run = trainer(coarse, language_model, tmp_path, max_steps=1)
-        run.model.precision = BlackBoxPromptModel(coarse, table, WORDS, 3, precision=precision).precision
+        run.model.precision = BlackBoxPromptModel(
+            coarse, table, WORDS, 3, precision=precision
+        ).precision
         run.train()
         assert run.session.chosen.perturbation.grouped == (precision == 1e-4)
 
@@ -241,7 +284,9 @@ def test_a_killed_server_loses_nothing(language_model, tmp_path):
             return step(*args, **kwargs)
 
         run.training_step = killed
-        with pytest.raises(EngineError, match=f"{server.url} failed 2 times in a row.*resume from it"):
+        with pytest.raises(
+            EngineError, match=f"{server.url} failed 2 times in a row.*resume from it"
+        ):
             run.train()
         port = int(server.url.rstrip("/").rpartition(":")[2])
     with EngineServer(engine, port=port) as server:
@@ -256,7 +301,9 @@ def rows(count=3):
 
 
 class Raw:
-    """A server that answers every connection with the same bytes, slowly if it pauses between them, or never."""
+    """A server that answers every connection with the same bytes, slowly if it pauses between them,
+    or never.
+    """
 
     def __init__(self, answer, pause=0.0, close=True):
         self.answer, self.calls, self.socket = answer, 0, socket.create_server(("127.0.0.1", 0))
@@ -321,7 +368,9 @@ def http(code, body=b"", headers=""):
 )
 def test_an_endpoint_that_fails_is_named_and_not_asked_for_ever(answer, calls, match):
     with Raw(answer) as server:
-        with pytest.raises(EngineError, match=f"{server.url} .*{match}" if "refused" not in match else match):
+        with pytest.raises(
+            EngineError, match=f"{server.url} .*{match}" if "refused" not in match else match
+        ):
             client(server, retries=2, timeout=0.1 if answer is None else 5.0)(*rows())
         assert server.calls == calls
 
@@ -354,7 +403,10 @@ def test_an_error_whose_body_never_comes_is_still_the_endpoint_s(code, body):
     with Raw(answer) as server, pytest.raises(EngineError, match=f"{server.url} .*HTTP {code}"):
         client(server, retries=1)(*rows())
     assert server.calls == (2 if code == 500 else 1)
-    with Raw(answer, close=False) as server, pytest.raises(EngineError, match=f"{server.url} .*HTTP {code}"):
+    with (
+        Raw(answer, close=False) as server,
+        pytest.raises(EngineError, match=f"{server.url} .*HTTP {code}"),
+    ):
         client(server, retries=1, timeout=0.2)(*rows())
     assert server.calls == (2 if code == 500 else 1)
 
@@ -363,7 +415,10 @@ def test_an_error_whose_body_never_comes_is_still_the_endpoint_s(code, body):
 def test_an_answer_that_trickles_in_is_not_waited_for(code):
     answer = http(code, save({"logits": torch.zeros(3, 2)}))
     start = time.perf_counter()
-    with Raw(answer, pause=0.05) as server, pytest.raises(EngineError, match=f"{server.url} failed 1 times"):
+    with (
+        Raw(answer, pause=0.05) as server,
+        pytest.raises(EngineError, match=f"{server.url} failed 1 times"),
+    ):
         client(server, retries=0, timeout=0.3)(*rows())
     assert time.perf_counter() - start < 3  # the body alone takes 5 seconds
 
@@ -388,7 +443,10 @@ def test_a_failed_call_ends_the_others(error):
 
 def test_calls_that_do_not_agree_on_the_vocabulary_are_named():
     with EngineServer(lambda embeds, mask: torch.zeros(len(embeds), len(embeds))) as server:
-        asked, match = client(server), rf"{server.url} .*different numbers of logits per row: \[2, 5\]"
+        asked, match = (
+            client(server),
+            rf"{server.url} .*different numbers of logits per row: \[2, 5\]",
+        )
         with pytest.raises(EngineError, match=match):
             asked(*rows(7))
 
@@ -399,9 +457,24 @@ def test_calls_that_do_not_agree_on_the_vocabulary_are_named():
         *(
             ({"url": url}, f"url={url!r} must be http:// or https://")
             for url in (
-                *("not a url", "", "localhost:8000", "http://", "http://host:abc/", "http://host:99999/", "http://[::1"),
+                *(
+                    "not a url",
+                    "",
+                    "localhost:8000",
+                    "http://",
+                    "http://host:abc/",
+                    "http://host:99999/",
+                    "http://[::1",
+                ),
                 *("http://no..where/", "http://:80/", b"http://host/"),
-                *("file:///etc/passwd", "ftp://host/", "http://host/a b", "http://host/\n", "http://host/ü", None),
+                *(
+                    "file:///etc/passwd",
+                    "ftp://host/",
+                    "http://host/a b",
+                    "http://host/\n",
+                    "http://host/ü",
+                    None,
+                ),
             )
         ),
         *(
@@ -483,7 +556,10 @@ def test_a_server_refuses_what_it_does_not_understand():
         (["/nowhere"], "/nowhere cannot be loaded: "),
         (["here", "--port", "99999"], "host='127.0.0.1' with port=99999 cannot be listened at"),
         (["here", "--port", "taken"], "host='127.0.0.1' with port=.* cannot be listened at"),
-        (["here", "--host", "203.0.113.7"], "host='203.0.113.7' with port=8000 cannot be listened at"),
+        (
+            ["here", "--host", "203.0.113.7"],
+            "host='203.0.113.7' with port=8000 cannot be listened at",
+        ),
         (["here", "--host", "no..where"], "host='no..where' with port=8000 cannot be listened at"),
     ],
 )
@@ -495,7 +571,9 @@ def test_a_server_that_cannot_start_says_why(options, match, language_model, mon
         lambda name, **others: language_model if name == "here" else load(name, **others),
     )
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        options = [str(taken.getsockname()[1]) if option == "taken" else option for option in options]
+        options = [
+            str(taken.getsockname()[1]) if option == "taken" else option for option in options
+        ]
         with pytest.raises(SystemExit) as caught:
             main(options)
     assert caught.value.code == 1
@@ -515,7 +593,9 @@ class Exporter:
         monkeypatch.setattr(engines, "OnnxEngine", self.session)
         monkeypatch.setattr("recipes.engines.OnnxEngine", self.session)
         monkeypatch.setattr(torch.onnx, "export", self.export)
-        monkeypatch.setattr(engines, "_quantise", lambda runtime, plain, path: path.write_bytes(plain.read_bytes()))
+        monkeypatch.setattr(
+            engines, "_quantise", lambda runtime, plain, path: path.write_bytes(plain.read_bytes())
+        )
 
     def export(self, model, inputs, path, **options):
         self.model, self.exports = model, self.exports + 1
@@ -558,7 +638,9 @@ def test_each_model_has_a_file_of_its_own(kind, two_models, tmp_path, monkeypatc
 def test_a_file_is_checked_before_it_is_there(int8, two_models, tmp_path, monkeypatch):
     exporter, kind = Exporter(monkeypatch, wrong=99.0), "onnx-int8" if int8 else "onnx"
     for _ in range(2):
-        with pytest.raises(ConfigurationError, match="cannot be exported: its logits would differ by 99"):
+        with pytest.raises(
+            ConfigurationError, match="cannot be exported: its logits would differ by 99"
+        ):
             engine_of(kind, two_models[0], tmp_path)
     assert list(tmp_path.iterdir()) == []
     exporter.wrong = 0.0
@@ -573,8 +655,15 @@ def test_a_file_is_checked_before_it_is_there(int8, two_models, tmp_path, monkey
 def onnx_files(tmp_path_factory):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    model, folder = tiny_model("llama", num_hidden_layers=1, initializer_range=0.1), tmp_path_factory.mktemp("onnx")
-    return model, export_onnx(model, folder / "fp32.onnx"), export_onnx(model, folder / "int8.onnx", int8=True)
+    model, folder = (
+        tiny_model("llama", num_hidden_layers=1, initializer_range=0.1),
+        tmp_path_factory.mktemp("onnx"),
+    )
+    return (
+        model,
+        export_onnx(model, folder / "fp32.onnx"),
+        export_onnx(model, folder / "int8.onnx", int8=True),
+    )
 
 
 @torch.no_grad()
@@ -594,8 +683,17 @@ def test_an_onnx_session_computes_what_the_model_does(onnx_files):
 def test_a_prompt_is_trained_through_onnx(onnx_files, tmp_path):
     model, plain, int8 = onnx_files
     expected = tuned(TorchEngine(model), model, tmp_path)
-    torch.testing.assert_close(tuned(OnnxEngine(plain), model, tmp_path), expected, rtol=0, atol=1e-3)
-    run = trainer(OnnxEngine(int8), model, tmp_path, max_steps=30, perturbation_scale=0.1, lr_scheduler_type="constant")
+    torch.testing.assert_close(
+        tuned(OnnxEngine(plain), model, tmp_path), expected, rtol=0, atol=1e-3
+    )
+    run = trainer(
+        OnnxEngine(int8),
+        model,
+        tmp_path,
+        max_steps=30,
+        perturbation_scale=0.1,
+        lr_scheduler_type="constant",
+    )
     run.train()
     losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
     assert sum(losses[-4:]) < sum(losses[:4])

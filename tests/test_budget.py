@@ -39,7 +39,9 @@ def counted(model):
 def trainer(folder, kind="vit", samples=8, **options):
     model = adapted(kind)
     seen = counted(model)
-    built = FlopsTrainer(model, arguments(folder, late_expansion=False, **options), train_dataset=data(kind, samples))
+    built = FlopsTrainer(
+        model, arguments(folder, late_expansion=False, **options), train_dataset=data(kind, samples)
+    )
     return built, seen
 
 
@@ -56,12 +58,18 @@ def checks(tmp_path_factory):
     return rows
 
 
-@pytest.mark.parametrize(("preset", "accumulation", "extra"), [("flops", 1, 15), ("flops", 2, 32), ("mezo", 1, 0)])
-def test_no_row_beyond_the_budget_and_no_step_too_few(extra, preset, accumulation, checks, tmp_path_factory):
+@pytest.mark.parametrize(
+    ("preset", "accumulation", "extra"), [("flops", 1, 15), ("flops", 2, 32), ("mezo", 1, 0)]
+)
+def test_no_row_beyond_the_budget_and_no_step_too_few(
+    extra, preset, accumulation, checks, tmp_path_factory
+):
     options = {"gradient_accumulation_steps": accumulation}
     checked, step = checks(preset), 16 * accumulation
     budget = checked + step + extra
-    run, seen = trainer(tmp_path_factory.mktemp("run"), preset=preset, max_queries=budget, **options)
+    run, seen = trainer(
+        tmp_path_factory.mktemp("run"), preset=preset, max_queries=budget, **options
+    )
     run.train()
     assert seen["rows"] == run.ledger.all_rows <= budget
     assert run.state.global_step == 1 + extra // step
@@ -93,11 +101,18 @@ def test_the_adapter_is_saved_when_the_budget_ends(strategy, tmp_path):
     run.train()
     last = tmp_path / f"checkpoint-{run.state.global_step}"
     saved = PeftModel.from_pretrained(tiny_model("vit"), last)
-    kept = {name: value for name, value in saved.named_parameters() if "lora" in name or "modules_to_save" in name}
+    kept = {
+        name: value
+        for name, value in saved.named_parameters()
+        if "lora" in name or "modules_to_save" in name
+    }
     now = dict(run.model.named_parameters())
     assert kept
     assert all(now[name].equal(value) for name, value in kept.items())
-    assert json.loads((last / "flops_state.json").read_text())["ledger"]["all_rows"] == run.ledger.all_rows
+    assert (
+        json.loads((last / "flops_state.json").read_text())["ledger"]["all_rows"]
+        == run.ledger.all_rows
+    )
 
 
 def test_a_resumed_run_goes_on_counting(tmp_path):
@@ -124,9 +139,17 @@ def test_checks_after_a_resume_may_take_what_is_left_and_nothing_moves(tmp_path,
     assert again.ledger.rows == run.ledger.rows
 
 
-def test_of_a_step_that_is_refused_nothing_is_taken_though_a_smaller_batch_would_fit(tmp_path, checks):
-    queries = checks("flops") // 6  # after the checks a batch of one sample fits, but not one of four
-    options = {"gradient_accumulation_steps": 3, "samples": 9, "queries_per_sample": queries, "save_strategy": "steps"}
+def test_of_a_step_that_is_refused_nothing_is_taken_though_a_smaller_batch_would_fit(
+    tmp_path, checks
+):
+    # after the checks a batch of one sample fits, but not one of four
+    queries = checks("flops") // 6
+    options = {
+        "gradient_accumulation_steps": 3,
+        "samples": 9,
+        "queries_per_sample": queries,
+        "save_strategy": "steps",
+    }
     run, _ = trainer(tmp_path, max_steps=1, save_steps=1, **options)
     run.train()
     before = flat(run)
@@ -141,8 +164,11 @@ def test_a_budget_smaller_than_a_step_is_an_error_before_training(tmp_path):
     with pytest.raises(ConfigurationError, match="max_queries=31 is less than one step of 32 rows"):
         run.train()
     assert seen["rows"] == 0
-    few, _ = trainer(tmp_path, max_queries=31, samples=2)  # a step cannot have more samples than there are
-    with pytest.raises(ConfigurationError, match=r"leaves -?\d+ rows after the checks of the first batch"):
+    # a step cannot have more samples than there are
+    few, _ = trainer(tmp_path, max_queries=31, samples=2)
+    with pytest.raises(
+        ConfigurationError, match=r"leaves -?\d+ rows after the checks of the first batch"
+    ):
         few.train()
     assert flat(few).equal(flat(trainer(tmp_path)[0]))
 

@@ -21,13 +21,16 @@ SCALES = torch.tensor(GRID, dtype=torch.float64)[:, None]
 
 
 def simulated(rounding, curvature, seed, rows=64, rounded=None):
-    """(K, R) deltas with errors `rounding / eps` and `curvature eps`, and their RMS errors at every scale.
+    """(K, R) deltas with errors `rounding / eps` and `curvature eps`, and their RMS errors at every
+    scale.
 
     `rounded` seeds the rounding errors alone, which is what two machines differ in.
     """
     rng = generator(seed)
     truth, bend = torch.randn(2, rows, generator=rng).double()
-    noise = torch.randn(len(GRID), rows, generator=rng if rounded is None else generator(rounded)).double()
+    noise = torch.randn(
+        len(GRID), rows, generator=rng if rounded is None else generator(rounded)
+    ).double()
     error = curvature * SCALES * bend + rounding * noise / SCALES
     return truth + error, error.square().mean(1).sqrt()
 
@@ -40,22 +43,35 @@ def test_the_chosen_scale_is_nearly_the_best_one(rounding, curvature, seed):
     scale, ratio = choose_scale(deltas)
     assert scale in GRID
     error, least = (
-        (rounding / s) ** 2 + (curvature * s) ** 2 for s in (scale, min(max((rounding / curvature) ** 0.5, 1e-4), 0.1))
+        (rounding / s) ** 2 + (curvature * s) ** 2
+        for s in (scale, min(max((rounding / curvature) ** 0.5, 1e-4), 0.1))
     )
     assert error**0.5 < 4 * least**0.5
     assert 0.2 / error**0.5 < ratio < 8 / error**0.5 or ratio > 1e6
 
 
-@given(best=st.integers(0, len(GRID) - 1), off=st.floats(-0.15, 0.15), machines=st.tuples(*[st.integers(0, 999)] * 2))
+@given(
+    best=st.integers(0, len(GRID) - 1),
+    off=st.floats(-0.15, 0.15),
+    machines=st.tuples(*[st.integers(0, 999)] * 2),
+)
 def test_machines_that_round_differently_choose_the_same_scale(best, off, machines):
     optimum = GRID[best] * 10**off  # the nearest other scale is 10**0.35 away or more
-    same = [choose_scale(simulated(optimum**2, 1.0, 0, rounded=machine)[0])[0] for machine in machines]
+    same = [
+        choose_scale(simulated(optimum**2, 1.0, 0, rounded=machine)[0])[0] for machine in machines
+    ]
     assert same == [GRID[best]] * 2
 
 
-@pytest.mark.parametrize(("rounding", "curvature", "end"), [(0.0, 1.0, GRID[:2]), (1e-3, 0.0, GRID[-2:])])
-def test_where_one_error_alone_is_visible_the_scale_is_at_that_end_of_the_grid(rounding, curvature, end):
-    assert {choose_scale(simulated(rounding, curvature, seed)[0])[0] for seed in range(20)} <= set(end)
+@pytest.mark.parametrize(
+    ("rounding", "curvature", "end"), [(0.0, 1.0, GRID[:2]), (1e-3, 0.0, GRID[-2:])]
+)
+def test_where_one_error_alone_is_visible_the_scale_is_at_that_end_of_the_grid(
+    rounding, curvature, end
+):
+    assert {choose_scale(simulated(rounding, curvature, seed)[0])[0] for seed in range(20)} <= set(
+        end
+    )
 
 
 def test_a_perturbation_that_rounding_swallows_is_no_signal():
@@ -69,7 +85,12 @@ def test_a_perturbation_that_rounding_swallows_is_no_signal():
 def adapted(kind="vit", dtype=torch.float32):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type=TASKS[kind], modules_to_save=["classifier"])
+        config = LoraConfig(
+            r=2,
+            target_modules=["q_proj", "v_proj"],
+            task_type=TASKS[kind],
+            modules_to_save=["classifier"],
+        )
         model = get_peft_model(tiny_model(kind).to(dtype), config).eval()
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -102,10 +123,14 @@ def test_sixteen_bits_need_larger_steps_and_every_row_is_charged(kind, estimator
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
         model, seen = adapted(dtype=dtype), []
-        model.register_forward_pre_hook(lambda m, a, k, seen=seen: seen.append(len(k["labels"])), with_kwargs=True)
+        model.register_forward_pre_hook(
+            lambda m, a, k, seen=seen: seen.append(len(k["labels"])), with_kwargs=True
+        )
         own = method(model, kind, estimator=estimator)
         found[dtype] = calibrate(model_forward(model), batch(dtype), own, seed=1)
-        assert found[dtype].rows == sum(seen) == 32 * 7 * len(estimator.signs) + 6 * estimator.baseline
+        assert (
+            found[dtype].rows == sum(seen) == 32 * 7 * len(estimator.signs) + 6 * estimator.baseline
+        )
         assert found[dtype].scale in GRID
     assert found[torch.float32].scale < 2e-2
     assert found[torch.bfloat16].scale > found[torch.float32].scale
@@ -127,13 +152,28 @@ def test_a_loss_in_steps_has_no_such_scale():
     model = nn.Linear(3, 2)
     inputs = {"features": 100 * torch.randn(5, 3, generator=generator()), "labels": torch.zeros(5)}
     objective = CallableObjective(lambda outputs, inputs: (outputs[:, 0] > outputs[:, 1]).float())
-    found = calibrate(lambda inputs: (None, model(inputs["features"])), inputs, method(model, objective=objective), seed=3)
+    found = calibrate(
+        lambda inputs: (None, model(inputs["features"])),
+        inputs,
+        method(model, objective=objective),
+        seed=3,
+    )
     assert found.scale is None or found.signal_to_noise < 3
 
 
 def trainer(tmp_path, **options):
-    few = {"queries_per_sample": 4, "per_device_train_batch_size": 4, "max_steps": 2, "logging_steps": 1}
-    common = {"save_strategy": "no", "perturbation_scale": "auto", "report_to": "none", "use_cpu": True}
+    few = {
+        "queries_per_sample": 4,
+        "per_device_train_batch_size": 4,
+        "max_steps": 2,
+        "logging_steps": 1,
+    }
+    common = {
+        "save_strategy": "no",
+        "perturbation_scale": "auto",
+        "report_to": "none",
+        "use_cpu": True,
+    }
     args = FlopsTrainingArguments(str(tmp_path), **{**few, **common, **options})
     return FlopsTrainer(adapted(), args, train_dataset=as_dataset(tiny_batch("vit", 8)))
 
@@ -159,5 +199,8 @@ def test_an_objective_without_such_a_scale_keeps_the_default_and_says_so(tmp_pat
     run._objective = CallableObjective(lambda outputs, inputs: outputs.logits.argmax(-1) * 0.0)
     with caplog.at_level(logging.WARNING):
         run.train()
-    assert run.session.tuning.found == {"perturbation_scale": 1e-3, "difference_signal_to_noise": 0.0}
+    assert run.session.tuning.found == {
+        "perturbation_scale": 1e-3,
+        "difference_signal_to_noise": 0.0,
+    }
     assert "accuracy, should be given as a Metric" in caplog.text

@@ -24,7 +24,11 @@ def hub(monkeypatch, tmp_path):
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
         monkeypatch.setattr(constants, "ENDPOINT", local.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", local.url + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(
+            constants,
+            "HUGGINGFACE_CO_URL_TEMPLATE",
+            local.url + "/{repo_id}/resolve/{revision}/{filename}",
+        )
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", local.url)
         monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
@@ -49,19 +53,33 @@ def trainer_of(tmp_path, **options):
     base.add_model_tags(["of-the-base"])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = get_peft_model(base, LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"]))
-    dataset = [{**sample, "sample_id": i} for i, sample in enumerate(as_dataset(tiny_batch("vit", 8)))]
-    return FlopsTrainer(model, args, train_dataset=dataset, eval_dataset=as_dataset(tiny_batch("vit", 8)))
+        model = get_peft_model(
+            base, LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"])
+        )
+    dataset = [
+        {**sample, "sample_id": i} for i, sample in enumerate(as_dataset(tiny_batch("vit", 8)))
+    ]
+    return FlopsTrainer(
+        model, args, train_dataset=dataset, eval_dataset=as_dataset(tiny_batch("vit", 8))
+    )
 
 
-@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of how the client itself uploads
+# of how the client itself uploads
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 def test_to_the_hub_and_back(hub, tmp_path):
-    options = {"push_to_hub": True, "hub_strategy": "checkpoint", "hub_token": hub.token, "hub_always_push": True}
+    options = {
+        "push_to_hub": True,
+        "hub_strategy": "checkpoint",
+        "hub_token": hub.token,
+        "hub_always_push": True,
+    }
     trainer = trainer_of(tmp_path, max_steps=4, save_strategy="steps", save_steps=2, **options)
     trainer.train()
     trainer.push_to_hub(tags=["mine"])
     files = hub.repos["user/adapter"]
-    assert {"README.md", "adapter_config.json", "adapter_model.safetensors", *PICTURES} <= set(files)
+    assert {"README.md", "adapter_config.json", "adapter_model.safetensors", *PICTURES} <= set(
+        files
+    )
     assert "last-checkpoint/flops_state.json" in files
     assert hub.commits["user/adapter"][-1] == "End of training"
 
@@ -77,7 +95,9 @@ def test_to_the_hub_and_back(hub, tmp_path):
     assert CITATION in card.text
     assert cost_table(trainer.costs.so_far()) in card.text
     assert f"| rows through the model | {trainer.ledger.all_rows:,} (" in card.text
-    assert all(f"]({name})" in card.text and files[name].startswith(b"\x89PNG") for name in PICTURES)
+    assert all(
+        f"]({name})" in card.text and files[name].startswith(b"\x89PNG") for name in PICTURES
+    )
     assert hub.token not in files["README.md"].decode()
 
 
@@ -85,7 +105,10 @@ def test_the_settings_of_a_card_repeat_the_run(tmp_path):
     trainer = trainer_of(tmp_path, preset="mezo", pictures=False)
     trainer.create_model_card()
     code = (tmp_path / "adapter" / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    given = {keyword.arg: ast.literal_eval(keyword.value) for keyword in ast.parse(code, mode="eval").body.keywords}
+    given = {
+        keyword.arg: ast.literal_eval(keyword.value)
+        for keyword in ast.parse(code, mode="eval").body.keywords
+    }
     again = FlopsTrainingArguments(**{**given, "output_dir": str(tmp_path)}, use_cpu=True)
     assert changed_settings(again) == changed_settings(trainer.args)
     assert given == {

@@ -1,4 +1,6 @@
-"""Checkpoints: whole or not there, exact to resume from, and saved when the run is told to leave."""
+"""Checkpoints: whole or not there, exact to resume from, and saved when the run is told to
+leave.
+"""
 
 import json
 import os
@@ -19,7 +21,8 @@ from hf_flops.checkpoints import MANIFEST, UNFINISHED, is_whole, last_checkpoint
 from hf_flops.state import STATE_FILE, TENSOR_FILE, load_state, save_state
 from tests.worker import build
 
-OPTIONS = {"max_steps": 5, "samples": 4, "size": 14, "logging_steps": 1}  # a step of two samples ends an epoch
+# a step of two samples ends an epoch
+OPTIONS = {"max_steps": 5, "samples": 4, "size": 14, "logging_steps": 1}
 
 
 def flat(trainer):
@@ -33,13 +36,28 @@ def run(folder, act=None, resume=None, **options):
 
 
 def some(allocators):
-    return [name if name in allocators else pytest.param(name, marks=pytest.mark.slow) for name in ALLOCATORS]
+    return [
+        name if name in allocators else pytest.param(name, marks=pytest.mark.slow)
+        for name in ALLOCATORS
+    ]
 
 
 @pytest.mark.parametrize("allocator", some(["two_stage", "gaussian"]))
 def test_every_allocator_resumes_in_the_middle_of_an_epoch(allocator, tmp_path):
-    whole = run(tmp_path, allocator=allocator, save_strategy="steps", save_steps=2, gradient_accumulation_steps=2)
-    again = run(tmp_path, None, str(tmp_path / "checkpoint-2"), allocator=allocator, gradient_accumulation_steps=2)
+    whole = run(
+        tmp_path,
+        allocator=allocator,
+        save_strategy="steps",
+        save_steps=2,
+        gradient_accumulation_steps=2,
+    )
+    again = run(
+        tmp_path,
+        None,
+        str(tmp_path / "checkpoint-2"),
+        allocator=allocator,
+        gradient_accumulation_steps=2,
+    )
     assert flat(again).equal(flat(whole))
     assert again.session.allocator.state_dict() == whole.session.allocator.state_dict()
 
@@ -59,7 +77,9 @@ def test_sigterm_saves_and_leaves_and_the_resumed_run_is_the_undisturbed_one(tmp
 
 
 def test_a_checkpoint_appears_when_it_is_whole(tmp_path):
-    trainer = build({**OPTIONS, "output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 2})
+    trainer = build(
+        {**OPTIONS, "output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 2}
+    )
     stock, fail = trainer._save_rng_state, [4]
 
     def save_rng_state(folder):
@@ -71,7 +91,9 @@ def test_a_checkpoint_appears_when_it_is_whole(tmp_path):
     with pytest.raises(OSError, match="full"):
         trainer.train()
     assert sorted(os.listdir(tmp_path)) == [UNFINISHED, "checkpoint-2"]
-    assert get_last_checkpoint(tmp_path) == last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert (
+        get_last_checkpoint(tmp_path) == last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    )
     fail.clear()
     trainer.train(resume_from_checkpoint=True)
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-2", "checkpoint-4", "checkpoint-5"]
@@ -102,20 +124,28 @@ def test_what_cannot_be_read_of_a_checkpoint_is_named_or_passed_over(tmp_path):
         (second / MANIFEST).write_text(content)
         assert not is_whole(second)
     assert last_checkpoint(tmp_path) == str(first)
-    with pytest.raises(ConfigurationError, match=rf"checkpoint-2' lacks files .* its {MANIFEST} is damaged"):
+    with pytest.raises(
+        ConfigurationError, match=rf"checkpoint-2' lacks files .* its {MANIFEST} is damaged"
+    ):
         run(tmp_path, None, str(second))
     (first / STATE_FILE).write_text("x" * (first / STATE_FILE).stat().st_size)
-    with pytest.raises(ConfigurationError, match=f"checkpoint-1/{STATE_FILE} is damaged: JSONDecodeError"):
+    with pytest.raises(
+        ConfigurationError, match=f"checkpoint-1/{STATE_FILE} is damaged: JSONDecodeError"
+    ):
         run(tmp_path, None, True)
     for no_checkpoint in (tmp_path, tmp_path / "checkpoint-77"):
-        with pytest.raises(ConfigurationError, match=f"'{no_checkpoint}' holds no trainer_state.json: give the folder of a"):
+        with pytest.raises(
+            ConfigurationError,
+            match=f"'{no_checkpoint}' holds no trainer_state.json: give the folder of a",
+        ):
             run(tmp_path, None, str(no_checkpoint))
 
 
 def test_a_replaced_checkpoint_is_the_old_one_or_the_new_one(tmp_path):
     run(tmp_path, save_strategy="steps", save_steps=5)
     (tmp_path / UNFINISHED).mkdir()
-    (tmp_path / "checkpoint-5").rename(tmp_path / UNFINISHED / "checkpoint-5.old")  # killed before the new one's turn
+    # killed before the new one's turn
+    (tmp_path / "checkpoint-5").rename(tmp_path / UNFINISHED / "checkpoint-5.old")
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-5")
     (tmp_path / "checkpoint-5" / "mark").touch()
     run(tmp_path, save_strategy="steps", save_steps=5)
@@ -130,24 +160,46 @@ def test_the_best_model_is_known_by_where_it_is(tmp_path):
     assert best == str(tmp_path / f"checkpoint-{trainer.state.best_global_step}")
     assert {os.path.basename(best), "checkpoint-5"} <= set(os.listdir(tmp_path))
     assert len(os.listdir(tmp_path)) == 2
-    assert json.loads((tmp_path / "checkpoint-5" / "trainer_state.json").read_text())["best_model_checkpoint"] == best
+    assert (
+        json.loads((tmp_path / "checkpoint-5" / "trainer_state.json").read_text())[
+            "best_model_checkpoint"
+        ]
+        == best
+    )
     saved = load_file(f"{best}/adapter_model.safetensors")
     mine = {name: p for name, p in trainer.model.named_parameters() if "lora_B" in name}
     assert all(p.equal(saved[name.replace(".default", "")]) for name, p in mine.items())
 
 
 @pytest.mark.parametrize(("output_dir", "kept"), [("./out", 1), ("out/.", 2), ("a//b", 2)])
-def test_the_best_model_is_found_however_the_folder_is_spelled(output_dir, kept, tmp_path, monkeypatch):
+def test_the_best_model_is_found_however_the_folder_is_spelled(
+    output_dir, kept, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     after = []
-    options = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 3}
-    options |= {"metric_for_best_model": "epoch", "greater_is_better": False}  # the first is the best
+    options = {
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "max_steps": 3,
+    }
+    # the first is the best
+    options |= {"metric_for_best_model": "epoch", "greater_is_better": False}
     trainer = build(
-        {**OPTIONS, **options, "output_dir": output_dir, "load_best_model_at_end": True, "save_total_limit": kept}
+        {
+            **OPTIONS,
+            **options,
+            "output_dir": output_dir,
+            "load_best_model_at_end": True,
+            "save_total_limit": kept,
+        }
     )
     monkeypatch.setattr(trainer, "evaluate", lambda *args, **kwargs: judged(trainer, after))
     trainer.train()
-    assert os.path.samefile(trainer.state.best_model_checkpoint, os.path.join(output_dir, "checkpoint-1"))
+    assert os.path.samefile(
+        trainer.state.best_model_checkpoint, os.path.join(output_dir, "checkpoint-1")
+    )
     assert sorted(os.listdir(output_dir)) == ["checkpoint-1", "checkpoint-3"][:kept]
     assert flat(trainer).equal(after[0])
     assert not flat(trainer).equal(after[-1])
@@ -156,7 +208,9 @@ def test_the_best_model_is_found_however_the_folder_is_spelled(output_dir, kept,
 def judged(trainer, after):
     after.append(flat(trainer).clone())
     metrics = {"eval_epoch": float(trainer.state.global_step)}
-    trainer.control = trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, metrics)
+    trainer.control = trainer.callback_handler.on_evaluate(
+        trainer.args, trainer.state, trainer.control, metrics
+    )
     return metrics
 
 
@@ -176,7 +230,9 @@ def test_another_batch_is_noticed(tmp_path, caplog):
     assert "4 samples in an optimizer step, this one has 2" in caplog.text
 
 
-@pytest.mark.parametrize(("before", "now"), [("uniform", "optimal"), ("optimal", "bernoulli"), ("gaussian", "two_stage")])
+@pytest.mark.parametrize(
+    ("before", "now"), [("uniform", "optimal"), ("optimal", "bernoulli"), ("gaussian", "two_stage")]
+)
 def test_another_allocator_than_the_checkpoints_starts_afresh(before, now, tmp_path, caplog):
     save_state(str(tmp_path), {"image allocator": ALLOCATORS[before]()})
     part = ALLOCATORS[now]()
@@ -184,7 +240,10 @@ def test_another_allocator_than_the_checkpoints_starts_afresh(before, now, tmp_p
     load_state(str(tmp_path), {"image allocator": part})
     assert part.state_dict() == start
     old, new = ALLOCATORS[before].__name__, ALLOCATORS[now].__name__
-    assert f"The image allocator of the checkpoint's run was {old}, this one's is {new} and starts afresh" in caplog.text
+    assert (
+        f"The image allocator of the checkpoint's run was {old}, this one's is {new} and starts "
+        "afresh" in caplog.text
+    )
 
 
 class Remembers:
@@ -209,7 +268,10 @@ leaves = st.one_of(
     st.integers(0, 3).map(lambda n: torch.arange(n) / 3),
 )
 nested = st.recursive(
-    leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    leaves,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
 )
 
 
@@ -217,7 +279,9 @@ def equal(one, two):
     if torch.is_tensor(one):
         return torch.is_tensor(two) and one.equal(two)
     if isinstance(one, dict):
-        return one.keys() == two.keys() and all(equal(value, two[name]) for name, value in one.items())
+        return one.keys() == two.keys() and all(
+            equal(value, two[name]) for name, value in one.items()
+        )
     if isinstance(one, list):
         return len(one) == len(two) and all(map(equal, one, two))
     return one == two
@@ -233,7 +297,9 @@ def test_any_nested_state_comes_back(first, second):
     assert equal(second, found["second"].state)
 
 
-@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(b"no tensors")])
+@pytest.mark.parametrize(
+    "damage", [lambda path: path.unlink(), lambda path: path.write_bytes(b"no tensors")]
+)
 def test_lost_or_damaged_tensors_are_named(damage, tmp_path):
     save_state(str(tmp_path), {"part": Remembers({"weight": torch.ones(2)})})
     damage(tmp_path / TENSOR_FILE)
@@ -245,7 +311,9 @@ def test_a_checkpoint_of_an_older_version_says_no_classes(tmp_path, caplog):
     save_state(str(tmp_path), {"allocator": Optimal()})
     state = json.loads((tmp_path / STATE_FILE).read_text())
     assert state.pop("kinds")["allocator"] == "Optimal"
-    state["allocator"]["calibration"] = {name: 2 * value for name, value in state["allocator"]["calibration"].items()}
+    state["allocator"]["calibration"] = {
+        name: 2 * value for name, value in state["allocator"]["calibration"].items()
+    }
     (tmp_path / STATE_FILE).write_text(json.dumps(state))
     load_state(str(tmp_path), {"allocator": (optimal := Optimal())})
     assert optimal.state_dict() == state["allocator"]

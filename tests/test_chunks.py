@@ -1,4 +1,6 @@
-"""How rows are cut into forward passes changes neither the estimate nor what is charged, whatever memory does."""
+"""How rows are cut into forward passes changes neither the estimate nor what is charged, whatever
+memory does.
+"""
 
 import logging
 import math
@@ -20,14 +22,17 @@ SHORTAGES = [
     torch.OutOfMemoryError("CUDA out of memory."),
     MemoryError(),
     RuntimeError(
-        "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+        "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried "
+        "to allocate 9 bytes."
     ),
 ]
 
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A machine whose clock and memory are numbers: `machine.cost(rows)` seconds and `machine.need(rows)` megabytes."""
+    """A machine whose clock and memory are numbers: `machine.cost(rows)` seconds and
+    `machine.need(rows)` megabytes.
+    """
 
     class Machine:
         now, peak = 0.0, 0.0
@@ -63,18 +68,24 @@ def settle(planner, machine, rows=4000, steps=3):
     for _ in range(steps):
         seen.clear()
         in_chunks([rows], work, planner)
-        assert [row for chunk in seen for row in range(chunk.start, chunk.stop)] == list(range(rows))
+        assert [row for chunk in seen for row in range(chunk.start, chunk.stop)] == list(
+            range(rows)
+        )
     return planner.size
 
 
 def test_the_fastest_size_is_found(machine):
     for overhead, best in ((0.0, 8), (100.0, 512)):
-        machine.cost = staticmethod(lambda rows, overhead=overhead: overhead + rows + rows**2 / 2000)
+        machine.cost = staticmethod(
+            lambda rows, overhead=overhead: overhead + rows + rows**2 / 2000
+        )
         planner = ChunkPlanner(limit=1e12)
         size = settle(planner, machine, steps=6)
         assert planner.settled
         assert best / 4 <= size <= best
-        assert machine.cost(size) / size <= 1.05 * min(machine.cost(2**k) / 2**k for k in range(3, 12))
+        assert machine.cost(size) / size <= 1.05 * min(
+            machine.cost(2**k) / 2**k for k in range(3, 12)
+        )
 
 
 def test_memory_limits_the_size_before_it_is_used_up(machine):
@@ -92,7 +103,10 @@ def test_noise_limits_the_size_before_the_first_forward():
 
 
 def test_where_memory_is_unknown_sizes_stay_small(machine):
-    machine.cost, machine.need = staticmethod(lambda rows: 1000.0), staticmethod(lambda rows: math.nan)
+    machine.cost, machine.need = (
+        staticmethod(lambda rows: 1000.0),
+        staticmethod(lambda rows: math.nan),
+    )
     assert settle(ChunkPlanner(limit=math.nan), machine) == 32
 
 
@@ -130,7 +144,9 @@ def test_a_resumed_planner_goes_on_where_it_stood(machine):
     whole=st.booleans(),
     error=st.sampled_from(SHORTAGES),
 )
-def test_a_shortage_of_memory_halves_the_chunk_and_every_row_is_done_once(lengths, size, fits, whole, error):
+def test_a_shortage_of_memory_halves_the_chunk_and_every_row_is_done_once(
+    lengths, size, fits, whole, error
+):
     planner, done = ChunkPlanner(size), []
 
     def work(chunk):
@@ -188,12 +204,18 @@ def test_a_step_that_runs_out_of_memory_gives_the_same_estimate(kind, fits, rows
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             cramped.seen.clear()
-            found, result = estimate(model, inputs, kind, forward=model_forward(cramped), rows_per_forward=planner)
+            found, result = estimate(
+                model, inputs, kind, forward=model_forward(cramped), rows_per_forward=planner
+            )
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
-            assert result.rows == whole.rows == sum(len(inputs["labels"]) for inputs in cramped.seen)
+            assert (
+                result.rows == whole.rows == sum(len(inputs["labels"]) for inputs in cramped.seen)
+            )
             assert result.counts.equal(whole.counts)
     assert max(len(inputs["labels"]) for inputs in cramped.seen) <= fits
-    assert len(caplog.records) == (1 if fits < 6 or (rows == 16 and kind == "rowwise") else caplog.text.count("did not fit"))
+    assert len(caplog.records) == (
+        1 if fits < 6 or (rows == 16 and kind == "rowwise") else caplog.text.count("did not fit")
+    )
     assert not any(module._forward_hooks for module in model.modules())
 
 
@@ -201,9 +223,19 @@ def test_a_step_that_runs_out_of_memory_gives_the_same_estimate(kind, fits, rows
 
 
 def trained(tmp_path, model, dataset, **options):
-    arguments = {"queries_per_sample": 12, "per_device_train_batch_size": 8, "optim": "sgd", "learning_rate": 0.01}
+    arguments = {
+        "queries_per_sample": 12,
+        "per_device_train_batch_size": 8,
+        "optim": "sgd",
+        "learning_rate": 0.01,
+    }
     args = FlopsTrainingArguments(
-        str(tmp_path), max_steps=2, report_to="none", use_cpu=True, perturbation_scale=1e-2, **{**arguments, **options}
+        str(tmp_path),
+        max_steps=2,
+        report_to="none",
+        use_cpu=True,
+        perturbation_scale=1e-2,
+        **{**arguments, **options},
     )
     trainer = FlopsTrainer(model, args, train_dataset=dataset)
     trainer.train()
@@ -214,7 +246,9 @@ def trained(tmp_path, model, dataset, **options):
 def test_the_default_run_is_that_of_a_fixed_size(kind, tmp_path):
     dataset = as_dataset(padded(kind, samples=16))
     one, found = trained(tmp_path, adapted(kind), dataset, save_strategy="steps", save_steps=1)
-    two, expected = trained(tmp_path, adapted(kind), dataset, rows_per_forward=8, save_strategy="no")
+    two, expected = trained(
+        tmp_path, adapted(kind), dataset, rows_per_forward=8, save_strategy="no"
+    )
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     assert one.ledger.rows == two.ledger.rows
     assert one.session.tuning.idle == two.session.tuning.idle == {"right": True}

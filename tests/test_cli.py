@@ -24,15 +24,29 @@ HISTORY = [
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["replay", "--help"], ["plot", "--help"], ["compare", "--help"], ["doctor", "--help"]]
+    "arguments",
+    [
+        ["--help"],
+        ["replay", "--help"],
+        ["plot", "--help"],
+        ["compare", "--help"],
+        ["doctor", "--help"],
+    ],
 )
 def test_help_loads_neither_torch_nor_transformers(arguments):
     code = (
-        "import sys\nfrom hf_flops.cli import main\n"
-        f"try:\n    main({arguments!r})\nexcept SystemExit as end:\n    assert end.code == 0\n"
-        "print('LOADED', *(name for name in ('torch', 'transformers', 'peft', 'numpy') if name in sys.modules))"
+        "import sys\n"
+        "from hf_flops.cli import main\n"
+        "try:\n"
+        f"    main({arguments!r})\n"
+        "except SystemExit as end:\n"
+        "    assert end.code == 0\n"
+        "print('LOADED', *(name for name in ('torch', 'transformers', 'peft', 'numpy') if name in "
+        "sys.modules))"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout
     assert out.splitlines()[-1].split() == ["LOADED"]
     if arguments == ["--help"]:
         assert all(name in out for name in COMMANDS)
@@ -58,7 +72,8 @@ def test_a_library_that_is_missing_is_named_with_what_brings_it(monkeypatch, cap
     monkeypatch.setitem(sys.modules, "PIL", None)
     assert main(["compare", "--rows", "100"]) == 1
     assert capsys.readouterr().err.strip() == (
-        "hf-flops compare: PIL is not installed: pip install 'hf_flops[recipes]' brings all that the commands want."
+        "hf-flops compare: PIL is not installed: pip install 'hf_flops[recipes]' brings all that "
+        "the commands want."
     )
 
 
@@ -67,7 +82,10 @@ def test_pictures_without_matplotlib_end_in_a_sentence(monkeypatch, tmp_path, ca
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert main(["plot", str(tmp_path)]) == 1
-    assert capsys.readouterr().err.strip() == "hf-flops plot: Pictures need matplotlib: pip install 'hf_flops[plots]'."
+    assert (
+        capsys.readouterr().err.strip()
+        == "hf-flops plot: Pictures need matplotlib: pip install 'hf_flops[plots]'."
+    )
 
 
 @pytest.mark.parametrize("command", ["vit", "prompt", "align"])
@@ -80,7 +98,10 @@ def test_help_of_a_recipe_shows_what_matters_and_no_more(command, capsys):
 
     short, everything = shown("--help"), shown("--help_all")
     assert short.startswith(f"usage: hf-flops {command} ")
-    assert all(option in short for option in ("--queries_per_sample", "--learning_rate", "--trajectory_log", "--lora_rank"))
+    assert all(
+        option in short
+        for option in ("--queries_per_sample", "--learning_rate", "--trajectory_log", "--lora_rank")
+    )
     assert "--hub_token" not in short
     assert "--hub_token" in everything
 
@@ -95,11 +116,14 @@ def test_the_recipes_are_found_beside_the_package_and_their_files_are_read():
 def test_plot_reads_the_newest_state_of_a_run_and_draws_it(tmp_path, drawn):
     with pytest.raises(hf_flops.ConfigurationError, match=r"holds no trainer_state\.json"):
         plot.read_run(tmp_path)
-    for step, history in ((9, HISTORY[:2]), (10, HISTORY)):  # 10 is newer than 9, though not in the order of text
+    # 10 is newer than 9, though not in the order of text
+    for step, history in ((9, HISTORY[:2]), (10, HISTORY)):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
-        (folder / "flops_state.json").write_text(json.dumps({"ledger": {"samples": [[0, 2, 30], [1, 2, 10]]}}))
+        (folder / "flops_state.json").write_text(
+            json.dumps({"ledger": {"samples": [[0, 2, 30], [1, 2, 10]]}})
+        )
     assert plot.read_run(tmp_path) == {
         "curve": [(640, 1.0, 0.5), (1280, 2.5, 0.75)],
         "measure": "validation accuracy",
@@ -109,10 +133,16 @@ def test_plot_reads_the_newest_state_of_a_run_and_draws_it(tmp_path, drawn):
     assert main(["plot", str(tmp_path)]) == 0
     rows, seconds, signal, queries = drawn["run.png"].axes
     assert rows.lines[0].get_xydata().tolist() == [[640, 0.5], [1280, 0.75]]
-    assert (rows.get_xlabel(), rows.get_ylabel()) == ("rows through the model", "validation accuracy")
+    assert (rows.get_xlabel(), rows.get_ylabel()) == (
+        "rows through the model",
+        "validation accuracy",
+    )
     assert seconds.lines[0].get_xydata().tolist() == [[1, 0.5], [2.5, 0.75]]
     assert signal.lines[0].get_xydata().tolist() == [[640, 0.02], [1280, 0.01]]
-    assert (signal.get_title(), queries.get_title()) == ("Signal to noise", "Where the queries went")
+    assert (signal.get_title(), queries.get_title()) == (
+        "Signal to noise",
+        "Where the queries went",
+    )
     assert imread(tmp_path / "run.png").std() > 0.01
 
 
@@ -120,7 +150,9 @@ def test_plot_falls_back_to_the_training_loss_and_wants_rows(tmp_path):
     (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": HISTORY[::2]}))
     run = plot.read_run(tmp_path)
     assert (run["measure"], [value for *_, value in run["curve"]]) == ("training loss", [1.2, 0.9])
-    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": [{"loss": 1.0, "step": 1}]}))
+    (tmp_path / "trainer_state.json").write_text(
+        json.dumps({"log_history": [{"loss": 1.0, "step": 1}]})
+    )
     with pytest.raises(hf_flops.ConfigurationError, match="no log of rows"):
         plot.read_run(tmp_path)
 
@@ -147,7 +179,9 @@ def test_plot_says_which_file_it_wrote_or_could_not(tmp_path, monkeypatch, capsy
 
     def refused(output):
         assert main(["plot", str(tmp_path), "--output", str(tmp_path / output)]) == 1
-        assert capsys.readouterr().err.startswith(f"hf-flops plot: The picture {tmp_path / output} cannot be saved: ")
+        assert capsys.readouterr().err.startswith(
+            f"hf-flops plot: The picture {tmp_path / output} cannot be saved: "
+        )
 
     refused("x.foo")
     monkeypatch.setattr(run_plots, "save_run", lambda path, **run: path.touch())
@@ -162,13 +196,28 @@ def test_compare_gives_every_preset_the_same_rows(monkeypatch, capsys):
     ran = []
     monkeypatch.setattr(compare, "run", lambda *call: ran.append(call) or 0)
     assert compare.main(["--presets", "mezo", "flops", "--rows", "500", "--dataset", "digits"]) == 0
-    options = ["--method", "mezo", "--output_dir", "outputs/compare", "--compare", "flops", "--max_queries", "500"]
+    options = [
+        "--method",
+        "mezo",
+        "--output_dir",
+        "outputs/compare",
+        "--compare",
+        "flops",
+        "--max_queries",
+        "500",
+    ]
     assert ran == [("vit", "compare", [*options, "--dataset", "digits"])]
     for wrong in (["--presets", "spsa"], ["--presets", "flops", "backprop", "--rows", "500"]):
         with pytest.raises(SystemExit):
             compare.main(wrong)
     assert "spsa" in capsys.readouterr().err
-    others = (["--compare", "backprop"], ["--comp=backprop"], ["--method", "mezo"], ["--max-queries", "9"], ["run.yaml"])
+    others = (
+        ["--compare", "backprop"],
+        ["--comp=backprop"],
+        ["--method", "mezo"],
+        ["--max-queries", "9"],
+        ["run.yaml"],
+    )
     for other in others:
         with pytest.raises(SystemExit):
             compare.main(["--presets", "flops", "--rows", "200", *other])
@@ -181,7 +230,9 @@ def test_a_recipe_that_cannot_work_ends_in_a_line(tmp_path, capsys, monkeypatch)
     assert main(["vit", "--dataset", str(tmp_path), *out]) == 1
     assert main(["vit", "--dataset", "digits", "--model", "/nowhere", *out]) == 1
     first, second = capsys.readouterr().err.splitlines()
-    assert first.startswith(f"hf-flops vit: '{tmp_path}' failed to load as a folder or a data set of the Hub: ")
+    assert first.startswith(
+        f"hf-flops vit: '{tmp_path}' failed to load as a folder or a data set of the Hub: "
+    )
     assert second.startswith("hf-flops vit: --model /nowhere cannot be used: ")
     with pytest.raises(SystemExit):
         main(["vit", "--method", "foo"])

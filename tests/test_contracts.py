@@ -1,4 +1,6 @@
-"""The library's own classes pass the contracts that `hf_flops.testing` offers for classes of a user's own."""
+"""The library's own classes pass the contracts that `hf_flops.testing` offers for classes of a
+user's own.
+"""
 
 import contextlib
 import doctest
@@ -16,12 +18,20 @@ from hf_flops.allocators import ALLOCATORS, Uniform
 from hf_flops.blackbox import TorchEngine
 from hf_flops.objectives import BatchLoss, CallableObjective, Objective, RowLosses, TappedLoss
 from hf_flops.perturbations import ActivationNoise, ParameterVector, RowwiseNoise, SharedNoise
-from hf_flops.testing import AllocatorContract, EngineContract, ObjectiveContract, PerturbationContract
+from hf_flops.testing import (
+    AllocatorContract,
+    EngineContract,
+    ObjectiveContract,
+    PerturbationContract,
+)
 from tests.tiny import SIZES, VOCABULARY, generator, model_forward, tiny_batch, tiny_model
 
 
 def double(inputs):
-    return {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+    return {
+        name: value.double() if value.is_floating_point() else value
+        for name, value in inputs.items()
+    }
 
 
 class TestAllocators(AllocatorContract):
@@ -49,7 +59,11 @@ class TestObjectives(ObjectiveContract):
         self.objective, self.kind = OBJECTIVES[request.param]
 
     def make(self):
-        return self.objective, model_forward(tiny_model(self.kind).double()), double(tiny_batch(self.kind))
+        return (
+            self.objective,
+            model_forward(tiny_model(self.kind).double()),
+            double(tiny_batch(self.kind)),
+        )
 
 
 def small_model():
@@ -85,7 +99,12 @@ class TestTorchEngine(EngineContract):
 
 @pytest.mark.parametrize(
     "module",
-    [hf_flops.testing.allocators, hf_flops.testing.engines, hf_flops.testing.objectives, hf_flops.testing.perturbations],
+    [
+        hf_flops.testing.allocators,
+        hf_flops.testing.engines,
+        hf_flops.testing.objectives,
+        hf_flops.testing.perturbations,
+    ],
 )
 def test_the_examples_run(module):
     found = doctest.testmod(module)
@@ -146,7 +165,11 @@ class Half(Objective):
 
 def test_broken_objectives_are_found():
     def case(objective):
-        return lambda: (objective, lambda inputs: (None, inputs["x"]), {"x": torch.arange(6.0).reshape(3, 2)})
+        return lambda: (
+            objective,
+            lambda inputs: (None, inputs["x"]),
+            {"x": torch.arange(6.0).reshape(3, 2)},
+        )
 
     broken(ObjectiveContract, "test_rows_do_not_depend_on_each_other", case(Mean()))
     broken(ObjectiveContract, "test_losses_have_an_entry_per_row", case(Half()))
@@ -180,4 +203,8 @@ def test_broken_engines_are_found():
         return embeds.sum(1)
 
     broken(EngineContract, "test_padding_does_not_matter", lambda: (blind, 4, 4))
-    broken(EngineContract, "test_rows_do_not_depend_on_each_other", lambda: (lambda e, m: e.sum(1) + e.sum(), 4, 4))
+    broken(
+        EngineContract,
+        "test_rows_do_not_depend_on_each_other",
+        lambda: (lambda e, m: e.sum(1) + e.sum(), 4, 4),
+    )

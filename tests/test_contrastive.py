@@ -1,4 +1,6 @@
-"""Contrastive losses: against autograd, against evaluating the whole batch again, and in training."""
+"""Contrastive losses: against autograd, against evaluating the whole batch again, and in
+training.
+"""
 
 import copy
 from functools import wraps
@@ -27,12 +29,22 @@ def randn(*shape, seed=0):
 
 
 def contrastive_batch(kind, texts, images, labels=None, scale=5.0, bias=-1.0):
-    terms = ContrastiveLoss(kind).terms(len(texts), len(images), labels, sigmoid=False, given=labels is not None)
+    terms = ContrastiveLoss(kind).terms(
+        len(texts), len(images), labels, sigmoid=False, given=labels is not None
+    )
     return ContrastiveBatch(texts, images, terms, scale, bias)
 
 
-@given(texts=SIZE, images=SIZE, paired=st.booleans(), kind=st.sampled_from(["softmax", "sigmoid"]), seed=st.integers(0, 99))
-def test_one_embedding_replaced_is_the_whole_batch_evaluated_again(texts, images, paired, kind, seed):
+@given(
+    texts=SIZE,
+    images=SIZE,
+    paired=st.booleans(),
+    kind=st.sampled_from(["softmax", "sigmoid"]),
+    seed=st.integers(0, 99),
+)
+def test_one_embedding_replaced_is_the_whole_batch_evaluated_again(
+    texts, images, paired, kind, seed
+):
     texts = images if paired else texts
     labels = None if paired else torch.randint(texts, (images,), generator=generator(seed))
     given_ = {"text": randn(texts, 4, seed=seed), "image": randn(images, 4, seed=seed + 1)}
@@ -51,11 +63,22 @@ def test_one_embedding_replaced_is_the_whole_batch_evaluated_again(texts, images
             assert change == pytest.approx(again - batch.loss, abs=1e-5 * abs(batch.loss) + 1e-12)
 
 
-@given(texts=SIZE, images=SIZE, paired=st.booleans(), kind=st.sampled_from(["softmax", "sigmoid"]), seed=st.integers(0, 99))
+@given(
+    texts=SIZE,
+    images=SIZE,
+    paired=st.booleans(),
+    kind=st.sampled_from(["softmax", "sigmoid"]),
+    seed=st.integers(0, 99),
+)
 def test_slopes_are_those_of_autograd(texts, images, paired, kind, seed):
     texts = images if paired else texts
     labels = None if paired else torch.randint(texts, (images,), generator=generator(seed))
-    leaves = [randn(texts, 4, seed=seed), randn(images, 4, seed=seed + 1), torch.tensor(1.5), torch.tensor(-1.0)]
+    leaves = [
+        randn(texts, 4, seed=seed),
+        randn(images, 4, seed=seed + 1),
+        torch.tensor(1.5),
+        torch.tensor(-1.0),
+    ]
     leaves = [leaf.double().requires_grad_() for leaf in leaves]
 
     class Outputs:
@@ -77,7 +100,9 @@ def adapted(kind, projections=True, towers=("vision_model", "text_model")):
     model = pair_model(kind)
     names = "|".join(LORA[kind])
     save = ["visual_projection", "text_projection"] if projections and kind != "siglip" else None
-    config = LoraConfig(r=1, target_modules=rf".*({'|'.join(towers)}).*\.({names})", modules_to_save=save)
+    config = LoraConfig(
+        r=1, target_modules=rf".*({'|'.join(towers)}).*\.({names})", modules_to_save=save
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = get_peft_model(model, config).eval()
@@ -88,7 +113,12 @@ def adapted(kind, projections=True, towers=("vision_model", "text_model")):
 
 
 def arguments(folder, **options):
-    options = {"max_steps": 2, "per_device_train_batch_size": 4, "queries_per_sample": 8, "learning_rate": 1e-2} | options
+    options = {
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "queries_per_sample": 8,
+        "learning_rate": 1e-2,
+    } | options
     return training_arguments(folder, **options)
 
 
@@ -116,7 +146,8 @@ def backprop(model, batch):
 
 
 @pytest.mark.parametrize(
-    ("kind", "estimator", "draws"), [("clip", "one_sided", 3000), ("siglip", "antithetic", 800), ("dual", "one_sided", 1200)]
+    ("kind", "estimator", "draws"),
+    [("clip", "one_sided", 3000), ("siglip", "antithetic", 800), ("dual", "one_sided", 1200)],
 )
 def test_the_estimate_is_the_gradient_in_the_mean(kind, estimator, draws, tmp_path):
     model, batch = adapted(kind), pair_batch(4)
@@ -133,7 +164,9 @@ def test_the_estimate_is_the_gradient_in_the_mean(kind, estimator, draws, tmp_pa
         made.estimate(Batch(batch, forward), Place(), Averaging())
     found = gradients(model)
     assert found.keys() == wanted.keys()
-    noisy = {name for tower in made.towers.values() for name in tower.method.perturbation.vector.names}
+    noisy = {
+        name for tower in made.towers.values() for name in tower.method.perturbation.vector.names
+    }
     exact = found.keys() - noisy
     assert len(exact) == {"clip": 3, "siglip": 2, "dual": 3}[kind]
     for name in exact:
@@ -155,16 +188,22 @@ def test_a_frozen_tower_runs_its_batch_once_whatever_the_queries(tmp_path):
             for name in rows:
 
                 def count(module, args, kwargs, name=name, rows=rows):
-                    rows[name] += len(kwargs["pixel_values" if name == "vision_model" else "input_ids"])
+                    rows[name] += len(
+                        kwargs["pixel_values" if name == "vision_model" else "input_ids"]
+                    )
 
-                getattr(model.get_base_model(), name).register_forward_pre_hook(count, with_kwargs=True)
+                getattr(model.get_base_model(), name).register_forward_pre_hook(
+                    count, with_kwargs=True
+                )
             made.args.queries_per_sample = queries
             result = made.estimate(Batch(batch, forward), Place(), Averaging())
         assert rows == {"text_model": 4, "vision_model": 4 * (queries - 1)}
         assert result.rows == 4 * queries == sum(rows.values())
 
 
-@pytest.mark.parametrize(("kind", "preset"), [*((kind, "flops") for kind in KINDS), ("clip", "mezo")])
+@pytest.mark.parametrize(
+    ("kind", "preset"), [*((kind, "flops") for kind in KINDS), ("clip", "mezo")]
+)
 def test_training_lowers_the_loss_and_never_calls_backward(kind, preset, tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("backward was called")
@@ -175,21 +214,34 @@ def test_training_lowers_the_loss_and_never_calls_backward(kind, preset, tmp_pat
     save = None if kind == "siglip" else ["visual_projection", "text_projection"]
     config = LoraConfig(r=1, target_modules=LORA[kind], modules_to_save=save)
     steps, rate = (8, 3e-2) if preset == "flops" else (30, 1e-2)
-    args = arguments(tmp_path, max_steps=steps, preset=preset, learning_rate=rate, per_device_train_batch_size=8)
+    args = arguments(
+        tmp_path, max_steps=steps, preset=preset, learning_rate=rate, per_device_train_batch_size=8
+    )
     model = pair_model(kind)
     before = copy.deepcopy(model.state_dict())
     trainer = FlopsTrainer(
-        model=model, args=args, train_dataset=data, eval_dataset=data, data_collator=collate, peft_config=config
+        model=model,
+        args=args,
+        train_dataset=data,
+        eval_dataset=data,
+        data_collator=collate,
+        peft_config=config,
     )
     start = trainer.evaluate()["eval_loss"]
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < start
     assert trainer.ledger.rows <= steps * 8 * 8
-    frozen = {name: p for name, p in model.named_parameters() if "lora" not in name and "modules_to_save" not in name}
+    frozen = {
+        name: p
+        for name, p in model.named_parameters()
+        if "lora" not in name and "modules_to_save" not in name
+    }
     for name, parameter in frozen.items():
         original = name.replace("base_layer.", "").replace("original_module.", "")
         assert torch.equal(parameter, before[original])
-    assert not any(module._forward_hooks or "forward" in vars(module) for module in trainer.model.modules())
+    assert not any(
+        module._forward_hooks or "forward" in vars(module) for module in trainer.model.modules()
+    )
 
 
 def test_a_tower_that_a_callback_freezes_stays(tmp_path):
@@ -197,14 +249,20 @@ def test_a_tower_that_a_callback_freezes_stays(tmp_path):
 
     class Freeze(TrainerCallback):
         def on_step_end(self, args, state, control, model=None, **kwargs):
-            mine = [value for name, value in model.named_parameters() if "text_model" in name and "lora" in name]
+            mine = [
+                value
+                for name, value in model.named_parameters()
+                if "text_model" in name and "lora" in name
+            ]
             seen.append(torch.cat([value.detach().flatten() for value in mine]))
             for value in mine:
                 value.requires_grad_(False)
 
     args = arguments(tmp_path, queries_per_sample=4)
     model, data = adapted("clip"), as_pairs(pair_batch(8))
-    FlopsTrainer(model=model, args=args, train_dataset=data, data_collator=collate, callbacks=[Freeze()]).train()
+    FlopsTrainer(
+        model=model, args=args, train_dataset=data, data_collator=collate, callbacks=[Freeze()]
+    ).train()
     assert len(seen[0]) > 0
     assert seen[0].equal(seen[1])
 
@@ -263,7 +321,9 @@ def test_equal_texts_are_said_or_taken_for_one(tmp_path, caplog):
 def fails(model, batch, folder, error, text, **options):
     data = as_pairs(pair_batch(4))
     args = arguments(folder, max_steps=1, **options)
-    trainer = FlopsTrainer(model=model, args=args, train_dataset=data, data_collator=lambda rows: dict(batch))
+    trainer = FlopsTrainer(
+        model=model, args=args, train_dataset=data, data_collator=lambda rows: dict(batch)
+    )
     with pytest.raises(error, match=text):
         trainer.train()
 
@@ -274,7 +334,14 @@ def test_bad_batches_are_one_clear_sentence(preset, tmp_path):
     silent = {name: value for name, value in batch.items() if name != "return_loss"}
     fails(model, silent, tmp_path, ObjectiveError, "no return_loss=True", preset=preset)
     unpaired = {**batch, **{name: batch[name][:3] for name in ("input_ids", "attention_mask")}}
-    fails(model, unpaired, tmp_path, ObjectiveError, "4 images and 3 texts: pair them one to one", preset=preset)
+    fails(
+        model,
+        unpaired,
+        tmp_path,
+        ObjectiveError,
+        "4 images and 3 texts: pair them one to one",
+        preset=preset,
+    )
 
 
 def test_other_bad_input_is_one_clear_sentence(tmp_path):
@@ -285,8 +352,22 @@ def test_other_bad_input_is_one_clear_sentence(tmp_path):
         made.prepare(Batch(images, forward))
     labelled = {**batch, "labels": torch.tensor([0, 1, 2, 9])}
     fails(model, labelled, tmp_path, ObjectiveError, "labels from 0 to 9 do not number 4 texts")
-    fails(model, batch, tmp_path, ConfigurationError, "too few for 4 images and 4 texts", queries_per_sample=3)
-    fails(model, batch, tmp_path, ConfigurationError, "'auto' does not know the rows", queries_per_sample="auto")
+    fails(
+        model,
+        batch,
+        tmp_path,
+        ConfigurationError,
+        "too few for 4 images and 4 texts",
+        queries_per_sample=3,
+    )
+    fails(
+        model,
+        batch,
+        tmp_path,
+        ConfigurationError,
+        "'auto' does not know the rows",
+        queries_per_sample="auto",
+    )
     with pytest.raises(ConfigurationError, match="kind='cosine'"):
         ContrastiveLoss("cosine")
     with pytest.raises(ConfigurationError, match="same_texts='same'"):
@@ -305,7 +386,9 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path):
     def train(folder, **resume):
         args = arguments(folder, max_steps=4, rows_per_forward=64)
         args.save_strategy, args.save_steps = "steps", 2
-        trainer = FlopsTrainer(model=adapted("dual"), args=args, train_dataset=data, data_collator=collate)
+        trainer = FlopsTrainer(
+            model=adapted("dual"), args=args, train_dataset=data, data_collator=collate
+        )
         trainer.train(**resume)
         return trainer
 
@@ -317,7 +400,9 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path):
         assert torch.equal(one, other)
 
 
-def test_a_model_with_another_loss_falls_back_to_the_batch_as_a_whole(tmp_path, monkeypatch, caplog):
+def test_a_model_with_another_loss_falls_back_to_the_batch_as_a_whole(
+    tmp_path, monkeypatch, caplog
+):
     model = adapted("clip")
     base, original = model.get_base_model(), type(model.get_base_model()).forward
 
@@ -329,7 +414,9 @@ def test_a_model_with_another_loss_falls_back_to_the_batch_as_a_whole(tmp_path, 
 
     monkeypatch.setattr(type(base), "forward", forward)
     args = arguments(tmp_path, max_steps=1)
-    trainer = FlopsTrainer(model=model, args=args, train_dataset=as_pairs(pair_batch(4)), data_collator=collate)
+    trainer = FlopsTrainer(
+        model=model, args=args, train_dataset=as_pairs(pair_batch(4)), data_collator=collate
+    )
     trainer.train()
     assert "The loss of CLIPModel is not that of its embeddings' cosines." in caplog.text
     assert len(trainer.ledger.last_step.counts) == 1

@@ -1,4 +1,6 @@
-"""Control variates: unbiased whatever they predict, worth it where they predict well, and nothing lost in a checkpoint."""
+"""Control variates: unbiased whatever they predict, worth it where they predict well, and nothing
+lost in a checkpoint.
+"""
 
 import pytest
 import torch
@@ -38,7 +40,9 @@ class Softmax(nn.Module):
 def batch(alike=0.0, copies=1):
     """Draw samples; `alike` of each is what all have in common."""
     x = torch.randn(SAMPLES, WIDTH, generator=generator(2)).double()
-    return repeated({"x": alike * x[:1] + (1 - alike) * x, "labels": torch.arange(SAMPLES) % CLASSES}, copies)
+    return repeated(
+        {"x": alike * x[:1] + (1 - alike) * x, "labels": torch.arange(SAMPLES) % CLASSES}, copies
+    )
 
 
 class Wrong(LogitJacobian):
@@ -57,7 +61,9 @@ def estimate(model, inputs, control, step=0, **options):
     vector = ParameterVector.of(model)
     defaults = {
         "objective": TappedLoss(logits=True),
-        "perturbation": perturb(model, rowwise=vector.names, distribution=options.pop("distribution", "rademacher")),
+        "perturbation": perturb(
+            model, rowwise=vector.names, distribution=options.pop("distribution", "rademacher")
+        ),
         "estimator": OneSided(),
         "allocator": Fixed([1, 2, 1, 5, 6] * (len(inputs["labels"]) // SAMPLES)),
         "queries_per_sample": 4,
@@ -66,7 +72,9 @@ def estimate(model, inputs, control, step=0, **options):
     }
     model.zero_grad()
     forward = options.pop("forward", model_forward(model))
-    result = estimate_gradient(forward, inputs, Method(**{**defaults, **options}, control=control), Place(step=step))
+    result = estimate_gradient(
+        forward, inputs, Method(**{**defaults, **options}, control=control), Place(step=step)
+    )
     return torch.cat([p.grad.flatten() for p in vector.parameters]), result
 
 
@@ -86,7 +94,9 @@ def test_unbiased_with_uneven_counts_and_a_wrong_jacobian(make, name, distributi
         "queries_per_sample": {"one_sided": 4, "antithetic": 7}[name],
         "distribution": distribution,
     }
-    found = torch.stack([estimate(model, inputs, control, step, **options)[0] for step in range(50)])
+    found = torch.stack(
+        [estimate(model, inputs, control, step, **options)[0] for step in range(50)]
+    )
     wanted = true_gradient(model, inputs)
     deviation = found.std(0) / len(found) ** 0.5
     assert ((found.mean(0) - wanted).abs() < 4.5 * deviation).all()
@@ -96,7 +106,9 @@ def test_unbiased_with_uneven_counts_and_a_wrong_jacobian(make, name, distributi
 @pytest.mark.parametrize("allocator", ["two_stage", "optimal"])
 def test_unbiased_with_the_counts_of_an_allocator_that_learns_from_remainders(allocator):
     model, inputs, control, chosen = Softmax(), batch(copies=5), Wrong(), ALLOCATORS[allocator]()
-    found = torch.stack([estimate(model, inputs, control, step, allocator=chosen)[0] for step in range(100)])
+    found = torch.stack(
+        [estimate(model, inputs, control, step, allocator=chosen)[0] for step in range(100)]
+    )
     deviation = found.std(0) / len(found) ** 0.5
     assert ((found.mean(0) - true_gradient(model, inputs)).abs() < 4.5 * deviation).all()
 
@@ -119,7 +131,9 @@ def test_rows_per_forward_change_nothing(estimator):
     for control, rows in zip(controls, (2, 99), strict=True):
         model = Softmax()
         options = {"estimator": estimator, "queries_per_sample": queries, "rows_per_forward": rows}
-        found.append([estimate(model, inputs, control, step, **options)[0] for step in range(3)][-1])
+        found.append(
+            [estimate(model, inputs, control, step, **options)[0] for step in range(3)][-1]
+        )
     assert torch.allclose(*found, atol=1e-5)
     for control in controls:
         control.state_dict()
@@ -170,25 +184,38 @@ def test_contrasts_are_orthonormal_and_sum_to_zero(classes):
 
 
 SHAPES = st.lists(
-    st.one_of(st.tuples(st.integers(1, 5)), st.tuples(st.integers(1, 4), st.integers(1, 70))), min_size=1, max_size=3
+    st.one_of(st.tuples(st.integers(1, 5)), st.tuples(st.integers(1, 4), st.integers(1, 70))),
+    min_size=1,
+    max_size=3,
 )
 
 
 @given(st.sampled_from(sorted(DISTRIBUTIONS)), SHAPES, st.integers(1, 5), st.integers(1, 3))
 def test_products_and_sums_of_noise_are_those_of_its_rows(distribution, shapes, rows, columns):
-    noise = draw(distribution, seeds(1, 2, torch.arange(rows).numpy()), [torch.Size(shape) for shape in shapes])
+    noise = draw(
+        distribution,
+        seeds(1, 2, torch.arange(rows).numpy()),
+        [torch.Size(shape) for shape in shapes],
+    )
     dense = torch.stack([noise[row] for row in range(rows)])
     vectors = torch.randn(columns, dense.shape[1], generator=generator(4))
     coefficients = torch.randn(rows, columns, generator=generator(5))
     assert torch.allclose(noise.dot(vectors), dense @ vectors.T, atol=1e-4)
     assert torch.allclose(noise.weighted_sum(coefficients), coefficients.T @ dense, atol=1e-4)
-    assert torch.allclose(noise.weighted_sum(coefficients[:, 0]), coefficients[:, 0] @ dense, atol=1e-4)
+    assert torch.allclose(
+        noise.weighted_sum(coefficients[:, 0]), coefficients[:, 0] @ dense, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("size", [1.0, 3e4])
 def test_what_rows_taught_adds_up_exactly(size):
-    parts = [(size * torch.randn(2, 50, generator=generator(i)).double() * 2**15).round() / 2**15 for i in range(6)]
-    prediction = Prediction(torch.zeros(2, 50), torch.ones(3, 2), torch.ones(3, 2), 1.0, torch.eye(2))
+    parts = [
+        (size * torch.randn(2, 50, generator=generator(i)).double() * 2**15).round() / 2**15
+        for i in range(6)
+    ]
+    prediction = Prediction(
+        torch.zeros(2, 50), torch.ones(3, 2), torch.ones(3, 2), 1.0, torch.eye(2)
+    )
     for part in parts:
         prediction.add(part, part.T, torch.ones(4).double())
     assert prediction._innovation.is_floating_point() == (size > 1)
@@ -199,10 +226,15 @@ def test_what_rows_taught_adds_up_exactly(size):
 
 def test_the_unit_of_errors_changes_what_is_taught_by_its_rounding_only():
     noise = draw("rademacher", seeds(0, 0, torch.arange(30).numpy(), 0), [torch.Size([40])])
-    deltas, changes = torch.randn(30, generator=generator(1)), torch.randn(30, 2, generator=generator(2))
+    deltas, changes = (
+        torch.randn(30, generator=generator(1)),
+        torch.randn(30, 2, generator=generator(2)),
+    )
 
     def taught(unit):
-        prediction = Prediction(torch.zeros(2, 40), torch.ones(3, 2), torch.ones(3, 2), 1.0, torch.eye(2), unit)
+        prediction = Prediction(
+            torch.zeros(2, 40), torch.ones(3, 2), torch.ones(3, 2), 1.0, torch.eye(2), unit
+        )
         left, errors, sums = prediction.remainder(noise, torch.arange(30) % 3, deltas, changes)
         prediction.add(noise.exact_sum(errors), errors, sums)
         return left, *prediction.taught()
@@ -218,12 +250,16 @@ def test_errors_are_told_in_a_unit_that_holds_them_in_one_digit():
     control, slopes = LogitJacobian(), torch.randn(3, 2, generator=generator())
     clean = RowLosses(torch.ones(3), torch.ones(3), slopes=slopes, logits=torch.zeros(3, 2))
     assert control.start(clean, 40, torch.device("cpu"), 0).unit == 1.0
-    control.finish(torch.zeros(2, 40), torch.tensor([10.0, 10 * 2 * 0.03**2, 0.0, 0.0]).double())  # each error 0.03
+    # each error 0.03
+    control.finish(torch.zeros(2, 40), torch.tensor([10.0, 10 * 2 * 0.03**2, 0.0, 0.0]).double())
     unit = control.start(clean, 40, torch.device("cpu"), 1).unit
     assert 16 * 0.03 <= unit < 32 * 0.03
     again = LogitJacobian()
     again.load_state_dict(control.state_dict())
     assert again.start(clean, 40, torch.device("cpu"), 1).unit == unit
-    older = {name: value[:3] if name == "facts" else value for name, value in control.state_dict().items()}
+    older = {
+        name: value[:3] if name == "facts" else value
+        for name, value in control.state_dict().items()
+    }
     again.load_state_dict(older)
     assert again.start(clean, 40, torch.device("cpu"), 1).unit == 1.0

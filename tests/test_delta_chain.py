@@ -1,4 +1,6 @@
-"""The chain from losses to deltas: its order, and the seam between the clean pass and the queries."""
+"""The chain from losses to deltas: its order, and the seam between the clean pass and the
+queries.
+"""
 
 import torch
 
@@ -6,7 +8,14 @@ from hf_flops import CallableObjective, Method, Place, estimate_gradient
 from hf_flops.allocators import Uniform
 from hf_flops.clean import clean_pass
 from hf_flops.control_variates import LogitJacobian
-from hf_flops.delta_chain import Chain, ChunkDeltas, DeltaTransform, Evaluation, FiniteDifference, LeaveOneOut
+from hf_flops.delta_chain import (
+    Chain,
+    ChunkDeltas,
+    DeltaTransform,
+    Evaluation,
+    FiniteDifference,
+    LeaveOneOut,
+)
 from hf_flops.estimators import Antithetic, OneSided
 from hf_flops.objectives import RowLosses, TappedLoss
 from hf_flops.perturbations import ParameterVector, perturb
@@ -32,7 +41,9 @@ class Times(DeltaTransform):
 def made(model, **options):
     defaults = {
         "objective": TappedLoss(logits=True),
-        "perturbation": perturb(model, rowwise=ParameterVector.of(model).names, distribution="rademacher"),
+        "perturbation": perturb(
+            model, rowwise=ParameterVector.of(model).names, distribution="rademacher"
+        ),
         "estimator": OneSided(),
         "allocator": Uniform(),
         "queries_per_sample": 4,
@@ -46,13 +57,17 @@ def test_transforms_follow_each_other_and_those_that_define_nothing_change_nothi
     rows = expand(torch.tensor([2, 1]), 1.0)
     losses = torch.randn(2, 3, generator=generator(1)).double()
     seen = Evaluation(rows, None, losses, torch.ones(3), (None, None), 1)
-    chain = Chain([FiniteDifference(Antithetic(), None, 0.5), DeltaTransform(), Times(3.0), LeaveOneOut(2)])
+    chain = Chain(
+        [FiniteDifference(Antithetic(), None, 0.5), DeltaTransform(), Times(3.0), LeaveOneOut(2)]
+    )
     deltas = chain.of_chunk(ChunkDeltas(losses), seen)
     torch.testing.assert_close(deltas.values, 3 * (losses[0] - losses[1]).float())
     other = deltas.values + 3
     found = chain.of_round(deltas.values, rows)
     assert rows.owner.tolist() == [0, 1, 0]
-    torch.testing.assert_close(found, torch.stack([other[0] - other[2] / 2, other[1], other[2] - other[0] / 2]))
+    torch.testing.assert_close(
+        found, torch.stack([other[0] - other[2] / 2, other[1], other[2] - other[0] / 2])
+    )
     assert chain.means(torch.ones(2)) == []
     assert chain.statistics() == []
 
@@ -96,5 +111,7 @@ def test_other_losses_may_be_known_between_the_clean_pass_and_the_queries():
         other = RowLosses(2 * before.sums + 1, before.counts, before.residuals)
         result = estimate_from(clean.judged_by(Shifted(), other))
     assert clean.losses is before
-    assert all(parameter.grad.equal(own) for parameter, own in zip(model.parameters(), wanted, strict=True))
+    assert all(
+        parameter.grad.equal(own) for parameter, own in zip(model.parameters(), wanted, strict=True)
+    )
     torch.testing.assert_close(result.loss.double(), other.sums.mean(), rtol=1e-6, atol=0)

@@ -1,4 +1,6 @@
-"""The code blocks of README and docs run as they stand, each file's in one go; their links lead somewhere."""
+"""The code blocks of README and docs run as they stand, each file's in one go; their links lead
+somewhere.
+"""
 
 import re
 import subprocess
@@ -15,8 +17,13 @@ TEXTS = [*PAGES, *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "
 
 def anchors(page):
     """Return the names that the headings of a page can be linked by."""
-    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.replace("`", "")).strip().lower().replace(" ", "-") for heading in headings}
+    headings = re.findall(
+        r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), re.MULTILINE
+    )
+    return {
+        re.sub(r"[^\w\- ]", "", heading.replace("`", "")).strip().lower().replace(" ", "-")
+        for heading in headings
+    }
 
 
 def broken(page, text):
@@ -47,7 +54,10 @@ def test_relative_links_lead_somewhere(page):
 
 def test_broken_links_are_seen():
     links = ["nowhere.md", "docs/step.md#no-such-heading", "#no-such-heading"]
-    text = " ".join(f"[a]({link})" for link in [*links, "docs/step.md", "https://example.org", "docs/choosing.md#budget"])
+    text = " ".join(
+        f"[a]({link})"
+        for link in [*links, "docs/step.md", "https://example.org", "docs/choosing.md#budget"]
+    )
     assert broken(ROOT / "README.md", text) == links
 
 

@@ -1,4 +1,6 @@
-"""scripts/_env with programs in the place of Python and pip that only write down how they were called."""
+"""scripts/_env with programs in the place of Python and pip that only write down how they were
+called.
+"""
 
 import os
 import shutil
@@ -12,7 +14,8 @@ STUB = """#!/bin/sh
 echo "$0 $*" >>"$LOG"
 case "$*" in
     -V | --version) echo "Python {version}" ;;
-    "-m venv --clear .venv") rm -rf .venv && mkdir -p .venv/bin && cp "$0" .venv/bin/python && cp "$0" .venv/bin/pip ;;
+    "-m venv --clear .venv") rm -rf .venv && mkdir -p .venv/bin &&
+        cp "$0" .venv/bin/python && cp "$0" .venv/bin/pip ;;
     -c*) exit {fails} ;;
 esac
 """
@@ -24,7 +27,11 @@ def checkout(tmp_path):
     (tmp_path / "scripts").mkdir()
     for name in ("scripts/_env", "pyproject.toml", "constraints.txt", "constraints-oldest.txt"):
         shutil.copy(ROOT / name, tmp_path / name)
-    for name, version, fails in (("python-a", "3.12.1", 0), ("python-b", "3.13.1", 0), ("python-old", "3.9.1", 1)):
+    for name, version, fails in (
+        ("python-a", "3.12.1", 0),
+        ("python-b", "3.13.1", 0),
+        ("python-old", "3.9.1", 1),
+    ):
         path = tmp_path / name
         path.write_text(STUB.format(version=version, fails=fails))
         path.chmod(0o755)
@@ -58,7 +65,10 @@ def test_the_constraints_that_are_named_are_those_of_pip(checkout, constraints):
     result, calls = run(checkout, python="./python-a", **options)
     file = constraints or "constraints.txt"
     assert result.returncode == 0, result.stderr
-    assert installs(calls) == [f"--constraint {file} torch", f"--constraint {file} --editable .[test]"]
+    assert installs(calls) == [
+        f"--constraint {file} torch",
+        f"--constraint {file} --editable .[test]",
+    ]
 
 
 def test_only_torch_is_looked_up_on_another_index(checkout):
@@ -82,7 +92,9 @@ def test_a_venv_of_another_python_is_made_anew(checkout):
     assert len(installs(calls)) == 2
 
 
-@pytest.mark.parametrize("options", [{"python": "./python-old"}, {"python": "./nowhere"}, {"constraints": "nowhere.txt"}])
+@pytest.mark.parametrize(
+    "options", [{"python": "./python-old"}, {"python": "./nowhere"}, {"constraints": "nowhere.txt"}]
+)
 def test_what_cannot_be_used_is_refused_and_leaves_the_venv(checkout, options):
     run(checkout, python="./python-a")
     result, calls = run(checkout, **options)

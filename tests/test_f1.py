@@ -1,4 +1,6 @@
-"""Macro F1 as the objective: the score, what an answer adds to it, and that training improves it."""
+"""Macro F1 as the objective: the score, what an answer adds to it, and that training improves
+it.
+"""
 
 import copy
 from types import SimpleNamespace
@@ -24,7 +26,9 @@ def confusion_of(labels, found, classes=4):
 
 
 def score_of(labels, found):
-    return f1_score(labels, found, labels=sorted(set(labels.tolist())), average="macro", zero_division=0)
+    return f1_score(
+        labels, found, labels=sorted(set(labels.tolist())), average="macro", zero_division=0
+    )
 
 
 def judged(labels, found, objective=None):
@@ -53,14 +57,19 @@ def test_clean_rows_have_the_score_and_queries_what_they_change(pairs):
     labels, found = (torch.tensor(own) for own in zip(*pairs, strict=True))
     objective, clean = MacroF1().settled(judged(labels, found), {"labels": labels})
     assert float(clean.sums.mean()) == pytest.approx(-score_of(labels, found), abs=1e-6)
-    torch.testing.assert_close(judged(labels, found, objective).sums, clean.sums)  # a query that changes nothing
+    # a query that changes nothing
+    torch.testing.assert_close(judged(labels, found, objective).sums, clean.sums)
     assert MacroF1().worths is None  # a new one for every batch
 
 
 def test_what_an_answer_adds_is_the_change_of_the_score():
     generator = torch.Generator().manual_seed(0)
-    labels = torch.multinomial(torch.tensor([0.6, 0.25, 0.1, 0.05]), 2000, replacement=True, generator=generator)
-    found = torch.where(torch.rand(2000, generator=generator) < 0.5, labels, labels[torch.randperm(2000)])
+    labels = torch.multinomial(
+        torch.tensor([0.6, 0.25, 0.1, 0.05]), 2000, replacement=True, generator=generator
+    )
+    found = torch.where(
+        torch.rand(2000, generator=generator) < 0.5, labels, labels[torch.randperm(2000)]
+    )
     objective, clean = MacroF1().settled(judged(labels, found), {"labels": labels})
     for row in range(20):
         for answer in range(4):
@@ -86,16 +95,27 @@ def trained(folder, *, rare=4, dtype=torch.float32, **options):
 
 @pytest.mark.parametrize("estimator", ["one_sided", "antithetic"])
 def test_training_improves_macro_f1_of_a_rare_class(estimator, tmp_path):
-    trainer = trained(tmp_path, estimator=estimator, max_steps=30, learning_rate=0.1, lr_scheduler_type="constant")
+    trainer = trained(
+        tmp_path, estimator=estimator, max_steps=30, learning_rate=0.1, lr_scheduler_type="constant"
+    )
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[0] > -0.6
     assert sum(losses[-3:]) / 3 < losses[0] - 0.2
 
 
 def test_neither_chunks_nor_the_order_of_samples_matter(tmp_path):
-    options = {"max_steps": 1, "perturbation_scale": 1.0, "optim": "sgd", "learning_rate": 1.0, "dtype": torch.float64}
+    options = {
+        "max_steps": 1,
+        "perturbation_scale": 1.0,
+        "optim": "sgd",
+        "learning_rate": 1.0,
+        "dtype": torch.float64,
+    }
     states = [
-        copy.deepcopy(trained(tmp_path, rows_per_forward=rows, **options).model.classifier.state_dict()) for rows in (5, 256)
+        copy.deepcopy(
+            trained(tmp_path, rows_per_forward=rows, **options).model.classifier.state_dict()
+        )
+        for rows in (5, 256)
     ]
     start = built(lambda: tiny_model("vit")).double().classifier.state_dict()
     for name, value in states[0].items():
@@ -106,5 +126,10 @@ def test_neither_chunks_nor_the_order_of_samples_matter(tmp_path):
 def test_what_has_no_answer_for_each_row_is_refused():
     with pytest.raises(ObjectiveError, match=r"MacroF1 needs labels from 0 to 3, not -100 to 1\."):
         judged(torch.tensor([1, -100]), torch.tensor([1, 1]))
-    with pytest.raises(ObjectiveError, match=r"MacroF1 needs logits \(R, classes\) and labels \(R,\)"):
-        MacroF1()(lambda inputs: (None, SimpleNamespace(logits=torch.zeros(2, 3, 4))), {"labels": torch.zeros(2)})
+    with pytest.raises(
+        ObjectiveError, match=r"MacroF1 needs logits \(R, classes\) and labels \(R,\)"
+    ):
+        MacroF1()(
+            lambda inputs: (None, SimpleNamespace(logits=torch.zeros(2, 3, 4))),
+            {"labels": torch.zeros(2)},
+        )

@@ -35,7 +35,10 @@ CASES = {
     "soft": (F.cross_entropy, {"target": SOFT, "weight": WEIGHT, "label_smoothing": 0.3}),
     "nll": (F.nll_loss, {"target": TARGETS, "weight": WEIGHT}),
     "mse": (F.mse_loss, {"target": SOFT}),
-    "bce": (F.binary_cross_entropy_with_logits, {"target": SOFT, "weight": WEIGHT, "pos_weight": WEIGHT.flip(0)}),
+    "bce": (
+        F.binary_cross_entropy_with_logits,
+        {"target": SOFT, "weight": WEIGHT, "pos_weight": WEIGHT.flip(0)},
+    ),
 }
 
 
@@ -44,18 +47,27 @@ def test_slopes_are_autograds(name):
     function, given = CASES[name]
     logits = draws(5, CLASSES).requires_grad_()
     function(logits, **given, reduction="none").sum().backward()
-    assert torch.allclose(slopes(function.__name__, {**given, "input": logits.detach()}), logits.grad)
+    assert torch.allclose(
+        slopes(function.__name__, {**given, "input": logits.detach()}), logits.grad
+    )
 
 
 def test_slopes_with_positions_behind_the_classes():
-    logits, target = draws(5, CLASSES, 3).requires_grad_(), torch.tensor([[0, 1, -100]]).expand(5, 3)
+    logits, target = (
+        draws(5, CLASSES, 3).requires_grad_(),
+        torch.tensor([[0, 1, -100]]).expand(5, 3),
+    )
     F.cross_entropy(logits, target, reduction="none").sum().backward()
-    assert torch.allclose(slopes("cross_entropy", {"input": logits.detach(), "target": target}), logits.grad)
+    assert torch.allclose(
+        slopes("cross_entropy", {"input": logits.detach(), "target": target}), logits.grad
+    )
 
 
 def adapted(kind="bert", **options):
     names = {"bert": ["query", "value"], "vit": ["q_proj", "v_proj"]}[kind]
-    config = LoraConfig(r=2, target_modules=names, modules_to_save=["classifier"], init_lora_weights=False)
+    config = LoraConfig(
+        r=2, target_modules=names, modules_to_save=["classifier"], init_lora_weights=False
+    )
     return get_peft_model(tiny_model(kind, **options), config).eval()
 
 
@@ -79,7 +91,9 @@ def estimate(model, inputs, forward=None, **options):
         "head": head,
     }
     model.zero_grad()
-    estimate_gradient(forward or model_forward(model), inputs, Method(**{**defaults, **options}), Place())
+    estimate_gradient(
+        forward or model_forward(model), inputs, Method(**{**defaults, **options}), Place()
+    )
     return head
 
 
@@ -110,7 +124,10 @@ def test_a_clean_forward_that_does_not_fit_is_halved_with_the_same_result():
 
     head = estimate(model, inputs, forward=small, rows_per_forward=ChunkPlanner(8))
     wanted = autograd(model, inputs, head.vector)
-    assert all(torch.allclose(p.grad, g, atol=1e-6) for p, g in zip(head.vector.parameters, wanted, strict=True))
+    assert all(
+        torch.allclose(p.grad, g, atol=1e-6)
+        for p, g in zip(head.vector.parameters, wanted, strict=True)
+    )
 
 
 def test_a_sample_without_a_finite_loss_leaves_the_average():
@@ -121,12 +138,21 @@ def test_a_sample_without_a_finite_loss_leaves_the_average():
     head, options = found(model, inputs), {"queries_per_sample": 3}
     others = sorted(set(ParameterVector.of(model).names) - set(head.vector.names))
     method = Method(
-        TappedLoss(logits=True), perturb(model, rowwise=others), OneSided(), Optimal(), scale=1e-3, rows_per_forward=64,
-        head=head, **options,
-    )  # fmt: skip
+        TappedLoss(logits=True),
+        perturb(model, rowwise=others),
+        OneSided(),
+        Optimal(),
+        scale=1e-3,
+        rows_per_forward=64,
+        head=head,
+        **options,
+    )
     estimate_gradient(model_forward(model), broken, method, Place())
     wanted = autograd(model, rest, head.vector)
-    assert all(torch.allclose(p.grad, g, atol=1e-6) for p, g in zip(head.vector.parameters, wanted, strict=True))
+    assert all(
+        torch.allclose(p.grad, g, atol=1e-6)
+        for p, g in zip(head.vector.parameters, wanted, strict=True)
+    )
 
 
 class Scaled(nn.Module):
@@ -159,7 +185,14 @@ def test_no_head_where_it_would_be_wrong():
     assert found(Twice(1.0), batch()) is None  # its own parameters reach its input
     model = Scaled(1.0)
     assert found(model, batch(), objective=BatchLoss()) is None
-    assert found(model, batch(), objective=CallableObjective(lambda outputs, inputs: outputs.logits[:, 0])) is None
+    assert (
+        found(
+            model,
+            batch(),
+            objective=CallableObjective(lambda outputs, inputs: outputs.logits[:, 0]),
+        )
+        is None
+    )
     assert found(model, batch(), held={"head.weight"}) is None
     model.body.requires_grad_(False)
     assert found(model, batch()) is None  # nothing is left for noise
@@ -186,11 +219,16 @@ def test_a_head_beside_which_nothing_matters_gets_noise(tmp_path):
     model, inputs = Tasks(), {**batch(), "task": torch.ones(4, dtype=torch.int64)}
     assert found(model, inputs).module is model.heads[1]
     before = [head.weight.clone() for head in model.heads]
-    args = FlopsTrainingArguments(output_dir=str(tmp_path), max_steps=1, report_to="none", save_strategy="no")
+    args = FlopsTrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, report_to="none", save_strategy="no"
+    )
     trainer = FlopsTrainer(model=model, args=args, train_dataset=as_dataset(inputs))
     trainer.train()
     assert trainer.session.chosen.head is None
-    assert [head.weight.equal(old) for head, old in zip(model.heads, before, strict=True)] == [True, False]
+    assert [head.weight.equal(old) for head, old in zip(model.heads, before, strict=True)] == [
+        True,
+        False,
+    ]
 
 
 def test_the_trainer_leaves_the_noise_to_the_adapter(tmp_path):
@@ -198,23 +236,37 @@ def test_the_trainer_leaves_the_noise_to_the_adapter(tmp_path):
     model, gradients = adapted(), {}
     for on in (True, False):
         args = FlopsTrainingArguments(
-            output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=8, closed_form_head=on, report_to="none",
-            save_strategy="no", learning_rate=0.0, max_grad_norm=0.0,
-        )  # fmt: skip
+            output_dir=str(tmp_path),
+            max_steps=1,
+            per_device_train_batch_size=8,
+            closed_form_head=on,
+            report_to="none",
+            save_strategy="no",
+            learning_rate=0.0,
+            max_grad_norm=0.0,
+        )
         trainer = FlopsTrainer(model=model, args=args, train_dataset=as_dataset(inputs))
         seen = {}
         trainer.create_optimizer()
         trainer.optimizer.register_step_pre_hook(
-            lambda *_, seen=seen: seen.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+            lambda *_, seen=seen: seen.update(
+                {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+            )
         )
         trainer.train()
         gradients[on] = seen
-        assert any("classifier" in name for name in trainer.session.chosen.perturbation.vector.names) != on
+        assert (
+            any("classifier" in name for name in trainer.session.chosen.perturbation.vector.names)
+            != on
+        )
     model.zero_grad()
     classifiers = 0
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and "classifier" in name:
-            wanted, classifiers = torch.autograd.grad(model(**inputs).loss, parameter)[0], classifiers + 1
+            wanted, classifiers = (
+                torch.autograd.grad(model(**inputs).loss, parameter)[0],
+                classifiers + 1,
+            )
             assert torch.allclose(gradients[True][name], wanted, atol=1e-5)
             assert not torch.allclose(gradients[False][name], wanted, atol=1e-3)
     assert classifiers == 2

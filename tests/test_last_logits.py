@@ -1,4 +1,6 @@
-"""Logits only where there are labels: the same losses and estimates, from fewer columns of the head."""
+"""Logits only where there are labels: the same losses and estimates, from fewer columns of the
+head.
+"""
 
 from contextlib import contextmanager
 from dataclasses import replace
@@ -9,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
-from hf_flops import CallableObjective, FlopsTrainer, FlopsTrainingArguments, Method, Place, estimate_gradient
+from hf_flops import (
+    CallableObjective,
+    FlopsTrainer,
+    FlopsTrainingArguments,
+    Method,
+    Place,
+    estimate_gradient,
+)
 from hf_flops.allocators import ALLOCATORS
 from hf_flops.calibration import calibrate
 from hf_flops.estimators import ESTIMATORS
@@ -18,11 +27,21 @@ from hf_flops.last_logits import LastLogits, with_last_logits
 from hf_flops.objectives import BatchLoss, TappedLoss
 from hf_flops.perturbations import ParameterVector, perturb
 from hf_flops.rows import take
-from tests.tiny import TOKENS, VOCABULARY, as_dataset, generator, model_forward, tiny_batch, tiny_model
+from tests.tiny import (
+    TOKENS,
+    VOCABULARY,
+    as_dataset,
+    generator,
+    model_forward,
+    tiny_batch,
+    tiny_model,
+)
 
 ADAPTERS = {
     "lora": LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
-    "last": LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[1], task_type="CAUSAL_LM"),
+    "last": LoraConfig(
+        r=2, target_modules=["q_proj"], layers_to_transform=[1], task_type="CAUSAL_LM"
+    ),
     "prompt": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
 }
 
@@ -39,7 +58,9 @@ def adapted(adapter="lora", **options):
 
 
 def answers(firsts, lengths=None, left=False, seed=0):
-    """Draw texts of which row i has labels from column `firsts[i]` on, and as many tokens as `lengths` says."""
+    """Draw texts of which row i has labels from column `firsts[i]` on, and as many tokens as
+    `lengths` says.
+    """
     ids = torch.randint(3, VOCABULARY, (len(firsts), TOKENS), generator=generator(seed))
     columns = torch.arange(TOKENS)
     ends = torch.tensor(lengths or [TOKENS] * len(firsts))[:, None]
@@ -52,7 +73,9 @@ def answers(firsts, lengths=None, left=False, seed=0):
 def columns_of_the_head(model):
     """Collect how many columns the head sees."""
     seen = []
-    handle = model.get_output_embeddings().register_forward_hook(lambda module, args, out: seen.append(out.shape[1]))
+    handle = model.get_output_embeddings().register_forward_hook(
+        lambda module, args, out: seen.append(out.shape[1])
+    )
     yield seen
     handle.remove()
 
@@ -73,7 +96,9 @@ def shortened(model, inputs):
 )
 @torch.no_grad()
 def test_losses_counts_and_residuals_are_the_same(adapter, firsts, left, data):
-    lengths = data.draw(st.lists(st.integers(1, TOKENS), min_size=len(firsts), max_size=len(firsts)))
+    lengths = data.draw(
+        st.lists(st.integers(1, TOKENS), min_size=len(firsts), max_size=len(firsts))
+    )
     model = adapted(adapter)
     forward, inputs = model_forward(model), answers(firsts, lengths, left)
     objective, counted = LastLogits(model.get_base_model()), inputs["labels"][:, 1:] != -100
@@ -81,7 +106,9 @@ def test_losses_counts_and_residuals_are_the_same(adapter, firsts, left, data):
     with columns_of_the_head(model) as columns:
         found = objective(forward, inputs, features=True)
     for name in ("sums", "counts", "residuals"):
-        torch.testing.assert_close(getattr(found, name), getattr(wanted, name), rtol=1e-5, atol=1e-5, equal_nan=True)
+        torch.testing.assert_close(
+            getattr(found, name), getattr(wanted, name), rtol=1e-5, atol=1e-5, equal_nan=True
+        )
     if counted.any():
         virtual = 3 * (adapter == "prompt")
         labelled = torch.nonzero((inputs["labels"] != -100).any(0)).flatten() + virtual
@@ -100,13 +127,21 @@ def test_estimates_are_the_same_with_late_expansion_and_cut_padding(adapter, est
         reuse, reason = choose_reuse(model, objective, forward, inputs, perturbation)
     assert reason is None
     found = []
-    for own in (method, replace(method, objective=objective), replace(method, objective=objective, reuse=reuse)):
+    for own in (
+        method,
+        replace(method, objective=objective),
+        replace(method, objective=objective, reuse=reuse),
+    ):
         model.zero_grad()
         result = estimate_gradient(forward, inputs, own, Place(seed=3), elements=7)
-        found.append((result, torch.cat([p.grad.flatten() for p in perturbation.vector.parameters])))
+        found.append(
+            (result, torch.cat([p.grad.flatten() for p in perturbation.vector.parameters]))
+        )
         assert "forward" not in vars(model.get_base_model())
     for result, gradient in found[1:]:
-        torch.testing.assert_close(gradient, found[0][1], rtol=1e-5, atol=1e-5 * float(found[0][1].abs().max()))
+        torch.testing.assert_close(
+            gradient, found[0][1], rtol=1e-5, atol=1e-5 * float(found[0][1].abs().max())
+        )
         torch.testing.assert_close(result.loss, found[0][0].loss, rtol=1e-5, atol=0)
         assert result.counts.equal(found[0][0].counts)
 
@@ -114,7 +149,8 @@ def test_estimates_are_the_same_with_late_expansion_and_cut_padding(adapter, est
 @pytest.mark.parametrize("estimator", ["one_sided", "antithetic"])
 @torch.no_grad()
 def test_calibration_is_the_same(estimator):
-    model, inputs = adapted().double(), answers([3, 5], seed=2)  # no two steps are nearly equally good
+    # no two steps are nearly equally good
+    model, inputs = adapted().double(), answers([3, 5], seed=2)
     method = Method(
         TappedLoss(),
         perturb(model, rowwise=ParameterVector.of(model).names),
@@ -125,12 +161,16 @@ def test_calibration_is_the_same(estimator):
         8,
     )
     plain = calibrate(model_forward(model), inputs, method)
-    found = calibrate(model_forward(model), inputs, replace(method, objective=shortened(model, inputs)))
+    found = calibrate(
+        model_forward(model), inputs, replace(method, objective=shortened(model, inputs))
+    )
     assert found.rows == plain.rows
     assert found.scale == plain.scale is not None
 
 
-@pytest.mark.parametrize("given", ["logits_to_keep", "shift_labels", "first column", "nothing labelled", "batch loss"])
+@pytest.mark.parametrize(
+    "given", ["logits_to_keep", "shift_labels", "first column", "nothing labelled", "batch loss"]
+)
 @torch.no_grad()
 def test_forwards_that_want_all_logits_run_as_they_are(given):
     model, inputs = adapted(), answers([4, 5])
@@ -138,7 +178,9 @@ def test_forwards_that_want_all_logits_run_as_they_are(given):
     if given == "logits_to_keep":
         inputs["logits_to_keep"] = 0
     elif given == "shift_labels":
-        inputs["shift_labels"] = torch.nn.functional.pad(inputs["labels"], (0, 1), value=-100)[:, 1:].contiguous()
+        inputs["shift_labels"] = torch.nn.functional.pad(inputs["labels"], (0, 1), value=-100)[
+            :, 1:
+        ].contiguous()
     elif given == "first column":
         inputs["labels"][0, 0] = 5
     elif given == "nothing labelled":
@@ -156,7 +198,11 @@ def test_forwards_that_want_all_logits_run_as_they_are(given):
 @torch.no_grad()
 def test_other_models_and_other_objectives_are_left_alone(kind):
     model, inputs = tiny_model(kind), tiny_batch(kind)
-    objective = CallableObjective(lambda outputs, inputs: outputs.logits.sum((1, 2))) if kind == "llama" else TappedLoss()
+    objective = (
+        CallableObjective(lambda outputs, inputs: outputs.logits.sum((1, 2)))
+        if kind == "llama"
+        else TappedLoss()
+    )
     assert with_last_logits(model, objective, model_forward(model), inputs) is objective
 
 
@@ -221,4 +267,6 @@ def test_rows_of_a_chunk_may_begin_their_answers_anywhere(samples):
     model, inputs = adapted(), answers([2, 6, 4, 5])
     rows = take(inputs, torch.tensor(samples))
     found = shortened(model, inputs)(model_forward(model), rows).sums
-    torch.testing.assert_close(found, TappedLoss()(model_forward(model), rows).sums, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        found, TappedLoss()(model_forward(model), rows).sums, rtol=1e-5, atol=1e-5
+    )

@@ -46,7 +46,9 @@ def adapt(digits, tmp_path, seed, **options):
                 **options,
             },
         )
-        config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"])
+        config = LoraConfig(
+            r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"]
+        )
         data = {"train_dataset": train, "eval_dataset": test, "data_collator": collate}
         trainer = FlopsTrainer(model, args, peft_config=config, compute_metrics=accuracy, **data)
         before = trainer.evaluate()["eval_accuracy"]
@@ -54,7 +56,9 @@ def adapt(digits, tmp_path, seed, **options):
         return before, trainer.evaluate()["eval_accuracy"]
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))]
+)
 def test_the_adapter_learns_new_digits(digits, tmp_path, seed):
     before, after = adapt(digits, tmp_path, seed)
     assert before < 0.3
@@ -64,7 +68,9 @@ def test_the_adapter_learns_new_digits(digits, tmp_path, seed):
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["mezo", "flops-authors"])
 def test_the_other_presets_learn_too(digits, tmp_path, preset):
-    before, after = adapt(digits, tmp_path, 0, preset=preset, num_train_epochs=8, learning_rate=2e-2)
+    before, after = adapt(
+        digits, tmp_path, 0, preset=preset, num_train_epochs=8, learning_rate=2e-2
+    )
     assert after > before + 0.25
 
 
@@ -76,24 +82,41 @@ def check_rows(folder):
     return rows
 
 
-def test_the_recipe_leaves_a_report_a_picture_and_adapters(digits, tmp_path, monkeypatch, capsys, drawn):
+def test_the_recipe_leaves_a_report_a_picture_and_adapters(
+    digits, tmp_path, monkeypatch, capsys, drawn
+):
     monkeypatch.setattr("recipes.images.pretrained_vit", lambda task: digits[1])
-    options = "--dataset digits --per_class 16 --num_train_epochs 1 --queries_per_sample 8 --compare backprop mezo"
-    monkeypatch.setattr("sys.argv", ["vit.py", *options.split(), "--disable_tqdm", "True", "--output_dir", str(tmp_path)])
+    options = (
+        "--dataset digits --per_class 16 --num_train_epochs 1 --queries_per_sample 8 --compare "
+        "backprop mezo"
+    )
+    monkeypatch.setattr(
+        "sys.argv",
+        ["vit.py", *options.split(), "--disable_tqdm", "True", "--output_dir", str(tmp_path)],
+    )
     vit.main()
     assert "of the way from the untrained adapter to backprop" in capsys.readouterr().out
     report = (tmp_path / "report.md").read_text()
-    outcomes = {o["method"]: o for o in json.loads((tmp_path / "results.json").read_text())["outcomes"]}
+    outcomes = {
+        o["method"]: o for o in json.loads((tmp_path / "results.json").read_text())["outcomes"]
+    }
     assert set(outcomes) == {"flops", "backprop", "mezo"}
     assert outcomes["flops"]["rows"] == 80 * 8 + check_rows(tmp_path / "flops")
     assert outcomes["mezo"]["rows"] == 80 * 8 + check_rows(tmp_path / "mezo")
     assert outcomes["backprop"]["rows"] == 80
     curves, queries, *images = drawn["report.png"].axes
-    assert [text.get_text() for text in curves.get_legend().get_texts()] == [*outcomes, "untrained adapter"]
-    assert (curves.get_title(), queries.get_title()) == ("Accuracy against rows", "Where the queries went")
+    assert [text.get_text() for text in curves.get_legend().get_texts()] == [
+        *outcomes,
+        "untrained adapter",
+    ]
+    assert (curves.get_title(), queries.get_title()) == (
+        "Accuracy against rows",
+        "Where the queries went",
+    )
     for line, outcome in zip(curves.lines, outcomes.values(), strict=False):
         assert line.get_xydata().tolist() == outcome["curve"]
-    assert [len(axes.images) for axes in images] == [1] * 16  # the eight most queried, and the eight least
+    # the eight most queried, and the eight least
+    assert [len(axes.images) for axes in images] == [1] * 16
     assert (tmp_path / "report.png").is_file()
     for method, outcome in outcomes.items():
         assert f"| {method} | {outcome['before']:.1%} | **{outcome['after']:.1%}** |" in report
@@ -103,7 +126,10 @@ def test_the_recipe_leaves_a_report_a_picture_and_adapters(digits, tmp_path, mon
 def test_the_recipe_refuses_an_unknown_method(capsys):
     with pytest.raises(SystemExit):
         vit.parse(["--compare", "adam"])
-    assert "--compare adam is unknown: choose among flops, mezo, flops-authors, backprop" in capsys.readouterr().err
+    assert (
+        "--compare adam is unknown: choose among flops, mezo, flops-authors, backprop"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_recipe_reads_yaml(tmp_path):
@@ -133,12 +159,18 @@ class Stopped:
         raise Stop(self.rate, checkpoint)
 
 
-@pytest.mark.parametrize(("recipe", "model"), [(vit, "adapter_model"), (alignment, "adapted_model")])
+@pytest.mark.parametrize(
+    ("recipe", "model"), [(vit, "adapter_model"), (alignment, "adapted_model")]
+)
 def test_a_rate_of_zero_and_a_checkpoint_reach_the_trainer(recipe, model, tmp_path, monkeypatch):
     monkeypatch.setattr(recipe, model, lambda *given: None)
-    monkeypatch.setattr(recipe, "trainer_for", lambda method, model, args, *data: Stopped(args.learning_rate))
+    monkeypatch.setattr(
+        recipe, "trainer_for", lambda method, model, args, *data: Stopped(args.learning_rate)
+    )
     monkeypatch.setattr(alignment, "evaluate", lambda *given: {})
-    own, args = recipe.parse(["--learning_rate", "0", "--resume_from_checkpoint", "there", "--output_dir", str(tmp_path)])
+    own, args = recipe.parse(
+        ["--learning_rate", "0", "--resume_from_checkpoint", "there", "--output_dir", str(tmp_path)]
+    )
     task = SimpleNamespace(name="digits", train=None, collate=None)
     given = ["", task, dict.fromkeys(("train", "validation", "test"))] if recipe is vit else [task]
     with pytest.raises(Stop) as stop:
@@ -150,7 +182,10 @@ def test_auto_is_an_answer_to_how_many(tmp_path):
     _, args = vit.parse(["--queries_per_sample", "auto", "--rows_per_forward", "auto"])
     assert (args.queries_per_sample, args.rows_per_forward) == ("auto", "auto")
     assert vit.parse(["--queries_per_sample", "8"])[1].queries_per_sample == 8
-    with pytest.raises(ConfigurationError, match=r"--queries_per_sample auto does not know .*: give a number to align"):
+    with pytest.raises(
+        ConfigurationError,
+        match=r"--queries_per_sample auto does not know .*: give a number to align",
+    ):
         alignment.parse(["--queries_per_sample", "auto"])
 
 
@@ -174,24 +209,36 @@ def pictures(tmp_path, monkeypatch):
         ([f"test/{c}/{i}.png" for c in "ab" for i in range(8)], "has no split 'train', but test"),
         ([f"train/{c}/0.png" for c in "ab"], "has 2 images to train on: 8 or more"),
         ([f"train/a/{i}.png" for i in range(8)], "no column of images or of class labels"),
-        ([f"train/{c}/{i}.png" for c in "ab" for i in range(8)], "--dataset .* cannot be used: cannot identify image file"),
+        (
+            [f"train/{c}/{i}.png" for c in "ab" for i in range(8)],
+            "--dataset .* cannot be used: cannot identify image file",
+        ),
     ],
 )
 def test_pictures_that_cannot_be_used_are_refused_in_a_sentence(names, match, pictures, tmp_path):
     folder = pictures(*names)
     (folder / names[0]).write_bytes(b"no picture") if "cannot identify" in match else None
-    model = ResNetForImageClassification(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1]))
+    model = ResNetForImageClassification(
+        ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])
+    )
     model.save_pretrained(tmp_path / "model")
     ViTImageProcessorPil(size=8).save_pretrained(tmp_path / "model")
     with pytest.raises(ConfigurationError, match=match) as refused:
-        vit.load_data(vit.RecipeArguments(dataset=str(folder), model=str(tmp_path / "model")), seed=0)
+        vit.load_data(
+            vit.RecipeArguments(dataset=str(folder), model=str(tmp_path / "model")), seed=0
+        )
     assert str(refused.value).endswith(".")
     assert "\n" not in str(refused.value)
 
 
 def test_a_model_without_attention_layers_is_refused(tmp_path):
-    ResNetForImageClassification(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])).save_pretrained(tmp_path)
+    ResNetForImageClassification(
+        ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])
+    ).save_pretrained(tmp_path)
     ViTImageProcessorPil(size=8).save_pretrained(tmp_path)
     recipe = vit.RecipeArguments(model=str(tmp_path))
-    with pytest.raises(ConfigurationError, match=r"is a ResNetForImageClassification, .* choose a vision transformer"):
+    with pytest.raises(
+        ConfigurationError,
+        match=r"is a ResNetForImageClassification, .* choose a vision transformer",
+    ):
         vit.adapter_model(recipe, str(tmp_path), load_images("digits"), seed=0)

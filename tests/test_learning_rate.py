@@ -1,4 +1,6 @@
-"""The learning rate that is found while training: where it goes from a start far off, what it costs, what stays exact."""
+"""The learning rate that is found while training: where it goes from a start far off, what it
+costs, what stays exact.
+"""
 
 import math
 
@@ -56,7 +58,10 @@ def test_what_samples_disagree_about_is_not_clear(seed, samples):
 
 
 def test_a_loss_that_is_no_number_is_the_worst():
-    assert line_search(lambda length: torch.tensor([1.0, math.nan if length > 0.1 else 0.5])).best == SHORTER[-2]
+    assert (
+        line_search(lambda length: torch.tensor([1.0, math.nan if length > 0.1 else 0.5])).best
+        == SHORTER[-2]
+    )
     assert line_search(lambda length: torch.full((2,), math.nan if length else 1.0)).best == 0
     nowhere = line_search(lambda length: torch.full((2,), math.nan))
     assert nowhere.best == 1
@@ -65,16 +70,20 @@ def test_a_loss_that_is_no_number_is_the_worst():
 
 @pytest.mark.parametrize("start", [1e-5, 30.0])
 def test_a_start_far_off_is_left_and_what_it_did_undone(start, tmp_path):
-    # With 4 samples and 10 steps a search is luck: 3 or 4 seeds of 12 ended within the bounds, with these 9 or 10.
+    # With 4 samples and 10 steps a search is luck: 3 or 4 seeds of 12 ended within the bounds, with
+    # these 9 or 10.
     more = {"max_steps": 30, "samples": 16, "size": 32, **CONSTANT}
     trainer = build({**OPTIONS, "output_dir": str(tmp_path), "learning_rate": start, **more})
-    # Most samples have one label, which can be learned from any of them, but not all: if all had, the loss would fall to 0
-    # along any way, and no length of it would be too long.
+    # Most samples have one label, which can be learned from any of them, but not all: if all had,
+    # the loss would fall to 0 along any way, and no length of it would be too long.
     for number, sample in enumerate(trainer.train_dataset):
         sample["labels"] = torch.tensor(min(number % 4, 1))
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "learning_rate" in entry]
-    assert all(entry["learning_rate"] == pytest.approx(start * entry["learning_rate_multiplier"]) for entry in logs)
+    assert all(
+        entry["learning_rate"] == pytest.approx(start * entry["learning_rate_multiplier"])
+        for entry in logs
+    )
     assert 3e-4 < logs[-1]["learning_rate"] < 0.5
     assert logs[-1]["loss"] < logs[0]["loss"]
     assert trainer.optimizer.param_groups[0]["lr"] == start  # the scheduler's own
@@ -83,7 +92,12 @@ def test_a_start_far_off_is_left_and_what_it_did_undone(start, tmp_path):
 def test_a_warmup_is_not_mistaken_for_a_rate_that_is_too_small():
     search, weight = RateSearch(), nn.Parameter(torch.zeros(2))
     vector, optimizer = ParameterVector([("weight", weight)]), torch.optim.SGD([weight], lr=1.0)
-    cases = [(0.1, 0.2, 4.0, 1.0), (0.1, 0.2, 16.0, 1.6), (1.0, 1.0, 4.0, 4.0), (0.1, 0.2, 0.25, 0.25)]
+    cases = [
+        (0.1, 0.2, 4.0, 1.0),
+        (0.1, 0.2, 16.0, 1.6),
+        (1.0, 1.0, 4.0, 4.0),
+        (0.1, 0.2, 0.25, 0.25),
+    ]
     for mean, now, best, expected in cases:
         search._begin(vector, optimizer)
         search.multiplier, search._steps, search._rates = 1.0, 5, 5 * mean
@@ -100,8 +114,12 @@ def test_every_row_is_charged_and_a_budget_is_kept(tmp_path):
             seen.clear()
             before.append(trainer.ledger.all_rows)
 
-    trainer = build({**OPTIONS, "output_dir": str(tmp_path), "max_steps": 40, "max_queries": budget}, act)
-    hook = trainer.model.register_forward_pre_hook(lambda m, a, k: seen.append(len(k["labels"])), with_kwargs=True)
+    trainer = build(
+        {**OPTIONS, "output_dir": str(tmp_path), "max_steps": 40, "max_queries": budget}, act
+    )
+    hook = trainer.model.register_forward_pre_hook(
+        lambda m, a, k: seen.append(len(k["labels"])), with_kwargs=True
+    )
     trainer.train()
     hook.remove()
     assert trainer.ledger.all_rows - before[0] == sum(seen)
@@ -115,7 +133,8 @@ def test_every_row_is_charged_and_a_budget_is_kept(tmp_path):
 def test_a_resumed_run_goes_on_alike(start, tmp_path):
     every = {"learning_rate": start, "max_steps": 9, "gradient_accumulation_steps": 2, **CONSTANT}
     whole = run(tmp_path, save_strategy="steps", save_steps=5, **every)
-    again = run(tmp_path / "other", None, str(tmp_path / "checkpoint-5"), **every)  # in the middle of a window
+    # in the middle of a window
+    again = run(tmp_path / "other", None, str(tmp_path / "checkpoint-5"), **every)
     assert flat(again).equal(flat(whole))
     assert again._rate.multiplier == whole._rate.multiplier
     assert again.ledger.rows == whole.ledger.rows
@@ -161,9 +180,19 @@ def test_processes_that_see_other_losses_go_the_way_of_the_first():
 def test_a_long_window_changes_the_rate_by_less_and_far_off_the_next_is_shorter():
     search, weight = RateSearch(), nn.Parameter(torch.zeros(2))
     vector, optimizer = ParameterVector([("weight", weight)]), torch.optim.SGD([weight], lr=1.0)
-    for steps, best, expected, window in [(4, 0.0, 1 / 8, 2), (4, 64.0, 64.0, 2), (32, 0.0, 1 / 4, 16), (32, 2.0, 2.0, 32)]:
+    for steps, best, expected, window in [
+        (4, 0.0, 1 / 8, 2),
+        (4, 64.0, 64.0, 2),
+        (32, 0.0, 1 / 4, 16),
+        (32, 2.0, 2.0, 32),
+    ]:
         search._begin(vector, optimizer)
-        search.multiplier, search._steps, search._rates, search.window = 1.0, steps, float(steps), steps
+        search.multiplier, search._steps, search._rates, search.window = (
+            1.0,
+            steps,
+            float(steps),
+            steps,
+        )
         search._learn(best, vector, optimizer)
         assert (search.multiplier, search.window) == (expected, window)
 
@@ -186,17 +215,31 @@ def test_the_word_is_read_from_the_command_line_too(tmp_path):
     parser = HfArgumentParser(FlopsTrainingArguments)
     line = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--learning_rate"]
     (args,) = parser.parse_args_into_dataclasses([*line, "auto", "--queries_per_sample", "auto"])
-    assert (args.learning_rate, args.learning_rate_search, args.queries_per_sample) == (1e-3, True, "auto")
+    assert (args.learning_rate, args.learning_rate_search, args.queries_per_sample) == (
+        1e-3,
+        True,
+        "auto",
+    )
     (args,) = parser.parse_args_into_dataclasses([*line, "3e-3", "--queries_per_sample", "8"])
-    assert (args.learning_rate, args.learning_rate_search, args.queries_per_sample) == (3e-3, False, 8)
+    assert (args.learning_rate, args.learning_rate_search, args.queries_per_sample) == (
+        3e-3,
+        False,
+        8,
+    )
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"learning_rate": "fast"}, "learning_rate='fast' must be a number, or 'auto'"),
-        ({"learning_rate": "auto", "trajectory_log": True}, "trajectory_log=True cannot replay a learning rate search"),
-        ({"learning_rate_search": True, "optim": "schedule_free_adamw"}, "optim='schedule_free_adamw' is not for"),
+        (
+            {"learning_rate": "auto", "trajectory_log": True},
+            "trajectory_log=True cannot replay a learning rate search",
+        ),
+        (
+            {"learning_rate_search": True, "optim": "schedule_free_adamw"},
+            "optim='schedule_free_adamw' is not for",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused(options, words, tmp_path):

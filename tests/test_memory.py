@@ -21,7 +21,9 @@ from tests.tiny import model_forward, tiny_batch, tiny_model
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations made and that are still alive, and their peak."""
+    """Counts the bytes of the tensors that operations made and that are still alive, and their
+    peak.
+    """
 
     def __init__(self):
         super().__init__()
@@ -52,7 +54,9 @@ def test_a_step_needs_the_memory_of_inference_and_little_more(distribution):
     rows, sizes = 64, {"hidden_size": 64, "intermediate_size": 256, "image_size": 32}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = get_peft_model(tiny_model("vit", **sizes), LoraConfig(r=64, target_modules=["q_proj", "v_proj"])).eval()
+        model = get_peft_model(
+            tiny_model("vit", **sizes), LoraConfig(r=64, target_modules=["q_proj", "v_proj"])
+        ).eval()
     inputs = tiny_batch("vit", samples=16)
     inputs["pixel_values"] = torch.nn.functional.interpolate(inputs["pixel_values"], size=(32, 32))
     vector = ParameterVector.of(model)

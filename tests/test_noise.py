@@ -17,7 +17,11 @@ COUNTER = st.integers(0, 2**40)
 def test_seeds_depend_on_every_counter_and_its_place(seed, first, second):
     one = int(seeds(seed, first, second)[0])
     assert one == int(seeds(seed, np.array([first]), second)[0])
-    others = [seeds(seed + 1, first, second), seeds(seed, first + 1, second), seeds(seed, first, second + 1)]
+    others = [
+        seeds(seed + 1, first, second),
+        seeds(seed, first + 1, second),
+        seeds(seed, first, second + 1),
+    ]
     if first != second:
         others.append(seeds(seed, second, first))
     assert all(int(other[0]) != one for other in others)
@@ -39,8 +43,11 @@ def shapes(*sizes):
     return [torch.Size(size) for size in sizes]
 
 
-WORDS = st.lists(st.sampled_from([(64,), (8, 16), (3, 5), (2,)]), min_size=1, max_size=5)  # most are whole words of bits
-SHAPES = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=3).map(torch.Size), min_size=1, max_size=4)
+# most are whole words of bits
+WORDS = st.lists(st.sampled_from([(64,), (8, 16), (3, 5), (2,)]), min_size=1, max_size=5)
+SHAPES = st.lists(
+    st.lists(st.integers(1, 9), min_size=1, max_size=3).map(torch.Size), min_size=1, max_size=4
+)
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
@@ -72,7 +79,9 @@ def test_many_bits_are_drawn_when_they_are_used_and_are_the_same(monkeypatch):
 
 def test_the_bits_of_signs_look_random_within_and_between_rows():
     size, rows = 2**16, 24
-    signs = flat(draw("rademacher", seeds(0, 5, np.arange(rows) // 4, np.arange(rows) % 4), shapes((size,))))
+    signs = flat(
+        draw("rademacher", seeds(0, 5, np.arange(rows) // 4, np.arange(rows) % 4), shapes((size,)))
+    )
     limit = 5 / size**0.5  # five standard errors
     assert signs.mean(1).abs().max() < limit
     assert (signs @ signs.T / size).tril(-1).abs().max() < limit
@@ -80,7 +89,9 @@ def test_the_bits_of_signs_look_random_within_and_between_rows():
         assert (signs[:, lag:] * signs[:, :-lag]).mean(1).abs().max() < limit * 1.05
     bits = words(seeds(0, 5, np.arange(rows)), 1024).view(np.uint8)
     expected = bits.size / 256
-    assert ((np.bincount(bits.ravel(), minlength=256) - expected) ** 2 / expected).sum() < 255 + 5 * (2 * 255) ** 0.5
+    assert (
+        (np.bincount(bits.ravel(), minlength=256) - expected) ** 2 / expected
+    ).sum() < 255 + 5 * (2 * 255) ** 0.5
 
 
 @given(SHAPES, st.sampled_from(list(DISTRIBUTIONS)))
@@ -103,12 +114,21 @@ def test_the_weighted_sum_is_that_of_the_rows_however_they_are_cut(sizes, distri
 
 @given(WORDS, st.sampled_from(list(DISTRIBUTIONS)), st.sampled_from([1, 200, 2**13]))
 def test_parameters_whose_noise_adjoins_are_taken_together(sizes, distribution, most):
-    noise, rng = draw(distribution, seeds(0, np.arange(7)), shapes(*sizes)), torch.Generator().manual_seed(0)
-    coefficients, vectors = torch.randn(7, 2, generator=rng), torch.randn(3, flat(noise).shape[1], generator=rng)
+    noise, rng = (
+        draw(distribution, seeds(0, np.arange(7)), shapes(*sizes)),
+        torch.Generator().manual_seed(0),
+    )
+    coefficients, vectors = (
+        torch.randn(7, 2, generator=rng),
+        torch.randn(3, flat(noise).shape[1], generator=rng),
+    )
     with patch.multiple("hf_flops.perturbations.noise", _WIDE=most, _RUN=most):
         torch.testing.assert_close(noise.weighted_sum(coefficients), coefficients.T @ flat(noise))
         torch.testing.assert_close(
-            noise.dot(vectors).double(), flat(noise).double() @ vectors.double().T, rtol=1e-5, atol=1e-4
+            noise.dot(vectors).double(),
+            flat(noise).double() @ vectors.double().T,
+            rtol=1e-5,
+            atol=1e-4,
         )
 
 
@@ -125,18 +145,29 @@ def test_sums_after_products_have_the_same_bits(distribution, most, monkeypatch)
 
 
 def test_rank_one_noise_has_the_variance_of_independent_signs_and_heavier_tails():
-    gradient, draws = torch.tensor([[1.0], [2.0], [2.0]]).double() * torch.tensor([3.0, 1.0, 2.0, 2.0]), 40_000
+    gradient, draws = (
+        torch.tensor([[1.0], [2.0], [2.0]]).double() * torch.tensor([3.0, 1.0, 2.0, 2.0]),
+        40_000,
+    )
     square, found = float(gradient.square().sum()), {}
     for distribution in ("rademacher", "rank_one"):
-        z = draw(distribution, seeds(0, np.arange(draws)), shapes((3, 4))).tensor(0).flatten(1).double()
+        z = (
+            draw(distribution, seeds(0, np.arange(draws)), shapes((3, 4)))
+            .tensor(0)
+            .flatten(1)
+            .double()
+        )
         assert z.square().sum(1).eq(12).all()
         deltas = z @ gradient.flatten()
         estimates = deltas[:, None] * z
         assert float(estimates.var(0).sum()) == pytest.approx(11 * square, rel=0.05)
         assert (estimates.mean(0) - gradient.flatten()).abs().max() < 5 * (square / draws) ** 0.5
         found[distribution] = float(deltas.pow(4).mean()) / square**2
-    # For a gradient u v^T, (a^T u)^4 and (b^T v)^4 are independent: of kurtosis 3 - 2 sum u^4 / (sum u^2)^2 each.
-    factors = [3 - 2 * sum(x**4 for x in u) / sum(x**2 for x in u) ** 2 for u in ([1, 2, 2], [3, 1, 2, 2])]
+    # For a gradient u v^T, (a^T u)^4 and (b^T v)^4 are independent: of kurtosis 3 - 2 sum u^4 /
+    # (sum u^2)^2 each.
+    factors = [
+        3 - 2 * sum(x**4 for x in u) / sum(x**2 for x in u) ** 2 for u in ([1, 2, 2], [3, 1, 2, 2])
+    ]
     assert found["rank_one"] == pytest.approx(factors[0] * factors[1], rel=0.1)
     fourth = float(gradient.pow(4).sum()) / square**2
     assert found["rademacher"] == pytest.approx(3 - 2 * fourth, rel=0.05)

@@ -4,18 +4,34 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceClassification, BertForTokenClassification
+from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+)
 
 from hf_flops import CallableObjective, ObjectiveError
 from hf_flops.objectives import BatchLoss, TappedLoss
 from hf_flops.selfcheck import choose_objective
-from tests.tiny import CLASSES, SIZES, TASKS, VOCABULARY, generator, model_forward, tiny_batch, tiny_model
+from tests.tiny import (
+    CLASSES,
+    SIZES,
+    TASKS,
+    VOCABULARY,
+    generator,
+    model_forward,
+    tiny_batch,
+    tiny_model,
+)
 
 
 def bert(head, **options):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return head(BertConfig(vocab_size=VOCABULARY, **{"num_labels": CLASSES, **SIZES, **options})).eval()
+        return head(
+            BertConfig(vocab_size=VOCABULARY, **{"num_labels": CLASSES, **SIZES, **options})
+        ).eval()
 
 
 def token_batch():
@@ -28,7 +44,10 @@ CASES = {
     **{kind: (tiny_model(kind), tiny_batch(kind)) for kind in TASKS},
     "multi_label": (
         bert(BertForSequenceClassification, problem_type="multi_label_classification"),
-        {**tiny_batch("bert"), "labels": torch.randint(2, (4, CLASSES), generator=generator()).float()},
+        {
+            **tiny_batch("bert"),
+            "labels": torch.randint(2, (4, CLASSES), generator=generator()).float(),
+        },
     ),
     "regression": (
         bert(BertForSequenceClassification, problem_type="regression"),
@@ -47,7 +66,9 @@ def test_the_tap_takes_the_models_loss_apart(case):
     torch.testing.assert_close(losses.sums.sum() / losses.counts.sum(), model(**inputs).loss)
     for row in range(4):  # each row alone has the loss that the tap gave it
         alone = {name: value[row : row + 1] for name, value in inputs.items()}
-        torch.testing.assert_close(losses.sums[row] / losses.counts[row], model(**alone).loss, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            losses.sums[row] / losses.counts[row], model(**alone).loss, rtol=1e-4, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -73,7 +94,9 @@ def test_residuals_are_the_norms_of_the_derivative_by_the_outputs(case):
     found = TappedLoss()(lambda batch: (model(**batch).loss, None), inputs, features=True)
     loss, _ = forward(inputs)
     (gradient,) = torch.autograd.grad(loss * found.counts.sum(), caught)
-    torch.testing.assert_close(found.residuals, gradient.flatten(1).norm(dim=1), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        found.residuals, gradient.flatten(1).norm(dim=1), rtol=1e-3, atol=1e-4
+    )
 
 
 def test_class_weights_and_ignored_labels_count_as_in_torch():
@@ -84,7 +107,9 @@ def test_class_weights_and_ignored_labels_count_as_in_torch():
         return F.cross_entropy(logits, inputs["labels"], weight=weight), None
 
     losses = TappedLoss()(forward, {"labels": labels})
-    torch.testing.assert_close(losses.sums.sum() / losses.counts.sum(), forward({"labels": labels})[0])
+    torch.testing.assert_close(
+        losses.sums.sum() / losses.counts.sum(), forward({"labels": labels})[0]
+    )
     assert losses.counts[3] == 0
     torch.testing.assert_close(losses.counts[2], torch.tensor(3.0))
 
@@ -95,7 +120,9 @@ def test_a_loss_module_and_every_reduction_are_seen():
     for reduction, total in (("mean", each.mean()), ("sum", each.sum()), ("none", each)):
         loss = nn.CrossEntropyLoss(reduction=reduction)
         seen = []
-        reducible = {"mean": lambda v: v, "sum": lambda v: v / 4, "none": lambda v: v.mean()}[reduction]
+        reducible = {"mean": lambda v: v, "sum": lambda v: v / 4, "none": lambda v: v.mean()}[
+            reduction
+        ]
 
         def forward(inputs, loss=loss, seen=seen, reducible=reducible):
             seen.append(loss(logits, inputs["labels"]))
@@ -116,7 +143,9 @@ def test_weights_of_a_squared_error_count_as_in_torch():
     torch.testing.assert_close(losses.counts, weight.sum(1))
 
 
-@pytest.mark.parametrize("legacy", [{"size_average": False}, {"reduce": False}, {"size_average": True}])
+@pytest.mark.parametrize(
+    "legacy", [{"size_average": False}, {"reduce": False}, {"size_average": True}]
+)
 def test_arguments_from_before_reduction_are_followed(legacy):
     logits, labels, seen = torch.randn(4, 3, generator=generator()), torch.tensor([0, 1, 2, 0]), []
 
@@ -133,9 +162,14 @@ def test_arguments_from_before_reduction_are_followed(legacy):
 @torch.no_grad()
 def test_losses_that_are_not_per_row_fall_back_to_the_batch():
     batch = tiny_batch("bert")
-    positions = {"start_positions": torch.tensor([0, 1, 2, 3]), "end_positions": torch.tensor([1, 2, 3, 4])}
+    positions = {
+        "start_positions": torch.tensor([0, 1, 2, 3]),
+        "end_positions": torch.tensor([1, 2, 3, 4]),
+    }
     questions = {**{k: v for k, v in batch.items() if k != "labels"}, **positions}
-    objective, reason = choose_objective(model_forward(bert(BertForQuestionAnswering, num_labels=2)), questions)
+    objective, reason = choose_objective(
+        model_forward(bert(BertForQuestionAnswering, num_labels=2)), questions
+    )
     assert isinstance(objective, BatchLoss)
     assert "2 calls" in reason
 
@@ -165,12 +199,16 @@ def test_rows_that_see_each_other_fall_back_to_the_batch():
 @torch.no_grad()
 def test_a_users_function_of_the_outputs_is_an_objective():
     model, inputs = CASES["vit"]
-    objective = CallableObjective(lambda outputs, batch: (outputs.logits.argmax(-1) != batch["labels"]).float())
+    objective = CallableObjective(
+        lambda outputs, batch: (outputs.logits.argmax(-1) != batch["labels"]).float()
+    )
     losses = objective(lambda batch: (None, model(**batch)), inputs)
     assert losses.sums.shape == (4,)
     assert losses.counts.tolist() == [1, 1, 1, 1]
     with pytest.raises(ObjectiveError, match=r"losses of shape \(\) for 4 rows"):
-        CallableObjective(lambda outputs, batch: outputs.logits.mean())(lambda batch: (None, model(**batch)), inputs)
+        CallableObjective(lambda outputs, batch: outputs.logits.mean())(
+            lambda batch: (None, model(**batch)), inputs
+        )
 
 
 class Two(nn.Module):
@@ -201,11 +239,15 @@ def test_the_tap_listens_after_the_last_module_before_the_loss():
     late.listen_late(model, forward, inputs)
     assert late.after is model.head
     model.backbone.register_forward_hook(function_modes)
-    torch.testing.assert_close(late(forward, inputs).sums, early(forward, inputs).sums, rtol=0, atol=0)
+    torch.testing.assert_close(
+        late(forward, inputs).sums, early(forward, inputs).sums, rtol=0, atol=0
+    )
     assert seen == [0, 1]
     assert not model.head._forward_hooks
     model.alone = True  # what it listened for does not come
-    torch.testing.assert_close(late(forward, inputs).sums, early(forward, inputs).sums, rtol=0, atol=0)
+    torch.testing.assert_close(
+        late(forward, inputs).sums, early(forward, inputs).sums, rtol=0, atol=0
+    )
     assert late.after is None
 
 
@@ -220,7 +262,9 @@ def test_a_tap_leaves_nothing_behind_where_a_forward_raises():
     assert torch.overrides._get_current_function_mode_stack() == []
 
 
-@pytest.mark.parametrize(("kind", "last"), [("vit", "classifier"), ("bert", "classifier"), ("llama", "lm_head")])
+@pytest.mark.parametrize(
+    ("kind", "last"), [("vit", "classifier"), ("bert", "classifier"), ("llama", "lm_head")]
+)
 def test_of_real_models_the_last_module_is_the_head(kind, last):
     model, tap = tiny_model(kind), TappedLoss()
     tap.listen_late(model, model_forward(model), tiny_batch(kind, 2))

@@ -1,4 +1,6 @@
-"""The predicting allocator: it learns what pays, explores what is new, and falls back where it was wrong."""
+"""The predicting allocator: it learns what pays, explores what is new, and falls back where it was
+wrong.
+"""
 
 import pytest
 import torch
@@ -19,7 +21,8 @@ def mean_squares(sigma, counts, generator):
 
 
 def play(world, *, steps=120, samples=16, queries=10, seed=0, best=True):
-    """J over that of equal counts (steps,), and the same for the integer optimum of known sigmas, if `best` is asked for.
+    """J over that of equal counts (steps,), and the same for the integer optimum of known sigmas,
+    if `best` is asked for.
 
     world: (generator, step) -> (sigma (B,), options for the features).
     """
@@ -59,7 +62,10 @@ def test_the_power_of_the_loss_is_learned_from_deltas():
 
 @pytest.mark.parametrize("queries", [1, 2, 5, 40])
 def test_observations_are_unbiased_and_as_uncertain_as_they_say(queries):
-    generator, sigma = torch.Generator().manual_seed(0), torch.full((40_000,), 3.0, dtype=torch.float64)
+    generator, sigma = (
+        torch.Generator().manual_seed(0),
+        torch.full((40_000,), 3.0, dtype=torch.float64),
+    )
     counts = torch.full((40_000,), queries)
     values, variance = observe(mean_squares(sigma, counts, generator), counts)
     # A few squares below a millionth of the largest one are lifted.
@@ -77,14 +83,18 @@ def test_the_regression_learns_coefficients_and_what_they_leave_open():
     for step in range(200):
         residuals, losses, lengths = (lognormal(generator, 32) for _ in range(3))
         spread = (0.3 * torch.randn(32, generator=generator, dtype=torch.float64)).exp()
-        sigma = residuals.pow(0.5) * losses.pow(0.3) * lengths.pow(-0.4) * spread * (1 + step)  # any level
+        # any level
+        sigma = residuals.pow(0.5) * losses.pow(0.3) * lengths.pow(-0.4) * spread * (1 + step)
         counts = torch.randint(1, 20, (32,), generator=generator)
         regression.learn(
-            Features(losses, residuals, lengths=lengths), observe(mean_squares(sigma, counts, generator), counts)
+            Features(losses, residuals, lengths=lengths),
+            observe(mean_squares(sigma, counts, generator), counts),
         )
     logs = torch.eye(3, dtype=torch.float64).exp()
     predicted = regression.predict(Features(logs[:, 1], logs[:, 0], lengths=logs[:, 2]))
-    torch.testing.assert_close(predicted, torch.tensor([0.5, 0.3, -0.4]).double(), atol=0.07, rtol=0)
+    torch.testing.assert_close(
+        predicted, torch.tensor([0.5, 0.3, -0.4]).double(), atol=0.07, rtol=0
+    )
     assert regression.spread == pytest.approx(0.09, abs=0.04)
 
 
@@ -94,7 +104,9 @@ def test_samples_that_repeat_themselves_are_remembered_and_new_ones_explored():
     for _ in range(300):
         ids = torch.randperm(50, generator=generator)[:16]
         noise = 0.5 * torch.randn(16, generator=generator, dtype=torch.float64)
-        memory.learn(ids.tolist(), effects[ids] + noise, torch.full((16,), 0.25).double(), 0.64, 0.98)
+        memory.learn(
+            ids.tolist(), effects[ids] + noise, torch.full((16,), 0.25).double(), 0.64, 0.98
+        )
     assert memory.shared == pytest.approx(float(effects[:50].var()), rel=0.35)
     mean, variance = memory.effects(list(range(60)))
     assert torch.corrcoef(torch.stack([mean[:50], effects[:50]]))[0, 1] > 0.9
@@ -156,21 +168,35 @@ def changing_sides(generator, step):
 
 
 def meaningless_ids(generator, step):
-    return lognormal(generator), {"ids": tuple(torch.randperm(40, generator=generator)[:16].tolist())}
+    return lognormal(generator), {
+        "ids": tuple(torch.randperm(40, generator=generator)[:16].tolist())
+    }
 
 
 def rare_giants(generator, step):
     giants = torch.rand(16, generator=generator, dtype=torch.float64) < 0.1
-    return torch.where(giants, 30.0, 1.0).double(), {"losses": lognormal(generator), "residuals": lognormal(generator)}
+    return torch.where(giants, 30.0, 1.0).double(), {
+        "losses": lognormal(generator),
+        "residuals": lognormal(generator),
+    }
 
 
-WORLDS = [opposite, unrelated, nothing_to_gain, alternating, changing_sides, meaningless_ids, rare_giants]
+WORLDS = [
+    opposite,
+    unrelated,
+    nothing_to_gain,
+    alternating,
+    changing_sides,
+    meaningless_ids,
+    rare_giants,
+]
 
 
 @pytest.mark.parametrize("world", WORLDS, ids=lambda world: world.__name__)
 def test_misleading_features_do_not_make_it_worse_than_equal_counts(world):
     curves = torch.stack([play(world, seed=seed, best=False)[0] for seed in range(6)]).mean(0)
-    # The first step has only the residuals to go by: what it learns there that they mislead, it does not forget.
+    # The first step has only the residuals to go by: what it learns there that they mislead, it
+    # does not forget.
     assert curves[1:].mean() < 1.03
     assert curves.mean() < 1.08
 
@@ -182,7 +208,9 @@ def test_ids_alone_come_close_to_the_optimum():
         ids = torch.randperm(60, generator=generator)[:16]
         return effects[ids], {"ids": tuple(ids.tolist())}
 
-    found, best = torch.stack([play(world, steps=80, seed=seed)[:, 30:] for seed in range(3)]).mean((0, 2))
+    found, best = torch.stack([play(world, steps=80, seed=seed)[:, 30:] for seed in range(3)]).mean(
+        (0, 2)
+    )
     assert best < 0.7
     assert found < 1.1 * best
 
@@ -190,7 +218,9 @@ def test_ids_alone_come_close_to_the_optimum():
 def test_helpful_residuals_come_close_to_the_optimum_at_once():
     def world(generator, step):
         residuals = lognormal(generator)
-        return residuals * (0.2 * torch.randn(16, generator=generator, dtype=torch.float64)).exp(), {"residuals": residuals}
+        return residuals * (
+            0.2 * torch.randn(16, generator=generator, dtype=torch.float64)
+        ).exp(), {"residuals": residuals}
 
     found, best = play(world).mean(1)
     assert found < 1.1 * best

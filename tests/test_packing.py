@@ -31,7 +31,9 @@ def test_a_line_holds_rows_of_one_text_and_every_row_has_a_slot_of_its_own(rows,
     assert found.unpack(found.pack(values)).equal(values)
 
 
-@pytest.mark.parametrize(("rows", "slots"), [([0, 1, 2, 3], 1), ([0] * 15 + [1] * 15, 15), ([0] * 19 + [1] * 11, 11)])
+@pytest.mark.parametrize(
+    ("rows", "slots"), [([0, 1, 2, 3], 1), ([0] * 15 + [1] * 15, 15), ([0] * 19 + [1] * 11, 11)]
+)
 def test_rows_are_packed_where_slots_stay_full(rows, slots):
     assert Packing.cheapest(torch.tensor(rows), 8, 128).slots == slots
 
@@ -70,7 +72,8 @@ def test_estimates_are_those_of_rows_alone(kind, monkeypatch):
         return cheapest(*args)
 
     monkeypatch.setattr(Packing, "cheapest", watched)
-    monkeypatch.setattr(packing, "_TOKEN", 0)  # as if tokens cost nothing, so that as many rows as can be share a line
+    # as if tokens cost nothing, so that as many rows as can be share a line
+    monkeypatch.setattr(packing, "_TOKEN", 0)
     for packs in (None, False):
         model._packs = packs
         model.zero_grad()
@@ -78,7 +81,9 @@ def test_estimates_are_those_of_rows_alone(kind, monkeypatch):
             estimate_gradient(model_forward(model), inputs, method, Place())
         found.append(model.prompt.weight.grad.clone())
     assert (max(chosen, default=1) > 1) == (kind != "windows")
-    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5 * float(found[1].abs().max()))
+    torch.testing.assert_close(
+        found[0], found[1], rtol=1e-5, atol=1e-5 * float(found[1].abs().max())
+    )
 
 
 @pytest.mark.parametrize("odd", ["ignores", "refuses", "flash"])
@@ -90,13 +95,21 @@ def test_models_that_take_no_mask_of_ones_own_run_rows_alone(odd):
     assert model._packs is True
     original = model.base.forward
 
-    def forward(inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, logits_to_keep):
+    def forward(
+        inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, logits_to_keep
+    ):
         if attention_mask.dim() == 4:
             if odd == "refuses":
                 raise ValueError("a mask has two dimensions")
             attention_mask = None
-        given = {"position_ids": position_ids, "past_key_values": past_key_values, "logits_to_keep": logits_to_keep}
-        return original(inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=use_cache, **given)
+        given = {
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "logits_to_keep": logits_to_keep,
+        }
+        return original(
+            inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=use_cache, **given
+        )
 
     if odd == "flash":
         model.base.config._attn_implementation = "flash_attention_2"

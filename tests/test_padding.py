@@ -14,7 +14,16 @@ from hf_flops.padding import Feed, real_tokens, trim, window
 from hf_flops.rows import expand, take
 from hf_flops.trimming import padding_is_idle
 from tests.padded import Cramped, adapted, estimate, padded
-from tests.tiny import SIZES, VOCABULARY, as_dataset, generator, model_forward, tiny_batch, tiny_model, training_arguments
+from tests.tiny import (
+    SIZES,
+    VOCABULARY,
+    as_dataset,
+    generator,
+    model_forward,
+    tiny_batch,
+    tiny_model,
+    training_arguments,
+)
 
 SIDES = frozenset(["left", "right"])
 
@@ -36,19 +45,30 @@ def test_the_check_sees_an_objective_that_reads_a_certain_column():
     model, inputs = tiny_model("llama"), padded("llama")
     last = CallableObjective(lambda outputs, inputs: outputs.logits[:, -1].logsumexp(-1))
     assert padding_is_idle(last, model_forward(model), inputs) == {"right": False}
-    fixed = CallableObjective(lambda outputs, _: (outputs.logits * inputs["attention_mask"][:1, :, None]).sum((1, 2)))
+    fixed = CallableObjective(
+        lambda outputs, _: (outputs.logits * inputs["attention_mask"][:1, :, None]).sum((1, 2))
+    )
     assert padding_is_idle(fixed, model_forward(model), inputs) == {"right": False}
 
 
 @pytest.mark.parametrize("kind", ["rowwise", "shared"])
-@pytest.mark.parametrize(("name", "side"), [("bert", "right"), ("llama", "right"), ("llama", "left"), ("gpt2", "right")])
+@pytest.mark.parametrize(
+    ("name", "side"), [("bert", "right"), ("llama", "right"), ("llama", "left"), ("gpt2", "right")]
+)
 @pytest.mark.parametrize("size", [1, 5, 1000])
 def test_the_estimate_does_not_depend_on_padding_that_is_cut(kind, name, side, size):
     model, inputs = Cramped(adapted(name)), padded(name, samples=6, side=side)
-    options = {"forward": model_forward(model), "estimator": Antithetic(), "allocator": Uniform(), "scale": 1e-2}
+    options = {
+        "forward": model_forward(model),
+        "estimator": Antithetic(),
+        "allocator": Uniform(),
+        "scale": 1e-2,
+    }
     expected, whole = estimate(model.model, inputs, kind, **options)
     model.seen.clear()
-    found, result = estimate(model.model, inputs, kind, trimmed=SIDES, rows_per_forward=size, **options)
+    found, result = estimate(
+        model.model, inputs, kind, trimmed=SIDES, rows_per_forward=size, **options
+    )
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-4)
     assert result.loss == pytest.approx(float(whole.loss), rel=1e-5)
     assert result.rows == whole.rows
@@ -57,7 +77,12 @@ def test_the_estimate_does_not_depend_on_padding_that_is_cut(kind, name, side, s
     assert len(widths) > 1 or size > 1
 
 
-@given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 2**20), st.sampled_from([{"left"}, {"right"}, SIDES]))
+@given(
+    st.integers(1, 6),
+    st.integers(1, 6),
+    st.integers(0, 2**20),
+    st.sampled_from([{"left"}, {"right"}, SIDES]),
+)
 def test_cutting_keeps_every_column_that_a_row_needs(rows, columns, bits, sides):
     mask = torch.tensor([bits >> i & 1 for i in range(36)])[: rows * columns].view(rows, columns)
     inputs = {
@@ -70,7 +95,11 @@ def test_cutting_keeps_every_column_that_a_row_needs(rows, columns, bits, sides)
     assert short["attention_mask"].sum() == mask.sum()
     assert short["input_ids"].equal(inputs["input_ids"][:, kept])
     assert short["labels"].equal(inputs["labels"])
-    ends = [short["attention_mask"][:, column].any() for side, column in (("left", 0), ("right", -1)) if side in sides]
+    ends = [
+        short["attention_mask"][:, column].any()
+        for side, column in (("left", 0), ("right", -1))
+        if side in sides
+    ]
     assert all(ends) or not mask.any()
 
 
@@ -113,7 +142,12 @@ def test_take_and_trim_agree():
 
 def test_the_loss_of_a_whole_batch_is_never_cut():
     model, inputs = Cramped(adapted("bert")), padded("bert")
-    options = {"objective": BatchLoss(), "forward": model_forward(model), "trimmed": SIDES, "rows_per_forward": 3}
+    options = {
+        "objective": BatchLoss(),
+        "forward": model_forward(model),
+        "trimmed": SIDES,
+        "rows_per_forward": 3,
+    }
     estimate(model.model, inputs, "shared", **options)
     assert {seen["input_ids"].shape for seen in model.seen} == {inputs["input_ids"].shape}
 
@@ -122,24 +156,38 @@ class Gradients(TrainerCallback):
     """Keeps the gradients of the last step."""
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        self.found = {
+            name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+        }
 
 
-@pytest.mark.parametrize("memory", [None, 3e-6])  # so little that the clean forward, too, is cut into chunks
-@pytest.mark.parametrize("labels", [2, 9])  # few enough for the control variate, if texts were short, and too many
+# so little that the clean forward, too, is cut into chunks
+@pytest.mark.parametrize("memory", [None, 3e-6])
+# few enough for the control variate, if texts were short, and too many
+@pytest.mark.parametrize("labels", [2, 9])
 def test_tokens_of_uneven_texts_have_labels(tmp_path, labels, memory):
     batch = tiny_batch("bert", 6)
     batch["labels"] = torch.where(batch["attention_mask"].bool(), batch["input_ids"] % labels, -100)
     with torch.random.fork_rng(devices=[]):
-        model = BertForTokenClassification(BertConfig(vocab_size=VOCABULARY, num_labels=labels, **SIZES)).eval()
+        model = BertForTokenClassification(
+            BertConfig(vocab_size=VOCABULARY, num_labels=labels, **SIZES)
+        ).eval()
     loss = model(**batch).loss
     loss.backward()
     wanted = {name: p.grad.clone() for name, p in model.named_parameters() if "classifier" in name}
     model.requires_grad_(False).zero_grad()
     model.classifier.requires_grad_(True)
     model.bert.encoder.layer[-1].requires_grad_(True)
-    options = {"per_device_train_batch_size": 6, "queries_per_sample": 4, "memory_limit_gb": memory, "max_grad_norm": 0.0}
-    args, kept = training_arguments(tmp_path, max_steps=2, learning_rate=0.0, **options), Gradients()
+    options = {
+        "per_device_train_batch_size": 6,
+        "queries_per_sample": 4,
+        "memory_limit_gb": memory,
+        "max_grad_norm": 0.0,
+    }
+    args, kept = (
+        training_arguments(tmp_path, max_steps=2, learning_rate=0.0, **options),
+        Gradients(),
+    )
     trainer = FlopsTrainer(model, args, train_dataset=as_dataset(batch), callbacks=[kept])
     assert trainer.train().training_loss == pytest.approx(loss.item(), rel=1e-5)
     for name, gradient in wanted.items():
@@ -153,6 +201,12 @@ def test_a_masked_language_model_learns_from_uneven_texts(tmp_path):
         model = BertForMaskedLM(BertConfig(vocab_size=VOCABULARY, **SIZES)).eval()
     loss = model(**batch).loss
     model.bert.embeddings.requires_grad_(False)
-    args = training_arguments(tmp_path, max_steps=1, per_device_train_batch_size=6, queries_per_sample=4, rows_per_forward=2)
+    args = training_arguments(
+        tmp_path,
+        max_steps=1,
+        per_device_train_batch_size=6,
+        queries_per_sample=4,
+        rows_per_forward=2,
+    )
     trainer = FlopsTrainer(model, args, train_dataset=as_dataset(batch))
     assert trainer.train().training_loss == pytest.approx(loss.item(), rel=1e-5)

@@ -52,8 +52,11 @@ def assert_equals_oracle(module, x, rows, distribution="gaussian", block=2**18):
     for row, own in enumerate(x.reshape(rows, -1, *x.shape[1:])):
         with displaced(vector, 0.25 * noise[row]):
             expected.append(module(own))
-    tolerance = 1e-5 if "RMSNorm" in type(module).__name__ or isinstance(module, T5LayerNorm) else 1e-9
-    torch.testing.assert_close(found, torch.cat(expected), rtol=tolerance, atol=tolerance)  # some norms compute in float32
+    tolerance = (
+        1e-5 if "RMSNorm" in type(module).__name__ or isinstance(module, T5LayerNorm) else 1e-9
+    )
+    # some norms compute in float32
+    torch.testing.assert_close(found, torch.cat(expected), rtol=tolerance, atol=tolerance)
     assert not torch.allclose(found, module(x))
 
 
@@ -98,7 +101,9 @@ def test_conv1d_of_gpt2(rows, tokens, inside, outside, noise, block):
 def test_convolution(rows, repeats, dimensions, groups, stride, padding, mode, bias, block):
     kind = [nn.Conv1d, nn.Conv2d, nn.Conv3d][dimensions - 1]
     stride = 1 if padding == "same" else stride
-    module = kind(2 * groups, 4 * groups, 3, stride, padding, groups=groups, bias=bias, padding_mode=mode)
+    module = kind(
+        2 * groups, 4 * groups, 3, stride, padding, groups=groups, bias=bias, padding_mode=mode
+    )
     x = randn(rows * repeats, 2 * groups, *[5] * dimensions)
     assert_equals_oracle(module, x, rows, block=block)
 
@@ -111,7 +116,12 @@ def test_embedding(rows, tokens, entries, width, noise, block):
 
 
 @settings(max_examples=20)
-@given(rows=SIZE, tokens=SIZE, shape=st.lists(st.integers(2, 4), min_size=1, max_size=2), bias=st.booleans())
+@given(
+    rows=SIZE,
+    tokens=SIZE,
+    shape=st.lists(st.integers(2, 4), min_size=1, max_size=2),
+    bias=st.booleans(),
+)
 def test_layer_norm(rows, tokens, shape, bias):
     assert_equals_oracle(nn.LayerNorm(shape, bias=bias), randn(rows, tokens, *shape), rows)
 
@@ -154,7 +164,9 @@ def test_tied_weights_move_together():
 
 
 ADAPTERS = {
-    "lora": lambda task: LoraConfig(r=2, target_modules="all-linear", task_type=task, lora_dropout=0.1),
+    "lora": lambda task: LoraConfig(
+        r=2, target_modules="all-linear", task_type=task, lora_dropout=0.1
+    ),
     "prompt": lambda task: PromptTuningConfig(task_type=task, num_virtual_tokens=3),
     "prefix": lambda task: PrefixTuningConfig(task_type=task, num_virtual_tokens=3),
     "projected_prefix": lambda task: PrefixTuningConfig(
@@ -178,7 +190,11 @@ def adapted(kind, adapter):
 @pytest.mark.parametrize(
     ("kind", "adapter", "distribution"),
     [(*pair, "gaussian") for pair in PAIRS]
-    + [("vit", "lora", "rademacher"), ("gpt2", "lora", "rank_one"), ("llama", "prompt", "rank_one")],
+    + [
+        ("vit", "lora", "rademacher"),
+        ("gpt2", "lora", "rank_one"),
+        ("llama", "prompt", "rank_one"),
+    ],
 )
 @torch.no_grad()
 def test_adapters_in_real_models(kind, adapter, distribution):
@@ -186,7 +202,8 @@ def test_adapters_in_real_models(kind, adapter, distribution):
     vector = ParameterVector.of(model)
     perturbation = RowwiseNoise(model, vector, distribution)
     noise = perturbation.draw(keys(4))
-    offset = 0.2 * draw("gaussian", seeds(9, 9), vector.shapes)[0]  # off lora_B = 0, where lora_A does nothing
+    # off lora_B = 0, where lora_A does nothing
+    offset = 0.2 * draw("gaussian", seeds(9, 9), vector.shapes)[0]
     with displaced(vector, offset):
         with perturbation.applied(noise, 0.05):
             found = objective(model_forward(model), inputs).sums
@@ -200,7 +217,9 @@ def test_adapters_in_real_models(kind, adapter, distribution):
 @torch.no_grad()
 def test_the_self_check_trusts_the_rules_of_supported_adapters(kind, adapter):
     model, inputs = adapted(kind, adapter), tiny_batch(kind)
-    perturbation, notes = choose_perturbation(model, TappedLoss(), model_forward(model), inputs, mode="rowwise")
+    perturbation, notes = choose_perturbation(
+        model, TappedLoss(), model_forward(model), inputs, mode="rowwise"
+    )
     assert isinstance(perturbation, RowwiseNoise)
     assert set(perturbation.vector.names) == set(ParameterVector.of(model).names)
     assert notes == []
@@ -209,7 +228,9 @@ def test_the_self_check_trusts_the_rules_of_supported_adapters(kind, adapter):
 @torch.no_grad()
 def test_the_self_check_finds_modules_that_are_called_in_unexpected_ways():
     class Weights(nn.Module):
-        """Reads a weight off by sending the identity matrix through its layer, as some adapters do."""
+        """Reads a weight off by sending the identity matrix through its layer, as some adapters
+        do.
+        """
 
         def __init__(self):
             super().__init__()
@@ -220,10 +241,18 @@ def test_the_self_check_finds_modules_that_are_called_in_unexpected_ways():
             logits = self.head(torch.tanh(features @ (weight / weight.norm())))
             return nn.functional.cross_entropy(logits, labels), logits
 
-    model, inputs = Weights().eval(), {"features": randn(4, 4), "labels": torch.tensor([0, 1, 2, 0])}
-    perturbation, notes = choose_perturbation(model, TappedLoss(), lambda inputs: model(**inputs), inputs)
+    model, inputs = (
+        Weights().eval(),
+        {"features": randn(4, 4), "labels": torch.tensor([0, 1, 2, 0])},
+    )
+    perturbation, notes = choose_perturbation(
+        model, TappedLoss(), lambda inputs: model(**inputs), inputs
+    )
     rowwise, shared = perturbation.parts
-    assert (rowwise.vector.names, shared.vector.names) == (["head.weight", "head.bias"], ["odd.weight"])
+    assert (rowwise.vector.names, shared.vector.names) == (
+        ["head.weight", "head.bias"],
+        ["odd.weight"],
+    )
     assert "noise that is shared by the batch" in notes[0]
 
 
@@ -232,7 +261,10 @@ def test_the_self_check_finds_attention_that_reads_its_weights_directly():
     class Attends(nn.Module):
         def __init__(self):
             super().__init__()
-            self.attention, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 3)
+            self.attention, self.head = (
+                nn.MultiheadAttention(8, 2, batch_first=True),
+                nn.Linear(8, 3),
+            )
             self.unused = nn.Linear(8, 3)
 
         def forward(self, features, labels):
@@ -241,10 +273,14 @@ def test_the_self_check_finds_attention_that_reads_its_weights_directly():
 
     model = Attends().eval()
     inputs = {"features": randn(4, 5, 8), "labels": torch.tensor([0, 1, 2, 0])}
-    perturbation, notes = choose_perturbation(model, TappedLoss(), lambda inputs: model(**inputs), inputs)
+    perturbation, notes = choose_perturbation(
+        model, TappedLoss(), lambda inputs: model(**inputs), inputs
+    )
     rowwise, shared = perturbation.parts
     assert set(rowwise.vector.names) == {"head.weight", "head.bias"}
-    assert set(shared.vector.names) == {f"attention.{n}" for n in ("in_proj_weight", "in_proj_bias")} | {
+    assert set(shared.vector.names) == {
+        f"attention.{n}" for n in ("in_proj_weight", "in_proj_bias")
+    } | {
         "attention.out_proj.weight",
         "attention.out_proj.bias",
     }
@@ -266,7 +302,9 @@ def test_nothing_is_left_behind(mode):
     names = ParameterVector.of(model).names
     half = len(names) // 2
     rowwise = {"rowwise": names, "shared": [], "mixed": names[:half]}[mode]
-    perturbation = perturb(model, rowwise=rowwise, shared=[name for name in names if name not in rowwise])
+    perturbation = perturb(
+        model, rowwise=rowwise, shared=[name for name in names if name not in rowwise]
+    )
     before = {name: (value.clone(), value.data_ptr()) for name, value in model.named_parameters()}
     for failing in (False, True):
         try:
@@ -298,10 +336,15 @@ def test_the_prompt_is_unpatched_after_an_exception():
 
 
 @pytest.mark.parametrize("distribution", sorted(DISTRIBUTIONS))
-@pytest.mark.parametrize("module", [nn.Linear(8, 3), nn.Linear(3, 8), Conv1D(3, 8)], ids=["narrow", "wide", "conv1d"])
+@pytest.mark.parametrize(
+    "module", [nn.Linear(8, 3), nn.Linear(3, 8), Conv1D(3, 8)], ids=["narrow", "wide", "conv1d"]
+)
 @torch.no_grad()
 def test_noise_enters_under_autocast(module, distribution):
-    vector, x = ParameterVector.of(module), randn(3, 5, module.weight.shape[isinstance(module, nn.Linear)])
+    vector, x = (
+        ParameterVector.of(module),
+        randn(3, 5, module.weight.shape[isinstance(module, nn.Linear)]),
+    )
     perturbation = RowwiseNoise(module, vector, distribution)
     noise = perturbation.draw(keys(3))
     with torch.autocast("cpu", torch.bfloat16):  # which keeps what it has cast
@@ -323,11 +366,17 @@ def test_noise_enters_under_autocast(module, distribution):
 def test_the_pull_back_is_the_weighted_sum_of_the_noise(kind, distribution):
     module = nn.Linear(13, 2)
     vector = ParameterVector.of(module)
-    perturbation = kind(module, vector, distribution) if kind is RowwiseNoise else kind(vector, distribution)
+    perturbation = (
+        kind(module, vector, distribution) if kind is RowwiseNoise else kind(vector, distribution)
+    )
 
     def flat(step=0):
         noise = perturbation.draw(keys(5, step))
-        return noise.expand(5, -1) if torch.is_tensor(noise) else torch.stack([noise[row] for row in range(5)])
+        return (
+            noise.expand(5, -1)
+            if torch.is_tensor(noise)
+            else torch.stack([noise[row] for row in range(5)])
+        )
 
     coefficients = randn(5)
     found = perturbation.pull_back(perturbation.draw(keys(5)), coefficients)
@@ -338,7 +387,9 @@ def test_the_pull_back_is_the_weighted_sum_of_the_noise(kind, distribution):
 
 
 def test_gradients_are_added_in_the_parameters_dtype():
-    model = nn.Sequential(nn.Linear(2, 1, bias=False), nn.Linear(1, 2, bias=False).to(torch.bfloat16))
+    model = nn.Sequential(
+        nn.Linear(2, 1, bias=False), nn.Linear(1, 2, bias=False).to(torch.bfloat16)
+    )
     vector = ParameterVector.of(model)
     vector.add_to_gradients(torch.tensor([1.0, 2.0, 3.0, 4.0]))
     vector.add_to_gradients(torch.tensor([1.0, 1.0, 1.0, 1.0]))

@@ -20,14 +20,20 @@ SQUARES = torch.tensor([0.1, 0.3, 2.0, 1.0, 5.0], dtype=torch.float64)
 
 
 def normals(draws, samples, seed=0):
-    return torch.randn(draws, samples, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(
+        draws, samples, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 def log_probability(parameters, x, draws):
     """The Gaussian of FLOPS section 4 in torch's own words."""
-    kernel = (-0.5 * ((x[:, None] - x) / parameters[3].exp()).square()).exp() + 0.01 * torch.eye(len(x))
+    kernel = (-0.5 * ((x[:, None] - x) / parameters[3].exp()).square()).exp() + 0.01 * torch.eye(
+        len(x)
+    )
     covariance = parameters[2].exp() * kernel
-    return torch.distributions.MultivariateNormal(parameters[0] + parameters[1] * x, covariance).log_prob(draws)
+    return torch.distributions.MultivariateNormal(
+        parameters[0] + parameters[1] * x, covariance
+    ).log_prob(draws)
 
 
 def test_draws_and_scores_are_those_of_the_gaussian():
@@ -35,12 +41,17 @@ def test_draws_and_scores_are_those_of_the_gaussian():
     policy, noise = GaussianPolicy(PARAMETERS, x), normals(6, len(x))
     draws = policy.draw(noise)
     expected = torch.stack(
-        [torch.autograd.functional.jacobian(lambda p, u=u: log_probability(p, x, u), PARAMETERS) for u in draws]
+        [
+            torch.autograd.functional.jacobian(lambda p, u=u: log_probability(p, x, u), PARAMETERS)
+            for u in draws
+        ]
     )
     torch.testing.assert_close(policy.score(noise), expected)
     many = policy.draw(normals(100_000, len(x)))
     torch.testing.assert_close(many.mean(0), 0.9 + 0.4 * x, atol=0.01, rtol=0)
-    torch.testing.assert_close(torch.cov(many.T), policy.factor @ policy.factor.T, atol=0.01, rtol=0)
+    torch.testing.assert_close(
+        torch.cov(many.T), policy.factor @ policy.factor.T, atol=0.01, rtol=0
+    )
 
 
 def test_the_likelihood_ratio_gradient_is_that_of_the_expected_proxy():
@@ -53,8 +64,15 @@ def test_the_likelihood_ratio_gradient_is_that_of_the_expected_proxy():
     allocator, differences = Gaussian(), []
     allocator.load_state_dict({**allocator.state_dict(), "values": PARAMETERS.tolist()})
     for unit in 1e-3 * torch.eye(4, dtype=torch.float64):
-        differences.append((expected_proxy(PARAMETERS + unit) - expected_proxy(PARAMETERS - unit)) / 2e-3)
-    found = torch.stack([allocator.slope(Features(LOSSES, seed=seed), budget, SQUARES, 10_000) for seed in range(40)])
+        differences.append(
+            (expected_proxy(PARAMETERS + unit) - expected_proxy(PARAMETERS - unit)) / 2e-3
+        )
+    found = torch.stack(
+        [
+            allocator.slope(Features(LOSSES, seed=seed), budget, SQUARES, 10_000)
+            for seed in range(40)
+        ]
+    )
     error = found.mean(0) - torch.tensor(differences)
     assert (error.abs() < 4 * found.std(0) / 40**0.5).all()
     assert found.mean(0).norm() > 20 * found.std(0).norm() / 40**0.5
@@ -70,13 +88,22 @@ def test_the_bernoulli_gradient_is_that_of_the_expected_proxy():
             counts = torch.full((5,), 6.0)
             counts[[i for i, halved in zip(easy, choice, strict=True) if halved]] = 3.0
             counts[counts == 6] += 3.0 * sum(choice) / (5 - sum(choice))
-            total += float(proxy(SQUARES, counts) * probability ** sum(choice) * (1 - probability) ** (4 - sum(choice)))
+            total += float(
+                proxy(SQUARES, counts)
+                * probability ** sum(choice)
+                * (1 - probability) ** (4 - sum(choice))
+            )
         return total * budget / 5 / float(SQUARES.sum())
 
     allocator = Bernoulli()
     allocator.load_state_dict({**allocator.state_dict(), "values": [0.4]})
     difference = (expected_proxy(0.4001) - expected_proxy(0.3999)) / 2e-4
-    found = torch.stack([allocator.slope(Features(LOSSES, seed=seed), budget, SQUARES, 10_000) for seed in range(40)])
+    found = torch.stack(
+        [
+            allocator.slope(Features(LOSSES, seed=seed), budget, SQUARES, 10_000)
+            for seed in range(40)
+        ]
+    )
     error = abs(float(found.mean()) - difference)
     assert error < 4 * float(found.std()) / 40**0.5
     assert error < 0.02 * abs(difference)
@@ -85,7 +112,9 @@ def test_the_bernoulli_gradient_is_that_of_the_expected_proxy():
 def test_the_baseline_takes_constants_out():
     scores, values = normals(50, 4), normals(50, 1, seed=1).flatten()
     torch.testing.assert_close(gradient(scores, values + 1e3), gradient(scores, values))
-    leave_one_out = torch.stack([values[i] - values[torch.arange(50) != i].mean() for i in range(50)])
+    leave_one_out = torch.stack(
+        [values[i] - values[torch.arange(50) != i].mean() for i in range(50)]
+    )
     torch.testing.assert_close(gradient(scores, values), (leave_one_out[:, None] * scores).mean(0))
 
 
@@ -98,7 +127,8 @@ def test_descent_finds_a_minimum_within_its_bounds():
 
 def test_descent_goes_on_from_a_state_as_if_it_had_not_stopped():
     whole, part = (Descent([3.0, 3.0], 0.1, [(-5.0, 5.0), (2.0, 5.0)]) for _ in range(2))
-    part.load_state_dict(json.loads(json.dumps(whole.state_dict())))  # before the first step there are no moments
+    # before the first step there are no moments
+    part.load_state_dict(json.loads(json.dumps(whole.state_dict())))
     for step in range(20):
         slope = normals(1, 2, seed=step)[0]
         whole.step(slope)
@@ -112,13 +142,19 @@ def test_descent_goes_on_from_a_state_as_if_it_had_not_stopped():
 
 
 def learning_curve(allocator, sigma_of, seed, steps=240, samples=16, queries=12):
-    """J over that of equal counts at each step, with deltas of known sigmas, and the best of the Gaussian family."""
+    """J over that of equal counts at each step, with deltas of known sigmas, and the best of the
+    Gaussian family.
+    """
     generator, curve = torch.Generator().manual_seed(seed), []
     for step in range(steps):
         losses = 3 * torch.rand(samples, generator=generator, dtype=torch.float64).square()
         sigma, features = sigma_of(losses), Features(losses, step=step, seed=seed)
         counts = allocator.counts(features, samples * queries)
-        curve.append(float(proxy(sigma**2, counts) / proxy(sigma**2, equal_counts(samples, samples * queries))))
+        curve.append(
+            float(
+                proxy(sigma**2, counts) / proxy(sigma**2, equal_counts(samples, samples * queries))
+            )
+        )
         normal = torch.randn(samples, int(counts.max()), generator=generator, dtype=torch.float64)
         asked = torch.arange(int(counts.max())) < counts[:, None]
         allocator.update(features, counts, sigma**2 * (normal.square() * asked).sum(1) / counts)
@@ -126,15 +162,24 @@ def learning_curve(allocator, sigma_of, seed, steps=240, samples=16, queries=12)
 
 
 def best_of_the_family(settings, sigma_of, samples=16, queries=12):
-    """Least mean J over that of equal counts among policies of fixed mean, on batches of their own."""
+    """Least mean J over that of equal counts among policies of fixed mean, on batches of their
+    own.
+    """
     generator, means = torch.Generator().manual_seed(99), []
-    batches = [3 * torch.rand(samples, generator=generator, dtype=torch.float64).square() for _ in range(200)]
+    batches = [
+        3 * torch.rand(samples, generator=generator, dtype=torch.float64).square()
+        for _ in range(200)
+    ]
     for allocator in settings:
         ratios = []
         for step, losses in enumerate(batches):
             counts = allocator.counts(Features(losses, step=step), samples * queries)
             square = sigma_of(losses) ** 2
-            ratios.append(float(proxy(square, counts) / proxy(square, equal_counts(samples, samples * queries))))
+            ratios.append(
+                float(
+                    proxy(square, counts) / proxy(square, equal_counts(samples, samples * queries))
+                )
+            )
         means.append(sum(ratios) / len(ratios))
     return min(means)
 
@@ -154,7 +199,9 @@ def bernoulli_family():
     return [fixed(Bernoulli, float(logit)) for logit in torch.linspace(-5, 5, 11)]
 
 
-@pytest.mark.parametrize(("kind", "family"), [(Gaussian, gaussian_family), (Bernoulli, bernoulli_family)])
+@pytest.mark.parametrize(
+    ("kind", "family"), [(Gaussian, gaussian_family), (Bernoulli, bernoulli_family)]
+)
 def test_learning_lowers_the_proxy_steadily_to_the_best_of_the_family(kind, family):
     def sigma_of(losses):
         return 0.2 + losses  # what a mean that is linear in the loss can match
@@ -192,5 +239,7 @@ def test_bernoulli_halves_easy_samples_only_and_follows_its_schedule():
     before = published.state_dict()
     published.update(Features(losses), counts, losses + 1)
     assert published.state_dict() == before
-    with pytest.raises(ConfigurationError, match="schedule='none' is unknown: choose one of learned, published"):
+    with pytest.raises(
+        ConfigurationError, match="schedule='none' is unknown: choose one of learned, published"
+    ):
         Bernoulli(schedule="none")

@@ -1,4 +1,6 @@
-"""Bases in 16 bits and quantised bases train with forward passes; small updates and small differences survive."""
+"""Bases in 16 bits and quantised bases train with forward passes; small updates and small
+differences survive.
+"""
 
 import logging
 from types import SimpleNamespace
@@ -21,7 +23,9 @@ pytestmark = [
 ]
 HALF = [torch.bfloat16, torch.float16]
 CONFIGS = {
-    "lora": lambda kind: LoraConfig(r=2, target_modules=TARGETS[kind], task_type=TASKS[kind], modules_to_save=HEADS[kind]),
+    "lora": lambda kind: LoraConfig(
+        r=2, target_modules=TARGETS[kind], task_type=TASKS[kind], modules_to_save=HEADS[kind]
+    ),
     "ln_tuning": lambda kind: LNTuningConfig(
         task_type=TASKS[kind], modules_to_save=HEADS[kind], target_modules=NORMS.get(kind)
     ),
@@ -41,12 +45,17 @@ CASES = [
 def adapted(kind, adapter, dtype=torch.float32, model=None):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return get_peft_model((tiny_model(kind) if model is None else model).to(dtype), CONFIGS[adapter](kind)).eval()
+        return get_peft_model(
+            (tiny_model(kind) if model is None else model).to(dtype), CONFIGS[adapter](kind)
+        ).eval()
 
 
 def batch(kind, dtype, samples=4):
     inputs = tiny_batch(kind, samples)
-    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+    return {
+        name: value.to(dtype) if value.is_floating_point() else value
+        for name, value in inputs.items()
+    }
 
 
 # --- parameters in float32 ---
@@ -72,7 +81,9 @@ def test_trainable_parameters_are_kept_in_float32_and_the_model_still_runs(kind,
 @torch.no_grad()
 def test_a_frozen_weight_beside_a_trained_bias_goes_with_it(kind, bias, dtype):
     names = ["q_proj"] if kind == "vit" else ["query"]
-    model = get_peft_model(tiny_model(kind).to(dtype), LoraConfig(r=2, target_modules=names, bias=bias)).eval()
+    model = get_peft_model(
+        tiny_model(kind).to(dtype), LoraConfig(r=2, target_modules=names, bias=bias)
+    ).eval()
     inputs = batch(kind, dtype)
     before = model(**inputs)
     keep_masters(model)
@@ -81,7 +92,9 @@ def test_a_frozen_weight_beside_a_trained_bias_goes_with_it(kind, bias, dtype):
         assert len({p.dtype for p in module.parameters(recurse=False)}) <= 1
     if bias == "lora_only":
         assert any(p.dtype == dtype for p in model.parameters())
-    torch.testing.assert_close(model(**inputs).logits.float(), before.logits.float(), rtol=0.1, atol=0.1)
+    torch.testing.assert_close(
+        model(**inputs).logits.float(), before.logits.float(), rtol=0.1, atol=0.1
+    )
 
 
 def test_a_model_that_is_trained_as_a_whole_keeps_its_precision():
@@ -93,7 +106,9 @@ def test_a_model_that_is_trained_as_a_whole_keeps_its_precision():
 def test_the_noise_of_a_head_is_not_rounded():
     model, inputs = adapted("vit", "lora", torch.bfloat16), batch("vit", torch.bfloat16)
     keep_masters(model)
-    head = {name for name, p in model.named_parameters() if p.requires_grad and "classifier" in name}
+    head = {
+        name for name, p in model.named_parameters() if p.requires_grad and "classifier" in name
+    }
     rowwise = RowwiseNoise(model, ParameterVector.of(model, head), "gaussian")
     noise = rowwise.draw(NoiseKeys(seeds(0, torch.arange(4).numpy()), 0))
     clean = model(**inputs).logits
@@ -110,7 +125,10 @@ def test_the_noise_of_a_head_is_not_rounded():
 def test_losses_of_sixteen_bit_models_are_float32(kind):
     model, inputs = tiny_model(kind).bfloat16(), batch(kind, torch.bfloat16)
     logits = model(**inputs).logits.float()
-    found, whole = TappedLoss()(model_forward(model), inputs), BatchLoss()(model_forward(model), inputs)
+    found, whole = (
+        TappedLoss()(model_forward(model), inputs),
+        BatchLoss()(model_forward(model), inputs),
+    )
     labels = inputs["labels"]
     if kind in ("llama", "gpt2"):
         logits, labels = logits[:, :-1].transpose(1, 2), labels[:, 1:]
@@ -150,7 +168,12 @@ def dataset(kind, dtype, samples=8):
 def test_sixteen_bit_bases_train(kind, adapter, dtype, tmp_path, caplog):
     data = dataset(kind, dtype)
     with caplog.at_level(logging.WARNING):
-        trainer = FlopsTrainer(adapted(kind, adapter, dtype), arguments(tmp_path), train_dataset=data, eval_dataset=data)
+        trainer = FlopsTrainer(
+            adapted(kind, adapter, dtype),
+            arguments(tmp_path),
+            train_dataset=data,
+            eval_dataset=data,
+        )
     assert ("kept in float32" in caplog.text) == (adapter != "prompt")
     start = trainer.evaluate()["eval_loss"]
     trainer.train()
@@ -162,12 +185,18 @@ def test_sixteen_bit_bases_train(kind, adapter, dtype, tmp_path, caplog):
     again = PeftModel.from_pretrained(tiny_model(kind).to(dtype), tmp_path / "saved").eval()
     with torch.no_grad():
         found = again(**batch(kind, dtype, 8)).logits.float()
-    torch.testing.assert_close(found, torch.as_tensor(expected).float(), rtol=0.1, atol=0.15)  # rounded to 16 bits
+    # rounded to 16 bits
+    torch.testing.assert_close(found, torch.as_tensor(expected).float(), rtol=0.1, atol=0.15)
 
 
 def test_autocast_trains(tmp_path):
     data = dataset("vit", torch.float32)
-    trainer = FlopsTrainer(adapted("vit", "lora"), arguments(tmp_path, bf16=True), train_dataset=data, eval_dataset=data)
+    trainer = FlopsTrainer(
+        adapted("vit", "lora"),
+        arguments(tmp_path, bf16=True),
+        train_dataset=data,
+        eval_dataset=data,
+    )
     start = trainer.evaluate()["eval_loss"]
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < start - 0.05
@@ -193,7 +222,9 @@ class Int8Linear(nn.Linear):
     def of(cls, linear):
         module = cls(linear.in_features, linear.out_features, linear.bias is not None)
         scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
-        module.weight = nn.Parameter((linear.weight.detach() / scale).round().to(torch.int8), requires_grad=False)
+        module.weight = nn.Parameter(
+            (linear.weight.detach() / scale).round().to(torch.int8), requires_grad=False
+        )
         module.register_buffer("scale", scale)
         if linear.bias is not None:
             module.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
@@ -211,12 +242,15 @@ def quantised(kind):
             if type(child) is nn.Linear and name not in ("classifier", "lm_head"):
                 setattr(parent, name, Int8Linear.of(child))
     model.is_quantized = True
-    model.hf_quantizer = SimpleNamespace(is_trainable=False, quantization_config=SimpleNamespace(quant_method="int8"))
+    model.hf_quantizer = SimpleNamespace(
+        is_trainable=False, quantization_config=SimpleNamespace(quant_method="int8")
+    )
     return model
 
 
 @pytest.mark.parametrize(
-    ("kind", "adapter"), [("vit", "lora"), ("llama", "lora"), ("llama", "ln_tuning"), ("llama", "prompt")]
+    ("kind", "adapter"),
+    [("vit", "lora"), ("llama", "lora"), ("llama", "ln_tuning"), ("llama", "prompt")],
 )
 def test_quantised_bases_that_backprop_refuses_train(kind, adapter, tmp_path):
     data = dataset(kind, torch.float32)
@@ -232,8 +266,10 @@ def test_quantised_bases_that_backprop_refuses_train(kind, adapter, tmp_path):
 
 def test_a_quantised_base_takes_an_adapter_from_the_trainer(tmp_path):
     trainer = FlopsTrainer(
-        quantised("vit"), arguments(tmp_path, max_steps=1), train_dataset=dataset("vit", torch.float32),
+        quantised("vit"),
+        arguments(tmp_path, max_steps=1),
+        train_dataset=dataset("vit", torch.float32),
         peft_config=CONFIGS["lora"]("vit"),
-    )  # fmt: skip
+    )
     trainer.train()
     assert trainer.ledger.rows == 64

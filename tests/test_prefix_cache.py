@@ -1,4 +1,6 @@
-"""The prefix cache against late expansion alone: the same estimates, and known samples do not run again."""
+"""The prefix cache against late expansion alone: the same estimates, and known samples do not run
+again.
+"""
 
 from dataclasses import replace
 
@@ -9,13 +11,24 @@ from hf_flops import ConfigurationError, FlopsTrainingArguments, Place, estimate
 from hf_flops.independence import choose_reuse
 from hf_flops.prefix_cache import CachedPlan, SampleStore, identify
 from hf_flops.rows import take
-from tests.test_reuse import LAYERS, adapted, exact_batch, layer_insides, lora, method_for, rows_through, trained
+from tests.test_reuse import (
+    LAYERS,
+    adapted,
+    exact_batch,
+    layer_insides,
+    lora,
+    method_for,
+    rows_through,
+    trained,
+)
 from tests.tiny import TOKENS, as_dataset, model_forward
 
 
 def chosen(method, model, inputs):
     with torch.no_grad():
-        reuse, reason = choose_reuse(model, method.objective, model_forward(model), inputs, method.perturbation, cached=True)
+        reuse, reason = choose_reuse(
+            model, method.objective, model_forward(model), inputs, method.perturbation, cached=True
+        )
     assert reason is None
     return reuse
 
@@ -30,19 +43,31 @@ def estimates(method, reuse, model, inputs, batches):
     for step, ids in enumerate(batches):
         model.zero_grad()
         place = Place(step=step, ids=tuple(ids))
-        estimate_gradient(model_forward(model), take(inputs, torch.tensor(ids)), replace(method, reuse=reuse), place)
-        found.append(torch.cat([parameter.grad.flatten() for parameter in method.perturbation.vector.parameters]))
+        estimate_gradient(
+            model_forward(model),
+            take(inputs, torch.tensor(ids)),
+            replace(method, reuse=reuse),
+            place,
+        )
+        found.append(
+            torch.cat(
+                [parameter.grad.flatten() for parameter in method.perturbation.vector.parameters]
+            )
+        )
     return torch.stack(found)
 
 
-@pytest.mark.parametrize(("kind", "estimator"), [("vit", "one_sided"), ("llama", "antithetic"), ("t5", "one_sided")])
+@pytest.mark.parametrize(
+    ("kind", "estimator"), [("vit", "one_sided"), ("llama", "antithetic"), ("t5", "one_sided")]
+)
 def test_estimates_are_those_without_it(kind, estimator, tmp_path):
     model, inputs = adapted(kind, lora(kind, [LAYERS - 1])), exact_batch(kind, 6)
     method = method_for(model, estimator=estimator, allocator="uniform")
     batches = [[0, 1, 2], [3, 1, 4, 0], [4, 3, 2, 1, 0, 5]]
     wanted = estimates(method, method.reuse, model, inputs, batches)
     reuse = chosen(method, model, inputs)
-    for store in (SampleStore(1.0), SampleStore(1.0, tmp_path), SampleStore(8e-6)):  # the last has room for some only
+    # the last has room for some only
+    for store in (SampleStore(1.0), SampleStore(1.0, tmp_path), SampleStore(8e-6)):
         found = estimates(method, CachedPlan.of(reuse, store), model, inputs, batches)
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
 
@@ -64,7 +89,8 @@ def test_only_what_nothing_else_gives_is_kept():
     reuse = cached(method, model, inputs, store)
     estimates(method, reuse, model, inputs, [[0, 1, 2, 3]])
     layer = model.get_base_model().model.layers[LAYERS - 2]
-    rotary = model.get_base_model().model.rotary_emb  # has no parameters, and its output is the same for all rows
+    # has no parameters, and its output is the same for all rows
+    rotary = model.get_base_model().model.rotary_emb
     assert {module for module, _ in reuse.leaves()} - {rotary} == {layer}
     hidden = store.get(identify(inputs, range(4))[2])[-1]
     assert hidden.shape == (1, 7, 16)
@@ -83,11 +109,17 @@ def test_the_room_is_not_exceeded():
 def test_what_is_kept_comes_back(on_disk, dtype, tmp_path):
     store = SampleStore(1.0, tmp_path if on_disk else None)
     samples = identify({"labels": torch.arange(3)}, range(3))
-    values = [[(torch.arange(6) + i).to(dtype).view(1, 2, 3), torch.full((2, 1), i).to(dtype)] for i in range(3)]
+    values = [
+        [(torch.arange(6) + i).to(dtype).view(1, 2, 3), torch.full((2, 1), i).to(dtype)]
+        for i in range(3)
+    ]
     for sample, tensors in zip(samples, values, strict=True):
         store.put(sample, tensors)
     for sample, tensors in reversed(list(zip(samples, values, strict=True))):
-        assert all(a.equal(b) and a.dtype == b.dtype for a, b in zip(store.get(sample), tensors, strict=True))
+        assert all(
+            a.equal(b) and a.dtype == b.dtype
+            for a, b in zip(store.get(sample), tensors, strict=True)
+        )
 
 
 def test_changed_inputs_are_refused_and_other_padding_is_not():
@@ -95,7 +127,10 @@ def test_changed_inputs_are_refused_and_other_padding_is_not():
     method = method_for(model)
     reuse = cached(method, model, inputs, SampleStore(1.0))
     estimates(method, reuse, model, inputs, [[0, 1, 2]])
-    longer = {name: torch.nn.functional.pad(v, (0, 2)) if v.dim() == 2 else v for name, v in inputs.items()}
+    longer = {
+        name: torch.nn.functional.pad(v, (0, 2)) if v.dim() == 2 else v
+        for name, v in inputs.items()
+    }
     found = estimates(method, reuse, model, longer, [[0, 1, 2]])
     wanted = estimates(method, method.reuse, model, longer, [[0, 1, 2]])
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
@@ -110,10 +145,13 @@ def test_changed_inputs_are_refused_and_other_padding_is_not():
 def test_training_from_a_prefix_cache_is_the_same(place, tmp_path):
     config, batch = lora("bert", [LAYERS - 1]), exact_batch("bert", 8)
     data = [{**sample, "sample_id": i} for i, sample in enumerate(as_dataset(batch))]
-    found, trainer = trained(tmp_path, "bert", True, config, data=data, max_steps=4, prefix_cache=place)
+    found, trainer = trained(
+        tmp_path, "bert", True, config, data=data, max_steps=4, prefix_cache=place
+    )
     wanted, _ = trained(tmp_path, "bert", False, config, data=data, max_steps=4)
     kept = [trainer.session.chosen.reuse.store.get(sample) for sample in identify(batch, range(8))]
-    assert [[value.shape for value in values] for values in kept] == [[(1, TOKENS, 16)]] * 8  # what the last layer is given
+    # what the last layer is given
+    assert [[value.shape for value in values] for values in kept] == [[(1, TOKENS, 16)]] * 8
     for name, value in found.items():
         torch.testing.assert_close(value, wanted[name], rtol=1e-4, atol=1e-5)
     with pytest.raises(ConfigurationError, match="add a column sample_id"):

@@ -37,7 +37,13 @@ def workflow():
     jobs = load(ROOT / ".github" / "workflows" / "ci.yml")["jobs"]
     for job in jobs.values():
         matrix = job["strategy"]["matrix"]
-        yield job, [*matrix.get("include", []), *({"python": python} for python in matrix.get("python", []))]
+        yield (
+            job,
+            [
+                *matrix.get("include", []),
+                *({"python": python} for python in matrix.get("python", [])),
+            ],
+        )
 
 
 def pins(name):
@@ -49,7 +55,10 @@ def pins(name):
 
 def requirements(*extras):
     """Return what the library requires, by itself and with extras."""
-    lines = [*PROJECT["dependencies"], *(r for name in extras for r in PROJECT["optional-dependencies"][name])]
+    lines = [
+        *PROJECT["dependencies"],
+        *(r for name in extras for r in PROJECT["optional-dependencies"][name]),
+    ]
     return [Requirement(line) for line in lines]
 
 
@@ -72,7 +81,11 @@ def test_the_citation_is_complete_and_of_this_version():
 
 def test_contributing_names_the_scripts_that_are_there_and_no_other():
     named = set(re.findall(r"\bscripts/[\w.-]*\w", CONTRIBUTING))
-    there = {f"scripts/{path.name}" for path in (ROOT / "scripts").iterdir() if os.access(path, os.X_OK) and path.is_file()}
+    there = {
+        f"scripts/{path.name}"
+        for path in (ROOT / "scripts").iterdir()
+        if os.access(path, os.X_OK) and path.is_file()
+    }
     assert there <= named
     assert {name for name in named if not (ROOT / name).is_file()} == set()
 
@@ -80,7 +93,9 @@ def test_contributing_names_the_scripts_that_are_there_and_no_other():
 def test_pre_commit_runs_the_commands_of_scripts_check():
     check = (ROOT / "scripts" / "check").read_text().splitlines()
     commands = [line.removesuffix(" --check") for line in check if line.startswith(".venv/bin/")]
-    hooks = [hook for repo in load(ROOT / ".pre-commit-config.yaml")["repos"] for hook in repo["hooks"]]
+    hooks = [
+        hook for repo in load(ROOT / ".pre-commit-config.yaml")["repos"] for hook in repo["hooks"]
+    ]
     assert [hook["entry"] for hook in hooks] == commands
     programs = {Path(shlex.split(hook["entry"])[0]).name for hook in hooks}
     assert programs <= {requirement.name for requirement in requirements("dev")}
@@ -103,7 +118,9 @@ def test_the_workflow_runs_files_that_are_there_with_variables_that_are_read():
     for job, matrix in workflow():
         (command,) = [step["run"] for step in job["steps"] if "run" in step]
         assert (ROOT / command.split()[-1]).is_file()
-        assert all((ROOT / entry.get("constraints", "constraints.txt")).exists() for entry in matrix)
+        assert all(
+            (ROOT / entry.get("constraints", "constraints.txt")).exists() for entry in matrix
+        )
 
 
 def test_the_oldest_versions_are_the_lower_bounds():
@@ -128,7 +145,9 @@ def test_issue_forms_ask_for_something_once(path):
     assert form["description"]
     asked = [part for part in form["body"] if part["type"] != "markdown"]
     assert len({part["id"] for part in asked}) == len(asked)
-    assert all(part["type"] in {"input", "textarea"} and part["attributes"]["label"] for part in asked)
+    assert all(
+        part["type"] in {"input", "textarea"} and part["attributes"]["label"] for part in asked
+    )
     assert any(part.get("validations", {}).get("required") for part in asked)
 
 
@@ -137,5 +156,9 @@ def test_the_glossary_defines_each_term_once_in_order():
     terms = re.findall(r"^## (.*)$", text, re.MULTILINE)
     assert terms == sorted(set(terms))
     definitions = re.split(r"^## .*$", text, flags=re.MULTILINE)[1:]
-    long = [t for t, d in zip(terms, definitions, strict=True) if len(re.findall(r"\.(?:\s|$)", d)) not in (1, 2)]
+    long = [
+        t
+        for t, d in zip(terms, definitions, strict=True)
+        if len(re.findall(r"\.(?:\s|$)", d)) not in (1, 2)
+    ]
     assert long == []

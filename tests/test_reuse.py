@@ -1,4 +1,6 @@
-"""Late expansion against full expansion: the same losses and estimates, with fewer rows through the lower layers."""
+"""Late expansion against full expansion: the same losses and estimates, with fewer rows through the
+lower layers.
+"""
 
 import logging
 from collections import Counter
@@ -65,16 +67,22 @@ STACKS = {
 
 def lora(kind, layers=None, targets=None):
     targets = targets or TARGETS[kind]
-    return LoraConfig(r=2, target_modules=targets, layers_to_transform=layers, task_type=TASKS[kind])
+    return LoraConfig(
+        r=2, target_modules=targets, layers_to_transform=layers, task_type=TASKS[kind]
+    )
 
 
 def exact_batch(kind, samples=4):
-    """A batch in float64, as the models here are: rounding differs from way to way, and differences of losses magnify it."""
+    """A batch in float64, as the models here are: rounding differs from way to way, and differences
+    of losses magnify it.
+    """
     return double(tiny_batch(kind, samples))
 
 
 def settled(model, config=None):
-    """Wrap a model in float64, and move its adapters off their starting values, where half of them would not matter."""
+    """Wrap a model in float64, and move its adapters off their starting values, where half of them
+    would not matter.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = (get_peft_model(model, config) if config else model).eval().double()
@@ -89,26 +97,42 @@ def adapted(kind, config):
     return settled(tiny_model(kind, **{DEPTH.get(kind, "num_hidden_layers"): LAYERS}), config)
 
 
-def method_for(model, objective=None, shared=(), estimator="one_sided", allocator="optimal", rows=7):
+def method_for(
+    model, objective=None, shared=(), estimator="one_sided", allocator="optimal", rows=7
+):
     names = ParameterVector.of(model).names
-    perturbation = perturb(model, rowwise=[name for name in names if name not in shared], shared=list(shared))
+    perturbation = perturb(
+        model, rowwise=[name for name in names if name not in shared], shared=list(shared)
+    )
     scale = 0.05  # large, so that differences of losses keep their digits
     return Method(
-        objective or TappedLoss(), perturbation, ESTIMATORS[estimator](), ALLOCATORS[allocator](), QUERIES, scale, rows
+        objective or TappedLoss(),
+        perturbation,
+        ESTIMATORS[estimator](),
+        ALLOCATORS[allocator](),
+        QUERIES,
+        scale,
+        rows,
     )
 
 
 def late(method, model, inputs):
     with torch.no_grad():
-        reuse, reason = choose_reuse(model, method.objective, model_forward(model), inputs, method.perturbation)
+        reuse, reason = choose_reuse(
+            model, method.objective, model_forward(model), inputs, method.perturbation
+        )
     assert reason is None
     return replace(method, reuse=reuse)
 
 
 def estimate(method, model, inputs, forward=None):
     model.zero_grad()
-    result = estimate_gradient(forward or model_forward(model), inputs, method, Place(seed=3, step=2))
-    return result, torch.cat([parameter.grad.flatten() for parameter in method.perturbation.vector.parameters])
+    result = estimate_gradient(
+        forward or model_forward(model), inputs, method, Place(seed=3, step=2)
+    )
+    return result, torch.cat(
+        [parameter.grad.flatten() for parameter in method.perturbation.vector.parameters]
+    )
 
 
 def assert_same_estimates(model, inputs, method):
@@ -178,7 +202,9 @@ def test_any_noise_estimator_and_allocator(estimator, allocator, noise):
     model = adapted("vit", lora("vit", [LAYERS - 1]))
     names = ParameterVector.of(model).names
     shared = {"rowwise": [], "shared": names, "mixed": names[::2]}[noise]
-    assert_same_estimates(model, exact_batch("vit", SAMPLES), method_for(model, None, shared, estimator, allocator))
+    assert_same_estimates(
+        model, exact_batch("vit", SAMPLES), method_for(model, None, shared, estimator, allocator)
+    )
 
 
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
@@ -208,13 +234,17 @@ def classifier(kind):
     if kind == "llama":
         sizes = {**SIZES, "num_hidden_layers": LAYERS}
         return LlamaForSequenceClassification(
-            LlamaConfig(vocab_size=VOCABULARY, num_labels=CLASSES, pad_token_id=0, use_cache=True, **sizes)
+            LlamaConfig(
+                vocab_size=VOCABULARY, num_labels=CLASSES, pad_token_id=0, use_cache=True, **sizes
+            )
         )
     config = AlbertConfig(vocab_size=VOCABULARY, num_labels=CLASSES, embedding_size=8, **SIZES)
     return AlbertForSequenceClassification(config)
 
 
-@pytest.mark.parametrize(("kind", "targets"), [("llama", ["q_proj"]), ("albert", ["query"]), ("albert", ["classifier"])])
+@pytest.mark.parametrize(
+    ("kind", "targets"), [("llama", ["q_proj"]), ("albert", ["query"]), ("albert", ["classifier"])]
+)
 def test_classifiers_with_a_cache_and_with_shared_layers(kind, targets):
     layers = [LAYERS - 1] if kind == "llama" else None
     with torch.random.fork_rng(devices=[]):
@@ -222,7 +252,8 @@ def test_classifiers_with_a_cache_and_with_shared_layers(kind, targets):
         model = classifier(kind)
     model = settled(model, LoraConfig(r=2, target_modules=targets, layers_to_transform=layers))
     reusing = assert_same_estimates(model, exact_batch("bert", SAMPLES), method_for(model))
-    # a shared layer is called many times, so it is not replaced by itself; the encoder around it can be
+    # a shared layer is called many times, so it is not replaced by itself; the encoder around it
+    # can be
     shared = {name for name in names_of(model, reusing.reuse.modules) if "albert_layers" in name}
     assert not shared
 
@@ -242,7 +273,9 @@ def test_the_other_tower_is_skipped_where_the_loss_belongs_to_the_batch(tower):
     }
     del inputs["labels"]
     names = ParameterVector.of(model).names
-    reusing = assert_same_estimates(model, inputs, method_for(model, BatchLoss(), names, "antithetic", "uniform"))
+    reusing = assert_same_estimates(
+        model, inputs, method_for(model, BatchLoss(), names, "antithetic", "uniform")
+    )
     other = {"text_model": "vision_model", "vision_model": "text_model"}[tower]
     assert f"base_model.model.{other}" in names_of(model, reusing.reuse.modules)
 
@@ -262,7 +295,9 @@ def test_recorded_outputs_are_repeated_row_by_row(samples, times, tail, owner):
     plan = ReusePlan({module: (True, False, False)})
     x = torch.randn(samples, times, *tail, generator=generator())
     inputs, rows = {"labels": x}, {"labels": x[owner]}
-    with plan.recording(lambda given: module(given["labels"] if given is inputs else torch.zeros(1, 1))) as recording:
+    with plan.recording(
+        lambda given: module(given["labels"] if given is inputs else torch.zeros(1, 1))
+    ) as recording:
         recording.record(inputs)
         found = recording.rows(rows, owner)(rows)
     assert found["rows"].equal(x[owner].flatten(0, 1))
@@ -303,7 +338,10 @@ def test_outputs_that_nobody_reads_are_not_kept():
     model = adapted("llama", lora("llama", [LAYERS - 1]))
     inputs = exact_batch("llama", SAMPLES)
     reuse = late(method_for(model), model, inputs).reuse
-    assert {name.split("model.", 3)[-1] for name in names_of(model, reuse.pass_through)} == {"embed_tokens", "layers.0"}
+    assert {name.split("model.", 3)[-1] for name in names_of(model, reuse.pass_through)} == {
+        "embed_tokens",
+        "layers.0",
+    }
     inputs["output_hidden_states"] = True  # now they are read
     assert not late(method_for(model), model, inputs).reuse.pass_through
     assert_same_estimates(model, inputs, method_for(model))
@@ -360,7 +398,8 @@ def test_a_forward_that_fails_in_the_check_switches_it_off(call):
     with torch.no_grad():
         reuse, reason = choose_reuse(model, method.objective, failing, inputs, method.perturbation)
     assert not any("forward" in vars(module) for module in model.modules())
-    assert (reason, len(reuse.modules)) in [("ZeroDivisionError: at last", 0), (None, 2)]  # found out in one way or another
+    # found out in one way or another
+    assert (reason, len(reuse.modules)) in [("ZeroDivisionError: at last", 0), (None, 2)]
     assert reuse.modules or len(calls) == call
 
 
@@ -401,12 +440,16 @@ def stacked(flaw):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = Stack(flaw).eval().double()
-    inputs = {"features": torch.randn(SAMPLES, 4, generator=generator()).double(), "labels": torch.tensor([0, 1, 2, 0, 1])}
+    inputs = {
+        "features": torch.randn(SAMPLES, 4, generator=generator()).double(),
+        "labels": torch.tensor([0, 1, 2, 0, 1]),
+    }
     return model, inputs, lambda inputs: model(**inputs)
 
 
 @pytest.mark.parametrize(
-    ("flaw", "skipped"), [(None, {0, 1}), ("twice", {0}), ("random", set()), ("in_place", set()), ("attribute", set())]
+    ("flaw", "skipped"),
+    [(None, {0, 1}), ("twice", {0}), ("random", set()), ("in_place", set()), ("attribute", set())],
 )
 def test_models_with_unusual_layers_fall_back(flaw, skipped):
     model, inputs, forward = stacked(flaw)
@@ -424,7 +467,9 @@ def test_models_with_unusual_layers_fall_back(flaw, skipped):
 def test_rows_get_no_pixels_where_only_the_lower_modules_read_them(estimator):
     model, inputs = adapted("vit", lora("vit")), exact_batch("vit", SAMPLES)
     given = []
-    model.register_forward_pre_hook(lambda module, args, kwargs: given.append(kwargs["pixel_values"]), with_kwargs=True)
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: given.append(kwargs["pixel_values"]), with_kwargs=True
+    )
     reusing = assert_same_estimates(model, inputs, method_for(model, estimator=estimator))
     assert reusing.reuse.unread_inputs == {"pixel_values"}
     given.clear()
@@ -450,7 +495,9 @@ def test_an_objective_may_look_inside_the_model():
     model, inputs, forward = stacked(None)
     caught = []
     model.layers[0].register_forward_hook(lambda module, args, out: caught.append(out))
-    objective = CallableObjective(lambda outputs, inputs: caught.pop().square().sum(1) + outputs.square().sum(1))
+    objective = CallableObjective(
+        lambda outputs, inputs: caught.pop().square().sum(1) + outputs.square().sum(1)
+    )
     method = method_for(model, objective)
     with torch.no_grad():
         reuse, reason = choose_reuse(model, objective, forward, inputs, method.perturbation)
@@ -497,7 +544,11 @@ def trained(tmp_path, kind, late_expansion, config, *, data=None, max_steps=3, *
     model = adapted(kind, config)
     trainer = FlopsTrainer(model, args, train_dataset=data or as_dataset(exact_batch(kind, 12)))
     trainer.train()
-    values = {name: value.detach() for name, value in trainer.model.named_parameters() if value.requires_grad}
+    values = {
+        name: value.detach()
+        for name, value in trainer.model.named_parameters()
+        if value.requires_grad
+    }
     return values, trainer
 
 
@@ -549,7 +600,8 @@ def test_recorded_outputs_are_cut_with_the_padding_of_a_chunk(kind, estimator):
     assert set(rows) == {inputs["input_ids"].shape[1]}  # the batch as a whole, and nothing narrower
     expected = estimated(model, forward, inputs, plain)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    # Where it has not been shown that outputs may be cut, narrower chunks run through the whole model.
+    # Where it has not been shown that outputs may be cut, narrower chunks run through the whole
+    # model.
     assert reuse.crop_padding is None
     with counted_columns(layers[0].get_submodule(inner), rows):
         found = estimated(model, forward, inputs, replace(plain, reuse=reuse))
@@ -569,7 +621,9 @@ def uneven(kind):
 @contextmanager
 def counted_columns(module, counter):
     """Count the widths that a module sees."""
-    handle = module.register_forward_hook(lambda module, args, out: counter.update([args[0].shape[-2]]))
+    handle = module.register_forward_hook(
+        lambda module, args, out: counter.update([args[0].shape[-2]])
+    )
     try:
         yield
     finally:
@@ -618,7 +672,11 @@ def test_patches_are_not_cut_where_there_are_as_many_as_columns():
     assert {module for module, _ in cropped.token_axes} == {model.words}
     chance = {**first, "patches": first["patches"][:, :columns]}  # by chance in a later batch
     found = estimated(model, forward, chance, replace(plain, reuse=cropped))
-    torch.testing.assert_close(found, estimated(model, forward, chance, plain), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        found, estimated(model, forward, chance, plain), rtol=1e-4, atol=1e-5
+    )
     cropped = with_cropping(reuse, plain.objective, forward, chance, sides)  # and in the first
     found = estimated(model, forward, chance, replace(plain, reuse=cropped))
-    torch.testing.assert_close(found, estimated(model, forward, chance, plain), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        found, estimated(model, forward, chance, plain), rtol=1e-4, atol=1e-5
+    )

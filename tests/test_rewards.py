@@ -1,4 +1,6 @@
-"""Metrics and rewards as objectives: what they measure, what their steps need, and that training improves them."""
+"""Metrics and rewards as objectives: what they measure, what their steps need, and that training
+improves them.
+"""
 
 import logging
 from types import SimpleNamespace
@@ -73,14 +75,22 @@ def test_an_exact_match_is_of_words(text, wanted):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("kind", "side"), [("lora", "left"), ("lora", "right"), ("prompt", "right"), ("prefix", "right")])
+@pytest.mark.parametrize(
+    ("kind", "side"),
+    [("lora", "left"), ("lora", "right"), ("prompt", "right"), ("prefix", "right")],
+)
 def test_the_last_logits_are_those_after_the_text(kind, side):
     model, texts = adapted(kind), draw_rows([(5, 1), (3, 1)])
     inputs = batch(texts, side)
-    inputs["attention_mask"] = inputs["attention_mask"] * (inputs["labels"] == -100)  # the answer is not there yet
-    found = last_logits(model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]), inputs)
+    # the answer is not there yet
+    inputs["attention_mask"] = inputs["attention_mask"] * (inputs["labels"] == -100)
+    found = last_logits(
+        model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]), inputs
+    )
     for row, (text, _) in zip(found, texts, strict=True):
-        torch.testing.assert_close(row, model(input_ids=text[None]).logits[0, -1], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            row, model(input_ids=text[None]).logits[0, -1], rtol=1e-4, atol=1e-5
+        )
 
 
 def test_accuracy_by_classes_and_by_words():
@@ -100,7 +110,9 @@ def test_which_way_is_better_is_said_once(better):
     found = metric(lambda inputs: (None, torch.tensor([1.0, 3])), {"labels": torch.zeros(2)})
     assert found.sums.tolist() == ([-1, -3] if better else [1, 3])
     assert found.counts.tolist() == [1, 1]
-    text = GeneratedMetric(lambda texts, inputs: [len(text) for text in texts], Letters(), greater_is_better=better)
+    text = GeneratedMetric(
+        lambda texts, inputs: [len(text) for text in texts], Letters(), greater_is_better=better
+    )
     assert text(lambda inputs: (None, ["ab", ""]), {"labels": torch.zeros(2)}).sums.tolist() == (
         [-2, 0] if better else [2, 0]
     )
@@ -135,20 +147,27 @@ def test_a_function_compares_texts_with_the_references():
 
 def test_wrong_numbers_are_refused():
     with pytest.raises(ObjectiveError, match=r"\(3,\) for 2 rows"):
-        Metric(lambda outputs, inputs: torch.zeros(3))(lambda inputs: (None, None), {"labels": torch.zeros(2)})
+        Metric(lambda outputs, inputs: torch.zeros(3))(
+            lambda inputs: (None, None), {"labels": torch.zeros(2)}
+        )
     with pytest.raises(ObjectiveError, match="there are none"):
-        GeneratedMetric("exact_match", Letters())(lambda inputs: (None, ["", ""]), {"input_ids": torch.zeros(2, 3)})
+        GeneratedMetric("exact_match", Letters())(
+            lambda inputs: (None, ["", ""]), {"input_ids": torch.zeros(2, 3)}
+        )
 
 
 # --- generation ---
 
 
-@pytest.mark.filterwarnings("ignore:Position ids are not supported")  # PEFT's, of prompts before padded texts
+# PEFT's, of prompts before padded texts
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["lora", "prompt", "prefix", "suffix"])
 def test_every_row_generates_with_its_own_noise(kind):
     model, inputs = adapted(kind).eval(), batch(draw_rows([(5, 2), (3, 1)]))
-    metric = GeneratedMetric("exact_match", Letters(), max_new_tokens=4, min_new_tokens=4, pad_token_id=0)
+    metric = GeneratedMetric(
+        "exact_match", Letters(), max_new_tokens=4, min_new_tokens=4, pad_token_id=0
+    )
     vector = ParameterVector.of(model)
     noise = RowwiseNoise(model, vector, "gaussian")
     rows = take(inputs, torch.tensor([0, 1, 1]))
@@ -161,14 +180,23 @@ def test_every_row_generates_with_its_own_noise(kind):
             alone = metric.run(model, take(rows, torch.tensor([row])))[1]
         assert alone == [together[row]]
     assert len(set(together)) > 1
-    assert metric.references(inputs) == Letters().batch_decode([answer for _, answer in draw_rows([(5, 2), (3, 1)])])
+    assert metric.references(inputs) == Letters().batch_decode(
+        [answer for _, answer in draw_rows([(5, 2), (3, 1)])]
+    )
 
 
 @torch.no_grad()
 def test_encoder_decoders_generate_too():
     model, inputs = tiny_model("t5"), tiny_batch("t5", 2)
-    texts = GeneratedMetric("exact_match", Letters(), max_new_tokens=3, min_new_tokens=3).run(model, inputs)[1]
-    tokens = model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=3, min_new_tokens=3)
+    texts = GeneratedMetric("exact_match", Letters(), max_new_tokens=3, min_new_tokens=3).run(
+        model, inputs
+    )[1]
+    tokens = model.generate(
+        inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=3,
+        min_new_tokens=3,
+    )
     assert texts == Letters().batch_decode(tokens)
 
 
@@ -177,7 +205,9 @@ def test_encoder_decoders_generate_too():
 
 @given(data=st.data(), seed=st.integers(0, 99))
 def test_a_scale_is_chosen_at_which_queries_see_steps(data, seed):
-    shares = sorted(data.draw(st.lists(st.floats(0, 1), min_size=len(STEP_GRID), max_size=len(STEP_GRID))))
+    shares = sorted(
+        data.draw(st.lists(st.floats(0, 1), min_size=len(STEP_GRID), max_size=len(STEP_GRID)))
+    )
     chosen = torch.rand(200, generator=generator(seed))
     deltas = torch.stack([(chosen < share).double() for share in shares])
     scale, share = choose_step_scale(deltas)
@@ -209,11 +239,18 @@ def test_a_surrogate_sees_what_metrics_do_not():
 
 def test_the_scale_of_a_metric_is_measured_unless_given(tmp_path, caplog):
     def found(**options):
-        model = built(lambda: get_peft_model(tiny_model("vit"), LoraConfig(target_modules=["q_proj"])))
+        model = built(
+            lambda: get_peft_model(tiny_model("vit"), LoraConfig(target_modules=["q_proj"]))
+        )
         model.classifier.requires_grad_(True)
         data = as_dataset(tiny_batch("vit", 8))
         objective = options.pop("objective", Metric("accuracy"))
-        trainer = FlopsTrainer(model, arguments(tmp_path, max_steps=1, **options), train_dataset=data, objective=objective)
+        trainer = FlopsTrainer(
+            model,
+            arguments(tmp_path, max_steps=1, **options),
+            train_dataset=data,
+            objective=objective,
+        )
         trainer.train()
         return trainer, next(entry for entry in trainer.state.log_history if "loss" in entry)
 
@@ -251,7 +288,8 @@ def test_training_improves_accuracy_itself(estimator, tmp_path):
     assert sum(losses[-3:]) / 3 < losses[0] - 0.2
 
 
-@pytest.mark.filterwarnings("ignore:Position ids are not supported")  # PEFT's, of prompts before padded texts
+# PEFT's, of prompts before padded texts
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")
 @pytest.mark.parametrize("kind", ["suffix", "lora", "prompt"])
 def test_training_improves_a_reward_of_generated_text(kind, tmp_path):
     model = adapted(kind)

@@ -10,23 +10,55 @@ import pytest
 import hf_flops
 
 PACKAGE = Path(hf_flops.__file__).parent
-# Each room may import the rooms of lower floors; those of the ground floor may also import each other.
+# Each room may import the rooms of lower floors; those of the ground floor may also import each
+# other.
 FLOORS = {
     **dict.fromkeys(
-        ["errors", "counters", "_version", "rows", "memory", "padding", "losses", "share", "launch", "probe_runs"], 0
+        [
+            "errors",
+            "counters",
+            "_version",
+            "rows",
+            "memory",
+            "padding",
+            "losses",
+            "share",
+            "launch",
+            "probe_runs",
+        ],
+        0,
     ),
     **dict.fromkeys(["similarity", "probe_runs"], 0),
     "line_search": 1,
-    **dict.fromkeys(["objectives", "perturbations", "estimators", "allocators", "metrics", "reuse", "chunks"], 1),
+    **dict.fromkeys(
+        ["objectives", "perturbations", "estimators", "allocators", "metrics", "reuse", "chunks"], 1
+    ),
     **dict.fromkeys(["replayable", "baselines"], 1),
     **dict.fromkeys(["heads", "control_variates", "regenerate", "contrastive", "noise_sum"], 2),
     **dict.fromkeys(["exchange", "delta_chain"], 3),
     "method": 4,
     **dict.fromkeys(["clean", "queries"], 5),
-    **dict.fromkeys(["step", "selfcheck", "independence", "last_logits", "prefix_cache", "trimming"], 6),
-    **dict.fromkeys(["args", "calibration", "ledger", "plots", "precision", "texts", "setup", "state", "auto_queries"], 7),
+    **dict.fromkeys(
+        ["step", "selfcheck", "independence", "last_logits", "prefix_cache", "trimming"], 6
+    ),
+    **dict.fromkeys(
+        [
+            "args",
+            "calibration",
+            "ledger",
+            "plots",
+            "precision",
+            "texts",
+            "setup",
+            "state",
+            "auto_queries",
+        ],
+        7,
+    ),
     **dict.fromkeys(["towers", "image_text", "visual_prompts"], 7),
-    **dict.fromkeys(["blackbox", "budget", "checks", "packing", "rewards", "tuning", "checkpoints"], 8),
+    **dict.fromkeys(
+        ["blackbox", "budget", "checks", "packing", "rewards", "tuning", "checkpoints"], 8
+    ),
     **dict.fromkeys(["costs", "progress", "run_plots", "settings", "trajectory"], 8),
     **dict.fromkeys(["pictures", "suffix", "sessions", "processes", "throwaway", "f1"], 9),
     **dict.fromkeys(["cards", "watching", "alignment", "learning_rate"], 10),
@@ -43,7 +75,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 def room_of(path):
-    """Return the module, or the sub-package, that a file belongs to; "" for the package's own `__init__`."""
+    """Return the module, or the sub-package, that a file belongs to; "" for the package's own
+    `__init__`.
+    """
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return "" if parts == ("__init__",) else parts[0]
 
@@ -80,10 +114,16 @@ def offences(source, path):
 
 def run_in_a_new_process(code):
     command = [sys.executable, "-c", code]
-    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=PACKAGE.parent).stdout
+    return subprocess.run(
+        command, capture_output=True, text=True, check=True, cwd=PACKAGE.parent
+    ).stdout
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if room_of(path)], ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize(
+    "path",
+    [path for path in FILES if room_of(path)],
+    ids=lambda path: str(path.relative_to(PACKAGE)),
+)
 def test_every_file_imports_from_lower_floors_only(path):
     assert room_of(path) in FLOORS, "a new module: give it a floor"
     assert offences(path.read_text(), path) == []
@@ -108,7 +148,11 @@ def test_forbidden_imports_are_seen(room, source):
 
 def test_the_package_itself_imports_nothing_but_its_version():
     tree = ast.parse((PACKAGE / "__init__.py").read_text())
-    lazy = [node for node in tree.body if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")]
+    lazy = [
+        node
+        for node in tree.body
+        if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    ]
     own = set(imports(ast.Module(lazy, []), PACKAGE / "__init__.py"))
     outside = {name for name in own if name.split(".")[0] not in sys.stdlib_module_names}
     assert outside == {"hf_flops._version.__version__"}
@@ -138,14 +182,18 @@ def test_public_names_are_complete_sorted_and_there():
 
 def test_every_error_is_public():
     tree = ast.parse((PACKAGE / "errors.py").read_text())
-    assert {node.name for node in tree.body if isinstance(node, ast.ClassDef)} <= set(hf_flops.__all__)
+    assert {node.name for node in tree.body if isinstance(node, ast.ClassDef)} <= set(
+        hf_flops.__all__
+    )
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_public_classes_and_functions_have_docstrings(path):
     def bare(node, prefix=""):
         for child in node.body:
-            if isinstance(child, (ast.ClassDef, ast.FunctionDef)) and not child.name.startswith("_"):
+            if isinstance(child, (ast.ClassDef, ast.FunctionDef)) and not child.name.startswith(
+                "_"
+            ):
                 if not ast.get_docstring(child):
                     yield prefix + child.name
                 if isinstance(child, ast.ClassDef):

@@ -14,9 +14,9 @@ from hf_flops.allocators.rounding import one_and_share, proportional, rounded
 
 SIGMA = st.one_of(st.floats(0, 1e6), st.sampled_from([0.0, 1.0, 1.0, float("inf"), float("nan")]))
 SIGMAS = st.lists(SIGMA, min_size=1, max_size=12).map(torch.tensor)
-SHARES = st.lists(st.one_of(st.floats(-10, 1e6), st.sampled_from([0.0, 1.0])), min_size=1, max_size=12).map(
-    lambda values: torch.tensor(values, dtype=torch.float64)
-)
+SHARES = st.lists(
+    st.one_of(st.floats(-10, 1e6), st.sampled_from([0.0, 1.0])), min_size=1, max_size=12
+).map(lambda values: torch.tensor(values, dtype=torch.float64))
 EXTRA = st.one_of(st.integers(0, 60), st.sampled_from([10**6, 10**6 + 7]))
 
 
@@ -60,7 +60,9 @@ def test_equal_sigmas_give_equal_counts(value, samples, extra):
 def test_predicted_variance_is_never_above_that_of_equal_counts(sigma, extra):
     sigma = sigma.nan_to_num(0.0, posinf=0.0)
     budget = len(sigma) + extra
-    assert proxy(sigma, optimal_counts(sigma, budget)) <= proxy(sigma, equal_counts(len(sigma), budget)) * (1 + 1e-9)
+    assert proxy(sigma, optimal_counts(sigma, budget)) <= proxy(
+        sigma, equal_counts(len(sigma), budget)
+    ) * (1 + 1e-9)
 
 
 def test_the_largest_sigmas_get_neyman_shares_of_a_large_budget():
@@ -70,7 +72,9 @@ def test_the_largest_sigmas_get_neyman_shares_of_a_large_budget():
 
 @pytest.mark.parametrize("counts", [equal_counts, lambda n, b: optimal_counts(torch.ones(n), b)])
 def test_a_budget_below_one_query_per_sample_is_refused(counts):
-    with pytest.raises(ConfigurationError, match="budget of 3 queries cannot give each of 4 samples"):
+    with pytest.raises(
+        ConfigurationError, match="budget of 3 queries cannot give each of 4 samples"
+    ):
         counts(4, 3)
 
 
@@ -88,7 +92,8 @@ def test_real_counts_are_rounded_to_their_neighbours(shares, extra):
 
 def test_the_largest_remainders_are_rounded_up():
     assert rounded(torch.tensor([1.2, 2.7, 3.6, 2.5]).double(), 10).tolist() == [1, 3, 4, 2]
-    assert rounded(torch.tensor([1.0, 1.0, 1.0]).double(), 8).tolist() == [3, 3, 2]  # however wrong the sum
+    # however wrong the sum
+    assert rounded(torch.tensor([1.0, 1.0, 1.0]).double(), 8).tolist() == [3, 3, 2]
     assert rounded(torch.tensor([1.0, 5.0, 5.0]).double(), 7).sum() == 7
 
 

@@ -34,7 +34,12 @@ def test_stretches_keep_groups_apart(counts, within_groups):
 
 
 def test_take_repeats_tensors_and_lists_and_passes_scalars():
-    inputs = {"pixel_values": torch.arange(6).view(3, 2), "names": ["a", "b", "c"], "flag": True, "zero": torch.tensor(1.5)}
+    inputs = {
+        "pixel_values": torch.arange(6).view(3, 2),
+        "names": ["a", "b", "c"],
+        "flag": True,
+        "zero": torch.tensor(1.5),
+    }
     taken = take(inputs, torch.tensor([2, 0, 2]))
     assert taken["pixel_values"].tolist() == [[4, 5], [0, 1], [4, 5]]
     assert taken["names"] == ["c", "a", "c"]

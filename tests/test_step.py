@@ -1,4 +1,6 @@
-"""The gradient estimate: unbiased whatever the counts, the same however it is cut, and harmless where losses fail."""
+"""The gradient estimate: unbiased whatever the counts, the same however it is cut, and harmless
+where losses fail.
+"""
 
 from dataclasses import replace
 
@@ -8,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from hf_flops import CallableObjective, ConfigurationError, Method, NonFiniteError, Place, estimate_gradient
+from hf_flops import (
+    CallableObjective,
+    ConfigurationError,
+    Method,
+    NonFiniteError,
+    Place,
+    estimate_gradient,
+)
 from hf_flops.allocators import ALLOCATORS, Optimal, TwoStage, Uniform
 from hf_flops.estimators import ESTIMATORS, Antithetic, OneSided
 from hf_flops.objectives import BatchLoss, TappedLoss
@@ -55,7 +64,9 @@ def run(model, inputs, *, step=0, elements=None, batches=1, place=None, **option
     kind = options.pop("kind", "rowwise")
     defaults = {
         "objective": CallableObjective(lambda outputs, inputs: outputs),
-        "perturbation": perturb(model, **{kind: vector.names}, distribution=options.pop("distribution", "gaussian")),
+        "perturbation": perturb(
+            model, **{kind: vector.names}, distribution=options.pop("distribution", "gaussian")
+        ),
         "estimator": OneSided(),
         "allocator": Uniform(),
         "queries_per_sample": 4,
@@ -65,13 +76,20 @@ def run(model, inputs, *, step=0, elements=None, batches=1, place=None, **option
     model.zero_grad()
     forward = options.pop("forward", lambda batch: (None, model(**batch)))
     result = estimate_gradient(
-        forward, inputs, Method(**{**defaults, **options}), place or Place(step=step), elements, batches
+        forward,
+        inputs,
+        Method(**{**defaults, **options}),
+        place or Place(step=step),
+        elements,
+        batches,
     )
     return torch.cat([p.grad.flatten().double() for p in vector.parameters]), result
 
 
 def repeated(inputs, times):
-    """Return so many copies of a batch as one: where rows have noise of their own, one estimate is as good as so many."""
+    """Return so many copies of a batch as one: where rows have noise of their own, one estimate is
+    as good as so many.
+    """
     return {name: torch.cat([value] * times) for name, value in inputs.items()}
 
 
@@ -84,10 +102,16 @@ def true_gradient(model, inputs):
 @pytest.mark.parametrize("kind", ["rowwise", "shared"])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("distribution", ["gaussian", "rademacher", "rank_one"])
-def test_the_mean_of_many_estimates_is_autograds_gradient_with_uneven_counts(kind, estimator, distribution):
+def test_the_mean_of_many_estimates_is_autograds_gradient_with_uneven_counts(
+    kind, estimator, distribution
+):
     model, inputs = Quadratic(), quadratic_batch()
-    steps, copies = (40, 15) if kind == "rowwise" else (320, 1)  # shared noise is drawn once, whatever the batch
-    allocator, queries = Fixed([1, 2, 1, 5, 6] * copies), {"one_sided": 4, "antithetic": 6}[estimator]
+    # shared noise is drawn once, whatever the batch
+    steps, copies = (40, 15) if kind == "rowwise" else (320, 1)
+    allocator, queries = (
+        Fixed([1, 2, 1, 5, 6] * copies),
+        {"one_sided": 4, "antithetic": 6}[estimator],
+    )
     estimates = torch.stack(
         [
             run(
@@ -146,7 +170,9 @@ def test_without_the_weight_the_estimate_is_biased():
 
     model, inputs = Quadratic(), quadratic_batch()
     options = {"allocator": Unweighted([1, 2, 1, 5, 6] * 15), "rows_per_forward": 999}
-    estimates = torch.stack([run(model, repeated(inputs, 15), step=step, **options)[0] for step in range(40)])
+    estimates = torch.stack(
+        [run(model, repeated(inputs, 15), step=step, **options)[0] for step in range(40)]
+    )
     error = estimates.mean(0) - true_gradient(model, inputs)
     assert (error.abs() > 10 * estimates.std(0) / len(estimates) ** 0.5).any()
 
@@ -175,7 +201,11 @@ def test_the_estimate_does_not_depend_on_how_rows_are_cut(rows, estimator, alloc
     model, inputs = Quadratic(), quadratic_batch()
 
     def at(rows_per_forward):
-        options = {"estimator": ESTIMATORS[estimator](), "allocator": ALLOCATORS[allocator](), "queries_per_sample": 8}
+        options = {
+            "estimator": ESTIMATORS[estimator](),
+            "allocator": ALLOCATORS[allocator](),
+            "queries_per_sample": 8,
+        }
         return run(model, inputs, kind=kind, rows_per_forward=rows_per_forward, **options)[0]
 
     torch.testing.assert_close(at(rows), at(1000), rtol=1e-5, atol=1e-7)
@@ -195,7 +225,9 @@ def test_micro_batches_add_up_to_the_whole_batch():
             )
             for i in range(SAMPLES)
         ]
-        torch.testing.assert_close(torch.stack([gradient for gradient, _ in parts]).sum(0), whole, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            torch.stack([gradient for gradient, _ in parts]).sum(0), whole, rtol=1e-5, atol=1e-6
+        )
         torch.testing.assert_close(sum(part.loss for _, part in parts), result.loss)
         averaged = [run(model, inputs, kind=kind, batches=2)[0] for _ in range(2)]
         torch.testing.assert_close(sum(averaged), whole)
@@ -213,7 +245,12 @@ def test_every_row_is_charged():
         for estimator in ESTIMATORS.values():
             for allocator in ALLOCATORS.values():
                 seen.clear()
-                options = {"kind": kind, "estimator": estimator(), "allocator": allocator(), "queries_per_sample": 7}
+                options = {
+                    "kind": kind,
+                    "estimator": estimator(),
+                    "allocator": allocator(),
+                    "queries_per_sample": 7,
+                }
                 _, result = run(model, inputs, forward=forward, **options)
                 assert result.rows == sum(seen) <= 7 * SAMPLES
                 assert result.rows > 7 * SAMPLES - SAMPLES
@@ -222,11 +259,18 @@ def test_every_row_is_charged():
 def test_a_batch_loss_charges_whole_batches():
     model, inputs = tiny_model("bert"), tiny_batch("bert")
     seen = []
-    model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(len(kwargs["labels"])), with_kwargs=True)
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(len(kwargs["labels"])), with_kwargs=True
+    )
     for estimator in ESTIMATORS.values():
         seen.clear()
         _, result = run(
-            model, inputs, kind="shared", objective=BatchLoss(), forward=model_forward(model), estimator=estimator()
+            model,
+            inputs,
+            kind="shared",
+            objective=BatchLoss(),
+            forward=model_forward(model),
+            estimator=estimator(),
         )
         assert result.rows == sum(seen) == 16
         assert result.counts.tolist() == [3 if estimator is OneSided else 2]
@@ -238,9 +282,21 @@ def test_a_batch_loss_gives_the_gradient_of_the_models_loss():
     model.classifier.requires_grad_(True)
     model(**inputs).loss.backward()
     expected = torch.cat([p.grad.flatten() for p in model.classifier.parameters()]).double()
-    for objective, kind in ((BatchLoss(), "shared"), (TappedLoss(), "rowwise"), (TappedLoss(), "shared")):
-        options = {"objective": objective, "forward": model_forward(model), "scale": 1e-2, "rows_per_forward": 999}
-        estimates = [run(model, inputs, step=s, kind=kind, queries_per_sample=26, **options)[0] for s in range(20)]
+    for objective, kind in (
+        (BatchLoss(), "shared"),
+        (TappedLoss(), "rowwise"),
+        (TappedLoss(), "shared"),
+    ):
+        options = {
+            "objective": objective,
+            "forward": model_forward(model),
+            "scale": 1e-2,
+            "rows_per_forward": 999,
+        }
+        estimates = [
+            run(model, inputs, step=s, kind=kind, queries_per_sample=26, **options)[0]
+            for s in range(20)
+        ]
         mean = torch.stack(estimates).mean(0)
         assert torch.cosine_similarity(mean, expected, dim=0) > 0.93
         assert mean.norm() == pytest.approx(float(expected.norm()), rel=0.3)
@@ -258,7 +314,9 @@ class Poisoned(Quadratic):
         losses = super().forward(features, labels)
         poisoned = torch.isin(labels, torch.tensor(self.bad).double())
         if not self.always:
-            signs = (features @ torch.ones(WIDTH).double() - self.linear(features).squeeze(-1)) * 1e12
+            signs = (
+                features @ torch.ones(WIDTH).double() - self.linear(features).squeeze(-1)
+            ) * 1e12
             poisoned &= (signs.long() % 8 == 0) if self.share < 1 else True
         return torch.where(poisoned, float("nan"), losses)
 
@@ -282,14 +340,22 @@ def test_the_weight_of_dropped_rows_goes_to_the_samples_other_rows():
     estimates, dropped = [], 0
     for step in range(400):
         try:
-            options = {"estimator": Antithetic(), "allocator": allocator, "queries_per_sample": 12, "rows_per_forward": 99}
+            options = {
+                "estimator": Antithetic(),
+                "allocator": allocator,
+                "queries_per_sample": 12,
+                "rows_per_forward": 99,
+            }
             gradient, result = run(model, inputs, step=step, **options)
         except NonFiniteError:
             continue
         dropped += result.metrics["dropped_rows"]
         estimates.append(gradient)
     assert dropped > 1000
-    mean, spread = torch.stack(estimates).mean(0), torch.stack(estimates).std(0) / len(estimates) ** 0.5
+    mean, spread = (
+        torch.stack(estimates).mean(0),
+        torch.stack(estimates).std(0) / len(estimates) ** 0.5,
+    )
     truth = true_gradient(Quadratic(), inputs)
     assert ((mean - truth).abs() < 5 * spread).all()
     assert spread.norm() < 0.1 * truth.norm()
@@ -301,37 +367,61 @@ def test_a_step_without_any_finite_row_raises_and_changes_nothing():
     with pytest.raises(NonFiniteError, match="All 15 perturbed rows of optimizer step 8"):
         run(model, quadratic_batch(), step=8)
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert all(parameter.equal(old) for parameter, old in zip(model.parameters(), before, strict=True))
+    assert all(
+        parameter.equal(old) for parameter, old in zip(model.parameters(), before, strict=True)
+    )
 
 
 @pytest.mark.parametrize(
     ("estimator", "allocator", "least"),
-    [(OneSided, Uniform, 2), (OneSided, Optimal, 2), (Antithetic, Uniform, 2), (Antithetic, Optimal, 3)],
+    [
+        (OneSided, Uniform, 2),
+        (OneSided, Optimal, 2),
+        (Antithetic, Uniform, 2),
+        (Antithetic, Optimal, 3),
+    ],
 )
 def test_too_few_queries_are_refused_with_the_least_number(estimator, allocator, least):
     model, inputs = Quadratic(), quadratic_batch()
     options = {"estimator": estimator(), "allocator": allocator()}
     run(model, inputs, queries_per_sample=least, **options)
-    with pytest.raises(ConfigurationError, match=f"queries_per_sample={least - 1} .* needs at least {least} rows"):
+    with pytest.raises(
+        ConfigurationError, match=f"queries_per_sample={least - 1} .* needs at least {least} rows"
+    ):
         run(model, inputs, queries_per_sample=least - 1, **options)
 
 
 @pytest.mark.parametrize("name", sorted(set(ALLOCATORS) - {"two_stage"}))
 def test_counts_do_not_depend_on_the_steps_own_noise(name):
-    """Same past, same clean forward, other noise: the counts must be the same, or the estimate could be biased."""
+    """Same past, same clean forward, other noise: the counts must be the same, or the estimate
+    could be biased.
+    """
     model, inputs = tiny_model("vit"), tiny_batch("vit", samples=8)
     model.requires_grad_(False)
     model.classifier.requires_grad_(True)
-    options = {"objective": TappedLoss(), "forward": model_forward(model), "queries_per_sample": 8, "kind": "shared"}
+    options = {
+        "objective": TappedLoss(),
+        "forward": model_forward(model),
+        "queries_per_sample": 8,
+        "kind": "shared",
+    }
     options["rows_per_forward"] = 99
     found = []
     for distribution in ("gaussian", "rademacher"):
         allocator = ALLOCATORS[name]()
         for step in range(12):
             run(model, inputs, step=step, allocator=allocator, **options)
-        # Three micro-batches of one step: the noise of the first must not reach the counts of the third either.
+        # Three micro-batches of one step: the noise of the first must not reach the counts of the
+        # third either.
         results = [
-            run(model, inputs, place=Place(step=12, position=p), allocator=allocator, distribution=distribution, **options)
+            run(
+                model,
+                inputs,
+                place=Place(step=12, position=p),
+                allocator=allocator,
+                distribution=distribution,
+                **options,
+            )
             for p in (0, 8, 16)
         ]
         found.append([result.counts.tolist() for _, result in results])
@@ -364,13 +454,18 @@ def test_a_pilot_decides_the_second_round_and_nothing_else_of_the_steps_noise_do
     for distribution in ("gaussian", "rademacher"):
         allocator = Recorded()
         _, result = run(
-            Quadratic(), quadratic_batch(), allocator=allocator, queries_per_sample=13, distribution=distribution
+            Quadratic(),
+            quadratic_batch(),
+            allocator=allocator,
+            queries_per_sample=13,
+            distribution=distribution,
         )
         (pilot, shares), (squares, second) = allocator.seen
         assert pilot == [3] * SAMPLES
         assert sum(second) == 9 * SAMPLES
         assert result.counts.tolist() == [3 + n for n in second]
-        # The pilot outvotes a prediction that knows nothing: the larger deltas got more of the second round.
+        # The pilot outvotes a prediction that knows nothing: the larger deltas got more of the
+        # second round.
         order = torch.tensor(squares).argsort()
         assert second[order[-1]] > 2 * second[order[0]]
         found.append((shares, second))
@@ -386,7 +481,12 @@ def test_allocators_learn_lengths_and_ids():
             self.seen = features
 
     model, inputs, allocator = tiny_model("llama"), tiny_batch("llama"), Nosy()
-    options = {"objective": TappedLoss(), "forward": model_forward(model), "allocator": allocator, "kind": "shared"}
+    options = {
+        "objective": TappedLoss(),
+        "forward": model_forward(model),
+        "allocator": allocator,
+        "kind": "shared",
+    }
     run(model, inputs, place=Place(ids=(7, 3, 5, 1)), **options)
     assert allocator.seen.ids == (7, 3, 5, 1)
     assert allocator.seen.lengths.equal((inputs["labels"][:, 1:] != -100).sum(1).float())

@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
-from transformers import MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 from hf_flops import ConfigurationError, FlopsTrainer, FlopsTrainingArguments, SuffixPromptModel
 from hf_flops.objectives import TappedLoss
@@ -28,7 +35,9 @@ def base_model(kind, **options):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return MistralForCausalLM(
-            MistralConfig(vocab_size=VOCABULARY, sliding_window=4, num_key_value_heads=1, **SIZES, **options)
+            MistralConfig(
+                vocab_size=VOCABULARY, sliding_window=4, num_key_value_heads=1, **SIZES, **options
+            )
         ).eval()
 
 
@@ -41,7 +50,9 @@ def suffix(kind, tokens=3, **options):
 def draw_rows(lengths, seed=0):
     """Draw the tokens of a text and an answer of the given lengths for each row."""
     rng = generator(seed)
-    return [tuple(torch.randint(3, VOCABULARY, (n,), generator=rng) for n in pair) for pair in lengths]
+    return [
+        tuple(torch.randint(3, VOCABULARY, (n,), generator=rng) for n in pair) for pair in lengths
+    ]
 
 
 def batch(rows, side="right"):
@@ -52,8 +63,12 @@ def batch(rows, side="right"):
         extra = length - len(text) - len(answer)
         pad = (0, extra) if side == "right" else (extra, 0)
         columns["input_ids"].append(F.pad(torch.cat([text, answer]), pad, value=1))
-        columns["attention_mask"].append(F.pad(torch.ones(len(text) + len(answer), dtype=torch.long), pad))
-        columns["labels"].append(F.pad(torch.cat([torch.full_like(text, -100), answer]), pad, value=-100))
+        columns["attention_mask"].append(
+            F.pad(torch.ones(len(text) + len(answer), dtype=torch.long), pad)
+        )
+        columns["labels"].append(
+            F.pad(torch.cat([torch.full_like(text, -100), answer]), pad, value=-100)
+        )
     return {name: torch.stack(values) for name, values in columns.items()}
 
 
@@ -70,7 +85,9 @@ def plain_losses(model, rows):
 def text_runs(model):
     """Count the texts that go through the base model's first layer, in a list that grows."""
     counts = []
-    model.base.get_input_embeddings().register_forward_hook(lambda module, args, out: counts.append(args[0].shape))
+    model.base.get_input_embeddings().register_forward_hook(
+        lambda module, args, out: counts.append(args[0].shape)
+    )
     return counts
 
 
@@ -78,19 +95,32 @@ LENGTHS = st.lists(st.tuples(st.integers(1, 7), st.integers(1, 3)), min_size=1, 
 
 
 @settings(max_examples=25)
-@given(kind=st.sampled_from(KINDS), lengths=LENGTHS, tokens=st.integers(1, 4), side=st.sampled_from(["left", "right"]))
+@given(
+    kind=st.sampled_from(KINDS),
+    lengths=LENGTHS,
+    tokens=st.integers(1, 4),
+    side=st.sampled_from(["left", "right"]),
+)
 def test_loss_and_gradient_equal_those_of_full_sequences(kind, lengths, tokens, side):
     model, rows = suffix(kind, tokens).double(), draw_rows(lengths)
     answers = sum(len(answer) for _, answer in rows)
-    (expected,) = torch.autograd.grad(plain_losses(model, rows).sum() / answers, model.prompt.weight)
+    (expected,) = torch.autograd.grad(
+        plain_losses(model, rows).sum() / answers, model.prompt.weight
+    )
     for items in (None, 2 * answers):
         model.zero_grad()
         loss = model(**batch(rows, side), num_items_in_batch=items).loss
         loss.backward()
         factor = answers / (items or answers)
-        torch.testing.assert_close(loss, factor * plain_losses(model, rows).sum() / answers, rtol=1e-6, atol=1e-7)
-        torch.testing.assert_close(model.prompt.weight.grad, factor * expected, rtol=1e-6, atol=1e-7)
-    assert [name for name, value in model.named_parameters() if value.grad is not None] == ["prompt.weight"]
+        torch.testing.assert_close(
+            loss, factor * plain_losses(model, rows).sum() / answers, rtol=1e-6, atol=1e-7
+        )
+        torch.testing.assert_close(
+            model.prompt.weight.grad, factor * expected, rtol=1e-6, atol=1e-7
+        )
+    assert [name for name, value in model.named_parameters() if value.grad is not None] == [
+        "prompt.weight"
+    ]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -108,7 +138,10 @@ def test_rows_with_the_same_text_share_one_run_of_it(kind, cached):
                 found = TappedLoss()(model_forward(model), take(inputs, chosen)).sums
         else:
             found = TappedLoss()(model_forward(model), take(inputs, chosen)).sums
-        texts, answer = 3 if cached else len(set(chosen.tolist())), max(len(rows[i][1]) for i in chosen)
+        texts, answer = (
+            3 if cached else len(set(chosen.tolist())),
+            max(len(rows[i][1]) for i in chosen),
+        )
         assert runs == [(texts, 6), (len(chosen), answer - 1)]
         torch.testing.assert_close(found, plain_losses(model, rows)[chosen], rtol=1e-5, atol=1e-5)
     assert model._texts is None
@@ -170,7 +203,9 @@ def test_a_base_that_is_trained_runs_the_text_of_every_row():
     model, rows = suffix("llama").double(), draw_rows([(5, 1), (5, 2)])
     rows.append(rows[0])
     model.base.requires_grad_(True)
-    (expected,) = torch.autograd.grad(plain_losses(model, rows).sum() / 4, model.base.lm_head.weight)
+    (expected,) = torch.autograd.grad(
+        plain_losses(model, rows).sum() / 4, model.base.lm_head.weight
+    )
     runs = text_runs(model)
     with model.cached_texts(batch(rows)):
         model(**batch(rows)).loss.backward()
@@ -190,8 +225,12 @@ def test_noise_per_row_equals_an_explicit_change_of_the_prompt(kind):
         found = objective(model_forward(model), take(inputs, owner)).sums
     for row, sample in enumerate(owner.tolist()):
         with displaced(vector, 0.3 * noise[row]):
-            torch.testing.assert_close(found[row], plain_losses(model, rows)[sample], rtol=1e-5, atol=2e-5)
-    chosen, notes = choose_perturbation(model, objective, model_forward(model), inputs, mode="rowwise")
+            torch.testing.assert_close(
+                found[row], plain_losses(model, rows)[sample], rtol=1e-5, atol=2e-5
+            )
+    chosen, notes = choose_perturbation(
+        model, objective, model_forward(model), inputs, mode="rowwise"
+    )
     assert isinstance(chosen, RowwiseNoise)
     assert notes == []
 
@@ -199,7 +238,10 @@ def test_noise_per_row_equals_an_explicit_change_of_the_prompt(kind):
 @torch.no_grad()
 def test_a_bf16_base_has_a_prompt_in_fp32_and_noise_that_bf16_would_lose():
     model = SuffixPromptModel(base_model("llama").to(torch.bfloat16), 3)
-    inputs, perturbation = batch(draw_rows([(5, 1), (2, 1)])), RowwiseNoise(model, ParameterVector.of(model), "gaussian")
+    inputs, perturbation = (
+        batch(draw_rows([(5, 1), (2, 1)])),
+        RowwiseNoise(model, ParameterVector.of(model), "gaussian"),
+    )
     noise, seen = perturbation.draw(keys(2)), []
     with perturbation.applied(noise, 1e-5):
         model.prompt.register_forward_hook(lambda module, args, out: seen.append(out))
@@ -215,7 +257,9 @@ def test_classes_are_scored_by_their_words_after_the_prompt():
     model = suffix("llama", label_words=[4, 9, 7])
     rows = draw_rows([(5, 1), (2, 1)])
     words = [(text, torch.tensor([word])) for (text, _), word in zip(rows, (7, 4), strict=True)]
-    texts = {name: value[:, :-1] for name, value in batch(words, "left").items() if name != "labels"}
+    texts = {
+        name: value[:, :-1] for name, value in batch(words, "left").items() if name != "labels"
+    }
     outputs = model(**texts, labels=torch.tensor([2, 0]))
     spelled = model(**batch(words)).logits[:, 0, [4, 9, 7]]
     torch.testing.assert_close(outputs.logits, spelled, rtol=1e-5, atol=1e-5)
@@ -229,10 +273,18 @@ def test_classes_are_scored_by_their_words_after_the_prompt():
 @torch.no_grad()
 def test_what_is_generated_is_what_the_logits_prefer(kind):
     model, rows = suffix(kind), draw_rows([(5, 1), (2, 1)])
-    texts = {name: value for name, value in batch([(text, text[:0]) for text, _ in rows]).items() if name != "labels"}
-    new = model.generate(**texts, max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=1)
+    texts = {
+        name: value
+        for name, value in batch([(text, text[:0]) for text, _ in rows]).items()
+        if name != "labels"
+    }
+    new = model.generate(
+        **texts, max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=1
+    )
     assert new.shape == (2, 3)
-    logits = model(**batch([(text, answer) for (text, _), answer in zip(rows, new, strict=True)])).logits
+    logits = model(
+        **batch([(text, answer) for (text, _), answer in zip(rows, new, strict=True)])
+    ).logits
     assert logits.argmax(-1).equal(new)
 
 
@@ -246,7 +298,9 @@ def test_the_prompt_starts_as_the_given_text_and_all_else_is_frozen():
     model = suffix("opt", 5, init_text="4 9", tokenizer=Tokenizer())
     words = model.base.get_input_embeddings().weight
     assert model.prompt.weight.equal(words[[4, 9, 4, 9, 4]])
-    assert [name for name, value in model.named_parameters() if value.requires_grad] == ["prompt.weight"]
+    assert [name for name, value in model.named_parameters() if value.requires_grad] == [
+        "prompt.weight"
+    ]
     assert model.config is model.base.config
 
 
@@ -296,7 +350,9 @@ def test_forward_only_training_runs_each_text_once_per_step_and_resumes(tmp_path
     assert model.model_tags
 
     resumed = suffix("llama", 4)
-    FlopsTrainer(model=resumed, args=args, train_dataset=data).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    FlopsTrainer(model=resumed, args=args, train_dataset=data).train(
+        resume_from_checkpoint=str(tmp_path / "checkpoint-6")
+    )
     torch.testing.assert_close(resumed.prompt.weight, model.prompt.weight)
     loaded = SuffixPromptModel.from_pretrained(base_model("llama"), tmp_path / "checkpoint-12")
     assert loaded.prompt.weight.equal(model.prompt.weight)
@@ -306,33 +362,56 @@ def test_late_expansion_leaves_it_alone(tmp_path):
     columns = batch(draw_rows([(4, 2), (5, 2), (2, 2), (4, 2)]))
     data = [{name: value[i] for name, value in columns.items()} for i in range(4)]
     args = FlopsTrainingArguments(
-        **options(tmp_path, max_steps=1, per_device_train_batch_size=4, rows_per_forward=1, save_strategy="no")
+        **options(
+            tmp_path,
+            max_steps=1,
+            per_device_train_batch_size=4,
+            rows_per_forward=1,
+            save_strategy="no",
+        )
     )
     trainer = FlopsTrainer(model=suffix("gpt2"), args=args, train_dataset=data)
     trainer.train()
-    assert not trainer.session.chosen.reuse.modules  # in later batches answers may be longer than what was recorded
+    # in later batches answers may be longer than what was recorded
+    assert not trainer.session.chosen.reuse.modules
 
 
 def test_backprop_trains_the_same_module(tmp_path):
     model = suffix("llama", 4)
-    trainer = Trainer(model=model, args=TrainingArguments(**options(tmp_path, max_steps=6)), train_dataset=training_data())
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(**options(tmp_path, max_steps=6)),
+        train_dataset=training_data(),
+    )
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < 0.8 * losses[0]
 
 
 def changed(**columns):
-    return {**batch(draw_rows([(4, 2), (2, 1)])), **{name: torch.tensor(value) for name, value in columns.items()}}
+    return {
+        **batch(draw_rows([(4, 2), (2, 1)])),
+        **{name: torch.tensor(value) for name, value in columns.items()},
+    }
 
 
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
         (changed(labels=[[-100] * 4 + [5, 5], [-100] * 6]), "Row 1 of the batch has no answer"),
-        (changed(labels=[[-100] * 4 + [5, 5], [5] * 3 + [-100] * 3]), "Row 1 of the batch has no text"),
-        (changed(labels=[[-100, 5, -100, -100, 5, 5], [-100] * 2 + [5] + [-100] * 3]), "Row 0 .* in the middle of its text"),
+        (
+            changed(labels=[[-100] * 4 + [5, 5], [5] * 3 + [-100] * 3]),
+            "Row 1 of the batch has no text",
+        ),
+        (
+            changed(labels=[[-100, 5, -100, -100, 5, 5], [-100] * 2 + [5] + [-100] * 3]),
+            "Row 0 .* in the middle of its text",
+        ),
         (changed(labels=[0, 1]), r"Labels of shape \(2,\) are classes: give label_words="),
-        (batch(draw_rows([(9, 2)])), "A text of 9 tokens, 3 virtual tokens and an answer of 2 are more than the 12 "),
+        (
+            batch(draw_rows([(9, 2)])),
+            "A text of 9 tokens, 3 virtual tokens and an answer of 2 are more than the 12 ",
+        ),
     ],
 )
 def test_bad_batches(inputs, message):
@@ -342,13 +421,24 @@ def test_bad_batches(inputs, message):
 
 
 def test_bad_arguments():
-    with pytest.raises(ConfigurationError, match="num_virtual_tokens=0 must be a whole number, 1 or more"):
+    with pytest.raises(
+        ConfigurationError, match="num_virtual_tokens=0 must be a whole number, 1 or more"
+    ):
         SuffixPromptModel(base_model("llama"), 0)
     with pytest.raises(ConfigurationError, match="init_text='x' needs tokenizer="):
         SuffixPromptModel(base_model("llama"), init_text="x")
-    adapted = get_peft_model(base_model("llama"), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    with pytest.raises(ConfigurationError, match=r"A PeftModelForCausalLM cannot .* what merge_and_unload\(\) returns"):
+    adapted = get_peft_model(
+        base_model("llama"), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    )
+    with pytest.raises(
+        ConfigurationError,
+        match=r"A PeftModelForCausalLM cannot .* what merge_and_unload\(\) returns",
+    ):
         SuffixPromptModel(adapted)
-    mamba = MambaForCausalLM(MambaConfig(vocab_size=VOCABULARY, hidden_size=8, state_size=2, num_hidden_layers=1))
-    with pytest.raises(ConfigurationError, match="MambaForCausalLM does not keep its text as keys and values alone"):
+    mamba = MambaForCausalLM(
+        MambaConfig(vocab_size=VOCABULARY, hidden_size=8, state_size=2, num_hidden_layers=1)
+    )
+    with pytest.raises(
+        ConfigurationError, match="MambaForCausalLM does not keep its text as keys and values alone"
+    ):
         SuffixPromptModel(mamba)(**batch(draw_rows([(4, 2)])))

@@ -26,17 +26,34 @@ from transformers import (
 from transformers.trainer_utils import HPSearchBackend
 
 import hf_flops.sessions
-from hf_flops import ConfigurationError, FlopsArgumentsMixin, FlopsTrainer, FlopsTrainerMixin, FlopsTrainingArguments
+from hf_flops import (
+    ConfigurationError,
+    FlopsArgumentsMixin,
+    FlopsTrainer,
+    FlopsTrainerMixin,
+    FlopsTrainingArguments,
+)
 from hf_flops.allocators import Uniform
 from hf_flops.args import PRESETS
 from hf_flops.estimators import Antithetic
 from hf_flops.objectives import TappedLoss
 from hf_flops.perturbations import ParameterVector, RowwiseNoise
-from tests.tiny import SIZES, TASKS, VOCABULARY, as_dataset, double, tiny_batch, tiny_model, training_arguments
+from tests.tiny import (
+    SIZES,
+    TASKS,
+    VOCABULARY,
+    as_dataset,
+    double,
+    tiny_batch,
+    tiny_model,
+    training_arguments,
+)
 
 TARGETS = {"vit": ["q_proj", "v_proj"], "bert": ["query", "value"], "t5": ["q", "v"]}
 BOTH = [(Trainer, TrainingArguments), (FlopsTrainer, FlopsTrainingArguments)]
-OWN_FIELDS = [field for field in dataclasses.fields(FlopsArgumentsMixin) if field.name != "learning_rate"]
+OWN_FIELDS = [
+    field for field in dataclasses.fields(FlopsArgumentsMixin) if field.name != "learning_rate"
+]
 
 
 @pytest.fixture
@@ -71,7 +88,9 @@ def adapted(kind="vit", model=None, dropout=0.1):
 def prompted():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return get_peft_model(tiny_model("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+        return get_peft_model(
+            tiny_model("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        )
 
 
 def data(kind="vit", samples=8):
@@ -79,7 +98,11 @@ def data(kind="vit", samples=8):
 
 
 def parameters(trainer):
-    return {name: value.detach().clone() for name, value in trainer.model.named_parameters() if value.requires_grad}
+    return {
+        name: value.detach().clone()
+        for name, value in trainer.model.named_parameters()
+        if value.requires_grad
+    }
 
 
 def flat(trainer):
@@ -91,7 +114,11 @@ def logged(trainer, name):
 
 
 def trained(args, kind="vit", dtype=torch.float32, **options):
-    model, dataset = (question_answerer(), questions()) if kind == "questions" else (adapted(kind), data(kind, 16))
+    model, dataset = (
+        (question_answerer(), questions())
+        if kind == "questions"
+        else (adapted(kind), data(kind, 16))
+    )
     if dtype == torch.float64:
         dataset = [double(sample) for sample in dataset]
     trainer = FlopsTrainer(model.to(dtype), args, train_dataset=dataset, **options)
@@ -127,15 +154,30 @@ def question_answerer():
 @pytest.mark.parametrize(("trainer_class", "args_class"), BOTH)
 def test_the_stock_image_classification_flow(trainer_class, args_class, arguments, tmp_path):
     batch = tiny_batch("vit", 16)
-    dataset = Dataset.from_dict({**{k: v.numpy() for k, v in batch.items()}, "name": list("abcdefghijklmnop")})
+    dataset = Dataset.from_dict(
+        {**{k: v.numpy() for k, v in batch.items()}, "name": list("abcdefghijklmnop")}
+    )
     dataset = dataset.with_format("torch")
 
     def compute_metrics(prediction):
-        return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+        return {
+            "accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())
+        }
 
-    args = arguments(args_class, max_steps=4, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2)
+    args = arguments(
+        args_class,
+        max_steps=4,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+    )
     trainer = trainer_class(
-        model=adapted(), args=args, train_dataset=dataset, eval_dataset=dataset, compute_metrics=compute_metrics
+        model=adapted(),
+        args=args,
+        train_dataset=dataset,
+        eval_dataset=dataset,
+        compute_metrics=compute_metrics,
     )
     before = flat(trainer)
     output = trainer.train()
@@ -168,7 +210,9 @@ def test_model_init_starts_afresh_every_time(config, arguments):
     def model_init():
         return adapted() if config is None else tiny_model("vit")
 
-    trainer = FlopsTrainer(args=arguments(max_steps=1), model_init=model_init, train_dataset=data(), peft_config=config)
+    trainer = FlopsTrainer(
+        args=arguments(max_steps=1), model_init=model_init, train_dataset=data(), peft_config=config
+    )
     trainer.train()
     first = flat(trainer)
     trainer.train()
@@ -249,7 +293,9 @@ def test_callbacks_early_stopping_and_the_best_model(arguments, tmp_path):
         trainer.train()
         events.append(recorder.events)
         assert trainer.state.global_step == 3  # the best value, and two without a better one
-        best = PeftModel.from_pretrained(tiny_model("vit"), tmp_path / trainer_class.__name__ / "checkpoint-1")
+        best = PeftModel.from_pretrained(
+            tiny_model("vit"), tmp_path / trainer_class.__name__ / "checkpoint-1"
+        )
         saved = dict(best.named_parameters())
         assert all(value.equal(saved[name]) for name, value in parameters(trainer).items())
     assert events[0] == events[1]
@@ -273,7 +319,11 @@ def test_other_trainers_take_the_mixin(arguments):
         return {"right": 1.0}
 
     trainer = FlopsSeq2SeqTrainer(
-        adapted("t5"), args, train_dataset=data("t5"), eval_dataset=data("t5"), compute_metrics=compute_metrics
+        adapted("t5"),
+        args,
+        train_dataset=data("t5"),
+        eval_dataset=data("t5"),
+        compute_metrics=compute_metrics,
     )
     before = flat(trainer)
     trainer.train()
@@ -298,7 +348,13 @@ def test_other_trainers_take_the_mixin(arguments):
     ],
 )
 def test_accumulation_does_not_change_the_run(kind, preset, objective, arguments):
-    options = {"preset": preset, "allocator": "uniform", "optim": "sgd", "learning_rate": 0.01, "perturbation_scale": 0.01}
+    options = {
+        "preset": preset,
+        "allocator": "uniform",
+        "optim": "sgd",
+        "learning_rate": 0.01,
+        "perturbation_scale": 0.01,
+    }
     one = arguments(per_device_train_batch_size=8, **options)
     many = arguments(per_device_train_batch_size=1, gradient_accumulation_steps=8, **options)
     one, many = (trained(args, kind, torch.float64, objective=objective) for args in (one, many))
@@ -310,19 +366,33 @@ def test_accumulation_does_not_change_the_run(kind, preset, objective, arguments
 @pytest.mark.parametrize("batch", [8, 2])
 def test_a_loss_function_of_the_users_is_followed(batch, arguments):
     def loss_function(outputs, labels, num_items_in_batch=None):
-        return nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+        return (
+            nn.functional.cross_entropy(outputs.logits, labels, reduction="sum")
+            / num_items_in_batch
+        )
 
-    options = {"optim": "sgd", "learning_rate": 0.01, "gradient_accumulation_steps": 8 // batch, "perturbation": "rowwise"}
+    options = {
+        "optim": "sgd",
+        "learning_rate": 0.01,
+        "gradient_accumulation_steps": 8 // batch,
+        "perturbation": "rowwise",
+    }
     args = arguments(per_device_train_batch_size=batch, **options)
     found = trained(args, dtype=torch.float64, compute_loss_func=loss_function)
-    torch.testing.assert_close(flat(found), flat(trained(args, dtype=torch.float64)), rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        flat(found), flat(trained(args, dtype=torch.float64)), rtol=0, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("batches", [1, 2])
-@pytest.mark.parametrize("weighing", [{"weight": torch.tensor([1.0, 10.0, 3.0])}, {"ignore_index": 0}], ids=str)
+@pytest.mark.parametrize(
+    "weighing", [{"weight": torch.tensor([1.0, 10.0, 3.0])}, {"ignore_index": 0}], ids=str
+)
 def test_a_loss_that_weighs_or_ignores_classes_is_a_mean(weighing, batches, arguments):
     def loss_of(model, inputs):
-        return nn.functional.cross_entropy(model(inputs["pixel_values"]).logits, inputs["labels"], **weighing)
+        return nn.functional.cross_entropy(
+            model(inputs["pixel_values"]).logits, inputs["labels"], **weighing
+        )
 
     class Weighing(FlopsTrainer):
         def compute_loss(self, model, inputs, return_outputs=False, **options):
@@ -331,7 +401,10 @@ def test_a_loss_that_weighs_or_ignores_classes_is_a_mean(weighing, batches, argu
     model, batch = adapted().eval(), tiny_batch("vit", 8)
     size = {"per_device_train_batch_size": 8 // batches, "gradient_accumulation_steps": batches}
     with torch.no_grad():
-        parts = [{name: value[own] for name, value in batch.items()} for own in torch.arange(8).chunk(batches)]
+        parts = [
+            {name: value[own] for name, value in batch.items()}
+            for own in torch.arange(8).chunk(batches)
+        ]
         wanted = sum(float(loss_of(model, part)) for part in parts) / batches
     args = arguments(max_steps=1, train_sampling_strategy="sequential", **size)
     trainer = Weighing(model, args, train_dataset=as_dataset(batch))
@@ -361,7 +434,10 @@ def test_a_model_that_makes_its_loss_without_labels_is_trained(arguments):
 def test_the_size_of_forwards_does_not_change_the_run(preset, arguments):
     options = {"preset": preset, "optim": "sgd", "learning_rate": 0.01, "perturbation_scale": 0.01}
     # In float64: counts are whole numbers, which may follow the last bit of what an allocator saw.
-    runs = [flat(trained(arguments(rows_per_forward=size, **options), dtype=torch.float64)) for size in (1, 8, 1000)]
+    runs = [
+        flat(trained(arguments(rows_per_forward=size, **options), dtype=torch.float64))
+        for size in (1, 8, 1000)
+    ]
     torch.testing.assert_close(runs[0], runs[1], rtol=0, atol=1e-5)
     torch.testing.assert_close(runs[0], runs[2], rtol=0, atol=1e-5)
 
@@ -370,7 +446,12 @@ def test_the_size_of_forwards_does_not_change_the_run(preset, arguments):
 @pytest.mark.parametrize("preset", ["flops", "flops-authors"])
 def test_a_resumed_run_is_the_uninterrupted_one(preset, objective, arguments, tmp_path):
     def build(**options):
-        common = {"preset": preset, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "max_steps": 7}
+        common = {
+            "preset": preset,
+            "gradient_accumulation_steps": 2,
+            "per_device_train_batch_size": 2,
+            "max_steps": 7,
+        }
         args = arguments(optim="adamw_torch", learning_rate=0.01, **common, **options)
         rows = [{**row, "sample_id": i} for i, row in enumerate(data(samples=16))]
         return FlopsTrainer(adapted(), args, train_dataset=rows, objective=objective)
@@ -410,7 +491,11 @@ def test_a_run_follows_the_arguments_of_its_trial(arguments):
     trainer.hp_search_backend, trainer.hp_space = HPSearchBackend.OPTUNA, lambda trial: trial.params
     chosen = {"estimator": "antithetic", "allocator": "uniform", "control_variate": "none"}
     trainer._hp_search_setup(SimpleNamespace(params=chosen))  # which the stock `train` calls
-    assert (type(trainer.session.estimator), type(trainer.session.allocator), trainer.session.control) == (
+    assert (
+        type(trainer.session.estimator),
+        type(trainer.session.allocator),
+        trainer.session.control,
+    ) == (
         Antithetic,
         Uniform,
         None,
@@ -421,7 +506,12 @@ def test_instances_take_the_place_of_names(arguments):
     named = arguments(preset="mezo", perturbation="rowwise")
     model, args = adapted(), arguments()
     rowwise = RowwiseNoise(model, ParameterVector.of(model), "gaussian")
-    parts = {"allocator": Uniform(), "estimator": Antithetic(), "objective": TappedLoss(), "perturbation": rowwise}
+    parts = {
+        "allocator": Uniform(),
+        "estimator": Antithetic(),
+        "objective": TappedLoss(),
+        "perturbation": rowwise,
+    }
     trainer = FlopsTrainer(model, args, train_dataset=data(samples=16), **parts)
     trainer.train()
     assert flat(trainer).equal(flat(trained(named)))
@@ -443,9 +533,15 @@ def test_noise_is_placed_by_step_position_and_epoch(arguments, monkeypatch):
 
     original = hf_flops.sessions.estimate_gradient
     monkeypatch.setattr(hf_flops.sessions, "estimate_gradient", estimate_gradient)
-    args = arguments(per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=4, seed=5)
-    FlopsTrainer(adapted(), args, train_dataset=data(samples=6)).train()  # micro-batches of 2, 2 | 2 in each epoch
-    first, second = [(5, 0, 0, 0), (5, 0, 2, 0), (5, 1, 0, 2)], [(5, 2, 0, 3), (5, 2, 2, 3), (5, 3, 0, 5)]
+    args = arguments(
+        per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=4, seed=5
+    )
+    # micro-batches of 2, 2 | 2 in each epoch
+    FlopsTrainer(adapted(), args, train_dataset=data(samples=6)).train()
+    first, second = (
+        [(5, 0, 0, 0), (5, 0, 2, 0), (5, 1, 0, 2)],
+        [(5, 2, 0, 3), (5, 2, 2, 3), (5, 3, 0, 5)],
+    )
     assert places == [*first, *second]  # seed, step, position, thirds of epochs
 
 
@@ -486,15 +582,23 @@ def state(model):
     return {
         "training": [module.training for module in model.modules()],
         "hooks": [list(getattr(module, hook)) for module in model.modules() for hook in hooks],
-        "patches": [sorted(name for name in vars(module) if callable(vars(module)[name])) for module in model.modules()],
-        "storage": [(name, value.data_ptr(), value.requires_grad) for name, value in model.named_parameters()],
+        "patches": [
+            sorted(name for name in vars(module) if callable(vars(module)[name]))
+            for module in model.modules()
+        ],
+        "storage": [
+            (name, value.data_ptr(), value.requires_grad)
+            for name, value in model.named_parameters()
+        ],
         "values": [value.tolist() for value in model.state_dict().values()],
         "grad mode": torch.is_grad_enabled(),
     }
 
 
 @pytest.mark.parametrize("perturbation", ["auto", "shared"])
-@pytest.mark.parametrize(("kind", "build"), [("vit", adapted), ("llama", prompted)], ids=["lora", "prompt"])
+@pytest.mark.parametrize(
+    ("kind", "build"), [("vit", adapted), ("llama", prompted)], ids=["lora", "prompt"]
+)
 def test_a_step_changes_gradients_only(kind, build, perturbation, arguments):
     trainer = FlopsTrainer(build(), arguments(perturbation=perturbation), train_dataset=data(kind))
     trainer.model.train()
@@ -506,7 +610,9 @@ def test_a_step_changes_gradients_only(kind, build, perturbation, arguments):
     assert not loss.requires_grad
     trainable = [value for value in trainer.model.parameters() if value.requires_grad]
     assert all(value.grad is not None and value.grad.isfinite().all() for value in trainable)
-    assert all(value.grad is None for value in trainer.model.parameters() if not value.requires_grad)
+    assert all(
+        value.grad is None for value in trainer.model.parameters() if not value.requires_grad
+    )
     first = [value.grad.clone() for value in trainable]
     trainer.state.global_step = 1
     one_step(trainer, tiny_batch(kind))
@@ -518,7 +624,9 @@ class Interrupted(Exception):
 
 
 @pytest.mark.parametrize("perturbation", ["auto", "shared"])
-@pytest.mark.parametrize(("kind", "build"), [("vit", adapted), ("llama", prompted)], ids=["lora", "prompt"])
+@pytest.mark.parametrize(
+    ("kind", "build"), [("vit", adapted), ("llama", prompted)], ids=["lora", "prompt"]
+)
 def test_a_failing_forward_leaves_nothing_behind(kind, build, perturbation, arguments, monkeypatch):
     model, args = (
         build(),
@@ -540,7 +648,8 @@ def test_a_failing_forward_leaves_nothing_behind(kind, build, perturbation, argu
     model.zero_grad()
     total = len(calls)
     assert total > 7
-    # In the objective's check, in the rules' check, at the clean forward, and amid the perturbed rows.
+    # In the objective's check, in the rules' check, at the clean forward, and amid the perturbed
+    # rows.
     for fatal_call in {1, total // 3, total // 2, total - 7, total - 6, total - 2, total}:
         calls, fatal = [], [fatal_call]
         trainer = FlopsTrainer(model, args, train_dataset=data(kind))
@@ -591,9 +700,17 @@ def test_no_backward_runs_and_no_graph_is_built(arguments):
     assert wall.seen == {(False, False, False)}
 
 
-@pytest.mark.parametrize("objective", [right, lambda outputs, inputs: outputs.logits[:, 0]], ids=["accuracy", "no labels"])
+@pytest.mark.parametrize(
+    "objective",
+    [right, lambda outputs, inputs: outputs.logits[:, 0]],
+    ids=["accuracy", "no labels"],
+)
 def test_an_objective_needs_neither_derivative_nor_labels(objective, arguments):
-    inputs = data() if objective is right else [{"pixel_values": sample["pixel_values"]} for sample in data()]
+    inputs = (
+        data()
+        if objective is right
+        else [{"pixel_values": sample["pixel_values"]} for sample in data()]
+    )
     args = arguments(perturbation_scale=0.5, queries_per_sample=8)
     trainer = FlopsTrainer(adapted(), args, train_dataset=inputs, objective=objective)
     before = flat(trainer)
@@ -609,10 +726,13 @@ def test_an_objective_needs_neither_derivative_nor_labels(objective, arguments):
 @pytest.mark.parametrize("queries", [4, 7])
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("per_row", [True, False])
-def test_every_row_is_counted_and_the_budget_is_kept(per_row, preset, queries, arguments, monkeypatch):
+def test_every_row_is_counted_and_the_budget_is_kept(
+    per_row, preset, queries, arguments, monkeypatch
+):
     counted, counting = [], []
 
-    def count(module, args, inputs, outputs):  # not reached by a pass that stops at what no noise reaches
+    # not reached by a pass that stops at what no noise reaches
+    def count(module, args, inputs, outputs):
         if counting:
             counted.append(len(next(iter(inputs.values()))))
 
@@ -624,8 +744,11 @@ def test_every_row_is_counted_and_the_budget_is_kept(per_row, preset, queries, a
 
     original = hf_flops.sessions.estimate_gradient
     monkeypatch.setattr(hf_flops.sessions, "estimate_gradient", estimate_gradient)
-    model, dataset = (adapted(), data(samples=10)) if per_row else (question_answerer(), questions(10))
-    args = arguments(preset=preset, queries_per_sample=queries, max_steps=3)  # batches of 4, 4 and 2
+    model, dataset = (
+        (adapted(), data(samples=10)) if per_row else (question_answerer(), questions(10))
+    )
+    # batches of 4, 4 and 2
+    args = arguments(preset=preset, queries_per_sample=queries, max_steps=3)
     model.register_forward_hook(count, with_kwargs=True)
     trainer = FlopsTrainer(model, args, train_dataset=dataset)
     trainer.train()
@@ -661,7 +784,11 @@ def test_presets_fill_in_what_is_not_given(arguments):
     for name, values in PRESETS.items():
         args = arguments(preset=name)
         assert {option: getattr(args, option) for option in values} == values
-        for option, given in {"noise": "gaussian", "perturbation": "rowwise", "allocator": "uniform"}.items():
+        for option, given in {
+            "noise": "gaussian",
+            "perturbation": "rowwise",
+            "allocator": "uniform",
+        }.items():
             assert getattr(arguments(preset=name, **{option: given}), option) == given
 
 
@@ -670,12 +797,22 @@ class Watch(TrainerCallback):
 
     def __init__(self, model):
         self.model, self.moved = model, []
-        self.start = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+        self.start = {
+            name: value.detach().clone()
+            for name, value in model.named_parameters()
+            if value.requires_grad
+        }
 
     def on_step_end(self, *args, **kwargs):
         now = dict(self.model.named_parameters())
         moved = {name for name, value in self.start.items() if not now[name].equal(value)}
-        self.moved.append({part for part in ("lora_A", "lora_B", "classifier") if any(part in name for name in moved)})
+        self.moved.append(
+            {
+                part
+                for part in ("lora_A", "lora_B", "classifier")
+                if any(part in name for name in moved)
+            }
+        )
 
 
 @pytest.mark.parametrize(("parts", "joins"), [("both", 0), ("B_then_A", 2), ("B", 4)])
@@ -689,13 +826,19 @@ def test_lora_a_is_held_back_as_asked(parts, joins, arguments):
 
 
 class Freeze(TrainerCallback):
-    """Freezes half of the adapter after the first of four steps, and lets it go on after the third."""
+    """Freezes half of the adapter after the first of four steps, and lets it go on after the
+    third.
+    """
 
     def __init__(self):
         self.seen = []
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        mine = {name: value for name, value in model.named_parameters() if "lora_B" in name and "layers.0" in name}
+        mine = {
+            name: value
+            for name, value in model.named_parameters()
+            if "lora_B" in name and "layers.0" in name
+        }
         self.seen.append({name: value.detach().clone() for name, value in mine.items()})
         for value in mine.values():
             value.requires_grad_(state.global_step not in (1, 2))
@@ -727,7 +870,9 @@ def test_the_log_has_the_documented_keys(arguments):
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(entries) == 2
     for entry in entries:
-        assert {"grad_norm", "learning_rate", "allocation_gain", "dropped_rows", "rows"} <= set(entry)
+        assert {"grad_norm", "learning_rate", "allocation_gain", "dropped_rows", "rows"} <= set(
+            entry
+        )
         assert 0 < entry["allocation_entropy"] <= 1
         assert entry["signal_to_noise"] >= 0
     assert all(isinstance(value, (int, float)) for entry in entries for value in entry.values())
@@ -735,7 +880,9 @@ def test_the_log_has_the_documented_keys(arguments):
 
 
 def test_the_logged_loss_is_the_clean_one(arguments):
-    trainer = FlopsTrainer(adapted(), arguments(max_steps=1, per_device_train_batch_size=8), train_dataset=data())
+    trainer = FlopsTrainer(
+        adapted(), arguments(max_steps=1, per_device_train_batch_size=8), train_dataset=data()
+    )
     expected = FlopsTrainer(adapted(), arguments(), eval_dataset=data()).evaluate()["eval_loss"]
     trainer.train()
     assert logged(trainer, "loss") == pytest.approx([expected], rel=1e-4)
@@ -755,10 +902,20 @@ def test_the_command_line_knows_every_field(tmp_path):
     for field in OWN_FIELDS:
         assert f"--{field.name}" in usage
         assert field.metadata["help"].endswith(".")
-    words = ["--preset=mezo", "--queries_per_sample=8", "--perturbation_scale=0.01", "--allocator=optimal", "--use_cpu"]
+    words = [
+        "--preset=mezo",
+        "--queries_per_sample=8",
+        "--perturbation_scale=0.01",
+        "--allocator=optimal",
+        "--use_cpu",
+    ]
     (args,) = parser.parse_args_into_dataclasses([*words, f"--output_dir={tmp_path}"])
     assert (args.preset, args.queries_per_sample, args.perturbation_scale) == ("mezo", 8, 0.01)
-    assert (args.allocator, args.estimator, args.rows_per_forward) == ("optimal", "antithetic", "auto")
+    assert (args.allocator, args.estimator, args.rows_per_forward) == (
+        "optimal",
+        "antithetic",
+        "auto",
+    )
 
 
 def test_models_are_tagged(arguments, tmp_path):

@@ -1,4 +1,6 @@
-"""A trajectory log rebuilds the adapter bit for bit, survives a crash, and names what is wrong with it."""
+"""A trajectory log rebuilds the adapter bit for bit, survives a crash, and names what is wrong with
+it.
+"""
 
 import filecmp
 import shutil
@@ -13,7 +15,14 @@ from transformers import TrainerCallback
 
 from hf_flops import ConfigurationError, FlopsTrainer, FlopsTrainingArguments, TrajectoryError
 from hf_flops.cli import main
-from hf_flops.perturbations import ActivationNoise, NoiseKeys, ParameterVector, RowwiseNoise, SharedNoise, noise
+from hf_flops.perturbations import (
+    ActivationNoise,
+    NoiseKeys,
+    ParameterVector,
+    RowwiseNoise,
+    SharedNoise,
+    noise,
+)
 from hf_flops.regenerate import regenerate
 from hf_flops.trajectory.base import check_base
 from hf_flops.trajectory.framing import Appender, read
@@ -22,7 +31,11 @@ from hf_flops.trajectory.verify import verify
 from tests.test_trainer import adapted, data, flat, parameters
 from tests.tiny import tiny_model, training_arguments
 
-QUIET = {"max_examples": 5, "deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
+QUIET = {
+    "max_examples": 5,
+    "deadline": None,
+    "suppress_health_check": [HealthCheck.function_scoped_fixture],
+}
 
 
 def arguments(folder, **options):
@@ -36,10 +49,14 @@ def arguments(folder, **options):
     return training_arguments(folder, **{**defaults, **options})
 
 
-def trained(folder, model=None, kind="vit", samples=12, resume=None, callbacks=(), options=None, **extra):
+def trained(
+    folder, model=None, kind="vit", samples=12, resume=None, callbacks=(), options=None, **extra
+):
     model = adapted(kind) if model is None else model
     args = arguments(folder, **(options or {}))
-    trainer = FlopsTrainer(model, args, train_dataset=data(kind, samples), callbacks=list(callbacks), **extra)
+    trainer = FlopsTrainer(
+        model, args, train_dataset=data(kind, samples), callbacks=list(callbacks), **extra
+    )
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -56,21 +73,29 @@ def same(rebuilt, trainer):
 
 @settings(max_examples=60, deadline=None)
 @given(payloads=st.lists(st.binary(max_size=40), min_size=1, max_size=5), choice=st.data())
-def test_a_damaged_record_is_named_and_an_unfinished_one_is_passed_over(tmp_path_factory, payloads, choice):
+def test_a_damaged_record_is_named_and_an_unfinished_one_is_passed_over(
+    tmp_path_factory, payloads, choice
+):
     path = tmp_path_factory.mktemp("log") / "trajectory.log"
     file = Appender(path)
     for step, payload in enumerate(payloads):
         file.append(step, payload)
     file.close()
     content, records = path.read_bytes(), list(read(path))
-    assert [(r.number, r.step, r.payload) for r in records] == [(i, i, p) for i, p in enumerate(payloads)]
+    assert [(r.number, r.step, r.payload) for r in records] == [
+        (i, i, p) for i, p in enumerate(payloads)
+    ]
 
     place = choice.draw(st.integers(0, len(content) - 1))
     changed = bytearray(content)
     changed[place] ^= choice.draw(st.integers(1, 255))
     path.write_bytes(changed)
     damaged = next((record for record in records if record.offset <= place < record.end), None)
-    named = f"record {damaged.number} at byte {damaged.offset}, .*checksum" if damaged else "its mark, .* is damaged"
+    named = (
+        f"record {damaged.number} at byte {damaged.offset}, .*checksum"
+        if damaged
+        else "its mark, .* is damaged"
+    )
     with pytest.raises(TrajectoryError, match=named):
         list(read(path))
 
@@ -87,7 +112,10 @@ def test_a_record_that_is_missing_is_noticed(tmp_path):
     first, second, third = read(tmp_path / "log")
     content = (tmp_path / "log").read_bytes()
     (tmp_path / "log").write_bytes(content[: second.offset] + content[third.offset :])
-    with pytest.raises(TrajectoryError, match=f"at byte {first.end}, after the one of step 0, record 1 should begin"):
+    with pytest.raises(
+        TrajectoryError,
+        match=f"at byte {first.end}, after the one of step 0, record 1 should begin",
+    ):
         list(read(tmp_path / "log"))
 
 
@@ -95,20 +123,30 @@ def test_a_record_that_is_missing_is_noticed(tmp_path):
 
 
 @settings(max_examples=25, deadline=None)
-@given(rows=st.integers(1, 12), size=st.integers(1, 5), shared=st.booleans(), seed=st.integers(0, 2**32))
+@given(
+    rows=st.integers(1, 12),
+    size=st.integers(1, 5),
+    shared=st.booleans(),
+    seed=st.integers(0, 2**32),
+)
 def test_an_update_is_the_sum_of_coefficients_times_noise(rows, size, shared, seed):
     model = tiny_model("vit")
     vector = ParameterVector.of(model, {"classifier.weight", "classifier.bias"})
-    perturbation = SharedNoise(vector, "rademacher") if shared else RowwiseNoise(model, vector, "gaussian")
+    perturbation = (
+        SharedNoise(vector, "rademacher") if shared else RowwiseNoise(model, vector, "gaussian")
+    )
     positions, queries = torch.arange(rows) % 3, torch.arange(rows) // 3
     coefficients = torch.randn(rows, generator=torch.Generator().manual_seed(0))
     update = regenerate(perturbation, seed, 5, positions, queries, coefficients, queries, size)
     wanted = torch.zeros_like(update)
     for row in range(rows):
-        keys = NoiseKeys.of(seed, 5, positions[row : row + 1], queries[row : row + 1], int(queries[row]))
+        keys = NoiseKeys.of(
+            seed, 5, positions[row : row + 1], queries[row : row + 1], int(queries[row])
+        )
         noise = perturbation.draw(keys)
         wanted += coefficients[row] * (noise if shared else noise[0])
-    # Sums over Gaussian noise are float32's, in an order that depends on the processor; those over signs are exact.
+    # Sums over Gaussian noise are float32's, in an order that depends on the processor; those over
+    # signs are exact.
     torch.testing.assert_close(update, wanted, **({} if shared else {"rtol": 1e-6, "atol": 1e-6}))
 
 
@@ -117,7 +155,9 @@ def test_an_update_is_the_sum_of_coefficients_times_noise(rows, size, shared, se
 
 @settings(**QUIET)
 @given(
-    optim=st.sampled_from(["adamw_torch", "adamw_torch_fused", "sgd", "adafactor", "adagrad", "rmsprop"]),
+    optim=st.sampled_from(
+        ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor", "adagrad", "rmsprop"]
+    ),
     perturbation=st.sampled_from(["auto", "rowwise", "shared"]),
     noise=st.sampled_from(["rademacher", "gaussian", "rank_one"]),
     estimator=st.sampled_from(["one_sided", "antithetic"]),
@@ -129,7 +169,17 @@ def test_an_update_is_the_sum_of_coefficients_times_noise(rows, size, shared, se
     allocator=st.sampled_from(["optimal", "two_stage", "uniform"]),
 )
 def test_a_replay_is_the_training_bit_for_bit(
-    tmp_path, optim, perturbation, noise, estimator, accumulation, clip, decay, rows, parts, allocator
+    tmp_path,
+    optim,
+    perturbation,
+    noise,
+    estimator,
+    accumulation,
+    clip,
+    decay,
+    rows,
+    parts,
+    allocator,
 ):
     options = {
         "optim": optim,
@@ -158,7 +208,9 @@ def frozen_a():
 def prompt(config):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return get_peft_model(tiny_model("llama"), config(task_type="CAUSAL_LM", num_virtual_tokens=3))
+        return get_peft_model(
+            tiny_model("llama"), config(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        )
 
 
 def head_only():
@@ -181,11 +233,21 @@ def test_what_is_saved_is_what_training_saved_byte_for_byte(case, tmp_path):
     rebuilt = replay(tmp_path / "run", tmp_path / "rebuilt")
     assert same(rebuilt, trainer)
     if case == "head":  # no adapter: the trainable tensors by name
-        assert load_file(tmp_path / "rebuilt" / "trainable.safetensors").keys() == {"classifier.weight", "classifier.bias"}
+        assert load_file(tmp_path / "rebuilt" / "trainable.safetensors").keys() == {
+            "classifier.weight",
+            "classifier.bias",
+        }
     else:
-        assert filecmp.cmp(*(tmp_path / f / "adapter_model.safetensors" for f in ("rebuilt", "saved")), shallow=False)
-        configs = [LoraConfig.from_json_file(tmp_path / f / "adapter_config.json") for f in ("rebuilt", "saved")]
-        targets = [set(c.pop("target_modules", None) or ()) for c in configs]  # PEFT writes a set, in any order
+        assert filecmp.cmp(
+            *(tmp_path / f / "adapter_model.safetensors" for f in ("rebuilt", "saved")),
+            shallow=False,
+        )
+        configs = [
+            LoraConfig.from_json_file(tmp_path / f / "adapter_config.json")
+            for f in ("rebuilt", "saved")
+        ]
+        # PEFT writes a set, in any order
+        targets = [set(c.pop("target_modules", None) or ()) for c in configs]
         assert configs[0] == configs[1]
         assert targets[0] == targets[1]
 
@@ -195,7 +257,9 @@ def test_rows_that_were_dropped_are_replayed(tmp_path):
         losses = outputs.logits.square().sum(-1)
         return torch.where(losses > losses.median(), torch.nan, losses)
 
-    trainer = trained(tmp_path, objective=sometimes, options={"allocator": "uniform", "estimator": "antithetic"})
+    trainer = trained(
+        tmp_path, objective=sometimes, options={"allocator": "uniform", "estimator": "antithetic"}
+    )
     assert trainer.ledger.last_step.metrics["dropped_rows"] > 0
     assert same(replay(tmp_path), trainer)
 
@@ -210,7 +274,10 @@ def test_a_resumed_run_cuts_what_came_after_its_checkpoint(tmp_path):
     assert torch.equal(flat(resumed), flat(whole))
     steps = [record.step for record in read(log)]
     assert steps == [0, 0, 1, 2, 2, 3, 4, 5]  # the start, two sessions, five steps
-    assert all(torch.equal(flat_of(replay(tmp_path, step=step)), wanted) for step, wanted in reached.items())
+    assert all(
+        torch.equal(flat_of(replay(tmp_path, step=step)), wanted)
+        for step, wanted in reached.items()
+    )
 
 
 def flat_of(rebuilt):
@@ -221,7 +288,9 @@ def test_a_run_cannot_go_on_without_its_log_or_from_another_checkpoint(tmp_path)
     options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 3}
     trained(tmp_path, options=options)
     checkpoint = tmp_path / "checkpoint-2"
-    with pytest.raises(ConfigurationError, match=r"cannot go on after step 2, because .* is not there"):
+    with pytest.raises(
+        ConfigurationError, match=r"cannot go on after step 2, because .* is not there"
+    ):
         trained(tmp_path / "other", resume=str(checkpoint), options=options)
     change(checkpoint, 0)
     with pytest.raises(ConfigurationError, match=r"the checkpoint is not what .* led to"):
@@ -276,7 +345,9 @@ def test_bad_input_is_refused_in_a_sentence(tmp_path, capsys):
 
     assert "trajectory.log has no step -1" in refused("--output", str(out), "--step", "-1")
     assert "trajectory.log has no step -1" in refused("--verify", str(saved), "--step", "-1")
-    assert "The base /nowhere cannot be loaded as a ViTForImage" in refused("--output", str(out), "--base", "/nowhere")
+    assert "The base /nowhere cannot be loaded as a ViTForImage" in refused(
+        "--output", str(out), "--base", "/nowhere"
+    )
     assert not out.exists()
     (tmp_path / "file").touch()
     for place in (tmp_path / "file", tmp_path / "file" / "in_it"):
@@ -296,9 +367,15 @@ def test_bad_input_is_refused_in_a_sentence(tmp_path, capsys):
 def test_the_adapter_before_any_step_is_verified(tmp_path, capsys):
     trained(tmp_path / "run")
     replay(tmp_path / "run", tmp_path / "start", step=0)
-    assert main(["replay", str(tmp_path / "run"), "--verify", str(tmp_path / "start"), "--step", "0"]) == 0
+    assert (
+        main(["replay", str(tmp_path / "run"), "--verify", str(tmp_path / "start"), "--step", "0"])
+        == 0
+    )
     change(tmp_path / "start", 0)
-    assert main(["replay", str(tmp_path / "run"), "--verify", str(tmp_path / "start"), "--step", "0"]) == 1
+    assert (
+        main(["replay", str(tmp_path / "run"), "--verify", str(tmp_path / "start"), "--step", "0"])
+        == 1
+    )
     assert "departs from the log at step 0" in capsys.readouterr().out
 
 
@@ -309,7 +386,9 @@ def test_a_flipped_byte_of_a_run_is_named_by_its_record(tmp_path, capsys):
     content[record.end - 40] ^= 4
     log.write_bytes(content)
     assert main(["replay", str(tmp_path), "--output", str(tmp_path / "out")]) == 1
-    said = f"record 3 at byte {record.offset}, after the one of step 1, does not have its checksum. "
+    said = (
+        f"record 3 at byte {record.offset}, after the one of step 1, does not have its checksum. "
+    )
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert replay(tmp_path, step=1).step == 1  # what lies before it is whole
@@ -321,8 +400,14 @@ def test_what_else_moves_the_adapter_is_noticed(tmp_path):
             if state.global_step == 2:
                 model.base_model.model.classifier.modules_to_save.default.bias.data += 1
 
-    trained(tmp_path, callbacks=[Meddler()], options={"save_strategy": "steps", "save_steps": 1, "max_steps": 3})
-    with pytest.raises(TrajectoryError, match=r"departs from the training at step 3, in .*classifier"):
+    trained(
+        tmp_path,
+        callbacks=[Meddler()],
+        options={"save_strategy": "steps", "save_steps": 1, "max_steps": 3},
+    )
+    with pytest.raises(
+        TrajectoryError, match=r"departs from the training at step 3, in .*classifier"
+    ):
         replay(tmp_path)
     verdict = verify(tmp_path, tmp_path / "checkpoint-3")
     assert verdict.first[0] == 3
@@ -340,7 +425,12 @@ def test_another_base_is_noticed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "option", [{"closed_form_head": True}, {"control_variate": "logit_jacobian"}, {"perturbation": "activation"}]
+    "option",
+    [
+        {"closed_form_head": True},
+        {"control_variate": "logit_jacobian"},
+        {"perturbation": "activation"},
+    ],
 )
 def test_what_cannot_be_replayed_is_refused_when_it_is_asked_for(option, tmp_path):
     with pytest.raises(ConfigurationError, match=f"{next(iter(option))}=.* cannot be replayed"):
@@ -365,8 +455,14 @@ def test_optimizers_and_perturbations_that_cannot_be_replayed_are_refused(tmp_pa
         pass
 
     model = adapted()
-    with pytest.raises(ConfigurationError, match=r"cannot replay the optimizer .*Own: use one of torch.optim"):
-        trained(tmp_path, model, optimizers=(Own([p for p in model.parameters() if p.requires_grad], lr=0.1), None))
+    with pytest.raises(
+        ConfigurationError, match=r"cannot replay the optimizer .*Own: use one of torch.optim"
+    ):
+        trained(
+            tmp_path,
+            model,
+            optimizers=(Own([p for p in model.parameters() if p.requires_grad], lr=0.1), None),
+        )
     model = head_only()
     outputs = ActivationNoise(model, ParameterVector.of(model), "rademacher")
     with pytest.raises(ConfigurationError, match="cannot replay ActivationNoise"):
@@ -385,7 +481,9 @@ def test_a_log_of_other_noise_is_not_replayed(tmp_path, monkeypatch):
     trained(tmp_path)
     kept = noise._SIGNS.clone()
     monkeypatch.setattr(noise, "_SIGNS", -kept)  # as another version of the library might draw them
-    with pytest.raises(TrajectoryError, match=r"where the same seed draws other noise \(torch .*replay it there"):
+    with pytest.raises(
+        TrajectoryError, match=r"where the same seed draws other noise \(torch .*replay it there"
+    ):
         replay(tmp_path)
     monkeypatch.setattr(noise, "_SIGNS", kept)
     assert replay(tmp_path).step == 2

@@ -1,4 +1,6 @@
-"""The rate that a trial suggests: thorough searches, and a trial that goes on while none is clear."""
+"""The rate that a trial suggests: thorough searches, and a trial that goes on while none is
+clear.
+"""
 
 import itertools
 
@@ -24,15 +26,20 @@ def test_of_a_bowl_the_best_power_of_two_is_found(exponent, samples):
         return (length / 2**exponent - 1) ** 2 + torch.arange(samples)
 
     found = thorough_search(losses)
-    assert found.best == min((2.0**k for k in range(-13, 14)), key=lambda length: (length / 2**exponent - 1) ** 2)
+    assert found.best == min(
+        (2.0**k for k in range(-13, 14)), key=lambda length: (length / 2**exponent - 1) ** 2
+    )
     assert found.clear
     assert found.looks == len(asked) == len(set(asked)) <= 12
 
 
-@pytest.mark.parametrize(("slope", "clear"), [(-3.0, True), (-1.0, False), (1.0, False), (3.0, True)])
+@pytest.mark.parametrize(
+    ("slope", "clear"), [(-3.0, True), (-1.0, False), (1.0, False), (3.0, True)]
+)
 def test_it_is_clear_beyond_two_standard_errors(slope, clear):
     noise = torch.randn(64, generator=generator())
-    slopes = slope * noise.std() / 8 + noise - noise.mean()  # by so many standard errors the way leads up
+    # by so many standard errors the way leads up
+    slopes = slope * noise.std() / 8 + noise - noise.mean()
     found = thorough_search(lambda length: length * slopes)
     assert (found.best > 1) == (slope < 0)
     assert found.clear == clear
@@ -54,7 +61,9 @@ def windows_of(steps, slope):
         weight.data.add_(1.0)
 
 
-@pytest.mark.parametrize(("steps", "windows"), [(32, [8, 8, 16]), (7, [1, 1, 5]), (3, [3]), (2, [2])])
+@pytest.mark.parametrize(
+    ("steps", "windows"), [(32, [8, 8, 16]), (7, [1, 1, 5]), (3, [3]), (2, [2])]
+)
 def test_a_trial_goes_on_while_nothing_is_clear(steps, windows):
     down, nowhere = torch.tensor([-1.0, -1.1]), torch.tensor([1.0, -1.0])
     assert windows_of(steps, down) == windows
@@ -88,5 +97,8 @@ def test_from_starts_far_apart_it_suggests_rates_that_are_near(tmp_path):
     data = as_dataset({**batch, "labels": (batch["pixel_values"].mean((1, 2, 3)) > 0).long()})
     few = {"per_device_train_batch_size": 8, "queries_per_sample": 4, "rows_per_forward": 32}
     args = [training_arguments(tmp_path, **few, learning_rate=rate) for rate in (1e-5, 1e-3, 1.0)]
-    rates = [doctor(tiny_model("vit", num_hidden_layers=1), data, args=own, steps=12)["learning_rate"] for own in args]
+    rates = [
+        doctor(tiny_model("vit", num_hidden_layers=1), data, args=own, steps=12)["learning_rate"]
+        for own in args
+    ]
     assert max(rates) < 16 * min(rates)

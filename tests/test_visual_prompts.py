@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from hf_flops import ConfigurationError, FlopsTrainer, FlopsTrainingArguments, ObjectiveError, VisualPrompt
+from hf_flops import (
+    ConfigurationError,
+    FlopsTrainer,
+    FlopsTrainingArguments,
+    ObjectiveError,
+    VisualPrompt,
+)
 from tests.pairs import as_pairs, collate, pair_batch, pair_model
 from tests.tiny import as_dataset, tiny_batch, tiny_model
 
@@ -36,7 +42,9 @@ def test_prompts_are_trained_with_noise_per_row(name, kind, tmp_path, caplog):
     )
     before = {name: value.clone() for name, value in model.state_dict().items()}
     FlopsTrainer(model=model, args=args, train_dataset=data, **options).train()
-    moved = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
+    moved = [
+        name for name, value in model.state_dict().items() if not torch.equal(value, before[name])
+    ]
     assert [name.rpartition("prompt.")[2] for name in moved] == ["weight"]
     assert not any(module._forward_hooks for module in model.modules())
 
@@ -56,7 +64,10 @@ def test_a_border_changes_the_outermost_pixels_only():
 def test_tokens_are_added_and_nothing_is_left_behind():
     model = VisualPrompt(tiny_model("vit"), "tokens", 3)
     images = tiny_batch("vit")["pixel_values"]
-    plain, out = (part(images, output_hidden_states=True).hidden_states[0] for part in (model.vision_model, model))
+    plain, out = (
+        part(images, output_hidden_states=True).hidden_states[0]
+        for part in (model.vision_model, model)
+    )
     torch.testing.assert_close(out[:, :-3], plain)
     torch.testing.assert_close(out[:, -3:], model.prompt.weight.expand(4, -1, -1))
 

@@ -69,7 +69,11 @@ def test_tensorboard_gets_the_numbers(tmp_path):
 @pytest.mark.filterwarnings("ignore")  # of what is not ours
 def test_wandb_gets_the_numbers_offline(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
-    for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}.items():
+    for name, value in {
+        "WANDB_MODE": "offline",
+        "WANDB_DIR": str(tmp_path),
+        "WANDB_SILENT": "true",
+    }.items():
         monkeypatch.setenv(name, value)
     trainer = trainer_of(tmp_path, report_to="wandb")
     trainer.train()
@@ -84,7 +88,9 @@ def test_trackio_gets_the_numbers(tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     trackio = pytest.importorskip("trackio")
     told, log = {}, trackio.log
-    monkeypatch.setattr(trackio, "log", lambda metrics, **options: (told.update(metrics), log(metrics, **options)))
+    monkeypatch.setattr(
+        trackio, "log", lambda metrics, **options: (told.update(metrics), log(metrics, **options))
+    )
     trainer = trainer_of(tmp_path, report_to="trackio", project="flops")
     trainer.train()
     assert {f"train/{name}" for name in LOGGED} <= set(told)
@@ -112,7 +118,12 @@ def _bar_to(stream):
     from tqdm import tqdm
 
     def build(**options):
-        return tqdm(**{**options, "unit_scale": False, "dynamic_ncols": False}, file=stream, ncols=120, mininterval=0)
+        return tqdm(
+            **{**options, "unit_scale": False, "dynamic_ncols": False},
+            file=stream,
+            ncols=120,
+            mininterval=0,
+        )
 
     return build
 
@@ -140,7 +151,12 @@ def test_a_bar_of_the_users_own_stays(tmp_path):
     assert ProgressCallback not in kinds
 
 
-@given(used=st.integers(1, 1000), checks=st.integers(0, 50), step=st.integers(1, 9), most=st.none() | st.integers(1, 10**4))
+@given(
+    used=st.integers(1, 1000),
+    checks=st.integers(0, 50),
+    step=st.integers(1, 9),
+    most=st.none() | st.integers(1, 10**4),
+)
 def test_expected_rows_are_exact_at_the_end(used, checks, step, most):
     ledger = Ledger()
     ledger.rows, ledger.all_rows = used * step, used * step + checks
@@ -150,7 +166,13 @@ def test_expected_rows_are_exact_at_the_end(used, checks, step, most):
 
 
 def test_early_stopping_at_the_best_model_with_everything_on(tmp_path):
-    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 4}
+    options = {
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "max_steps": 4,
+    }
     trainer = trainer_of(tmp_path, load_best_model_at_end=True, **options)
     trainer.add_callback(EarlyStoppingCallback(2))
     trainer.train()
@@ -167,15 +189,25 @@ def history(seed=0, points=5):
     rng = np.random.default_rng(seed)
     found = []
     for i in range(1, points + 1):
-        numbers = {"rows": 100 * i, "seconds": 2.0 * i, "signal_to_noise": 1 / i, "allocation_gain": 1 + i / 10}
-        found += [{"step": i, "loss": 3.0 / i, **numbers}, {"step": i, "eval_accuracy": 0.5 + i / 20 + rng.normal() / 50}]
+        numbers = {
+            "rows": 100 * i,
+            "seconds": 2.0 * i,
+            "signal_to_noise": 1 / i,
+            "allocation_gain": 1 + i / 10,
+        }
+        found += [
+            {"step": i, "loss": 3.0 / i, **numbers},
+            {"step": i, "eval_accuracy": 0.5 + i / 20 + rng.normal() / 50},
+        ]
     return found
 
 
 def ledger_of(windows=5, classes=3):
     ledger = Ledger()
     ledger.sample_queries = {i: [2, 4 + i] for i in range(6)}
-    ledger.class_windows = [(100 * (i + 1), {c: [2, 4 + c * i] for c in range(classes)}) for i in range(windows)]
+    ledger.class_windows = [
+        (100 * (i + 1), {c: [2, 4 + c * i] for c in range(classes)}) for i in range(windows)
+    ]
     return ledger
 
 
@@ -183,7 +215,11 @@ def test_a_curve_is_accuracy_at_the_rows_before_it():
     measure, points = curve_of(history())
     assert measure == "validation accuracy"
     assert [rows for rows, _, _ in points] == [100, 200, 300, 400, 500]
-    entries = [{"rows": 10, "loss": 2.0}, {"rows": 20, "loss": float("nan")}, {"train_runtime": 3.0}]
+    entries = [
+        {"rows": 10, "loss": 2.0},
+        {"rows": 20, "loss": float("nan")},
+        {"train_runtime": 3.0},
+    ]
     assert curve_of(entries) == ("training loss", [(10, 0.0, 2.0)])
 
 
@@ -192,11 +228,16 @@ def test_pictures_are_drawn_where_there_is_something_to_draw(tmp_path, monkeypat
     assert all(imread(tmp_path / name).std() > 0.01 for name in PICTURES)
     rows, seconds = drawn["learning_curve.png"].axes
     values = [entry["eval_accuracy"] for entry in history() if "eval_accuracy" in entry]
-    assert rows.lines[0].get_xydata().tolist() == [[100.0 * (i + 1), value] for i, value in enumerate(values)]
-    assert seconds.lines[0].get_xydata().tolist() == [[2.0 * (i + 1), value] for i, value in enumerate(values)]
+    assert rows.lines[0].get_xydata().tolist() == [
+        [100.0 * (i + 1), value] for i, value in enumerate(values)
+    ]
+    assert seconds.lines[0].get_xydata().tolist() == [
+        [2.0 * (i + 1), value] for i, value in enumerate(values)
+    ]
     samples, classes, over_time, _ = drawn["queries.png"].axes
     assert samples.get_title() == "Where the queries went"
-    assert [bar.get_height() for bar in classes.patches] == [2, 3, 4]  # per sample, on average over the windows
+    # per sample, on average over the windows
+    assert [bar.get_height() for bar in classes.patches] == [2, 3, 4]
     assert over_time.collections[0].get_array().shape == (3, 5)
     signal, gain = drawn["signal.png"].axes
     assert signal.lines[0].get_xydata().tolist() == [[100 * i, 1 / i] for i in range(1, 6)]
@@ -213,9 +254,14 @@ def test_seeds_have_a_mean_and_an_interval(tmp_path, drawn):
         folder.mkdir()
         (folder / "trainer_state.json").write_text(json.dumps({"log_history": history(seed)}))
     draw_seeds(tmp_path / "seeds.png", [tmp_path / str(seed) for seed in range(3)])
-    values = np.array([[e["eval_accuracy"] for e in history(seed) if "eval_accuracy" in e] for seed in range(3)])
+    values = np.array(
+        [[e["eval_accuracy"] for e in history(seed) if "eval_accuracy" in e] for seed in range(3)]
+    )
     for axes in drawn["seeds.png"].axes:
-        assert [text.get_text() for text in axes.get_legend().get_texts()] == ["mean of 3 seeds", "± standard deviation"]
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+            "mean of 3 seeds",
+            "± standard deviation",
+        ]
         assert axes.lines[0].get_ydata()[[0, -1]] == pytest.approx(values.mean(0)[[0, -1]])
         band = axes.collections[0].get_datalim(axes.transData)
         assert band.ymin == pytest.approx((values.mean(0) - values.std(0, ddof=1)).min(), abs=1e-2)
@@ -232,10 +278,15 @@ def test_a_picture_that_fails_does_not_cost_the_run(tmp_path, monkeypatch, caplo
     assert "could not be drawn (ValueError: no ink)" in caplog.text
 
 
-@given(st.lists(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9)), max_size=4), max_size=200))
+@given(
+    st.lists(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9)), max_size=4), max_size=200)
+)
 def test_class_windows_keep_every_query_however_many_there_are(batches):
     ledger = Ledger()
-    metrics = dict.fromkeys(["gradient_signal", "gradient_variance", "sample_signal", "head_signal", "dropped_rows"], 1.0)
+    metrics = dict.fromkeys(
+        ["gradient_signal", "gradient_variance", "sample_signal", "head_signal", "dropped_rows"],
+        1.0,
+    )
     for batch in batches:
         counts = torch.tensor([count for _, count in batch], dtype=torch.long)
         result = StepResult(torch.zeros(()), int(counts.sum()), counts, counts.float(), metrics)
@@ -247,7 +298,9 @@ def test_class_windows_keep_every_query_however_many_there_are(batches):
     assert len(ledger.class_windows) <= 64
     rows = [rows for rows, _ in ledger.class_windows]
     assert rows == sorted(rows)
-    kept = [(label, *seen) for _, classes in ledger.class_windows for label, seen in classes.items()]
+    kept = [
+        (label, *seen) for _, classes in ledger.class_windows for label, seen in classes.items()
+    ]
     for label in range(4):
         given = [count for batch in batches for own, count in batch if own == label]
         assert sum(s for own, s, _ in kept if own == label) == len(given)

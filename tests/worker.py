@@ -1,4 +1,5 @@
-"""A run that tests and benchmarks start with a launcher: trains a tiny model and writes what became of it.
+"""A run that tests and benchmarks start with a launcher: trains a tiny model and writes what became
+of it.
 
 torchrun --nproc_per_node 2 tests/worker.py '{"output_dir": "...", "samples": 4}'
 """
@@ -28,7 +29,9 @@ def adapted(kind: str) -> torch.nn.Module:
     saved = ["classifier"] if kind == "vit" else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        config = LoraConfig(r=2, target_modules=targets, task_type=TASKS[kind], modules_to_save=saved)
+        config = LoraConfig(
+            r=2, target_modules=targets, task_type=TASKS[kind], modules_to_save=saved
+        )
         return get_peft_model(tiny_model(kind), config)
 
 
@@ -43,14 +46,20 @@ class Hook(TrainerCallback):
 
 
 def build(options: dict[str, Any], act: Any = None) -> FlopsTrainer:
-    """Build the trainer of a run: `samples` per optimizer step in all, whatever the number of processes.
+    """Build the trainer of a run: `samples` per optimizer step in all, whatever the number of
+    processes.
 
     Args:
-        options: training arguments, and the `kind` of the model, the `size` of the data and whether all is in float64.
+        options: training arguments, and the `kind` of the model, the `size` of the data and whether
+            all is in float64.
         act: what is called with the step after every optimizer step.
     """
     options = dict(options)
-    kind, samples, size = options.pop("kind", "vit"), options.pop("samples", 4), options.pop("size", 22)
+    kind, samples, size = (
+        options.pop("kind", "vit"),
+        options.pop("samples", 4),
+        options.pop("size", 22),
+    )
     model, batch = adapted(kind), tiny_batch(kind, size)
     if options.pop("double", False):
         model, batch = model.double(), double(batch)
@@ -69,23 +78,37 @@ def build(options: dict[str, Any], act: Any = None) -> FlopsTrainer:
             **options,
         }
     )
-    args.per_device_train_batch_size = samples // args.gradient_accumulation_steps // args.world_size
+    args.per_device_train_batch_size = (
+        samples // args.gradient_accumulation_steps // args.world_size
+    )
     data = [{**row, "sample_id": i} for i, row in enumerate(as_dataset(batch))]
     held_out = data if args.eval_strategy != "no" else None
-    return FlopsTrainer(model, args, train_dataset=data, eval_dataset=held_out, callbacks=[Hook(act)] if act else None)
+    return FlopsTrainer(
+        model,
+        args,
+        train_dataset=data,
+        eval_dataset=held_out,
+        callbacks=[Hook(act)] if act else None,
+    )
 
 
 def finish(trainer: FlopsTrainer, name: str) -> None:
     """Write the parameters and the log of a finished run."""
     folder = Path(trainer.args.output_dir)
     if trainer.args.process_index == 0:
-        state = {n: p.detach().contiguous() for n, p in trainer.model.named_parameters() if p.requires_grad}
+        state = {
+            n: p.detach().contiguous()
+            for n, p in trainer.model.named_parameters()
+            if p.requires_grad
+        }
         save_file(state, folder / f"{name}.safetensors")
         (folder / f"{name}.json").write_text(json.dumps(trainer.state.log_history))
 
 
 def ending(end: tuple[int, int, int] | None) -> Any:
-    """Return what sends a signal to the process of some rank after some step: (signal, rank, step)."""
+    """Return what sends a signal to the process of some rank after some step: (signal, rank,
+    step).
+    """
 
     def act(step: int) -> None:
         if end is not None and (int(os.environ.get("RANK", 0)), step) == (end[1], end[2]):
@@ -95,11 +118,15 @@ def ending(end: tuple[int, int, int] | None) -> Any:
 
 
 def main() -> None:
-    """Run what the command line says, going on from the last checkpoint if there is one and `resume` is set."""
+    """Run what the command line says, going on from the last checkpoint if there is one and
+    `resume` is set.
+    """
     for options in json.loads(sys.argv[1]):
         name, resume = options.pop("name", "final"), options.pop("resume", False)
         trainer = build(options, ending(options.pop("end", None)))
-        trainer.train(resume_from_checkpoint=last_checkpoint(trainer.args.output_dir) if resume else None)
+        trainer.train(
+            resume_from_checkpoint=last_checkpoint(trainer.args.output_dir) if resume else None
+        )
         finish(trainer, name)
 
 

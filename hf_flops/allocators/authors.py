@@ -12,12 +12,14 @@ from .bernoulli import halved_counts, published_probability
 class AuthorsBernoulli(Memoryless):
     """The heuristic of the code published with FLOPS, for comparison; its estimate is biased.
 
-    A sample whose loss is below the batch mean keeps half its queries with probability p: 0.3 in the first epoch, then
-    0.01. What is freed goes to the other samples. Rows carry no weight `1 / n_i`, so samples with many queries pull
-    harder, and rows are shuffled into groups as large as the batch that share one noise each.
+    A sample whose loss is below the batch mean keeps half its queries with probability p: 0.3 in
+    the first epoch, then 0.01. What is freed goes to the other samples. Rows carry no weight
+    `1 / n_i`, so samples with many queries pull harder, and rows are shuffled into groups as large
+    as the batch that share one noise each.
 
     References:
-        https://github.com/RTkenny/FLOPS-Forward-Learning-with-OPtimal-Sampling, `allocator.py` and `trainer_a.py`.
+        https://github.com/RTkenny/FLOPS-Forward-Learning-with-OPtimal-Sampling, `allocator.py` and
+        `trainer_a.py`.
     """
 
     weighted = False

@@ -1,7 +1,8 @@
 """What every allocator is, and the simplest budget rules.
 
-Counts are fixed before the noise is drawn: an allocator sees the clean forward and the past only. That, and the weight
-`1 / n_i` of every row, keeps the gradient estimate unbiased whatever an allocator does.
+Counts are fixed before the noise is drawn: an allocator sees the clean forward and the past only.
+That, and the weight `1 / n_i` of every row, keeps the gradient estimate unbiased whatever an
+allocator does.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ class Allocator(Protocol):
     Attributes:
         needs_clean: whether the clean forward must run before counts can be given.
         weighted: whether rows carry the unbiased weight `1 / n_i`.
-        shuffled: whether rows are cut at random into groups that share noise, instead of one group per query.
+        shuffled: whether rows are cut at random into groups that share noise, instead of one group
+            per query.
     """
 
     needs_clean: bool
@@ -33,7 +35,9 @@ class Allocator(Protocol):
         ...
 
     def update(self, features: Features, counts: Tensor, mean_squares: Tensor) -> None:
-        """Learn from a finished step; mean_squares: (B,) mean of each sample's squared deltas (NaN where none)."""
+        """Learn from a finished step; mean_squares: (B,) mean of each sample's squared deltas
+        (NaN where none).
+        """
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -47,13 +51,19 @@ class Allocator(Protocol):
 
 @runtime_checkable
 class Piloted(Protocol):
-    """What an allocator has beside the rest if a pilot round is to fix the counts of a second round."""
+    """What an allocator has beside the rest if a pilot round is to fix the counts of a second
+    round.
+    """
 
     def pilot(self, features: Features, budget: int) -> tuple[Tensor, Tensor] | None:
-        """Return the pilot's counts (B,) int64, and its weight (B,) in each sample's estimate; None for no pilot."""
+        """Return the pilot's counts (B,) int64, and its weight (B,) in each sample's estimate; None
+        for no pilot.
+        """
         ...
 
-    def second_counts(self, features: Features, squares: Tensor, pilot: Tensor, shares: Tensor, budget: int) -> Tensor:
+    def second_counts(
+        self, features: Features, squares: Tensor, pilot: Tensor, shares: Tensor, budget: int
+    ) -> Tensor:
         """Return (B,) int64, the counts of the second round, each at least 1, summing to `budget`.
 
         Args:
@@ -69,7 +79,9 @@ class Piloted(Protocol):
 def check_budget(samples: int, budget: int) -> None:
     """Refuse a budget that leaves a sample without a query."""
     if samples < 1 or budget < samples:
-        raise ConfigurationError(f"A budget of {budget} queries cannot give each of {samples} samples at least one.")
+        raise ConfigurationError(
+            f"A budget of {budget} queries cannot give each of {samples} samples at least one."
+        )
 
 
 def equal_counts(samples: int, budget: int) -> Tensor:
@@ -79,7 +91,9 @@ def equal_counts(samples: int, budget: int) -> Tensor:
 
 
 def finite(values: Tensor) -> Tensor:
-    """Return values (B,) as float64 on the CPU, those that are not finite replaced by the largest finite one, or 0."""
+    """Return values (B,) as float64 on the CPU, those that are not finite replaced by the largest
+    finite one, or 0.
+    """
     values = values.detach().cpu().double()
     known = values.isfinite()
     return torch.where(known, values, values[known].max() if bool(known.any()) else 0.0)

@@ -1,4 +1,5 @@
-"""The Bernoulli allocator: easy samples give half of their queries away, each by the toss of a coin.
+"""The Bernoulli allocator: easy samples give half of their queries away, each by the toss of a
+coin.
 
 References:
     Ren et al. (2025), FLOPS, arXiv 2410.05966, section 4.
@@ -26,7 +27,9 @@ SCHEDULES = ("learned", "published")
 
 
 def published_probability(epoch: float) -> float:
-    """Return the probability of halving in the code published with FLOPS: 0.3 in the first epoch, then 0.01."""
+    """Return the probability of halving in the code published with FLOPS: 0.3 in the first epoch,
+    then 0.01.
+    """
     return 0.3 if epoch < 1 else 0.01
 
 
@@ -38,7 +41,8 @@ def easy_samples(losses: Tensor) -> Tensor:
 
 
 def halved_counts(features: Features, probability: float, budget: int) -> Tensor:
-    """Halve the queries of easy samples, each with a probability, and share what is freed among all others.
+    """Halve the queries of easy samples, each with a probability, and share what is freed among all
+    others.
 
     The tosses are a function of seed, step and position alone.
 
@@ -54,16 +58,19 @@ def halved_counts(features: Features, probability: float, budget: int) -> Tensor
     others = torch.nonzero(~halved).flatten()
     freed = budget - int(counts.sum())
     counts[others] += freed // len(others)
-    # Where the published code draws who gets the remainder, the samples with the smallest numbers do.
+    # Where the published code draws who gets the remainder, the samples with the smallest numbers
+    # do.
     counts[others[drawn[others].argsort()[: freed % len(others)]]] += 1
     return counts
 
 
 class Bernoulli(Learner):
-    """A sample whose loss is below the batch's mean keeps half of its queries with probability p; the others get the rest.
+    """A sample whose loss is below the batch's mean keeps half of its queries with probability p;
+    the others get the rest.
 
-    p is learned by the likelihood-ratio method on the proxy objective J, from the squared deltas of finished steps. Rows
-    carry the weight `1 / n_i`, so that the estimate is unbiased (unlike that of `AuthorsBernoulli`).
+    p is learned by the likelihood-ratio method on the proxy objective J, from the squared deltas of
+    finished steps. Rows carry the weight `1 / n_i`, so that the estimate is unbiased (unlike that
+    of `AuthorsBernoulli`).
 
     Args:
         schedule: "learned", or "published": 0.3 in the first epoch, then 0.01.
@@ -76,13 +83,19 @@ class Bernoulli(Learner):
     def __init__(self, schedule: str = "learned", rate: float = 0.1) -> None:
         super().__init__()
         if schedule not in SCHEDULES:
-            raise ConfigurationError(f"schedule={schedule!r} is unknown: choose one of {', '.join(SCHEDULES)}.")
+            raise ConfigurationError(
+                f"schedule={schedule!r} is unknown: choose one of {', '.join(SCHEDULES)}."
+            )
         self.schedule = schedule
         self._descent = Descent([math.log(0.3 / 0.7)], rate, [(-5.0, 5.0)])
 
     def probability(self, epoch: float) -> float:
         """Return p."""
-        return published_probability(epoch) if self.schedule == "published" else float(self._descent.values.sigmoid())
+        return (
+            published_probability(epoch)
+            if self.schedule == "published"
+            else float(self._descent.values.sigmoid())
+        )
 
     def _counts(self, features: Features, budget: int) -> Tensor:
         return halved_counts(features, self.probability(features.epoch), budget)
@@ -92,7 +105,8 @@ class Bernoulli(Learner):
             self._descent.step(self.slope(features, int(counts.sum()), squares, DRAWS))
 
     def slope(self, features: Features, budget: int, squares: Tensor, draws: int) -> Tensor:
-        """Return the likelihood-ratio gradient (1,) of `E J(n) / J(equal counts)` by the logit of p.
+        """Return the likelihood-ratio gradient (1,) of `E J(n) / J(equal counts)` by the logit of
+        p.
 
         Args:
             features: of a finished step.
@@ -104,8 +118,11 @@ class Bernoulli(Learner):
         generator = private_generator(features, _PURPOSE)
         drawn = torch.rand(draws, len(squares), generator=generator, dtype=torch.float64)
         halved = easy & (drawn < probability)
-        values = proxy(squares, _real_counts(halved, budget)) * (budget / len(squares) / squares.sum())
-        score = (halved.double() - probability)[:, easy].sum(1, keepdim=True)  # d log p(halved) / d logit
+        values = proxy(squares, _real_counts(halved, budget)) * (
+            budget / len(squares) / squares.sum()
+        )
+        # d log p(halved) / d logit
+        score = (halved.double() - probability)[:, easy].sum(1, keepdim=True)
         return gradient(score, values)
 
     def _state(self) -> dict[str, Any]:

@@ -13,10 +13,12 @@ LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 class Calibration:
-    """Chooses the power that predicted sigmas are taken to, from 0 (equal counts) to 1 (full trust).
+    """Chooses the power that predicted sigmas are taken to, from 0 (equal counts) to 1 (full
+    trust).
 
-    Each finished step shows what every power would have left of the variance of equal counts; the least on average wins. It
-    is judged before the step enters the prediction, so that only foresight counts.
+    Each finished step shows what every power would have left of the variance of equal counts; the
+    least on average wins. It is judged before the step enters the prediction, so that only
+    foresight counts.
 
     Args:
         decay: how much of the past is kept from one step to the next.
@@ -24,8 +26,12 @@ class Calibration:
 
     def __init__(self, decay: float) -> None:
         self.decay = decay
-        # Ratios J(power) / J(equal counts), summed, and their number: in favour of full trust, but not for long.
-        self._ratios, self._steps = torch.tensor([1 - 0.05 * level for level in LEVELS], dtype=torch.float64), 1.0
+        # Ratios J(power) / J(equal counts), summed, and their number: in favour of full trust, but
+        # not for long.
+        self._ratios, self._steps = (
+            torch.tensor([1 - 0.05 * level for level in LEVELS], dtype=torch.float64),
+            1.0,
+        )
 
     @property
     def power(self) -> float:
@@ -33,9 +39,13 @@ class Calibration:
         return LEVELS[int(self._ratios.argmin())]
 
     def learn(self, sigma: Tensor, budget: int, squares: Tensor) -> None:
-        """Compare a prediction (B,), made beforehand, with the mean squared deltas (B,) of a step."""
+        """Compare a prediction (B,), made beforehand, with the mean squared deltas (B,) of a
+        step.
+        """
         equal = squares.sum() * len(squares) / budget
-        ratios = [float(proxy(squares, proportional(sigma**level, budget)) / equal) for level in LEVELS]
+        ratios = [
+            float(proxy(squares, proportional(sigma**level, budget)) / equal) for level in LEVELS
+        ]
         self._ratios = self.decay * self._ratios + torch.tensor(ratios, dtype=torch.float64)
         self._steps = self.decay * self._steps + 1
 
@@ -49,4 +59,7 @@ class Calibration:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a state from `state_dict`."""
-        self._ratios, self._steps = torch.tensor(state["ratios"], dtype=torch.float64), state["steps"]
+        self._ratios, self._steps = (
+            torch.tensor(state["ratios"], dtype=torch.float64),
+            state["steps"],
+        )

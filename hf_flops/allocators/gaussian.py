@@ -1,4 +1,5 @@
-"""The Gaussian allocator: shares drawn from a Gaussian policy over the batch, its parameters learned by likelihood ratio.
+"""The Gaussian allocator: shares drawn from a Gaussian policy over the batch, its parameters
+learned by likelihood ratio.
 
 References:
     Ren et al. (2025), FLOPS, arXiv 2410.05966, section 4.
@@ -22,7 +23,9 @@ _NUGGET = 1e-2  # added to the kernel's diagonal: samples with the same loss wou
 
 
 def standardised(losses: Tensor) -> Tensor:
-    """Return losses (B,) float64 with mean 0 and variance 1 in the batch; zeros where all are alike."""
+    """Return losses (B,) float64 with mean 0 and variance 1 in the batch; zeros where all are
+    alike.
+    """
     losses = finite(losses)
     losses = losses / losses.abs().max().clamp(min=1e-300)  # squares of huge losses would overflow
     spread = losses.std(correction=0)
@@ -30,9 +33,11 @@ def standardised(losses: Tensor) -> Tensor:
 
 
 class GaussianPolicy:
-    """`u ~ N(mu, Sigma)`: mu linear in the standardised losses, Sigma an RBF kernel on them (FLOPS §4).
+    """`u ~ N(mu, Sigma)`: mu linear in the standardised losses, Sigma an RBF kernel on them (FLOPS
+    §4).
 
-    mu_i = intercept + slope x_i and Sigma_ij = variance (exp(-(x_i - x_j)^2 / (2 length^2)) + nugget [i = j]).
+    mu_i = intercept + slope x_i and Sigma_ij = variance (exp(-(x_i - x_j)^2 / (2 length^2)) +
+    nugget [i = j]).
 
     Args:
         parameters: (4,) float64: intercept, slope, log variance, log length.
@@ -42,7 +47,9 @@ class GaussianPolicy:
     def __init__(self, parameters: Tensor, x: Tensor) -> None:
         intercept, slope, log_variance, log_length = parameters.tolist()
         self.x, self.mean = x, intercept + slope * x
-        squares = (x[:, None] - x).square() * torch.exp(torch.tensor(-2 * log_length, dtype=torch.float64))
+        squares = (x[:, None] - x).square() * torch.exp(
+            torch.tensor(-2 * log_length, dtype=torch.float64)
+        )
         variance = torch.exp(torch.tensor(log_variance, dtype=torch.float64))
         kernel = torch.exp(-0.5 * squares)
         self.by_log_length = variance * kernel * squares  # dSigma / d log length
@@ -55,7 +62,8 @@ class GaussianPolicy:
 
     def score(self, normals: Tensor) -> Tensor:
         """Return (K, 4) derivatives of `log p(u)` by the parameters, at `u = draw(normals)`."""
-        # With r = u - mu and a = Sigma^-1 r = L^-T normals: d log p = a . dmu + (a' dSigma a - tr(Sigma^-1 dSigma)) / 2.
+        # With r = u - mu and a = Sigma^-1 r = L^-T normals: d log p = a . dmu + (a' dSigma a -
+        # tr(Sigma^-1 dSigma)) / 2.
         a = torch.linalg.solve_triangular(self.factor.T, normals.T, upper=True)
         trace = (torch.cholesky_inverse(self.factor) * self.by_log_length).sum()
         by_length = 0.5 * ((a * (self.by_log_length @ a)).sum(0) - trace)
@@ -66,10 +74,11 @@ class GaussianPolicy:
 class Gaussian(Learner):
     """Counts from a Gaussian policy of four parameters, which learns which losses deserve queries.
 
-    A draw u is clamped at 0, each sample gets one query, and the rest of the budget is shared in proportion to u. After each
-    step the parameters descend on the proxy objective J of many draws, by the likelihood-ratio method, with the squared
-    deltas that the step has shown. Counts are those of the policy's mean, not of a draw: J is convex in the counts, so a
-    draw spends the budget worse (Jensen), and as J of any counts can be told afterwards, it would explore nothing.
+    A draw u is clamped at 0, each sample gets one query, and the rest of the budget is shared in
+    proportion to u. After each step the parameters descend on the proxy objective J of many draws,
+    by the likelihood-ratio method, with the squared deltas that the step has shown. Counts are
+    those of the policy's mean, not of a draw: J is convex in the counts, so a draw spends the
+    budget worse (Jensen), and as J of any counts can be told afterwards, it would explore nothing.
 
     Args:
         rate: step size of the parameters.
@@ -97,7 +106,8 @@ class Gaussian(Learner):
         values[2] = (values[2] - 2 * scale.log()).clamp(-6.0, 0.0)
 
     def slope(self, features: Features, budget: int, squares: Tensor, draws: int) -> Tensor:
-        """Return the likelihood-ratio gradient (4,) of `E J(n) / J(equal counts)` by the parameters.
+        """Return the likelihood-ratio gradient (4,) of `E J(n) / J(equal counts)` by the
+        parameters.
 
         Args:
             features: of a finished step.

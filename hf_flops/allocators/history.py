@@ -14,12 +14,14 @@ _PAIRS = 20.0  # pairs of visits without any agreement that the estimate of agre
 
 
 class History:
-    """Each sample's deviation from the regression, shrunk by how much visits of the same sample agree.
+    """Each sample's deviation from the regression, shrunk by how much visits of the same sample
+    agree.
 
-    A deviation is `effect_i + passing`, the effect of variance V staying with the sample. Of two visits the passing parts
-    and the observation noise are independent, so the product of their deviations estimates V. After visits of total
-    precision P and precision-weighted sum S, the effect has the posterior mean `S V / (1 + P V)` and the variance
-    `V / (1 + P V)`: a new sample has mean 0 and all of V.
+    A deviation is `effect_i + passing`, the effect of variance V staying with the sample. Of two
+    visits the passing parts and the observation noise are independent, so the product of their
+    deviations estimates V. After visits of total precision P and precision-weighted sum S, the
+    effect has the posterior mean `S V / (1 + P V)` and the variance `V / (1 + P V)`: a new sample
+    has mean 0 and all of V.
     """
 
     def __init__(self) -> None:
@@ -33,11 +35,15 @@ class History:
 
     def effects(self, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return posterior means and variances (B,) float64 of the samples' effects."""
-        precision, weighted = torch.tensor([self._past.get(i, (0.0, 0.0)) for i in ids], dtype=torch.float64).T
+        precision, weighted = torch.tensor(
+            [self._past.get(i, (0.0, 0.0)) for i in ids], dtype=torch.float64
+        ).T
         shrinkage = self.shared / (1 + precision * self.shared)
         return weighted * shrinkage, shrinkage
 
-    def learn(self, ids: Sequence[int], errors: Tensor, variance: Tensor, spread: float, decay: float) -> None:
+    def learn(
+        self, ids: Sequence[int], errors: Tensor, variance: Tensor, spread: float, decay: float
+    ) -> None:
         """Learn from a step.
 
         Args:
@@ -66,5 +72,7 @@ class History:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a state from `state_dict`."""
-        self._past = {sample: (precision, weighted) for sample, precision, weighted in state["past"]}
+        self._past = {
+            sample: (precision, weighted) for sample, precision, weighted in state["past"]
+        }
         self._agreement, self._pairs = state["agreement"], state["pairs"]

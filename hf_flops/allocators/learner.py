@@ -14,8 +14,8 @@ from ..rows import Features
 class Learner(ABC):
     """The part of an allocator that learns from finished optimizer steps.
 
-    Micro-batches of one optimizer step may share their noise, so what one of them showed must not decide the counts of the
-    next: updates wait until another step begins.
+    Micro-batches of one optimizer step may share their noise, so what one of them showed must not
+    decide the counts of the next: updates wait until another step begins.
     """
 
     needs_clean = True
@@ -61,7 +61,9 @@ class Learner(ABC):
 
     @abstractmethod
     def _learn(self, features: Features, counts: Tensor, squares: Tensor) -> None:
-        """Learn from a step of B > 1 samples; squares: (B,) float64 mean squared deltas, finite, not all 0."""
+        """Learn from a step of B > 1 samples; squares: (B,) float64 mean squared deltas, finite,
+        not all 0.
+        """
 
     @abstractmethod
     def _state(self) -> dict[str, Any]:
@@ -76,9 +78,14 @@ def _chosen(features: Features, mask: Tensor) -> Features:
     """Return the features of some samples; mask: (B,) bool."""
     if bool(mask.all()):
         return features
-    ids = None if features.ids is None else tuple(i for i, kept in zip(features.ids, mask.tolist(), strict=True) if kept)
+    ids = (
+        None
+        if features.ids is None
+        else tuple(i for i, kept in zip(features.ids, mask.tolist(), strict=True) if kept)
+    )
     losses, residuals, lengths = (
-        None if values is None else values.cpu()[mask] for values in (features.losses, features.residuals, features.lengths)
+        None if values is None else values.cpu()[mask]
+        for values in (features.losses, features.residuals, features.lengths)
     )
     assert losses is not None
     return replace(features, losses=losses, residuals=residuals, lengths=lengths, ids=ids)

@@ -1,7 +1,9 @@
-"""The likelihood-ratio (score function) method: improve a policy from the values of its draws, without derivatives of them.
+"""The likelihood-ratio (score function) method: improve a policy from the values of its draws,
+without derivatives of them.
 
-`grad E J(n) = E [(J(n) - baseline) grad log p(n)]`, for any baseline that does not depend on the draw. Draws cost no forward
-pass, because J of any counts follows from the sigmas that a finished step has shown.
+`grad E J(n) = E [(J(n) - baseline) grad log p(n)]`, for any baseline that does not depend on the
+draw. Draws cost no forward pass, because J of any counts follows from the sigmas that a finished
+step has shown.
 """
 
 from __future__ import annotations
@@ -19,13 +21,16 @@ DRAWS = 128
 
 def private_generator(features: Features, purpose: int) -> torch.Generator:
     """Return a generator whose stream is a function of seed, step, position and purpose alone."""
-    return torch.Generator().manual_seed(int(seeds(features.seed, features.step, features.position, purpose)[0]))
+    return torch.Generator().manual_seed(
+        int(seeds(features.seed, features.step, features.position, purpose)[0])
+    )
 
 
 def gradient(scores: Tensor, values: Tensor) -> Tensor:
     """Return the likelihood-ratio estimate (P,) of the gradient of the mean value.
 
-    The baseline of a draw is the mean of the other draws' values, which keeps the estimate unbiased.
+    The baseline of a draw is the mean of the other draws' values, which keeps the estimate
+    unbiased.
 
     Args:
         scores: (K, P) derivatives of a draw's log probability by the parameters.
@@ -58,7 +63,10 @@ class Descent:
     def state_dict(self) -> dict[str, Any]:
         """Return values and Adam's moments, if there are any yet, as JSON-serialisable values."""
         moments = self._adam.state.get(self.values, {})
-        return {"values": self.values.tolist(), **{name: moment.tolist() for name, moment in moments.items()}}
+        return {
+            "values": self.values.tolist(),
+            **{name: moment.tolist() for name, moment in moments.items()},
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a state from `state_dict`."""

@@ -18,7 +18,8 @@ class LossProportional(Memoryless):
     """`n_i ∝ loss_i`, down to one query; a negative loss counts as 0.
 
     References:
-        Katharopoulos & Fleuret (2018), arXiv 1803.00942, section 3.2, has the loss as the usual stand-in for the gradient.
+        Katharopoulos & Fleuret (2018), arXiv 1803.00942, section 3.2, has the loss as the usual
+        stand-in for the gradient.
     """
 
     def counts(self, features: Features, budget: int) -> Tensor:
@@ -27,19 +28,23 @@ class LossProportional(Memoryless):
 
 
 class LossRank(Memoryless):
-    """`n_i ∝` the rank of the loss among the samples with the largest losses; the others keep one query.
+    """`n_i ∝` the rank of the loss among the samples with the largest losses; the others keep one
+    query.
 
     Args:
-        top: fraction of the batch that shares the queries; 1 is ranking without a cut, less is top-k.
+        top: fraction of the batch that shares the queries; 1 is ranking without a cut, less is
+            top-k.
 
     References:
-        Loshchilov & Hutter (2016), Online Batch Selection, arXiv 1511.06343; Jiang et al. (2019), Selective-Backprop,
-        arXiv 1910.00762.
+        Loshchilov & Hutter (2016), Online Batch Selection, arXiv 1511.06343; Jiang et al. (2019),
+        Selective-Backprop, arXiv 1910.00762.
     """
 
     def __init__(self, top: float = 1.0) -> None:
         if not 0 < top <= 1:
-            raise ConfigurationError(f"top={top!r} must be a fraction of the batch, above 0 and at most 1.")
+            raise ConfigurationError(
+                f"top={top!r} must be a fraction of the batch, above 0 and at most 1."
+            )
         self.top = top
 
     def counts(self, features: Features, budget: int) -> Tensor:
@@ -47,5 +52,9 @@ class LossRank(Memoryless):
         losses = finite(features.losses)
         ordered = losses.sort().values
         # Ties share the mean of their ranks, 1 to B, so that equal losses get equal counts.
-        ranks = (torch.searchsorted(ordered, losses) + torch.searchsorted(ordered, losses, right=True) + 1) / 2
+        ranks = (
+            torch.searchsorted(ordered, losses)
+            + torch.searchsorted(ordered, losses, right=True)
+            + 1
+        ) / 2
         return optimal_counts((ranks - (1 - self.top) * len(losses)).clamp(min=0), budget)

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_LEAST = 1e-6  # of the largest mean square: below, a sample counts for nothing, and its logarithm says too much
+# of the largest mean square: below, a sample counts for nothing, and its logarithm says too much
+_LEAST = 1e-6
 
 
 class Observed(NamedTuple):
@@ -25,9 +26,9 @@ class Observed(NamedTuple):
 def observe(squares: Tensor, counts: Tensor) -> Observed:
     """Turn mean squared deltas of n_i queries into observations of log sigma_i.
 
-    A delta is close to Gaussian, so the mean of n squares is sigma^2 chi2_n / n. Its logarithm has the mean
-    `2 log sigma + digamma(n/2) - log(n/2)` and the variance `trigamma(n/2)`, about 2/n: few queries are taken for what they
-    are worth.
+    A delta is close to Gaussian, so the mean of n squares is sigma^2 chi2_n / n. Its logarithm has
+    the mean `2 log sigma + digamma(n/2) - log(n/2)` and the variance `trigamma(n/2)`, about 2/n:
+    few queries are taken for what they are worth.
 
     Args:
         squares: (B,) float64, non-negative, not all 0.
@@ -35,4 +36,6 @@ def observe(squares: Tensor, counts: Tensor) -> Observed:
     """
     half = counts.double() / 2
     logarithm = squares.clamp(min=_LEAST * float(squares.max())).log()
-    return Observed(0.5 * (logarithm - torch.digamma(half) + half.log()), 0.25 * torch.polygamma(1, half))
+    return Observed(
+        0.5 * (logarithm - torch.digamma(half) + half.log()), 0.25 * torch.polygamma(1, half)
+    )

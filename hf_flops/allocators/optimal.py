@@ -1,4 +1,6 @@
-"""The optimal allocator: counts in proportion to predicted sigmas, integer-exact, trusted as far as they have proved."""
+"""The optimal allocator: counts in proportion to predicted sigmas, integer-exact, trusted as far as
+they have proved.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,12 @@ _MOST_VARIANCE = 1.0  # of log sigma: exploration multiplies a sample's share by
 
 
 class Optimal(Learner):
-    """`n_i ∝ sigma_i`, integer-exact, with sigma predicted from the clean forward and the deltas of past steps.
+    """`n_i ∝ sigma_i`, integer-exact, with sigma predicted from the clean forward and the deltas of
+    past steps.
 
-    log sigma is regressed on the logarithms of residual norm, loss and length, and each sample's own past deviations (where
-    samples have ids) are added. At first the residual norm is taken as it is. Where predictions do not beat equal counts,
-    they are flattened, down to equal counts.
+    log sigma is regressed on the logarithms of residual norm, loss and length, and each sample's
+    own past deviations (where samples have ids) are added. At first the residual norm is taken as
+    it is. Where predictions do not beat equal counts, they are flattened, down to equal counts.
 
     Args:
         decay: how much of the past is kept from one step to the next.
@@ -31,13 +34,18 @@ class Optimal(Learner):
     def __init__(self, decay: float = 0.95) -> None:
         super().__init__()
         self.decay = decay
-        self._regression, self._history, self._calibration = Regression(decay), History(), Calibration(decay)
+        self._regression, self._history, self._calibration = (
+            Regression(decay),
+            History(),
+            Calibration(decay),
+        )
 
     def predict(self, features: Features) -> Tensor:
         """Return (B,) float64: `sqrt(E sigma_i^2)` given the past, up to a constant of the batch.
 
-        J is linear in sigma_i^2, so its expectation is least for counts in proportion to this root. With log sigma normal,
-        of mean m and variance v, it is `exp(m + v)`: a sample that little is known of gets more queries.
+        J is linear in sigma_i^2, so its expectation is least for counts in proportion to this root.
+        With log sigma normal, of mean m and variance v, it is `exp(m + v)`: a sample that little is
+        known of gets more queries.
         """
         logarithm = self._regression.predict(features)
         if features.ids is not None:
@@ -53,10 +61,16 @@ class Optimal(Learner):
         seen = observe(squares, counts)
         errors = self._regression.learn(features, seen)
         if features.ids is not None:
-            self._history.learn(features.ids, errors, seen.variance, self._regression.spread, self.decay)
+            self._history.learn(
+                features.ids, errors, seen.variance, self._regression.spread, self.decay
+            )
 
     def _parts(self) -> dict[str, Any]:
-        return {"regression": self._regression, "history": self._history, "calibration": self._calibration}
+        return {
+            "regression": self._regression,
+            "history": self._history,
+            "calibration": self._calibration,
+        }
 
     def _state(self) -> dict[str, Any]:
         return {name: part.state_dict() for name, part in self._parts().items()}

@@ -24,14 +24,18 @@ def columns(features: Features) -> Tensor:
         values = finite(values)
         return values.clamp(min=max(_LEAST * float(values.max()), 1e-300)).log()
 
-    return torch.stack([logarithm(values) for values in (features.residuals, features.losses, features.lengths)], dim=1)
+    return torch.stack(
+        [logarithm(values) for values in (features.residuals, features.losses, features.lengths)],
+        dim=1,
+    )
 
 
 class Regression:
-    """Bayesian linear regression with forgetting, within batches: levels that a whole batch shares are left out.
+    """Bayesian linear regression with forgetting, within batches: levels that a whole batch shares
+    are left out.
 
-    The prior is `sigma_i ∝ residual norm`: by the chain rule a sample's gradient norm is its residual norm times that of a
-    Jacobian which varies less between samples.
+    The prior is `sigma_i ∝ residual norm`: by the chain rule a sample's gradient norm is its
+    residual norm times that of a Jacobian which varies less between samples.
 
     Args:
         decay: how much of the past is kept from one step to the next.
@@ -40,9 +44,11 @@ class Regression:
     def __init__(self, decay: float) -> None:
         self.decay = decay
         self._prior = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
-        self._inner = torch.zeros(3, 3, dtype=torch.float64)  # weighted sums of x x' and x y over past samples
+        # weighted sums of x x' and x y over past samples
+        self._inner = torch.zeros(3, 3, dtype=torch.float64)
         self._outer = torch.zeros(3, dtype=torch.float64)
-        # Squared errors beyond the noise of the observations, and their number; it starts as if 10 had been seen.
+        # Squared errors beyond the noise of the observations, and their number; it starts as if 10
+        # had been seen.
         self._misfit, self._seen = 2.5, 10.0
 
     @property

@@ -31,7 +31,8 @@ def proxy(squares: Tensor, counts: Tensor) -> Tensor:
 
 
 def proportional(shares: Tensor, budget: int) -> Tensor:
-    """Return real counts `max(1, c share_i)` that sum to the budget: what `n_i ∝ share_i` means where one is the least.
+    """Return real counts `max(1, c share_i)` that sum to the budget: what `n_i ∝ share_i` means
+    where one is the least.
 
     Args:
         shares: (B,) float64, non-negative.
@@ -43,7 +44,9 @@ def proportional(shares: Tensor, budget: int) -> Tensor:
     counts = torch.full_like(shares, budget / len(shares))
     above = shares > 0
     while bool(above.any()):
-        counts = torch.where(above, shares * ((budget - int((~above).sum())) / shares[above].sum()), 1.0)
+        counts = torch.where(
+            above, shares * ((budget - int((~above).sum())) / shares[above].sum()), 1.0
+        )
         if bool((counts >= 1).all()):
             break
         above &= counts >= 1
@@ -51,7 +54,8 @@ def proportional(shares: Tensor, budget: int) -> Tensor:
 
 
 def one_and_share(shares: Tensor, budget: int) -> Tensor:
-    """Return real counts: one query for each sample, and the rest of the budget in proportion to the shares.
+    """Return real counts: one query for each sample, and the rest of the budget in proportion to
+    the shares.
 
     Args:
         shares: (..., B) float64; negative ones count as 0, and if all do, all are equal.
@@ -91,8 +95,11 @@ def rounded(counts: Tensor, budget: int) -> Tensor:
 
 
 def _granted(spread: np.ndarray, threshold: float) -> np.ndarray:
-    """Return how many queries each sample gets before the gain of one more falls to `threshold` or below."""
-    # n gains over n - 1 by spread^2 / (n (n - 1)): solve for n, then undo rounding by comparing directly.
+    """Return how many queries each sample gets before the gain of one more falls to `threshold` or
+    below.
+    """
+    # n gains over n - 1 by spread^2 / (n (n - 1)): solve for n, then undo rounding by comparing
+    # directly.
     squares = spread**2
     counts = np.floor((1 + np.sqrt(1 + 4 * squares / threshold)) / 2).clip(1)
     counts += squares / (counts * (counts + 1)) > threshold
@@ -104,8 +111,9 @@ def optimal_counts(sigma: Tensor, budget: int) -> Tensor:
     """Minimise `J(n) = sum_i sigma_i^2 / n_i` over integers n_i >= 1 that sum to `budget`, exactly.
 
     J is separable and convex, so giving each next query to the sample with the largest gain
-    `sigma_i^2 / (n_i (n_i + 1))` is optimal (Fox 1966; the integer counterpart of Neyman's n_i ∝ sigma_i, FLOPS §4). A
-    bisection on the gain grants almost all queries at once; the greedy rule grants the last few.
+    `sigma_i^2 / (n_i (n_i + 1))` is optimal (Fox 1966; the integer counterpart of Neyman's n_i ∝
+    sigma_i, FLOPS §4). A bisection on the gain grants almost all queries at once; the greedy rule
+    grants the last few.
 
     Args:
         sigma: (B,) non-negative; values that are not finite count as the largest finite one.
@@ -121,7 +129,8 @@ def optimal_counts(sigma: Tensor, budget: int) -> Tensor:
     largest = spread[finite].max(initial=0.0)
     if largest == 0.0:
         return equal_counts(samples, budget)
-    # Relative gains below 1e-9 would only order queries of samples that count for nothing, and cost precision.
+    # Relative gains below 1e-9 would only order queries of samples that count for nothing, and cost
+    # precision.
     spread = np.where(finite, spread / largest, 1.0).clip(1e-9)
     # Log gains at which more than the budget, and none, is granted.
     low, high = math.log(1e-18 / (4.0 * budget * budget)), 0.0

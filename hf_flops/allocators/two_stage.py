@@ -12,16 +12,19 @@ from .rounding import optimal_counts
 
 
 class TwoStage(Optimal):
-    """`Optimal`, whose prediction a pilot round of the same step corrects before most of the budget is spent.
+    """`Optimal`, whose prediction a pilot round of the same step corrects before most of the budget
+    is spent.
 
-    Every sample gets the same few pilot queries. Their deltas are combined with the prediction, each as far as it is
-    certain, and the rest of the budget follows. Both rounds' means are unbiased, given what came before them, and so is
-    `w_i pilot + (1 - w_i) second` for weights that are fixed beforehand: w_i is the pilot's part of the queries that the
-    *prediction* would give the sample. (Its part of the queries that the sample gets would depend on the pilot's own noise,
+    Every sample gets the same few pilot queries. Their deltas are combined with the prediction,
+    each as far as it is certain, and the rest of the budget follows. Both rounds' means are
+    unbiased, given what came before them, and so is `w_i pilot + (1 - w_i) second` for weights that
+    are fixed beforehand: w_i is the pilot's part of the queries that the *prediction* would give
+    the sample. (Its part of the queries that the sample gets would depend on the pilot's own noise,
     and be biased: samples with small deltas would count them for more.)
 
     Args:
-        pilot: queries per sample in the pilot round; fewer where the budget would leave none for the second.
+        pilot: queries per sample in the pilot round; fewer where the budget would leave none for
+            the second.
         decay: see `Optimal`.
 
     References:
@@ -41,7 +44,9 @@ class TwoStage(Optimal):
         planned = self.counts(features, budget - each * samples)
         return equal_counts(samples, each * samples), each / (each + planned.double())
 
-    def second_counts(self, features: Features, squares: Tensor, pilot: Tensor, shares: Tensor, budget: int) -> Tensor:
+    def second_counts(
+        self, features: Features, squares: Tensor, pilot: Tensor, shares: Tensor, budget: int
+    ) -> Tensor:
         """See `Piloted.second_counts`."""
         logarithm = self.predict(features).log() * self._calibration.power
         squares = squares.detach().cpu().double()

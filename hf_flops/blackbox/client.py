@@ -1,4 +1,6 @@
-"""An engine behind HTTP: batches, several calls at a time, time limits, bounded retries, and an account of what it cost."""
+"""An engine behind HTTP: batches, several calls at a time, time limits, bounded retries, and an
+account of what it cost.
+"""
 
 from __future__ import annotations
 
@@ -65,15 +67,21 @@ def _check_url(url: Any) -> None:
     except (ValueError, TypeError, AttributeError):  # no text, no host, or no number for a port
         usable = False
     if not usable or not re.fullmatch("[!-~]+", url):
-        raise ConfigurationError(f"url={url!r} must be http:// or https:// with a host, in ASCII without spaces.")
+        raise ConfigurationError(
+            f"url={url!r} must be http:// or https:// with a host, in ASCII without spaces."
+        )
     if "@" in parts.netloc:
-        raise ConfigurationError("url holds a user's name or password before '@': send them with headers= instead.")
+        raise ConfigurationError(
+            "url holds a user's name or password before '@': send them with headers= instead."
+        )
 
 
 def _check_headers(headers: Any) -> None:
     """Refuse headers that cannot be sent, without showing what may be secret."""
     if not isinstance(headers, Mapping):
-        raise ConfigurationError(f"headers is a {type(headers).__name__}, where a mapping of names to texts is wanted.")
+        raise ConfigurationError(
+            f"headers is a {type(headers).__name__}, where a mapping of names to texts is wanted."
+        )
     for name, value in headers.items():
         if not isinstance(name, str) or not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.ASCII):
             raise ConfigurationError(f"headers has {name!r}, which is not the name of a header.")
@@ -108,27 +116,30 @@ def _seconds(retry_after: str) -> float:
 class HttpEngine:
     """An engine that `EngineServer`, or anything that speaks as it does, serves.
 
-    A call posts `inputs_embeds` and `attention_mask` of a few rows as safetensors, and gets `logits` as safetensors back.
+    A call posts `inputs_embeds` and `attention_mask` of a few rows as safetensors, and gets
+    `logits` as safetensors back.
 
     Args:
         url: where to post to.
         batch_rows: rows of a call.
         concurrency: calls at a time.
-        timeout: seconds after which a call has failed that is not answered, or whose answer still trickles in.
-        retries: how often a call is repeated after 429, a server's error, a broken connection or a timeout.
-        back_off: seconds before the first repetition, doubled for each further one; a server's Retry-After counts if longer.
-            A minute is the longest wait.
+        timeout: seconds after which a call has failed that is not answered, or whose answer still
+            trickles in.
+        retries: how often a call is repeated after 429, a server's error, a broken connection or a
+            timeout.
+        back_off: seconds before the first repetition, doubled for each further one; a server's
+            Retry-After counts if longer. A minute is the longest wait.
         max_calls: calls in the lifetime of this object, repeated ones included; None for no limit.
-        headers: sent with every call, such as {"Authorization": "Bearer ..."}; no error shows them, and no redirection
-            takes them along.
+        headers: sent with every call, such as {"Authorization": "Bearer ..."}; no error shows them,
+            and no redirection takes them along.
 
     Attributes:
         account: what was asked for so far.
 
     Raises:
         ConfigurationError: an argument that cannot work.
-        EngineError: when it is called: the endpoint, which is named, refused, kept failing or answered with nonsense, or
-            `max_calls` is spent.
+        EngineError: when it is called: the endpoint, which is named, refused, kept failing or
+            answered with nonsense, or `max_calls` is spent.
     """
 
     def __init__(
@@ -145,16 +156,30 @@ class HttpEngine:
     ) -> None:
         _check_url(url)
         _check_headers({} if headers is None else headers)
-        whole: dict[str, tuple[Any, int]] = {"batch_rows": (batch_rows, 1), "concurrency": (concurrency, 1)}
+        whole: dict[str, tuple[Any, int]] = {
+            "batch_rows": (batch_rows, 1),
+            "concurrency": (concurrency, 1),
+        }
         whole |= {"retries": (retries, 0), "max_calls": (0 if max_calls is None else max_calls, 0)}
         for name, (value, least) in whole.items():
             if type(value) is not int or value < least:
-                raise ConfigurationError(f"{name}={value!r} must be a whole number, {least} or more.")
+                raise ConfigurationError(
+                    f"{name}={value!r} must be a whole number, {least} or more."
+                )
         if not isinstance(timeout, int | float) or not 0 < timeout <= threading.TIMEOUT_MAX:
-            raise ConfigurationError(f"timeout={timeout!r} must be a number of seconds, more than 0.")
+            raise ConfigurationError(
+                f"timeout={timeout!r} must be a number of seconds, more than 0."
+            )
         if not isinstance(back_off, int | float) or not 0 <= back_off <= threading.TIMEOUT_MAX:
-            raise ConfigurationError(f"back_off={back_off!r} must be a number of seconds, 0 or more.")
-        self.url, self.batch_rows, self.concurrency, self.timeout = url, batch_rows, concurrency, timeout
+            raise ConfigurationError(
+                f"back_off={back_off!r} must be a number of seconds, 0 or more."
+            )
+        self.url, self.batch_rows, self.concurrency, self.timeout = (
+            url,
+            batch_rows,
+            concurrency,
+            timeout,
+        )
         self.retries, self.back_off, self.max_calls = retries, back_off, max_calls
         self.account = Account()
         self._headers = dict(headers or {})
@@ -166,7 +191,11 @@ class HttpEngine:
     def __call__(self, inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
         """See `Engine`."""
         parts = list(
-            zip(inputs_embeds.cpu().split(self.batch_rows), attention_mask.cpu().split(self.batch_rows), strict=True)
+            zip(
+                inputs_embeds.cpu().split(self.batch_rows),
+                attention_mask.cpu().split(self.batch_rows),
+                strict=True,
+            )
         )
         pool, stop = ThreadPoolExecutor(self.concurrency), threading.Event()
 
@@ -180,17 +209,23 @@ class HttpEngine:
         try:
             futures = [pool.submit(ask, *part) for part in parts]
             for future in as_completed(futures):
-                future.result()  # the first failure is raised, and the other calls are not waited for
+                # the first failure is raised, and the other calls are not waited for
+                future.result()
         finally:
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
         answers = [future.result() for future in futures]
         if len(widths := {answer.shape[1] for answer in answers}) > 1:
-            raise EngineError(f"{self.url} answered calls with different numbers of logits per row: {sorted(widths)}.")
+            raise EngineError(
+                f"{self.url} answered calls with different numbers of logits per row: "
+                f"{sorted(widths)}."
+            )
         return torch.cat(answers)
 
     def _ask(self, embeds: Tensor, mask: Tensor, stop: threading.Event) -> Tensor:
-        """Return the logits (R, V) of one call, repeated as often as is allowed; nothing once `stop` is set."""
+        """Return the logits (R, V) of one call, repeated as often as is allowed; nothing once
+        `stop` is set.
+        """
         body = save({"inputs_embeds": embeds.contiguous(), "attention_mask": mask.contiguous()})
         for attempt in range(self.retries + 1):
             if stop.is_set():
@@ -202,13 +237,20 @@ class HttpEngine:
             except _Failure as failure:
                 if attempt == self.retries:
                     raise EngineError(
-                        f"{self.url} failed {attempt + 1} times in a row, the last time with: {failure}. What was learned "
-                        "up to the last checkpoint is safe: resume from it once the endpoint answers again."
+                        f"{self.url} failed {attempt + 1} times in a row, the last time with: "
+                        f"{failure}. What was learned up to the last checkpoint is safe: resume "
+                        "from it once the endpoint answers again."
                     ) from failure
-                pause = self.back_off * 2 ** min(attempt, 100) * random.Random(attempt).uniform(0.75, 1.25)
+                pause = (
+                    self.back_off
+                    * 2 ** min(attempt, 100)
+                    * random.Random(attempt).uniform(0.75, 1.25)
+                )
                 stop.wait(min(max(pause, failure.wait), _LONGEST_WAIT))
         if answer.dim() != 2 or len(answer) != len(embeds):
-            raise EngineError(f"{self.url} answered with the shape {tuple(answer.shape)} for {len(embeds)} rows.")
+            raise EngineError(
+                f"{self.url} answered with the shape {tuple(answer.shape)} for {len(embeds)} rows."
+            )
         with self._lock:
             self.account.rows += len(embeds)
             self.account.tokens += mask.numel()
@@ -217,13 +259,17 @@ class HttpEngine:
     def _charge(self, again: bool) -> None:
         with self._lock:
             if self.max_calls is not None and self.account.calls >= self.max_calls:
-                raise EngineError(f"{self.url} may not be called again: max_calls={self.max_calls} are used up.")
+                raise EngineError(
+                    f"{self.url} may not be called again: max_calls={self.max_calls} are used up."
+                )
             self.account.calls += 1
             self.account.retries += again
 
     def _post(self, body: bytes) -> Tensor:
         """Send one request and return its answer."""
-        request = urllib.request.Request(self.url, body, {"Content-Type": "application/octet-stream"})
+        request = urllib.request.Request(
+            self.url, body, {"Content-Type": "application/octet-stream"}
+        )
         for name, value in self._headers.items():
             request.add_unredirected_header(name, value)
         start = time.perf_counter()
@@ -240,7 +286,8 @@ class HttpEngine:
             if error.code != 429 and error.code < 500:
                 raise EngineError(f"{self.url} refused: {message}") from error
             raise _Failure(message, _seconds(error.headers.get("Retry-After", ""))) from error
-        except (OSError, HTTPException) as error:  # no connection, a broken one, or no answer in time
+        except (OSError, HTTPException) as error:
+            # no connection, a broken one, or no answer in time
             raise _Failure(f"{type(error).__name__}: {error}") from error
         finally:
             with self._lock:
@@ -250,7 +297,8 @@ class HttpEngine:
             self.account.bytes_received += len(content)
         try:
             return load(content)["logits"]
-        except Exception as error:  # safetensors has an exception of its own, and the key may be missing
+        except Exception as error:
+            # safetensors has an exception of its own, and the key may be missing
             raise EngineError(
                 f"{self.url} answered with {len(content)} bytes that are not logits as safetensors."
             ) from error

@@ -1,4 +1,6 @@
-"""Engines in this process: a model of transformers, and a session of ONNX Runtime, which knows no autograd."""
+"""Engines in this process: a model of transformers, and a session of ONNX Runtime, which knows no
+autograd.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,18 @@ from ..errors import ConfigurationError, EngineError
 
 
 class _Next(nn.Module):
-    """The logits (R, V) after each row's last real token, of a causal language model of transformers."""
+    """The logits (R, V) after each row's last real token, of a causal language model of
+    transformers.
+    """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.body, self.head = model.base_model, model.get_output_embeddings()
 
     def forward(self, inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
-        hidden = self.body(inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        hidden = self.body(
+            inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state
         rows = torch.arange(hidden.shape[0], device=hidden.device)
         return self.head(hidden[rows, attention_mask.sum(1) - 1])
 
@@ -47,18 +53,23 @@ def _onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise ImportError("ONNX engines need ONNX Runtime: pip install 'hf_flops[onnx]'.") from error
+        raise ImportError(
+            "ONNX engines need ONNX Runtime: pip install 'hf_flops[onnx]'."
+        ) from error
     return onnxruntime
 
 
 def export_onnx(model: Any, path: str | Path, *, int8: bool = False) -> Path:
-    """Write a causal language model as an ONNX file with `inputs_embeds` as its input, for `OnnxEngine`.
+    """Write a causal language model as an ONNX file with `inputs_embeds` as its input, for
+    `OnnxEngine`.
 
     Args:
         model: the model, in float32.
-        path: the file to write, and one beside it of weights (`.data`); neither appears before it is checked.
-        int8: whether weights become 8-bit integers, in blocks of 32 numbers, and activations are quantised as they come, in
-            blocks too: with one scale for all of them, outliers leave the rest few digits, and rows depend on each other.
+        path: the file to write, and one beside it of weights (`.data`); neither appears before it
+            is checked.
+        int8: whether weights become 8-bit integers, in blocks of 32 numbers, and activations are
+            quantised as they come, in blocks too: with one scale for all of them, outliers leave
+            the rest few digits, and rows depend on each other.
 
     Raises:
         ConfigurationError: the exported model does not compute what the model does.
@@ -66,7 +77,10 @@ def export_onnx(model: Any, path: str | Path, *, int8: bool = False) -> Path:
     runtime, path = _onnxruntime(), Path(path)
     model.eval()
     width = model.get_input_embeddings().embedding_dim
-    embeds, mask = torch.randn(2, 5, width, generator=torch.Generator().manual_seed(0)), torch.ones(2, 5, dtype=torch.long)
+    embeds, mask = (
+        torch.randn(2, 5, width, generator=torch.Generator().manual_seed(0)),
+        torch.ones(2, 5, dtype=torch.long),
+    )
     mask[1, 3:] = 0
     either = dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC)
     with TemporaryDirectory(dir=path.parent, prefix=path.name) as folder:
@@ -84,13 +98,19 @@ def export_onnx(model: Any, path: str | Path, *, int8: bool = False) -> Path:
                 dynamo=True,
                 verbose=False,
             )
-            wanted = model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).logits[[0, 1], [4, 2]]
+            wanted = model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).logits[
+                [0, 1], [4, 2]
+            ]
         error = float((OnnxEngine(plain)(embeds, mask) - wanted).abs().max())
         if not error <= 1e-3 * max(1.0, float(wanted.abs().max())):
-            raise ConfigurationError(f"{type(model).__name__} cannot be exported: its logits would differ by {error:.2g}.")
+            raise ConfigurationError(
+                f"{type(model).__name__} cannot be exported: its logits would differ by "
+                f"{error:.2g}."
+            )
         if int8:
             _quantise(runtime, plain, whole)
-        path.unlink(missing_ok=True)  # an older one is not to be found beside the weights of this one
+        # an older one is not to be found beside the weights of this one
+        path.unlink(missing_ok=True)
         if (weights := whole.with_name(whole.name + ".data")).is_file():
             os.replace(weights, path.with_name(weights.name))
         os.replace(whole, path)
@@ -99,12 +119,18 @@ def export_onnx(model: Any, path: str | Path, *, int8: bool = False) -> Path:
 
 def _quantise(runtime: Any, plain: Path, path: Path) -> None:
     """Write the 8-bit version of a file."""
-    root, handlers, level = logging.getLogger(), logging.getLogger().handlers[:], logging.getLogger().level
+    root, handlers, level = (
+        logging.getLogger(),
+        logging.getLogger().handlers[:],
+        logging.getLogger().level,
+    )
     module: Any = importlib.import_module(f"{runtime.__name__}.quantization.matmul_nbits_quantizer")
     root.handlers[:] = handlers  # the module sets the root logger up, and tells of every node
     root.setLevel(level)
     module.logger.setLevel(logging.WARNING)
-    quantizer = module.MatMulNBitsQuantizer(str(plain), bits=8, block_size=32, is_symmetric=True, accuracy_level=4)
+    quantizer = module.MatMulNBitsQuantizer(
+        str(plain), bits=8, block_size=32, is_symmetric=True, accuracy_level=4
+    )
     quantizer.process()
     quantizer.model.save_model_to_file(str(path), False)
 
@@ -121,14 +147,19 @@ class OnnxEngine:
         runtime, self.path = _onnxruntime(), Path(path)
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
-        self.session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self.session = runtime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"]
+        )
 
     def __repr__(self) -> str:
         return f"OnnxEngine({str(self.path)!r})"
 
     def __call__(self, inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
         """See `Engine`."""
-        given = {"inputs_embeds": inputs_embeds.cpu().numpy(), "attention_mask": attention_mask.cpu().numpy()}
+        given = {
+            "inputs_embeds": inputs_embeds.cpu().numpy(),
+            "attention_mask": attention_mask.cpu().numpy(),
+        }
         try:
             (logits,) = self.session.run(["logits"], given)
         except Exception as error:  # ONNX Runtime has no common base class

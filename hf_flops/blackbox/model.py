@@ -34,12 +34,15 @@ def _tokens(name: str, given: Any, size: int) -> list[int]:
     except TypeError:  # not a sequence, or not of whole numbers
         tokens = [-1]
     if not all(0 <= token < size for token in tokens):
-        raise ConfigurationError(f"{name}={given!r} must be tokens, whole numbers from 0 to {size - 1}.")
+        raise ConfigurationError(
+            f"{name}={given!r} must be tokens, whole numbers from 0 to {size - 1}."
+        )
     return tokens
 
 
 class BlackBoxPromptModel(nn.Module):
-    """P trainable virtual tokens before or after texts that an engine continues; only forward passes can train them.
+    """P trainable virtual tokens before or after texts that an engine continues; only forward
+    passes can train them.
 
     Args:
         engine: what is asked, see `Engine`.
@@ -47,12 +50,14 @@ class BlackBoxPromptModel(nn.Module):
         label_words: the token of each of C classes.
         num_virtual_tokens: P.
         init_tokens: tokens that the prompt starts as, repeated as needed; else random ones.
-        precision: relative error of a loss that the engine's rounding can cause, which checks allow for: 3e-2 for int8.
-        after: whether the prompt comes after the text, where it learns in fewer rows, instead of before it.
+        precision: relative error of a loss that the engine's rounding can cause, which checks allow
+            for: 3e-2 for int8.
+        after: whether the prompt comes after the text, where it learns in fewer rows, instead of
+            before it.
 
     Raises:
-        ConfigurationError: fewer than one virtual token, tokens that the table does not have, or label words that cannot
-            tell classes apart.
+        ConfigurationError: fewer than one virtual token, tokens that the table does not have, or
+            label words that cannot tell classes apart.
     """
 
     embeddings: Tensor
@@ -72,7 +77,9 @@ class BlackBoxPromptModel(nn.Module):
         super().__init__()
         self.precision, self.after = precision, after
         if type(num_virtual_tokens) is not int or num_virtual_tokens < 1:
-            raise ConfigurationError(f"num_virtual_tokens={num_virtual_tokens!r} must be a whole number, 1 or more.")
+            raise ConfigurationError(
+                f"num_virtual_tokens={num_virtual_tokens!r} must be a whole number, 1 or more."
+            )
         self.engine = engine
         table = embeddings.detach().float()
         words = _tokens("label_words", label_words, len(table))
@@ -102,9 +109,13 @@ class BlackBoxPromptModel(nn.Module):
         if labels is not None:
             labels = self._classes(labels, len(input_ids))
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        index = torch.arange(self.prompt.num_embeddings, device=input_ids.device).expand(len(input_ids), -1)
+        index = torch.arange(self.prompt.num_embeddings, device=input_ids.device).expand(
+            len(input_ids), -1
+        )
         parts = [(self.prompt(index), torch.ones_like(index)), (self.embeddings[input_ids], mask)]
-        rows, mask = (torch.cat(both, 1) for both in zip(*(parts[::-1] if self.after else parts), strict=True))
+        rows, mask = (
+            torch.cat(both, 1) for both in zip(*(parts[::-1] if self.after else parts), strict=True)
+        )
         order = (mask == 0).long().argsort(dim=1, stable=True)  # padding goes to the right
         rows = rows.gather(1, order[:, :, None].expand_as(rows))
         with torch.no_grad():
@@ -114,24 +125,36 @@ class BlackBoxPromptModel(nn.Module):
             try:
                 answer = torch.tensor(answer)  # of NumPy
             except (TypeError, ValueError, RuntimeError) as error:
-                raise EngineError(f"{self.engine!r} answered with a {type(answer).__name__}, not with logits.") from error
+                raise EngineError(
+                    f"{self.engine!r} answered with a {type(answer).__name__}, not with logits."
+                ) from error
         if answer.shape != wanted:
-            raise EngineError(f"{self.engine!r} answered with the shape {tuple(answer.shape)}, where {wanted} was wanted.")
+            raise EngineError(
+                f"{self.engine!r} answered with the shape {tuple(answer.shape)}, where {wanted} "
+                "was wanted."
+            )
         logits = answer.to(rows.device)[:, self.label_words]
         if labels is None:
             return CausalLMOutput(logits=logits)
-        return CausalLMOutput(loss=mean_cross_entropy(logits, labels, num_items_in_batch), logits=logits)
+        return CausalLMOutput(
+            loss=mean_cross_entropy(logits, labels, num_items_in_batch), logits=logits
+        )
 
     def _classes(self, labels: Tensor, rows: int) -> Tensor:
-        """Return labels as `cross_entropy` takes them: (R,) classes, -100 for none, or (R, C) probabilities."""
+        """Return labels as `cross_entropy` takes them: (R,) classes, -100 for none, or (R, C)
+        probabilities.
+        """
         count = len(self.label_words)
         if labels.is_floating_point() and labels.shape == (rows, count):
             return labels
         if labels.is_floating_point() or labels.dtype == torch.bool or labels.shape != (rows,):
             raise ConfigurationError(
-                f"labels of {labels.dtype} in the shape {tuple(labels.shape)} are not the classes of {rows} rows."
+                f"labels of {labels.dtype} in the shape {tuple(labels.shape)} are not the classes "
+                f"of {rows} rows."
             )
         wrong = labels[(labels != -100) & ((labels < 0) | (labels >= count))]
         if len(wrong):
-            raise ConfigurationError(f"labels hold {wrong[0].item()}, but label_words are of classes 0 to {count - 1}.")
+            raise ConfigurationError(
+                f"labels hold {wrong[0].item()}, but label_words are of classes 0 to {count - 1}."
+            )
         return labels.long()

@@ -1,4 +1,6 @@
-"""A reference server for engines, of the standard library: to try black boxes with, not for the open internet."""
+"""A reference server for engines, of the standard library: to try black boxes with, not for the
+open internet.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class EngineServer:
-    """Serves an engine over HTTP in a thread: `with EngineServer(engine) as server: HttpEngine(server.url)`.
+    """Serves an engine over HTTP in a thread: `with EngineServer(engine) as server:
+    HttpEngine(server.url)`.
 
     Args:
         engine: what to serve; it runs one request at a time.
@@ -68,9 +71,13 @@ class EngineServer:
         try:
             self._server = _Server((host, port), _Handler)
         except (OSError, OverflowError, UnicodeError) as error:
-            raise ConfigurationError(f"host={host!r} with port={port} cannot be listened at: {error}.") from error
+            raise ConfigurationError(
+                f"host={host!r} with port={port} cannot be listened at: {error}."
+            ) from error
         self._server.engine, self._host = engine, host
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(0.05,), daemon=True
+        )
 
     @property
     def url(self) -> str:

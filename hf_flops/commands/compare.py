@@ -13,12 +13,21 @@ def parser() -> argparse.ArgumentParser:
     """Return what reads the arguments; those that it does not know are the recipe's."""
     own = argparse.ArgumentParser(
         prog="hf-flops compare",
-        description="Train the same adapter on the same images with several presets, each with the same number of rows "
-        "through the model, and write a table (report.md, results.json) and a picture (report.png).",
-        epilog="Other options go to the recipe, such as --dataset, --model or --seed: see hf-flops vit --help.",
+        description="Train the same adapter on the same images with several presets, each with "
+        "the same number of rows through the model, and write a table (report.md, results.json) "
+        "and a picture (report.png).",
+        epilog="Other options go to the recipe, such as --dataset, --model or --seed: see "
+        "hf-flops vit --help.",
     )
-    own.add_argument("--presets", nargs="+", default=list(PRESETS), help="what to compare (%(default)s); 'backprop' too")
-    own.add_argument("--rows", type=int, help="rows of each run, checks included; default: all of the epochs")
+    own.add_argument(
+        "--presets",
+        nargs="+",
+        default=list(PRESETS),
+        help="what to compare (%(default)s); 'backprop' too",
+    )
+    own.add_argument(
+        "--rows", type=int, help="rows of each run, checks included; default: all of the epochs"
+    )
     own.add_argument("--output_dir", default="outputs/compare", help="default: %(default)s")
     return own
 
@@ -28,15 +37,25 @@ def main(arguments: list[str] | None = None) -> int:
     own = parser()
     given, others = own.parse_known_args(arguments)
     if wrong := [preset for preset in given.presets if preset not in (*PRESETS, "backprop")]:
-        own.error(f"--presets {wrong[0]} is unknown: choose among {', '.join((*PRESETS, 'backprop'))}")
+        own.error(
+            f"--presets {wrong[0]} is unknown: choose among {', '.join((*PRESETS, 'backprop'))}"
+        )
     if given.rows is not None and "backprop" in given.presets:
-        own.error("--rows bounds forward-only runs; leave 'backprop' out, or give --num_train_epochs instead")
+        own.error(
+            "--rows bounds forward-only runs; leave 'backprop' out, or give --num_train_epochs "
+            "instead"
+        )
     for option in others:
         name = option.partition("=")[0].replace("-", "_")
-        if len(name) > 3 and any(own_name.startswith(name) for own_name in ("__compare", "__method", "__max_queries")):
+        if len(name) > 3 and any(
+            own_name.startswith(name) for own_name in ("__compare", "__method", "__max_queries")
+        ):
             own.error(f"{option} is what --presets and --rows stand for: give those")
     if others and not others[0].startswith("-"):
-        own.error(f"{others[0]} is not understood: options begin with --, and a YAML file is for hf-flops vit")
+        own.error(
+            f"{others[0]} is not understood: options begin with --, and a YAML file is for "
+            "hf-flops vit"
+        )
     first, *more = given.presets
     options = ["--method", first, "--output_dir", given.output_dir]
     options += ["--compare", *more] if more else []

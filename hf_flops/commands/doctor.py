@@ -1,4 +1,6 @@
-"""`hf-flops doctor`: what training would do with a model, a PEFT method and data, before any run."""
+"""`hf-flops doctor`: what training would do with a model, a PEFT method and data, before any
+run.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,13 @@ from .recipe import recipe
 TARGETS = (("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"), ("q", "v"), ("c_attn",))
 WIDTH = 48  # tokens of a text
 LEAST = {"rank": 1, "batch_size": 1, "queries_per_sample": 2, "steps": 2}
-SHORT = {"DORA": "LORA", "PROMPT": "PROMPT_TUNING", "PREFIX": "PREFIX_TUNING", "LN": "LN_TUNING", "P": "P_TUNING"}
+SHORT = {
+    "DORA": "LORA",
+    "PROMPT": "PROMPT_TUNING",
+    "PREFIX": "PREFIX_TUNING",
+    "LN": "LN_TUNING",
+    "P": "P_TUNING",
+}
 NEEDS = {  # what no option here gives
     "ADALORA": "total_step in its configuration",
     "ADAPTION_PROMPT": "adapter_layers in its configuration",
@@ -30,17 +38,45 @@ def parser() -> argparse.ArgumentParser:
     """Return what reads the arguments."""
     own = argparse.ArgumentParser(
         prog="hf-flops doctor",
-        description="Take a few steps on a copy of an adapter and say, with reasons: which noise each tensor gets, epsilon, "
-        "rows per second, memory, signal to noise, and a learning rate and queries per sample to begin with.",
+        description="Take a few steps on a copy of an adapter and say, with reasons: which noise "
+        "each tensor gets, epsilon, rows per second, memory, signal to noise, and a learning rate "
+        "and queries per sample to begin with.",
     )
-    own.add_argument("--model", default="vit", help="vit, minilm, smollm2 (embedded), a folder or a Hub id; default: vit")
-    own.add_argument("--peft", default="lora", help="lora, dora, ia3, vera, prompt, prefix, ln or most other PEFT types")
-    own.add_argument("--adapter", metavar="DIR", help="an adapter that was saved, in place of --peft")
-    own.add_argument("--data", help="images or reviews (embedded), or a Hub id or folder; default: what suits the model")
-    own.add_argument("--rank", type=int, default=8, help="of LoRA and its kin, or virtual tokens; default: %(default)s")
-    own.add_argument("--batch_size", type=int, default=32, help="samples of a step; default: %(default)s")
-    own.add_argument("--queries_per_sample", type=int, default=4, help="rows of each; default: %(default)s")
-    own.add_argument("--steps", type=int, default=32, help="of the trial, or up to 4 times as many; default: %(default)s")
+    own.add_argument(
+        "--model",
+        default="vit",
+        help="vit, minilm, smollm2 (embedded), a folder or a Hub id; default: vit",
+    )
+    own.add_argument(
+        "--peft",
+        default="lora",
+        help="lora, dora, ia3, vera, prompt, prefix, ln or most other PEFT types",
+    )
+    own.add_argument(
+        "--adapter", metavar="DIR", help="an adapter that was saved, in place of --peft"
+    )
+    own.add_argument(
+        "--data",
+        help="images or reviews (embedded), or a Hub id or folder; default: what suits the model",
+    )
+    own.add_argument(
+        "--rank",
+        type=int,
+        default=8,
+        help="of LoRA and its kin, or virtual tokens; default: %(default)s",
+    )
+    own.add_argument(
+        "--batch_size", type=int, default=32, help="samples of a step; default: %(default)s"
+    )
+    own.add_argument(
+        "--queries_per_sample", type=int, default=4, help="rows of each; default: %(default)s"
+    )
+    own.add_argument(
+        "--steps",
+        type=int,
+        default=32,
+        help="of the trial, or up to 4 times as many; default: %(default)s",
+    )
     own.add_argument("--json", action="store_true", help="print everything as JSON")
     return own
 
@@ -57,9 +93,13 @@ def kind_of(name: str) -> str:
     if kind not in PeftType.__members__:
         members = [member.lower() for member in PeftType.__members__ if member not in NEEDS]
         known = ", ".join(["dora", "prompt", "prefix", "ln", *members])
-        raise ConfigurationError(f"--peft {name} is no method of the installed PEFT: choose one of {known}.")
+        raise ConfigurationError(
+            f"--peft {name} is no method of the installed PEFT: choose one of {known}."
+        )
     if kind in NEEDS:
-        raise ConfigurationError(f"--peft {name} needs {NEEDS[kind]}: call hf_flops.diagnosis.doctor in Python.")
+        raise ConfigurationError(
+            f"--peft {name} needs {NEEDS[kind]}: call hf_flops.diagnosis.doctor in Python."
+        )
     return kind
 
 
@@ -67,7 +107,8 @@ def configured(name: str, model: Any, task_type: str | None, rank: int) -> Any:
     """Return PEFT's configuration of a method, with what suits the model.
 
     Raises:
-        ConfigurationError: there is no such method, it needs more than its name, or it is for models of text only.
+        ConfigurationError: there is no such method, it needs more than its name, or it is for
+            models of text only.
     """
     from peft import PeftType
     from peft.config import PromptLearningConfig
@@ -82,12 +123,24 @@ def configured(name: str, model: Any, task_type: str | None, rank: int) -> Any:
     modules = [module for module, _ in model.named_modules()]
     last = {module.rpartition(".")[2] for module in modules}
     if "target_modules" in fields and kind != "LN_TUNING":
-        options["target_modules"] = next((list(pair) for pair in TARGETS if set(pair) <= last), "all-linear")
+        options["target_modules"] = next(
+            (list(pair) for pair in TARGETS if set(pair) <= last), "all-linear"
+        )
     elif kind == "LN_TUNING":
-        norms = sorted({module.rpartition(".")[2] for module in modules if "norm" in module.rpartition(".")[2].lower()})
+        norms = sorted(
+            {
+                module.rpartition(".")[2]
+                for module in modules
+                if "norm" in module.rpartition(".")[2].lower()
+            }
+        )
         options["target_modules"] = norms
     sizes: dict[str, Any] = {"r": rank, "num_virtual_tokens": rank, "feedforward_modules": []}
-    options |= {name: value for name, value in sizes.items() if name in fields and (name, kind) != ("r", "OFT")}
+    options |= {
+        name: value
+        for name, value in sizes.items()
+        if name in fields and (name, kind) != ("r", "OFT")
+    }
     if name.upper() == "DORA":
         options["use_dora"] = True
     if "modules_to_save" in fields and "classifier" in last and task_type is None:
@@ -104,7 +157,9 @@ def images(name: str, data: str | None) -> tuple[Any, Any, Any, None]:
 
 
 def texts(name: str, data: str | None, *, causal: bool) -> tuple[Any, Any, Any, str]:
-    """Return a classifier of texts or a language model, samples, what collates them, and PEFT's name for the task."""
+    """Return a classifier of texts or a language model, samples, what collates them, and PEFT's
+    name for the task.
+    """
     import transformers
 
     own = recipe("prompts")
@@ -140,10 +195,13 @@ def loaded(name: str, data: str | None) -> tuple[Any, Any, Any, str | None]:
         config = AutoConfig.from_pretrained(place)
         if hasattr(config, "image_size"):
             return images(place, data)
-        return texts(place, data, causal=any("CausalLM" in kind for kind in config.architectures or []))
+        return texts(
+            place, data, causal=any("CausalLM" in kind for kind in config.architectures or [])
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigurationError(
-            f"--model {name} with --data {data or 'of its kind'} cannot be loaded: {_reason(error)}."
+            f"--model {name} with --data {data or 'of its kind'} cannot be loaded: "
+            f"{_reason(error)}."
         ) from error
 
 
@@ -162,16 +220,21 @@ def adapted(given: argparse.Namespace, model: Any, task_type: str | None) -> Any
         if given.adapter is None:
             return copied(model, configured(given.peft, model, task_type, given.rank))
         with warnings.catch_warnings():
-            warnings.filterwarnings("error", "Found missing adapter keys")  # else they would stay random
+            # else they would stay random
+            warnings.filterwarnings("error", "Found missing adapter keys")
             return PeftModel.from_pretrained(model, given.adapter, is_trainable=True)
     except (ConfigurationError, ImportError):
         raise
     except Exception as error:  # every method of PEFT has its own
-        raise ConfigurationError(f"{option} does not suit --model {given.model}: {_reason(error)}.") from error
+        raise ConfigurationError(
+            f"{option} does not suit --model {given.model}: {_reason(error)}."
+        ) from error
 
 
 def _reason(error: Exception) -> str:
-    return f"there is no {in_one_line(error)}" if isinstance(error, KeyError) else in_one_line(error)
+    return (
+        f"there is no {in_one_line(error)}" if isinstance(error, KeyError) else in_one_line(error)
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -179,11 +242,16 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser().parse_args(arguments)
     for name, least in LEAST.items():
         if getattr(given, name) < least:
-            raise ConfigurationError(f"--{name} {getattr(given, name)} is too small: give {least} or more.")
+            raise ConfigurationError(
+                f"--{name} {getattr(given, name)} is too small: give {least} or more."
+            )
     if given.adapter is None:
         kind_of(given.peft)
     elif not Path(given.adapter, "adapter_config.json").is_file():
-        raise ConfigurationError(f"--adapter {given.adapter} holds no adapter_config.json: name a folder that PEFT saved.")
+        raise ConfigurationError(
+            f"--adapter {given.adapter} holds no adapter_config.json: name a folder that PEFT "
+            "saved."
+        )
     import tempfile
 
     from transformers.utils import logging as transformers_logging

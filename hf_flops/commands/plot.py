@@ -15,11 +15,16 @@ def parser() -> argparse.ArgumentParser:
     """Return what reads the arguments."""
     own = argparse.ArgumentParser(
         prog="hf-flops plot",
-        description="Draw a run from its output folder: the learning curve against rows and against seconds, the signal to "
-        "noise of the estimates, and where the queries went (for data with a column sample_id).",
+        description="Draw a run from its output folder: the learning curve against rows and "
+        "against seconds, the signal to noise of the estimates, and where the queries went (for "
+        "data with a column sample_id).",
     )
     own.add_argument("run", help="output folder, or a checkpoint in it")
-    own.add_argument("--output", metavar="FILE", help="the picture, or a folder for run.png; default: run.png in RUN")
+    own.add_argument(
+        "--output",
+        metavar="FILE",
+        help="the picture, or a folder for run.png; default: run.png in RUN",
+    )
     return own
 
 
@@ -30,12 +35,17 @@ def newest(folder: Path) -> Path:
         ConfigurationError: there is none.
     """
     folders = [path.parent for path in folder.glob(f"checkpoint-*/{STEP_FILE}")]
-    steps = {int(number): path for path in folders if (number := path.name.removeprefix("checkpoint-")).isdecimal()}
+    steps = {
+        int(number): path
+        for path in folders
+        if (number := path.name.removeprefix("checkpoint-")).isdecimal()
+    }
     if (folder / STEP_FILE).is_file():
         return folder
     if not steps:
         raise ConfigurationError(
-            f"{folder} holds no {STEP_FILE}: save checkpoints (save_strategy), or call trainer.save_state() after training."
+            f"{folder} holds no {STEP_FILE}: save checkpoints (save_strategy), or call "
+            "trainer.save_state() after training."
         )
     return steps[max(steps)]
 
@@ -44,8 +54,9 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     """Return what there is to draw of a run.
 
     Returns:
-        "curve": (rows, seconds, value) of each evaluation, or of each log where there was none; "measure": what the value
-        is; "signal": (rows, signal to noise) of each log; "queries": queries per step of each sample.
+        "curve": (rows, seconds, value) of each evaluation, or of each log where there was none;
+        "measure": what the value is; "signal": (rows, signal to noise) of each log; "queries":
+        queries per step of each sample.
 
     Raises:
         ConfigurationError: it has no state, a damaged one, or one without a log of rows.
@@ -57,7 +68,8 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     history = read_json(place / STEP_FILE, "log_history")
     if not any("rows" in entry for entry in history):
         raise ConfigurationError(
-            f"{place} has no log of rows: it is not of a FlopsTrainer, or logging_steps was never reached."
+            f"{place} has no log of rows: it is not of a FlopsTrainer, or logging_steps was never "
+            "reached."
         )
     measure, curve = curve_of(history)
     samples = []

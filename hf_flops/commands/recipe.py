@@ -1,4 +1,6 @@
-"""`hf-flops vit`, `prompt` and `align`: the recipes, found beside the package in a checkout or inside an installed one."""
+"""`hf-flops vit`, `prompt` and `align`: the recipes, found beside the package in a checkout or
+inside an installed one.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,15 @@ def recipe(name: str) -> Any:
     Raises:
         ConfigurationError: it was not installed.
     """
-    places = [folder for folder in (PACKAGE / "bundled", PACKAGE.parent) if (folder / "recipes" / f"{name}.py").is_file()]
+    places = [
+        folder
+        for folder in (PACKAGE / "bundled", PACKAGE.parent)
+        if (folder / "recipes" / f"{name}.py").is_file()
+    ]
     if not places:
-        raise ConfigurationError(f"The recipe {name} is not installed: install hf_flops anew, or run it from a checkout.")
+        raise ConfigurationError(
+            f"The recipe {name} is not installed: install hf_flops anew, or run it from a checkout."
+        )
     if str(places[0]) not in sys.path:
         sys.path.insert(0, str(places[0]))
     return import_module(f"recipes.{name}")
@@ -30,7 +38,8 @@ def recipe(name: str) -> Any:
 def run(name: str, command: str, arguments: list[str] | None = None) -> int:
     """Run a recipe as a subcommand; returns the exit code."""
     arguments = sys.argv[2:] if arguments is None else arguments
-    before, sys.argv = sys.argv, [f"hf-flops {command}", *arguments]  # the recipe's help names what was called
+    # the recipe's help names what was called
+    before, sys.argv = sys.argv, [f"hf-flops {command}", *arguments]
     try:
         recipe(name).main(arguments)
     finally:

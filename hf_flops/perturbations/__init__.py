@@ -28,7 +28,8 @@ def perturb(
     looping: Collection[str] = (),
     distribution: str = "rademacher",
 ) -> Perturbation:
-    """Build the perturbation that moves the named parameters, each in one of the ways that noise can enter.
+    """Build the perturbation that moves the named parameters, each in one of the ways that noise
+    can enter.
 
     Args:
         model: the model.
@@ -40,9 +41,13 @@ def perturb(
     """
     parts: list[Perturbation] = []
     if rowwise:
-        parts.append(RowwiseNoise(model, ParameterVector.of(model, set(rowwise)), distribution, looping))
+        parts.append(
+            RowwiseNoise(model, ParameterVector.of(model, set(rowwise)), distribution, looping)
+        )
     if activation:
-        parts.append(ActivationNoise(model, ParameterVector.of(model, set(activation)), distribution))
+        parts.append(
+            ActivationNoise(model, ParameterVector.of(model, set(activation)), distribution)
+        )
     if shared or not parts:
         parts.append(SharedNoise(ParameterVector.of(model, set(shared)), distribution))
     return parts[0] if len(parts) == 1 else CombinedNoise(parts)

@@ -1,4 +1,6 @@
-"""Noise on the outputs of linear layers: likelihood-ratio gradients as products with the known inputs."""
+"""Noise on the outputs of linear layers: likelihood-ratio gradients as products with the known
+inputs.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,8 @@ class _Seen:
 
     Attributes:
         bias: (R, out) sources, summed over tokens.
-        weight: the rows' products (R, in, out) of inputs and sources, or inputs (R, T, in) and sources (R, T, out) where
-            these are smaller.
+        weight: the rows' products (R, in, out) of inputs and sources, or inputs (R, T, in) and
+            sources (R, T, out) where these are smaller.
     """
 
     bias: Tensor
@@ -36,7 +38,8 @@ class _Seen:
 
     def sums(self, coefficients: Tensor) -> tuple[Tensor, Tensor]:
         """Return (in, out) and (out,), weight and bias summed over rows with coefficients (R,)."""
-        kept = coefficients.nonzero().flatten()  # a row that was dropped may hold NaN, and 0 times NaN is NaN
+        # a row that was dropped may hold NaN, and 0 times NaN is NaN
+        kept = coefficients.nonzero().flatten()
         own = coefficients[kept]
         bias = own @ self.bias[kept]
         if isinstance(self.weight, tuple):
@@ -61,7 +64,8 @@ class Drawn:
 
 
 def correlated(gram: Tensor) -> Tensor:
-    """Return L (R, T, T) with `L L^T = G + ridge`: output noise as noise on the weights would cause it.
+    """Return L (R, T, T) with `L L^T = G + ridge`: output noise as noise on the weights would cause
+    it.
 
     Args:
         gram: G (R, T, T), the inner products of a row's inputs.
@@ -75,7 +79,9 @@ def correlated(gram: Tensor) -> Tensor:
 
 
 def independent(gram: Tensor) -> Tensor:
-    """Return the diagonal L (R, T, T) with the lengths of the inputs: independent noise for every token, as published."""
+    """Return the diagonal L (R, T, T) with the lengths of the inputs: independent noise for every
+    token, as published.
+    """
     size = gram.diagonal(dim1=1, dim2=2)
     return torch.diag_embed((size + torch.finfo(gram.dtype).tiny ** 0.5).sqrt())
 
@@ -83,19 +89,22 @@ def independent(gram: Tensor) -> Tensor:
 class ActivationNoise(Perturbation):
     """Noise on the outputs of linear layers: see `Perturbation`.
 
-    A row's tokens x_t (T, in) give outputs `y = x W^T + b`; noise `u = L xi` is added to y, with xi (T, out) of mean 0 and
-    identity covariance. To first order `delta = sum <g, L xi>` with g = ds/dy, so
+    A row's tokens x_t (T, in) give outputs `y = x W^T + b`; noise `u = L xi` is added to y, with xi
+    (T, out) of mean 0 and identity covariance. To first order `delta = sum <g, L xi>` with g =
+    ds/dy, so
 
-        E[delta (L^-T xi)] = L^-T L^T g = g,    and    grad W = g^T x = E[delta (L^-T xi)^T x],    grad b = sum_t g_t
+        E[delta (L^-T xi)] = L^-T L^T g = g
+        grad W = g^T x = E[delta (L^-T xi)^T x],    grad b = sum_t g_t
 
-    for every invertible L. Diagonal L is the published method. By default `L L^T` is the matrix of inner products
-    `x_t . x_t'` (plus 1 where there is a bias), plus a ridge that keeps it invertible: then u is distributed as weight noise
-    of unit variance would make it, deltas mean what they mean elsewhere, and `delta (L^-T xi)^T x` is the expectation of the
-    weight-noise estimate given what the forward saw (Rao-Blackwell). It is a vector of T x out random numbers, not in x out:
-    for one token (a head on a pooled output) the outer product of xi and `x / ||x||`.
+    for every invertible L. Diagonal L is the published method. By default `L L^T` is the matrix of
+    inner products `x_t . x_t'` (plus 1 where there is a bias), plus a ridge that keeps it
+    invertible: then u is distributed as weight noise of unit variance would make it, deltas mean
+    what they mean elsewhere, and `delta (L^-T xi)^T x` is the expectation of the weight-noise
+    estimate given what the forward saw (Rao-Blackwell). It is a vector of T x out random numbers,
+    not in x out: for one token (a head on a pooled output) the outer product of xi and `x / ||x||`.
 
-    The inputs are those of the forward that was perturbed last: beside the clean ones this changes the estimate by O(eps^2),
-    the order of the difference's own bias, because noise is symmetric.
+    The inputs are those of the forward that was perturbed last: beside the clean ones this changes
+    the estimate by O(eps^2), the order of the difference's own bias, because noise is symmetric.
 
     Args:
         model: the model whose linear layers are watched.
@@ -104,7 +113,8 @@ class ActivationNoise(Perturbation):
         mixing: maps a row's inner products (R, T, T) to L.
 
     References:
-        Ren et al. (2025), FLOPS, arXiv 2410.05966, section 3; Peng et al. (2022), a new likelihood ratio method.
+        Ren et al. (2025), FLOPS, arXiv 2410.05966, section 3; Peng et al. (2022), a new likelihood
+        ratio method.
     """
 
     replays = True
@@ -118,8 +128,12 @@ class ActivationNoise(Perturbation):
     ) -> None:
         self.vector, self.distribution, self.mixing = vector, distribution, mixing
         self.sites = find_sites(model, vector)
-        covered = {index for site in self.sites if is_linear(site) for index in site.tensors.values()}
-        others = {index for site in self.sites if not is_linear(site) for index in site.tensors.values()}
+        covered = {
+            index for site in self.sites if is_linear(site) for index in site.tensors.values()
+        }
+        others = {
+            index for site in self.sites if not is_linear(site) for index in site.tensors.values()
+        }
         missing = [name for index, name in enumerate(vector.names) if index not in covered - others]
         if missing:
             raise RowMismatch(f"{missing} do not belong to linear layers")
@@ -142,7 +156,16 @@ class ActivationNoise(Perturbation):
             for handle in handles:
                 handle.remove()
 
-    def _hook(self, noise: Drawn, scale: float, index: int, module: nn.Module, args: Any, kwargs: Any, out: Any) -> Tensor:
+    def _hook(
+        self,
+        noise: Drawn,
+        scale: float,
+        index: int,
+        module: nn.Module,
+        args: Any,
+        kwargs: Any,
+        out: Any,
+    ) -> Tensor:
         """Add noise to an output and keep what the pull-back needs."""
         rows, tensors = len(noise.keys.rows), self.sites[index].tensors
         x = args[0] if args else next(iter(kwargs.values()))
@@ -154,13 +177,17 @@ class ActivationNoise(Perturbation):
         call = (index, sum(place == index for place, _ in noise.seen))
         if call not in noise.noise:
             keys = seeds(_STREAM, noise.keys.rows, *call)
-            noise.noise[call] = draw(self.distribution, keys, [torch.Size(size)], x.device).tensor(0).to(x)
+            noise.noise[call] = (
+                draw(self.distribution, keys, [torch.Size(size)], x.device).tensor(0).to(x)
+            )
         xi = noise.noise[call]
         with torch.autocast(x.device.type, enabled=False):
             mix = self.mixing(_gram(x, tensors))
             sources = torch.linalg.solve_triangular(mix.transpose(1, 2), xi, upper=True)
             fewer = size[0] < size[1] or "weight" not in tensors
-            noise.seen[call] = _Seen(sources.sum(1), (x, sources) if fewer else x.transpose(1, 2) @ sources)
+            noise.seen[call] = _Seen(
+                sources.sum(1), (x, sources) if fewer else x.transpose(1, 2) @ sources
+            )
             return torch.add(out, (mix @ xi).reshape(out.shape).to(out.dtype), alpha=scale)
 
     def dimension(self, noise: Drawn) -> int:
@@ -175,7 +202,9 @@ class ActivationNoise(Perturbation):
             site = self.sites[index]
             weight, bias = seen.sums(coefficients.to(seen.bias))
             if "weight" in site.tensors:
-                views[site.tensors["weight"]].add_((weight.T if site.rule is linear else weight).to(flat))
+                views[site.tensors["weight"]].add_(
+                    (weight.T if site.rule is linear else weight).to(flat)
+                )
             if "bias" in site.tensors:
                 views[site.tensors["bias"]].add_(bias.to(flat))
         return flat
@@ -187,6 +216,12 @@ def is_linear(site: Site) -> bool:
 
 
 def _gram(x: Tensor, tensors: dict[str, int]) -> Tensor:
-    """Return what trainable tensors make of the inner products of inputs x (R, T, in): (R, T, T)."""
-    gram = x @ x.transpose(1, 2) if "weight" in tensors else torch.zeros(len(x), x.shape[1], x.shape[1], dtype=x.dtype)
+    """Return what trainable tensors make of the inner products of inputs x (R, T, in):
+    (R, T, T).
+    """
+    gram = (
+        x @ x.transpose(1, 2)
+        if "weight" in tensors
+        else torch.zeros(len(x), x.shape[1], x.shape[1], dtype=x.dtype)
+    )
     return gram + 1 if "bias" in tensors else gram

@@ -31,7 +31,13 @@ class ParameterVector:
     @classmethod
     def of(cls, model: nn.Module, names: set[str] | None = None) -> ParameterVector:
         """Collect the trainable parameters of `model`, or those of them that `names` holds."""
-        return cls([(n, p) for n, p in model.named_parameters() if p.requires_grad and (names is None or n in names)])
+        return cls(
+            [
+                (n, p)
+                for n, p in model.named_parameters()
+                if p.requires_grad and (names is None or n in names)
+            ]
+        )
 
     @property
     def device(self) -> torch.device:
@@ -49,18 +55,23 @@ class ParameterVector:
         """Add (d,) to the parameters' `.grad`, each in its own dtype and on its own device."""
         for parameter, view in zip(self.parameters, self.views(flat), strict=True):
             gradient = view.to(parameter.device, parameter.dtype)
-            parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad.add_(gradient)
+            parameter.grad = (
+                gradient.clone() if parameter.grad is None else parameter.grad.add_(gradient)
+            )
 
 
 class Perturbation:
-    """A way for noise to enter a model; a subclass defines `draw`, `applied`, `dimension` and `pull_back`.
+    """A way for noise to enter a model; a subclass defines `draw`, `applied`, `dimension` and
+    `pull_back`.
 
     Attributes:
         vector: the parameters that it moves.
-        grouped: whether all rows of one forward pass share the noise, so that a chunk must lie within a group.
+        grouped: whether all rows of one forward pass share the noise, so that a chunk must lie
+            within a group.
         row_bytes: what the noise of one row takes, as far as it is known beforehand.
         replays: whether a pull-back needs a forward under the same noise before it.
-        rowwise_size: how many of the vector's first numbers have noise of their own in every row; see `row_noise`.
+        rowwise_size: how many of the vector's first numbers have noise of their own in every row;
+            see `row_noise`.
     """
 
     vector: ParameterVector
@@ -79,7 +90,9 @@ class Perturbation:
         raise NotImplementedError
 
     def applied(self, noise: Any, scale: float) -> AbstractContextManager[None]:
-        """Return a context in which the model runs at `theta + scale * noise`; nothing is left behind after it."""
+        """Return a context in which the model runs at `theta + scale * noise`; nothing is left
+        behind after it.
+        """
         raise NotImplementedError
 
     def dimension(self, noise: Any) -> int:
@@ -87,9 +100,13 @@ class Perturbation:
         raise NotImplementedError
 
     def row_noise(self, noise: Any) -> RowNoise | None:
-        """Return the noise of the first `rowwise_size` numbers, independent from row to row with identity covariance."""
+        """Return the noise of the first `rowwise_size` numbers, independent from row to row with
+        identity covariance.
+        """
         return None
 
     def pull_back(self, noise: Any, coefficients: Tensor) -> Tensor:
-        """Return `sum_r coefficients[r] * noise[r]` as a flat vector (d,), in float64 if it is exact; coefficients: (R,)."""
+        """Return `sum_r coefficients[r] * noise[r]` as a flat vector (d,), in float64 if it is
+        exact; coefficients: (R,).
+        """
         raise NotImplementedError

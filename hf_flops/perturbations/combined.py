@@ -16,8 +16,8 @@ from .noise import NoiseKeys, RowNoise
 class CombinedNoise(Perturbation):
     """Row-wise noise where rules exist, shared noise elsewhere: see `Perturbation`.
 
-    Their noises are independent, so a row's loss difference times either part's noise is an unbiased estimate of that
-    part of the gradient.
+    Their noises are independent, so a row's loss difference times either part's noise is an
+    unbiased estimate of that part of the gradient.
     """
 
     def __init__(self, parts: Sequence[Perturbation]) -> None:
@@ -27,7 +27,11 @@ class CombinedNoise(Perturbation):
         self.replays = any(part.replays for part in parts)
         self.rowwise_size = self._parts[0].rowwise_size
         self.vector = ParameterVector(
-            [pair for part in parts for pair in zip(part.vector.names, part.vector.parameters, strict=True)]
+            [
+                pair
+                for part in parts
+                for pair in zip(part.vector.names, part.vector.parameters, strict=True)
+            ]
         )
 
     @property
@@ -57,5 +61,7 @@ class CombinedNoise(Perturbation):
 
     def pull_back(self, noise: list[Any], coefficients: Tensor) -> Tensor:
         """See `Perturbation.pull_back`."""
-        pulled = [part.pull_back(own, coefficients) for part, own in zip(self.parts, noise, strict=True)]
+        pulled = [
+            part.pull_back(own, coefficients) for part, own in zip(self.parts, noise, strict=True)
+        ]
         return torch.cat([piece.to(pulled[0].device) for piece in pulled])

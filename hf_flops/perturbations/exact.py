@@ -1,4 +1,6 @@
-"""Sums that are the same bits in whatever order they are taken: of multiples of 2^-30, cut into three digits."""
+"""Sums that are the same bits in whatever order they are taken: of multiples of 2^-30, cut into
+three digits.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ def rounded(coefficients: Tensor, unit: float = DIGIT**2) -> Tensor:
 
 
 def cut(coefficients: Tensor) -> Tensor:
-    """Cut numbers (R, M) into (R, 3 M) whole numbers: wholes, multiples of `DIGIT`, and multiples of its square."""
+    """Cut numbers (R, M) into (R, 3 M) whole numbers: wholes, multiples of `DIGIT`, and multiples
+    of its square.
+    """
     values = coefficients.to(accumulator(coefficients.device))
     high = values.round()
     middle = ((values - high) * 2.0**15).round()

@@ -1,4 +1,6 @@
-"""The rule of last resort: one layer runs once for each row, with that row's parameters, while the others see all rows."""
+"""The rule of last resort: one layer runs once for each row, with that row's parameters, while the
+others see all rows.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +14,22 @@ from .rules import Noise, RowMismatch
 from .shared import displaced
 
 
-def looped(layer: Any, method: Any, noise: Noise, scale: float, *args: Any, **kwargs: Any) -> Tensor:
-    """Run a method of a layer row by row: right for every layer that maps rows to rows, whatever is inside it.
+def looped(
+    layer: Any, method: Any, noise: Noise, scale: float, *args: Any, **kwargs: Any
+) -> Tensor:
+    """Run a method of a layer row by row: right for every layer that maps rows to rows, whatever is
+    inside it.
 
-    Costs the large matrix products of the layer; elsewhere in the model all rows still go through together.
+    Costs the large matrix products of the layer; elsewhere in the model all rows still go through
+    together.
 
     Args:
         layer: the layer, or the owner of a prompt.
         method: its `forward` (x (R * m, ...), ...), or its `get_prompt` (R * m, ...).
         noise: (R, *shape) by the tensor's name within the layer.
         scale: what noise is multiplied with.
-        args: arguments of the method; tensors as long as the first, and a batch size, are cut into rows.
+        args: arguments of the method; tensors as long as the first, and a batch size, are cut into
+            rows.
         kwargs: likewise.
     """
     rows = len(next(iter(noise.values())))
@@ -42,7 +49,9 @@ def looped(layer: Any, method: Any, noise: Noise, scale: float, *args: Any, **kw
     found = []
     for row in range(rows):
         with displaced(vector, flat[row]):
-            found.append(method(*(cut(v, row) for v in args), **{k: cut(v, row) for k, v in kwargs.items()}))
+            found.append(
+                method(*(cut(v, row) for v in args), **{k: cut(v, row) for k, v in kwargs.items()})
+            )
     if not all(torch.is_tensor(piece) and piece.dim() and len(piece) == size for piece in found):
         raise RowMismatch(f"{type(layer).__name__} does not map rows to rows")
     return torch.cat(found)

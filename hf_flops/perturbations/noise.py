@@ -1,7 +1,7 @@
 """Counter-based noise: a pure function of (seed, optimizer step, global sample position, query).
 
-Nothing is stored and no global generator is touched, so noise can be drawn again for the pull-back, on another rank, or
-after a resume, and does not depend on how rows are cut into chunks.
+Nothing is stored and no global generator is touched, so noise can be drawn again for the pull-back,
+on another rank, or after a resume, and does not depend on how rows are cut into chunks.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from .exact import DIGIT, ROWS, accumulator, cut
 SHARED_POSITION = 2**62  # no sample has this position: the stream of noise that all samples share
 ALL = slice(None)
 BLOCK = 2**18  # numbers of noise that are unpacked at a time: what a processor's cache holds
-_RUN, _WIDE = 2**13, 2**20  # of them for all parameters of a run, and at a time where they are only summed
+# of them for all parameters of a run, and at a time where they are only summed
+_RUN, _WIDE = 2**13, 2**20
 _PACKED = 2**20  # bytes of bits that are drawn at once and kept until their rows are done
 _UNPACKED = 2**21  # numbers that are kept between products with them and sums of them
 
-_SIGNS = torch.tensor([[1.0 - 2.0 * (byte >> bit & 1) for bit in range(8)] for byte in range(256)])  # of a byte's bits
+# of a byte's bits
+_SIGNS = torch.tensor([[1.0 - 2.0 * (byte >> bit & 1) for bit in range(8)] for byte in range(256)])
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,9 @@ Room = Callable[[int], Tensor]
 
 
 class _Scratch:
-    """Memory that is used again, so that it stays in the processor's cache: what was in it before is overwritten."""
+    """Memory that is used again, so that it stays in the processor's cache: what was in it before
+    is overwritten.
+    """
 
     def __init__(self) -> None:
         self._kept = torch.empty(0)
@@ -86,8 +90,11 @@ class Numbers(Protocol):
         """Return R."""
         ...
 
-    def piece(self, index: int, rows: slice = ALL, last: int | None = None, room: Room | None = None) -> Tensor:
-        """Return a piece (R, size) float32 of some rows, or all from it to the last, which must adjoin each other.
+    def piece(
+        self, index: int, rows: slice = ALL, last: int | None = None, room: Room | None = None
+    ) -> Tensor:
+        """Return a piece (R, size) float32 of some rows, or all from it to the last, which must
+        adjoin each other.
 
         If it has to be unpacked, that is done in `room` where there is one.
         """
@@ -102,8 +109,8 @@ class Numbers(Protocol):
 class Signs:
     """Signs +1 and -1, of one random bit each.
 
-    Up to a megabyte of bits, or any number elsewhere than on the CPU, is drawn at once and stays packed; more are drawn when
-    a piece is used, and not kept.
+    Up to a megabyte of bits, or any number elsewhere than on the CPU, is drawn at once and stays
+    packed; more are drawn when a piece is used, and not kept.
 
     Args:
         row_seeds: (R,) uint64.
@@ -113,7 +120,9 @@ class Signs:
 
     bytes_each: float = 1 / 8
 
-    def __init__(self, row_seeds: np.ndarray, sizes: Sequence[int], device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, row_seeds: np.ndarray, sizes: Sequence[int], device: torch.device | str = "cpu"
+    ) -> None:
         self.row_seeds, self.sizes, self.signs = row_seeds, sizes, _SIGNS.to(device)
         self.starts = list(accumulate((-(-size // 64) for size in sizes), initial=0))  # words
         self.host = torch.device(device).type == "cpu"
@@ -127,11 +136,17 @@ class Signs:
         """Draw the words from one to another; returns (R, 8 words) uint8."""
         return torch.from_numpy(words(self.row_seeds[rows], stop - start, start).view(np.uint8))
 
-    def piece(self, index: int, rows: slice = ALL, last: int | None = None, room: Room | None = None) -> Tensor:
+    def piece(
+        self, index: int, rows: slice = ALL, last: int | None = None, room: Room | None = None
+    ) -> Tensor:
         """See `Numbers.piece`: eight signs are looked up at a time."""
         last = index if last is None else last
         start, stop = self.starts[index], self.starts[last + 1]
-        own = self._bytes(start, stop, rows) if self.kept is None else self.kept[rows, 8 * start : 8 * stop]
+        own = (
+            self._bytes(start, stop, rows)
+            if self.kept is None
+            else self.kept[rows, 8 * start : 8 * stop]
+        )
         out = room(8 * own.numel()).view(-1, 8) if room is not None and self.host else None
         signs = torch.index_select(self.signs, 0, own.int().flatten(), out=out)
         return signs.view(len(own), -1)[:, : sum(self.sizes[index : last + 1])]
@@ -150,7 +165,9 @@ class Normals:
 
     bytes_each: float = 4.0
 
-    def __init__(self, row_seeds: np.ndarray, sizes: Sequence[int], device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, row_seeds: np.ndarray, sizes: Sequence[int], device: torch.device | str = "cpu"
+    ) -> None:
         values, generator = torch.empty(len(row_seeds), sum(sizes)), torch.Generator()
         for row, seed in zip(values, row_seeds.tolist(), strict=True):
             torch.randn(len(row), generator=generator.manual_seed(seed), out=row)
@@ -160,10 +177,14 @@ class Normals:
     def __len__(self) -> int:
         return self.rows
 
-    def piece(self, index: int, rows: slice = ALL, last: int | None = None, room: Room | None = None) -> Tensor:
+    def piece(
+        self, index: int, rows: slice = ALL, last: int | None = None, room: Room | None = None
+    ) -> Tensor:
         """See `Numbers.piece`."""
         del room
-        return self.values[rows, self.starts[index] : self.starts[(index if last is None else last) + 1]]
+        return self.values[
+            rows, self.starts[index] : self.starts[(index if last is None else last) + 1]
+        ]
 
     @staticmethod
     def adjoins(size: int) -> bool:
@@ -180,12 +201,13 @@ def blocks(rows: int, numbers: int, most: int = BLOCK) -> Iterator[slice]:
 class RowNoise:
     """The noise of R rows: mean 0, identity covariance.
 
-    A matrix can be the outer product of two independent vectors of signs, `Z = a b^T`: rank-one noise. Its entries are
-    signs that are uncorrelated, though not independent, so estimates stay unbiased, and `||Z||^2` is the number of entries
-    whatever the draw. Therefore `tr Cov = E delta^2 ||z||^2 - ||g||^2 = (d - 1) ||g||^2`, the same as with independent
-    signs. But the error lies in fewer directions, because entries of one row or column of Z err together, and deltas have
-    heavier tails: `E (a^T G b)^4 <= 9 ||G||^4`, against `3 ||G||^4`. With normal factors the trace would be
-    `(out + 2) (in + 2) - 1` times `||G||^2`.
+    A matrix can be the outer product of two independent vectors of signs, `Z = a b^T`: rank-one
+    noise. Its entries are signs that are uncorrelated, though not independent, so estimates stay
+    unbiased, and `||Z||^2` is the number of entries whatever the draw. Therefore `tr Cov = E
+    delta^2 ||z||^2 - ||g||^2 = (d - 1) ||g||^2`, the same as with independent signs. But the error
+    lies in fewer directions, because entries of one row or column of Z err together, and deltas
+    have heavier tails: `E (a^T G b)^4 <= 9 ||G||^4`, against `3 ||G||^4`. With normal factors the
+    trace would be `(out + 2) (in + 2) - 1` times `||G||^2`.
 
     Args:
         numbers: what the noise is made of; the pieces of each parameter follow each other.
@@ -199,7 +221,8 @@ class RowNoise:
     def __init__(self, numbers: Numbers, shapes: Sequence[torch.Size], rank_one: bool) -> None:
         self.numbers, self.shapes = numbers, shapes
         self.layouts, self.first, self._runs = _plan(tuple(shapes), rank_one, type(numbers), _RUN)
-        self._kept: dict[tuple[int, int], Tensor] = {}  # what was unpacked, by first parameter and row
+        # what was unpacked, by first parameter and row
+        self._kept: dict[tuple[int, int], Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -216,8 +239,12 @@ class RowNoise:
         return len(self.layouts[index]) == 2
 
     def factors(self, index: int, rows: slice = ALL) -> tuple[Tensor, ...]:
-        """Return what a parameter's noise is made of: (R, numel), or (R, out) and (R, in) of an outer product."""
-        return tuple(self.numbers.piece(self.first[index] + i, rows) for i in range(len(self.layouts[index])))
+        """Return what a parameter's noise is made of: (R, numel), or (R, out) and (R, in) of an
+        outer product.
+        """
+        return tuple(
+            self.numbers.piece(self.first[index] + i, rows) for i in range(len(self.layouts[index]))
+        )
 
     def tensor(self, index: int, rows: slice = ALL) -> Tensor:
         """Return the noise (R, *shape) of a parameter."""
@@ -245,18 +272,25 @@ class RowNoise:
             part, first = total[:, own], run[0]
             if not self.is_rank_one(first):
                 for rows in blocks(len(columns), part.shape[1], _WIDE):
-                    part.addmm_(columns[rows].T, self._flat(run, slice(rows.start + start, rows.stop + start), room))
+                    part.addmm_(
+                        columns[rows].T,
+                        self._flat(run, slice(rows.start + start, rows.stop + start), room),
+                    )
                 continue
             for rows in blocks(len(columns), sum(self.layouts[first])):
                 left, right = self.factors(first, slice(rows.start + start, rows.stop + start))
-                for matrix, column in zip(part.view(-1, *self.shapes[first]), columns[rows].T, strict=True):
+                for matrix, column in zip(
+                    part.view(-1, *self.shapes[first]), columns[rows].T, strict=True
+                ):
                     matrix.addmm_((left * column[:, None]).T, right)
         return total
 
     def exact_sum(self, coefficients: Tensor) -> Tensor:
-        """Return what `weighted_sum` does as float64: of independent signs the same bits in whatever order rows come.
+        """Return what `weighted_sum` does as float64: of independent signs the same bits in
+        whatever order rows come.
 
-        Coefficients are rounded to multiples of 2^-30 and cut into three digits of 15 bits, the sums of which float32 holds.
+        Coefficients are rounded to multiples of 2^-30 and cut into three digits of 15 bits, the
+        sums of which float32 holds.
         """
         wide, columns = accumulator(coefficients.device), coefficients.view(len(self), -1)
         if not isinstance(self.numbers, Signs) or any(len(own) == 2 for own in self.layouts):
@@ -266,13 +300,18 @@ class RowNoise:
         total = columns.new_zeros(sums, sum(shape.numel() for shape in self.shapes), dtype=wide)
         for start in range(0, len(self), ROWS):
             rows = slice(start, start + ROWS)
-            for column, found in zip(used.tolist(), self._summed(digits[rows][:, used], rows), strict=True):
+            for column, found in zip(
+                used.tolist(), self._summed(digits[rows][:, used], rows), strict=True
+            ):
                 total[column % sums].add_(found, alpha=DIGIT ** (column // sums))
         return total.view(*coefficients.shape[1:], -1)
 
     def dot(self, vectors: Tensor) -> Tensor:
-        """Return the products (R, M) of every row's noise with vectors (M, d); a sum may be the next that is asked for."""
-        products, room = vectors.new_zeros(len(vectors), len(self)), _Scratch()  # twice as fast as its transpose
+        """Return the products (R, M) of every row's noise with vectors (M, d); a sum may be the
+        next that is asked for.
+        """
+        # twice as fast as its transpose
+        products, room = vectors.new_zeros(len(vectors), len(self)), _Scratch()
         few = len(self) * vectors.shape[1] <= _UNPACKED
         for run, own in self._runs:
             part, first = vectors[:, own], run[0]
@@ -286,11 +325,15 @@ class RowNoise:
             for rows in blocks(len(self), sum(self.layouts[first])):
                 left, right = self.factors(first, rows)
                 matrices = part.view(-1, *self.shapes[first])
-                products[:, rows] += torch.stack([((left @ matrix) * right).sum(1) for matrix in matrices])
+                products[:, rows] += torch.stack(
+                    [((left @ matrix) * right).sum(1) for matrix in matrices]
+                )
         return products.T
 
     def _flat(self, run: range, rows: slice, room: Room | None) -> Tensor:
-        """Return the noise (R, numbers) of a run of parameters, in `room` if it has to be unpacked and there is any."""
+        """Return the noise (R, numbers) of a run of parameters, in `room` if it has to be unpacked
+        and there is any.
+        """
         kept = self._kept.get((run[0], rows.start))
         if kept is not None and len(kept) == rows.stop - rows.start:
             return kept
@@ -301,10 +344,11 @@ class RowNoise:
 def _plan(
     shapes: tuple[torch.Size, ...], rank_one: bool, kind: type[Numbers], most: int
 ) -> tuple[list[tuple[int, ...]], list[int], list[tuple[range, slice]]]:
-    """Return the layouts of parameters' noise, the first piece of each, and runs of parameters to be summed together.
+    """Return the layouts of parameters' noise, the first piece of each, and runs of parameters to
+    be summed together.
 
-    The noise of a run lies side by side, and has at most so many numbers or is that of one parameter; a run comes with its
-    place in the flat vector.
+    The noise of a run lies side by side, and has at most so many numbers or is that of one
+    parameter; a run comes with its place in the flat vector.
     """
     layouts = [layout(shape, rank_one) for shape in shapes]
     runs, first, start, stop = list[tuple[range, slice]](), 0, 0, 0
@@ -332,7 +376,10 @@ DISTRIBUTIONS: dict[str, tuple[type[Signs] | type[Normals], bool]] = {
 
 
 def draw(
-    distribution: str, row_seeds: np.ndarray, shapes: Sequence[torch.Size], device: torch.device | str = "cpu"
+    distribution: str,
+    row_seeds: np.ndarray,
+    shapes: Sequence[torch.Size],
+    device: torch.device | str = "cpu",
 ) -> RowNoise:
     """Draw noise for each seed, mean 0 and identity covariance.
 

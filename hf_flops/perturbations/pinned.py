@@ -1,4 +1,6 @@
-"""The self-check of activation noise: a linear layer's weights must act through the outputs of one call, row by row."""
+"""The self-check of activation noise: a linear layer's weights must act through the outputs of one
+call, row by row.
+"""
 
 from __future__ import annotations
 
@@ -34,13 +36,15 @@ class PinCheck:
         self.model, self.sums, self.precision = model, sums, precision
 
     def run(self, names: Collection[str], *, smaller: bool) -> list[str]:
-        """Return those of `names`, all of which have a rule that is right, that can have activation noise.
+        """Return those of `names`, all of which have a rule that is right, that can have activation
+        noise.
 
         Args:
             names: tensors to choose among.
-            smaller: whether to choose only layers that see one token of each row, as heads on a pooled output do, and
-                where activation noise has at most half of the numbers that noise on the weights has. With more tokens it
-                costs a factorisation per row, and noise depends on how much padding a row has.
+            smaller: whether to choose only layers that see one token of each row, as heads on a
+                pooled output do, and where activation noise has at most half of the numbers that
+                noise on the weights has. With more tokens it costs a factorisation per row, and
+                noise depends on how much padding a row has.
         """
         with moved(self.model, seeds(_SEED, 1)):
             return self._choose(names, smaller)
@@ -49,7 +53,11 @@ class PinCheck:
         vector = ParameterVector.of(self.model, set(names))
         sites = find_sites(self.model, vector)
         start, outputs = self._record(sites)
-        fit = [site for site, calls in zip(sites, outputs, strict=True) if self._fits(site, calls, smaller)]
+        fit = [
+            site
+            for site, calls in zip(sites, outputs, strict=True)
+            if self._fits(site, calls, smaller)
+        ]
         while True:  # a tensor that another site holds too must be right there as well
             others = {i for site in sites if site not in fit for i in site.tensors.values()}
             kept = [site for site in fit if others.isdisjoint(site.tensors.values())]
@@ -64,10 +72,19 @@ class PinCheck:
         return []
 
     def _fits(self, site: Site, calls: Sequence[Any], smaller: bool) -> bool:
-        if not is_linear(site) or len(calls) != 1 or not torch.is_tensor(calls[0]) or len(calls[0]) % 2:
+        if (
+            not is_linear(site)
+            or len(calls) != 1
+            or not torch.is_tensor(calls[0])
+            or len(calls[0]) % 2
+        ):
             return False
         numbers = calls[0].numel() // 2
-        weights = sum(p.numel() for name, p in site.module.named_parameters(recurse=False) if name in site.tensors)
+        weights = sum(
+            p.numel()
+            for name, p in site.module.named_parameters(recurse=False)
+            if name in site.tensors
+        )
         return not smaller or (numbers == calls[0].shape[-1] and 2 * numbers <= weights)
 
     def _run(self, sites: Sequence[Site], hooks: Sequence[Callable[..., Any]]) -> Tensor:
@@ -88,7 +105,9 @@ class PinCheck:
     def _same(self, found: Tensor, wanted: Tensor) -> bool:
         return agree(found, wanted, self.precision / 2)
 
-    def _pinned(self, sites: Sequence[Site], outputs: Sequence[Tensor], names: set[str], start: Tensor) -> bool:
+    def _pinned(
+        self, sites: Sequence[Site], outputs: Sequence[Tensor], names: set[str], start: Tensor
+    ) -> bool:
         """Return whether other weights change nothing while the outputs are held."""
 
         def hold(value: Tensor, module: nn.Module, args: Any, out: Any) -> Tensor:

@@ -1,4 +1,6 @@
-"""One noise per row of a forward pass, by forward hooks, so that all queries of a step fit in one batch."""
+"""One noise per row of a forward pass, by forward hooks, so that all queries of a step fit in one
+batch.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def _own(site: Site, noise: RowNoise, rows: slice, device: torch.device) -> Nois
     own: Noise = {}
     for name, index in site.tensors.items():
         if _factored(site, noise, index):
-            own[f"{name}.left"], own[f"{name}.right"] = (factor.to(device) for factor in noise.factors(index, rows))
+            own[f"{name}.left"], own[f"{name}.right"] = (
+                factor.to(device) for factor in noise.factors(index, rows)
+            )
         else:
             own[name] = noise.tensor(index, rows).to(device)
     return own
@@ -50,7 +54,9 @@ def _split(values: Tensor, rows: int, pieces: list[slice]) -> list[Tensor]:
 
 
 def _in_pieces(site: Site, noise: RowNoise, scale: float, x: Tensor, out: Tensor) -> Tensor:
-    """Apply the site's rule to (R * m, ...) a few rows at a time, so that unpacked noise stays in the cache."""
+    """Apply the site's rule to (R * m, ...) a few rows at a time, so that unpacked noise stays in
+    the cache.
+    """
     pieces = list(blocks(len(noise), _width(site, noise)))
     outs = _split(out, len(noise), pieces)
     results = [
@@ -59,11 +65,15 @@ def _in_pieces(site: Site, noise: RowNoise, scale: float, x: Tensor, out: Tensor
     ]
     if len(results) == 1:
         return results[0]
-    in_place = all(result.data_ptr() == own.data_ptr() for result, own in zip(results, outs, strict=True))
+    in_place = all(
+        result.data_ptr() == own.data_ptr() for result, own in zip(results, outs, strict=True)
+    )
     return out if in_place else torch.cat(results)
 
 
-def _watch(site: Site, noise: RowNoise, scale: float, fired: Callable[[], None]) -> Callable[[], None]:
+def _watch(
+    site: Site, noise: RowNoise, scale: float, fired: Callable[[], None]
+) -> Callable[[], None]:
     """Install a forward hook that applies the site's rule, and return what removes it."""
 
     def hook(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> Any:
@@ -77,7 +87,9 @@ def _watch(site: Site, noise: RowNoise, scale: float, fired: Callable[[], None])
     return site.module.register_forward_hook(hook, with_kwargs=True, prepend=True).remove
 
 
-def _patch(site: Site, noise: RowNoise, scale: float, fired: Callable[[], None]) -> Callable[[], None]:
+def _patch(
+    site: Site, noise: RowNoise, scale: float, fired: Callable[[], None]
+) -> Callable[[], None]:
     """Let the site's rule take the place of a method of the module, and return what undoes it."""
     owner, name = site.module, str(site.method)
     original, patched_before = getattr(owner, name), owner.__dict__.get(name)
@@ -97,21 +109,31 @@ def _patch(site: Site, noise: RowNoise, scale: float, fired: Callable[[], None])
 
 
 def _fits(site: Site, noise: RowNoise) -> bool:
-    """Return whether a site is a plain linear layer whose weight every row can have a moved copy of."""
+    """Return whether a site is a plain linear layer whose weight every row can have a moved copy
+    of.
+    """
     module = site.module
-    plain = site.rule is linear and type(module).forward is nn.Linear.forward and "forward" not in module.__dict__
+    plain = (
+        site.rule is linear
+        and type(module).forward is nn.Linear.forward
+        and "forward" not in module.__dict__
+    )
     return plain and "weight" in site.tensors and not noise.is_rank_one(site.tensors["weight"])
 
 
-def _replace(site: Site, noise: RowNoise, scale: float, fired: Callable[[], None]) -> Callable[[], None]:
+def _replace(
+    site: Site, noise: RowNoise, scale: float, fired: Callable[[], None]
+) -> Callable[[], None]:
     """Let a linear layer compute with each row's own weights at once, and return what undoes it.
 
-    One batched product instead of the layer's own and another for the noise: about what the layer costs without noise.
+    One batched product instead of the layer's own and another for the noise: about what the layer
+    costs without noise.
     """
     module: Any = site.module
     original, pieces = module.forward, list(blocks(len(noise), _width(site, noise)))
 
-    def forward(input: Tensor) -> Tensor:  # called as that of `nn.Linear` is, by position or by name
+    # called as that of `nn.Linear` is, by position or by name
+    def forward(input: Tensor) -> Tensor:
         fired()
         if input.dtype != module.weight.dtype or torch.is_autocast_enabled(input.device.type):
             return _in_pieces(site, noise, scale, input, original(input))
@@ -139,7 +161,13 @@ class RowwiseNoise(Perturbation):
         looping: names of tensors whose layers are run row by row.
     """
 
-    def __init__(self, model: nn.Module, vector: ParameterVector, distribution: str, looping: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        vector: ParameterVector,
+        distribution: str,
+        looping: Collection[str] = (),
+    ) -> None:
         self.vector, self.rowwise_size = vector, vector.size
         self.distribution = distribution
         self.row_bytes = bytes_per_row(distribution, vector.shapes)
@@ -150,23 +178,35 @@ class RowwiseNoise(Perturbation):
             raise RowMismatch(f"no per-row rule covers {missing}")
 
     @staticmethod
-    def covered(model: nn.Module, vector: ParameterVector, looping: Collection[str] = ()) -> set[str]:
+    def covered(
+        model: nn.Module, vector: ParameterVector, looping: Collection[str] = ()
+    ) -> set[str]:
         """Return the names of the parameters that per-row rules exist for."""
-        return {vector.names[i] for site in find_sites(model, vector, looping) for i in site.tensors.values()}
+        return {
+            vector.names[i]
+            for site in find_sites(model, vector, looping)
+            for i in site.tensors.values()
+        }
 
     def draw(self, keys: NoiseKeys) -> RowNoise:
         """Draw from the rows' seeds."""
         return draw(self.distribution, keys.rows, self.vector.shapes, self.vector.device)
 
     @contextmanager
-    def applied(self, noise: RowNoise, scale: float, fired: Counter[int] | None = None) -> Iterator[None]:
-        """See `Perturbation.applied`; counts in `fired`, by index of the parameter, how often its rule ran."""
+    def applied(
+        self, noise: RowNoise, scale: float, fired: Counter[int] | None = None
+    ) -> Iterator[None]:
+        """See `Perturbation.applied`; counts in `fired`, by index of the parameter, how often its
+        rule ran.
+        """
         ran: Counter[int] = Counter() if fired is None else fired
         removers: list[Callable[[], None]] = []
         try:
             for site in self.sites:
                 install = _patch if site.method else _replace if _fits(site, noise) else _watch
-                removers.append(install(site, noise, scale, partial(ran.update, site.tensors.values())))
+                removers.append(
+                    install(site, noise, scale, partial(ran.update, site.tensors.values()))
+                )
             yield
         finally:
             for remove in reversed(removers):

@@ -1,8 +1,9 @@
 """Per-row rules: what a module's output becomes when every row has weights of its own.
 
-A rule maps `(module, input, output, noise, scale)` to the output at `theta + scale * noise`. `noise` holds, by attribute
-name, (R, *shape) for each trainable parameter of the module; the input's first dimension is R, or R times a whole number
-where a model flattens rows with something else, row-major. The R rows may be a part of those that go through the model.
+A rule maps `(module, input, output, noise, scale)` to the output at `theta + scale * noise`.
+`noise` holds, by attribute name, (R, *shape) for each trainable parameter of the module; the
+input's first dimension is R, or R times a whole number where a model flattens rows with something
+else, row-major. The R rows may be a part of those that go through the model.
 """
 
 from __future__ import annotations
@@ -31,12 +32,14 @@ def by_row(values: Tensor, noise: Noise, *tail: int) -> Tensor:
 
 
 def _product(x: Tensor, out: Tensor, noise: Noise, transposed: bool, scale: float) -> Tensor:
-    """Add `scale * (x @ weight.T + bias)` per row, in place: a linear layer's output is a new tensor.
+    """Add `scale * (x @ weight.T + bias)` per row, in place: a linear layer's output is a new
+    tensor.
 
     Args:
         x: (R * m, .., in).
         out: (R * m, .., out).
-        noise: weight (R, out, in), or its factors `weight.left` (R, out) and `weight.right` (R, in); bias (R, out).
+        noise: weight (R, out, in), or its factors `weight.left` (R, out) and `weight.right`
+            (R, in); bias (R, out).
         transposed: whether a weight is (in, out) instead.
         scale: epsilon.
     """
@@ -45,14 +48,19 @@ def _product(x: Tensor, out: Tensor, noise: Noise, transposed: bool, scale: floa
     if "weight" in noise:
         weight = noise["weight"].to(out.dtype)
         weight = weight.transpose(1, 2) if transposed else weight
-        if weight.shape[1] < weight.shape[2]:  # batched products are faster where the long side of the weight is read along
+        # batched products are faster where the long side of the weight is read along
+        if weight.shape[1] < weight.shape[2]:
             result = result.add_(torch.bmm(weight, x.transpose(1, 2)).transpose(1, 2), alpha=scale)
         else:
             result = result.baddbmm_(x, weight.transpose(1, 2), alpha=scale)
     elif "weight.left" in noise:
-        left, right = (noise[f"weight.{side}"].unsqueeze(1).to(out.dtype) for side in ("left", "right"))
+        left, right = (
+            noise[f"weight.{side}"].unsqueeze(1).to(out.dtype) for side in ("left", "right")
+        )
         left, right = (right, left) if transposed else (left, right)
-        result = result.addcmul_(torch.bmm(right, x.transpose(1, 2)).transpose(1, 2), left, value=scale)
+        result = result.addcmul_(
+            torch.bmm(right, x.transpose(1, 2)).transpose(1, 2), left, value=scale
+        )
     if "bias" in noise:
         result = result.add_(noise["bias"].unsqueeze(1).to(out.dtype), alpha=scale)
     return result.reshape(out.shape)
@@ -64,11 +72,15 @@ def linear(module: nn.Linear, x: Tensor, out: Tensor, noise: Noise, scale: float
 
 
 def moved_linear(module: nn.Linear, x: Tensor, noise: Noise, scale: float) -> Tensor:
-    """Return what `nn.Linear` makes of x (R * m, .., in) where every row has weights of its own: (R * m, .., out)."""
+    """Return what `nn.Linear` makes of x (R * m, .., in) where every row has weights of its own: (R
+    * m, .., out).
+    """
     rows = by_row(x, noise, x.shape[-1])
     weight = torch.add(module.weight, noise["weight"].to(module.weight.dtype), alpha=scale)
-    if weight.shape[1] < weight.shape[2]:  # batched products are faster where the long side of the weight is read along
-        out = torch.bmm(weight, rows.transpose(1, 2)).transpose(1, 2).contiguous()  # as that of the layer itself
+    # batched products are faster where the long side of the weight is read along
+    if weight.shape[1] < weight.shape[2]:
+        # as that of the layer itself
+        out = torch.bmm(weight, rows.transpose(1, 2)).transpose(1, 2).contiguous()
     else:
         out = torch.bmm(rows, weight.transpose(1, 2))
     if module.bias is not None:
@@ -99,7 +111,9 @@ def convolution(module: Any, x: Tensor, out: Tensor, noise: Noise, scale: float)
             padding = 0
         convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[x.dim() - 2]
         weight = noise["weight"].flatten(0, 1).to(x.dtype)
-        shift = convolve(x, weight, None, module.stride, padding, module.dilation, rows * module.groups)
+        shift = convolve(
+            x, weight, None, module.stride, padding, module.dilation, rows * module.groups
+        )
         shift = shift.reshape(repeats, rows, *out.shape[1:]).transpose(0, 1)
         result = torch.add(result, shift.to(out.dtype), alpha=scale)
     if "bias" in noise:
@@ -139,7 +153,9 @@ def rms_norm(module: Any, x: Tensor, out: Tensor, noise: Noise, scale: float) ->
     epsilon = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
     x = x if x.dtype == torch.float64 else x.float()
     mean_square = x.square().mean(-1, keepdim=True)
-    normalised = x * torch.rsqrt(mean_square + (torch.finfo(x.dtype).eps if epsilon is None else epsilon))
+    normalised = x * torch.rsqrt(
+        mean_square + (torch.finfo(x.dtype).eps if epsilon is None else epsilon)
+    )
     return _affine(normalised, out, noise, scale)
 
 
@@ -154,8 +170,9 @@ _BY_TYPE: tuple[tuple[type | tuple[type, ...], Rule], ...] = (
 def rule_for(module: nn.Module) -> Rule | None:
     """Return the rule for a module's parameters, or None where it has none.
 
-    A rule found here is a proposal: the self-check of the first step compares it with an explicit change of parameters,
-    because a subclass may override `forward`, or a parent may call the module in an unexpected way.
+    A rule found here is a proposal: the self-check of the first step compares it with an explicit
+    change of parameters, because a subclass may override `forward`, or a parent may call the module
+    in an unexpected way.
     """
     for kind, rule in _BY_TYPE:
         if isinstance(module, kind):

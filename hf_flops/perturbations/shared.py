@@ -1,4 +1,6 @@
-"""One noise for all rows of a forward pass, by swapping parameters: works for every parameter of every module."""
+"""One noise for all rows of a forward pass, by swapping parameters: works for every parameter of
+every module.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from .noise import NoiseKeys, draw
 def displaced(vector: ParameterVector, flat: Tensor) -> Iterator[None]:
     """Let the parameters be `theta + flat` (d,) for a while.
 
-    The original storage is set aside, never written to: it comes back bit for bit, also after an exception.
+    The original storage is set aside, never written to: it comes back bit for bit, also after an
+    exception.
     """
     originals = [parameter.data for parameter in vector.parameters]
     try:
@@ -33,7 +36,9 @@ def displaced(vector: ParameterVector, flat: Tensor) -> Iterator[None]:
 
 
 def moved(model: nn.Module, seed: np.ndarray) -> AbstractContextManager[None]:
-    """Move all trainable tensors off their starting values, which hide what others do (`lora_B = 0`), for a while."""
+    """Move all trainable tensors off their starting values, which hide what others do
+    (`lora_B = 0`), for a while.
+    """
     everything = ParameterVector.of(model)
     offset = draw("gaussian", seed, everything.shapes, everything.device)[0]
     return displaced(everything, offset.mul_(0.05))

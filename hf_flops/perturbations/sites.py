@@ -22,7 +22,8 @@ class Site:
         module: the module that is watched; for soft prompts, the model that hands them out.
         tensors: name of each parameter within the module → its index in the parameter vector.
         rule: what the module's output becomes, or where `method` is given what that method returns.
-        method: the method that the rule takes the place of; None for rules that change the module's output.
+        method: the method that the rule takes the place of; None for rules that change the module's
+            output.
     """
 
     module: nn.Module
@@ -32,15 +33,22 @@ class Site:
 
 
 def prompt_owner(model: nn.Module) -> nn.Module | None:
-    """Return the module that hands out soft prompts through `get_prompt`, as PEFT's prompt learning does."""
+    """Return the module that hands out soft prompts through `get_prompt`, as PEFT's prompt learning
+    does.
+    """
     for module in model.modules():
-        if hasattr(module, "prompt_encoder") and getattr(module, "active_peft_config", None) is not None:
+        if (
+            hasattr(module, "prompt_encoder")
+            and getattr(module, "active_peft_config", None) is not None
+        ):
             return module
     return None
 
 
 def _whole_sites(model: nn.Module, index: dict[int, int], names: Collection[int]) -> Iterator[Site]:
-    """Yield the sites whose rule takes a method's place: prompts, PEFT's layers, and those that are run row by row."""
+    """Yield the sites whose rule takes a method's place: prompts, PEFT's layers, and those that are
+    run row by row.
+    """
     owner = prompt_owner(model)
     inside: set[int] = set()  # modules below a layer that is run row by row
     for module in model.modules():
@@ -63,7 +71,9 @@ def _whole_sites(model: nn.Module, index: dict[int, int], names: Collection[int]
             if id(parameter) in index and name.startswith(prefix)
         }
         if any(i in names for i in tensors.values()):
-            inside.update(map(id, layer.prompt_encoder.modules() if module is owner else module.modules()))
+            inside.update(
+                map(id, layer.prompt_encoder.modules() if module is owner else module.modules())
+            )
             yield Site(module, tensors, looped, "get_prompt" if module is owner else "forward")
         elif plain and found is not None:
             # A base layer's own tensors have rules of their own.
@@ -72,8 +82,11 @@ def _whole_sites(model: nn.Module, index: dict[int, int], names: Collection[int]
                 yield Site(module, tensors, *found)
 
 
-def find_sites(model: nn.Module, vector: ParameterVector, looping: Collection[str] = ()) -> list[Site]:
-    """List the sites at which rules exist; a parameter is covered only if every module that holds it has one.
+def find_sites(
+    model: nn.Module, vector: ParameterVector, looping: Collection[str] = ()
+) -> list[Site]:
+    """List the sites at which rules exist; a parameter is covered only if every module that holds
+    it has one.
 
     Args:
         model: the model.
@@ -81,7 +94,9 @@ def find_sites(model: nn.Module, vector: ParameterVector, looping: Collection[st
         looping: names of those whose layers are run row by row.
     """
     index = {id(parameter): i for i, parameter in enumerate(vector.parameters)}
-    sites = list(_whole_sites(model, index, {i for i, name in enumerate(vector.names) if name in looping}))
+    sites = list(
+        _whole_sites(model, index, {i for i, name in enumerate(vector.names) if name in looping})
+    )
     taken = {
         (id(site.module.get_submodule(name.rpartition(".")[0])), name.rpartition(".")[2])
         for site in sites

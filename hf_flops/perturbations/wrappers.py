@@ -1,8 +1,11 @@
-"""Per-row rules of PEFT's layers whose parameters belong to no module of their own, or to one that is called oddly.
+"""Per-row rules of PEFT's layers whose parameters belong to no module of their own, or to one that
+is called oddly.
 
-Such a rule takes the place of a method of the layer: it maps `(layer, method, noise, scale, *arguments)` to what the method
-returns at `theta + scale * noise`, where `noise` holds (R, *shape) by the tensor's name within the layer. Layers are told by
-what they hold, not by their class, so nothing of PEFT is imported. Like every rule, these are proposals to the self-check.
+Such a rule takes the place of a method of the layer: it maps
+`(layer, method, noise, scale, *arguments)` to what the method returns at `theta + scale * noise`,
+where `noise` holds (R, *shape) by the tensor's name within the layer. Layers are told by what they
+hold, not by their class, so nothing of PEFT is imported. Like every rule, these are proposals to
+the self-check.
 """
 
 from __future__ import annotations
@@ -32,8 +35,11 @@ def _moved(layer: Any, name: str, noise: Noise, scale: float) -> Tensor:
     return parameter.expand(len(next(iter(noise.values()))), *parameter.shape)
 
 
-def ia3(layer: Any, method: Any, noise: Noise, scale: float, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """IA3: one factor per input feature (feed-forward layers) or per output feature, (R, 1, C, 1, ...) for convolutions.
+def ia3(
+    layer: Any, method: Any, noise: Noise, scale: float, x: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    """IA3: one factor per input feature (feed-forward layers) or per output feature, (R, 1, C, 1,
+    ...) for convolutions.
 
     References:
         Liu et al. (2022), T-Few, arXiv 2205.05638, section 3.3.
@@ -52,7 +58,9 @@ def ia3(layer: Any, method: Any, noise: Noise, scale: float, x: Tensor, *args: A
     return scaled(layer.base_layer(x, *args, **kwargs))
 
 
-def vera(layer: Any, method: Any, noise: Noise, scale: float, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def vera(
+    layer: Any, method: Any, noise: Noise, scale: float, x: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
     """VeRA: `out + b * (B (d * (A x)))` with vectors b (out,) and d (rank,) beside frozen A and B.
 
     References:
@@ -69,12 +77,15 @@ def vera(layer: Any, method: Any, noise: Noise, scale: float, x: Tensor, *args: 
     return (out + shift.reshape(out.shape)).to(out.dtype)
 
 
-def dora(layer: Any, method: Any, noise: Noise, scale: float, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """DoRA on a linear layer: `m / ||W + s B A|| * (W + s B A) x + bias`, the norm taken of each row of the matrix.
+def dora(
+    layer: Any, method: Any, noise: Noise, scale: float, x: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    """DoRA on a linear layer: `m / ||W + s B A|| * (W + s B A) x + bias`, the norm taken of each
+    row of the matrix.
 
-    No row's W + s B A is ever formed: `||W_o + s b_o A||^2 = ||W_o||^2 + 2 s b_o (A W^T)_o + s^2 b_o A A^T b_o` for output
-    o, which costs what `rank` more tokens in each row would. The norm moves with A and B here, as it does in the model;
-    PEFT's backward pass takes it for a constant.
+    No row's W + s B A is ever formed: `||W_o + s b_o A||^2 = ||W_o||^2 + 2 s b_o (A W^T)_o + s^2
+    b_o A A^T b_o` for output o, which costs what `rank` more tokens in each row would. The norm
+    moves with A and B here, as it does in the model; PEFT's backward pass takes it for a constant.
 
     References:
         Liu et al. (2024), DoRA, arXiv 2402.09353, equation 5 and section 4.3.
@@ -87,7 +98,9 @@ def dora(layer: Any, method: Any, noise: Noise, scale: float, x: Tensor, *args: 
     weight = (base.weight.T if getattr(layer, "fan_in_fan_out", False) else base.weight).to(a.dtype)
     factor = layer.scaling[adapter]
     cross = torch.matmul(a, weight.T).transpose(1, 2)  # (R, out, rank)
-    square = weight.square().sum(1) + (b * (2 * factor * cross + factor**2 * b @ (a @ a.transpose(1, 2)))).sum(2)
+    square = weight.square().sum(1) + (
+        b * (2 * factor * cross + factor**2 * b @ (a @ a.transpose(1, 2)))
+    ).sum(2)
     ratio = (magnitude / square.clamp(min=0).sqrt()).unsqueeze(1)
     out = base(x, *args, **kwargs)
     plain = by_row(out if base.bias is None else out - base.bias, noise, out.shape[-1])
@@ -102,7 +115,9 @@ def _embedding_scale(layer: Any) -> Any:
     return 1.0 if scale is None else scale
 
 
-def lora_embedding(layer: Any, method: Any, noise: Noise, scale: float, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def lora_embedding(
+    layer: Any, method: Any, noise: Noise, scale: float, x: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
     """LoRA on `nn.Embedding`: A (rank, V) is looked up, then multiplied by B (D, rank)."""
     del method
     adapter = layer.active_adapters[0]
@@ -112,34 +127,47 @@ def lora_embedding(layer: Any, method: Any, noise: Noise, scale: float, x: Tenso
     indices = by_row(x, noise)  # (R, tokens)
     low = F.embedding(indices, table.T)
     if name in noise:
-        own = noise[name].gather(2, indices.unsqueeze(1).expand(-1, len(table), -1))  # (R, rank, tokens)
+        # (R, rank, tokens)
+        own = noise[name].gather(2, indices.unsqueeze(1).expand(-1, len(table), -1))
         low = torch.add(low, own.transpose(1, 2).to(low.dtype), alpha=scale)
     out = layer.base_layer(x, *args, **kwargs)
     shift = low @ b.transpose(1, 2) * (layer.scaling[adapter] * _embedding_scale(layer))
     return (out + shift.reshape(out.shape)).to(out.dtype)
 
 
-def trainable_tokens(layer: Any, method: Any, noise: Noise, scale: float, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Rows of an embedding, or of an output layer that is tied to it, that are trained in the frozen rest: (K, D)."""
+def trainable_tokens(
+    layer: Any, method: Any, noise: Noise, scale: float, x: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    """Rows of an embedding, or of an output layer that is tied to it, that are trained in the
+    frozen rest: (K, D).
+    """
     ((name, own),) = noise.items()
     out = method(x, *args, **kwargs)
     tokens = torch.as_tensor(layer.token_indices[name.split(".")[-1]], device=x.device)
     own = own.to(out.dtype)
     if isinstance(layer.base_layer, nn.Embedding):
-        shift = (by_row(x, noise).unsqueeze(-1) == tokens).to(out.dtype) @ own * _embedding_scale(layer)
+        shift = (
+            (by_row(x, noise).unsqueeze(-1) == tokens).to(out.dtype) @ own * _embedding_scale(layer)
+        )
         return torch.add(out, shift.reshape(out.shape), alpha=scale)
     logits = by_row(x, noise, x.shape[-1]).to(out.dtype) @ own.transpose(1, 2)
     return out.index_add(-1, tokens, logits.reshape(*out.shape[:-1], -1), alpha=scale)
 
 
-def prompt(owner: Any, method: Any, noise: Noise, scale: float, batch_size: int, *args: Any, **kwargs: Any) -> Tensor:
+def prompt(
+    owner: Any, method: Any, noise: Noise, scale: float, batch_size: int, *args: Any, **kwargs: Any
+) -> Tensor:
     """Prompt tuning: `get_prompt` hands out the (P, D) virtual tokens, repeated for every row."""
     del owner
     (shift,) = noise.values()
     prompts = method(batch_size, *args, **kwargs)
     if batch_size % len(shift) or prompts.shape[1:] != shift.shape[1:]:
-        raise RowMismatch(f"prompts of shape {tuple(prompts.shape)} for noise of shape {tuple(shift.shape)}")
-    return torch.add(prompts, shift.to(prompts.dtype).repeat_interleave(batch_size // len(shift), 0), alpha=scale)
+        raise RowMismatch(
+            f"prompts of shape {tuple(prompts.shape)} for noise of shape {tuple(shift.shape)}"
+        )
+    return torch.add(
+        prompts, shift.to(prompts.dtype).repeat_interleave(batch_size // len(shift), 0), alpha=scale
+    )
 
 
 _LAYERS: tuple[tuple[str, MethodRule, str], ...] = (
@@ -152,12 +180,21 @@ _LAYERS: tuple[tuple[str, MethodRule, str], ...] = (
 
 
 def wrapper_rule(layer: Any) -> tuple[MethodRule, str] | None:
-    """Return the rule of one of PEFT's layers and the method that it takes the place of, or None where it has none."""
-    if not is_adapter_layer(layer) or len(layer.active_adapters) != 1 or layer.disable_adapters or layer.merged:
+    """Return the rule of one of PEFT's layers and the method that it takes the place of, or None
+    where it has none.
+    """
+    if (
+        not is_adapter_layer(layer)
+        or len(layer.active_adapters) != 1
+        or layer.disable_adapters
+        or layer.merged
+    ):
         return None
     adapter = layer.active_adapters[0]
     variant = type(getattr(layer, "lora_variant", {}).get(adapter)).__name__
-    if variant == "DoraLinearVariant" and not any(p.requires_grad for p in layer.base_layer.parameters()):
+    if variant == "DoraLinearVariant" and not any(
+        p.requires_grad for p in layer.base_layer.parameters()
+    ):
         return dora, "forward"
     for name, rule, method in _LAYERS:
         if adapter in getattr(layer, name, ()):

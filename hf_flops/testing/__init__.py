@@ -1,4 +1,5 @@
-"""Contract tests for classes of your own: derive a test class, say how to make one of yours, and run pytest.
+"""Contract tests for classes of your own: derive a test class, say how to make one of yours, and
+run pytest.
 
     from hf_flops.testing import AllocatorContract
 

@@ -14,9 +14,11 @@ from ..rows import Features
 
 
 class AllocatorContract:
-    """Derive a class whose name begins with `Test` and define `make`; pytest then runs the contract.
+    """Derive a class whose name begins with `Test` and define `make`; pytest then runs the
+    contract.
 
-    Counts that follow these rules leave the gradient estimate unbiased, whatever else an allocator does.
+    Counts that follow these rules leave the gradient estimate unbiased, whatever else an allocator
+    does.
 
     Example:
         >>> from hf_flops.allocators import Uniform
@@ -31,7 +33,10 @@ class AllocatorContract:
         raise NotImplementedError("Define make(self), which returns a new allocator.")
 
     def batches(self) -> Iterator[tuple[Features, int]]:
-        """Yield what an allocator may meet: (features of a batch, budget). Override it to add cases of your own."""
+        """Yield what an allocator may meet: (features of a batch, budget).
+
+        Override it to add cases of your own.
+        """
         generator = torch.Generator().manual_seed(0)
         for step, samples in enumerate((8, 1, 3, 8, 8)):
             losses = torch.rand(samples, generator=generator)
@@ -41,7 +46,9 @@ class AllocatorContract:
         yield Features(torch.ones(4), step=6), 10**6 + 7
 
     def features(self, losses: Tensor, step: int) -> Features:
-        """Return the features of a batch with losses (B,), as a trainer's clean forward shows them."""
+        """Return the features of a batch with losses (B,), as a trainer's clean forward shows
+        them.
+        """
         ids, lengths = tuple(range(len(losses))), torch.ones(len(losses))
         return Features(losses, losses.abs().sqrt(), step=step, seed=7, lengths=lengths, ids=ids)
 
@@ -50,18 +57,28 @@ class AllocatorContract:
         return features.losses.nan_to_num(1.0, 1.0, 0.0).clamp(0, 100).square() + 0.1
 
     def test_counts_spend_the_budget(self) -> None:
-        """Counts are (B,) int64, at least 1 each, and sum to the budget, whatever the losses are."""
+        """Counts are (B,) int64, at least 1 each, and sum to the budget, whatever the losses
+        are.
+        """
         allocator = self.make()
         for features, budget in self.batches():
             counts = allocator.counts(features, budget)
             assert counts.dtype == torch.int64, f"counts are {counts.dtype}, not torch.int64"
-            assert counts.shape == features.losses.shape, f"{tuple(counts.shape)} counts for {len(features.losses)} samples"
-            assert int(counts.min()) >= 1, f"a sample of {features.losses.tolist()} got {int(counts.min())} queries"
-            assert int(counts.sum()) == budget, f"{int(counts.sum())} queries of a budget of {budget}"
+            assert counts.shape == features.losses.shape, (
+                f"{tuple(counts.shape)} counts for {len(features.losses)} samples"
+            )
+            assert int(counts.min()) >= 1, (
+                f"a sample of {features.losses.tolist()} got {int(counts.min())} queries"
+            )
+            assert int(counts.sum()) == budget, (
+                f"{int(counts.sum())} queries of a budget of {budget}"
+            )
             allocator.update(features, counts, self.squares(features))
 
     def test_counts_do_not_depend_on_global_state(self) -> None:
-        """The same features and the same past give the same counts, and the global generator is left alone."""
+        """The same features and the same past give the same counts, and the global generator is
+        left alone.
+        """
         before = torch.get_rng_state()
         found: list[list[list[int]]] = []
         for _ in range(2):
@@ -82,7 +99,9 @@ class AllocatorContract:
         new.load_state_dict(json.loads(json.dumps(old.state_dict())))
         for features, budget in self.batches():
             counts = old.counts(features, budget)
-            assert counts.equal(new.counts(features, budget)), "the resumed allocator gives other counts"
+            assert counts.equal(new.counts(features, budget)), (
+                "the resumed allocator gives other counts"
+            )
             for allocator in (old, new):
                 allocator.update(features, counts, self.squares(features))
 

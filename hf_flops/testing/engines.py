@@ -9,10 +9,11 @@ from torch import Tensor
 
 
 class EngineContract:
-    """Derive a class whose name begins with `Test` and define `make`; pytest then runs the contract.
+    """Derive a class whose name begins with `Test` and define `make`; pytest then runs the
+    contract.
 
-    An engine maps `inputs_embeds` (R, T, D) float32 and `attention_mask` (R, T) int64, padded at the right, to the logits
-    (R, V) of what follows each row's last real token.
+    An engine maps `inputs_embeds` (R, T, D) float32 and `attention_mask` (R, T) int64, padded at
+    the right, to the logits (R, V) of what follows each row's last real token.
 
     Example:
         >>> class TestSums(EngineContract):
@@ -56,7 +57,9 @@ class EngineContract:
         embeds, mask = self.rows(width)
         wanted = engine(embeds, mask)
         for index in ([2, 0, 1], [0, 0, 1], [1]):
-            self.assert_close(engine(embeds[index], mask[index]), wanted[index], f"the logits of rows {index}")
+            self.assert_close(
+                engine(embeds[index], mask[index]), wanted[index], f"the logits of rows {index}"
+            )
 
     def assert_close(self, found: Tensor, wanted: Tensor, what: str) -> None:
         """Compare logits (R, V)."""

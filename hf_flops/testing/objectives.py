@@ -12,14 +12,16 @@ from ..rows import batch_size, take
 
 
 class ObjectiveContract:
-    """Derive a class whose name begins with `Test` and define `make`; pytest then runs the contract.
+    """Derive a class whose name begins with `Test` and define `make`; pytest then runs the
+    contract.
 
     Example:
         >>> from hf_flops.objectives import CallableObjective
         >>> class TestSquares(ObjectiveContract):
         ...     def make(self):
         ...         objective = CallableObjective(lambda outputs, inputs: outputs.square().sum(1))
-        ...         return objective, lambda inputs: (None, 2 * inputs["x"]), {"x": torch.ones(3, 2)}
+        ...         batch = {"x": torch.ones(3, 2)}
+        ...         return objective, lambda inputs: (None, 2 * inputs["x"]), batch
         >>> TestSquares().test_rows_do_not_depend_on_each_other()
     """
 
@@ -31,17 +33,25 @@ class ObjectiveContract:
 
     @torch.no_grad()
     def test_losses_have_an_entry_per_row(self) -> None:
-        """Sums and counts are (R,), or (1,) for an objective of the batch as a whole; sums in 32 bits or more."""
+        """Sums and counts are (R,), or (1,) for an objective of the batch as a whole; sums in 32
+        bits or more.
+        """
         objective, forward, inputs = self.make()
         found = objective(forward, inputs)
         entries = batch_size(inputs) if objective.per_row else 1
-        assert found.sums.shape == found.counts.shape == (entries,), f"{tuple(found.sums.shape)} sums, {entries} wanted"
-        assert found.sums.dtype in (torch.float32, torch.float64), f"16-bit losses have no digits left: {found.sums.dtype}"
+        assert found.sums.shape == found.counts.shape == (entries,), (
+            f"{tuple(found.sums.shape)} sums, {entries} wanted"
+        )
+        assert found.sums.dtype in (torch.float32, torch.float64), (
+            f"16-bit losses have no digits left: {found.sums.dtype}"
+        )
         assert bool((found.counts >= 0).all()), "a row has a negative number of loss elements"
 
     @torch.no_grad()
     def test_rows_do_not_depend_on_each_other(self) -> None:
-        """A sample's loss is the same in any order, repeated, or alone: query rows of a step are chunked freely."""
+        """A sample's loss is the same in any order, repeated, or alone: query rows of a step are
+        chunked freely.
+        """
         objective, forward, inputs = self.make()
         if not objective.per_row or objective.needs_clean:
             return
@@ -49,7 +59,9 @@ class ObjectiveContract:
         for index in ([2, 0, 1], [0, 0, 2, 0], [1]):
             rows = torch.tensor(index)
             found = objective(forward, take(inputs, rows))
-            self.assert_close(found.sums, whole.sums[rows.to(whole.sums.device)], f"the losses of samples {index}")
+            self.assert_close(
+                found.sums, whole.sums[rows.to(whole.sums.device)], f"the losses of samples {index}"
+            )
 
     @torch.no_grad()
     def test_inputs_and_the_global_generator_are_left_alone(self) -> None:
@@ -60,7 +72,9 @@ class ObjectiveContract:
         assert torch.equal(state, torch.get_rng_state()), "the global generator has moved"
         for name, value in before.items():
             assert torch.equal(value, inputs[name]), f"the input {name} has changed"
-        self.assert_close(objective(forward, inputs).sums, first.sums, "the losses of a second call")
+        self.assert_close(
+            objective(forward, inputs).sums, first.sums, "the losses of a second call"
+        )
 
     @torch.no_grad()
     def test_the_surrogate_has_a_loss_per_row_too(self) -> None:
@@ -68,7 +82,9 @@ class ObjectiveContract:
         objective = self.make()[0]
         surrogate = objective.surrogate
         assert surrogate.per_row == objective.per_row
-        assert not objective.in_steps or not surrogate.in_steps, "the surrogate moves in steps itself"
+        assert not objective.in_steps or not surrogate.in_steps, (
+            "the surrogate moves in steps itself"
+        )
 
     @torch.no_grad()
     def test_clean_rows_keep_their_number_when_a_batch_is_bound(self) -> None:
@@ -82,5 +98,11 @@ class ObjectiveContract:
 
     def assert_close(self, found: torch.Tensor, wanted: torch.Tensor, what: str) -> None:
         """Compare losses (R,); rows that are not finite must be so in both."""
-        same = torch.allclose(found.double(), wanted.double(), rtol=self.tolerance, atol=self.tolerance, equal_nan=True)
+        same = torch.allclose(
+            found.double(),
+            wanted.double(),
+            rtol=self.tolerance,
+            atol=self.tolerance,
+            equal_nan=True,
+        )
         assert same, f"{what} are {found.tolist()}, not {wanted.tolist()}"

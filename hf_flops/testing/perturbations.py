@@ -13,26 +13,32 @@ Losses = Callable[[], Tensor]
 
 
 class PerturbationContract:
-    """Derive a class whose name begins with `Test` and define `make`; pytest then runs the contract.
+    """Derive a class whose name begins with `Test` and define `make`; pytest then runs the
+    contract.
 
     Example:
         >>> from hf_flops.perturbations import ParameterVector, SharedNoise
         >>> class TestShared(PerturbationContract):
         ...     def make(self):
         ...         model, x = nn.Linear(2, 2).double(), torch.ones(3, 2).double()
-        ...         return SharedNoise(ParameterVector.of(model), "gaussian"), model, lambda: model(x).square().sum(1)
+        ...         noise = SharedNoise(ParameterVector.of(model), "gaussian")
+        ...         return noise, model, lambda: model(x).square().sum(1)
         >>> TestShared().test_noise_is_a_change_of_the_parameters()
     """
 
     draws = 1000  # for the mean of the estimate
 
     def make(self) -> tuple[Perturbation, nn.Module, Losses]:
-        """Return the perturbation, the model in float64, and what gives its losses (R,) of R rows as it is by then."""
+        """Return the perturbation, the model in float64, and what gives its losses (R,) of R rows
+        as it is by then.
+        """
         raise NotImplementedError("Define make(self), which returns (perturbation, model, losses).")
 
     def keys(self, rows: int, step: int = 0) -> NoiseKeys:
         """Return the keys of the noise of a chunk of rows."""
-        return NoiseKeys.of(0, step, torch.arange(rows), torch.zeros(rows, dtype=torch.int64), group=0)
+        return NoiseKeys.of(
+            0, step, torch.arange(rows), torch.zeros(rows, dtype=torch.int64), group=0
+        )
 
     @torch.no_grad()
     def test_the_model_is_bit_for_bit_what_it_was(self) -> None:
@@ -53,7 +59,9 @@ class PerturbationContract:
 
     @torch.no_grad()
     def test_noise_is_a_function_of_its_keys(self) -> None:
-        """The same keys draw the same noise, others another, and the global generator is left alone."""
+        """The same keys draw the same noise, others another, and the global generator is left
+        alone.
+        """
         perturbation, _, losses = self.make()
         rows, state, found = len(losses()), torch.get_rng_state(), []
         for step in (0, 0, 1):
@@ -78,11 +86,20 @@ class PerturbationContract:
                 torch.testing.assert_close(found[row], losses()[row], rtol=1e-6, atol=1e-9)
 
     def test_the_mean_of_the_estimate_is_the_gradient(self) -> None:
-        """The sum over rows of delta times noise averages to autograd's gradient of the summed losses."""
+        """The sum over rows of delta times noise averages to autograd's gradient of the summed
+        losses.
+        """
         perturbation, _, losses = self.make()
-        wanted = torch.cat([g.flatten() for g in torch.autograd.grad(losses().sum(), perturbation.vector.parameters)])
+        wanted = torch.cat(
+            [
+                g.flatten()
+                for g in torch.autograd.grad(losses().sum(), perturbation.vector.parameters)
+            ]
+        )
         with torch.no_grad():
-            found = torch.stack([self.estimate(perturbation, losses, step) for step in range(self.draws)]).double()
+            found = torch.stack(
+                [self.estimate(perturbation, losses, step) for step in range(self.draws)]
+            ).double()
         error = found.std(0) / self.draws**0.5 + 1e-12
         worst = float(((found.mean(0) - wanted) / error).abs().max())
         assert worst < 5, f"the mean is {worst:.1f} standard errors from the gradient"

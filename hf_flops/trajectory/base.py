@@ -14,7 +14,8 @@ from .start import digests
 
 
 def check_base(says: Mapping[str, Any], base: str | Path) -> int:
-    """Load a base model and compare its tensors with those of the run; returns how many were compared.
+    """Load a base model and compare its tensors with those of the run; returns how many were
+    compared.
 
     Args:
         says: the log's first record.
@@ -28,12 +29,17 @@ def check_base(says: Mapping[str, Any], base: str | Path) -> int:
     wanted = says["base"]
     kind = getattr(transformers, wanted["class"], None)
     if kind is None:
-        raise TrajectoryError(f"The run's base is a {wanted['class']}, which transformers cannot load: leave --base out.")
+        raise TrajectoryError(
+            f"The run's base is a {wanted['class']}, which transformers cannot load: leave --base "
+            "out."
+        )
     verbosity, _ = transformers.logging.get_verbosity(), transformers.logging.set_verbosity_error()
     try:  # a head may have another size there: it is not of the base if it was trained
         model = kind.from_pretrained(str(base), dtype=wanted["dtype"], ignore_mismatched_sizes=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise TrajectoryError(f"The base {base} cannot be loaded as a {wanted['class']}: {in_one_line(error)}.") from error
+        raise TrajectoryError(
+            f"The base {base} cannot be loaded as a {wanted['class']}: {in_one_line(error)}."
+        ) from error
     finally:
         transformers.logging.set_verbosity(verbosity)
     for parameter in model.parameters():
@@ -43,8 +49,10 @@ def check_base(says: Mapping[str, Any], base: str | Path) -> int:
     other = [name for name, digest in wanted["digests"].items() if digest not in known]
     if other:
         raise TrajectoryError(
-            f"{base} is not the base of the run ({wanted['name'] or wanted['class']}): {len(other)} of "
-            f"{len(wanted['digests'])} tensors differ, {other[0]} among them."
+            f"{base} is not the base of the run ({wanted['name'] or wanted['class']}): "
+            f"{len(other)} of {len(wanted['digests'])} tensors differ, {other[0]} among them."
         )
-    logging.getLogger(__name__).info("The base is the one of the run: %d tensors are the same.", len(wanted["digests"]))
+    logging.getLogger(__name__).info(
+        "The base is the one of the run: %d tensors are the same.", len(wanted["digests"])
+    )
     return len(wanted["digests"])

@@ -1,7 +1,9 @@
-"""An append-only file of checksummed records: a crash can only lose the last one, and a damaged one is named.
+"""An append-only file of checksummed records: a crash can only lose the last one, and a damaged one
+is named.
 
     file    mark (8 bytes), then records
-    record  head: "FLOP", number, step, length of the payload, CRC-32 of the payload, CRC-32 of the head so far
+    record  head: "FLOP", number, step, length of the payload, CRC-32 of the payload,
+            CRC-32 of the head so far
             payload
 
 All integers are unsigned, 32 bits, little-endian.
@@ -57,7 +59,10 @@ def read(path: str | Path) -> Iterator[Record]:
     with open(path, "rb") as file:
         mark = file.read(len(MARK))
         if mark != MARK[: len(mark)]:
-            raise TrajectoryError(f"{path} is no trajectory log, or its mark, the first {len(MARK)} bytes, is damaged.")
+            raise TrajectoryError(
+                f"{path} is no trajectory log, or its mark, the first {len(MARK)} bytes, is "
+                "damaged."
+            )
         number, step = 0, 0
         while record := _next(file, path, number, step):
             yield record
@@ -70,12 +75,15 @@ def _next(file: BinaryIO, path: str | Path, number: int, before: int) -> Record 
     if len(head) < _HEAD_SIZE:
         return None
     after = f"after the one of step {before}" if number else "the first"
-    what = f"{path} is damaged: record {number} at byte {offset}, {after}, does not have its checksum."
+    what = (
+        f"{path} is damaged: record {number} at byte {offset}, {after}, does not have its checksum."
+    )
     _check(head[: _HEAD.size], int.from_bytes(head[_HEAD.size :], "little"), what)
     begin, found, step, length, checksum = _HEAD.unpack(head[: _HEAD.size])
     if begin != _BEGIN or found != number:
         raise TrajectoryError(
-            f"{path} is damaged: at byte {offset}, {after}, record {number} should begin, but record {found} does."
+            f"{path} is damaged: at byte {offset}, {after}, record {number} should begin, but "
+            f"record {found} does."
         )
     payload = file.read(length)
     if len(payload) < length:
@@ -94,7 +102,8 @@ class Appender:
 
     Args:
         path: the file.
-        after: the record that is kept last, everything behind it being cut off; None starts a new file.
+        after: the record that is kept last, everything behind it being cut off; None starts a new
+            file.
     """
 
     def __init__(self, path: str | Path, after: Record | None = None) -> None:
@@ -120,7 +129,10 @@ class Appender:
         if written != len(record):
             self._file.truncate(start)
             self._file.seek(start)
-            raise OSError(f"only {written} of {len(record)} bytes could be written to {self._file.name}: is the disk full?")
+            raise OSError(
+                f"only {written} of {len(record)} bytes could be written to {self._file.name}: is "
+                "the disk full?"
+            )
         self.number += 1
 
     def sync(self) -> None:

@@ -23,36 +23,51 @@ def bare(optimizer: Any) -> Any:
 
 
 def describe(optimizer: Any, names: Mapping[int, str]) -> dict[str, Any]:
-    """Return what builds an optimizer again: its class, its defaults, and the names of each group's tensors.
+    """Return what builds an optimizer again: its class, its defaults, and the names of each group's
+    tensors.
 
     Args:
         optimizer: as the trainer has it.
         names: of the trainable parameters, by id.
 
     Raises:
-        ConfigurationError: its steps cannot be replayed, because other code or a closure belongs to them.
+        ConfigurationError: its steps cannot be replayed, because other code or a closure belongs to
+            them.
     """
     own = bare(optimizer)
     home = f"{type(own).__module__}.{type(own).__qualname__}"
     if not home.startswith(_HOMES) or isinstance(own, torch.optim.LBFGS):
         raise ConfigurationError(
-            f"trajectory_log cannot replay the optimizer {home}: use one of torch.optim (not LBFGS) or transformers' "
-            "Adafactor, such as optim='adamw_torch'."
+            f"trajectory_log cannot replay the optimizer {home}: use one of torch.optim (not "
+            "LBFGS) or transformers' Adafactor, such as optim='adamw_torch'."
         )
-    groups = [[names[id(p)] for p in group["params"] if id(p) in names] for group in own.param_groups]
+    groups = [
+        [names[id(p)] for p in group["params"] if id(p) in names] for group in own.param_groups
+    ]
     return {"class": home, "defaults": _plain(own.defaults), "groups": groups}
 
 
 def arguments(optimizer: Any) -> list[dict[str, Any]]:
     """Return the arguments of each group as numbers and words, the learning rate among them."""
-    return [_plain({k: v for k, v in group.items() if k != "params"}) for group in bare(optimizer).param_groups]
+    return [
+        _plain({k: v for k, v in group.items() if k != "params"})
+        for group in bare(optimizer).param_groups
+    ]
 
 
-def build(said: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], parameters: Mapping[str, nn.Parameter]) -> Any:
-    """Return an optimizer as `describe` found it, with the arguments of each group, for the parameters by name."""
+def build(
+    said: Mapping[str, Any],
+    groups: Sequence[Mapping[str, Any]],
+    parameters: Mapping[str, nn.Parameter],
+) -> Any:
+    """Return an optimizer as `describe` found it, with the arguments of each group, for the
+    parameters by name.
+    """
     home, _, name = said["class"].rpartition(".")
     if not said["class"].startswith(_HOMES):
-        raise ConfigurationError(f"The log's optimizer {said['class']} is not one that can be replayed.")
+        raise ConfigurationError(
+            f"The log's optimizer {said['class']} is not one that can be replayed."
+        )
     kind = getattr(import_module(home), name)
     known = inspect.signature(kind).parameters
     options = {key: value for key, value in restored(said["defaults"]).items() if key in known}
@@ -65,7 +80,9 @@ def build(said: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], paramete
 
 def restored(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return arguments as the optimizer had them: JSON knows no tuples."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return {
+        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+    }
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -60,7 +60,9 @@ class TrajectoryRecorder(TrainerCallback):
         self.__init__()  # type: ignore[misc]
         self._own = start.trainable(model)
         session = {
-            "optimizer": optimizers.describe(kwargs["optimizer"], {id(p): name for name, p in self._own.items()}),
+            "optimizer": optimizers.describe(
+                kwargs["optimizer"], {id(p): name for name, p in self._own.items()}
+            ),
             "max_grad_norm": args.max_grad_norm,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
@@ -76,7 +78,9 @@ class TrajectoryRecorder(TrainerCallback):
         self._file.append(state.global_step, pack("session", session, {}))
 
     def _last(self, path: Path, step: int) -> Record:
-        """Return the record of the step that a checkpoint was saved after, and check that it led there."""
+        """Return the record of the step that a checkpoint was saved after, and check that it led
+        there.
+        """
         last = None
         for record in read(path) if path.is_file() else ():
             if record.step > step:
@@ -85,15 +89,15 @@ class TrajectoryRecorder(TrainerCallback):
         if last is None or last.step < step:
             reached = f"ends after step {last.step}" if last is not None else "is not there"
             raise ConfigurationError(
-                f"trajectory_log cannot go on after step {step}, because {path} {reached}: put the log of the interrupted "
-                "run there, or resume without trajectory_log."
+                f"trajectory_log cannot go on after step {step}, because {path} {reached}: put "
+                "the log of the interrupted run there, or resume without trajectory_log."
             )
         kind, says, tensors = unpack(last.payload)
         prints = [fingerprint(parameter) for parameter in self._own.values()]
         if kind == "step" and StepRecord.unpack(says, tensors).fingerprints != prints:
             raise ConfigurationError(
-                f"trajectory_log cannot go on after step {step}, because the checkpoint is not what {path} led to: see "
-                "hf-flops replay --verify."
+                f"trajectory_log cannot go on after step {step}, because the checkpoint is not "
+                f"what {path} led to: see hf-flops replay --verify."
             )
         logger.info("The trajectory log goes on after step %d.", step)
         return last
@@ -112,7 +116,9 @@ class TrajectoryRecorder(TrainerCallback):
         told = None if self._rules == self._said else self._rules
         grouped = bool(getattr(self._perturbation, "grouped", False))
         groups = changes(self._groups, self._now)
-        record = StepRecord(self._seed, state.global_step, self._traces, told, groups, prints, grouped)
+        record = StepRecord(
+            self._seed, state.global_step, self._traces, told, groups, prints, grouped
+        )
         self._file.append(state.global_step + 1, record.pack())
         self._traces, self._said, self._groups = [], self._rules, self._now
 

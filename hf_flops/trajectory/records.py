@@ -1,7 +1,8 @@
-"""What the records of a trajectory log say: safetensors, with JSON in their metadata; nothing in them is executed.
+"""What the records of a trajectory log say: safetensors, with JSON in their metadata; nothing in
+them is executed.
 
-The first record is the start of the run, then comes one for each session (a start or a resume) and one for each optimizer
-step.
+The first record is the start of the run, then comes one for each session (a start or a resume) and
+one for each optimizer step.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ _WHOLE = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
 def pack(kind: str, says: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
     """Return a record's payload."""
-    whole = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    whole = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
     return save(whole, {"kind": kind, "json": json.dumps(says, separators=(",", ":"), default=str)})
 
 
@@ -55,8 +59,10 @@ class StepRecord:
         seed: of the noise.
         step: optimizer steps done before it.
         traces: of its batches; none where its gradients were dropped.
-        rules: where it changed, which tensors are perturbed and how: [rule, distribution, names] for each part.
-        groups: what changed in the optimizer's arguments, by group; everything with a session's first step.
+        rules: where it changed, which tensors are perturbed and how: [rule, distribution, names]
+            for each part.
+        groups: what changed in the optimizer's arguments, by group; everything with a session's
+            first step.
         fingerprints: (P,) of the trainable tensors after it.
         grouped: whether rows of a chunk share noise, so that their group matters.
     """
@@ -70,19 +76,25 @@ class StepRecord:
     grouped: bool = field(default=True)
 
     def pack(self) -> bytes:
-        """Return the record's payload: 6 to 12 bytes per query, 4 per tensor, and about 600 for the rest."""
+        """Return the record's payload: 6 to 12 bytes per query, 4 per tensor, and about 600 for the
+        rest.
+        """
         traces = self.traces
         says: dict[str, Any] = {"seed": self.seed, "step": self.step, "groups": self.groups}
         says["batches"] = [[len(t.rows), len(t.chunks), t.normalizer, t.factor] for t in traces]
         if self.rules is not None:
             says["rules"] = self.rules
-        tensors = {"fingerprints": torch.tensor(self.fingerprints, dtype=torch.int64).to(torch.int32)}
+        tensors = {
+            "fingerprints": torch.tensor(self.fingerprints, dtype=torch.int64).to(torch.int32)
+        }
         if traces:
             firsts = [torch.tensor([0, *t.chunks[:-1]]).cumsum(0) for t in traces]
             tensors["coefficients"] = torch.cat([t.coefficients for t in traces])
             tensors["positions"] = narrow(torch.cat([t.rows.owner + t.position for t in traces]))
             tensors["queries"] = narrow(torch.cat([t.rows.query for t in traces]))
-            tensors["chunks"] = narrow(torch.tensor([length for t in traces for length in t.chunks]))
+            tensors["chunks"] = narrow(
+                torch.tensor([length for t in traces for length in t.chunks])
+            )
             if self.grouped:
                 groups = [t.rows.group[first] for t, first in zip(traces, firsts, strict=True)]
                 tensors["groups"] = narrow(torch.cat(groups))
@@ -93,19 +105,37 @@ class StepRecord:
         """Read what `pack` wrote."""
         prints = [value % 2**32 for value in tensors["fingerprints"].tolist()]
         sizes = [size for size, _, _, _ in says["batches"]]
-        cut = [list(tensors[name].split(sizes)) for name in ("positions", "queries", "coefficients")] if sizes else [[]] * 3
+        cut = (
+            [list(tensors[name].split(sizes)) for name in ("positions", "queries", "coefficients")]
+            if sizes
+            else [[]] * 3
+        )
         traces, chunks = [], tensors["chunks"].tolist() if sizes else []
         groups = tensors.get("groups", torch.zeros(len(chunks))).long()
-        for (_, count, normalizer, factor), positions, queries, coefficients in zip(says["batches"], *cut, strict=True):
+        for (_, count, normalizer, factor), positions, queries, coefficients in zip(
+            says["batches"], *cut, strict=True
+        ):
             lengths, chunks = chunks[:count], chunks[count:]
             own, groups = groups[:count].repeat_interleave(torch.tensor(lengths)), groups[count:]
             rows = Rows(positions.long(), queries.long(), own, torch.ones(len(positions)))
             traces.append(Trace(rows, coefficients, lengths, 0, factor, normalizer))
-        return cls(says["seed"], says["step"], traces, says.get("rules"), says["groups"], prints, "groups" in tensors)
+        return cls(
+            says["seed"],
+            says["step"],
+            traces,
+            says.get("rules"),
+            says["groups"],
+            prints,
+            "groups" in tensors,
+        )
 
 
-def changes(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return by group which of the optimizer's arguments are not what they were; everything where nothing was before."""
+def changes(
+    before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return by group which of the optimizer's arguments are not what they were; everything where
+    nothing was before.
+    """
     if len(before) != len(now):
         return [dict(group) for group in now]
     return [

@@ -41,7 +41,10 @@ class Replay:
     def __init__(self, path: str | Path) -> None:
         path = Path(path, LOG_FILE) if Path(path).is_dir() else Path(path)
         if not path.is_file():
-            raise TrajectoryError(f"There is no trajectory log at {path}: train with trajectory_log=True to write one.")
+            raise TrajectoryError(
+                f"There is no trajectory log at {path}: train with trajectory_log=True to write "
+                "one."
+            )
         self.path, self.step = path, 0
         self._records = read(path)
         first = next(self._records, None)
@@ -57,16 +60,25 @@ class Replay:
     def _first(self, name: str) -> Tensor:
         """Return a tensor as it was when the run began."""
         shape, kind = self.says["tensors"][name]
-        return torch.zeros(shape, dtype=getattr(torch, kind)) if name in self.says["zero"] else self._stored[name].clone()
+        return (
+            torch.zeros(shape, dtype=getattr(torch, kind))
+            if name in self.says["zero"]
+            else self._stored[name].clone()
+        )
 
     def run(self, until: int | None = None) -> Iterator[StepRecord]:
-        """Take the steps one after the other, up to and with step `until`, and yield the record of each.
+        """Take the steps one after the other, up to and with step `until`, and yield the record of
+        each.
 
         Raises:
-            TrajectoryError: the log is damaged or has no such step, or what is rebuilt is not what was trained.
+            TrajectoryError: the log is damaged or has no such step, or what is rebuilt is not what
+                was trained.
         """
         if until is not None and until < 0:
-            raise TrajectoryError(f"{self.path} has no step {until}: steps count from 0, the adapter before any training.")
+            raise TrajectoryError(
+                f"{self.path} has no step {until}: steps count from 0, the adapter before any "
+                "training."
+            )
         while until is None or self.step < until:
             record = next(self._records, None)
             if record is None:
@@ -81,7 +93,9 @@ class Replay:
             self.step = record.step
             yield found
         if until is not None and self.step < until:
-            raise TrajectoryError(f"{self.path} ends after step {self.step}: step {until} is not in it.")
+            raise TrajectoryError(
+                f"{self.path} ends after step {self.step}: step {until} is not in it."
+            )
 
     def departed(self, record: StepRecord) -> list[str]:
         """Return the names of the tensors that are not what they were in training after a step."""
@@ -92,22 +106,29 @@ class Replay:
         """Say under what a session trained, for a replay that departs from it."""
         here = f"torch {torch.__version__}"
         return (
-            f"it was trained with torch {self._session['torch']} on {self._session['device']}, and is replayed with {here}; "
-            "sums may be rounded in another order on another processor, or something else changed the adapter in training."
+            f"it was trained with torch {self._session['torch']} on {self._session['device']}, and "
+            f"is replayed with {here}; sums may be rounded in another order on another processor, "
+            "or something else changed the adapter in training."
         )
 
     def _begin(self, session: dict[str, Any]) -> None:
         """Go on as a session of the run did."""
         if session.get("noise") != rules.noise_print():
             raise TrajectoryError(
-                f"{self.path} was written where the same seed draws other noise (torch {session['torch']}, or another "
-                "version of hf_flops): replay it there."
+                f"{self.path} was written where the same seed draws other noise (torch "
+                f"{session['torch']}, or another version of hf_flops): replay it there."
             )
         if session["device"] != "cpu" and torch.get_device_module(session["device"]).is_available():
             for parameter in self.parameters.values():
                 parameter.data = parameter.data.to(session["device"])
-        if self._optimizer is not None and session["optimizer"]["class"] != self._session["optimizer"]["class"]:
-            raise TrajectoryError(f"{self.path} changes its optimizer after step {self.step}, which cannot be replayed.")
+        if (
+            self._optimizer is not None
+            and session["optimizer"]["class"] != self._session["optimizer"]["class"]
+        ):
+            raise TrajectoryError(
+                f"{self.path} changes its optimizer after step {self.step}, which cannot be "
+                "replayed."
+            )
         self._session, self._groups = session, []
 
     def _take(self, record: StepRecord) -> None:
@@ -118,17 +139,28 @@ class Replay:
             rows, perturbation = trace.rows, self._perturbation
             assert perturbation is not None
             update = regenerate(
-                perturbation, record.seed, record.step, rows.owner, rows.query, trace.coefficients, rows.group, trace.chunks
+                perturbation,
+                record.seed,
+                record.step,
+                rows.owner,
+                rows.query,
+                trace.coefficients,
+                rows.group,
+                trace.chunks,
             )
             perturbation.vector.add_to_gradients(update * trace.factor / trace.normalizer)
         known = self._groups or [{}] * len(record.groups)
         self._groups = [{**old, **new} for old, new in zip(known, record.groups, strict=True)]
         if self._optimizer is None:
-            self._optimizer = optimizers.build(self._session["optimizer"], self._groups, self.parameters)
+            self._optimizer = optimizers.build(
+                self._session["optimizer"], self._groups, self.parameters
+            )
         for group, values in zip(self._optimizer.param_groups, self._groups, strict=True):
             group.update(optimizers.restored(values))
         if self._session["max_grad_norm"]:
-            torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self._session["max_grad_norm"])
+            torch.nn.utils.clip_grad_norm_(
+                list(self.parameters.values()), self._session["max_grad_norm"]
+            )
         self._optimizer.step()
         for parameter in self.parameters.values():
             parameter.grad = None
@@ -139,10 +171,13 @@ class Replay:
         if self.says["adapter"] is None:
             return own
         files = self.says["adapter"]["files"]
-        return {key: own[name] if name else self._first(f"file:{key}") for key, name in files.items()}
+        return {
+            key: own[name] if name else self._first(f"file:{key}") for key, name in files.items()
+        }
 
     def save(self, folder: str | Path) -> Path:
-        """Write the adapter as PEFT does, or the trainable tensors alone where there is none; returns the file.
+        """Write the adapter as PEFT does, or the trainable tensors alone where there is none;
+        returns the file.
 
         Raises:
             TrajectoryError: it cannot be written there.
@@ -154,7 +189,9 @@ class Replay:
             folder.mkdir(parents=True, exist_ok=True)
             save_file(tensors, path, metadata={"format": "pt"})
             if adapter is not None:
-                (folder / "adapter_config.json").write_text(json.dumps(adapter["config"], indent=2, sort_keys=True))
+                (folder / "adapter_config.json").write_text(
+                    json.dumps(adapter["config"], indent=2, sort_keys=True)
+                )
         except (OSError, SafetensorError) as error:
             raise TrajectoryError(f"The adapter cannot be written to {folder}: {error}.") from error
         return path
@@ -175,7 +212,8 @@ def _threads(number: int) -> Iterator[None]:
 
 
 def replay(path: str | Path, folder: str | Path | None = None, step: int | None = None) -> Replay:
-    """Rebuild the adapter of a run, as it was after a step (the last one by default), and write it into a folder.
+    """Rebuild the adapter of a run, as it was after a step (the last one by default), and write it
+    into a folder.
 
     Args:
         path: the log, or the output folder that holds it.
@@ -183,16 +221,18 @@ def replay(path: str | Path, folder: str | Path | None = None, step: int | None 
         step: optimizer steps to be done.
 
     Raises:
-        TrajectoryError: the log is damaged or has no such step, or what is rebuilt is not what was trained: then nothing is
-            written; or it cannot be written.
+        TrajectoryError: the log is damaged or has no such step, or what is rebuilt is not what was
+            trained: then nothing is written; or it cannot be written.
     """
     rebuilt = Replay(path)
     for record in rebuilt.run(step):
         departed = rebuilt.departed(record)
         if departed:
             raise TrajectoryError(
-                f"The replay departs from the training at step {rebuilt.step}, in {', '.join(departed[:3])}"
-                f"{f' and {len(departed) - 3} more' if len(departed) > 3 else ''}: {rebuilt.surroundings()}"
+                f"The replay departs from the training at step {rebuilt.step}, in "
+                f"{', '.join(departed[:3])}"
+                f"{f' and {len(departed) - 3} more' if len(departed) > 3 else ''}: "
+                f"{rebuilt.surroundings()}"
             )
     if folder is not None:
         rebuilt.save(folder)

@@ -1,4 +1,6 @@
-"""Which perturbations can be replayed, what is recorded of them, and what draws the same noise without a model."""
+"""Which perturbations can be replayed, what is recorded of them, and what draws the same noise
+without a model.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ _RULES: dict[type, str] = {RowwiseNoise: "rowwise", SharedNoise: "shared"}
 
 
 class Unwatched(RowwiseNoise):
-    """The noise of `RowwiseNoise` for parameters that belong to no model: it can be drawn and pulled back only."""
+    """The noise of `RowwiseNoise` for parameters that belong to no model: it can be drawn and
+    pulled back only.
+    """
 
     def __init__(self, vector: ParameterVector, distribution: str) -> None:
         self.vector, self.distribution, self.rowwise_size = vector, distribution, vector.size
@@ -34,22 +38,32 @@ def describe(perturbation: Perturbation) -> list[list[Any]]:
     for part in parts:
         if type(part) not in _RULES:
             raise ConfigurationError(
-                f"trajectory_log cannot replay {type(part).__name__}, whose noise is not known without a forward pass: use "
-                'perturbation="rowwise" or "shared".'
+                f"trajectory_log cannot replay {type(part).__name__}, whose noise is not known "
+                'without a forward pass: use perturbation="rowwise" or "shared".'
             )
     return [[_RULES[type(part)], part.distribution, list(part.vector.names)] for part in parts]
 
 
 def build(said: Sequence[Sequence[Any]], parameters: Mapping[str, nn.Parameter]) -> Perturbation:
-    """Return what draws the noise of a perturbation that `describe` saw, for the parameters by name."""
+    """Return what draws the noise of a perturbation that `describe` saw, for the parameters by
+    name.
+    """
     parts: list[Perturbation] = []
     for rule, distribution, names in said:
         vector = ParameterVector([(name, parameters[name]) for name in names])
-        parts.append(Unwatched(vector, distribution) if rule == "rowwise" else SharedNoise(vector, distribution))
+        parts.append(
+            Unwatched(vector, distribution)
+            if rule == "rowwise"
+            else SharedNoise(vector, distribution)
+        )
     return parts[0] if len(parts) == 1 else CombinedNoise(parts)
 
 
 def noise_print() -> str:
-    """Return what tells the noise of a seed apart from that of another version of hf_flops or torch."""
+    """Return what tells the noise of a seed apart from that of another version of hf_flops or
+    torch.
+    """
     shapes, row = [torch.Size([13, 9])], np.ones(1, dtype=np.uint64)
-    return digest(torch.cat([draw(distribution, row, shapes)[0] for distribution in sorted(DISTRIBUTIONS)]))
+    return digest(
+        torch.cat([draw(distribution, row, shapes)[0] for distribution in sorted(DISTRIBUTIONS)])
+    )

@@ -1,4 +1,6 @@
-"""Where a run starts: the adapter's first values, the files that it is saved as, and what tells its base apart."""
+"""Where a run starts: the adapter's first values, the files that it is saved as, and what tells its
+base apart.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +17,24 @@ from .._version import __version__
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the trainable parameters by name, in the model's order."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
 
 
 def describe(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return what the first record says of a model: in words, and the tensors that nothing else tells."""
+    """Return what the first record says of a model: in words, and the tensors that nothing else
+    tells.
+    """
     own, base = trainable(model), getattr(model, "get_base_model", lambda: model)()
     config, files, kept = _files(model, own)
     values: dict[str, Tensor] = {**own, **{f"file:{name}": tensor for name, tensor in kept.items()}}
     zero = [name for name, tensor in values.items() if not bool(tensor.detach().any())]
     stored = {name: tensor for name, tensor in values.items() if name not in zero}
-    kinds = {name: [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")] for name, tensor in values.items()}
+    kinds = {
+        name: [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")]
+        for name, tensor in values.items()
+    }
     shared = {tensor.untyped_storage().data_ptr() for tensor in kept.values()}
     says = {
         "version": __version__,
@@ -43,8 +52,11 @@ def describe(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return says, stored
 
 
-def _files(model: Any, own: Mapping[str, nn.Parameter]) -> tuple[dict[str, Any], dict[str, str] | None, dict[str, Tensor]]:
-    """Return PEFT's configuration, which trainable parameter each tensor of its file is (or ""), and the other tensors.
+def _files(
+    model: Any, own: Mapping[str, nn.Parameter]
+) -> tuple[dict[str, Any], dict[str, str] | None, dict[str, Tensor]]:
+    """Return PEFT's configuration, which trainable parameter each tensor of its file is (or ""),
+    and the other tensors.
 
     The second is None where the model has no adapter, or saves something else than its parameters.
     """
@@ -56,16 +68,24 @@ def _files(model: Any, own: Mapping[str, nn.Parameter]) -> tuple[dict[str, Any],
     places = {parameter.data_ptr(): name for name, parameter in own.items()}
     files = {key: places.get(tensor.data_ptr(), "") for key, tensor in state.items()}
     for name in sorted(set(own) - set(files.values())):  # what is saved as a copy, as prompts are
-        alike = [key for key, taken in files.items() if not taken and torch.equal(state[key], own[name])]
+        alike = [
+            key for key, taken in files.items() if not taken and torch.equal(state[key], own[name])
+        ]
         if len(alike) != 1:
             return {}, None, {}
         files[alike[0]] = name
     config = copy.copy(model.peft_config[model.active_adapter])
     config.inference_mode = True
-    said = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    said = {
+        key: sorted(value) if isinstance(value, set) else value
+        for key, value in config.to_dict().items()
+    }
     if config.task_type is None:  # as PEFT does, for loading without a class
         base = type(model.get_base_model())
-        said["auto_mapping"] = {"base_model_class": base.__name__, "parent_library": base.__module__}
+        said["auto_mapping"] = {
+            "base_model_class": base.__name__,
+            "parent_library": base.__module__,
+        }
     return said, files, {key: state[key] for key, name in files.items() if not name}
 
 
@@ -78,9 +98,17 @@ def digests(model: nn.Module, without: Iterable[int] = ()) -> dict[str, str]:
     """
     found, left_out = {}, set(without)
     for name, parameter in model.named_parameters():
-        kept = parameter.requires_grad or ".original_module." in name or parameter.untyped_storage().data_ptr() in left_out
+        kept = (
+            parameter.requires_grad
+            or ".original_module." in name
+            or parameter.untyped_storage().data_ptr() in left_out
+        )
         if not kept:
-            name = name.removeprefix("base_model.").removeprefix("model.") if hasattr(model, "peft_config") else name
+            name = (
+                name.removeprefix("base_model.").removeprefix("model.")
+                if hasattr(model, "peft_config")
+                else name
+            )
             found[name.replace(".base_layer.", ".")] = digest(parameter)
     return found
 

@@ -30,7 +30,8 @@ class Departure:
         numbers: how many of its numbers differ.
         size: how many it has.
         most: largest difference; NaN where it is missing, or has another shape.
-        step: the last step after which the log has the tensor as it is in the checkpoint; None if it never is.
+        step: the last step after which the log has the tensor as it is in the checkpoint; None if
+            it never is.
     """
 
     name: str
@@ -42,8 +43,15 @@ class Departure:
     def __str__(self) -> str:
         if self.most != self.most:
             return f"{self.name}: missing, or of another shape"
-        instead = "no step of the log has it so" if self.step is None else f"it is that of step {self.step}"
-        return f"{self.name}: {self.numbers:,} of {self.size:,} numbers differ, by {self.most:.3g} at most; {instead}"
+        instead = (
+            "no step of the log has it so"
+            if self.step is None
+            else f"it is that of step {self.step}"
+        )
+        return (
+            f"{self.name}: {self.numbers:,} of {self.size:,} numbers differ, by {self.most:.3g} "
+            f"at most; {instead}"
+        )
 
 
 @dataclass
@@ -53,7 +61,8 @@ class Verdict:
     Attributes:
         step: optimizer steps that the checkpoint is compared after.
         departures: the tensors of the checkpoint that differ.
-        first: the first step after which the replay itself is not what training had, and the tensors; None if there is none.
+        first: the first step after which the replay itself is not what training had, and the
+            tensors; None if there is none.
         surroundings: what may have made a replay differ.
     """
 
@@ -73,7 +82,10 @@ class Verdict:
         lines = []
         if self.first is not None:
             step, names = self.first
-            lines.append(f"The replay departs from the training at step {step}, in {', '.join(names)}: {self.surroundings}")
+            lines.append(
+                f"The replay departs from the training at step {step}, in {', '.join(names)}: "
+                f"{self.surroundings}"
+            )
         if self.departures:
             lines.append(f"The checkpoint departs from the log at step {self.step}:")
         return "\n".join([*lines, *(f"  {departure}" for departure in self.departures)])
@@ -84,12 +96,13 @@ def verify(path: str | Path, checkpoint: str | Path, step: int | None = None) ->
 
     Args:
         path: the log, or the output folder that holds it.
-        checkpoint: a folder with the weights; its trainer_state.json says after which step it was saved.
+        checkpoint: a folder with the weights; its trainer_state.json says after which step it was
+            saved.
         step: the step, where the folder does not say it; the log's last one by default.
 
     Raises:
-        TrajectoryError: the log is damaged or does not reach the step, or the folder holds no weights or a damaged
-            file.
+        TrajectoryError: the log is damaged or does not reach the step, or the folder holds no
+            weights or a damaged file.
     """
     folder = Path(checkpoint)
     state = folder / "trainer_state.json"
@@ -102,14 +115,24 @@ def verify(path: str | Path, checkpoint: str | Path, step: int | None = None) ->
     names = list(log.says["trainable"])
     files = (log.says["adapter"] or {"files": {name: name for name in names}})["files"]
     prints = {own: fingerprint(found[key]) for key, own in files.items() if own and key in found}
-    last_alike: dict[str, int] = {n: 0 for n in prints if fingerprint(log.parameters[n]) == prints[n]}
+    last_alike: dict[str, int] = {
+        n: 0 for n in prints if fingerprint(log.parameters[n]) == prints[n]
+    }
     first = None
     for record in log.run(step):
-        last_alike.update({n: log.step for n, p in zip(names, record.fingerprints, strict=True) if prints.get(n) == p})
+        last_alike.update(
+            {
+                n: log.step
+                for n, p in zip(names, record.fingerprints, strict=True)
+                if prints.get(n) == p
+            }
+        )
         if first is None and (departed := log.departed(record)):
             first = log.step, departed
     wanted = log.tensors()
-    departures = [d for key in wanted if (d := _compare(key, found.get(key), wanted[key])) is not None]
+    departures = [
+        d for key in wanted if (d := _compare(key, found.get(key), wanted[key])) is not None
+    ]
     for departure in departures:
         departure.step = last_alike.get(files[departure.name])
     return Verdict(log.step, departures, first, log.surroundings() if log.step else "")
