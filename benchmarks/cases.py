@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 from hf_flops import Method, Place, SuffixPromptModel, estimate_gradient
 from hf_flops.allocators import Optimal, Uniform
+from hf_flops.base.batch import batch_size, take
 from hf_flops.checks import shared_texts, without_cache
 from hf_flops.control_variates import LogitJacobian
 from hf_flops.estimators import Antithetic, OneSided
@@ -37,7 +38,6 @@ from hf_flops.last_logits import LastLogits, with_last_logits
 from hf_flops.objectives import Objective, TappedLoss
 from hf_flops.perturbations import perturb
 from hf_flops.reuse import ReusePlan
-from hf_flops.rows import batch_size, take
 from hf_flops.selfcheck import choose_objective, choose_perturbation
 from hf_flops.setup import prepare_tap
 from recipes.assets import minilm, sentences, smollm2

@@ -21,7 +21,7 @@ import numpy as np
 from cases import CASES, SIDES  # isort: skip
 from records import Record, quiet  # isort: skip
 
-from hf_flops.memory import PeakMemory
+from hf_flops.base.memory import PeakMemory
 
 
 def one(name: str, side: str) -> float:

@@ -36,7 +36,7 @@ def measure() -> dict[str, Any]:
     and summed again.
     """
     from benchmarks.tasks import reviews
-    from hf_flops.rows import take
+    from hf_flops.base.batch import take
 
     torch.set_num_threads(1)
     task = reviews(0)

@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from hf_flops.padding import Feed
+from hf_flops.base.padding import Feed
 from recipes.assets import minilm, sentences
 from recipes.images import load_images, load_vit, pixel_dataset, pretrained_vit
 from recipes.vit import RecipeArguments, adapter_model

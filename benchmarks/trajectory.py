@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.learning_tasks import TASKS
 from benchmarks.records import Record, quiet
 from hf_flops import FlopsTrainer, FlopsTrainingArguments
-from hf_flops.padding import Feed
+from hf_flops.base.padding import Feed
 from hf_flops.trajectory.framing import read
 from hf_flops.trajectory.replay import replay
 from hf_flops.trajectory.verify import verify

@@ -11,6 +11,7 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .args import FlopsArgumentsMixin, FlopsTrainingArguments
+    from .base.rows import Place
     from .contrastive import ContrastiveLoss
     from .diagnosis import Diagnosis, doctor
     from .errors import (
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from .method import Method, StepResult
     from .objectives import CallableObjective, Objective
     from .rewards import GeneratedMetric, Metric
-    from .rows import Place
     from .step import estimate_gradient
     from .suffix import SuffixPromptModel
     from .trainer import FlopsTrainer, FlopsTrainerMixin
@@ -50,7 +50,7 @@ _HOMES = {
     "NonFiniteError": "errors",
     "Objective": "objectives",
     "ObjectiveError": "errors",
-    "Place": "rows",
+    "Place": "base.rows",
     "ProcessError": "errors",
     "StepResult": "method",
     "SuffixPromptModel": "suffix",

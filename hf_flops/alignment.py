@@ -15,6 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from .allocators import ALLOCATORS, Allocator
+from .base.batch import batch_size, take
+from .base.probe import Attempt, agree
+from .base.rounding_error import precision_of
+from .base.rows import Place
 from .contrastive import SIDES, ContrastiveBatch, ContrastiveLoss
 from .control_variates import control_variate
 from .errors import ConfigurationError
@@ -31,9 +35,7 @@ from .image_text import (
 from .method import Method, StepResult
 from .objectives import Forward, RowLossError
 from .perturbations import ParameterVector
-from .probe_runs import Attempt, agree
-from .rows import Place, batch_size, take
-from .selfcheck import choose_perturbation, precision_of
+from .selfcheck import choose_perturbation
 from .sessions import Averaging, Batch, HandOver
 from .setup import held_back, late_expansion
 from .towers import Tower, TowerLoss, TowerShares, estimate_alignment, numbered

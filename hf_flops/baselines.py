@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .rows import Rows
+from .base.rows import Rows
 
 
 def against_others(deltas: Tensor, rows: Rows, units: int) -> Tensor:

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .base.batch import batch_size, take
+from .base.padding import Feed
+from .base.rows import Features, Place
 from .chunks import ChunkPlanner, in_chunks
 from .control_variates import MOST_LOGITS
 from .method import Method
 from .objectives import Objective, RowLosses
-from .padding import Feed
 from .reuse import Recording
-from .rows import Features, Place, batch_size, take
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .objectives import RowLosses
-from .perturbations.exact import DIGIT, accumulator, rounded
+from .perturbations import accumulator
+from .perturbations.exact import DIGIT, rounded
 from .perturbations.noise import RowNoise
 
 MOST_LOGITS = 32  # per row; beyond them the Jacobian is too much to learn and to hold

@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from .base.memory import peak_memory
 from .ledger import Ledger
-from .memory import peak_memory
 
 
 class RunCosts(TrainerCallback):

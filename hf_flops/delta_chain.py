@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .base.rows import Rows
 from .baselines import against_others
 from .control_variates import ControlVariate, Prediction
 from .estimators import Estimator
 from .perturbations import Perturbation
-from .rows import Rows
 
 
 @dataclass(frozen=True)

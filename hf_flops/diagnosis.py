@@ -18,10 +18,10 @@ from transformers.trainer_callback import PrinterCallback
 
 from .args import FlopsTrainingArguments
 from .auto_queries import AutoQueries
+from .base.memory import PeakMemory
+from .base.rounding_error import precision_of
 from .calibration import Calibration, calibrate
-from .memory import PeakMemory
 from .perturbations import ActivationNoise, ParameterVector
-from .selfcheck import precision_of
 from .sessions import Batch
 from .throwaway import copied, generators_kept, listening
 from .trainer import FlopsTrainer

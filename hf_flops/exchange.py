@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .base.padding import Feed
+from .base.rows import Place, Rows
 from .errors import ConfigurationError
 from .noise_sum import Again, NoiseSum
 from .objectives import RowLosses
-from .padding import Feed
 from .perturbations import Perturbation
 from .regenerate import Trace, in_turn, regenerate
-from .rows import Place, Rows
 from .share import Share
 
 _NOISE = 2**26  # bytes of noise that are held at a time when an update is made again

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .base.batch import batch_size
 from .method import FinishedBatch, StepResult
 from .objectives import Forward
-from .rows import batch_size
 from .share import Share
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from .allocators import Allocator
+from .base.rows import Place
 from .chunks import ChunkPlanner
 from .control_variates import ControlVariate
 from .errors import ConfigurationError
@@ -19,7 +20,6 @@ from .objectives import Objective
 from .perturbations import Perturbation
 from .regenerate import Trace
 from .reuse import ReusePlan
-from .rows import Place
 
 
 @dataclass(frozen=True)

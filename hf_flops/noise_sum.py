@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .base.rows import Rows
 from .perturbations import Perturbation, accumulator
-from .rows import Rows
 from .share import Share
 
 Again = Callable[[Rows, Tensor], None]

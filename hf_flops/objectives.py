@@ -19,9 +19,9 @@ from torch.nn import functional as F
 from torch.nn._reduction import legacy_get_string
 from torch.overrides import TorchFunctionMode
 
+from .base.batch import batch_size
 from .errors import ObjectiveError
 from .losses import element_weights, slopes, squared_residuals, widen
-from .rows import batch_size
 
 Forward = Callable[[Mapping[str, Any]], tuple[Tensor | None, Any]]
 """Runs the model on a batch and returns its scalar loss (or None) and its outputs."""

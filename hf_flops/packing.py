@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .probe_runs import Attempt, agree
+from .base.probe import Attempt, agree
 from .texts import TextCache, run
 
 # rows in a line: beyond, what they compute of each other for nothing outweighs the copies

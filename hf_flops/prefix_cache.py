@@ -16,9 +16,10 @@ from weakref import finalize
 import torch
 from torch import Tensor, nn
 
+from .base.batch import ROW, batch_size, take
+from .base.patching import Call
 from .errors import ConfigurationError
-from .reuse import Call, Output, Recording, ReusePlan, columns_of
-from .rows import ROW, batch_size, take
+from .reuse import Output, Recording, ReusePlan, columns_of
 
 Layout = tuple[tuple[str, Any], ...]
 

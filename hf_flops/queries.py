@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .base.padding import Feed
+from .base.rows import Place, Rows
 from .chunks import ChunkPlanner, Work, in_chunks
 from .delta_chain import Evaluation
 from .method import Method
 from .noise_sum import NoiseSum
 from .objectives import RowLosses
-from .padding import Feed
 from .perturbations import NoiseKeys
 from .reuse import Recording
-from .rows import Place, Rows
 
 
 @dataclass(frozen=True)

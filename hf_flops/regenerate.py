@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .base.rows import Rows
 from .perturbations import NoiseKeys, Perturbation, accumulator
-from .rows import Rows
 
 
 @dataclass(frozen=True)

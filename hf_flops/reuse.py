@@ -9,10 +9,10 @@ rows, so masks, positions, labels and keywords need no care.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from functools import partial, wraps
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,28 +20,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from .rows import batch_size, hollow, take
+from .base.batch import batch_size, hollow, take
+from .base.patching import Call, replaced_forward
 
-Call = Callable[..., Any]
 Output = tuple[list[Any], TreeSpec]
 
 
 class _Recorded(Exception):
     """Stops a forward that has nothing left to record."""
-
-
-@contextmanager
-def replaced_forward(module: nn.Module, make: Callable[[Call], Call]) -> Iterator[None]:
-    """Let `module.forward` be what `make` makes of it for a while, on this instance alone."""
-    before, original = module.__dict__.get("forward"), module.forward
-    # whoever asks for the signature gets the original one
-    module.forward = wraps(original)(make(original))
-    try:
-        yield
-    finally:
-        del module.forward
-        if before is not None:
-            module.forward = before
 
 
 @dataclass(frozen=True, eq=False)

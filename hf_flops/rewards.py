@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .base.batch import batch_size
+from .base.completion import split
 from .errors import ConfigurationError, ObjectiveError
 from .objectives import Forward, Objective, RowLosses, widen
-from .rows import batch_size
-from .texts import split
 
 _GENERATION_INPUTS = ("input_ids", "attention_mask", "pixel_values", "input_features")
 

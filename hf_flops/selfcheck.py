@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .counters import seeds
+from .base.batch import batch_size, misaligned, take
+from .base.prng import seeds
+from .base.probe import Attempt, agree
 from .errors import ConfigurationError, NonFiniteError
 from .objectives import BatchLoss, Forward, Objective, RowLossError, TappedLoss
 from .perturbations import (
@@ -32,8 +34,6 @@ from .perturbations import (
     perturb,
 )
 from .perturbations.noise import draw
-from .probe_runs import Attempt, agree
-from .rows import batch_size, misaligned, take
 
 Sums = Callable[[], Tensor]
 _CHECK_SEED = 20410  # any number: the check's noise has a stream of its own
@@ -64,19 +64,6 @@ def two_rows(objective: Objective, forward: Forward, inputs: Mapping[str, Any]) 
             "NaN."
         )
     return take(inputs, index[[0, min(1, len(index) - 1)]])
-
-
-def precision_of(model: nn.Module, *, autocast: bool = False) -> float:
-    """Return the relative error that a loss may have from rounding alone; a model may say so itself
-    as `precision`.
-    """
-    own = getattr(model, "precision", None)
-    if isinstance(own, float):
-        return own
-    half = any(
-        parameter.dtype in (torch.float16, torch.bfloat16) for parameter in model.parameters()
-    )
-    return 3e-2 if half or autocast else 1e-4
 
 
 def choose_objective(

@@ -16,6 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from .allocators import ALLOCATORS, Allocator
+from .base.batch import batch_size
+from .base.padding import Feed
+from .base.rounding_error import precision_of
+from .base.rows import Place
 from .clean import clean_forward
 from .control_variates import control_variate
 from .errors import ObjectiveError
@@ -23,11 +27,8 @@ from .estimators import ESTIMATORS, Estimator
 from .exchange import EXCHANGES
 from .method import Method, StepResult
 from .objectives import Forward, Objective, RowLossError
-from .padding import Feed
 from .perturbations import ParameterVector, Perturbation
 from .reuse import ReusePlan
-from .rows import Place, batch_size
-from .selfcheck import precision_of
 from .setup import Chosen, held_back, loss_of_batch, set_up
 from .share import Share
 from .step import estimate_gradient

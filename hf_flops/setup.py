@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .base.batch import take
+from .base.rounding_error import precision_of
 from .control_variates import MOST_LOGITS
 from .errors import ConfigurationError, ObjectiveError
 from .heads import ClosedFormHead, find_head
@@ -23,8 +25,7 @@ from .objectives import BatchLoss, Forward, Objective, RowLossError, TappedLoss
 from .perturbations import Perturbation
 from .prefix_cache import CachedPlan, SampleStore
 from .reuse import ReusePlan
-from .rows import take
-from .selfcheck import choose_objective, choose_perturbation, precision_of
+from .selfcheck import choose_objective, choose_perturbation
 
 logger = logging.getLogger("hf_flops.trainer")
 

@@ -3,7 +3,7 @@
     clean pass       unperturbed ("clean") losses, features, the closed-form head's inputs:
                      clean.py
     counts           the allocator's queries per sample, from clean features only: allocators/
-    rows             one row per query, dealt out to processes: rows.py,
+    rows             one row per query, dealt out to processes: base/rows.py,
                      exchange.py
     for each chunk   draw noise, evaluate, transform losses to deltas, accumulate: queries.py,
                      delta_chain.py
@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 
 from .allocators import Piloted, equal_counts
+from .base.prng import seeds
+from .base.rows import Features, Place, Rows, expand
 from .chunks import ChunkPlanner
 from .clean import CleanPass, clean_pass
-from .counters import seeds
 from .delta_chain import Chain, ChunkDeltas, DeltaTransform, FiniteDifference, LeaveOneOut, Residual
 from .errors import NonFiniteError
 from .method import Method, StepResult
@@ -36,7 +37,6 @@ from .noise_sum import NoiseSum
 from .objectives import Forward
 from .queries import Queries, QueryResults
 from .regenerate import Trace
-from .rows import Features, Place, Rows, expand
 
 
 def estimate_gradient(

@@ -13,32 +13,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from .base.completion import Split
 from .errors import ConfigurationError
-
-
-@dataclass(frozen=True)
-class Split:
-    """The rows of a batch, cut where their answers begin.
-
-    Attributes:
-        text: (R, T) int64, right-aligned, so that what comes next comes right after it.
-        text_mask: (R, T) int64, zero on padding.
-        answer: (R, A) int64, left-aligned; A is 0 where no token is to be predicted.
-        targets: (R, A) int64, the labels of the answer, -100 beyond its end.
-    """
-
-    text: Tensor
-    text_mask: Tensor
-    answer: Tensor
-    targets: Tensor
-
-    def keys(self) -> list[bytes]:
-        """Return a key for each row: equal texts have equal keys, however they are padded."""
-        lengths = self.text_mask.sum(1).tolist()
-        return [
-            row[len(row) - n :].tobytes()
-            for row, n in zip(self.text.cpu().numpy(), lengths, strict=True)
-        ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,41 +40,6 @@ class Ending:
         if not isinstance(other, Ending) or self.last != other.last:
             return False
         return torch.equal(self.kept, other.kept) and torch.equal(self.tokens, other.tokens)
-
-
-def split(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None) -> Split:
-    """Cut every row into its text (label -100) and its answer (labelled), and leave the padding
-    out.
-
-    Args:
-        input_ids: (R, L) int64, padded on either side.
-        attention_mask: (R, L), zero on padding; None where there is none.
-        labels: (R, L) int64; None where everything is text.
-
-    Raises:
-        ConfigurationError: a row has no text, no answer, or text after the start of its answer.
-    """
-    real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    answer = torch.zeros_like(input_ids, dtype=torch.bool) if labels is None else labels != -100
-    text = real.bool() & ~answer
-    late = text & (answer.cumsum(1) > 0)
-    for fine, what in (
-        (text.any(1), "has no text before its answer, where a suffix prompt needs some to follow"),
-        (answer.any(1) | (labels is None), "has no answer: all its labels are -100"),
-        (
-            ~late.any(1),
-            "has labels in the middle of its text: label the tokens at its end only, all others "
-            "with -100",
-        ),
-    ):
-        if not bool(fine.all()):
-            raise ConfigurationError(f"Row {int((~fine).nonzero()[0])} of the batch {what}.")
-    last = text.long().argsort(dim=1, stable=True)[:, -int(text.sum(1).max()) :]
-    first = (~answer).long().argsort(dim=1, stable=True)[:, : int(answer.sum(1).max())]
-    targets = first if labels is None else labels.gather(1, first)
-    return Split(
-        input_ids.gather(1, last), text.gather(1, last).long(), input_ids.gather(1, first), targets
-    )
 
 
 def run(model: nn.Module, cache: DynamicCache, **inputs: Any) -> Any:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .base.batch import ROW, batch_size
+from .base.rows import Place
 from .clean import CleanPass, clean_pass
 from .contrastive import SIDES, ContrastiveBatch
 from .errors import ConfigurationError
@@ -20,7 +22,6 @@ from .heads import ClosedFormHead
 from .losses import widen
 from .method import Method, StepResult
 from .objectives import Forward, Objective, RowLosses
-from .rows import ROW, Place, batch_size
 from .step import estimate_from
 
 # texts have noise of their own, also where a tensor is in both towers: no image has this position

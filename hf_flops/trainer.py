@@ -19,6 +19,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from .allocators import ALLOCATORS, Allocator
 from .args import FlopsTrainingArguments
+from .base.rows import Place
 from .budget import QueryBudget
 from .cards import TAGS, complete_card
 from .checkpoints import CheckpointWriter, Leave, chosen_checkpoint, generator_states
@@ -42,7 +43,6 @@ from .objectives import CallableObjective, Forward, Objective, RowLossError
 from .pair_steps import start_session
 from .perturbations import ParameterVector, Perturbation
 from .processes import BatchSize, Lockstep, start_group, undivided_loader
-from .rows import Place
 from .sessions import Averaging, Batch, GradientSession, HandOver
 from .share import Share
 from .state import load_state, save_state

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from hf_flops import ConfigurationError
-from hf_flops.memory import PeakMemory
+from hf_flops.base.memory import PeakMemory
 from recipes.common import usable
 
 

@@ -20,7 +20,7 @@ from peft import (
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_flops.counters import seeds
+from hf_flops.base.prng import seeds
 from hf_flops.objectives import TappedLoss
 from hf_flops.perturbations import (
     ParameterVector,

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 import hf_flops.chunks
 from hf_flops import FlopsTrainer, FlopsTrainingArguments
+from hf_flops.base.memory import free_memory
 from hf_flops.chunks import ChunkPlanner, even, in_chunks, out_of_memory
-from hf_flops.memory import free_memory
 from tests.padded import Cramped, adapted, estimate, padded
 from tests.tiny import as_dataset, double, model_forward, tiny_batch
 

@@ -11,12 +11,12 @@ from torch.nn import functional as F
 
 from hf_flops import Method, Place, estimate_gradient
 from hf_flops.allocators import ALLOCATORS
+from hf_flops.base.prng import seeds
 from hf_flops.control_variates import LogitJacobian, Prediction, _contrasts
-from hf_flops.counters import seeds
 from hf_flops.estimators import ESTIMATORS, Antithetic, OneSided
 from hf_flops.objectives import RowLosses, TappedLoss
-from hf_flops.perturbations import ParameterVector, perturb
-from hf_flops.perturbations.noise import DISTRIBUTIONS, draw
+from hf_flops.perturbations import DISTRIBUTIONS, ParameterVector, perturb
+from hf_flops.perturbations.noise import draw
 from tests.test_step import Fixed, repeated
 from tests.tiny import generator, model_forward
 

@@ -12,11 +12,11 @@ from torch.utils._pytree import tree_leaves
 
 from hf_flops import Method, Place, estimate_gradient
 from hf_flops.allocators import Optimal
+from hf_flops.base.batch import take
+from hf_flops.base.memory import PeakMemory
 from hf_flops.estimators import OneSided
-from hf_flops.memory import PeakMemory
 from hf_flops.objectives import TappedLoss
 from hf_flops.perturbations import DISTRIBUTIONS, ParameterVector, perturb
-from hf_flops.rows import take
 from tests.tiny import model_forward, tiny_batch, tiny_model
 
 

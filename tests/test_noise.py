@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_flops.counters import seeds, uniforms, words
-from hf_flops.perturbations.noise import DISTRIBUTIONS, NoiseKeys, draw
+from hf_flops.base.prng import seeds, uniforms, words
+from hf_flops.perturbations import DISTRIBUTIONS, NoiseKeys
+from hf_flops.perturbations.noise import draw
 
 COUNTER = st.integers(0, 2**40)
 

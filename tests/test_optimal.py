@@ -10,7 +10,7 @@ from hf_flops.allocators.calibration import LEVELS, Calibration
 from hf_flops.allocators.history import History
 from hf_flops.allocators.observed import observe
 from hf_flops.allocators.regression import Regression
-from hf_flops.rows import Features
+from hf_flops.base.rows import Features
 
 
 def mean_squares(sigma, counts, generator):

@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 from transformers.pytorch_utils import Conv1D
 
-from hf_flops.counters import seeds
+from hf_flops.base.prng import seeds
 from hf_flops.objectives import TappedLoss
 from hf_flops.perturbations import (
     DISTRIBUTIONS,

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hf_flops import FlopsTrainer
-from hf_flops.counters import seeds
+from hf_flops.base.prng import seeds
 from hf_flops.objectives import BatchLoss, TappedLoss
 from hf_flops.perturbations import NoiseKeys, ParameterVector, RowwiseNoise, SharedNoise
 from hf_flops.precision import keep_masters

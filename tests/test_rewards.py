@@ -20,10 +20,10 @@ from hf_flops import (
     ObjectiveError,
     SuffixPromptModel,
 )
+from hf_flops.base.batch import take
 from hf_flops.calibration import STEP_GRID, choose_step_scale
 from hf_flops.perturbations import NoiseKeys, ParameterVector, RowwiseNoise
 from hf_flops.rewards import SmoothSurrogate, exact_match, last_logits
-from hf_flops.rows import take
 from tests.test_suffix import batch, draw_rows
 from tests.tiny import as_dataset, generator, tiny_batch, tiny_model, training_arguments
 

@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_flops import ObjectiveError
-from hf_flops.rows import batch_size, expand, misaligned, take
+from hf_flops.base.batch import batch_size, misaligned, take
+from hf_flops.base.rows import expand
 
 COUNTS = st.lists(st.integers(1, 9), min_size=1, max_size=8).map(torch.tensor)
 

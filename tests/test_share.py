@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from hf_flops import ConfigurationError, Method, Place, estimate_gradient
 from hf_flops.allocators import ALLOCATORS
+from hf_flops.base.padding import Feed
+from hf_flops.base.rows import expand
 from hf_flops.control_variates import LogitJacobian
 from hf_flops.estimators import ESTIMATORS
 from hf_flops.exchange import (
@@ -24,12 +26,10 @@ from hf_flops.exchange import (
 from hf_flops.heads import find_head
 from hf_flops.independence import choose_reuse
 from hf_flops.objectives import BatchLoss, TappedLoss
-from hf_flops.padding import Feed
 from hf_flops.perturbations import NoiseKeys, ParameterVector, perturb
 from hf_flops.perturbations.noise import draw
 from hf_flops.processes import fingerprint
 from hf_flops.regenerate import regenerate
-from hf_flops.rows import expand
 from hf_flops.share import Share
 from tests.ranks import played
 from tests.tiny import generator, model_forward, tiny_batch, tiny_model

@@ -12,8 +12,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from ..base.rows import Features
 from ..errors import ConfigurationError
-from ..rows import Features
 
 
 class Allocator(Protocol):

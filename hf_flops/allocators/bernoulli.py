@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..counters import seeds, uniforms
+from ..base.prng import seeds, uniforms
+from ..base.rows import Features
 from ..errors import ConfigurationError
-from ..rows import Features
 from .base import equal_counts, finite
 from .learner import Learner
 from .likelihood_ratio import DRAWS, Descent, gradient, private_generator

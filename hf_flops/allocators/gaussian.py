@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rows import Features
+from ..base.rows import Features
 from .base import equal_counts, finite
 from .learner import Learner
 from .likelihood_ratio import DRAWS, Descent, gradient, private_generator

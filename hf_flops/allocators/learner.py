@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..rows import Features
+from ..base.rows import Features
 
 
 class Learner(ABC):

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..counters import seeds
-from ..rows import Features
+from ..base.prng import seeds
+from ..base.rows import Features
 
 DRAWS = 128
 

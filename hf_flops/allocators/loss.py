@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..base.rows import Features
 from ..errors import ConfigurationError
-from ..rows import Features
 from .base import Memoryless, finite
 from .rounding import optimal_counts
 

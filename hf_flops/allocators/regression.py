@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rows import Features
+from ..base.rows import Features
 from .base import finite
 from .observed import Observed
 

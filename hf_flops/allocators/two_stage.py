@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..rows import Features
+from ..base.rows import Features
 from .base import equal_counts
 from .observed import observe
 from .optimal import Optimal

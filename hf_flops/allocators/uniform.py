@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..rows import Features
+from ..base.rows import Features
 from .base import Memoryless, equal_counts
 
 

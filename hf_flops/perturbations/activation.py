@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..counters import seeds
+from ..base.prng import seeds
 from .base import ParameterVector, Perturbation
 from .noise import NoiseKeys, draw
 from .rules import RowMismatch, conv1d_gpt2, linear

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..counters import seeds, words
+from ..base.prng import seeds, words
 from .exact import DIGIT, ROWS, accumulator, cut
 
 SHARED_POSITION = 2**62  # no sample has this position: the stream of noise that all samples share

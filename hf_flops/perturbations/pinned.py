@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..counters import seeds
-from ..probe_runs import Attempt, agree
+from ..base.prng import seeds
+from ..base.probe import Attempt, agree
 from .activation import is_linear
 from .base import ParameterVector
 from .noise import draw

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..allocators import Allocator
+from ..base.rows import Features
 from ..errors import ConfigurationError
-from ..rows import Features
 
 
 class AllocatorContract:

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from ..base.batch import batch_size, take
 from ..objectives import Forward, Objective, RowLosses
-from ..rows import batch_size, take
 
 
 class ObjectiveContract:

@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from ..base.rows import Rows
 from ..regenerate import Trace
-from ..rows import Rows
 
 _WHOLE = (torch.uint8, torch.int16, torch.int32, torch.int64)
 

@@ -2,25 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 from torch import Tensor
-
-from .errors import ObjectiveError
-
-MAIN_INPUTS = (
-    "labels",
-    "input_ids",
-    "pixel_values",
-    "inputs_embeds",
-    "input_features",
-    "input_values",
-)
-# an input that numbers the rows of a batch, where what they are compared with is of the batch
-ROW = "row_of_batch"
 
 
 @dataclass(frozen=True)
@@ -141,62 +126,6 @@ def expand(
         query = query + after[owner]
     order = torch.argsort(query * samples + owner)
     return Rows(owner[order], query[order], query[order], weight[order])
-
-
-def batch_size(inputs: Mapping[str, Any]) -> int:
-    """Return the number of samples in a batch, read off its labels or its main input."""
-    tensors = {
-        name: value for name, value in inputs.items() if torch.is_tensor(value) and value.dim() > 0
-    }
-    if not tensors:
-        raise ObjectiveError(
-            f"The batch holds no tensor to count samples by (its keys are {sorted(inputs)})."
-        )
-    name = next((name for name in MAIN_INPUTS if name in tensors), next(iter(tensors)))
-    return len(tensors[name])
-
-
-def misaligned(inputs: Mapping[str, Any]) -> list[str]:
-    """Return the names of inputs that are not laid out one entry per sample, so cannot be repeated
-    per row.
-    """
-    samples = batch_size(inputs)
-    return [
-        name
-        for name, value in inputs.items()
-        if (torch.is_tensor(value) and value.dim() > 0 and len(value) != samples)
-        or (isinstance(value, (list, tuple)) and len(value) != samples)
-    ]
-
-
-def hollow(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return NaN of a tensor's dtype and device, in a shape, without its memory."""
-    return like.new_full((), float("nan")).expand(*shape)
-
-
-def take(inputs: Mapping[str, Any], owner: Tensor, unread: Collection[str] = ()) -> dict[str, Any]:
-    """Repeat each sample of a batch for the rows that it owns.
-
-    Args:
-        inputs: the batch; tensors (B, ...), lists of B entries, or scalars that all samples share.
-        owner: (R,) int64.
-        unread: names of tensors of real numbers in place of which rows are given NaN, which takes
-            no memory.
-
-    Returns:
-        The inputs of a forward pass of R rows.
-    """
-
-    def repeat(name: str, value: Any) -> Any:
-        if name in unread:
-            return hollow(value, (len(owner), *value.shape[1:]))
-        if torch.is_tensor(value) and value.dim() > 0:
-            return value.index_select(0, owner.to(value.device))
-        if isinstance(value, (list, tuple)):
-            return [value[i] for i in owner.tolist()]
-        return value
-
-    return {name: repeat(name, value) for name, value in inputs.items()}
 
 
 @dataclass(frozen=True)

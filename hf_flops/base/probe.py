@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import in_one_line
+from ..errors import in_one_line
 
 logger = logging.getLogger(__name__)
 # models and objectives raise anything where they mind a change; memory errors are among these

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .rows import Rows, take
+from .batch import take
+from .rows import Rows
 
 SIDES = ("left", "right")
 # inputs with one column per token
