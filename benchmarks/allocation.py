@@ -31,7 +31,7 @@ from tasks import TASKS, Task  # isort: skip
 
 from hf_flops import Method, Place, estimate_gradient
 from hf_flops.allocators import ALLOCATORS, Piloted, equal_counts, optimal_counts, proxy
-from hf_flops.base.rows import Features
+from hf_flops.allocators.base import Features
 from hf_flops.estimators import ESTIMATORS
 from hf_flops.objectives import TappedLoss
 from hf_flops.perturbations import ParameterVector, perturb

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .allocators.base import Features
 from .base.batch import batch_size, take
 from .base.padding import Feed
-from .base.rows import Features, Place
+from .base.rows import Place
 from .chunks import ChunkPlanner, in_chunks
 from .control_variates import MOST_LOGITS
 from .method import Method

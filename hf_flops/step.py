@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 from .allocators import Piloted, equal_counts
+from .allocators.base import Features
 from .base.prng import seeds
-from .base.rows import Features, Place, Rows, expand
+from .base.rows import Place, Rows, expand
 from .chunks import ChunkPlanner
 from .clean import CleanPass, clean_pass
 from .delta_chain import Chain, ChunkDeltas, DeltaTransform, FiniteDifference, LeaveOneOut, Residual

@@ -17,7 +17,7 @@ from hf_flops.allocators import (
     optimal_counts,
     proxy,
 )
-from hf_flops.base.rows import Features
+from hf_flops.allocators.base import Features
 
 LOSS = st.one_of(
     st.floats(0, 100, width=32),

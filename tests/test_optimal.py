@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from hf_flops.allocators import Optimal, equal_counts, history, optimal_counts, proxy
-from hf_flops.allocators.calibration import LEVELS, Calibration
+from hf_flops.allocators.base import Features
 from hf_flops.allocators.history import History
-from hf_flops.allocators.observed import observe
+from hf_flops.allocators.observation import observe
 from hf_flops.allocators.regression import Regression
-from hf_flops.base.rows import Features
+from hf_flops.allocators.trust import LEVELS, Calibration
 
 
 def mean_squares(sigma, counts, generator):

@@ -8,11 +8,11 @@ import torch
 
 from hf_flops import ConfigurationError
 from hf_flops.allocators import Bernoulli, Gaussian, equal_counts, proxy
+from hf_flops.allocators.base import Features
 from hf_flops.allocators.bernoulli import easy_samples
 from hf_flops.allocators.gaussian import GaussianPolicy, standardised
 from hf_flops.allocators.likelihood_ratio import Descent, gradient
 from hf_flops.allocators.rounding import one_and_share
-from hf_flops.base.rows import Features
 
 PARAMETERS = torch.tensor([0.9, 0.4, -1.5, 0.2], dtype=torch.float64)
 LOSSES = torch.tensor([0.2, 0.5, 0.5, 1.0, 3.0], dtype=torch.float64)  # with a tie

@@ -1,11 +1,11 @@
 """Allocators: how many queries each sample of a batch deserves."""
 
-from .authors import AuthorsBernoulli
-from .base import Allocator, Memoryless, Piloted, check_budget, equal_counts
+from .base import Allocator, Features, Memoryless, Piloted, check_budget, equal_counts
 from .bernoulli import Bernoulli
 from .gaussian import Gaussian
 from .loss import LossProportional, LossRank
 from .optimal import Optimal
+from .published import AuthorsBernoulli
 from .rounding import optimal_counts, proxy
 from .two_stage import TwoStage
 from .uniform import Uniform
@@ -15,6 +15,7 @@ __all__ = [
     "Allocator",
     "AuthorsBernoulli",
     "Bernoulli",
+    "Features",
     "Gaussian",
     "LossProportional",
     "LossRank",

@@ -7,13 +7,39 @@ allocator does.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from ..base.rows import Features
 from ..errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class Features:
+    """What an allocator may look at: the clean forward and the past, never this step's noise.
+
+    Attributes:
+        losses: (B,) float32, loss sums of the clean forward.
+        residuals: (B,) float32 norm of the loss's gradient by the model's outputs, or None where it
+            is unknown.
+        step: optimizer steps done before this one.
+        position: index of the first sample in the global batch of this optimizer step.
+        epoch: epochs done, with fraction.
+        seed: the run's seed.
+        lengths: (B,) number of loss elements (tokens, labels, ...), or None where it is unknown.
+        ids: (B,) the samples' places in the data set, or None where they are unknown.
+    """
+
+    losses: Tensor
+    residuals: Tensor | None = None
+    step: int = 0
+    position: int = 0
+    epoch: float = 0.0
+    seed: int = 0
+    lengths: Tensor | None = None
+    ids: tuple[int, ...] | None = None
 
 
 class Allocator(Protocol):

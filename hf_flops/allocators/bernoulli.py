@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from ..base.prng import seeds, uniforms
-from ..base.rows import Features
 from ..errors import ConfigurationError
-from .base import equal_counts, finite
+from .base import Features, equal_counts, finite
 from .learner import Learner
 from .likelihood_ratio import DRAWS, Descent, gradient, private_generator
 from .rounding import proxy

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base.rows import Features
-from .base import equal_counts, finite
+from .base import Features, equal_counts, finite
 from .learner import Learner
 from .likelihood_ratio import DRAWS, Descent, gradient, private_generator
 from .rounding import one_and_share, proxy, rounded

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..base.rows import Features
+from .base import Features
 
 
 class Learner(ABC):

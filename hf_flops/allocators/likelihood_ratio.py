@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..base.prng import seeds
-from ..base.rows import Features
+from .base import Features
 
 DRAWS = 128
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..base.rows import Features
 from ..errors import ConfigurationError
-from .base import Memoryless, finite
+from .base import Features, Memoryless, finite
 from .rounding import optimal_counts
 
 

@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ..base.rows import Features
-from .calibration import Calibration
+from .base import Features
 from .history import History
 from .learner import Learner
-from .observed import observe
+from .observation import observe
 from .regression import Regression
 from .rounding import optimal_counts
+from .trust import Calibration
 
 _MOST_VARIANCE = 1.0  # of log sigma: exploration multiplies a sample's share by e at most
 

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base.rows import Features
-from .base import finite
-from .observed import Observed
+from .base import Features, finite
+from .observation import Observed
 
 _LEAST = 1e-4  # of the batch's largest value: what lies below is as good as nothing
 _PRIOR = 4.0  # precision of the prior of a coefficient: it is trusted to about 1/2

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..base.rows import Features
-from .base import equal_counts
-from .observed import observe
+from .base import Features, equal_counts
+from .observation import observe
 from .optimal import Optimal
 from .rounding import optimal_counts
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..base.rows import Features
-from .base import Memoryless, equal_counts
+from .base import Features, Memoryless, equal_counts
 
 
 class Uniform(Memoryless):

@@ -126,29 +126,3 @@ def expand(
         query = query + after[owner]
     order = torch.argsort(query * samples + owner)
     return Rows(owner[order], query[order], query[order], weight[order])
-
-
-@dataclass(frozen=True)
-class Features:
-    """What an allocator may look at: the clean forward and the past, never this step's noise.
-
-    Attributes:
-        losses: (B,) float32, loss sums of the clean forward.
-        residuals: (B,) float32 norm of the loss's gradient by the model's outputs, or None where it
-            is unknown.
-        step: optimizer steps done before this one.
-        position: index of the first sample in the global batch of this optimizer step.
-        epoch: epochs done, with fraction.
-        seed: the run's seed.
-        lengths: (B,) number of loss elements (tokens, labels, ...), or None where it is unknown.
-        ids: (B,) the samples' places in the data set, or None where they are unknown.
-    """
-
-    losses: Tensor
-    residuals: Tensor | None = None
-    step: int = 0
-    position: int = 0
-    epoch: float = 0.0
-    seed: int = 0
-    lengths: Tensor | None = None
-    ids: tuple[int, ...] | None = None

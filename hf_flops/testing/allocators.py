@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..allocators import Allocator
-from ..base.rows import Features
+from ..allocators.base import Features
 from ..errors import ConfigurationError
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..base.rows import Features
-from .base import Memoryless
+from .base import Features, Memoryless
 from .bernoulli import halved_counts, published_probability
 
 
