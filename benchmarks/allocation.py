@@ -30,8 +30,7 @@ from records import ROOT, Record, quiet  # isort: skip
 from tasks import TASKS, Task  # isort: skip
 
 from hf_flops import Method, Place, estimate_gradient
-from hf_flops.allocators import ALLOCATORS, Piloted, equal_counts, optimal_counts, proxy
-from hf_flops.allocators.base import Features
+from hf_flops.allocators import ALLOCATORS, Features, Piloted, equal_counts, optimal_counts, proxy
 from hf_flops.estimators import ESTIMATORS
 from hf_flops.objectives import TappedLoss
 from hf_flops.perturbations import ParameterVector, perturb

@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.records import Record, quiet
 from benchmarks.workers import MESSAGE, Costs, Problem, bias, noise_of, race
-from hf_flops.regenerate import regenerate
+from hf_flops.perturbations.replay import regenerate
 
 WORKERS = (8, 32, 128, 512, 2048, 4096)
 

@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from hf_flops.base.rows import Rows, expand
 from hf_flops.perturbations import NoiseKeys, ParameterVector
-from hf_flops.regenerate import regenerate
+from hf_flops.perturbations.replay import regenerate
 from hf_flops.trajectory.rules import Unwatched
 
 MESSAGE = 8  # bytes of a query: its coefficient, its sample and which of the sample's queries it is

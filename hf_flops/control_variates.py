@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .objectives import RowLosses
 from .perturbations import accumulator
-from .perturbations.exact import DIGIT, rounded
+from .perturbations.exact_sums import DIGIT, rounded
 from .perturbations.noise import RowNoise
 
 MOST_LOGITS = 32  # per row; beyond them the Jacobian is too much to learn and to hold

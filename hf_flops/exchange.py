@@ -16,7 +16,7 @@ from .errors import ConfigurationError
 from .noise_sum import Again, NoiseSum
 from .objectives import RowLosses
 from .perturbations import Perturbation
-from .regenerate import Trace, in_turn, regenerate
+from .perturbations.replay import Trace, in_turn, regenerate
 from .share import Share
 
 _NOISE = 2**26  # bytes of noise that are held at a time when an update is made again

@@ -18,7 +18,7 @@ from .exchange import Exchange, SingleProcess
 from .heads import ClosedFormHead
 from .objectives import Objective
 from .perturbations import Perturbation
-from .regenerate import Trace
+from .perturbations.replay import Trace
 from .reuse import ReusePlan
 
 

@@ -24,8 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .allocators import Piloted, equal_counts
-from .allocators.base import Features
+from .allocators import Features, Piloted, equal_counts
 from .base.prng import seeds
 from .base.rows import Place, Rows, expand
 from .chunks import ChunkPlanner
@@ -36,8 +35,8 @@ from .method import Method, StepResult
 from .metrics import mean_squares, summarise
 from .noise_sum import NoiseSum
 from .objectives import Forward
+from .perturbations.replay import Trace
 from .queries import Queries, QueryResults
-from .regenerate import Trace
 
 
 def estimate_gradient(

@@ -11,13 +11,13 @@ from hf_flops import ConfigurationError
 from hf_flops.allocators import (
     ALLOCATORS,
     AuthorsBernoulli,
+    Features,
     LossProportional,
     LossRank,
     equal_counts,
     optimal_counts,
     proxy,
 )
-from hf_flops.allocators.base import Features
 
 LOSS = st.one_of(
     st.floats(0, 100, width=32),

@@ -71,7 +71,7 @@ def test_signs_are_signs_and_take_a_bit_each(distribution):
 
 def test_many_bits_are_drawn_when_they_are_used_and_are_the_same(monkeypatch):
     kept = draw("rademacher", seeds(1, np.arange(5)), shapes((26, 100), (70,)))
-    monkeypatch.setattr("hf_flops.perturbations.noise._PACKED", kept.numbers.kept.numel() - 1)
+    monkeypatch.setattr("hf_flops.perturbations.streams._PACKED", kept.numbers.kept.numel() - 1)
     drawn = draw("rademacher", seeds(1, np.arange(5)), shapes((26, 100), (70,)))
     assert drawn.numbers.kept is None
     assert torch.equal(flat(drawn), flat(kept))

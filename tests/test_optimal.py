@@ -5,8 +5,7 @@ wrong.
 import pytest
 import torch
 
-from hf_flops.allocators import Optimal, equal_counts, history, optimal_counts, proxy
-from hf_flops.allocators.base import Features
+from hf_flops.allocators import Features, Optimal, equal_counts, history, optimal_counts, proxy
 from hf_flops.allocators.history import History
 from hf_flops.allocators.observation import observe
 from hf_flops.allocators.regression import Regression

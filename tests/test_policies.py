@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from hf_flops import ConfigurationError
-from hf_flops.allocators import Bernoulli, Gaussian, equal_counts, proxy
-from hf_flops.allocators.base import Features
+from hf_flops.allocators import Bernoulli, Features, Gaussian, equal_counts, proxy
 from hf_flops.allocators.bernoulli import easy_samples
 from hf_flops.allocators.gaussian import GaussianPolicy, standardised
 from hf_flops.allocators.likelihood_ratio import Descent, gradient

@@ -23,7 +23,7 @@ from hf_flops.perturbations import (
     SharedNoise,
     noise,
 )
-from hf_flops.regenerate import regenerate
+from hf_flops.perturbations.replay import regenerate
 from hf_flops.trajectory.base import check_base
 from hf_flops.trajectory.framing import Appender, read
 from hf_flops.trajectory.replay import Replay, replay

@@ -7,14 +7,15 @@ from collections.abc import Collection, Sequence
 from torch import nn
 
 from .activation import ActivationNoise
+from .activation_check import PinCheck
 from .base import ParameterVector, Perturbation
 from .combined import CombinedNoise
-from .exact import accumulator
-from .noise import DISTRIBUTIONS, NoiseKeys, bytes_per_row
-from .pinned import PinCheck
+from .exact_sums import accumulator
+from .noise import DISTRIBUTIONS, bytes_per_row
 from .rowwise import RowwiseNoise
 from .rules import RowMismatch
 from .shared import SharedNoise, displaced, moved
+from .streams import NoiseKeys
 
 PERTURBATIONS = ("auto", "activation", "rowwise", "shared")
 

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from ..base.prng import seeds
 from .base import ParameterVector, Perturbation
-from .noise import NoiseKeys, draw
+from .noise import draw
 from .rules import RowMismatch, conv1d_gpt2, linear
 from .sites import Site, find_sites
+from .streams import NoiseKeys
 
 _STREAM = 2**61  # keeps this noise apart from the weights' noise of the same rows
 _RIDGE = 1e-4

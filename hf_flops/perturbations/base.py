@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .noise import NoiseKeys, RowNoise
+from .noise import RowNoise
+from .streams import NoiseKeys
 
 
 class ParameterVector:

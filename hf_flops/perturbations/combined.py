@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .base import ParameterVector, Perturbation
-from .noise import NoiseKeys, RowNoise
+from .noise import RowNoise
+from .streams import NoiseKeys
 
 
 class CombinedNoise(Perturbation):

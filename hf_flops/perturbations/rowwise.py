@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from .base import ParameterVector, Perturbation
-from .noise import ALL, NoiseKeys, RowNoise, blocks, bytes_per_row, draw
+from .noise import RowNoise, blocks, bytes_per_row, draw
 from .rules import FACTORED, Noise, RowMismatch, linear, moved_linear
 from .sites import Site, find_sites
+from .streams import ALL, NoiseKeys
 
 
 def _factored(site: Site, noise: RowNoise, index: int) -> bool:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from .base import ParameterVector, Perturbation
-from .exact import accumulator, rounded
-from .noise import NoiseKeys, draw
+from .exact_sums import accumulator, rounded
+from .noise import draw
+from .streams import NoiseKeys
 
 
 @contextmanager

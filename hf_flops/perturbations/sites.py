@@ -9,9 +9,9 @@ from typing import Any, cast
 from torch import nn
 
 from .base import ParameterVector
-from .loop import looped
+from .peft_rules import is_adapter_layer, prompt, wrapper_rule
+from .row_loop import looped
 from .rules import rule_for
-from .wrappers import is_adapter_layer, prompt, wrapper_rule
 
 
 @dataclass(frozen=True)

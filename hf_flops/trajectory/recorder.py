@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from ..errors import ConfigurationError
 from ..method import FinishedBatch
-from ..regenerate import Trace
+from ..perturbations.replay import Trace
 from . import LOG_FILE, optimizers, rules, start
 from .framing import Appender, Record, read
 from .records import StepRecord, changes, fingerprint, pack, unpack

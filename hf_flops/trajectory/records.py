@@ -19,7 +19,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ..base.rows import Rows
-from ..regenerate import Trace
+from ..perturbations.replay import Trace
 
 _WHOLE = (torch.uint8, torch.int16, torch.int32, torch.int64)
 

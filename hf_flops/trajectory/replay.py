@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import TrajectoryError
 from ..perturbations import Perturbation
-from ..regenerate import regenerate
+from ..perturbations.replay import regenerate
 from . import LOG_FILE, optimizers, rules
 from .framing import read
 from .records import StepRecord, fingerprint, unpack

@@ -12,8 +12,15 @@ import torch
 from torch import nn
 
 from ..errors import ConfigurationError
-from ..perturbations import CombinedNoise, ParameterVector, Perturbation, RowwiseNoise, SharedNoise
-from ..perturbations.noise import DISTRIBUTIONS, draw
+from ..perturbations import (
+    DISTRIBUTIONS,
+    CombinedNoise,
+    ParameterVector,
+    Perturbation,
+    RowwiseNoise,
+    SharedNoise,
+)
+from ..perturbations.noise import draw
 from .start import digest
 
 _RULES: dict[type, str] = {RowwiseNoise: "rowwise", SharedNoise: "shared"}

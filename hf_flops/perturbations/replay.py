@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base.rows import Rows
-from .perturbations import NoiseKeys, Perturbation, accumulator
+from ..base.rows import Rows
+from .base import Perturbation
+from .exact_sums import accumulator
+from .streams import NoiseKeys
 
 
 @dataclass(frozen=True)

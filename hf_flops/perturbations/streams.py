@@ -1,0 +1,169 @@
+"""Streams of random numbers: a pure function of (seed, optimizer step, global sample position,
+query).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..base.prng import seeds, words
+
+SHARED_POSITION = 2**62  # no sample has this position: the stream of noise that all samples share
+ALL = slice(None)
+_PACKED = 2**20  # bytes of bits that are drawn at once and kept until their rows are done
+
+# of a byte's bits
+_SIGNS = torch.tensor([[1.0 - 2.0 * (byte >> bit & 1) for bit in range(8)] for byte in range(256)])
+
+
+@dataclass(frozen=True)
+class NoiseKeys:
+    """Where in the noise stream a chunk's rows lie.
+
+    Attributes:
+        rows: (R,) uint64, one seed for each row.
+        group: the seed that the rows of one group share, for parts with shared noise.
+    """
+
+    rows: np.ndarray
+    group: int
+
+    @classmethod
+    def of(cls, seed: int, step: int, positions: Tensor, queries: Tensor, group: int) -> NoiseKeys:
+        """Derive the keys of a chunk.
+
+        Args:
+            seed: the run's seed.
+            step: the optimizer step.
+            positions: (R,) int64, index of each row's sample in the global batch of the step.
+            queries: (R,) int64, which query of its sample each row is.
+            group: the rows' common group.
+        """
+        rows = seeds(seed, step, positions.numpy(), queries.numpy())
+        return cls(rows, int(seeds(seed, step, SHARED_POSITION, group)[0]))
+
+
+Room = Callable[[int], Tensor]
+"""Returns memory for so many float32 numbers, a flat tensor."""
+
+
+class Numbers(Protocol):
+    """R rows of independent numbers with mean 0 and variance 1, each row cut into pieces.
+
+    Attributes:
+        bytes_each: what a number takes while it waits to be used.
+    """
+
+    bytes_each: float
+
+    def __len__(self) -> int:
+        """Return R."""
+        ...
+
+    def piece(
+        self, index: int, rows: slice = ALL, last: int | None = None, room: Room | None = None
+    ) -> Tensor:
+        """Return a piece (R, size) float32 of some rows, or all from it to the last, which must
+        adjoin each other.
+
+        If it has to be unpacked, that is done in `room` where there is one.
+        """
+        ...
+
+    @staticmethod
+    def adjoins(size: int) -> bool:
+        """Return whether a piece of that size ends where the next begins."""
+        ...
+
+
+class Signs:
+    """Signs +1 and -1, of one random bit each.
+
+    Up to a megabyte of bits, or any number elsewhere than on the CPU, is drawn at once and stays
+    packed; more are drawn when a piece is used, and not kept.
+
+    Args:
+        row_seeds: (R,) uint64.
+        sizes: how many numbers each piece has; a piece starts at a word of its own.
+        device: where the bits are unpacked; they are drawn on the CPU.
+    """
+
+    bytes_each: float = 1 / 8
+
+    def __init__(
+        self, row_seeds: np.ndarray, sizes: Sequence[int], device: torch.device | str = "cpu"
+    ) -> None:
+        self.row_seeds, self.sizes, self.signs = row_seeds, sizes, _SIGNS.to(device)
+        self.starts = list(accumulate((-(-size // 64) for size in sizes), initial=0))  # words
+        self.host = torch.device(device).type == "cpu"
+        drawn = self.host and 8 * self.starts[-1] * len(row_seeds) > _PACKED
+        self.kept = None if drawn else self._bytes(0, self.starts[-1], ALL).to(device)
+
+    def __len__(self) -> int:
+        return len(self.row_seeds)
+
+    def _bytes(self, start: int, stop: int, rows: slice) -> Tensor:
+        """Draw the words from one to another; returns (R, 8 words) uint8."""
+        return torch.from_numpy(words(self.row_seeds[rows], stop - start, start).view(np.uint8))
+
+    def piece(
+        self, index: int, rows: slice = ALL, last: int | None = None, room: Room | None = None
+    ) -> Tensor:
+        """See `Numbers.piece`: eight signs are looked up at a time."""
+        last = index if last is None else last
+        start, stop = self.starts[index], self.starts[last + 1]
+        own = (
+            self._bytes(start, stop, rows)
+            if self.kept is None
+            else self.kept[rows, 8 * start : 8 * stop]
+        )
+        out = room(8 * own.numel()).view(-1, 8) if room is not None and self.host else None
+        signs = torch.index_select(self.signs, 0, own.int().flatten(), out=out)
+        return signs.view(len(own), -1)[:, : sum(self.sizes[index : last + 1])]
+
+    @staticmethod
+    def adjoins(size: int) -> bool:
+        """See `Numbers.adjoins`."""
+        return size % 64 == 0
+
+
+class Normals:
+    """Standard normal numbers, four bytes each; for the arguments see `Signs`.
+
+    They come from torch's CPU generator, re-seeded for each row; it uses 32 bits of its seed.
+    """
+
+    bytes_each: float = 4.0
+
+    def __init__(
+        self, row_seeds: np.ndarray, sizes: Sequence[int], device: torch.device | str = "cpu"
+    ) -> None:
+        values, generator = torch.empty(len(row_seeds), sum(sizes)), torch.Generator()
+        for row, seed in zip(values, row_seeds.tolist(), strict=True):
+            torch.randn(len(row), generator=generator.manual_seed(seed), out=row)
+        self.values, self.starts = values.to(device), list(accumulate(sizes, initial=0))
+        self.rows = len(row_seeds)
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def piece(
+        self, index: int, rows: slice = ALL, last: int | None = None, room: Room | None = None
+    ) -> Tensor:
+        """See `Numbers.piece`."""
+        del room
+        return self.values[
+            rows, self.starts[index] : self.starts[(index if last is None else last) + 1]
+        ]
+
+    @staticmethod
+    def adjoins(size: int) -> bool:
+        """See `Numbers.adjoins`."""
+        return True
