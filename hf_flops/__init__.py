@@ -23,17 +23,15 @@ if TYPE_CHECKING:
         ProcessError,
         TrajectoryError,
     )
-    from .f1 import MacroF1
     from .method import Method, StepResult
-    from .objectives import CallableObjective, Objective
-    from .rewards import GeneratedMetric, Metric
+    from .objectives import CallableObjective, GeneratedMetric, MacroF1, Metric, Objective
     from .step import estimate_gradient
     from .suffix import SuffixPromptModel
     from .trainer import FlopsTrainer, FlopsTrainerMixin
     from .visual_prompts import VisualPrompt
 
 _HOMES = {
-    "CallableObjective": "objectives",
+    "CallableObjective": "objectives.base",
     "ConfigurationError": "errors",
     "ContrastiveLoss": "contrastive",
     "Diagnosis": "diagnosis",
@@ -43,12 +41,12 @@ _HOMES = {
     "FlopsTrainer": "trainer",
     "FlopsTrainerMixin": "trainer",
     "FlopsTrainingArguments": "args",
-    "GeneratedMetric": "rewards",
-    "MacroF1": "f1",
+    "GeneratedMetric": "objectives.generation",
+    "MacroF1": "objectives.macro_f1",
     "Method": "method",
-    "Metric": "rewards",
+    "Metric": "objectives.metrics",
     "NonFiniteError": "errors",
-    "Objective": "objectives",
+    "Objective": "objectives.base",
     "ObjectiveError": "errors",
     "Place": "base.rows",
     "ProcessError": "errors",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .allocators.base import Features
+from .allocators import Features
 from .base.batch import batch_size, take
 from .base.padding import Feed
 from .base.rows import Place

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .errors import ConfigurationError, ObjectiveError
-from .losses import widen
 from .objectives import Forward, Objective, RowLosses
+from .objectives.elementwise import widen
 from .similarity import SigmoidTerms, SoftmaxTerms, Terms
 
 SIDES = ("image", "text")

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from .base.batch import batch_size, take
 from .base.prng import seeds
 from .base.probe import Attempt, agree
-from .losses import widen
 from .objectives import Forward, Objective, RowLosses, TappedLoss
+from .objectives.elementwise import widen
 from .perturbations import ParameterVector, accumulator, displaced
 from .perturbations.noise import draw
 

@@ -21,7 +21,7 @@ from transformers.utils import PushToHubMixin
 from .base.completion import Split, split
 from .base.rounding_error import precision_of
 from .errors import ConfigurationError
-from .losses import mean_cross_entropy
+from .objectives.elementwise import mean_cross_entropy
 from .packing import Packing, continued, may_be_packed
 from .texts import Ending, TextCache
 

@@ -19,9 +19,9 @@ from .clean import CleanPass, clean_pass
 from .contrastive import SIDES, ContrastiveBatch
 from .errors import ConfigurationError
 from .heads import ClosedFormHead
-from .losses import widen
 from .method import Method, StepResult
 from .objectives import Forward, Objective, RowLosses
+from .objectives.elementwise import widen
 from .step import estimate_from
 
 # texts have noise of their own, also where a tensor is in both towers: no image has this position

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_outputs import CausalLMOutput
 
 from hf_flops import ConfigurationError, SuffixPromptModel
-from hf_flops.losses import mean_cross_entropy
+from hf_flops.objectives.elementwise import mean_cross_entropy
 from recipes.assets import sentences, smollm2
 from recipes.common import load_hub
 

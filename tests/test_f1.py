@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import f1_score
 
 from hf_flops import FlopsTrainer, MacroF1, ObjectiveError
-from hf_flops.f1 import macro_f1
+from hf_flops.objectives.macro_f1 import macro_f1
 from tests.test_rewards import arguments, built
 from tests.tiny import as_dataset, tiny_batch, tiny_model
 

@@ -12,8 +12,8 @@ from hf_flops.allocators import Optimal
 from hf_flops.chunks import ChunkPlanner
 from hf_flops.estimators import Antithetic, OneSided
 from hf_flops.heads import find_head
-from hf_flops.losses import slopes
 from hf_flops.objectives import BatchLoss, CallableObjective, TappedLoss
+from hf_flops.objectives.elementwise import slopes
 from hf_flops.perturbations import ParameterVector, perturb
 from tests.tiny import as_dataset, generator, model_forward, tiny_batch, tiny_model
 

@@ -22,8 +22,9 @@ from hf_flops import (
 )
 from hf_flops.base.batch import take
 from hf_flops.calibration import STEP_GRID, choose_step_scale
+from hf_flops.objectives.generation import exact_match
+from hf_flops.objectives.metrics import SmoothSurrogate, last_logits
 from hf_flops.perturbations import NoiseKeys, ParameterVector, RowwiseNoise
-from hf_flops.rewards import SmoothSurrogate, exact_match, last_logits
 from tests.test_suffix import batch, draw_rows
 from tests.tiny import as_dataset, generator, tiny_batch, tiny_model, training_arguments
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
 from ..errors import ConfigurationError, EngineError
-from ..losses import mean_cross_entropy
+from ..objectives.elementwise import mean_cross_entropy
 
 
 class Engine(Protocol):

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..allocators import Allocator
-from ..allocators.base import Features
+from ..allocators import Allocator, Features
 from ..errors import ConfigurationError
 
 

@@ -1,14 +1,9 @@
-"""Objectives: from a forward pass to one loss sum per row.
-
-Row losses are *sums* over a row's loss elements (tokens, labels, ...), so that dividing by the
-number of elements of the whole optimizer step reproduces the mean that backpropagation would have
-followed.
-"""
+"""The model's own loss, taken apart into rows, or of the batch as a whole."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -19,119 +14,14 @@ from torch.nn import functional as F
 from torch.nn._reduction import legacy_get_string
 from torch.overrides import TorchFunctionMode
 
-from .base.batch import batch_size
-from .errors import ObjectiveError
-from .losses import element_weights, slopes, squared_residuals, widen
-
-Forward = Callable[[Mapping[str, Any]], tuple[Tensor | None, Any]]
-"""Runs the model on a batch and returns its scalar loss (or None) and its outputs."""
+from ..base.batch import batch_size
+from ..errors import ObjectiveError
+from .base import Forward, Objective, RowLosses
+from .elementwise import element_weights, slopes, squared_residuals, widen
 
 
 class RowLossError(ObjectiveError):
     """The model's own loss cannot be taken apart into rows."""
-
-
-@dataclass(frozen=True)
-class RowLosses:
-    """What an objective found in one forward pass of R rows.
-
-    Attributes:
-        sums: (R,) float32 or wider, the loss of each row summed over its elements.
-        counts: (R,), how many loss elements each row has.
-        residuals: (R,) norm of the derivative of a row's loss by the model's outputs, where it was
-            asked for and is known.
-        logits: (R, K) what the loss function was given for each row, where it was asked for and is
-            known.
-        slopes: (R, K) derivative of a row's loss by its logits, where it was asked for and is
-            known.
-    """
-
-    sums: Tensor
-    counts: Tensor
-    residuals: Tensor | None = None
-    logits: Tensor | None = None
-    slopes: Tensor | None = None
-
-    @classmethod
-    def joined(cls, parts: list[RowLosses]) -> RowLosses:
-        """Put the findings of consecutive forward passes together."""
-        if len(parts) == 1:
-            return parts[0]
-
-        def together(name: str) -> Tensor | None:
-            found = [getattr(part, name) for part in parts]
-            return None if any(values is None for values in found) else torch.cat(found)
-
-        sums, counts = (
-            torch.cat([part.sums for part in parts]),
-            torch.cat([part.counts for part in parts]),
-        )
-        return cls(sums, counts, *(together(name) for name in ("residuals", "logits", "slopes")))
-
-    def without_rows(self) -> RowLosses:
-        """Return the findings of no row at all."""
-        none: dict[str, Any] = {
-            name: None if values is None else values[:0] for name, values in vars(self).items()
-        }
-        return RowLosses(**none)
-
-
-class Objective:
-    """What is minimised; a subclass defines `__call__` and overrides what differs from the
-    defaults.
-
-    Attributes:
-        per_row: False if the loss belongs to the batch as a whole; then `sums` and `counts` have
-            one entry.
-        logits: whether row losses come with their logits, and with slopes where features are asked
-            for.
-        predictable: whether a control variate may learn from these logits.
-        needs_clean: whether clean (unperturbed) rows always run, because rows are judged by the
-            rest of the batch.
-        in_steps: whether small changes of the parameters leave most rows' numbers as they are, as
-            with an accuracy.
-        generates: whether `run` generates text, in place of one forward pass.
-    """
-
-    per_row: bool = True
-    logits: bool = False
-    predictable: bool = True
-    needs_clean: bool = False
-    in_steps: bool = False
-    generates: bool = False
-
-    @property
-    def surrogate(self) -> Objective:
-        """A smooth objective that depends on the same outputs, for the checks of the first batch:
-        by default itself.
-        """
-        return self
-
-    def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor | None, Any]:
-        """Run the model on a batch; returns its scalar loss, if it has one, and its outputs."""
-        outputs = model(**inputs)
-        return getattr(outputs, "loss", None), outputs
-
-    def settled(self, clean: RowLosses, inputs: Mapping[str, Any]) -> tuple[Objective, RowLosses]:
-        """Return the objective that the queries of a batch get, and the losses of its clean rows by
-        that objective.
-
-        Args:
-            clean: what this objective found for the batch's clean rows.
-            inputs: the batch.
-        """
-        del inputs
-        return self, clean
-
-    def __call__(
-        self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False
-    ) -> RowLosses:
-        """Run the model on `inputs` and return the losses of its rows; `features` asks for
-        residuals too.
-        """
-        raise NotImplementedError(
-            f"{type(self).__name__} does not define __call__(forward, inputs, features=False)."
-        )
 
 
 @dataclass(frozen=True)
@@ -302,36 +192,6 @@ def _require_same(loss: Tensor | None, mean: Tensor) -> None:
         raise RowLossError(
             f"the model's loss {float(loss):.6g} is not the mean {float(mean):.6g} of its elements"
         )
-
-
-class CallableObjective(Objective):
-    """A user's function of the model's outputs: a loss, a metric, a reward; it needs no derivative.
-
-    Args:
-        function: maps (outputs, inputs) of R rows to (R,) losses to be minimised, or to a pair
-            (sums, counts) of (R,) where rows have different numbers of elements.
-    """
-
-    def __init__(self, function: Callable[[Any, Mapping[str, Any]], Any]) -> None:
-        self.function = function
-
-    def __call__(
-        self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False
-    ) -> RowLosses:
-        """See `Objective`."""
-        del features
-        rows = batch_size(inputs)
-        _, outputs = forward(inputs)
-        value = self.function(outputs, inputs)
-        sums, counts = value if isinstance(value, tuple) else (value, None)
-        sums = widen(torch.as_tensor(sums))
-        counts = torch.ones_like(sums) if counts is None else torch.as_tensor(counts).to(sums)
-        for name, tensor in (("losses", sums), ("counts", counts)):
-            if tensor.shape != (rows,):
-                raise ObjectiveError(
-                    f"The objective returned {name} of shape {tuple(tensor.shape)} for {rows} rows."
-                )
-        return RowLosses(sums, counts)
 
 
 class BatchLoss(Objective):

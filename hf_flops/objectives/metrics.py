@@ -1,4 +1,4 @@
-"""Objectives that have no gradient: metrics of predictions, and rewards of generated text."""
+"""Objectives that have no gradient: metrics of predictions."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base.batch import batch_size
-from .base.completion import split
-from .errors import ConfigurationError, ObjectiveError
-from .objectives import Forward, Objective, RowLosses, widen
-
-_GENERATION_INPUTS = ("input_ids", "attention_mask", "pixel_values", "input_features")
+from ..base.batch import batch_size
+from ..errors import ConfigurationError, ObjectiveError
+from .base import Forward, Objective, RowLosses
+from .elementwise import widen
 
 
 class SmoothSurrogate(Objective):
@@ -163,107 +161,14 @@ class Metric(Objective):
         """See `Objective`."""
         del features
         _, outputs = forward(inputs)
-        return _losses(self.function(outputs, inputs), self.sign, batch_size(inputs))
+        return signed_losses(self.function(outputs, inputs), self.sign, batch_size(inputs))
 
 
-class GeneratedMetric(Objective):
-    """A metric or reward of the text that the perturbed model generates, all rows of a forward at
-    once.
-
-    Args:
-        what: "exact_match", which compares words with the text of the labels, or a function that
-            maps (R texts, inputs) to R numbers.
-        tokenizer: turns tokens into text.
-        greater_is_better: which way the metric improves.
-        options: for the model's `generate`; the default is greedy, so that a row's text depends on
-            its noise alone.
-
-    Raises:
-        ConfigurationError: an unknown name.
-    """
-
-    generates = True
-    in_steps = True
-    surrogate = SmoothSurrogate()
-
-    def __init__(
-        self,
-        what: str | Callable[[list[str], Mapping[str, Any]], Any],
-        tokenizer: Any,
-        *,
-        greater_is_better: bool = True,
-        **options: Any,
-    ) -> None:
-        if isinstance(what, str) and what != "exact_match":
-            raise ConfigurationError(
-                f"GeneratedMetric({what!r}) is unknown: use exact_match or a function of texts "
-                "and inputs."
-            )
-        self.what, self.tokenizer, self.sign = what, tokenizer, -1.0 if greater_is_better else 1.0
-        self.options = {"do_sample": False, "num_beams": 1, **options}
-
-    def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[None, list[str]]:
-        """Generate a text for every row; in place of a plain forward pass."""
-        generator: Any = model
-        own = {name: inputs[name] for name in _GENERATION_INPUTS if name in inputs}
-        labels = inputs.get("labels")
-        if (
-            not generator.config.is_encoder_decoder
-            and torch.is_tensor(labels)
-            and labels.dim() == 2
-        ):
-            # the answer is what is to be found
-            rows = split(inputs["input_ids"], inputs.get("attention_mask"), labels)
-            own = {**own, "input_ids": rows.text, "attention_mask": rows.text_mask}
-        tokens, given = generator.generate(**own, **self.options), own.get("input_ids")
-        if (
-            given is not None
-            and tokens.shape[1] >= given.shape[1]
-            and tokens[:, : given.shape[1]].equal(given)
-        ):
-            tokens = tokens[:, given.shape[1] :]  # some models return the text too
-        return None, self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-
-    def references(self, inputs: Mapping[str, Any]) -> list[str]:
-        """Return the text of each row's labels (R, L), those of -100 left out."""
-        labels = inputs.get("labels")
-        if labels is None or labels.dim() != 2:
-            raise ObjectiveError(
-                f"GeneratedMetric({self.what!r}) compares with the text of labels (R, L), and "
-                "there are none."
-            )
-        return self.tokenizer.batch_decode(
-            [row[row != -100] for row in labels], skip_special_tokens=True
-        )
-
-    def __call__(
-        self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False
-    ) -> RowLosses:
-        """See `Objective`; `forward` is `run` of the model."""
-        del features
-        _, texts = forward(inputs)
-        if callable(self.what):
-            scores = self.what(texts, inputs)
-        else:
-            scores = [
-                exact_match(*pair) for pair in zip(texts, self.references(inputs), strict=True)
-            ]
-        return _losses(scores, self.sign, batch_size(inputs))
-
-
-def _losses(scores: Any, sign: float, rows: int) -> RowLosses:
+def signed_losses(scores: Any, sign: float, rows: int) -> RowLosses:
+    """Return scores (R,) times a sign as row losses."""
     sums = sign * widen(torch.as_tensor(scores))
     if sums.shape != (rows,):
         raise ObjectiveError(
             f"The metric returned numbers of shape {tuple(sums.shape)} for {rows} rows."
         )
     return RowLosses(sums, torch.ones_like(sums))
-
-
-def _words(text: str) -> list[str]:
-    return "".join(c if c.isalnum() else " " for c in text.lower()).split()
-
-
-def exact_match(text: str, wanted: str) -> float:
-    """Return 1 where a text has the words that were wanted, whatever its case and punctuation."""
-    return float(_words(text) == _words(wanted))

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .errors import ObjectiveError
-from .objectives import Forward, RowLosses
-from .rewards import Metric, answers
+from ..errors import ObjectiveError
+from .base import Forward, RowLosses
+from .metrics import Metric, answers
 
 
 class MacroF1(Metric):

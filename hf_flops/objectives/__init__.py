@@ -1,0 +1,22 @@
+"""Objectives: from a model and its inputs to a loss for each row."""
+
+from __future__ import annotations
+
+from .base import CallableObjective, Forward, Objective, RowLosses
+from .generation import GeneratedMetric
+from .macro_f1 import MacroF1
+from .metrics import Metric
+from .model_loss import BatchLoss, RowLossError, TappedLoss
+
+__all__ = [
+    "BatchLoss",
+    "CallableObjective",
+    "Forward",
+    "GeneratedMetric",
+    "MacroF1",
+    "Metric",
+    "Objective",
+    "RowLossError",
+    "RowLosses",
+    "TappedLoss",
+]
