@@ -31,8 +31,7 @@ from hf_flops import Method, Place, SuffixPromptModel, estimate_gradient
 from hf_flops.allocators import Optimal, Uniform
 from hf_flops.base.batch import batch_size, take
 from hf_flops.checks import shared_texts, without_cache
-from hf_flops.control_variates import LogitJacobian
-from hf_flops.estimators import Antithetic, OneSided
+from hf_flops.estimators import Antithetic, LogitJacobian, OneSided
 from hf_flops.independence import choose_reuse
 from hf_flops.last_logits import LastLogits, with_last_logits
 from hf_flops.objectives import Objective, TappedLoss

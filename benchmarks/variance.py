@@ -26,9 +26,7 @@ from tasks import reviews  # isort: skip
 
 from hf_flops import Method, Place, SuffixPromptModel, estimate_gradient
 from hf_flops.allocators import Optimal, Uniform
-from hf_flops.control_variates import LogitJacobian
-from hf_flops.estimators import Antithetic, OneSided
-from hf_flops.heads import find_head
+from hf_flops.estimators import Antithetic, LogitJacobian, OneSided, find_head
 from hf_flops.independence import choose_reuse
 from hf_flops.objectives import TappedLoss
 from hf_flops.perturbations import perturb

@@ -20,10 +20,9 @@ from .base.probe import Attempt, agree
 from .base.rounding_error import precision_of
 from .base.rows import Place
 from .contrastive import SIDES, ContrastiveBatch, ContrastiveLoss
-from .control_variates import control_variate
 from .errors import ConfigurationError
-from .estimators import ESTIMATORS, Estimator
-from .heads import find_head
+from .estimators import ESTIMATORS, Estimator, find_head
+from .estimators.control_variate import control_variate
 from .image_text import (
     contrastive_base,
     require_return_loss,

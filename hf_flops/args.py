@@ -9,9 +9,8 @@ from typing import Any
 from transformers import TrainingArguments
 
 from .allocators import ALLOCATORS
-from .control_variates import CONTROL_VARIATES
 from .errors import ConfigurationError
-from .estimators import ESTIMATORS
+from .estimators import CONTROL_VARIATES, ESTIMATORS
 from .exchange import REDUCE
 from .launch import check_environment, check_world
 from .perturbations import DISTRIBUTIONS, PERTURBATIONS

@@ -17,7 +17,7 @@ from .base.batch import batch_size, take
 from .base.padding import Feed
 from .base.rows import Place
 from .chunks import ChunkPlanner, in_chunks
-from .control_variates import MOST_LOGITS
+from .estimators.control_variate import MOST_LOGITS
 from .method import Method
 from .objectives import Objective, RowLosses
 from .reuse import Recording

@@ -11,11 +11,9 @@ from torch import Tensor
 from .allocators import Allocator
 from .base.rows import Place
 from .chunks import ChunkPlanner
-from .control_variates import ControlVariate
 from .errors import ConfigurationError
-from .estimators import Estimator
+from .estimators import ClosedFormHead, ControlVariate, Estimator
 from .exchange import Exchange, SingleProcess
-from .heads import ClosedFormHead
 from .objectives import Objective
 from .perturbations import Perturbation
 from .perturbations.replay import Trace

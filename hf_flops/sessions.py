@@ -21,9 +21,9 @@ from .base.padding import Feed
 from .base.rounding_error import precision_of
 from .base.rows import Place
 from .clean import clean_forward
-from .control_variates import control_variate
 from .errors import ObjectiveError
 from .estimators import ESTIMATORS, Estimator
+from .estimators.control_variate import control_variate
 from .exchange import EXCHANGES
 from .method import Method, StepResult
 from .objectives import Forward, Objective, RowLossError

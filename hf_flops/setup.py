@@ -16,9 +16,9 @@ from torch import nn
 
 from .base.batch import take
 from .base.rounding_error import precision_of
-from .control_variates import MOST_LOGITS
 from .errors import ConfigurationError, ObjectiveError
-from .heads import ClosedFormHead, find_head
+from .estimators import ClosedFormHead, find_head
+from .estimators.control_variate import MOST_LOGITS
 from .independence import choose_reuse
 from .last_logits import with_last_logits
 from .objectives import BatchLoss, Forward, Objective, RowLossError, TappedLoss

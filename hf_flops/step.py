@@ -6,13 +6,13 @@
     rows             one row per query, dealt out to processes: base/rows.py,
                      exchange.py
     for each chunk   draw noise, evaluate, transform losses to deltas, accumulate: queries.py,
-                     delta_chain.py
+                     estimators/delta_chain.py
     complete         add back what the control variate subtracted; redistribute the weight of rows
                      without a finite loss
     apply            sum over processes, add to `.grad`, with the head's exact gradient
 
-To follow a delta open two more files: `queries.py` runs its row, `delta_chain.py` says what is done
-to it.
+To follow a delta open two more files: `queries.py` runs its row, `estimators/delta_chain.py` says
+what is done to it.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from .base.prng import seeds
 from .base.rows import Place, Rows, expand
 from .chunks import ChunkPlanner
 from .clean import CleanPass, clean_pass
-from .delta_chain import Chain, ChunkDeltas, DeltaTransform, FiniteDifference, LeaveOneOut, Residual
 from .errors import NonFiniteError
+from .estimators import Chain, DeltaTransform, FiniteDifference, LeaveOneOut, Residual
+from .estimators.delta_chain import ChunkDeltas
 from .method import Method, StepResult
 from .metrics import mean_squares, summarise
 from .noise_sum import NoiseSum
@@ -111,7 +112,9 @@ def estimate_from(
 
 
 def transforms(clean: CleanPass) -> Chain:
-    """Return what is done to losses until they are coefficients: see `delta_chain.py`."""
+    """Return what is done to losses until they are coefficients: see
+    `estimators/delta_chain.py`.
+    """
     method, losses = clean.method, clean.losses
     difference = method.estimator, None if losses is None else losses.sums.cpu(), method.scale
     chain: list[DeltaTransform] = [FiniteDifference(*difference)]

@@ -18,7 +18,7 @@ from .base.rows import Place
 from .clean import CleanPass, clean_pass
 from .contrastive import SIDES, ContrastiveBatch
 from .errors import ConfigurationError
-from .heads import ClosedFormHead
+from .estimators import ClosedFormHead
 from .method import Method, StepResult
 from .objectives import Forward, Objective, RowLosses
 from .objectives.elementwise import widen

@@ -13,7 +13,7 @@ from torch import nn
 from hf_flops import CallableObjective
 from hf_flops.allocators import TwoStage, Uniform
 from hf_flops.base.rows import expand
-from hf_flops.baselines import against_others
+from hf_flops.estimators.differences import against_others
 from tests.test_step import Fixed, run
 from tests.tiny import generator
 

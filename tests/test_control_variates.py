@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from hf_flops import Method, Place, estimate_gradient
 from hf_flops.allocators import ALLOCATORS
 from hf_flops.base.prng import seeds
-from hf_flops.control_variates import LogitJacobian, Prediction, _contrasts
-from hf_flops.estimators import ESTIMATORS, Antithetic, OneSided
+from hf_flops.estimators import ESTIMATORS, Antithetic, LogitJacobian, OneSided, Prediction
+from hf_flops.estimators.control_variate import _contrasts
 from hf_flops.objectives import RowLosses, TappedLoss
 from hf_flops.perturbations import DISTRIBUTIONS, ParameterVector, perturb
 from hf_flops.perturbations.noise import draw

@@ -8,16 +8,16 @@ from hf_flops import CallableObjective, Method, Place, estimate_gradient
 from hf_flops.allocators import Uniform
 from hf_flops.base.rows import expand
 from hf_flops.clean import clean_pass
-from hf_flops.control_variates import LogitJacobian
-from hf_flops.delta_chain import (
+from hf_flops.estimators import (
+    Antithetic,
     Chain,
-    ChunkDeltas,
     DeltaTransform,
-    Evaluation,
     FiniteDifference,
     LeaveOneOut,
+    LogitJacobian,
+    OneSided,
 )
-from hf_flops.estimators import Antithetic, OneSided
+from hf_flops.estimators.delta_chain import ChunkDeltas, Evaluation
 from hf_flops.objectives import RowLosses, TappedLoss
 from hf_flops.perturbations import ParameterVector, perturb
 from hf_flops.step import estimate_from, transforms

@@ -13,8 +13,7 @@ from hf_flops import ConfigurationError, Method, Place, estimate_gradient
 from hf_flops.allocators import ALLOCATORS
 from hf_flops.base.padding import Feed
 from hf_flops.base.rows import expand
-from hf_flops.control_variates import LogitJacobian
-from hf_flops.estimators import ESTIMATORS
+from hf_flops.estimators import ESTIMATORS, LogitJacobian, find_head
 from hf_flops.exchange import (
     EXCHANGES,
     REDUCE,
@@ -23,7 +22,6 @@ from hf_flops.exchange import (
     SingleProcess,
     gradient_exchange,
 )
-from hf_flops.heads import find_head
 from hf_flops.independence import choose_reuse
 from hf_flops.objectives import BatchLoss, TappedLoss
 from hf_flops.perturbations import NoiseKeys, ParameterVector, perturb

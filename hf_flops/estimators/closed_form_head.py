@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base.batch import batch_size, take
-from .base.prng import seeds
-from .base.probe import Attempt, agree
-from .objectives import Forward, Objective, RowLosses, TappedLoss
-from .objectives.elementwise import widen
-from .perturbations import ParameterVector, accumulator, displaced
-from .perturbations.noise import draw
+from ..base.batch import batch_size, take
+from ..base.prng import seeds
+from ..base.probe import Attempt, agree
+from ..objectives import Forward, Objective, RowLosses, TappedLoss
+from ..objectives.elementwise import widen
+from ..perturbations import ParameterVector, accumulator, displaced
+from ..perturbations.noise import draw
 
 _WIDE = 2**24  # logits of a batch; more of them would take much memory in float64
 _CHECK_SEED = 20412  # any number: the check's noise has a stream of its own

@@ -4,9 +4,9 @@ transforms.
     losses (S, R) -> finite difference -> residual of the control variate -> leave-one-out
                   -> deltas (R,)
 
-The first is one-sided or antithetic (`estimators.py`), the others are there where they reduce the
-variance. None of them changes the mean of an estimate: whatever is subtracted from deltas is
-independent of their rows' noise, or its exact mean is added back (`DeltaTransform.mean`).
+The first is one-sided or antithetic (`estimators/differences.py`), the others are there where they
+reduce the variance. None of them changes the mean of an estimate: whatever is subtracted from
+deltas is independent of their rows' noise, or its exact mean is added back (`DeltaTransform.mean`).
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base.rows import Rows
-from .baselines import against_others
-from .control_variates import ControlVariate, Prediction
-from .estimators import Estimator
-from .perturbations import Perturbation
+from ..base.rows import Rows
+from ..perturbations import Perturbation
+from .control_variate import ControlVariate, Prediction
+from .differences import Estimator, against_others
 
 
 @dataclass(frozen=True)

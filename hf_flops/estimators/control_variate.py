@@ -11,10 +11,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .objectives import RowLosses
-from .perturbations import accumulator
-from .perturbations.exact_sums import DIGIT, rounded
-from .perturbations.noise import RowNoise
+from ..objectives import RowLosses
+from ..perturbations import accumulator
+from ..perturbations.exact_sums import DIGIT, rounded
+from ..perturbations.noise import RowNoise
 
 MOST_LOGITS = 32  # per row; beyond them the Jacobian is too much to learn and to hold
 _MOST_NUMBERS = 2**27  # of the Jacobian

@@ -1,0 +1,29 @@
+"""Estimators: from losses to directional derivatives, with less variance."""
+
+from __future__ import annotations
+
+from .closed_form_head import ClosedFormHead, find_head
+from .control_variate import CONTROL_VARIATES, ControlVariate, LogitJacobian, Prediction
+from .delta_chain import Chain, DeltaTransform, FiniteDifference, LeaveOneOut, Residual
+from .differences import Antithetic, Estimator, OneSided
+
+__all__ = [
+    "CONTROL_VARIATES",
+    "ESTIMATORS",
+    "Antithetic",
+    "Chain",
+    "ClosedFormHead",
+    "ControlVariate",
+    "DeltaTransform",
+    "Estimator",
+    "FiniteDifference",
+    "LeaveOneOut",
+    "LogitJacobian",
+    "OneSided",
+    "Prediction",
+    "Residual",
+    "find_head",
+]
+
+
+ESTIMATORS: dict[str, type[Estimator]] = {"one_sided": OneSided, "antithetic": Antithetic}
