@@ -32,11 +32,9 @@ from hf_flops.allocators import Optimal, Uniform
 from hf_flops.base.batch import batch_size, take
 from hf_flops.checks import shared_texts, without_cache
 from hf_flops.estimators import Antithetic, LogitJacobian, OneSided
-from hf_flops.independence import choose_reuse
-from hf_flops.last_logits import LastLogits, with_last_logits
 from hf_flops.objectives import Objective, TappedLoss
 from hf_flops.perturbations import perturb
-from hf_flops.reuse import ReusePlan
+from hf_flops.reuse import LastLogits, ReusePlan, choose_reuse, with_last_logits
 from hf_flops.selfcheck import choose_objective, choose_perturbation
 from hf_flops.setup import prepare_tap
 from recipes.assets import minilm, sentences, smollm2

@@ -27,10 +27,9 @@ from tasks import reviews  # isort: skip
 from hf_flops import Method, Place, SuffixPromptModel, estimate_gradient
 from hf_flops.allocators import Optimal, Uniform
 from hf_flops.estimators import Antithetic, LogitJacobian, OneSided, find_head
-from hf_flops.independence import choose_reuse
 from hf_flops.objectives import TappedLoss
 from hf_flops.perturbations import perturb
-from hf_flops.reuse import ReusePlan
+from hf_flops.reuse import ReusePlan, choose_reuse
 
 QUERIES = 16
 OPTIONS: dict[str, dict[str, bool]] = {

@@ -19,12 +19,9 @@ from .base.rounding_error import precision_of
 from .errors import ConfigurationError, ObjectiveError
 from .estimators import ClosedFormHead, find_head
 from .estimators.control_variate import MOST_LOGITS
-from .independence import choose_reuse
-from .last_logits import with_last_logits
 from .objectives import BatchLoss, Forward, Objective, RowLossError, TappedLoss
 from .perturbations import Perturbation
-from .prefix_cache import CachedPlan, SampleStore
-from .reuse import ReusePlan
+from .reuse import CachedPlan, ReusePlan, SampleStore, choose_reuse, with_last_logits
 from .selfcheck import choose_objective, choose_perturbation
 
 logger = logging.getLogger("hf_flops.trainer")

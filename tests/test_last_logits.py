@@ -23,10 +23,9 @@ from hf_flops.allocators import ALLOCATORS
 from hf_flops.base.batch import take
 from hf_flops.calibration import calibrate
 from hf_flops.estimators import ESTIMATORS
-from hf_flops.independence import choose_reuse
-from hf_flops.last_logits import LastLogits, with_last_logits
 from hf_flops.objectives import BatchLoss, TappedLoss
 from hf_flops.perturbations import ParameterVector, perturb
+from hf_flops.reuse import LastLogits, choose_reuse, with_last_logits
 from tests.tiny import (
     TOKENS,
     VOCABULARY,

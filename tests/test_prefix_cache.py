@@ -9,8 +9,8 @@ import torch
 
 from hf_flops import ConfigurationError, FlopsTrainingArguments, Place, estimate_gradient
 from hf_flops.base.batch import take
-from hf_flops.independence import choose_reuse
-from hf_flops.prefix_cache import CachedPlan, SampleStore, identify
+from hf_flops.reuse import CachedPlan, SampleStore, choose_reuse
+from hf_flops.reuse.prefix_cache import identify
 from tests.test_reuse import (
     LAYERS,
     adapted,

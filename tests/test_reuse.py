@@ -27,10 +27,9 @@ from hf_flops import FlopsTrainer, FlopsTrainingArguments, Method, Place, estima
 from hf_flops.allocators import ALLOCATORS
 from hf_flops.checks import without_cache
 from hf_flops.estimators import ESTIMATORS
-from hf_flops.independence import choose_reuse
 from hf_flops.objectives import BatchLoss, CallableObjective, Objective, TappedLoss
 from hf_flops.perturbations import ParameterVector, perturb
-from hf_flops.reuse import ReusePlan
+from hf_flops.reuse import ReusePlan, choose_reuse
 from hf_flops.trimming import with_cropping
 from tests.tiny import (
     CLASSES,

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from .base.batch import batch_size, hollow, take
-from .base.patching import Call, replaced_forward
+from ..base.batch import batch_size, hollow, take
+from ..base.patching import Call, replaced_forward
 
 Output = tuple[list[Any], TreeSpec]
 

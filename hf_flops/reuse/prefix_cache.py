@@ -16,10 +16,10 @@ from weakref import finalize
 import torch
 from torch import Tensor, nn
 
-from .base.batch import ROW, batch_size, take
-from .base.patching import Call
-from .errors import ConfigurationError
-from .reuse import Output, Recording, ReusePlan, columns_of
+from ..base.batch import ROW, batch_size, take
+from ..base.patching import Call
+from ..errors import ConfigurationError
+from .late_expansion import Output, Recording, ReusePlan, columns_of
 
 Layout = tuple[tuple[str, Any], ...]
 

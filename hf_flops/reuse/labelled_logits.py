@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base.batch import batch_size, take
-from .base.patching import Call, replaced_forward
-from .base.probe import Probe
-from .objectives import Forward, Objective, RowLosses, TappedLoss
+from ..base.batch import batch_size, take
+from ..base.patching import Call, replaced_forward
+from ..base.probe import Probe
+from ..objectives import Forward, Objective, RowLosses, TappedLoss
 
 logger = logging.getLogger(__name__)
 

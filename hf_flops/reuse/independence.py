@@ -16,14 +16,14 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from .base.batch import batch_size, take
-from .base.patching import Call, replaced_forward
-from .base.prng import seeds
-from .base.probe import Attempt, Probe
-from .objectives import Forward, Objective, RowLosses
-from .perturbations import NoiseKeys, Perturbation, displaced, moved
-from .perturbations.noise import draw
-from .reuse import ReusePlan
+from ..base.batch import batch_size, take
+from ..base.patching import Call, replaced_forward
+from ..base.prng import seeds
+from ..base.probe import Attempt, Probe
+from ..objectives import Forward, Objective, RowLosses
+from ..perturbations import NoiseKeys, Perturbation, displaced, moved
+from ..perturbations.noise import draw
+from .late_expansion import ReusePlan
 
 _CHECK_SEED = 20411  # any number: the check's noise has a stream of its own
 _SCALE = 0.1  # far from rounding; what the model says there does not matter

@@ -1,0 +1,18 @@
+"""What need not run once for each row."""
+
+from __future__ import annotations
+
+from .independence import choose_reuse
+from .labelled_logits import LastLogits, with_last_logits
+from .late_expansion import Recording, ReusePlan
+from .prefix_cache import CachedPlan, SampleStore
+
+__all__ = [
+    "CachedPlan",
+    "LastLogits",
+    "Recording",
+    "ReusePlan",
+    "SampleStore",
+    "choose_reuse",
+    "with_last_logits",
+]
