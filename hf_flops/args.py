@@ -9,10 +9,10 @@ from typing import Any
 from transformers import TrainingArguments
 
 from .allocators import ALLOCATORS
+from .distributed.exchange import REDUCE
+from .distributed.launch import check_environment, check_world
 from .errors import ConfigurationError
 from .estimators import CONTROL_VARIATES, ESTIMATORS
-from .exchange import REDUCE
-from .launch import check_environment, check_world
 from .perturbations import DISTRIBUTIONS, PERTURBATIONS
 from .replayable import replayable
 

@@ -13,8 +13,8 @@ from typing import Any
 from torch import nn
 
 from .args import FlopsArgumentsMixin
+from .distributed.launch import check_environment, check_world
 from .errors import ConfigurationError, ObjectiveError
-from .launch import check_environment, check_world
 from .objectives import Forward
 from .precision import keep_masters
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from .base.batch import batch_size
+from .distributed.collectives import Share
 from .method import FinishedBatch, StepResult
 from .objectives import Forward
-from .share import Share
 
 
 def columns(inputs: Mapping[str, Any]) -> int:

@@ -11,9 +11,9 @@ from torch import Tensor
 from .allocators import Allocator
 from .base.rows import Place
 from .chunks import ChunkPlanner
+from .distributed.exchange import Exchange, SingleProcess
 from .errors import ConfigurationError
 from .estimators import ClosedFormHead, ControlVariate, Estimator
-from .exchange import Exchange, SingleProcess
 from .objectives import Objective
 from .perturbations import Perturbation
 from .perturbations.replay import Trace

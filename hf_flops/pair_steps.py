@@ -12,13 +12,13 @@ from torch import nn
 from .alignment import ContrastiveSession
 from .allocators import Allocator
 from .contrastive import ContrastiveLoss
+from .distributed.collectives import Share
 from .errors import ConfigurationError
 from .estimators import Estimator
 from .image_text import contrastive_base, whole_batch
 from .objectives import Forward, Objective
 from .perturbations import Perturbation
 from .sessions import Batch, GradientSession, SampleSession
-from .share import Share
 
 
 def start_session(

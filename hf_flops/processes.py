@@ -19,8 +19,8 @@ from transformers.trainer_utils import seed_worker
 
 from .args import FlopsArgumentsMixin
 from .checkpoints import Leave
+from .distributed.collectives import ProcessShare, Share
 from .errors import ConfigurationError
-from .share import ProcessShare, Share
 
 logger = logging.getLogger("hf_flops.trainer")
 _SAME = (

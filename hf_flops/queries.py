@@ -11,9 +11,9 @@ from torch import Tensor
 from .base.padding import Feed
 from .base.rows import Place, Rows
 from .chunks import ChunkPlanner, Work, in_chunks
+from .distributed.noise_sum import NoiseSum
 from .estimators.delta_chain import Evaluation
 from .method import Method
-from .noise_sum import NoiseSum
 from .objectives import RowLosses
 from .perturbations import NoiseKeys
 from .reuse import Recording

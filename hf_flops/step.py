@@ -4,7 +4,7 @@
                      clean.py
     counts           the allocator's queries per sample, from clean features only: allocators/
     rows             one row per query, dealt out to processes: base/rows.py,
-                     exchange.py
+                     distributed/exchange.py
     for each chunk   draw noise, evaluate, transform losses to deltas, accumulate: queries.py,
                      estimators/delta_chain.py
     complete         add back what the control variate subtracted; redistribute the weight of rows
@@ -29,12 +29,12 @@ from .base.prng import seeds
 from .base.rows import Place, Rows, expand
 from .chunks import ChunkPlanner
 from .clean import CleanPass, clean_pass
+from .distributed.noise_sum import NoiseSum
 from .errors import NonFiniteError
 from .estimators import Chain, DeltaTransform, FiniteDifference, LeaveOneOut, Residual
 from .estimators.delta_chain import ChunkDeltas
 from .method import Method, StepResult
 from .metrics import mean_squares, summarise
-from .noise_sum import NoiseSum
 from .objectives import Forward
 from .perturbations.replay import Trace
 from .queries import Queries, QueryResults

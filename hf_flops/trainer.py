@@ -34,6 +34,7 @@ from .checks import (
     without_cache,
     wrap_with_adapter,
 )
+from .distributed.collectives import Share
 from .estimators import Estimator
 from .image_text import with_plain_flag
 from .learning_rate import RateSearch
@@ -44,7 +45,6 @@ from .pair_steps import start_session
 from .perturbations import ParameterVector, Perturbation
 from .processes import BatchSize, Lockstep, start_group, undivided_loader
 from .sessions import Averaging, Batch, GradientSession, HandOver
-from .share import Share
 from .state import load_state, save_state
 from .trajectory.recorder import TrajectoryRecorder
 from .watching import add_reports

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_flops.share import Share
+from hf_flops.distributed.collectives import Share
 
 
 class Meeting:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_flops.exchange import REDUCE
+from hf_flops.distributed.exchange import REDUCE
 from tests.worker import build
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -13,8 +13,8 @@ from hf_flops import ConfigurationError, Method, Place, estimate_gradient
 from hf_flops.allocators import ALLOCATORS
 from hf_flops.base.padding import Feed
 from hf_flops.base.rows import expand
-from hf_flops.estimators import ESTIMATORS, LogitJacobian, find_head
-from hf_flops.exchange import (
+from hf_flops.distributed.collectives import Share
+from hf_flops.distributed.exchange import (
     EXCHANGES,
     REDUCE,
     GradientAllReduce,
@@ -22,13 +22,13 @@ from hf_flops.exchange import (
     SingleProcess,
     gradient_exchange,
 )
+from hf_flops.estimators import ESTIMATORS, LogitJacobian, find_head
 from hf_flops.objectives import BatchLoss, TappedLoss
 from hf_flops.perturbations import NoiseKeys, ParameterVector, perturb
 from hf_flops.perturbations.noise import draw
 from hf_flops.perturbations.replay import regenerate
 from hf_flops.processes import fingerprint
 from hf_flops.reuse import choose_reuse
-from hf_flops.share import Share
 from tests.ranks import played
 from tests.tiny import generator, model_forward, tiny_batch, tiny_model
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base.rows import Rows
-from .perturbations import Perturbation, accumulator
-from .share import Share
+from ..base.rows import Rows
+from ..perturbations import Perturbation, accumulator
+from .collectives import Share
 
 Again = Callable[[Rows, Tensor], None]
 """Adds the noise of rows to a sum once more, with further coefficients (R,)."""

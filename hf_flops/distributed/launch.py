@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 
-from .errors import ConfigurationError
+from ..errors import ConfigurationError
 
 _INSTEAD = (
     "Start with `torchrun --nproc_per_node N script.py` or `accelerate launch --multi_gpu "

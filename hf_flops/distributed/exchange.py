@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base.padding import Feed
-from .base.rows import Place, Rows
-from .errors import ConfigurationError
+from ..base.padding import Feed
+from ..base.rows import Place, Rows
+from ..errors import ConfigurationError
+from ..objectives import RowLosses
+from ..perturbations import Perturbation
+from ..perturbations.replay import Trace, in_turn, regenerate
+from .collectives import Share
 from .noise_sum import Again, NoiseSum
-from .objectives import RowLosses
-from .perturbations import Perturbation
-from .perturbations.replay import Trace, in_turn, regenerate
-from .share import Share
 
 _NOISE = 2**26  # bytes of noise that are held at a time when an update is made again
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from .errors import ConfigurationError, ProcessError
+from ..errors import ConfigurationError, ProcessError
 
 # seconds: between looks at a transfer, between looks for trouble, for an answer
 _POLL, _LISTEN, _PATIENCE = 1e-4, 1.0, 5.0
