@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from .args import FlopsArgumentsMixin, FlopsTrainingArguments
     from .base.rows import Place
     from .contrastive import ContrastiveLoss
+    from .core.estimate import estimate_gradient
+    from .core.method import Method, StepResult
     from .diagnosis import Diagnosis, doctor
     from .errors import (
         ConfigurationError,
@@ -23,9 +25,7 @@ if TYPE_CHECKING:
         ProcessError,
         TrajectoryError,
     )
-    from .method import Method, StepResult
     from .objectives import CallableObjective, GeneratedMetric, MacroF1, Metric, Objective
-    from .step import estimate_gradient
     from .suffix import SuffixPromptModel
     from .trainer import FlopsTrainer, FlopsTrainerMixin
     from .visual_prompts import VisualPrompt
@@ -43,19 +43,19 @@ _HOMES = {
     "FlopsTrainingArguments": "args",
     "GeneratedMetric": "objectives.generation",
     "MacroF1": "objectives.macro_f1",
-    "Method": "method",
+    "Method": "core.method",
     "Metric": "objectives.metrics",
     "NonFiniteError": "errors",
     "Objective": "objectives.base",
     "ObjectiveError": "errors",
     "Place": "base.rows",
     "ProcessError": "errors",
-    "StepResult": "method",
+    "StepResult": "core.method",
     "SuffixPromptModel": "suffix",
     "TrajectoryError": "errors",
     "VisualPrompt": "visual_prompts",
     "doctor": "diagnosis",
-    "estimate_gradient": "step",
+    "estimate_gradient": "core.estimate",
 }
 
 __all__ = [

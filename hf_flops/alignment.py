@@ -20,6 +20,7 @@ from .base.probe import Attempt, agree
 from .base.rounding_error import precision_of
 from .base.rows import Place
 from .contrastive import SIDES, ContrastiveBatch, ContrastiveLoss
+from .core.method import Method, StepResult
 from .errors import ConfigurationError
 from .estimators import ESTIMATORS, Estimator, find_head
 from .estimators.control_variate import control_variate
@@ -31,7 +32,6 @@ from .image_text import (
     tower_inputs,
     used_tensors,
 )
-from .method import Method, StepResult
 from .objectives import Forward, RowLossError
 from .perturbations import ParameterVector
 from .selfcheck import choose_perturbation

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from .base.batch import batch_size, take
 from .base.rows import Rows, expand
-from .chunks import ChunkPlanner, in_chunks
-from .method import Method
+from .core.chunking import ChunkPlanner, in_chunks
+from .core.method import Method
 from .objectives import Forward
 from .perturbations import NoiseKeys
 

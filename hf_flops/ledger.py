@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from .base.batch import batch_size
+from .core.method import FinishedBatch, StepResult
 from .distributed.collectives import Share
-from .method import FinishedBatch, StepResult
 from .objectives import Forward
 
 

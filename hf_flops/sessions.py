@@ -20,18 +20,18 @@ from .base.batch import batch_size
 from .base.padding import Feed
 from .base.rounding_error import precision_of
 from .base.rows import Place
-from .clean import clean_forward
+from .core.clean_forward import clean_forward
+from .core.estimate import estimate_gradient
+from .core.method import Method, StepResult
 from .distributed.collectives import Share
 from .distributed.exchange import EXCHANGES
 from .errors import ObjectiveError
 from .estimators import ESTIMATORS, Estimator
 from .estimators.control_variate import control_variate
-from .method import Method, StepResult
 from .objectives import Forward, Objective, RowLossError
 from .perturbations import ParameterVector, Perturbation
 from .reuse import ReusePlan
 from .setup import Chosen, held_back, loss_of_batch, set_up
-from .step import estimate_gradient
 from .tuning import Tuning
 
 logger = logging.getLogger("hf_flops.trainer")

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from .base.batch import ROW, batch_size
 from .base.rows import Place
-from .clean import CleanPass, clean_pass
 from .contrastive import SIDES, ContrastiveBatch
+from .core.clean_forward import CleanPass, clean_pass
+from .core.estimate import estimate_from
+from .core.method import Method, StepResult
 from .errors import ConfigurationError
 from .estimators import ClosedFormHead
-from .method import Method, StepResult
 from .objectives import Forward, Objective, RowLosses
 from .objectives.elementwise import widen
-from .step import estimate_from
 
 # texts have noise of their own, also where a tensor is in both towers: no image has this position
 _TEXTS = 2**40

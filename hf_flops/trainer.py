@@ -34,12 +34,12 @@ from .checks import (
     without_cache,
     wrap_with_adapter,
 )
+from .core.method import FinishedBatch
 from .distributed.collectives import Share
 from .estimators import Estimator
 from .image_text import with_plain_flag
 from .learning_rate import RateSearch
 from .ledger import Ledger
-from .method import FinishedBatch
 from .objectives import CallableObjective, Forward, Objective, RowLossError
 from .pair_steps import start_session
 from .perturbations import ParameterVector, Perturbation

@@ -11,8 +11,8 @@ from typing import Any
 
 from .auto_queries import AutoQueries
 from .calibration import STEP_GRID, calibrate
-from .chunks import ChunkPlanner
-from .method import FinishedBatch, Method
+from .core.chunking import ChunkPlanner
+from .core.method import FinishedBatch, Method
 from .objectives import Forward, Objective
 from .trimming import padding_is_idle, with_cropping
 

@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import hf_flops.chunks
+import hf_flops.core.chunking
 from hf_flops import FlopsTrainer, FlopsTrainingArguments
 from hf_flops.base.memory import free_memory
-from hf_flops.chunks import ChunkPlanner, even, in_chunks, out_of_memory
+from hf_flops.core.chunking import ChunkPlanner, even, in_chunks, out_of_memory
 from tests.padded import Cramped, adapted, estimate, padded
 from tests.tiny import as_dataset, double, model_forward, tiny_batch
 
@@ -53,8 +53,8 @@ def machine(monkeypatch):
             Machine.peak = Machine.need(rows)
             return 1
 
-    monkeypatch.setattr(hf_flops.chunks, "PeakMemory", Machine)
-    monkeypatch.setattr(hf_flops.chunks.time, "perf_counter", lambda: Machine.now)
+    monkeypatch.setattr(hf_flops.core.chunking, "PeakMemory", Machine)
+    monkeypatch.setattr(hf_flops.core.chunking.time, "perf_counter", lambda: Machine.now)
     return Machine
 
 

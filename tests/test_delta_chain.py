@@ -7,7 +7,8 @@ import torch
 from hf_flops import CallableObjective, Method, Place, estimate_gradient
 from hf_flops.allocators import Uniform
 from hf_flops.base.rows import expand
-from hf_flops.clean import clean_pass
+from hf_flops.core.clean_forward import clean_pass
+from hf_flops.core.estimate import estimate_from, transforms
 from hf_flops.estimators import (
     Antithetic,
     Chain,
@@ -20,7 +21,6 @@ from hf_flops.estimators import (
 from hf_flops.estimators.delta_chain import ChunkDeltas, Evaluation
 from hf_flops.objectives import RowLosses, TappedLoss
 from hf_flops.perturbations import ParameterVector, perturb
-from hf_flops.step import estimate_from, transforms
 from tests.test_control_variates import Softmax, batch
 from tests.tiny import generator, model_forward
 

@@ -9,7 +9,7 @@ from transformers.utils import ModelOutput
 
 from hf_flops import FlopsTrainer, FlopsTrainingArguments, Method, Place, estimate_gradient
 from hf_flops.allocators import Optimal
-from hf_flops.chunks import ChunkPlanner
+from hf_flops.core.chunking import ChunkPlanner
 from hf_flops.estimators import Antithetic, OneSided, find_head
 from hf_flops.objectives import BatchLoss, CallableObjective, TappedLoss
 from hf_flops.objectives.elementwise import slopes

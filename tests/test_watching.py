@@ -14,8 +14,8 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
 from hf_flops import pictures
+from hf_flops.core.method import StepResult
 from hf_flops.ledger import Ledger
-from hf_flops.method import StepResult
 from hf_flops.pictures import PICTURES, curve_of, draw_pictures, draw_seeds
 from hf_flops.plots import draw_learning_curves, pyplot
 from hf_flops.progress import RowProgress

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from ..core.method import FinishedBatch
 from ..errors import ConfigurationError
-from ..method import FinishedBatch
 from ..perturbations.replay import Trace
 from . import LOG_FILE, optimizers, rules, start
 from .framing import Appender, Record, read

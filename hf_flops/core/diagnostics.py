@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .base.rows import Rows
+from ..base.rows import Rows
 
 
 def mean_squares(rows: Rows, deltas: Tensor, units: int) -> Tensor:

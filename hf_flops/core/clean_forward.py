@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .allocators import Features
-from .base.batch import batch_size, take
-from .base.padding import Feed
-from .base.rows import Place
-from .chunks import ChunkPlanner, in_chunks
-from .estimators.control_variate import MOST_LOGITS
+from ..allocators import Features
+from ..base.batch import batch_size, take
+from ..base.padding import Feed
+from ..base.rows import Place
+from ..estimators.control_variate import MOST_LOGITS
+from ..objectives import Objective, RowLosses
+from ..reuse import Recording
+from .chunking import ChunkPlanner, in_chunks
 from .method import Method
-from .objectives import Objective, RowLosses
-from .reuse import Recording
 
 
 @dataclass(frozen=True)

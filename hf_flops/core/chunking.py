@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .base.memory import PeakMemory, free_memory
+from ..base.memory import PeakMemory, free_memory
 
 logger = logging.getLogger(__name__)
 Work = Callable[[slice], int]

@@ -8,16 +8,16 @@ from typing import Any
 
 from torch import Tensor
 
-from .allocators import Allocator
-from .base.rows import Place
-from .chunks import ChunkPlanner
-from .distributed.exchange import Exchange, SingleProcess
-from .errors import ConfigurationError
-from .estimators import ClosedFormHead, ControlVariate, Estimator
-from .objectives import Objective
-from .perturbations import Perturbation
-from .perturbations.replay import Trace
-from .reuse import ReusePlan
+from ..allocators import Allocator
+from ..base.rows import Place
+from ..distributed.exchange import Exchange, SingleProcess
+from ..errors import ConfigurationError
+from ..estimators import ClosedFormHead, ControlVariate, Estimator
+from ..objectives import Objective
+from ..perturbations import Perturbation
+from ..perturbations.replay import Trace
+from ..reuse import ReusePlan
+from .chunking import ChunkPlanner
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base.padding import Feed
-from .base.rows import Place, Rows
-from .chunks import ChunkPlanner, Work, in_chunks
-from .distributed.noise_sum import NoiseSum
-from .estimators.delta_chain import Evaluation
+from ..base.padding import Feed
+from ..base.rows import Place, Rows
+from ..distributed.noise_sum import NoiseSum
+from ..estimators.delta_chain import Evaluation
+from ..objectives import RowLosses
+from ..perturbations import NoiseKeys
+from ..reuse import Recording
+from .chunking import ChunkPlanner, Work, in_chunks
 from .method import Method
-from .objectives import RowLosses
-from .perturbations import NoiseKeys
-from .reuse import Recording
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,18 @@
 """One gradient estimate without a backward pass: the file to read first.
 
     clean pass       unperturbed ("clean") losses, features, the closed-form head's inputs:
-                     clean.py
+                     core/clean_forward.py
     counts           the allocator's queries per sample, from clean features only: allocators/
     rows             one row per query, dealt out to processes: base/rows.py,
                      distributed/exchange.py
-    for each chunk   draw noise, evaluate, transform losses to deltas, accumulate: queries.py,
+    for each chunk   draw noise, evaluate, transform losses to deltas, accumulate: core/queries.py,
                      estimators/delta_chain.py
     complete         add back what the control variate subtracted; redistribute the weight of rows
                      without a finite loss
     apply            sum over processes, add to `.grad`, with the head's exact gradient
 
-To follow a delta open two more files: `queries.py` runs its row, `estimators/delta_chain.py` says
-what is done to it.
+To follow a delta open two more files: `core/queries.py` runs its row, `estimators/delta_chain.py`
+says what is done to it.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .allocators import Features, Piloted, equal_counts
-from .base.prng import seeds
-from .base.rows import Place, Rows, expand
-from .chunks import ChunkPlanner
-from .clean import CleanPass, clean_pass
-from .distributed.noise_sum import NoiseSum
-from .errors import NonFiniteError
-from .estimators import Chain, DeltaTransform, FiniteDifference, LeaveOneOut, Residual
-from .estimators.delta_chain import ChunkDeltas
+from ..allocators import Features, Piloted, equal_counts
+from ..base.prng import seeds
+from ..base.rows import Place, Rows, expand
+from ..distributed.noise_sum import NoiseSum
+from ..errors import NonFiniteError
+from ..estimators import Chain, DeltaTransform, FiniteDifference, LeaveOneOut, Residual
+from ..estimators.delta_chain import ChunkDeltas
+from ..objectives import Forward
+from ..perturbations.replay import Trace
+from .chunking import ChunkPlanner
+from .clean_forward import CleanPass, clean_pass
+from .diagnostics import mean_squares, summarise
 from .method import Method, StepResult
-from .metrics import mean_squares, summarise
-from .objectives import Forward
-from .perturbations.replay import Trace
 from .queries import Queries, QueryResults
 
 

@@ -1,0 +1,1 @@
+"""One estimate of a gradient; `estimate` is the function to read first."""
