@@ -29,14 +29,15 @@ sys.path.insert(0, str(ROOT))
 
 from hf_flops import Method, Place, SuffixPromptModel, estimate_gradient
 from hf_flops.allocators import Optimal, Uniform
+from hf_flops.autotune.first_batch import prepare_tap
+from hf_flops.autotune.row_loss_check import choose_objective
+from hf_flops.autotune.rule_check import choose_perturbation
 from hf_flops.base.batch import batch_size, take
 from hf_flops.checks import shared_texts, without_cache
 from hf_flops.estimators import Antithetic, LogitJacobian, OneSided
 from hf_flops.objectives import Objective, TappedLoss
 from hf_flops.perturbations import perturb
 from hf_flops.reuse import LastLogits, ReusePlan, choose_reuse, with_last_logits
-from hf_flops.selfcheck import choose_objective, choose_perturbation
-from hf_flops.setup import prepare_tap
 from recipes.assets import minilm, sentences, smollm2
 
 QUERIES = 16

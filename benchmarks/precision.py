@@ -37,7 +37,7 @@ from records import Record, quiet  # isort: skip
 
 from hf_flops import Method, Place, estimate_gradient
 from hf_flops.allocators import Uniform
-from hf_flops.calibration import calibrate
+from hf_flops.autotune.epsilon import calibrate
 from hf_flops.estimators import ESTIMATORS
 from hf_flops.objectives import TappedLoss
 from hf_flops.perturbations import ParameterVector, perturb

@@ -15,6 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from .allocators import ALLOCATORS, Allocator
+from .autotune.first_batch import held_back, late_expansion
+from .autotune.rule_check import choose_perturbation
+from .autotune.session import Averaging, Batch, HandOver
+from .autotune.tuning import Tuning
 from .base.batch import batch_size, take
 from .base.probe import Attempt, agree
 from .base.rounding_error import precision_of
@@ -34,11 +38,7 @@ from .image_text import (
 )
 from .objectives import Forward, RowLossError
 from .perturbations import ParameterVector
-from .selfcheck import choose_perturbation
-from .sessions import Averaging, Batch, HandOver
-from .setup import held_back, late_expansion
 from .towers import Tower, TowerLoss, TowerShares, estimate_alignment, numbered
-from .tuning import Tuning
 
 logger = logging.getLogger("hf_flops.trainer")
 _SUMS = ("gradient_variance", "gradient_signal", "sample_signal", "head_signal", "dropped_rows")

@@ -17,12 +17,12 @@ from torch import nn
 from transformers.trainer_callback import PrinterCallback
 
 from .args import FlopsTrainingArguments
-from .auto_queries import AutoQueries
+from .autotune.epsilon import Calibration, calibrate
+from .autotune.queries_per_sample import AutoQueries
+from .autotune.session import Batch
 from .base.memory import PeakMemory
 from .base.rounding_error import precision_of
-from .calibration import Calibration, calibrate
 from .perturbations import ActivationNoise, ParameterVector
-from .sessions import Batch
 from .throwaway import copied, generators_kept, listening
 from .trainer import FlopsTrainer
 from .trial_rate import JUDGES, LONGEST, PER_STEP, PlannedSearch, some_of

@@ -11,6 +11,7 @@ from torch import nn
 
 from .alignment import ContrastiveSession
 from .allocators import Allocator
+from .autotune.session import Batch, GradientSession, SampleSession
 from .contrastive import ContrastiveLoss
 from .distributed.collectives import Share
 from .errors import ConfigurationError
@@ -18,7 +19,6 @@ from .estimators import Estimator
 from .image_text import contrastive_base, whole_batch
 from .objectives import Forward, Objective
 from .perturbations import Perturbation
-from .sessions import Batch, GradientSession, SampleSession
 
 
 def start_session(

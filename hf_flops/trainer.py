@@ -19,6 +19,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from .allocators import ALLOCATORS, Allocator
 from .args import FlopsTrainingArguments
+from .autotune.session import Averaging, Batch, GradientSession, HandOver
 from .base.rows import Place
 from .budget import QueryBudget
 from .cards import TAGS, complete_card
@@ -44,7 +45,6 @@ from .objectives import CallableObjective, Forward, Objective, RowLossError
 from .pair_steps import start_session
 from .perturbations import ParameterVector, Perturbation
 from .processes import BatchSize, Lockstep, start_group, undivided_loader
-from .sessions import Averaging, Batch, GradientSession, HandOver
 from .state import load_state, save_state
 from .trajectory.recorder import TrajectoryRecorder
 from .watching import add_reports

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
+from .autotune.line_search import MOST, Found, thorough_search
 from .learning_rate import RateSearch
-from .line_search import MOST, Found, thorough_search
 from .perturbations import ParameterVector
 
 JUDGES, PER_STEP = 256, 8  # samples that a search looks at at most, and for each step of the trial

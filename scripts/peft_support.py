@@ -28,10 +28,11 @@ from torch import Tensor, nn
 
 from hf_flops import Method, Place, estimate_gradient
 from hf_flops.allocators import Uniform
+from hf_flops.autotune.row_loss_check import choose_objective
+from hf_flops.autotune.rule_check import choose_perturbation
 from hf_flops.estimators import Antithetic
 from hf_flops.objectives import Objective
 from hf_flops.perturbations import NoiseKeys, ParameterVector, Perturbation, RowwiseNoise, displaced
-from hf_flops.selfcheck import choose_objective, choose_perturbation
 from scripts.peft_methods import KINDS, TEXT_ONLY, configure, methods
 from tests.tiny import model_forward, tiny_batch, tiny_model
 

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_flops import Method, Place, estimate_gradient
 from hf_flops.allocators import Uniform
+from hf_flops.autotune.rule_check import choose_perturbation
 from hf_flops.estimators import Antithetic, OneSided
 from hf_flops.objectives import CallableObjective, TappedLoss
 from hf_flops.perturbations import (
@@ -28,7 +29,6 @@ from hf_flops.perturbations import (
     perturb,
 )
 from hf_flops.perturbations.activation import Drawn, correlated, independent
-from hf_flops.selfcheck import choose_perturbation
 from tests.test_perturbations import keys, randn
 from tests.tiny import TASKS, model_forward, tiny_batch, tiny_model
 

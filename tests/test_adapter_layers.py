@@ -20,6 +20,7 @@ from peft import (
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_flops.autotune.rule_check import choose_perturbation
 from hf_flops.base.prng import seeds
 from hf_flops.objectives import TappedLoss
 from hf_flops.perturbations import (
@@ -30,7 +31,6 @@ from hf_flops.perturbations import (
     displaced,
 )
 from hf_flops.perturbations.noise import draw
-from hf_flops.selfcheck import choose_perturbation
 from tests.test_perturbations import keys, randn
 from tests.tiny import TASKS, model_forward, tiny_batch, tiny_model
 

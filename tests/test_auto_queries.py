@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from hf_flops import ConfigurationError, FlopsTrainer, FlopsTrainingArguments, Method, StepResult
 from hf_flops.allocators import Optimal, Uniform
-from hf_flops.auto_queries import MOST, AutoQueries
+from hf_flops.autotune.queries_per_sample import MOST, AutoQueries
 from hf_flops.estimators import Antithetic, OneSided
 from hf_flops.objectives import TappedLoss
 from hf_flops.perturbations import perturb

@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_flops import CallableObjective, FlopsTrainer, FlopsTrainingArguments, Method
 from hf_flops.allocators import Uniform
-from hf_flops.calibration import GRID, calibrate, choose_scale
+from hf_flops.autotune.epsilon import GRID, calibrate, choose_scale
 from hf_flops.estimators import Antithetic, OneSided
 from hf_flops.objectives import BatchLoss, TappedLoss
 from hf_flops.perturbations import ParameterVector, perturb

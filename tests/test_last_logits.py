@@ -20,8 +20,8 @@ from hf_flops import (
     estimate_gradient,
 )
 from hf_flops.allocators import ALLOCATORS
+from hf_flops.autotune.epsilon import calibrate
 from hf_flops.base.batch import take
-from hf_flops.calibration import calibrate
 from hf_flops.estimators import ESTIMATORS
 from hf_flops.objectives import BatchLoss, TappedLoss
 from hf_flops.perturbations import ParameterVector, perturb

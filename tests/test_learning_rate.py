@@ -12,8 +12,8 @@ from torch import nn
 from transformers import HfArgumentParser
 
 from hf_flops import ConfigurationError, FlopsTrainingArguments
+from hf_flops.autotune.line_search import LONGER, MOST_LOOKS, SHORTER, line_search
 from hf_flops.learning_rate import MOST_STEPS, RateSearch
-from hf_flops.line_search import LONGER, MOST_LOOKS, SHORTER, line_search
 from hf_flops.perturbations import ParameterVector
 from tests.ranks import played
 from tests.tiny import generator

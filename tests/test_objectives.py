@@ -12,8 +12,8 @@ from transformers import (
 )
 
 from hf_flops import CallableObjective, ObjectiveError
+from hf_flops.autotune.row_loss_check import choose_objective
 from hf_flops.objectives import BatchLoss, TappedLoss
-from hf_flops.selfcheck import choose_objective
 from tests.tiny import (
     CLASSES,
     SIZES,

@@ -8,12 +8,12 @@ from transformers import BertConfig, BertForMaskedLM, BertForTokenClassification
 
 from hf_flops import CallableObjective, FlopsTrainer
 from hf_flops.allocators import Uniform
+from hf_flops.autotune.padding_check import padding_is_idle
 from hf_flops.base.batch import take
 from hf_flops.base.padding import Feed, real_tokens, trim, window
 from hf_flops.base.rows import expand
 from hf_flops.estimators import Antithetic
 from hf_flops.objectives import BatchLoss, TappedLoss
-from hf_flops.trimming import padding_is_idle
 from tests.padded import Cramped, adapted, estimate, padded
 from tests.tiny import (
     SIZES,

@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 from transformers.pytorch_utils import Conv1D
 
+from hf_flops.autotune.rule_check import choose_perturbation
 from hf_flops.base.prng import seeds
 from hf_flops.objectives import TappedLoss
 from hf_flops.perturbations import (
@@ -25,7 +26,6 @@ from hf_flops.perturbations import (
     perturb,
 )
 from hf_flops.perturbations.noise import draw
-from hf_flops.selfcheck import choose_perturbation
 from tests.tiny import TASKS, generator, model_forward, tiny_batch, tiny_model
 
 SIZE = st.integers(1, 4)

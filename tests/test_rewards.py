@@ -20,8 +20,8 @@ from hf_flops import (
     ObjectiveError,
     SuffixPromptModel,
 )
+from hf_flops.autotune.epsilon import STEP_GRID, choose_step_scale
 from hf_flops.base.batch import take
-from hf_flops.calibration import STEP_GRID, choose_step_scale
 from hf_flops.objectives.generation import exact_match
 from hf_flops.objectives.metrics import SmoothSurrogate, last_logits
 from hf_flops.perturbations import NoiseKeys, ParameterVector, RowwiseNoise

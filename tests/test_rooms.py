@@ -162,7 +162,7 @@ def test_the_engine_does_not_load_transformers():
     modules = run_in_a_new_process(
         "import sys, hf_flops\n"
         "light = 'torch' not in sys.modules\n"
-        "import hf_flops.selfcheck\n"
+        "import hf_flops.autotune.rule_check\n"
         "hf_flops.estimate_gradient, hf_flops.CallableObjective\n"
         "print(light, *{name.split('.')[0] for name in sys.modules})"
     ).split()

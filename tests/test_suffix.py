@@ -19,10 +19,10 @@ from transformers import (
 )
 
 from hf_flops import ConfigurationError, FlopsTrainer, FlopsTrainingArguments, SuffixPromptModel
+from hf_flops.autotune.rule_check import choose_perturbation
 from hf_flops.base.batch import take
 from hf_flops.objectives import TappedLoss
 from hf_flops.perturbations import ParameterVector, RowwiseNoise, displaced
-from hf_flops.selfcheck import choose_perturbation
 from tests.test_perturbations import keys
 from tests.tiny import SIZES, VOCABULARY, generator, model_forward, tiny_model
 

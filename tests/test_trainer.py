@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.trainer_utils import HPSearchBackend
 
-import hf_flops.sessions
+import hf_flops.autotune.session
 from hf_flops import (
     ConfigurationError,
     FlopsArgumentsMixin,
@@ -531,8 +531,8 @@ def test_noise_is_placed_by_step_position_and_epoch(arguments, monkeypatch):
         places.append((place.seed, place.step, place.position, round(place.epoch * 3)))
         return original(forward, inputs, method, place, *rest, **options)
 
-    original = hf_flops.sessions.estimate_gradient
-    monkeypatch.setattr(hf_flops.sessions, "estimate_gradient", estimate_gradient)
+    original = hf_flops.autotune.session.estimate_gradient
+    monkeypatch.setattr(hf_flops.autotune.session, "estimate_gradient", estimate_gradient)
     args = arguments(
         per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=4, seed=5
     )
@@ -742,8 +742,8 @@ def test_every_row_is_counted_and_the_budget_is_kept(
         counting.clear()
         return result
 
-    original = hf_flops.sessions.estimate_gradient
-    monkeypatch.setattr(hf_flops.sessions, "estimate_gradient", estimate_gradient)
+    original = hf_flops.autotune.session.estimate_gradient
+    monkeypatch.setattr(hf_flops.autotune.session, "estimate_gradient", estimate_gradient)
     model, dataset = (
         (adapted(), data(samples=10)) if per_row else (question_answerer(), questions(10))
     )

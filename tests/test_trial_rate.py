@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from hf_flops.autotune.line_search import thorough_search
 from hf_flops.diagnosis import doctor
-from hf_flops.line_search import thorough_search
 from hf_flops.perturbations import ParameterVector
 from hf_flops.trial_rate import JUDGES, LONGEST, PlannedSearch, some_of
 from tests.tiny import as_dataset, generator, tiny_batch, tiny_model, training_arguments

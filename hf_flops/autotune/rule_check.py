@@ -1,5 +1,4 @@
-"""The first step's self-check: which loss can be taken per row, and which tensors can have noise
-per row.
+"""Which tensors can have noise per row.
 
 Nothing is taken on trust. A rule is used only after it gave the same row losses as an explicit
 change of the parameters; this catches modules that are called in unexpected ways (DoRA, attention
@@ -11,92 +10,31 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .base.batch import batch_size, misaligned, take
-from .base.prng import seeds
-from .base.probe import Attempt, agree
-from .errors import ConfigurationError, NonFiniteError
-from .objectives import BatchLoss, Forward, Objective, RowLossError, TappedLoss
-from .perturbations import (
+from ..base.prng import seeds
+from ..base.probe import Attempt
+from ..errors import ConfigurationError
+from ..objectives import Forward, Objective
+from ..perturbations import (
     NoiseKeys,
     ParameterVector,
     Perturbation,
     PinCheck,
     RowwiseNoise,
     displaced,
-    moved,
     perturb,
 )
-from .perturbations.noise import draw
+from ..perturbations.noise import draw
+from .row_loss_check import CHECK_SEED, moved_parameters, two_rows
 
 Sums = Callable[[], Tensor]
-_CHECK_SEED = 20410  # any number: the check's noise has a stream of its own
 # tried in turn until the loss moves enough to tell right from wrong
 _SCALES = (0.02, 0.1, 0.5, 2.0)
-
-
-def two_rows(objective: Objective, forward: Forward, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the first two samples of a batch (its only one twice) that can tell right from wrong.
-
-    Samples with a non-finite loss, and where others exist also those without a loss element, prove
-    nothing.
-
-    Raises:
-        NonFiniteError: no sample has a finite loss.
-    """
-    pair = take(inputs, torch.tensor([0, min(1, batch_size(inputs) - 1)]))
-    losses = objective(forward, pair)
-    if bool((losses.sums.isfinite() & (losses.counts > 0)).all()):
-        return pair
-    losses = objective(forward, inputs)
-    finite = losses.sums.isfinite()
-    telling = finite & (losses.counts > 0)
-    index = torch.nonzero(telling if telling.any() else finite).flatten().cpu()
-    if not len(index):
-        raise NonFiniteError(
-            f"Not one of the first batch's {len(finite)} samples has a finite loss: look there for "
-            "NaN."
-        )
-    return take(inputs, index[[0, min(1, len(index) - 1)]])
-
-
-def choose_objective(
-    forward: Forward,
-    inputs: Mapping[str, Any],
-    precision: float = 1e-4,
-    model: nn.Module | None = None,
-) -> tuple[Objective, str | None]:
-    """Return the finest objective that the model's own loss allows, and why it is not per row if it
-    is not.
-
-    With the model its trainable tensors are moved meanwhile: a term of the loss may be zero where
-    they start.
-    """
-    odd = misaligned(inputs)
-    if odd:
-        return BatchLoss(), f"its inputs {odd} are not laid out one entry per sample"
-    tapped = TappedLoss()
-    try:
-        pair = two_rows(tapped, forward, inputs)
-        with nullcontext() if model is None else _moved(model):
-            together = tapped(forward, pair).sums
-            alone = tapped(forward, take(pair, torch.tensor([0, 0]))).sums
-    except RowLossError as error:
-        return BatchLoss(), str(error)
-    if not agree(together[:1], alone[:1], precision / 2):
-        return BatchLoss(), "the loss of a sample depends on the other samples of its batch"
-    return tapped, None
-
-
-def _moved(model: nn.Module) -> AbstractContextManager[None]:
-    """Move all trainable tensors off their starting values for a while."""
-    return moved(model, seeds(_CHECK_SEED, 0))
 
 
 @dataclass
@@ -139,7 +77,7 @@ class RuleCheck:
         for name in names:
             alike.setdefault(re.sub(r"\d+", "#", name), []).append(name)
         verdict = Verdict()
-        with _moved(self.model):
+        with moved_parameters(self.model):
             for group in alike.values():
                 self._judge(group, verdict)
             # A layer that is run row by row takes its other tensors along: whether that is right
@@ -173,7 +111,7 @@ class RuleCheck:
         if RowwiseNoise.covered(self.model, vector, looping) != set(names):
             return False
         rowwise = RowwiseNoise(self.model, vector, "gaussian", looping)
-        noise = rowwise.draw(NoiseKeys(seeds(_CHECK_SEED, 1, torch.arange(2).numpy()), 0))
+        noise = rowwise.draw(NoiseKeys(seeds(CHECK_SEED, 1, torch.arange(2).numpy()), 0))
         start = self.sums()
         for scale in _SCALES:
             ran: Counter[int] = Counter()
@@ -199,7 +137,7 @@ class RuleCheck:
 
     def _matters(self, names: Collection[str]) -> bool:
         vector = ParameterVector.of(self.model, set(names))
-        noise = draw("gaussian", seeds(_CHECK_SEED, 2), vector.shapes, vector.device)[0]
+        noise = draw("gaussian", seeds(CHECK_SEED, 2), vector.shapes, vector.device)[0]
         start = self.sums()
         floor = self.precision * float(start.abs().max())
         return any(

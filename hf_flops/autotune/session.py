@@ -15,23 +15,23 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .allocators import ALLOCATORS, Allocator
-from .base.batch import batch_size
-from .base.padding import Feed
-from .base.rounding_error import precision_of
-from .base.rows import Place
-from .core.clean_forward import clean_forward
-from .core.estimate import estimate_gradient
-from .core.method import Method, StepResult
-from .distributed.collectives import Share
-from .distributed.exchange import EXCHANGES
-from .errors import ObjectiveError
-from .estimators import ESTIMATORS, Estimator
-from .estimators.control_variate import control_variate
-from .objectives import Forward, Objective, RowLossError
-from .perturbations import ParameterVector, Perturbation
-from .reuse import ReusePlan
-from .setup import Chosen, held_back, loss_of_batch, set_up
+from ..allocators import ALLOCATORS, Allocator
+from ..base.batch import batch_size
+from ..base.padding import Feed
+from ..base.rounding_error import precision_of
+from ..base.rows import Place
+from ..core.clean_forward import clean_forward
+from ..core.estimate import estimate_gradient
+from ..core.method import Method, StepResult
+from ..distributed.collectives import Share
+from ..distributed.exchange import EXCHANGES
+from ..errors import ObjectiveError
+from ..estimators import ESTIMATORS, Estimator
+from ..estimators.control_variate import control_variate
+from ..objectives import Forward, Objective, RowLossError
+from ..perturbations import ParameterVector, Perturbation
+from ..reuse import ReusePlan
+from .first_batch import Chosen, held_back, loss_of_batch, set_up
 from .tuning import Tuning
 
 logger = logging.getLogger("hf_flops.trainer")

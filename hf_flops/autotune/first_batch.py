@@ -14,15 +14,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from .base.batch import take
-from .base.rounding_error import precision_of
-from .errors import ConfigurationError, ObjectiveError
-from .estimators import ClosedFormHead, find_head
-from .estimators.control_variate import MOST_LOGITS
-from .objectives import BatchLoss, Forward, Objective, RowLossError, TappedLoss
-from .perturbations import Perturbation
-from .reuse import CachedPlan, ReusePlan, SampleStore, choose_reuse, with_last_logits
-from .selfcheck import choose_objective, choose_perturbation
+from ..base.batch import take
+from ..base.rounding_error import precision_of
+from ..errors import ConfigurationError, ObjectiveError
+from ..estimators import ClosedFormHead, find_head
+from ..estimators.control_variate import MOST_LOGITS
+from ..objectives import BatchLoss, Forward, Objective, RowLossError, TappedLoss
+from ..perturbations import Perturbation
+from ..reuse import CachedPlan, ReusePlan, SampleStore, choose_reuse, with_last_logits
+from .row_loss_check import choose_objective
+from .rule_check import choose_perturbation
 
 logger = logging.getLogger("hf_flops.trainer")
 

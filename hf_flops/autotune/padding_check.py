@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from .base.batch import batch_size, take
-from .base.padding import SIDES, Feed, real_tokens, trim, window
-from .base.probe import Attempt, Probe, agree
-from .objectives import Forward, Objective
-from .reuse import Recording, ReusePlan
+from ..base.batch import batch_size, take
+from ..base.padding import SIDES, Feed, real_tokens, trim, window
+from ..base.probe import Attempt, Probe, agree
+from ..objectives import Forward, Objective
+from ..reuse import Recording, ReusePlan
 
 
 def padding_is_idle(

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base.batch import batch_size, take
-from .base.rows import Rows, expand
-from .core.chunking import ChunkPlanner, in_chunks
-from .core.method import Method
-from .objectives import Forward
-from .perturbations import NoiseKeys
+from ..base.batch import batch_size, take
+from ..base.rows import Rows, expand
+from ..core.chunking import ChunkPlanner, in_chunks
+from ..core.method import Method
+from ..objectives import Forward
+from ..perturbations import NoiseKeys
 
 # Powers of the square root of ten. Epsilon is always one of these: the error that rounding causes
 # depends on the processor's kernels, and a finer choice would follow it from machine to machine.

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from .auto_queries import AutoQueries
-from .calibration import STEP_GRID, calibrate
-from .core.chunking import ChunkPlanner
-from .core.method import FinishedBatch, Method
-from .objectives import Forward, Objective
-from .trimming import padding_is_idle, with_cropping
+from ..core.chunking import ChunkPlanner
+from ..core.method import FinishedBatch, Method
+from ..objectives import Forward, Objective
+from .epsilon import STEP_GRID, calibrate
+from .padding_check import padding_is_idle, with_cropping
+from .queries_per_sample import AutoQueries
 
 logger = logging.getLogger(__name__)
 

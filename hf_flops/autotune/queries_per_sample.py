@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from .core.method import Method, StepResult
+from ..core.method import Method, StepResult
 
 MOST = 64  # rows per sample
 _KEPT = 0.95  # of what past steps showed, from one step to the next

@@ -1,0 +1,1 @@
+"""What a run finds out by trying it with its first batches."""
