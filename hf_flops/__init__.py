@@ -26,9 +26,9 @@ if TYPE_CHECKING:
         TrajectoryError,
     )
     from .objectives import CallableObjective, GeneratedMetric, MacroF1, Metric, Objective
-    from .suffix import SuffixPromptModel
+    from .prompts.suffix_prompt import SuffixPromptModel
+    from .prompts.visual_prompt import VisualPrompt
     from .trainer import FlopsTrainer, FlopsTrainerMixin
-    from .visual_prompts import VisualPrompt
 
 _HOMES = {
     "CallableObjective": "objectives.base",
@@ -51,9 +51,9 @@ _HOMES = {
     "Place": "base.rows",
     "ProcessError": "errors",
     "StepResult": "core.method",
-    "SuffixPromptModel": "suffix",
+    "SuffixPromptModel": "prompts.suffix_prompt",
     "TrajectoryError": "errors",
-    "VisualPrompt": "visual_prompts",
+    "VisualPrompt": "prompts.visual_prompt",
     "doctor": "diagnosis",
     "estimate_gradient": "core.estimate",
 }

@@ -12,7 +12,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerFast
 
 from hf_flops import ConfigurationError, FlopsTrainer
-from hf_flops.suffix import CONFIG_FILE
+from hf_flops.prompts.suffix_prompt import CONFIG_FILE
 from recipes import prompt_tuning, prompts
 from recipes.prompts import Template, WordClassifier, adapted, label_tokens, load_texts
 from tests.tiny import generator, tiny_model

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import ConfigurationError, ObjectiveError
+from ..errors import ConfigurationError, ObjectiveError
 
 KINDS = ("border", "tokens")
 

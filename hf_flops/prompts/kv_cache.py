@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from .base.completion import Split
-from .errors import ConfigurationError
+from ..base.completion import Split
+from ..errors import ConfigurationError
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,12 +18,12 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils import PushToHubMixin
 
-from .base.completion import Split, split
-from .base.rounding_error import precision_of
-from .errors import ConfigurationError
-from .objectives.elementwise import mean_cross_entropy
+from ..base.completion import Split, split
+from ..base.rounding_error import precision_of
+from ..errors import ConfigurationError
+from ..objectives.elementwise import mean_cross_entropy
+from .kv_cache import Ending, TextCache
 from .packing import Packing, continued, may_be_packed
-from .texts import Ending, TextCache
 
 # the former is where Trainer puts a state dict
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "suffix_prompt.json"

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base.probe import Attempt, agree
-from .texts import TextCache, run
+from ..base.probe import Attempt, agree
+from .kv_cache import TextCache, run
 
 # rows in a line: beyond, what they compute of each other for nothing outweighs the copies
 MOST = 16

@@ -1,0 +1,1 @@
+"""Prompts that are trained: after the text, on images, and how their rows share a text."""
