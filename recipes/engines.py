@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from hf_flops.blackbox import BlackBoxPromptModel, Engine, OnnxEngine, TorchEngine, export_onnx
+from hf_flops.engines.local import OnnxEngine, TorchEngine, export_onnx
+from hf_flops.engines.model import BlackBoxPromptModel, Engine
 from hf_flops.trajectory.start import digest
 from recipes.prompts import Template, adapted
 

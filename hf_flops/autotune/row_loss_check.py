@@ -16,9 +16,7 @@ from ..base.prng import seeds
 from ..base.probe import agree
 from ..errors import NonFiniteError
 from ..objectives import BatchLoss, Forward, Objective, RowLossError, TappedLoss
-from ..perturbations import (
-    moved,
-)
+from ..perturbations import moved
 
 CHECK_SEED = 20410  # any number: the check's noise has a stream of its own
 

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors.torch import load, save
 
 from ..errors import ConfigurationError
-from .engines import TorchEngine
+from .local import TorchEngine
 from .model import Engine
 
 

@@ -5,7 +5,7 @@ padded at the right, to the logits (R, V) of what follows each row's last real t
 """
 
 from .client import Account, HttpEngine
-from .engines import OnnxEngine, TorchEngine, export_onnx
+from .local import OnnxEngine, TorchEngine, export_onnx
 from .model import BlackBoxPromptModel, Engine
 from .server import EngineServer
 
