@@ -34,7 +34,7 @@ from hf_flops.allocators import ALLOCATORS, Features, Piloted, equal_counts, opt
 from hf_flops.estimators import ESTIMATORS
 from hf_flops.objectives import TappedLoss
 from hf_flops.perturbations import ParameterVector, perturb
-from hf_flops.plots import pyplot
+from hf_flops.reporting.comparison_plots import pyplot
 
 BATCH, QUERIES = 32, 16
 ORACLE, SHARED, MEZO = "oracle (true norms)", "shared noise", "shared noise, pairs (MeZO)"

@@ -108,7 +108,7 @@ def simulate(record: Record, numbers: list[int], repeats: int, seeds: int) -> No
 
 def draw(record: Record) -> None:
     """Draw docs/scaling.png from the record."""
-    from hf_flops.plots import pyplot
+    from hf_flops.reporting.comparison_plots import pyplot
 
     plt, found = pyplot(), record.entries["simulation"]["workers"]
     workers = [int(key) for key in found]

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
 from .errors import ConfigurationError
-from .ledger import Ledger
+from .reporting.ledger import Ledger
 
 logger = logging.getLogger(__name__)
 

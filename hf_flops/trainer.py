@@ -22,7 +22,6 @@ from .args import FlopsTrainingArguments
 from .autotune.session import Averaging, Batch, GradientSession, HandOver
 from .base.rows import Place
 from .budget import QueryBudget
-from .cards import TAGS, complete_card
 from .checkpoints import CheckpointWriter, Leave, chosen_checkpoint, generator_states
 from .checks import (
     check_arguments,
@@ -40,14 +39,16 @@ from .distributed.collectives import Share
 from .estimators import Estimator
 from .image_text import with_plain_flag
 from .learning_rate import RateSearch
-from .ledger import Ledger
 from .objectives import CallableObjective, Forward, Objective, RowLossError
 from .pair_steps import start_session
 from .perturbations import ParameterVector, Perturbation
 from .processes import BatchSize, Lockstep, start_group, undivided_loader
+from .reporting.callbacks import add_reports
+from .reporting.ledger import Ledger
+from .reporting.model_card import TAGS, complete_card
+from .settings import as_code
 from .state import load_state, save_state
 from .trajectory.recorder import TrajectoryRecorder
-from .watching import add_reports
 
 logger = logging.getLogger(__name__)
 SAMPLE_ID = "sample_id"
@@ -439,7 +440,8 @@ class FlopsTrainerMixin(_Base):
         """
         super().create_model_card(*positional, **options)
         if self.is_world_process_zero():
-            complete_card(self.args, self.model, self.costs.so_far(), options.get("tags"))
+            settings, costs = as_code(self.args), self.costs.so_far()
+            complete_card(self.args.output_dir, settings, self.model, costs, options.get("tags"))
 
     def _parts(self) -> dict[str, Any]:
         """Return what has a state, by name."""

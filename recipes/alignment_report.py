@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from hf_flops.plots import COLOURS, pyplot
+from hf_flops.reporting.comparison_plots import COLOURS, pyplot
 from recipes import runs
 from recipes.pairs import HELD_OUT_TEMPLATES, PixelRows, embed
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hf_flops.plots import save_report
+from hf_flops.reporting.comparison_plots import save_report
 from recipes import runs
 from recipes.prompts import TextTask
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from hf_flops import FlopsTrainer
-from hf_flops.plots import save_report
+from hf_flops.reporting.comparison_plots import save_report
 from recipes import runs
 from recipes.images import ImageTask
 from recipes.runs import Outcome

@@ -22,11 +22,17 @@ from hf_flops import (
     FlopsTrainingArguments,
     NonFiniteError,
 )
+from hf_flops.engines import (
+    BlackBoxPromptModel,
+    EngineServer,
+    HttpEngine,
+    OnnxEngine,
+    TorchEngine,
+    export_onnx,
+)
 from hf_flops.engines import local as engines
-from hf_flops.engines.client import HttpEngine, _Failure, _seconds
-from hf_flops.engines.local import OnnxEngine, TorchEngine, export_onnx
-from hf_flops.engines.model import BlackBoxPromptModel
-from hf_flops.engines.server import EngineServer, main
+from hf_flops.engines.client import _Failure, _seconds
+from hf_flops.engines.server import main
 from recipes.engines import engine_of
 from tests.tiny import SIZES, VOCABULARY, as_dataset, generator, tiny_model
 

@@ -9,10 +9,10 @@ import pytest
 from matplotlib.image import imread
 
 import hf_flops
-from hf_flops import run_plots
 from hf_flops.cli import COMMANDS, function, main
 from hf_flops.commands import compare, plot
 from hf_flops.commands.recipe import recipe
+from hf_flops.reporting import run_plots
 
 ROOT = Path(hf_flops.__file__).parent.parent
 HISTORY = [

@@ -13,13 +13,13 @@ from matplotlib.image import imread
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
-from hf_flops import pictures
 from hf_flops.core.method import StepResult
-from hf_flops.ledger import Ledger
-from hf_flops.pictures import PICTURES, curve_of, draw_pictures, draw_seeds
-from hf_flops.plots import draw_learning_curves, pyplot
-from hf_flops.progress import RowProgress
-from hf_flops.watching import add_reports
+from hf_flops.reporting import figures as pictures
+from hf_flops.reporting.callbacks import RowProgress, add_reports
+from hf_flops.reporting.comparison_plots import draw_learning_curves, pyplot
+from hf_flops.reporting.figures import PICTURES, draw_pictures, draw_seeds
+from hf_flops.reporting.ledger import Ledger
+from hf_flops.reporting.run_plots import curve_of
 from tests.test_cards import trainer_of
 
 LOGGED = {
@@ -100,7 +100,7 @@ def test_trackio_gets_the_numbers(tmp_path, monkeypatch):
 
 def test_the_progress_bar_counts_rows(tmp_path, monkeypatch):
     shown = io.StringIO()
-    monkeypatch.setattr("hf_flops.progress.tqdm", _bar_to(shown))
+    monkeypatch.setattr("hf_flops.reporting.callbacks.tqdm", _bar_to(shown))
     trainer = trainer_of(tmp_path, max_steps=3)
     assert ProgressCallback not in map(type, trainer.callback_handler.callbacks)  # disable_tqdm
     trainer.args.disable_tqdm = False

@@ -61,7 +61,7 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     Raises:
         ConfigurationError: it has no state, a damaged one, or one without a log of rows.
     """
-    from ..run_plots import curve_of, series_of
+    from ..reporting.run_plots import curve_of, series_of
     from ..state import STATE_FILE, read_json
 
     place = newest(Path(folder))
@@ -86,7 +86,7 @@ def read_run(folder: str | Path) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> int:
     """Draw the run and say where the picture is."""
     given = parser().parse_args(arguments)
-    from ..run_plots import save_run
+    from ..reporting.run_plots import save_run
 
     run, path = read_run(given.run), Path(given.output or Path(given.run, "run.png"))
     if path.is_dir():

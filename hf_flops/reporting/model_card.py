@@ -8,8 +8,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-from .pictures import PICTURES
-from .settings import as_code
+from .figures import PICTURES
 
 TAGS = ("hf-flops", "forward-only", "zeroth-order")
 CITATION = """@inproceedings{ren2025flops,
@@ -23,17 +22,20 @@ CITATION = """@inproceedings{ren2025flops,
 }"""
 
 
-def complete_card(args: Any, model: Any, costs: Mapping[str, float], tags: Any) -> None:
+def complete_card(
+    folder: str, settings: str, model: Any, costs: Mapping[str, float], tags: Any
+) -> None:
     """Add our tags, beside those of the model and the caller, and our sections to the stock card of
     an output folder.
 
     Args:
-        args: the arguments of the run.
+        folder: the output folder.
+        settings: the arguments of the run, as a call of their class.
         model: the model.
         costs: see `RunCosts.so_far`.
         tags: what the caller gave, a name or a list of names.
     """
-    path = Path(args.output_dir, "README.md")
+    path = Path(folder, "README.md")
     if not path.is_file():
         return
     card, own = ModelCard.load(path), [tags] if isinstance(tags, str) else tags or []
@@ -45,7 +47,7 @@ def complete_card(args: Any, model: Any, costs: Mapping[str, float], tags: Any) 
     if not card.data.get("base_model"):
         card.data.pop("base_model", None)
     card.text = (
-        "\n\n".join([card.text.rstrip(), *sections(args, costs, pictures(path.parent))]) + "\n"
+        "\n\n".join([card.text.rstrip(), *sections(settings, costs, pictures(path.parent))]) + "\n"
     )
     card.save(path)
 
@@ -55,11 +57,13 @@ def pictures(folder: Path) -> list[tuple[str, str]]:
     return [(name, caption) for name, caption in PICTURES.items() if (folder / name).is_file()]
 
 
-def sections(args: Any, costs: Mapping[str, float], drawn: Iterable[tuple[str, str]]) -> list[str]:
+def sections(
+    settings: str, costs: Mapping[str, float], drawn: Iterable[tuple[str, str]]
+) -> list[str]:
     """Return the parts of a card that forward-only training adds.
 
     Args:
-        args: the arguments of the run.
+        settings: the arguments of the run, as a call of their class.
         costs: see `RunCosts.so_far`.
         drawn: (file, caption) of pictures beside the card.
     """
@@ -77,7 +81,7 @@ def sections(args: Any, costs: Mapping[str, float], drawn: Iterable[tuple[str, s
         *parts,
         "### Settings",
         "The arguments that differ from their defaults:",
-        f"```python\n{as_code(args)}\n```",
+        f"```python\n{settings}\n```",
         "## Citation",
         f"```bibtex\n{CITATION}\n```",
     ]

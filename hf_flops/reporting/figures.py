@@ -5,47 +5,18 @@ signal to noise.
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from transformers import TrainerCallback
 
 from .ledger import Ledger
 from .run_plots import Log, curve_of, save_learning_curve, save_queries, save_signal, series_of
 
-logger = logging.getLogger(__name__)
 PICTURES = {
     "learning_curve.png": "Learning curve against rows and seconds",
     "queries.png": "Where the queries went",
     "signal.png": "Signal to noise and what the allocation gained",
 }
 _FEWEST = 3  # points that make a curve
-
-
-class Pictures(TrainerCallback):
-    """Draws the run into its output folder when it ends, unless `pictures=False`.
-
-    Args:
-        ledger: returns the ledger of the run.
-    """
-
-    def __init__(self, ledger: Callable[[], Ledger]) -> None:
-        self.ledger = ledger
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Draw what there is to draw; a picture that fails must not cost a trained adapter."""
-        if not (args.pictures and state.is_world_process_zero):
-            return
-        try:
-            draw_pictures(args.output_dir, state.log_history, self.ledger())
-        except ImportError as error:
-            logger.info("No pictures of the run: %s", error)
-        except Exception as error:
-            logger.warning(
-                "The pictures of the run could not be drawn (%s: %s).", type(error).__name__, error
-            )
 
 
 def draw_pictures(folder: str | Path, history: Log, ledger: Ledger) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .plots import COLOURS, draw_queries
+from .comparison_plots import COLOURS, draw_queries
 
 Log = Sequence[Mapping[str, Any]]  # entries of the stock trainer's log
 # rows so far, class → (samples, their queries)

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base.batch import batch_size
-from .core.method import FinishedBatch, StepResult
-from .distributed.collectives import Share
-from .objectives import Forward
+from ..base.batch import batch_size
+from ..core.method import FinishedBatch, StepResult
+from ..distributed.collectives import Share
+from ..objectives import Forward
 
 
 def columns(inputs: Mapping[str, Any]) -> int:

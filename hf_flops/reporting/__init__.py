@@ -1,0 +1,1 @@
+"""What is said of a run: accounts, progress, pictures and the model card."""
