@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "CallableObjective": "objectives.base",
     "ConfigurationError": "errors",
-    "ContrastiveLoss": "contrastive",
+    "ContrastiveLoss": "contrastive.loss",
     "Diagnosis": "diagnosis",
     "EngineError": "errors",
     "FlopsArgumentsMixin": "args",

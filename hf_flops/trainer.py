@@ -34,13 +34,13 @@ from .checks import (
     without_cache,
     wrap_with_adapter,
 )
+from .contrastive import start_session
+from .contrastive.dual_encoder import with_plain_flag
 from .core.method import FinishedBatch
 from .distributed.collectives import Share
 from .estimators import Estimator
-from .image_text import with_plain_flag
 from .learning_rate import RateSearch
 from .objectives import CallableObjective, Forward, Objective, RowLossError
-from .pair_steps import start_session
 from .perturbations import ParameterVector, Perturbation
 from .processes import BatchSize, Lockstep, start_group, undivided_loader
 from .reporting.callbacks import add_reports

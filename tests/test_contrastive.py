@@ -13,11 +13,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback, default_data_collator
 
 from hf_flops import ConfigurationError, ContrastiveLoss, FlopsTrainer, ObjectiveError
-from hf_flops.alignment import ContrastiveSession
 from hf_flops.autotune.session import Averaging, Batch
 from hf_flops.base.rows import Place
-from hf_flops.contrastive import ContrastiveBatch
-from hf_flops.image_text import with_plain_flag
+from hf_flops.contrastive import ContrastiveBatch, ContrastiveSession
+from hf_flops.contrastive.dual_encoder import with_plain_flag
 from tests.pairs import KINDS, LORA, as_pairs, collate, pair_batch, pair_model
 from tests.tiny import generator, training_arguments
 

@@ -14,21 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .allocators import ALLOCATORS, Allocator
-from .autotune.first_batch import held_back, late_expansion
-from .autotune.rule_check import choose_perturbation
-from .autotune.session import Averaging, Batch, HandOver
-from .autotune.tuning import Tuning
-from .base.batch import batch_size, take
-from .base.probe import Attempt, agree
-from .base.rounding_error import precision_of
-from .base.rows import Place
-from .contrastive import SIDES, ContrastiveBatch, ContrastiveLoss
-from .core.method import Method, StepResult
-from .errors import ConfigurationError
-from .estimators import ESTIMATORS, Estimator, find_head
-from .estimators.control_variate import control_variate
-from .image_text import (
+from ..allocators import ALLOCATORS, Allocator
+from ..autotune.first_batch import held_back, late_expansion
+from ..autotune.rule_check import choose_perturbation
+from ..autotune.session import Averaging, Batch, HandOver
+from ..autotune.tuning import Tuning
+from ..base.batch import batch_size, take
+from ..base.probe import Attempt, agree
+from ..base.rounding_error import precision_of
+from ..base.rows import Place
+from ..core.method import Method, StepResult
+from ..errors import ConfigurationError
+from ..estimators import ESTIMATORS, Estimator, find_head
+from ..estimators.control_variate import control_variate
+from ..objectives import Forward, RowLossError
+from ..perturbations import ParameterVector
+from .dual_encoder import (
     contrastive_base,
     require_return_loss,
     same_texts,
@@ -36,9 +37,9 @@ from .image_text import (
     tower_inputs,
     used_tensors,
 )
-from .objectives import Forward, RowLossError
-from .perturbations import ParameterVector
-from .towers import Tower, TowerLoss, TowerShares, estimate_alignment, numbered
+from .estimate import Tower, TowerLoss, estimate_alignment, numbered
+from .loss import SIDES, ContrastiveBatch, ContrastiveLoss
+from .shares import TowerShares
 
 logger = logging.getLogger("hf_flops.trainer")
 _SUMS = ("gradient_variance", "gradient_signal", "sample_signal", "head_signal", "dropped_rows")

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base.batch import batch_size
-from .contrastive import SIDES, BatchContrast, ContrastiveLoss, text_keys
-from .errors import ObjectiveError
-from .objectives import BatchLoss, Forward
+from ..base.batch import batch_size
+from ..errors import ObjectiveError
+from ..objectives import BatchLoss, Forward
+from .loss import SIDES, BatchContrast, ContrastiveLoss, text_keys
 
 logger = logging.getLogger("hf_flops.trainer")
 

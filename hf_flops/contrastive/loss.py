@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .errors import ConfigurationError, ObjectiveError
-from .objectives import Forward, Objective, RowLosses
-from .objectives.elementwise import widen
+from ..errors import ConfigurationError, ObjectiveError
+from ..objectives import Forward, Objective, RowLosses
+from ..objectives.elementwise import widen
 from .similarity import SigmoidTerms, SoftmaxTerms, Terms
 
 SIDES = ("image", "text")

@@ -4,7 +4,6 @@ tells exactly beside them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -13,20 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base.batch import ROW, batch_size
-from .base.rows import Place
-from .contrastive import SIDES, ContrastiveBatch
-from .core.clean_forward import CleanPass, clean_pass
-from .core.estimate import estimate_from
-from .core.method import Method, StepResult
-from .errors import ConfigurationError
-from .estimators import ClosedFormHead
-from .objectives import Forward, Objective, RowLosses
-from .objectives.elementwise import widen
+from ..base.batch import ROW, batch_size
+from ..base.rows import Place
+from ..core.clean_forward import CleanPass, clean_pass
+from ..core.estimate import estimate_from
+from ..core.method import Method, StepResult
+from ..estimators import ClosedFormHead
+from ..objectives import Forward, Objective, RowLosses
+from ..objectives.elementwise import widen
+from .loss import ContrastiveBatch
 
 # texts have noise of their own, also where a tensor is in both towers: no image has this position
 _TEXTS = 2**40
-_KEPT = 0.95  # of what past steps told about the towers' shares
+KEPT = 0.95  # of what past steps told about the towers' shares
 
 
 class TowerSurrogate(Objective):
@@ -148,73 +146,3 @@ def estimate_alignment(
                     tower.head.gradient(given, clean) / (len(clean.sums) * batches)
                 )
     return results, batch
-
-
-class TowerShares:
-    """Shares a step's rows out among the towers.
-
-    The variance is `sum over towers of d sum_i ||g_i||^2 / n_i`, g_i the gradient through one
-    embedding and d the tower's number of noisy parameters. It is least for rows in proportion to
-    `sqrt(d) sum_i ||g_i||`, which past deltas tell.
-
-    Attributes:
-        weights: that number by side, for towers that had a step.
-    """
-
-    def __init__(self) -> None:
-        self.weights: dict[str, float] = {}
-
-    def learn(self, towers: Mapping[str, Tower], results: Mapping[str, StepResult]) -> None:
-        """Learn from a finished batch."""
-        for side, found in results.items():
-            method = towers[side].method
-            assert method is not None
-            # deltas are those of U times the loss
-            weight = math.sqrt(method.perturbation.vector.size) * float(
-                found.mean_squares.nan_to_num(0.0).sqrt().mean()
-            )
-            self.weights[side] = _KEPT * self.weights.get(side, weight) + (1 - _KEPT) * weight
-
-    def share(
-        self, towers: Mapping[str, Tower], sizes: Mapping[str, int], queries: int
-    ) -> dict[str, int]:
-        """Return the rows per embedding of each noisy tower, beside the clean ones.
-
-        Args:
-            towers: by side.
-            sizes: how many embeddings each has.
-            queries: rows per image, all included.
-
-        Raises:
-            ConfigurationError: not every embedding can have a query.
-        """
-        noisy = {side: tower.method for side, tower in towers.items() if tower.method is not None}
-        least = {side: len(method.estimator.signs) for side, method in noisy.items()}
-        clean, needed = (
-            sum(sizes.values()),
-            {side: count * sizes[side] for side, count in least.items()},
-        )
-        rows = queries * sizes["image"] - clean
-        if rows < sum(needed.values()):
-            enough = -(-(clean + sum(needed.values())) // sizes["image"])
-            raise ConfigurationError(
-                f"queries_per_sample={queries} is too few for {sizes['image']} images and "
-                f"{sizes['text']} texts: a clean row each, and {max(least.values())} more where "
-                f"noise enters its tower: use {enough} or more."
-            )
-        weights = self.weights if sum(self.weights.get(side, 0.0) for side in noisy) > 0 else {}
-        weights = weights if noisy.keys() <= weights.keys() else dict.fromkeys(noisy, 1.0)
-        total, shares = sum(weights[side] for side in noisy), {}
-        for side in [side for side in SIDES if side in noisy]:
-            others = sum(needed.values()) - needed[side]
-            wanted = min(max(rows * weights[side] / total, needed[side]), rows - others)
-            shares[side] = int(wanted) // sizes[side]
-        return shares
-
-    def state_dict(self) -> dict[str, float]:
-        """Return what a resume needs."""
-        return self.weights
-
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Take up a state from `state_dict`."""
-        self.weights = dict(state)

@@ -9,16 +9,16 @@ from typing import Any
 
 from torch import nn
 
-from .alignment import ContrastiveSession
-from .allocators import Allocator
-from .autotune.session import Batch, GradientSession, SampleSession
-from .contrastive import ContrastiveLoss
-from .distributed.collectives import Share
-from .errors import ConfigurationError
-from .estimators import Estimator
-from .image_text import contrastive_base, whole_batch
-from .objectives import Forward, Objective
-from .perturbations import Perturbation
+from ..allocators import Allocator
+from ..autotune.session import Batch, GradientSession, SampleSession
+from ..distributed.collectives import Share
+from ..errors import ConfigurationError
+from ..estimators import Estimator
+from ..objectives import Forward, Objective
+from ..perturbations import Perturbation
+from .dual_encoder import contrastive_base, whole_batch
+from .loss import ContrastiveLoss
+from .session import ContrastiveSession
 
 
 def start_session(
