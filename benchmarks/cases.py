@@ -33,11 +33,11 @@ from hf_flops.autotune.first_batch import prepare_tap
 from hf_flops.autotune.row_loss_check import choose_objective
 from hf_flops.autotune.rule_check import choose_perturbation
 from hf_flops.base.batch import batch_size, take
-from hf_flops.checks import shared_texts, without_cache
 from hf_flops.estimators import Antithetic, LogitJacobian, OneSided
 from hf_flops.objectives import Objective, TappedLoss
 from hf_flops.perturbations import perturb
 from hf_flops.reuse import LastLogits, ReusePlan, choose_reuse, with_last_logits
+from hf_flops.trainer.preparation import shared_texts, without_cache
 from recipes.assets import minilm, sentences, smollm2
 
 QUERIES = 16

@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 import psutil
 from safetensors.torch import load_file
 
-from hf_flops.checkpoints import UNFINISHED
+from hf_flops.trainer.checkpoints import UNFINISHED
 
 from records import Record  # isort: skip
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .args import FlopsArgumentsMixin, FlopsTrainingArguments
     from .base.rows import Place
     from .contrastive import ContrastiveLoss
     from .core.estimate import estimate_gradient
@@ -28,7 +27,12 @@ if TYPE_CHECKING:
     from .objectives import CallableObjective, GeneratedMetric, MacroF1, Metric, Objective
     from .prompts.suffix_prompt import SuffixPromptModel
     from .prompts.visual_prompt import VisualPrompt
-    from .trainer import FlopsTrainer, FlopsTrainerMixin
+    from .trainer import (
+        FlopsArgumentsMixin,
+        FlopsTrainer,
+        FlopsTrainerMixin,
+        FlopsTrainingArguments,
+    )
 
 _HOMES = {
     "CallableObjective": "objectives.base",
@@ -36,11 +40,11 @@ _HOMES = {
     "ContrastiveLoss": "contrastive.loss",
     "Diagnosis": "diagnosis",
     "EngineError": "errors",
-    "FlopsArgumentsMixin": "args",
+    "FlopsArgumentsMixin": "trainer.args",
     "FlopsError": "errors",
-    "FlopsTrainer": "trainer",
-    "FlopsTrainerMixin": "trainer",
-    "FlopsTrainingArguments": "args",
+    "FlopsTrainer": "trainer.trainer",
+    "FlopsTrainerMixin": "trainer.trainer",
+    "FlopsTrainingArguments": "trainer.args",
     "GeneratedMetric": "objectives.generation",
     "MacroF1": "objectives.macro_f1",
     "Method": "core.method",

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 from transformers.trainer_callback import PrinterCallback
 
-from .args import FlopsTrainingArguments
 from .autotune.epsilon import Calibration, calibrate
 from .autotune.queries_per_sample import AutoQueries
 from .autotune.session import Batch
@@ -24,7 +23,7 @@ from .base.memory import PeakMemory
 from .base.rounding_error import precision_of
 from .perturbations import ActivationNoise, ParameterVector
 from .throwaway import copied, generators_kept, listening
-from .trainer import FlopsTrainer
+from .trainer import FlopsTrainer, FlopsTrainingArguments
 from .trial_rate import JUDGES, LONGEST, PER_STEP, PlannedSearch, some_of
 
 _OF_A_RUN = 2.0  # the best rate of a run over that of a few steps

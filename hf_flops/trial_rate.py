@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from .autotune.line_search import MOST, Found, thorough_search
-from .learning_rate import RateSearch
 from .perturbations import ParameterVector
+from .trainer.learning_rate_search import RateSearch
 
 JUDGES, PER_STEP = 256, 8  # samples that a search looks at at most, and for each step of the trial
 LONGEST = 4  # how many times as long a trial may be

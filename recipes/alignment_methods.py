@@ -12,7 +12,7 @@ from torch import nn
 from transformers import Trainer
 
 from hf_flops import ContrastiveLoss, FlopsTrainer
-from hf_flops.args import PRESETS
+from hf_flops.trainer import PRESETS
 from recipes.runs import stock_arguments
 
 METHODS = ["flops", "mezo", "spsa-gc", "backprop"]

@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from hf_flops.engines.local import OnnxEngine, TorchEngine, export_onnx
-from hf_flops.engines.model import BlackBoxPromptModel, Engine
+from hf_flops.engines import BlackBoxPromptModel, Engine, OnnxEngine, TorchEngine, export_onnx
 from hf_flops.trajectory.start import digest
 from recipes.prompts import Template, adapted
 

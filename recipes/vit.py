@@ -23,7 +23,7 @@ from transformers import Trainer, set_seed
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from hf_flops import FlopsTrainer
-from hf_flops.args import PRESETS
+from hf_flops.trainer import PRESETS
 from recipes import common, images, runs, vit_report
 from recipes.common import option
 

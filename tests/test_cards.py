@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from hf_flops import FlopsTrainer, FlopsTrainingArguments
 from hf_flops.reporting.figures import PICTURES
 from hf_flops.reporting.model_card import CITATION, TAGS, cost_table
-from hf_flops.settings import changed_settings
+from hf_flops.trainer.settings import changed_settings
 from tests.hub import LocalHub
 from tests.tiny import as_dataset, tiny_batch, tiny_model
 

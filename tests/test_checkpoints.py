@@ -17,8 +17,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_flops import ConfigurationError
 from hf_flops.allocators import ALLOCATORS, Optimal
-from hf_flops.checkpoints import MANIFEST, UNFINISHED, is_whole, last_checkpoint
-from hf_flops.state import STATE_FILE, TENSOR_FILE, load_state, save_state
+from hf_flops.trainer.checkpoint_state import STATE_FILE, TENSOR_FILE, load_state, save_state
+from hf_flops.trainer.checkpoints import MANIFEST, UNFINISHED, is_whole, last_checkpoint
 from tests.worker import build
 
 # a step of two samples ends an epoch

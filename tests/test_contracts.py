@@ -15,7 +15,7 @@ import hf_flops.testing.objectives
 import hf_flops.testing.perturbations
 from hf_flops import MacroF1, Metric
 from hf_flops.allocators import ALLOCATORS, Uniform
-from hf_flops.engines.local import TorchEngine
+from hf_flops.engines import TorchEngine
 from hf_flops.objectives import BatchLoss, CallableObjective, Objective, RowLosses, TappedLoss
 from hf_flops.perturbations import ActivationNoise, ParameterVector, RowwiseNoise, SharedNoise
 from hf_flops.testing import (

@@ -13,8 +13,8 @@ from transformers import HfArgumentParser
 
 from hf_flops import ConfigurationError, FlopsTrainingArguments
 from hf_flops.autotune.line_search import LONGER, MOST_LOOKS, SHORTER, line_search
-from hf_flops.learning_rate import MOST_STEPS, RateSearch
 from hf_flops.perturbations import ParameterVector
+from hf_flops.trainer.learning_rate_search import MOST_STEPS, RateSearch
 from tests.ranks import played
 from tests.tiny import generator
 from tests.worker import build

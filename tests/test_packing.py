@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 
 from hf_flops import Method, Place, estimate_gradient
 from hf_flops.allocators import Optimal
-from hf_flops.checks import shared_texts
 from hf_flops.estimators import OneSided
 from hf_flops.objectives import TappedLoss
 from hf_flops.perturbations import ParameterVector, perturb
 from hf_flops.prompts import packing
 from hf_flops.prompts.packing import Packing, continued, may_be_packed
+from hf_flops.trainer.preparation import shared_texts
 from tests.test_suffix import KINDS, batch, draw_rows, suffix
 from tests.tiny import generator, model_forward
 

@@ -15,7 +15,7 @@ from hf_flops import FlopsTrainer
 from hf_flops.base.prng import seeds
 from hf_flops.objectives import BatchLoss, TappedLoss
 from hf_flops.perturbations import NoiseKeys, ParameterVector, RowwiseNoise, SharedNoise
-from hf_flops.precision import keep_masters
+from hf_flops.trainer.master_weights import keep_masters
 from tests.tiny import TASKS, as_dataset, model_forward, tiny_batch, tiny_model, training_arguments
 
 pytestmark = [

@@ -26,11 +26,11 @@ from transformers import (
 from hf_flops import FlopsTrainer, FlopsTrainingArguments, Method, Place, estimate_gradient
 from hf_flops.allocators import ALLOCATORS
 from hf_flops.autotune.padding_check import with_cropping
-from hf_flops.checks import without_cache
 from hf_flops.estimators import ESTIMATORS
 from hf_flops.objectives import BatchLoss, CallableObjective, Objective, TappedLoss
 from hf_flops.perturbations import ParameterVector, perturb
 from hf_flops.reuse import ReusePlan, choose_reuse
+from hf_flops.trainer.preparation import without_cache
 from tests.tiny import (
     CLASSES,
     SIZES,

@@ -27,8 +27,8 @@ from hf_flops.objectives import BatchLoss, TappedLoss
 from hf_flops.perturbations import NoiseKeys, ParameterVector, perturb
 from hf_flops.perturbations.noise import draw
 from hf_flops.perturbations.replay import regenerate
-from hf_flops.processes import fingerprint
 from hf_flops.reuse import choose_reuse
+from hf_flops.trainer.multiprocess import fingerprint
 from tests.ranks import played
 from tests.tiny import generator, model_forward, tiny_batch, tiny_model
 

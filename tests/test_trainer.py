@@ -34,10 +34,10 @@ from hf_flops import (
     FlopsTrainingArguments,
 )
 from hf_flops.allocators import Uniform
-from hf_flops.args import PRESETS
 from hf_flops.estimators import Antithetic
 from hf_flops.objectives import TappedLoss
 from hf_flops.perturbations import ParameterVector, RowwiseNoise
+from hf_flops.trainer import PRESETS
 from tests.tiny import (
     SIZES,
     TASKS,

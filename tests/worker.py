@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 from hf_flops import FlopsTrainer, FlopsTrainingArguments
-from hf_flops.checkpoints import last_checkpoint
+from hf_flops.trainer.checkpoints import last_checkpoint
 from tests.tiny import TASKS, as_dataset, double, tiny_batch, tiny_model
 
 

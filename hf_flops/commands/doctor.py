@@ -256,8 +256,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     from transformers.utils import logging as transformers_logging
 
-    from ..args import FlopsTrainingArguments
     from ..diagnosis import doctor
+    from ..trainer import FlopsTrainingArguments
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

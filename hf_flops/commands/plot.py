@@ -62,7 +62,7 @@ def read_run(folder: str | Path) -> dict[str, Any]:
         ConfigurationError: it has no state, a damaged one, or one without a log of rows.
     """
     from ..reporting.run_plots import curve_of, series_of
-    from ..state import STATE_FILE, read_json
+    from ..trainer.checkpoint_state import STATE_FILE, read_json
 
     place = newest(Path(folder))
     history = read_json(place / STEP_FILE, "log_history")

@@ -17,10 +17,10 @@ from accelerate.data_loader import prepare_data_loader
 from torch import nn
 from transformers.trainer_utils import seed_worker
 
+from ..distributed.collectives import ProcessShare, Share
+from ..errors import ConfigurationError
 from .args import FlopsArgumentsMixin
 from .checkpoints import Leave
-from .distributed.collectives import ProcessShare, Share
-from .errors import ConfigurationError
 
 logger = logging.getLogger("hf_flops.trainer")
 _SAME = (

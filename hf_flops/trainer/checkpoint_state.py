@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from .errors import ConfigurationError
+from ..errors import ConfigurationError
 
 logger = logging.getLogger("hf_flops.trainer")
 STATE_FILE, TENSOR_FILE = "flops_state.json", "flops_state.safetensors"

@@ -19,8 +19,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from .distributed.collectives import Share
-from .errors import ConfigurationError
+from ..distributed.collectives import Share
+from ..errors import ConfigurationError
 
 logger = logging.getLogger("hf_flops.trainer")
 UNFINISHED, MANIFEST, STATE = ".unfinished", "flops_files.json", "trainer_state.json"

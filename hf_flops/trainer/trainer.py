@@ -17,13 +17,26 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
-from .allocators import ALLOCATORS, Allocator
+from ..allocators import ALLOCATORS, Allocator
+from ..autotune.session import Averaging, Batch, GradientSession, HandOver
+from ..base.rows import Place
+from ..contrastive import start_session
+from ..contrastive.dual_encoder import with_plain_flag
+from ..core.method import FinishedBatch
+from ..distributed.collectives import Share
+from ..estimators import Estimator
+from ..objectives import CallableObjective, Forward, Objective, RowLossError
+from ..perturbations import ParameterVector, Perturbation
+from ..reporting.callbacks import add_reports
+from ..reporting.ledger import Ledger
+from ..reporting.model_card import TAGS, complete_card
+from ..trajectory.recorder import TrajectoryRecorder
 from .args import FlopsTrainingArguments
-from .autotune.session import Averaging, Batch, GradientSession, HandOver
-from .base.rows import Place
-from .budget import QueryBudget
+from .checkpoint_state import load_state, save_state
 from .checkpoints import CheckpointWriter, Leave, chosen_checkpoint, generator_states
-from .checks import (
+from .learning_rate_search import RateSearch
+from .multiprocess import BatchSize, Lockstep, start_group, undivided_loader
+from .preparation import (
     check_arguments,
     check_labels,
     check_ready,
@@ -34,21 +47,8 @@ from .checks import (
     without_cache,
     wrap_with_adapter,
 )
-from .contrastive import start_session
-from .contrastive.dual_encoder import with_plain_flag
-from .core.method import FinishedBatch
-from .distributed.collectives import Share
-from .estimators import Estimator
-from .learning_rate import RateSearch
-from .objectives import CallableObjective, Forward, Objective, RowLossError
-from .perturbations import ParameterVector, Perturbation
-from .processes import BatchSize, Lockstep, start_group, undivided_loader
-from .reporting.callbacks import add_reports
-from .reporting.ledger import Ledger
-from .reporting.model_card import TAGS, complete_card
+from .query_budget import QueryBudget
 from .settings import as_code
-from .state import load_state, save_state
-from .trajectory.recorder import TrajectoryRecorder
 
 logger = logging.getLogger(__name__)
 SAMPLE_ID = "sample_id"

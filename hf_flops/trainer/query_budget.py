@@ -12,8 +12,8 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
-from .errors import ConfigurationError
-from .reporting.ledger import Ledger
+from ..errors import ConfigurationError
+from ..reporting.ledger import Ledger
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import json
 from enum import Enum
 from typing import Any
 
-from .args import PRESETS
+from .presets import PRESETS
 
 # Where a run writes and what it shows, not what it computes; and what follows from other arguments.
 _ASIDE = {

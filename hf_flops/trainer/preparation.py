@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import nn
 
+from ..distributed.launch import check_environment, check_world
+from ..errors import ConfigurationError, ObjectiveError
+from ..objectives import Forward
 from .args import FlopsArgumentsMixin
-from .distributed.launch import check_environment, check_world
-from .errors import ConfigurationError, ObjectiveError
-from .objectives import Forward
-from .precision import keep_masters
+from .master_weights import keep_masters
 
 logger = logging.getLogger(__name__)
 

@@ -8,60 +8,16 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from .allocators import ALLOCATORS
-from .distributed.exchange import REDUCE
-from .distributed.launch import check_environment, check_world
-from .errors import ConfigurationError
-from .estimators import CONTROL_VARIATES, ESTIMATORS
-from .perturbations import DISTRIBUTIONS, PERTURBATIONS
-from .replayable import replayable
+from ..allocators import ALLOCATORS
+from ..distributed.exchange import REDUCE
+from ..distributed.launch import check_environment, check_world
+from ..errors import ConfigurationError
+from ..estimators import ESTIMATORS
+from ..perturbations import DISTRIBUTIONS
+from .presets import CHOICES, LORA_PARTS, PRESETS
+from .validation import replayable
 
 logger = logging.getLogger(__name__)
-
-PRESETS: dict[str, dict[str, Any]] = {
-    # Ours: noise per row, forward differences from one clean row, queries where they pay.
-    "flops": {
-        "perturbation": "auto",
-        "estimator": "one_sided",
-        "allocator": "optimal",
-        "noise": "rademacher",
-        "closed_form_head": True,
-        "control_variate": "logit_jacobian",
-    },
-    # n-SPSA as published with MeZO (arXiv 2305.17333): one noise for the batch, central
-    # differences, equal counts.
-    "mezo": {
-        "perturbation": "shared",
-        "estimator": "antithetic",
-        "allocator": "uniform",
-        "noise": "gaussian",
-        "closed_form_head": False,
-        "control_variate": "none",
-    },
-    # What the code published with FLOPS does, its bias included: see `AuthorsBernoulli`.
-    "flops-authors": {
-        "perturbation": "shared",
-        "estimator": "antithetic",
-        "allocator": "authors_bernoulli",
-        "noise": "gaussian",
-        "closed_form_head": False,
-        "control_variate": "none",
-    },
-}
-
-LORA_PARTS = ("both", "B", "B_then_A")
-
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "preset": tuple(PRESETS),
-    "perturbation": PERTURBATIONS,
-    "estimator": tuple(ESTIMATORS),
-    "allocator": tuple(ALLOCATORS),
-    "noise": tuple(DISTRIBUTIONS),
-    "control_variate": tuple(CONTROL_VARIATES),
-    "lora_parts": LORA_PARTS,
-    "prefix_cache": ("memory", "disk"),
-    "reduce": REDUCE,
-}
 
 
 def _require(condition: bool, message: str) -> None:
@@ -274,7 +230,7 @@ class FlopsArgumentsMixin:
         )
 
     def _check_choices(self) -> None:
-        for name, choices in _CHOICES.items():
+        for name, choices in CHOICES.items():
             value = getattr(self, name)
             _require(
                 value is None or value in choices,

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from .autotune.line_search import MOST_LOOKS, SHORTER, Found, line_search
-from .autotune.session import Batch, GradientSession
-from .distributed.collectives import Share
-from .errors import ConfigurationError
-from .perturbations import ParameterVector
+from ..autotune.line_search import MOST_LOOKS, SHORTER, Found, line_search
+from ..autotune.session import Batch, GradientSession
+from ..distributed.collectives import Share
+from ..errors import ConfigurationError
+from ..perturbations import ParameterVector
 
 logger = logging.getLogger("hf_flops.trainer")
 MOST_STEPS = 32  # of a window
