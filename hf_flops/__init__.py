@@ -38,7 +38,7 @@ _HOMES = {
     "CallableObjective": "objectives.base",
     "ConfigurationError": "errors",
     "ContrastiveLoss": "contrastive.loss",
-    "Diagnosis": "diagnosis",
+    "Diagnosis": "diagnosis.diagnosis",
     "EngineError": "errors",
     "FlopsArgumentsMixin": "trainer.args",
     "FlopsError": "errors",
@@ -58,7 +58,7 @@ _HOMES = {
     "SuffixPromptModel": "prompts.suffix_prompt",
     "TrajectoryError": "errors",
     "VisualPrompt": "prompts.visual_prompt",
-    "doctor": "diagnosis",
+    "doctor": "diagnosis.diagnosis",
     "estimate_gradient": "core.estimate",
 }
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from hf_flops.autotune.line_search import thorough_search
 from hf_flops.diagnosis import doctor
+from hf_flops.diagnosis.trial import JUDGES, LONGEST, PlannedSearch, some_of
 from hf_flops.perturbations import ParameterVector
-from hf_flops.trial_rate import JUDGES, LONGEST, PlannedSearch, some_of
 from tests.tiny import as_dataset, generator, tiny_batch, tiny_model, training_arguments
 
 

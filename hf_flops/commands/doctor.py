@@ -213,7 +213,7 @@ def adapted(given: argparse.Namespace, model: Any, task_type: str | None) -> Any
     """
     from peft import PeftModel
 
-    from ..throwaway import copied
+    from ..diagnosis.sandbox import copied
 
     option = f"--peft {given.peft}" if given.adapter is None else f"--adapter {given.adapter}"
     try:

@@ -6,25 +6,19 @@ from __future__ import annotations
 
 import math
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 from transformers.trainer_callback import PrinterCallback
 
-from .autotune.epsilon import Calibration, calibrate
-from .autotune.queries_per_sample import AutoQueries
-from .autotune.session import Batch
-from .base.memory import PeakMemory
-from .base.rounding_error import precision_of
-from .perturbations import ActivationNoise, ParameterVector
-from .throwaway import copied, generators_kept, listening
-from .trainer import FlopsTrainer, FlopsTrainingArguments
-from .trial_rate import JUDGES, LONGEST, PER_STEP, PlannedSearch, some_of
+from ..base.rounding_error import precision_of
+from ..perturbations import ActivationNoise, ParameterVector
+from ..trainer import FlopsTrainingArguments
+from .sandbox import copied, generators_kept, listening
+from .trial import LONGEST, Trial
 
 _OF_A_RUN = 2.0  # the best rate of a run over that of a few steps
 _QUIET: dict[str, Any] = {
@@ -155,67 +149,12 @@ def doctor(
             "per_device_eval_batch_size": batch,
         }
         trial = replace(args, max_steps=LONGEST * max(2, steps) + 1, **changes)
-        trainer = _Trial(copied(model, peft_config), trial, train_dataset=train_dataset, **kwargs)
+        trainer = Trial(copied(model, peft_config), trial, train_dataset=train_dataset, **kwargs)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         return Diagnosis(
             rules_of(trainer), {fact.name: fact for fact in _facts(trainer, target)}, notes
         )
-
-
-class _Trial(FlopsTrainer):
-    """Takes down what steps take and find."""
-
-    model: Any
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.auto, self.speeds, self.found = (
-            AutoQueries(),
-            list[float](),
-            list[tuple[float, float]](),
-        )
-        self.megabytes = math.nan
-        # steps that searches looked at, once these are over; the next one ends the trial
-        self.searched: int | None = None
-        self.calibration = Calibration(None, 0.0, 0)
-        super().__init__(*args, **kwargs)
-
-    def _new_search(self) -> PlannedSearch:
-        search = PlannedSearch(self.args.max_steps // LONGEST)
-        loader = self.get_test_dataloader(
-            some_of(self.train_dataset, min(JUDGES, PER_STEP * search.steps))
-        )
-        search.judges = [self._batch(self.model, self._prepare_inputs(inputs)) for inputs in loader]
-        return search
-
-    def _search_rate(self, batch: Batch) -> None:
-        super()._search_rate(batch)
-        assert isinstance(self._rate, PlannedSearch)
-        if self.searched is None and self._rate.settled and self.session.method is not None:
-            self.calibration = calibrate(
-                batch.forward, batch.inputs, self.session.method, self._seed
-            )
-            self.searched = self.state.global_step
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Take a step with a clock beside it, the last one with an eye on memory."""
-        before, start = self.ledger.all_rows, time.perf_counter()
-        if self.searched is not None and self.state.global_step > self.searched:
-            self.control.should_training_stop = True
-            with PeakMemory(self.args.device) as memory:
-                loss = super().training_step(*args, **kwargs)
-            self.megabytes = memory.megabytes
-        else:
-            loss = super().training_step(*args, **kwargs)
-            self.speeds.append((self.ledger.all_rows - before) / (time.perf_counter() - start))
-        result, method = self.ledger.last_step, self.session.method
-        if result is not None and method is not None and "gradient_signal" in result.metrics:
-            self.auto.at(self.state.global_step)
-            self.auto.learn(result, method)
-            self.found.append(
-                (result.metrics["gradient_signal"], result.metrics["gradient_variance"])
-            )
-        return loss
 
 
 def rules_of(trainer: Any) -> list[Rule]:
@@ -257,7 +196,7 @@ def _way(part: Any, trainer: Any) -> tuple[str, str]:
     return "shared", "no rule per row agrees with moving it explicitly"
 
 
-def _facts(trainer: _Trial, target: float) -> Iterator[Fact]:
+def _facts(trainer: Trial, target: float) -> Iterator[Fact]:
     """Yield what was measured and what is suggested."""
     method, found, steps = trainer.session.method, trainer.calibration, trainer.state.global_step
     assert method is not None

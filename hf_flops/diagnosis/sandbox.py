@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .trainer.preparation import wrap_with_adapter
+from ..trainer.preparation import wrap_with_adapter
 
 
 def copied(model: nn.Module, peft_config: Any = None) -> nn.Module:
