@@ -101,7 +101,7 @@ def measure(name: str, steps: int, batch: int, queries: int, repeats: int) -> di
         command = [
             sys.executable,
             "-m",
-            "hf_flops.cli",
+            "hf_flops.cli.main",
             "replay",
             folder,
             "--output",

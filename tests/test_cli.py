@@ -9,9 +9,9 @@ import pytest
 from matplotlib.image import imread
 
 import hf_flops
-from hf_flops.cli import COMMANDS, function, main
-from hf_flops.commands import compare, plot
-from hf_flops.commands.recipe import recipe
+from hf_flops.cli import compare, plot
+from hf_flops.cli.main import COMMANDS, function, main
+from hf_flops.cli.recipes import recipe
 from hf_flops.reporting import run_plots
 
 ROOT = Path(hf_flops.__file__).parent.parent
@@ -36,7 +36,7 @@ HISTORY = [
 def test_help_loads_neither_torch_nor_transformers(arguments):
     code = (
         "import sys\n"
-        "from hf_flops.cli import main\n"
+        "from hf_flops.cli.main import main\n"
         "try:\n"
         f"    main({arguments!r})\n"
         "except SystemExit as end:\n"

@@ -12,8 +12,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from hf_flops import ConfigurationError, FlopsTrainer
-from hf_flops.cli import main
-from hf_flops.commands import doctor as command
+from hf_flops.cli import doctor as command
+from hf_flops.cli.main import main
 from hf_flops.diagnosis import doctor
 from hf_flops.perturbations import ActivationNoise, ParameterVector
 from scripts.peft_methods import OPTIONS, configure

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from hf_flops import ConfigurationError, FlopsTrainer, FlopsTrainingArguments, TrajectoryError
-from hf_flops.cli import main
+from hf_flops.cli.main import main
 from hf_flops.perturbations import (
     ActivationNoise,
     NoiseKeys,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigurationError, in_one_line
-from .recipe import recipe
+from .recipes import recipe
 
 TARGETS = (("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"), ("q", "v"), ("c_attn",))
 WIDTH = 48  # tokens of a text

@@ -10,15 +10,15 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 
-from ._version import __version__
-from .errors import FlopsError
+from .._version import __version__
+from ..errors import FlopsError
 
 # name: (module and function, `function(arguments) -> exit code`; what it does)
 COMMANDS: dict[str, tuple[str, str]] = {
-    "vit": ("recipe:vit", "adapt a vision transformer to new classes with forward passes only"),
-    "prompt": ("recipe:prompt", "tune a prompt of a language model with forward passes only"),
+    "vit": ("recipes:vit", "adapt a vision transformer to new classes with forward passes only"),
+    "prompt": ("recipes:prompt", "tune a prompt of a language model with forward passes only"),
     "align": (
-        "recipe:align",
+        "recipes:align",
         "align images with texts, or classify images by sentences, with forward passes only",
     ),
     "compare": ("compare:main", "presets side by side on one task at the same rows"),
@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
 def function(command: str) -> Callable[[list[str]], int]:
     """Import and return what runs a subcommand."""
     module, _, name = COMMANDS[command][0].partition(":")
-    return getattr(import_module(f".commands.{module}", __package__), name)
+    return getattr(import_module(f".{module}", __package__), name)
 
 
 def main(arguments: list[str] | None = None) -> int:

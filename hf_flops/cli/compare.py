@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .recipe import run
+from .recipes import run
 
 PRESETS = ("flops", "mezo", "flops-authors")
 
