@@ -35,7 +35,7 @@ from records import Record  # isort: skip
 
 def command(processes: int, options: dict[str, Any]) -> list[str]:
     """Return what starts a run."""
-    worker = [str(ROOT / "tests" / "worker.py"), json.dumps([options])]
+    worker = [str(ROOT / "tests" / "helpers" / "worker.py"), json.dumps([options])]
     if processes == 1:
         return [sys.executable, *worker]
     return [

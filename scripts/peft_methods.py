@@ -7,7 +7,7 @@ from typing import Any
 import peft
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from tests.tiny import TASKS
+from tests.helpers.tiny import TASKS
 
 KINDS = {"vit": "ViT", "bert": "BERT, classification", "llama": "Llama"}
 TARGETS = {"vit": ["q_proj", "v_proj"], "bert": ["query", "value"], "llama": ["q_proj", "v_proj"]}

@@ -34,7 +34,7 @@ from hf_flops.estimators import Antithetic
 from hf_flops.objectives import Objective
 from hf_flops.perturbations import NoiseKeys, ParameterVector, Perturbation, RowwiseNoise, displaced
 from scripts.peft_methods import KINDS, TEXT_ONLY, configure, methods
-from tests.tiny import model_forward, tiny_batch, tiny_model
+from tests.helpers.tiny import model_forward, tiny_batch, tiny_model
 
 PAGE = ROOT / "docs" / "peft-support.md"
 TOLERANCE = 0.02  # relative; differences in float32 are no better

@@ -1,0 +1,134 @@
+"""A run that tests and benchmarks start with a launcher: trains a tiny model and writes what became
+of it.
+
+torchrun --nproc_per_node 2 tests/helpers/worker.py '{"output_dir": "...", "samples": 4}'
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+from transformers import TrainerCallback
+
+from hf_flops import FlopsTrainer, FlopsTrainingArguments
+from hf_flops.trainer.checkpoints import last_checkpoint
+from tests.helpers.tiny import TASKS, as_dataset, double, tiny_batch, tiny_model
+
+
+def adapted(kind: str) -> torch.nn.Module:
+    targets = {"vit": ["q_proj", "v_proj"], "llama": ["q_proj", "v_proj"]}[kind]
+    saved = ["classifier"] if kind == "vit" else None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = LoraConfig(
+            r=2, target_modules=targets, task_type=TASKS[kind], modules_to_save=saved
+        )
+        return get_peft_model(tiny_model(kind), config)
+
+
+class Hook(TrainerCallback):
+    """Calls a function with the step after every optimizer step."""
+
+    def __init__(self, act: Any) -> None:
+        self.act = act
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.act(state.global_step)
+
+
+def build(options: dict[str, Any], act: Any = None) -> FlopsTrainer:
+    """Build the trainer of a run: `samples` per optimizer step in all, whatever the number of
+    processes.
+
+    Args:
+        options: training arguments, and the `kind` of the model, the `size` of the data and whether
+            all is in float64.
+        act: what is called with the step after every optimizer step.
+    """
+    options = dict(options)
+    kind, samples, size = (
+        options.pop("kind", "vit"),
+        options.pop("samples", 4),
+        options.pop("size", 22),
+    )
+    model, batch = adapted(kind), tiny_batch(kind, size)
+    if options.pop("double", False):
+        model, batch = model.double(), double(batch)
+    args = FlopsTrainingArguments(
+        **{
+            "use_cpu": True,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "pictures": False,
+            "save_strategy": "no",
+            "logging_steps": 1,
+            "rows_per_forward": 8,
+            "learning_rate": 0.01,
+            "queries_per_sample": 4,
+            "per_device_train_batch_size": 1,
+            **options,
+        }
+    )
+    args.per_device_train_batch_size = (
+        samples // args.gradient_accumulation_steps // args.world_size
+    )
+    data = [{**row, "sample_id": i} for i, row in enumerate(as_dataset(batch))]
+    held_out = data if args.eval_strategy != "no" else None
+    return FlopsTrainer(
+        model,
+        args,
+        train_dataset=data,
+        eval_dataset=held_out,
+        callbacks=[Hook(act)] if act else None,
+    )
+
+
+def finish(trainer: FlopsTrainer, name: str) -> None:
+    """Write the parameters and the log of a finished run."""
+    folder = Path(trainer.args.output_dir)
+    if trainer.args.process_index == 0:
+        state = {
+            n: p.detach().contiguous()
+            for n, p in trainer.model.named_parameters()
+            if p.requires_grad
+        }
+        save_file(state, folder / f"{name}.safetensors")
+        (folder / f"{name}.json").write_text(json.dumps(trainer.state.log_history))
+
+
+def ending(end: tuple[int, int, int] | None) -> Any:
+    """Return what sends a signal to the process of some rank after some step: (signal, rank,
+    step).
+    """
+
+    def act(step: int) -> None:
+        if end is not None and (int(os.environ.get("RANK", 0)), step) == (end[1], end[2]):
+            os.kill(os.getpid(), end[0])
+
+    return act
+
+
+def main() -> None:
+    """Run what the command line says, going on from the last checkpoint if there is one and
+    `resume` is set.
+    """
+    for options in json.loads(sys.argv[1]):
+        name, resume = options.pop("name", "final"), options.pop("resume", False)
+        trainer = build(options, ending(options.pop("end", None)))
+        trainer.train(
+            resume_from_checkpoint=last_checkpoint(trainer.args.output_dir) if resume else None
+        )
+        finish(trainer, name)
+
+
+if __name__ == "__main__":
+    main()
