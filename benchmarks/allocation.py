@@ -29,8 +29,15 @@ from gradients import SampleGradients  # isort: skip
 from records import ROOT, Record, quiet  # isort: skip
 from tasks import TASKS, Task  # isort: skip
 
-from hf_flops import Method, Place, estimate_gradient
-from hf_flops.allocators import ALLOCATORS, Features, Piloted, equal_counts, optimal_counts, proxy
+from hf_flops import BatchPosition, Method, estimate_gradient
+from hf_flops.allocators import (
+    ALLOCATORS,
+    SampleFeatures,
+    TwoRoundAllocator,
+    equal_counts,
+    optimal_counts,
+    proxy,
+)
 from hf_flops.estimators import ESTIMATORS
 from hf_flops.objectives import TappedLoss
 from hf_flops.perturbations import ParameterVector, perturb
@@ -55,7 +62,7 @@ class Race:
     )
     curves: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
-    def step(self, features: Features, gradients: Tensor) -> None:
+    def step(self, features: SampleFeatures, gradients: Tensor) -> None:
         """Add a batch; gradients: (B, d) of its samples."""
         generator = torch.Generator().manual_seed(self.seed * 100_003 + features.step)
         squares, budget = gradients.double().square().sum(1), BATCH * (QUERIES - 1)
@@ -75,13 +82,15 @@ class Race:
     def _variance(
         self,
         allocator: Any,
-        features: Features,
+        features: SampleFeatures,
         gradients: Tensor,
         squares: Tensor,
         budget: int,
         generator: torch.Generator,
     ) -> float:
-        plan = allocator.pilot(features, budget) if isinstance(allocator, Piloted) else None
+        plan = (
+            allocator.pilot(features, budget) if isinstance(allocator, TwoRoundAllocator) else None
+        )
         if plan is None:
             counts = allocator.counts(features, budget)
             found = proxy(squares, counts)
@@ -111,7 +120,12 @@ def mean_squares(squares: Tensor, counts: Tensor, generator: torch.Generator) ->
 
 
 def measured(
-    task: Task, inputs: dict[str, Tensor], features: Features, race: Race, truth: Tensor, draws: int
+    task: Task,
+    inputs: dict[str, Tensor],
+    features: SampleFeatures,
+    race: Race,
+    truth: Tensor,
+    draws: int,
 ) -> dict[str, float]:
     """Return the mean square error of real estimates, by allocator; truth: (d,) autograd's
     gradient.
@@ -136,7 +150,7 @@ def measured(
                 1e-3,
                 rows_per_forward=128,
             )
-            place = Place(
+            place = BatchPosition(
                 seed=1000 + draw, step=features.step, epoch=features.epoch, ids=features.ids
             )
             estimate_gradient(
@@ -159,7 +173,7 @@ def run(task: Task, seed: int, steps: int, check: set[int], draws: int) -> dict[
         optimizer.zero_grad()
         gradients, seen = gradients_of(inputs)
         epoch = step * BATCH / len(task.data["labels"])
-        features = Features(
+        features = SampleFeatures(
             seen.sums, seen.residuals, step, 0, epoch, seed, lengths=seen.counts.float(), ids=ids
         )
         if step in check:
@@ -215,13 +229,17 @@ def costs(task: Task, samples: int = 256, queries: int = 64, repeats: int = 9) -
             task.model(**inputs)
         times["row"].append((time.perf_counter() - start) / BATCH)
         residuals = torch.rand(samples, generator=generator)
-        features = Features(
+        features = SampleFeatures(
             residuals, residuals, step, lengths=torch.ones(samples), ids=tuple(range(samples))
         )
         for name, allocator in allocators.items():
             squares = residuals * torch.rand(samples, generator=generator)
             start = time.perf_counter()
-            plan = allocator.pilot(features, budget) if isinstance(allocator, Piloted) else None
+            plan = (
+                allocator.pilot(features, budget)
+                if isinstance(allocator, TwoRoundAllocator)
+                else None
+            )
             counts = allocator.counts(features, budget)
             if plan is not None:
                 left = budget - int(plan[0].sum())

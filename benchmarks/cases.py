@@ -27,7 +27,7 @@ from transformers import (
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from hf_flops import Method, Place, SuffixPromptModel, estimate_gradient
+from hf_flops import BatchPosition, Method, SuffixPromptModel, estimate_gradient
 from hf_flops.allocators import Optimal, Uniform
 from hf_flops.autotune.first_batch import prepare_tap
 from hf_flops.autotune.row_loss_check import choose_objective
@@ -203,7 +203,9 @@ class Case:
             with torch.no_grad(), shared_texts(self.model, self.inputs, method.needs_clean):
                 # texts that all rows share are a forward, too
                 self.seconds += time.perf_counter() - start
-                found = estimate_gradient(self.timed, self.inputs, method, Place(step=next(steps)))
+                found = estimate_gradient(
+                    self.timed, self.inputs, method, BatchPosition(step=next(steps))
+                )
                 run.rows = found.rows  # type: ignore[attr-defined]
 
         return run

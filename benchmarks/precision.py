@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM, set_seed
 from cases import CASES, Case, lora, smollm2, texts  # isort: skip
 from records import Record, quiet  # isort: skip
 
-from hf_flops import Method, Place, estimate_gradient
+from hf_flops import BatchPosition, Method, estimate_gradient
 from hf_flops.allocators import Uniform
 from hf_flops.autotune.epsilon import calibrate
 from hf_flops.estimators import ESTIMATORS
@@ -86,7 +86,7 @@ def halved(case: Case) -> Case:
 def estimate(case: Case, inputs: dict[str, Tensor], method: Method, seed: int) -> Tensor:
     """Return the estimate (d,)."""
     case.model.zero_grad()
-    estimate_gradient(case.forward, inputs, method, Place(seed=seed))
+    estimate_gradient(case.forward, inputs, method, BatchPosition(seed=seed))
     return gradient(case)
 
 

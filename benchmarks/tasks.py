@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from hf_flops.base.padding import Feed
+from hf_flops.base.padding import TrimmedBatch
 from recipes.assets import minilm, sentences
 from recipes.images import load_images, load_vit, pixel_dataset, pretrained_vit
 from recipes.vit import RecipeArguments, adapter_model
@@ -54,7 +54,7 @@ class Task:
             for index in torch.randperm(len(self.data["labels"]), generator=generator).split(size):
                 if len(index) == size:
                     batch = {name: value[index] for name, value in self.data.items()}
-                    yield Feed(batch, frozenset(["right"])).whole, tuple(index.tolist())
+                    yield TrimmedBatch(batch, frozenset(["right"])).whole, tuple(index.tolist())
 
 
 def reviews(seed: int, rank: int = 8, **lora: Any) -> Task:

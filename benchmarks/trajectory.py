@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.learning_tasks import TASKS
 from benchmarks.records import Record, quiet
 from hf_flops import FlopsTrainer, FlopsTrainingArguments
-from hf_flops.base.padding import Feed
+from hf_flops.base.padding import TrimmedBatch
 from hf_flops.trajectory.framing import read
 from hf_flops.trajectory.replay import replay
 from hf_flops.trajectory.verify import verify
@@ -44,7 +44,7 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
         name: torch.stack([s[name] for s in samples]) if value is None else value
         for name, value in batch.items()
     }
-    return Feed(batch, frozenset(["right"])).whole
+    return TrimmedBatch(batch, frozenset(["right"])).whole
 
 
 def children() -> float:

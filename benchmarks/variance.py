@@ -24,7 +24,7 @@ from learning_tasks import prompts  # isort: skip
 from records import Record, quiet  # isort: skip
 from tasks import reviews  # isort: skip
 
-from hf_flops import Method, Place, SuffixPromptModel, estimate_gradient
+from hf_flops import BatchPosition, Method, SuffixPromptModel, estimate_gradient
 from hf_flops.allocators import Optimal, Uniform
 from hf_flops.estimators import Antithetic, LogitJacobian, OneSided, find_head
 from hf_flops.objectives import TappedLoss
@@ -118,7 +118,9 @@ def measure(
     error = size = rows = 0.0
     for step, (inputs, ids) in enumerate(warm + batches):
         model.zero_grad()
-        result = estimate_gradient(forward_of(model), inputs, method, Place(step=step, ids=ids))
+        result = estimate_gradient(
+            forward_of(model), inputs, method, BatchPosition(step=step, ids=ids)
+        )
         if step >= len(warm):
             found = gradient(model)
             model.zero_grad()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .base.rows import Place
+    from .base.rows import BatchPosition
     from .contrastive import ContrastiveLoss
     from .core.estimate import estimate_gradient
     from .core.method import Method, StepResult
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     )
 
 _HOMES = {
+    "BatchPosition": "base.rows",
     "CallableObjective": "objectives.base",
     "ConfigurationError": "errors",
     "ContrastiveLoss": "contrastive.loss",
@@ -52,7 +53,6 @@ _HOMES = {
     "NonFiniteError": "errors",
     "Objective": "objectives.base",
     "ObjectiveError": "errors",
-    "Place": "base.rows",
     "ProcessError": "errors",
     "StepResult": "core.method",
     "SuffixPromptModel": "prompts.suffix_prompt",
@@ -63,6 +63,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "BatchPosition",
     "CallableObjective",
     "ConfigurationError",
     "ContrastiveLoss",
@@ -80,7 +81,6 @@ __all__ = [
     "NonFiniteError",
     "Objective",
     "ObjectiveError",
-    "Place",
     "ProcessError",
     "StepResult",
     "SuffixPromptModel",

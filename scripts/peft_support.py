@@ -26,7 +26,7 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from hf_flops import Method, Place, estimate_gradient
+from hf_flops import BatchPosition, Method, estimate_gradient
 from hf_flops.allocators import Uniform
 from hf_flops.autotune.row_loss_check import choose_objective
 from hf_flops.autotune.rule_check import choose_perturbation
@@ -76,14 +76,20 @@ def ways_of(perturbation: Perturbation, model: nn.Module) -> dict[str, list[str]
     moved = set()
     for part in perturbation.parts:
         sites = part.sites if isinstance(part, RowwiseNoise) else []
-        looping = {
+        row_by_row = {
             i
             for site in sites
             if getattr(site.rule, "__name__", "") == "looped"
             for i in site.tensors.values()
         }
         for index, name in enumerate(part.vector.names):
-            way = "shared" if part.grouped else "row by row" if index in looping else "per row"
+            way = (
+                "shared"
+                if part.shares_noise
+                else "row by row"
+                if index in row_by_row
+                else "per row"
+            )
             ways.setdefault(way, []).append(name)
             moved.add(name)
     idle = [name for name in ParameterVector.of(model).names if name not in moved]
@@ -138,7 +144,7 @@ def _compare(
                 seen.append(objective(forward, inputs).sums)
         deltas = ((seen[0] - seen[1]) / (2 * scale)).double()
         directions = [
-            perturbation.pull_back(noise, row).double() for row in torch.eye(4)[: len(deltas)]
+            perturbation.weighted_noise(noise, row).double() for row in torch.eye(4)[: len(deltas)]
         ]
         slopes = [
             _slope(vector, objective, forward, inputs, z, scale)[r]
@@ -184,7 +190,7 @@ def one_step(
     """Run a training step in float32 and see that only gradients are left of it."""
     before = copy.deepcopy(dict(model.named_parameters()))
     method = Method(objective, perturbation, Antithetic(), Uniform(), 4, 1e-3, 8)
-    estimate_gradient(forward, inputs, method, Place())
+    estimate_gradient(forward, inputs, method, BatchPosition())
     assert all(value.equal(before[name]) for name, value in model.named_parameters()), (
         "parameters have changed"
     )

@@ -1,6 +1,13 @@
 """Allocators: how many queries each sample of a batch deserves."""
 
-from .base import Allocator, Features, Memoryless, Piloted, check_budget, equal_counts
+from .base import (
+    Allocator,
+    Memoryless,
+    SampleFeatures,
+    TwoRoundAllocator,
+    check_budget,
+    equal_counts,
+)
 from .bernoulli import Bernoulli
 from .gaussian import Gaussian
 from .loss import LossProportional, LossRank
@@ -15,13 +22,13 @@ __all__ = [
     "Allocator",
     "AuthorsBernoulli",
     "Bernoulli",
-    "Features",
     "Gaussian",
     "LossProportional",
     "LossRank",
     "Memoryless",
     "Optimal",
-    "Piloted",
+    "SampleFeatures",
+    "TwoRoundAllocator",
     "TwoStage",
     "Uniform",
     "check_budget",

@@ -17,7 +17,7 @@ from ..errors import ConfigurationError
 
 
 @dataclass(frozen=True)
-class Features:
+class SampleFeatures:
     """What an allocator may look at: the clean forward and the past, never this step's noise.
 
     Attributes:
@@ -56,11 +56,11 @@ class Allocator(Protocol):
     weighted: bool
     shuffled: bool
 
-    def counts(self, features: Features, budget: int) -> Tensor:
+    def counts(self, features: SampleFeatures, budget: int) -> Tensor:
         """Return (B,) int64, each at least 1, summing to `budget`."""
         ...
 
-    def update(self, features: Features, counts: Tensor, mean_squares: Tensor) -> None:
+    def update(self, features: SampleFeatures, counts: Tensor, mean_squares: Tensor) -> None:
         """Learn from a finished step; mean_squares: (B,) mean of each sample's squared deltas
         (NaN where none).
         """
@@ -76,19 +76,19 @@ class Allocator(Protocol):
 
 
 @runtime_checkable
-class Piloted(Protocol):
+class TwoRoundAllocator(Protocol):
     """What an allocator has beside the rest if a pilot round is to fix the counts of a second
     round.
     """
 
-    def pilot(self, features: Features, budget: int) -> tuple[Tensor, Tensor] | None:
+    def pilot(self, features: SampleFeatures, budget: int) -> tuple[Tensor, Tensor] | None:
         """Return the pilot's counts (B,) int64, and its weight (B,) in each sample's estimate; None
         for no pilot.
         """
         ...
 
     def second_counts(
-        self, features: Features, squares: Tensor, pilot: Tensor, shares: Tensor, budget: int
+        self, features: SampleFeatures, squares: Tensor, pilot: Tensor, shares: Tensor, budget: int
     ) -> Tensor:
         """Return (B,) int64, the counts of the second round, each at least 1, summing to `budget`.
 
@@ -132,7 +132,7 @@ class Memoryless:
     weighted = True
     shuffled = False
 
-    def update(self, features: Features, counts: Tensor, mean_squares: Tensor) -> None:
+    def update(self, features: SampleFeatures, counts: Tensor, mean_squares: Tensor) -> None:
         """Nothing is learned."""
         del features, counts, mean_squares
 

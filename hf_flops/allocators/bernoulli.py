@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..base.prng import seeds, uniforms
 from ..errors import ConfigurationError
-from .base import Features, equal_counts, finite
+from .base import SampleFeatures, equal_counts, finite
 from .learner import Learner
 from .likelihood_ratio import DRAWS, Descent, gradient, private_generator
 from .rounding import proxy
@@ -39,7 +39,7 @@ def easy_samples(losses: Tensor) -> Tensor:
     return (losses < losses.mean()) & (losses < losses.max())
 
 
-def halved_counts(features: Features, probability: float, budget: int) -> Tensor:
+def halved_counts(features: SampleFeatures, probability: float, budget: int) -> Tensor:
     """Halve the queries of easy samples, each with a probability, and share what is freed among all
     others.
 
@@ -96,14 +96,14 @@ class Bernoulli(Learner):
             else float(self._descent.values.sigmoid())
         )
 
-    def _counts(self, features: Features, budget: int) -> Tensor:
+    def _counts(self, features: SampleFeatures, budget: int) -> Tensor:
         return halved_counts(features, self.probability(features.epoch), budget)
 
-    def _learn(self, features: Features, counts: Tensor, squares: Tensor) -> None:
+    def _learn(self, features: SampleFeatures, counts: Tensor, squares: Tensor) -> None:
         if self.schedule == "learned":
             self._descent.step(self.slope(features, int(counts.sum()), squares, DRAWS))
 
-    def slope(self, features: Features, budget: int, squares: Tensor, draws: int) -> Tensor:
+    def slope(self, features: SampleFeatures, budget: int, squares: Tensor, draws: int) -> Tensor:
         """Return the likelihood-ratio gradient (1,) of `E J(n) / J(equal counts)` by the logit of
         p.
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Features, equal_counts, finite
+from .base import SampleFeatures, equal_counts, finite
 from .learner import Learner
 from .likelihood_ratio import DRAWS, Descent, gradient, private_generator
 from .rounding import one_and_share, proxy, rounded
@@ -88,14 +88,14 @@ class Gaussian(Learner):
         bounds = [(0.0, 10.0), (-10.0, 10.0), (-6.0, 0.0), (-2.0, 2.0)]
         self._descent = Descent([1.0, 0.0, -2.0, 0.0], rate, bounds)  # slope 0: equal counts
 
-    def _counts(self, features: Features, budget: int) -> Tensor:
+    def _counts(self, features: SampleFeatures, budget: int) -> Tensor:
         intercept, slope = self._descent.values[:2].tolist()
         shares = intercept + slope * standardised(features.losses)
         if bool((shares == shares[0]).all()):
             return equal_counts(len(shares), budget)
         return rounded(one_and_share(shares, budget), budget)
 
-    def _learn(self, features: Features, counts: Tensor, squares: Tensor) -> None:
+    def _learn(self, features: SampleFeatures, counts: Tensor, squares: Tensor) -> None:
         slope = self.slope(features, int(counts.sum()), squares, DRAWS)
         self._descent.step(slope)
         # Only ratios of shares matter: hold their scale, or it would drift.
@@ -104,7 +104,7 @@ class Gaussian(Learner):
         values[:2] /= scale
         values[2] = (values[2] - 2 * scale.log()).clamp(-6.0, 0.0)
 
-    def slope(self, features: Features, budget: int, squares: Tensor, draws: int) -> Tensor:
+    def slope(self, features: SampleFeatures, budget: int, squares: Tensor, draws: int) -> Tensor:
         """Return the likelihood-ratio gradient (4,) of `E J(n) / J(equal counts)` by the
         parameters.
 

@@ -41,7 +41,7 @@ class History:
         shrinkage = self.shared / (1 + precision * self.shared)
         return weighted * shrinkage, shrinkage
 
-    def learn(
+    def update(
         self, ids: Sequence[int], errors: Tensor, variance: Tensor, spread: float, decay: float
     ) -> None:
         """Learn from a step.

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .base import Features
+from .base import SampleFeatures
 
 
 class Learner(ABC):
@@ -23,14 +23,14 @@ class Learner(ABC):
     shuffled = False
 
     def __init__(self) -> None:
-        self._waiting: list[tuple[Features, Tensor, Tensor]] = []
+        self._waiting: list[tuple[SampleFeatures, Tensor, Tensor]] = []
 
-    def counts(self, features: Features, budget: int) -> Tensor:
+    def counts(self, features: SampleFeatures, budget: int) -> Tensor:
         """See `Allocator.counts`."""
         self._learn_up_to(features.step)
         return self._counts(features, budget)
 
-    def update(self, features: Features, counts: Tensor, mean_squares: Tensor) -> None:
+    def update(self, features: SampleFeatures, counts: Tensor, mean_squares: Tensor) -> None:
         """See `Allocator.update`; it takes effect when the next optimizer step begins."""
         self._learn_up_to(features.step)
         self._waiting.append((features, counts, mean_squares))
@@ -56,11 +56,11 @@ class Learner(ABC):
                     self._learn(_chosen(features, known), counts[known].long(), squares[known])
 
     @abstractmethod
-    def _counts(self, features: Features, budget: int) -> Tensor:
+    def _counts(self, features: SampleFeatures, budget: int) -> Tensor:
         """Return (B,) int64 from the clean forward and what has been learned."""
 
     @abstractmethod
-    def _learn(self, features: Features, counts: Tensor, squares: Tensor) -> None:
+    def _learn(self, features: SampleFeatures, counts: Tensor, squares: Tensor) -> None:
         """Learn from a step of B > 1 samples; squares: (B,) float64 mean squared deltas, finite,
         not all 0.
         """
@@ -74,7 +74,7 @@ class Learner(ABC):
         """Take up a state."""
 
 
-def _chosen(features: Features, mask: Tensor) -> Features:
+def _chosen(features: SampleFeatures, mask: Tensor) -> SampleFeatures:
     """Return the features of some samples; mask: (B,) bool."""
     if bool(mask.all()):
         return features

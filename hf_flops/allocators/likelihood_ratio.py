@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from ..base.prng import seeds
-from .base import Features
+from .base import SampleFeatures
 
 DRAWS = 128
 
 
-def private_generator(features: Features, purpose: int) -> torch.Generator:
+def private_generator(features: SampleFeatures, purpose: int) -> torch.Generator:
     """Return a generator whose stream is a function of seed, step, position and purpose alone."""
     return torch.Generator().manual_seed(
         int(seeds(features.seed, features.step, features.position, purpose)[0])

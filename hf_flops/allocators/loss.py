@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigurationError
-from .base import Features, Memoryless, finite
+from .base import Memoryless, SampleFeatures, finite
 from .rounding import optimal_counts
 
 
@@ -21,7 +21,7 @@ class LossProportional(Memoryless):
         stand-in for the gradient.
     """
 
-    def counts(self, features: Features, budget: int) -> Tensor:
+    def counts(self, features: SampleFeatures, budget: int) -> Tensor:
         """See `Allocator.counts`."""
         return optimal_counts(finite(features.losses).clamp(min=0), budget)
 
@@ -46,7 +46,7 @@ class LossRank(Memoryless):
             )
         self.top = top
 
-    def counts(self, features: Features, budget: int) -> Tensor:
+    def counts(self, features: SampleFeatures, budget: int) -> Tensor:
         """See `Allocator.counts`."""
         losses = finite(features.losses)
         ordered = losses.sort().values

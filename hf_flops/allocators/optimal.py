@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .base import Features
+from .base import SampleFeatures
 from .history import History
 from .learner import Learner
 from .observation import observe
@@ -40,7 +40,7 @@ class Optimal(Learner):
             Calibration(decay),
         )
 
-    def predict(self, features: Features) -> Tensor:
+    def predict(self, features: SampleFeatures) -> Tensor:
         """Return (B,) float64: `sqrt(E sigma_i^2)` given the past, up to a constant of the batch.
 
         J is linear in sigma_i^2, so its expectation is least for counts in proportion to this root.
@@ -53,15 +53,15 @@ class Optimal(Learner):
             logarithm = logarithm + mean + variance.clamp(max=_MOST_VARIANCE)
         return (logarithm - logarithm.max()).exp()
 
-    def _counts(self, features: Features, budget: int) -> Tensor:
+    def _counts(self, features: SampleFeatures, budget: int) -> Tensor:
         return optimal_counts(self.predict(features) ** self._calibration.power, budget)
 
-    def _learn(self, features: Features, counts: Tensor, squares: Tensor) -> None:
-        self._calibration.learn(self.predict(features), int(counts.sum()), squares)
+    def _learn(self, features: SampleFeatures, counts: Tensor, squares: Tensor) -> None:
+        self._calibration.update(self.predict(features), int(counts.sum()), squares)
         seen = observe(squares, counts)
-        errors = self._regression.learn(features, seen)
+        errors = self._regression.update(features, seen)
         if features.ids is not None:
-            self._history.learn(
+            self._history.update(
                 features.ids, errors, seen.variance, self._regression.spread, self.decay
             )
 

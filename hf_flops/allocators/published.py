@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .base import Features, Memoryless
+from .base import Memoryless, SampleFeatures
 from .bernoulli import halved_counts, published_probability
 
 
@@ -24,6 +24,6 @@ class AuthorsBernoulli(Memoryless):
     weighted = False
     shuffled = True
 
-    def counts(self, features: Features, budget: int) -> Tensor:
+    def counts(self, features: SampleFeatures, budget: int) -> Tensor:
         """See `Allocator.counts`."""
         return halved_counts(features, published_probability(features.epoch), budget)

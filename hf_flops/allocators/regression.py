@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Features, finite
+from .base import SampleFeatures, finite
 from .observation import Observed
 
 _LEAST = 1e-4  # of the batch's largest value: what lies below is as good as nothing
 _PRIOR = 4.0  # precision of the prior of a coefficient: it is trusted to about 1/2
 
 
-def columns(features: Features) -> Tensor:
+def columns(features: SampleFeatures) -> Tensor:
     """Return (B, 3) float64: log residual norm, log loss and log length; zeros where unknown."""
 
     def logarithm(values: Tensor | None) -> Tensor:
@@ -55,13 +55,13 @@ class Regression:
         """Variance of log sigma around the regression."""
         return min(max(self._misfit / self._seen, 0.01), 4.0)
 
-    def predict(self, features: Features) -> Tensor:
+    def predict(self, features: SampleFeatures) -> Tensor:
         """Return (B,) float64: log sigma up to a constant of the batch."""
         precision = self._inner + _PRIOR * torch.eye(3, dtype=torch.float64)
         coefficients = torch.linalg.solve(precision, self._outer + _PRIOR * self._prior)
         return columns(features) @ coefficients
 
-    def learn(self, features: Features, seen: Observed) -> Tensor:
+    def update(self, features: SampleFeatures, seen: Observed) -> Tensor:
         """Learn from a step; returns (B,) errors of the prediction that was made before."""
         weights = 1 / (self.spread + seen.variance)
 

@@ -38,7 +38,7 @@ class Calibration:
         """The power that has served best."""
         return LEVELS[int(self._ratios.argmin())]
 
-    def learn(self, sigma: Tensor, budget: int, squares: Tensor) -> None:
+    def update(self, sigma: Tensor, budget: int, squares: Tensor) -> None:
         """Compare a prediction (B,), made beforehand, with the mean squared deltas (B,) of a
         step.
         """

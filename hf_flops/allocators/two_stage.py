@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .base import Features, equal_counts
+from .base import SampleFeatures, equal_counts
 from .observation import observe
 from .optimal import Optimal
 from .rounding import optimal_counts
@@ -34,8 +34,8 @@ class TwoStage(Optimal):
         super().__init__(decay)
         self.queries = pilot
 
-    def pilot(self, features: Features, budget: int) -> tuple[Tensor, Tensor] | None:
-        """See `Piloted.pilot`."""
+    def pilot(self, features: SampleFeatures, budget: int) -> tuple[Tensor, Tensor] | None:
+        """See `TwoRoundAllocator.pilot`."""
         samples = len(features.losses)
         each = min(self.queries, budget // samples - 1)
         if each < 1 or samples == 1:
@@ -44,9 +44,9 @@ class TwoStage(Optimal):
         return equal_counts(samples, each * samples), each / (each + planned.double())
 
     def second_counts(
-        self, features: Features, squares: Tensor, pilot: Tensor, shares: Tensor, budget: int
+        self, features: SampleFeatures, squares: Tensor, pilot: Tensor, shares: Tensor, budget: int
     ) -> Tensor:
-        """See `Piloted.second_counts`."""
+        """See `TwoRoundAllocator.second_counts`."""
         logarithm = self.predict(features).log() * self._calibration.power
         squares = squares.detach().cpu().double()
         known = squares.isfinite()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .base import Features, Memoryless, equal_counts
+from .base import Memoryless, SampleFeatures, equal_counts
 
 
 class Uniform(Memoryless):
@@ -12,6 +12,6 @@ class Uniform(Memoryless):
 
     needs_clean = False
 
-    def counts(self, features: Features, budget: int) -> Tensor:
+    def counts(self, features: SampleFeatures, budget: int) -> Tensor:
         """See `Allocator.counts`."""
         return equal_counts(len(features.losses), budget)

@@ -113,7 +113,7 @@ def calibrate(
         method: how gradients are estimated; its own scale is not looked at.
         seed: the run's seed.
     """
-    steps = method.objective.in_steps
+    steps = method.objective.piecewise_constant
     deltas, used = _evaluated(forward, inputs, method, seed, STEP_GRID if steps else GRID)
     found = (
         choose_step_scale(deltas)
@@ -190,6 +190,8 @@ def _deltas(
         deltas[:, index] = torch.stack(found)
         return 1
 
-    lengths = rows.stretches(within_groups=perturbation.grouped) if per_row else [1] * len(rows)
+    lengths = (
+        rows.stretches(within_groups=perturbation.shares_noise) if per_row else [1] * len(rows)
+    )
     in_chunks(lengths, work, ChunkPlanner.of(method.rows_per_forward), whole=True)
     return deltas

@@ -72,7 +72,7 @@ def set_up(
     inputs: Mapping[str, Any],
     objective: Objective | None,
     perturbation: Perturbation | None,
-    held: Collection[str],
+    frozen: Collection[str],
 ) -> Chosen:
     """Choose what is not given, with the first batch, and say what was not as hoped.
 
@@ -84,14 +84,14 @@ def set_up(
         objective: what is minimised, None for the model's own loss; one that moves in steps has a
             `surrogate` to check with.
         perturbation: where noise enters, None for what the arguments say.
-        held: names of trainable tensors that stay as they are for now.
+        frozen: names of trainable tensors that stay as they are for now.
 
     Raises:
         ObjectiveError: noise per row is asked for, but the loss cannot be had per row.
         ConfigurationError: noise or a prefix cache cannot be had as asked for.
     """
     precision = precision_of(model, autocast=args.bf16)
-    given = args, model, forward, inputs, perturbation, held, precision
+    given = args, model, forward, inputs, perturbation, frozen, precision
     # one of the user's own is left as it is, unless it keeps logits of itself
     if objective is not None:
         return _set_up(objective, *given, ours=objective.logits)
@@ -126,7 +126,7 @@ def _set_up(
     forward: Forward,
     inputs: Mapping[str, Any],
     perturbation: Perturbation | None,
-    held: Collection[str],
+    frozen: Collection[str],
     precision: float,
     *,
     ours: bool,
@@ -137,7 +137,7 @@ def _set_up(
     head, surrogate = None, objective.surrogate
     if perturbation is None:
         if ours and args.closed_form_head:
-            head = find_head(model, objective, forward, inputs, held)
+            head = find_head(model, objective, forward, inputs, frozen)
         mode = (
             "weights" if args.trajectory_log and args.perturbation == "auto" else args.perturbation
         )
@@ -149,12 +149,14 @@ def _set_up(
         }
         choose = partial(choose_perturbation, model, surrogate, forward, inputs, **options)
         try:
-            perturbation, notes = choose(held=held if head is None else {*held, *head.vector.names})
+            perturbation, notes = choose(
+                frozen=frozen if head is None else {*frozen, *head.vector.names}
+            )
         except ConfigurationError:
             if head is None:
                 raise
             head = None  # noise needs a tensor that matters, and beside the head there may be none
-            perturbation, notes = choose(held=held)
+            perturbation, notes = choose(frozen=frozen)
         if head is not None:
             objective.logits = True
             logger.info(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..base.batch import batch_size, take
-from ..base.padding import SIDES, Feed, real_tokens, trim, window
+from ..base.padding import SIDES, TrimmedBatch, real_tokens, trim, window
 from ..base.probe import Attempt, Probe, agree
 from ..objectives import Forward, Objective
 from ..reuse import Recording, ReusePlan
@@ -73,7 +73,7 @@ def with_cropping(
     Returns:
         The plan with the answer; as it is where no sample is shorter.
     """
-    feed = Feed(inputs, sides)
+    feed = TrimmedBatch(inputs, sides)
     rows = [feed.of(torch.tensor([i, i])) for i in range(batch_size(inputs))]
     short = min(range(len(rows)), key=lambda i: rows[i][1])
     own, _, cut = rows[short]

@@ -37,7 +37,7 @@ class AutoQueries:
             self.rows, self._step = self._next, step
         return self.rows
 
-    def learn(self, result: StepResult, method: Method) -> None:
+    def update(self, result: StepResult, method: Method) -> None:
         """Learn from a finished batch."""
         clean, signs = int(method.needs_clean), len(method.estimator.signs)
         queries = float(result.counts.double().mean())

@@ -43,13 +43,13 @@ class Verdict:
 
     Attributes:
         rowwise: names of tensors whose rule is right.
-        looping: names of those for which only running their layers row by row is.
+        row_by_row: names of those for which only running their layers row by row is.
         wrong: names of those that no rule is right for.
         idle: names of those that the loss does not depend on.
     """
 
     rowwise: set[str] = field(default_factory=set)
-    looping: set[str] = field(default_factory=set)
+    row_by_row: set[str] = field(default_factory=set)
     wrong: set[str] = field(default_factory=set)
     idle: set[str] = field(default_factory=set)
 
@@ -82,22 +82,22 @@ class RuleCheck:
                 self._judge(group, verdict)
             # A layer that is run row by row takes its other tensors along: whether that is right
             # shows together only.
-            if verdict.looping and not self._agrees(
-                [*verdict.rowwise, *verdict.looping], set(), verdict.looping
+            if verdict.row_by_row and not self._agrees(
+                [*verdict.rowwise, *verdict.row_by_row], set(), verdict.row_by_row
             ):
-                verdict.wrong |= verdict.rowwise | verdict.looping
-                verdict.rowwise, verdict.looping = set(), set()
+                verdict.wrong |= verdict.rowwise | verdict.row_by_row
+                verdict.rowwise, verdict.row_by_row = set(), set()
         return verdict
 
     def _judge(self, group: list[str], verdict: Verdict) -> None:
         """Try a rule that sees all rows together, and else one that runs a layer row by row."""
-        for looping in (set[str](), set(group)):
+        for row_by_row in (set[str](), set(group)):
             fired: set[str] = set()
-            if self._agrees(group, fired, looping):
+            if self._agrees(group, fired, row_by_row):
                 silent = {name for name in group if name not in fired}
                 if not silent or not self._matters(silent):
                     verdict.idle |= silent
-                    (verdict.looping if looping else verdict.rowwise).update(fired)
+                    (verdict.row_by_row if row_by_row else verdict.rowwise).update(fired)
                     return
         verdict.wrong.update(group)
 
@@ -106,11 +106,11 @@ class RuleCheck:
         with displaced(vector, shift):
             return self.sums()
 
-    def _agrees(self, names: Sequence[str], fired: set[str], looping: Collection[str]) -> bool:
+    def _agrees(self, names: Sequence[str], fired: set[str], row_by_row: Collection[str]) -> bool:
         vector = ParameterVector.of(self.model, set(names))
-        if RowwiseNoise.covered(self.model, vector, looping) != set(names):
+        if RowwiseNoise.covered(self.model, vector, row_by_row) != set(names):
             return False
-        rowwise = RowwiseNoise(self.model, vector, "gaussian", looping)
+        rowwise = RowwiseNoise(self.model, vector, "gaussian", row_by_row)
         noise = rowwise.draw(NoiseKeys(seeds(CHECK_SEED, 1, torch.arange(2).numpy()), 0))
         start = self.sums()
         for scale in _SCALES:
@@ -160,7 +160,7 @@ def choose_perturbation(
     mode: str = "auto",
     distribution: str = "rademacher",
     precision: float = 1e-4,
-    held: Container[str] = (),
+    frozen: Container[str] = (),
     replayed: bool = True,
 ) -> tuple[Perturbation, list[str]]:
     """Return the perturbation for every trainable tensor, and messages for the user.
@@ -176,7 +176,7 @@ def choose_perturbation(
             (an error where it is not right) or "shared".
         distribution: a name in `DISTRIBUTIONS`.
         precision: see `precision_of`.
-        held: names of trainable tensors that stay as they are for now.
+        frozen: names of trainable tensors that stay as they are for now.
         replayed: whether noise may be such that it takes a forward to draw it again.
 
     Raises:
@@ -188,7 +188,7 @@ def choose_perturbation(
             "The model has no trainable parameter: add an adapter (peft_config=) or unfreeze a "
             "head."
         )
-    names = [name for name in names if name not in held]
+    names = [name for name in names if name not in frozen]
     if not names:
         raise ConfigurationError(
             "All trainable parameters are held back: there is nothing but lora_A to train."
@@ -213,15 +213,15 @@ def choose_perturbation(
             f"{len(shared)} of {len(names)} trainable tensors get noise that is shared by the "
             f"batch, because no per-row rule is right for them: {_some(shared)}."
         )
-    if found.looping:
+    if found.row_by_row:
         notes.append(
-            f"The layers of {_some(found.looping)} run once for each row, because no rule for all "
-            'rows at once is right for them; where that takes too long, perturbation="shared" '
+            f"The layers of {_some(found.row_by_row)} run once for each row, because no rule for "
+            'all rows at once is right for them; where that takes too long, perturbation="shared" '
             "avoids it."
         )
     if found.idle:
         notes.append(f"The loss does not depend on {_some(found.idle)}; left as they are.")
-    rowwise = [name for name in names if name in found.rowwise | found.looping]
+    rowwise = [name for name in names if name in found.rowwise | found.row_by_row]
     if not rowwise and not shared:
         raise ConfigurationError("The loss depends on none of the trainable parameters.")
     activation: list[str] = []
@@ -233,7 +233,7 @@ def choose_perturbation(
         rowwise=rowwise,
         shared=shared,
         activation=activation,
-        looping=found.looping,
+        row_by_row=found.row_by_row,
         distribution=distribution,
     )
     return chosen, notes

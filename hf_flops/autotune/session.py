@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from ..allocators import ALLOCATORS, Allocator
 from ..base.batch import batch_size
-from ..base.padding import Feed
+from ..base.padding import TrimmedBatch
 from ..base.rounding_error import precision_of
-from ..base.rows import Place
+from ..base.rows import BatchPosition
 from ..core.clean_forward import clean_forward
 from ..core.estimate import estimate_gradient
 from ..core.method import Method, StepResult
-from ..distributed.collectives import Share
+from ..distributed.collectives import ProcessGroup
 from ..distributed.exchange import EXCHANGES
 from ..errors import ObjectiveError
 from ..estimators import ESTIMATORS, Estimator
@@ -135,7 +135,7 @@ class GradientSession(Protocol):
         """
         ...
 
-    def estimate(self, batch: Batch, position: Place, averaging: Averaging) -> StepResult:
+    def estimate(self, batch: Batch, position: BatchPosition, averaging: Averaging) -> StepResult:
         """Add an estimate of the batch's gradient to `.grad`; `prepare` has seen the batch.
 
         Raises:
@@ -185,7 +185,7 @@ class SampleSession:
         self,
         args: Any,
         model: nn.Module,
-        group: Share,
+        group: ProcessGroup,
         *,
         objective: Objective | None = None,
         allocator: Allocator | None = None,
@@ -202,7 +202,7 @@ class SampleSession:
         self.tuning = Tuning.of(args, objective)
         self.chosen: Chosen | None = None
         self._method: Method | None = None
-        self.held: frozenset[str] = frozenset()
+        self.frozen: frozenset[str] = frozenset()
         self.check_rows = 0
         self._trainable: list[str] = []
         # what is minimised once losses per row could not be had any more
@@ -243,16 +243,16 @@ class SampleSession:
 
     def prepare(self, batch: Batch) -> None:
         """See `GradientSession`."""
-        held = held_back(self.model, self.args.lora_parts, batch.progress)
+        frozen = held_back(self.model, self.args.lora_parts, batch.progress)
         trainable = ParameterVector.of(self.model).names
-        if (held, trainable) != (self.held, self._trainable):
-            self.held, self._trainable, self.chosen = held, trainable, None
+        if (frozen, trainable) != (self.frozen, self._trainable):
+            self.frozen, self._trainable, self.chosen = frozen, trainable, None
         new = self.chosen is None
         if new:
             objective = self._whole or self._default(batch) or self.objective
             forward = batch.checks or batch.forward
             self.chosen = set_up(
-                self.args, self.model, forward, batch.inputs, objective, self._given, self.held
+                self.args, self.model, forward, batch.inputs, objective, self._given, self.frozen
             )
         precision = precision_of(self.model, autocast=self.args.bf16)
         method = self._assembled(precision, batch.step)
@@ -287,7 +287,7 @@ class SampleSession:
         with it.
         """
         named = {id(module): name for name, module in self.model.named_modules()}
-        self.group.agree(
+        self.group.assert_same(
             {
                 "the objective": type(method.objective).__name__,
                 "noise": [type(part).__name__ for part in method.perturbation.parts],
@@ -300,7 +300,7 @@ class SampleSession:
             },
             "in what the first batch shows",
         )
-        scale = self.group.first(method.scale)
+        scale = self.group.broadcast(method.scale)
         self.tuning.agree(scale)
         return replace(method, scale=scale)
 
@@ -312,7 +312,7 @@ class SampleSession:
         # what is known of the next batch says nothing of these
         if len(batches) > 1 or batches[0].step < 0:
             method, ids = replace(method, reuse=ReusePlan()), None
-        feeds = [Feed(batch.inputs, method.trimmed) for batch in batches]
+        feeds = [TrimmedBatch(batch.inputs, method.trimmed) for batch in batches]
 
         with ExitStack() as stack:
             recordings = [
@@ -329,7 +329,7 @@ class SampleSession:
 
             yield losses
 
-    def estimate(self, batch: Batch, position: Place, averaging: Averaging) -> StepResult:
+    def estimate(self, batch: Batch, position: BatchPosition, averaging: Averaging) -> StepResult:
         """See `GradientSession`."""
         assert self._method is not None
         batches, last = averaging.batches, averaging.last
@@ -356,7 +356,7 @@ class SampleSession:
 
     def discard(self) -> None:
         """See `GradientSession`."""
-        self.exchange.forget()
+        self.exchange.discard()
 
     def parts(self) -> dict[str, Any]:
         """See `GradientSession`."""

@@ -62,7 +62,7 @@ class Tuning:
             objective is not None and objective.generates
         )
         # the constants are for smooth losses
-        scale = "auto" if objective is not None and objective.in_steps else None
+        scale = "auto" if objective is not None and objective.piecewise_constant else None
         queries = AutoQueries() if args.queries_per_sample == "auto" else None
         return cls(
             rows,
@@ -113,7 +113,7 @@ class Tuning:
     def observe(self, finished: FinishedBatch) -> None:
         """Learn from a finished batch how many queries are worth their rows."""
         if self.queries is not None and finished.method is not None:
-            self.queries.learn(finished.result, finished.method)
+            self.queries.update(finished.result, finished.method)
 
     def agree(self, scale: float) -> None:
         """Take another process's epsilon for the measured one."""
@@ -124,7 +124,10 @@ class Tuning:
     def _calibrate(
         self, method: Method, forward: Forward, inputs: Mapping[str, Any], seed: int
     ) -> None:
-        result, steps = calibrate(forward, inputs, method, seed), method.objective.in_steps
+        result, steps = (
+            calibrate(forward, inputs, method, seed),
+            method.objective.piecewise_constant,
+        )
         scale = method.scale if result.scale is None else result.scale
         self.rows += result.rows
         self.found = {

@@ -62,7 +62,7 @@ def trim(inputs: Mapping[str, Any], columns: slice) -> dict[str, Any]:
     return {**inputs, **{name: value[:, columns].contiguous() for name, value in cut.items()}}
 
 
-class Feed:
+class TrimmedBatch:
     """What rows of a batch are fed to the model: their samples' inputs, without padding that none
     of them needs.
 

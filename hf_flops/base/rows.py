@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Place:
+class BatchPosition:
     """Where a batch lies in the run; together with the seed it fixes all noise.
 
     Attributes:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..base.batch import ROW, batch_size
-from ..base.rows import Place
+from ..base.rows import BatchPosition
 from ..core.clean_forward import CleanPass, clean_pass
 from ..core.estimate import estimate_from
 from ..core.method import Method, StepResult
@@ -102,7 +102,7 @@ def estimate_alignment(
     towers: Mapping[str, Tower],
     inputs: Mapping[str, Mapping[str, Any]],
     contrast: Callable[[Tensor, Tensor], ContrastiveBatch],
-    place: Place,
+    place: BatchPosition,
     batches: int = 1,
 ) -> tuple[dict[str, StepResult], ContrastiveBatch]:
     """Add an estimate of a contrastive loss's gradient to `.grad`; return what noisy towers found,

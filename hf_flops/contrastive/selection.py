@@ -11,7 +11,7 @@ from torch import nn
 
 from ..allocators import Allocator
 from ..autotune.session import Batch, GradientSession, SampleSession
-from ..distributed.collectives import Share
+from ..distributed.collectives import ProcessGroup
 from ..errors import ConfigurationError
 from ..estimators import Estimator
 from ..objectives import Forward, Objective
@@ -24,7 +24,7 @@ from .session import ContrastiveSession
 def start_session(
     args: Any,
     model: nn.Module,
-    group: Share,
+    group: ProcessGroup,
     metered: Callable[[Forward], Forward],
     *,
     objective: Objective | None = None,

@@ -22,7 +22,7 @@ from ..autotune.tuning import Tuning
 from ..base.batch import batch_size, take
 from ..base.probe import Attempt, agree
 from ..base.rounding_error import precision_of
-from ..base.rows import Place
+from ..base.rows import BatchPosition
 from ..core.method import Method, StepResult
 from ..errors import ConfigurationError
 from ..estimators import ESTIMATORS, Estimator, find_head
@@ -113,8 +113,8 @@ class ContrastiveSession:
                 them.
             ConfigurationError: nothing is trained.
         """
-        held = held_back(self.model, self.args.lora_parts, batch.progress)
-        now = held, ParameterVector.of(self.model).names
+        frozen = held_back(self.model, self.args.lora_parts, batch.progress)
+        now = frozen, ParameterVector.of(self.model).names
         if self._known == now:
             return
         parts, labels = self._split(batch.inputs)
@@ -126,7 +126,7 @@ class ContrastiveSession:
                     type(self.base).__name__,
                 )
                 raise HandOver
-        self.towers = {side: self._tower(side, parts[side], held) for side in SIDES}
+        self.towers = {side: self._tower(side, parts[side], frozen) for side in SIDES}
         self._known = now
         if all(tower.method is None and tower.head is None for tower in self.towers.values()):
             raise ConfigurationError(
@@ -152,7 +152,7 @@ class ContrastiveSession:
             "The losses of single images and texts are not those of a line search."
         )
 
-    def estimate(self, batch: Batch, position: Place, averaging: Averaging) -> StepResult:
+    def estimate(self, batch: Batch, position: BatchPosition, averaging: Averaging) -> StepResult:
         """See `GradientSession`; a row is an image or a text through its tower.
 
         Raises:
@@ -164,7 +164,7 @@ class ContrastiveSession:
         self._complete(own, int(self.args.queries_per_sample), contrast, position.seed)
         results, found = estimate_alignment(self.towers, own, contrast, position, averaging.batches)  # type: ignore[arg-type]
         self._add_scale(found, averaging.batches)
-        self.shares.learn(self.towers, results)
+        self.shares.update(self.towers, results)
         return self._joined(results, found, own, averaging.batches)
 
     def fall_back(self, error: RowLossError, *, recorded: bool) -> None:
@@ -225,11 +225,11 @@ class ContrastiveSession:
 
         return batch
 
-    def _tower(self, side: str, inputs: Mapping[str, Any], held: Collection[str]) -> Tower:
+    def _tower(self, side: str, inputs: Mapping[str, Any], frozen: Collection[str]) -> Tower:
         """Find out what of a tower is trained, and how, with the first batch."""
         model, forward, loss = self.model, self.forwards[side], TowerLoss(side)
         trained = set(ParameterVector.of(model).names)
-        names = used_tensors(model, forward, take(inputs, torch.tensor([0]))) - set(held)
+        names = used_tensors(model, forward, take(inputs, torch.tensor([0]))) - set(frozen)
         exact = bool(names) and self.args.closed_form_head
         head = find_head(model, loss, forward, inputs, trained - names) if exact else None
         if head is not None:
@@ -248,7 +248,7 @@ class ContrastiveSession:
             "precision": self.precision,
         }
         perturbation, notes = choose_perturbation(
-            model, loss.surrogate, forward, inputs, held=out, **options
+            model, loss.surrogate, forward, inputs, frozen=out, **options
         )
         for note in notes:
             logger.warning("%s", note)

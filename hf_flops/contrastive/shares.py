@@ -25,7 +25,7 @@ class TowerShares:
     def __init__(self) -> None:
         self.weights: dict[str, float] = {}
 
-    def learn(self, towers: Mapping[str, Tower], results: Mapping[str, StepResult]) -> None:
+    def update(self, towers: Mapping[str, Tower], results: Mapping[str, StepResult]) -> None:
         """Learn from a finished batch."""
         for side, found in results.items():
             method = towers[side].method

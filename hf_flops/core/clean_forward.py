@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..allocators import Features
+from ..allocators import SampleFeatures
 from ..base.batch import batch_size, take
-from ..base.padding import Feed
-from ..base.rows import Place
+from ..base.padding import TrimmedBatch
+from ..base.rows import BatchPosition
 from ..estimators.control_variate import MOST_LOGITS
 from ..objectives import Objective, RowLosses
 from ..reuse import Recording
@@ -58,8 +58,8 @@ class CleanPass:
 
     recording: Recording
     method: Method
-    place: Place
-    feed: Feed
+    place: BatchPosition
+    feed: TrimmedBatch
     planner: ChunkPlanner
     samples: int
     units: int
@@ -79,38 +79,38 @@ class CleanPass:
         found = replace(self.found, losses=losses, own=losses, objective=objective)
         return replace(self, method=replace(self.method, objective=objective), found=found)
 
-    def features(self) -> Features:
+    def features(self) -> SampleFeatures:
         """Return what the allocator may look at."""
         place, losses = self.place, self.losses
         ids = place.ids if place.ids is not None and len(place.ids) == self.units else None
         when = place.step, place.position, place.epoch, place.seed
         if losses is None:
-            return Features(torch.zeros(self.units), None, *when, None, ids)
+            return SampleFeatures(torch.zeros(self.units), None, *when, None, ids)
         residuals = None if losses.residuals is None else losses.residuals.cpu()
-        return Features(losses.sums.cpu(), residuals, *when, losses.counts.cpu().float(), ids)
+        return SampleFeatures(losses.sums.cpu(), residuals, *when, losses.counts.cpu().float(), ids)
 
 
 def clean_pass(
-    recording: Recording, inputs: Mapping[str, Any], method: Method, place: Place
+    recording: Recording, inputs: Mapping[str, Any], method: Method, place: BatchPosition
 ) -> CleanPass:
     """Run a batch unperturbed, if the method needs that; `recording` is one of `method.reuse`."""
     samples, per_row = batch_size(inputs), method.objective.per_row
     units = samples if per_row else 1
     budget = method.budget(samples) // (samples // units)
     planner = ChunkPlanner.of(method.rows_per_forward)
-    feed = Feed(inputs, method.trimmed if per_row else frozenset())
+    feed = TrimmedBatch(inputs, method.trimmed if per_row else frozenset())
     recording.recall(feed.whole, place.ids)
     found = None
     if method.needs_clean:
         found = clean_forward(recording, method, samples, feed, planner)
         method = replace(method, objective=found.objective)
-    elif method.exchange.share.world == 1:
+    elif method.exchange.group.world == 1:
         recording.record(feed.whole)
     return CleanPass(recording, method, place, feed, planner, samples, units, budget, found)
 
 
 def clean_forward(
-    recording: Recording, method: Method, samples: int, feed: Feed, planner: ChunkPlanner
+    recording: Recording, method: Method, samples: int, feed: TrimmedBatch, planner: ChunkPlanner
 ) -> Clean:
     """Run the batch, this process's samples all at once unless they do not fit in memory.
 
@@ -131,10 +131,10 @@ def clean_forward(
         losses = objective(recording.batch(whole), whole, features=features)
         return Clean(losses, losses, torch.zeros(0), objective)
     found, seen = list[RowLosses](), list[Tensor]()
-    if exchange.share.world > 1 and method.reuse.spans_steps:
+    if exchange.group.world > 1 and method.reuse.spans_steps:
         recording.record(whole)
     pieces = exchange.clean_pieces(samples, head=head is not None)
-    piece = pieces[exchange.share.rank % len(pieces)]
+    piece = pieces[exchange.group.rank % len(pieces)]
     idle = piece.start == piece.stop  # then some samples are run to see what is found, but not told
     mine = torch.arange(samples)[slice(0, 2) if idle else piece]
 
@@ -168,7 +168,7 @@ def clean_forward(
     losses = own if len(pieces) == 1 else gathered(method, own, pieces)
     if not exchange.counts_exact(pieces):
         own, given = own.without_rows(), given[:0]
-    objective, losses = objective.settled(losses, whole)
+    objective, losses = objective.bind_batch(losses, whole)
     return Clean(losses, own, given, objective)
 
 

@@ -25,7 +25,7 @@ def summarise(
     counts: Tensor,
     rows: Rows,
     deltas: Tensor,
-    grouped: bool,
+    shares_noise: bool,
     dimension: int,
 ) -> dict[str, float]:
     """Summarise a step for the log.
@@ -42,14 +42,14 @@ def summarise(
         counts: (B,) queries per sample.
         rows: the step's R rows, laid out with N = 1.
         deltas: (R,) over N.
-        grouped: whether rows of a group share their noise.
+        shares_noise: whether rows of a group share their noise.
         dimension: random numbers of a row's noise; what d stands for above.
     """
     squares, finite = squares.nan_to_num(0.0).double(), deltas.isfinite()
     # sum_i ||grad s_i||^2 / n_i, where a sample's rows weigh alike
     inverse = float((squares[rows.owner] * rows.weight.double().square()).sum())
     spread = inverse
-    if grouped:
+    if shares_noise:
         groups = torch.zeros(int(rows.group.max()) + 1)
         spread = float(
             groups.index_add_(0, rows.group[finite], (deltas * rows.weight)[finite]).square().sum()

@@ -24,15 +24,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..allocators import Features, Piloted, equal_counts
+from ..allocators import SampleFeatures, TwoRoundAllocator, equal_counts
 from ..base.prng import seeds
-from ..base.rows import Place, Rows, expand
+from ..base.rows import BatchPosition, Rows, expand
 from ..distributed.noise_sum import NoiseSum
 from ..errors import NonFiniteError
 from ..estimators import Chain, DeltaTransform, FiniteDifference, LeaveOneOut, Residual
 from ..estimators.delta_chain import ChunkDeltas
 from ..objectives import Forward
-from ..perturbations.replay import Trace
+from ..perturbations.replay import UpdateRecord
 from .chunking import ChunkPlanner
 from .clean_forward import CleanPass, clean_pass
 from .diagnostics import mean_squares, summarise
@@ -44,7 +44,7 @@ def estimate_gradient(
     forward: Forward,
     inputs: Mapping[str, Any],
     method: Method,
-    place: Place,
+    place: BatchPosition,
     elements: float | None = None,
     batches: float = 1,
     *,
@@ -104,7 +104,7 @@ def estimate_from(
         results,
         applied,
         normalizer,
-        *sums.shared_facts(method.exchange.share, replayed),
+        *sums.shared_facts(method.exchange.group, replayed),
         trace,
     )
     method.allocator.update(features, result.counts, result.mean_squares)
@@ -132,12 +132,18 @@ def transforms(clean: CleanPass) -> Chain:
     return Chain(chain)
 
 
-def all_queries(clean: CleanPass, chain: Chain, sums: NoiseSum, features: Features) -> QueryResults:
+def all_queries(
+    clean: CleanPass, chain: Chain, sums: NoiseSum, features: SampleFeatures
+) -> QueryResults:
     """Run all queries, in two rounds where the allocator wants a pilot."""
     allocator: Any = clean.method.allocator
     if not clean.method.objective.per_row:
         return run_round(clean, chain, sums, equal_counts(clean.units, clean.budget))
-    plan = allocator.pilot(features, clean.budget) if isinstance(allocator, Piloted) else None
+    plan = (
+        allocator.pilot(features, clean.budget)
+        if isinstance(allocator, TwoRoundAllocator)
+        else None
+    )
     if plan is None:
         return run_round(clean, chain, sums, allocator.counts(features, clean.budget))
     pilot, weights = plan
@@ -156,7 +162,7 @@ def lay_out(clean: CleanPass, counts: Tensor, **options: Any) -> Rows:
     # N is only known once a forward has shown how many elements each sample has: rows are laid out
     # with N = 1. The arithmetic behind counts may round differently on another machine: those of
     # process 0 are everyone's.
-    counts = clean.method.exchange.share.first(counts.int()).long()
+    counts = clean.method.exchange.group.broadcast(counts.int()).long()
     rows = expand(counts, 1.0, weighted=allocator.weighted, **options)
     if not (allocator.shuffled and clean.method.objective.per_row):
         return rows
@@ -171,10 +177,10 @@ def run_round(
     sum.
     """
     method, queries, exchange = clean.method, queries_of(clean), clean.method.exchange
-    grouped, rows = method.perturbation.grouped, lay_out(clean, counts, **options)
-    parts = exchange.parts(rows, clean.feed, grouped=grouped, chunk=clean.planner.given)
-    own = parts[exchange.share.rank]
-    if exchange.share.world > 1 and (clean.losses is None or clean.recording.complete):
+    shares_noise, rows = method.perturbation.shares_noise, lay_out(clean, counts, **options)
+    parts = exchange.parts(rows, clean.feed, shares_noise=shares_noise, chunk=clean.planner.given)
+    own = parts[exchange.group.rank]
+    if exchange.group.world > 1 and (clean.losses is None or clean.recording.complete):
         clean.recording.extend(clean.feed.whole, own.owner)
     found = torch.empty(len(own), 3)  # deltas; losses; elements
 
@@ -187,7 +193,7 @@ def run_round(
         # Memory may have run out before: from here on nothing large is made.
         found[index] = torch.stack([deltas.values, losses, elements], 1)
         sums.add(chunk, coefficients, weighted, method.perturbation.dimension(noise))
-        chain.learn(deltas, innovation)
+        chain.update(deltas, innovation)
         return columns
 
     queries.in_chunks(own, work, clean.planner)
@@ -234,7 +240,7 @@ def complete(
             "rate, and look at the batch for NaN."
         )
     kept = torch.bincount(rows.owner[finite], minlength=clean.units) > 0
-    if method.exchange.share.rank == 0:
+    if method.exchange.group.rank == 0:
         for mean in chain.means(kept.float()):
             sums.add_back(mean)
     whole = bool(finite.all())
@@ -264,8 +270,8 @@ def apply(
     method, head, exact, found = clean.method, clean.method.head, torch.zeros(1), clean.found
     if head is not None and found is not None:
         exact = head.gradient(found.head_inputs, found.own, found.losses) / normalizer
-    put_off = method.exchange.waiting
-    reduced = method.exchange.settle([update, exact, *chain.statistics()], last=last)
+    put_off = method.exchange.pending
+    reduced = method.exchange.reduce([update, exact, *chain.statistics()], last=last)
     if reduced is None:
         return None
     update, exact, *statistics = reduced
@@ -283,12 +289,12 @@ def report(
     normalizer: float,
     dimension: int,
     replayed: int,
-    trace: Trace | None,
+    trace: UpdateRecord | None,
 ) -> StepResult:
     """Say what the step found, and what it cost."""
     method, rows, units = clean.method, results.rows, clean.units
     counts, squares = results.counts(units), mean_squares(rows, results.deltas, units)
-    facts = method.perturbation.grouped, dimension
+    facts = method.perturbation.shares_noise, dimension
     metrics = summarise(
         applied, squares / normalizer**2, counts, rows, results.deltas / normalizer, *facts
     )

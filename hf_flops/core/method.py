@@ -9,13 +9,13 @@ from typing import Any
 from torch import Tensor
 
 from ..allocators import Allocator
-from ..base.rows import Place
+from ..base.rows import BatchPosition
 from ..distributed.exchange import Exchange, SingleProcess
 from ..errors import ConfigurationError
 from ..estimators import ClosedFormHead, ControlVariate, Estimator
 from ..objectives import Objective
 from ..perturbations import Perturbation
-from ..perturbations.replay import Trace
+from ..perturbations.replay import UpdateRecord
 from ..reuse import ReusePlan
 from .chunking import ChunkPlanner
 
@@ -78,7 +78,11 @@ class Method:
         """Whether deltas are measured against the sample's other queries; not where that takes a
         forward for each row.
         """
-        return self.estimator.baseline and self.objective.in_steps and not self.perturbation.replays
+        return (
+            self.estimator.baseline
+            and self.objective.piecewise_constant
+            and not self.perturbation.replays
+        )
 
     def budget(self, samples: int) -> int:
         """Return how many queries `samples` samples can afford in all, after the clean rows are
@@ -118,7 +122,7 @@ class StepResult:
     counts: Tensor
     mean_squares: Tensor
     metrics: dict[str, float]
-    trace: Trace | None = None
+    trace: UpdateRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -134,5 +138,5 @@ class FinishedBatch:
 
     result: StepResult
     inputs: Mapping[str, Any]
-    position: Place
+    position: BatchPosition
     method: Method | None

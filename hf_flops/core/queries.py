@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base.padding import Feed
-from ..base.rows import Place, Rows
+from ..base.padding import TrimmedBatch
+from ..base.rows import BatchPosition, Rows
 from ..distributed.noise_sum import NoiseSum
 from ..estimators.delta_chain import Evaluation
 from ..objectives import RowLosses
@@ -73,15 +73,17 @@ class Queries:
 
     recording: Recording
     method: Method
-    place: Place
-    feed: Feed
+    place: BatchPosition
+    feed: TrimmedBatch
     samples: int
 
     def in_chunks(self, rows: Rows, work: Work, planner: ChunkPlanner) -> None:
         """Do the work of rows, a chunk at a time."""
-        per_row, grouped = self.method.objective.per_row, self.method.perturbation.grouped
+        per_row, shares_noise = self.method.objective.per_row, self.method.perturbation.shares_noise
         in_chunks(
-            rows.stretches(within_groups=grouped) if per_row else [1] * len(rows), work, planner
+            rows.stretches(within_groups=shares_noise) if per_row else [1] * len(rows),
+            work,
+            planner,
         )
 
     def noise(self, chunk: Rows) -> Any:
@@ -121,7 +123,9 @@ class Queries:
             if perturbation.replays:
                 self.evaluate(chunk, noise)
                 replayed.append(len(chunk))
-            sums.add(chunk, coefficients[part], perturbation.pull_back(noise, coefficients[part]))
+            sums.add(
+                chunk, coefficients[part], perturbation.weighted_noise(noise, coefficients[part])
+            )
             return 1
 
         self.in_chunks(rows, work, planner)

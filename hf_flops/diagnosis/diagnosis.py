@@ -176,7 +176,7 @@ def rules_of(trainer: Any) -> list[Rule]:
         reason = "it makes the loss's logits: residual times input, from the clean forward"
         ways.update(dict.fromkeys(session.chosen.head.vector.names, ("exact", reason)))
     ways.update(
-        dict.fromkeys(session.held, ("held back", f"lora_parts={trainer.args.lora_parts!r}"))
+        dict.fromkeys(session.frozen, ("held back", f"lora_parts={trainer.args.lora_parts!r}"))
     )
     vector, idle = ParameterVector.of(trainer.model), ("none", "the loss does not depend on it")
     pairs = zip(vector.names, vector.parameters, strict=True)
@@ -187,7 +187,7 @@ def _way(part: Any, trainer: Any) -> tuple[str, str]:
     """Return how the noise of a part of the perturbation enters, and why."""
     if isinstance(part, ActivationNoise):
         return "on outputs", "agrees with moving it, and takes fewer random numbers than weights"
-    if not part.grouped:
+    if not part.shares_noise:
         return "per row", "gave each row the loss that moving it explicitly gives"
     if trainer.args.perturbation == "shared":
         return "shared", "asked for"
@@ -210,7 +210,7 @@ def _facts(trainer: Trial, target: float) -> Iterator[Fact]:
     )
     if found.scale is None:
         reason = "no step of the difference shows any signal"
-    elif method.objective.in_steps:
+    elif method.objective.piecewise_constant:
         reason = (
             f"the least at which queries see a step of the objective: {found.signal_to_noise:.0%} "
             "of them do"

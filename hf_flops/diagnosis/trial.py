@@ -70,7 +70,7 @@ class Trial(FlopsTrainer):
         result, method = self.ledger.last_step, self.session.method
         if result is not None and method is not None and "gradient_signal" in result.metrics:
             self.auto.at(self.state.global_step)
-            self.auto.learn(result, method)
+            self.auto.update(result, method)
             self.found.append(
                 (result.metrics["gradient_signal"], result.metrics["gradient_variance"])
             )

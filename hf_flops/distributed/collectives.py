@@ -23,7 +23,7 @@ from ..errors import ConfigurationError, ProcessError
 _POLL, _LISTEN, _PATIENCE = 1e-4, 1.0, 5.0
 
 
-class Share:
+class ProcessGroup:
     """One process of a run; this one is alone, so nothing has to travel.
 
     Attributes:
@@ -38,7 +38,7 @@ class Share:
     def __init__(self) -> None:
         self.sent = 0
 
-    def cut(self, number: int, least: int = 1) -> list[slice]:
+    def partition(self, number: int, least: int = 1) -> list[slice]:
         """Cut so many things into one even piece for each process; none has fewer than `least`,
         unless it has none.
         """
@@ -46,22 +46,22 @@ class Share:
         edges = [number * min(rank, busy) // busy for rank in range(self.world + 1)]
         return [slice(start, stop) for start, stop in pairwise(edges)]
 
-    def gather(self, own: Tensor, sizes: Sequence[int]) -> Tensor:
+    def all_gather(self, own: Tensor, sizes: Sequence[int]) -> Tensor:
         """Put the pieces (n, ...) of all processes together, n by process being `sizes`:
         (sum(sizes), ...).
         """
         del sizes
         return own
 
-    def total(self, own: Tensor) -> Tensor:
+    def all_reduce(self, own: Tensor) -> Tensor:
         """Return the sum of the tensors of all processes."""
         return own
 
-    def first(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Return what process 0 has."""
         return value
 
-    def everyone(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         """Return what every process has, by number."""
         return [value]
 
@@ -69,7 +69,7 @@ class Share:
         """Return a context in which transfers of others, too, say which process has gone."""
         return nullcontext()
 
-    def agree(self, values: dict[str, Any], when: str) -> None:
+    def assert_same(self, values: dict[str, Any], when: str) -> None:
         """Refuse to go on with processes that differ.
 
         Args:
@@ -79,7 +79,7 @@ class Share:
         Raises:
             ConfigurationError: names the first value that differs, and whose.
         """
-        for rank, found in enumerate(others := self.everyone(values)):
+        for rank, found in enumerate(others := self.all_gather_object(values)):
             for name in values:
                 if found[name] != others[0][name]:
                     raise ConfigurationError(
@@ -89,7 +89,7 @@ class Share:
                     )
 
 
-class ProcessShare(Share):
+class TorchProcessGroup(ProcessGroup):
     """A process among those that a launcher started, over torch.distributed's default group.
 
     A transfer is not waited for blindly: where a process has gone, the others notice, ask around,
@@ -113,10 +113,10 @@ class ProcessShare(Share):
         self._store = dist.distributed_c10d._get_default_store()
         self._names: list[str] = []
         atexit.register(self._part)
-        self._names = self.everyone(f"pid {os.getpid()} on {socket.gethostname()}")
+        self._names = self.all_gather_object(f"pid {os.getpid()} on {socket.gethostname()}")
 
-    def gather(self, own: Tensor, sizes: Sequence[int]) -> Tensor:
-        """See `Share.gather`."""
+    def all_gather(self, own: Tensor, sizes: Sequence[int]) -> Tensor:
+        """See `ProcessGroup.all_gather`."""
         piece = own.detach().to(self.device).contiguous()
         self.sent += piece.numel() * piece.element_size()
         most = max(sizes)
@@ -128,15 +128,15 @@ class ProcessShare(Share):
             own.device
         )
 
-    def total(self, own: Tensor) -> Tensor:
-        """See `Share.total`."""
+    def all_reduce(self, own: Tensor) -> Tensor:
+        """See `ProcessGroup.all_reduce`."""
         summed = own.detach().to(self.device, copy=True).contiguous()
         self.sent += summed.numel() * summed.element_size()
         self._run(lambda: dist.all_reduce(summed, async_op=True))
         return summed.to(own.device)
 
-    def first(self, value: Any) -> Any:
-        """See `Share.first`."""
+    def broadcast(self, value: Any) -> Any:
+        """See `ProcessGroup.broadcast`."""
         found = [value]
         if isinstance(value, Tensor):
             self.sent += value.numel() * value.element_size() * (self.rank == 0)
@@ -146,8 +146,8 @@ class ProcessShare(Share):
         self._run(lambda: dist.broadcast_object_list(found, 0, device=self.device))
         return found[0]
 
-    def everyone(self, value: Any) -> list[Any]:
-        """See `Share.everyone`."""
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """See `ProcessGroup.all_gather_object`."""
         found: list[Any] = [None] * self.world
         self._run(lambda: dist.all_gather_object(found, value))
         return found
@@ -170,7 +170,7 @@ class ProcessShare(Share):
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """See `Share.watched`."""
+        """See `ProcessGroup.watched`."""
         try:
             yield
         except RuntimeError as error:

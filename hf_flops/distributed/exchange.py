@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base.padding import Feed
-from ..base.rows import Place, Rows
+from ..base.padding import TrimmedBatch
+from ..base.rows import BatchPosition, Rows
 from ..errors import ConfigurationError
 from ..objectives import RowLosses
 from ..perturbations import Perturbation
-from ..perturbations.replay import Trace, in_turn, regenerate
-from .collectives import Share
+from ..perturbations.replay import UpdateRecord, in_turn, regenerate
+from .collectives import ProcessGroup
 from .noise_sum import Again, NoiseSum
 
 _NOISE = 2**26  # bytes of noise that are held at a time when an update is made again
@@ -31,16 +31,16 @@ class Exchange:
     How the update is made is a subclass's.
 
     Args:
-        share: the other processes.
+        group: the other processes.
 
     Attributes:
-        waiting: whether batches of the optimizer step have been put off.
+        pending: whether batches of the optimizer step have been put off.
     """
 
-    waiting = False
+    pending = False
 
-    def __init__(self, share: Share | None = None) -> None:
-        self.share = share or Share()
+    def __init__(self, group: ProcessGroup | None = None) -> None:
+        self.group = group or ProcessGroup()
 
     def check(self, *, control: bool, replays: bool) -> None:
         """Refuse what this exchange cannot do.
@@ -58,7 +58,7 @@ class Exchange:
             head: whether the closed-form head's gradient comes from them.
         """
         del head
-        return self.share.cut(samples, 2) if samples >= 4 else [slice(0, samples)]
+        return self.group.partition(samples, 2) if samples >= 4 else [slice(0, samples)]
 
     def counts_exact(self, pieces: Sequence[slice]) -> bool:
         """Say whether this process adds its samples' exact gradient, where they have been run in
@@ -68,7 +68,7 @@ class Exchange:
         return True
 
     def parts(
-        self, rows: Rows, feed: Feed, *, grouped: bool, chunk: int | None = None
+        self, rows: Rows, feed: TrimmedBatch, *, shares_noise: bool, chunk: int | None = None
     ) -> list[Rows]:
         """Cut rows into the pieces of all processes, each in the order in which it goes through the
         model.
@@ -81,15 +81,16 @@ class Exchange:
         Args:
             rows: of all processes.
             feed: knows which rows have padding.
-            grouped: whether noise is shared.
+            shares_noise: whether noise is shared.
             chunk: rows that go through the model at a time, if that is fixed.
         """
-        world, chunks = self.share.world, -(-len(rows) // chunk) if chunk else 0
-        rows = rows if grouped else rows.sorted()
+        world, chunks = self.group.world, -(-len(rows) // chunk) if chunk else 0
+        rows = rows if shares_noise else rows.sorted()
         fair = chunks >= world and (chunks % world == 0 or chunks >= 4 * world)
-        if grouped or not fair:
+        if shares_noise or not fair:
             return [
-                feed.ordered(rows[own], within_groups=grouped) for own in self.share.cut(len(rows))
+                feed.ordered(rows[own], within_groups=shares_noise)
+                for own in self.group.partition(len(rows))
             ]
         ordered = feed.ordered(rows, within_groups=False)
         dealt: list[list[Tensor]] = [[] for _ in range(world)]
@@ -110,12 +111,12 @@ class Exchange:
             All rows, (R, C) what was found for them, and (R,) whether they are this process's own.
         """
         sizes = [len(part) for part in parts]
-        found, rows = self.share.gather(own, sizes), parts[0]
+        found, rows = self.group.all_gather(own, sizes), parts[0]
         for part in parts[1:]:
             rows = rows.then(part)
         mine = (
-            torch.repeat_interleave(torch.arange(self.share.world), torch.tensor(sizes))
-            == self.share.rank
+            torch.repeat_interleave(torch.arange(self.group.world), torch.tensor(sizes))
+            == self.group.rank
         )
         order = rows.order()
         return rows[order], found[order], mine[order]
@@ -131,7 +132,7 @@ class Exchange:
             for values in found.values()
         ]
         widths = [part.shape[1] for part in flat]
-        gathered = self.share.gather(torch.cat(flat, 1), sizes).split(widths, 1)
+        gathered = self.group.all_gather(torch.cat(flat, 1), sizes).split(widths, 1)
         return RowLosses(
             **{
                 name: part if name in ("logits", "slopes") else part[:, 0]
@@ -139,18 +140,22 @@ class Exchange:
             }
         )
 
-    def noise_sum(self, perturbation: Perturbation, place: Place) -> NoiseSum:
+    def noise_sum(self, perturbation: Perturbation, place: BatchPosition) -> NoiseSum:
         """Return what the rows of this process are summed in."""
         del place
         return NoiseSum(perturbation)
 
     def trace(
-        self, parts: Sequence[tuple[Rows, Tensor]], place: Place, factor: float, normalizer: float
-    ) -> Trace | None:
+        self,
+        parts: Sequence[tuple[Rows, Tensor]],
+        place: BatchPosition,
+        factor: float,
+        normalizer: float,
+    ) -> UpdateRecord | None:
         """Return what the update was made of, None where no process has all chunks."""
-        return Trace.of(parts, place.position, factor, normalizer)
+        return UpdateRecord.of(parts, place.position, factor, normalizer)
 
-    def settle(self, own: list[Tensor], *, last: bool) -> list[Tensor] | None:
+    def reduce(self, own: list[Tensor], *, last: bool) -> list[Tensor] | None:
         """Return the sums over all processes, and over the batches since the last time; None while
         more are to come.
 
@@ -161,7 +166,7 @@ class Exchange:
         del last
         return own
 
-    def forget(self) -> None:
+    def discard(self) -> None:
         """Drop what was put off: its step is not taken."""
 
 
@@ -174,11 +179,11 @@ class SingleProcess(Exchange):
         return [slice(0, samples)]
 
     def parts(
-        self, rows: Rows, feed: Feed, *, grouped: bool, chunk: int | None = None
+        self, rows: Rows, feed: TrimmedBatch, *, shares_noise: bool, chunk: int | None = None
     ) -> list[Rows]:
         """See `Exchange`."""
         del chunk
-        return [feed.ordered(rows if grouped else rows.sorted(), within_groups=grouped)]
+        return [feed.ordered(rows if shares_noise else rows.sorted(), within_groups=shares_noise)]
 
 
 class GradientAllReduce(Exchange):
@@ -186,44 +191,48 @@ class GradientAllReduce(Exchange):
     travel, once per step.
 
     Args:
-        share: the other processes.
+        group: the other processes.
         every_batch: sum after every batch of an optimizer step, for those who decide by each one's
             signal.
     """
 
-    def __init__(self, share: Share | None = None, *, every_batch: bool = False) -> None:
-        super().__init__(share)
+    def __init__(self, group: ProcessGroup | None = None, *, every_batch: bool = False) -> None:
+        super().__init__(group)
         self.every_batch = every_batch
-        self._waiting: list[Tensor] | None = None
+        self._pending: list[Tensor] | None = None
 
     @property
-    def waiting(self) -> bool:  # type: ignore[override]
+    def pending(self) -> bool:  # type: ignore[override]
         """See `Exchange`."""
-        return self._waiting is not None
+        return self._pending is not None
 
     def counts_exact(self, pieces: Sequence[slice]) -> bool:
         """See `Exchange`: what all processes have alike is added by the first only."""
-        return len(pieces) > 1 or self.share.rank == 0
+        return len(pieces) > 1 or self.group.rank == 0
 
     def trace(
-        self, parts: Sequence[tuple[Rows, Tensor]], place: Place, factor: float, normalizer: float
-    ) -> Trace | None:
+        self,
+        parts: Sequence[tuple[Rows, Tensor]],
+        place: BatchPosition,
+        factor: float,
+        normalizer: float,
+    ) -> UpdateRecord | None:
         """See `Exchange`."""
         del parts, place, factor, normalizer
         return None
 
-    def settle(self, own: list[Tensor], *, last: bool) -> list[Tensor] | None:
+    def reduce(self, own: list[Tensor], *, last: bool) -> list[Tensor] | None:
         """See `Exchange`."""
-        waiting, self._waiting = self._waiting, None
-        sums = own if waiting is None else [a + b for a, b in zip(waiting, own, strict=True)]
+        pending, self._pending = self._pending, None
+        sums = own if pending is None else [a + b for a, b in zip(pending, own, strict=True)]
         if last or self.every_batch:
-            return [self.share.total(part) if part.numel() else part for part in sums]
-        self._waiting = sums
+            return [self.group.all_reduce(part) if part.numel() else part for part in sums]
+        self._pending = sums
         return None
 
-    def forget(self) -> None:
+    def discard(self) -> None:
         """See `Exchange`."""
-        self._waiting = None
+        self._pending = None
 
 
 class ScalarExchange(Exchange):
@@ -253,7 +262,7 @@ class ScalarExchange(Exchange):
         """
         return [slice(0, samples)] if head else super().clean_pieces(samples, head=head)
 
-    def noise_sum(self, perturbation: Perturbation, place: Place) -> NoiseSum:
+    def noise_sum(self, perturbation: Perturbation, place: BatchPosition) -> NoiseSum:
         """See `Exchange`."""
         return RegeneratedSum(perturbation, place)
 
@@ -267,7 +276,7 @@ class RegeneratedSum(NoiseSum):
         place: where the batch lies in the run.
     """
 
-    def __init__(self, perturbation: Perturbation, place: Place) -> None:
+    def __init__(self, perturbation: Perturbation, place: BatchPosition) -> None:
         super().__init__(perturbation)
         self.place = place
 
@@ -287,20 +296,20 @@ class RegeneratedSum(NoiseSum):
         self.update = regenerate(
             perturbation, place.seed, place.step, *where, coefficients, rows.group, size
         )
-        chunks = in_turn(rows.group, size, grouped=perturbation.grouped)
+        chunks = in_turn(rows.group, size, shares_noise=perturbation.shares_noise)
         self.parts = [(rows[chunk], coefficients[chunk]) for chunk in chunks]
 
 
-def gradient_exchange(share: Share | None = None, *, every_batch: bool = False) -> Exchange:
+def gradient_exchange(group: ProcessGroup | None = None, *, every_batch: bool = False) -> Exchange:
     """Return the sum of gradients, or, where there is one process, nothing to sum."""
-    alone = share is None or share.world == 1
-    return SingleProcess(share) if alone else GradientAllReduce(share, every_batch=every_batch)
+    alone = group is None or group.world == 1
+    return SingleProcess(group) if alone else GradientAllReduce(group, every_batch=every_batch)
 
 
-def scalar_exchange(share: Share | None = None, *, every_batch: bool = False) -> Exchange:
+def scalar_exchange(group: ProcessGroup | None = None, *, every_batch: bool = False) -> Exchange:
     """Return the exchange of scalars, whose updates are always those of one batch."""
     del every_batch
-    return ScalarExchange(share)
+    return ScalarExchange(group)
 
 
 EXCHANGES: dict[str, Callable[..., Exchange]] = {

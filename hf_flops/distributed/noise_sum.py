@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..base.rows import Rows
 from ..perturbations import Perturbation, accumulator
-from .collectives import Share
+from .collectives import ProcessGroup
 
 Again = Callable[[Rows, Tensor], None]
 """Adds the noise of rows to a sum once more, with further coefficients (R,)."""
@@ -50,7 +50,7 @@ class NoiseSum:
         own: Any = None if errors is None else perturbation.row_noise(noise)
         if errors is None or perturbation.rowwise_size < perturbation.vector.size:
             innovation = None if own is None else own.exact_sum(errors)
-            return perturbation.pull_back(noise, coefficients), innovation
+            return perturbation.weighted_noise(noise, coefficients), innovation
         both = own.exact_sum(torch.cat([coefficients[:, None].to(errors), errors], 1))
         return both[0], both[1:]
 
@@ -86,15 +86,15 @@ class NoiseSum:
         """
         del coefficients
         index = torch.nonzero(corrections).flatten()
-        if self.perturbation.grouped:
+        if self.perturbation.shares_noise:
             index = index[rows.group[index].argsort(stable=True)]
         again(rows[index], corrections[index])
 
-    def shared_facts(self, share: Share, replayed: int) -> tuple[int, int]:
+    def shared_facts(self, group: ProcessGroup, replayed: int) -> tuple[int, int]:
         """Return of how many numbers a row's noise is made, and how many rows were run again, in
         all processes.
         """
         if not self.perturbation.replays:
             return self.perturbation.vector.size, replayed
-        facts = share.gather(torch.tensor([[self.dimension, replayed]]), [1] * share.world)
+        facts = group.all_gather(torch.tensor([[self.dimension, replayed]]), [1] * group.world)
         return int(facts[:, 0].max()), int(facts[:, 1].sum())

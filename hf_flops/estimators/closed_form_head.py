@@ -87,7 +87,7 @@ def find_head(
     objective: Objective,
     forward: Forward,
     inputs: Mapping[str, Any],
-    held: Collection[str] = (),
+    frozen: Collection[str] = (),
 ) -> ClosedFormHead | None:
     """Return the trainable linear layer that makes the logits, if there is one and other tensors
     are trained beside it.
@@ -100,7 +100,7 @@ def find_head(
         objective: what is minimised.
         forward: runs the model.
         inputs: a batch.
-        held: names of trainable tensors that stay as they are for now.
+        frozen: names of trainable tensors that stay as they are for now.
     """
     if not (isinstance(objective, TappedLoss) or objective.logits):
         return None
@@ -110,11 +110,11 @@ def find_head(
     watched = TappedLoss(logits=True) if tapped else objective
     for head, x in zip(heads, _given(heads, watched, forward, few), strict=True):
         own = set(head.names.values())
-        alone = tapped and trained - set(held) <= own
+        alone = tapped and trained - set(frozen) <= own
         if (
             x is not None
             and not alone
-            and own.isdisjoint(held)
+            and own.isdisjoint(frozen)
             and _agrees(head, x, watched, forward, few)
         ):
             return head

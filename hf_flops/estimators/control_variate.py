@@ -43,8 +43,8 @@ class ControlVariate(Protocol):
         ...
 
     def finish(self, innovation: Tensor, sums: Tensor) -> None:
-        """Take in what a finished batch taught, as `Prediction.taught` tells it, to be used from
-        the next step on.
+        """Take in what a finished batch taught, as `Prediction.statistics` tells it, to be used
+        from the next step on.
         """
         ...
 
@@ -140,7 +140,7 @@ class Prediction:
         self._innovation += (innovation / DIGIT).round_().to(self._innovation.dtype)
         self.sums += sums
 
-    def taught(self) -> tuple[Tensor, Tensor]:
+    def statistics(self) -> tuple[Tensor, Tensor]:
         """Return `sum error z^T` (M, d) and the sums of all rows that were added."""
         return self._innovation.to(accumulator(self._innovation.device)) * (
             DIGIT * self.unit

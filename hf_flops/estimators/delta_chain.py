@@ -74,7 +74,7 @@ class DeltaTransform:
         del rows
         return deltas
 
-    def learn(self, deltas: ChunkDeltas, innovation: Tensor | None) -> None:
+    def update(self, deltas: ChunkDeltas, innovation: Tensor | None) -> None:
         """Learn from a chunk whose deltas have been used; innovation: (M, d), its noise summed by
         `errors`.
         """
@@ -151,7 +151,7 @@ class Residual(DeltaTransform):
         changes = self.estimator.deltas(logits, self.prediction.logits[owner], self.scale)
         return ChunkDeltas(*self.prediction.remainder(noise, owner, deltas.values, changes))  # type: ignore[arg-type]
 
-    def learn(self, deltas: ChunkDeltas, innovation: Tensor | None) -> None:
+    def update(self, deltas: ChunkDeltas, innovation: Tensor | None) -> None:
         """See `DeltaTransform`."""
         if innovation is not None and deltas.errors is not None and deltas.sums is not None:
             self.prediction.add(innovation, deltas.errors, deltas.sums)
@@ -162,7 +162,7 @@ class Residual(DeltaTransform):
 
     def statistics(self) -> list[Tensor]:
         """See `DeltaTransform`."""
-        return list(self.prediction.taught())
+        return list(self.prediction.statistics())
 
     def finish(self, statistics: Iterator[Tensor]) -> None:
         """See `DeltaTransform`."""
@@ -202,10 +202,10 @@ class Chain(DeltaTransform):
             deltas = transform.of_round(deltas, rows)
         return deltas
 
-    def learn(self, deltas: ChunkDeltas, innovation: Tensor | None) -> None:
+    def update(self, deltas: ChunkDeltas, innovation: Tensor | None) -> None:
         """See `DeltaTransform`."""
         for transform in self.transforms:
-            transform.learn(deltas, innovation)
+            transform.update(deltas, innovation)
 
     def means(self, weights: Tensor) -> list[Tensor]:
         """Return what each transform's `mean` is, those of 0 left out."""

@@ -79,8 +79,8 @@ class Objective:
         predictable: whether a control variate may learn from these logits.
         needs_clean: whether clean (unperturbed) rows always run, because rows are judged by the
             rest of the batch.
-        in_steps: whether small changes of the parameters leave most rows' numbers as they are, as
-            with an accuracy.
+        piecewise_constant: whether small changes of the parameters leave most rows' numbers as they
+            are, as with an accuracy.
         generates: whether `run` generates text, in place of one forward pass.
     """
 
@@ -88,7 +88,7 @@ class Objective:
     logits: bool = False
     predictable: bool = True
     needs_clean: bool = False
-    in_steps: bool = False
+    piecewise_constant: bool = False
     generates: bool = False
 
     @property
@@ -103,7 +103,9 @@ class Objective:
         outputs = model(**inputs)
         return getattr(outputs, "loss", None), outputs
 
-    def settled(self, clean: RowLosses, inputs: Mapping[str, Any]) -> tuple[Objective, RowLosses]:
+    def bind_batch(
+        self, clean: RowLosses, inputs: Mapping[str, Any]
+    ) -> tuple[Objective, RowLosses]:
         """Return the objective that the queries of a batch get, and the losses of its clean rows by
         that objective.
 

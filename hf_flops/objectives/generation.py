@@ -34,7 +34,7 @@ class GeneratedMetric(Objective):
     """
 
     generates = True
-    in_steps = True
+    piecewise_constant = True
     surrogate = SmoothSurrogate()
 
     def __init__(

@@ -65,7 +65,7 @@ class MacroF1(Metric):
             -worths[labels, found], torch.ones(len(found)), logits=F.one_hot(found, classes).float()
         )
 
-    def settled(self, clean: RowLosses, inputs: Mapping[str, Any]) -> tuple[MacroF1, RowLosses]:
+    def bind_batch(self, clean: RowLosses, inputs: Mapping[str, Any]) -> tuple[MacroF1, RowLosses]:
         """Return the objective with what answers are worth in a batch, and the losses of its clean
         rows by it.
 

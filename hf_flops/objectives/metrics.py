@@ -109,8 +109,8 @@ class Metric(Objective):
         greater_is_better: which way the metric improves.
         label_words: for "accuracy" of a causal language model on texts with labels (R,): a token
             for each class.
-        in_steps: whether small changes of the parameters leave most rows' numbers as they are. Then
-            the default of `perturbation_scale` is "auto".
+        piecewise_constant: whether small changes of the parameters leave most rows' numbers as they
+            are. Then the default of `perturbation_scale` is "auto".
 
     Raises:
         ConfigurationError: an unknown name, or label words that cannot tell classes apart.
@@ -124,7 +124,7 @@ class Metric(Objective):
         *,
         greater_is_better: bool = True,
         label_words: Sequence[int] | None = None,
-        in_steps: bool = True,
+        piecewise_constant: bool = True,
     ) -> None:
         if isinstance(what, str) and what != "accuracy":
             raise ConfigurationError(
@@ -141,7 +141,7 @@ class Metric(Objective):
         self.function: Callable[[Any, Mapping[str, Any]], Any] = (
             _Accuracy(words) if isinstance(what, str) else what
         )
-        self.sign, self.in_steps = -1.0 if greater_is_better else 1.0, in_steps
+        self.sign, self.piecewise_constant = -1.0 if greater_is_better else 1.0, piecewise_constant
         self.words = words
 
     def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor | None, Any]:

@@ -26,7 +26,7 @@ def perturb(
     rowwise: Sequence[str] = (),
     shared: Sequence[str] = (),
     activation: Sequence[str] = (),
-    looping: Collection[str] = (),
+    row_by_row: Collection[str] = (),
     distribution: str = "rademacher",
 ) -> Perturbation:
     """Build the perturbation that moves the named parameters, each in one of the ways that noise
@@ -37,13 +37,13 @@ def perturb(
         rowwise: names of the tensors that have noise per row.
         shared: names of the tensors whose noise all rows of a forward share.
         activation: names of the tensors of linear layers whose noise is on their outputs.
-        looping: names of those among `rowwise` whose layers are run row by row.
+        row_by_row: names of those among `rowwise` whose layers are run row by row.
         distribution: "gaussian" or "rademacher".
     """
     parts: list[Perturbation] = []
     if rowwise:
         parts.append(
-            RowwiseNoise(model, ParameterVector.of(model, set(rowwise)), distribution, looping)
+            RowwiseNoise(model, ParameterVector.of(model, set(rowwise)), distribution, row_by_row)
         )
     if activation:
         parts.append(

@@ -195,8 +195,8 @@ class ActivationNoise(Perturbation):
         """See `Perturbation.dimension`."""
         return sum(values[0].numel() for values in noise.noise.values())
 
-    def pull_back(self, noise: Drawn, coefficients: Tensor) -> Tensor:
-        """See `Perturbation.pull_back`; a forward under this noise must have run."""
+    def weighted_noise(self, noise: Drawn, coefficients: Tensor) -> Tensor:
+        """See `Perturbation.weighted_noise`; a forward under this noise must have run."""
         flat = torch.zeros(self.vector.size, device=self.vector.device)
         views = self.vector.views(flat)
         for (index, _), seen in noise.seen.items():

@@ -63,11 +63,11 @@ class ParameterVector:
 
 class Perturbation:
     """A way for noise to enter a model; a subclass defines `draw`, `applied`, `dimension` and
-    `pull_back`.
+    `weighted_noise`.
 
     Attributes:
         vector: the parameters that it moves.
-        grouped: whether all rows of one forward pass share the noise, so that a chunk must lie
+        shares_noise: whether all rows of one forward pass share the noise, so that a chunk must lie
             within a group.
         row_bytes: what the noise of one row takes, as far as it is known beforehand.
         replays: whether a pull-back needs a forward under the same noise before it.
@@ -76,7 +76,7 @@ class Perturbation:
     """
 
     vector: ParameterVector
-    grouped: bool = False
+    shares_noise: bool = False
     row_bytes: float = 0.0
     replays: bool = False
     rowwise_size: int = 0
@@ -106,7 +106,7 @@ class Perturbation:
         """
         return None
 
-    def pull_back(self, noise: Any, coefficients: Tensor) -> Tensor:
+    def weighted_noise(self, noise: Any, coefficients: Tensor) -> Tensor:
         """Return `sum_r coefficients[r] * noise[r]` as a flat vector (d,), in float64 if it is
         exact; coefficients: (R,).
         """

@@ -23,7 +23,7 @@ class CombinedNoise(Perturbation):
 
     def __init__(self, parts: Sequence[Perturbation]) -> None:
         self._parts = list(parts)
-        self.grouped = any(part.grouped for part in parts)
+        self.shares_noise = any(part.shares_noise for part in parts)
         self.row_bytes = sum(part.row_bytes for part in parts)
         self.replays = any(part.replays for part in parts)
         self.rowwise_size = self._parts[0].rowwise_size
@@ -60,9 +60,10 @@ class CombinedNoise(Perturbation):
         """See `Perturbation.row_noise`."""
         return self.parts[0].row_noise(noise[0])
 
-    def pull_back(self, noise: list[Any], coefficients: Tensor) -> Tensor:
-        """See `Perturbation.pull_back`."""
+    def weighted_noise(self, noise: list[Any], coefficients: Tensor) -> Tensor:
+        """See `Perturbation.weighted_noise`."""
         pulled = [
-            part.pull_back(own, coefficients) for part, own in zip(self.parts, noise, strict=True)
+            part.weighted_noise(own, coefficients)
+            for part, own in zip(self.parts, noise, strict=True)
         ]
         return torch.cat([piece.to(pulled[0].device) for piece in pulled])

@@ -17,7 +17,7 @@ from .streams import NoiseKeys
 
 
 @dataclass(frozen=True)
-class Trace:
+class UpdateRecord:
     """What the update of a batch was made of, in the order in which it was summed.
 
     Attributes:
@@ -39,7 +39,7 @@ class Trace:
     @classmethod
     def of(
         cls, parts: Sequence[tuple[Rows, Tensor]], position: int, factor: float, normalizer: float
-    ) -> Trace:
+    ) -> UpdateRecord:
         """Join the rows and coefficients of chunks."""
         (rows, coefficients), *others = parts
         for more, _ in others:
@@ -77,21 +77,21 @@ def regenerate(
     device = perturbation.vector.device
     update = torch.zeros(perturbation.vector.size, dtype=accumulator(device), device=device)
     if isinstance(rows_per_chunk, int):
-        chunks = in_turn(groups, rows_per_chunk, grouped=perturbation.grouped)
+        chunks = in_turn(groups, rows_per_chunk, shares_noise=perturbation.shares_noise)
     else:
         chunks = list(torch.arange(len(positions)).split(list(rows_per_chunk)))
     for chunk in chunks:
         keys = NoiseKeys.of(seed, step, positions[chunk], queries[chunk], int(groups[chunk[0]]))
-        update.add_(perturbation.pull_back(perturbation.draw(keys), coefficients[chunk]))
+        update.add_(perturbation.weighted_noise(perturbation.draw(keys), coefficients[chunk]))
     return update
 
 
-def in_turn(groups: Tensor, rows_per_chunk: int, *, grouped: bool) -> list[Tensor]:
+def in_turn(groups: Tensor, rows_per_chunk: int, *, shares_noise: bool) -> list[Tensor]:
     """Return the indices of the rows of each chunk, where groups (R,) are kept apart if noise is
     shared.
     """
     order, lengths = torch.arange(len(groups)), [len(groups)]
-    if grouped:
+    if shares_noise:
         order = groups.argsort(stable=True)
         lengths = torch.unique_consecutive(groups[order], return_counts=True)[1].tolist()
     return [chunk for stretch in order.split(lengths) for chunk in stretch.split(rows_per_chunk)]

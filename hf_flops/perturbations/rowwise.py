@@ -159,7 +159,7 @@ class RowwiseNoise(Perturbation):
         model: the model whose modules are watched.
         vector: the parameters to move; every one must be covered by a site.
         distribution: a name in `DISTRIBUTIONS`.
-        looping: names of tensors whose layers are run row by row.
+        row_by_row: names of tensors whose layers are run row by row.
     """
 
     def __init__(
@@ -167,12 +167,12 @@ class RowwiseNoise(Perturbation):
         model: nn.Module,
         vector: ParameterVector,
         distribution: str,
-        looping: Collection[str] = (),
+        row_by_row: Collection[str] = (),
     ) -> None:
         self.vector, self.rowwise_size = vector, vector.size
         self.distribution = distribution
         self.row_bytes = bytes_per_row(distribution, vector.shapes)
-        self.sites = find_sites(model, vector, looping)
+        self.sites = find_sites(model, vector, row_by_row)
         covered = {index for site in self.sites for index in site.tensors.values()}
         missing = [name for index, name in enumerate(vector.names) if index not in covered]
         if missing:
@@ -180,12 +180,12 @@ class RowwiseNoise(Perturbation):
 
     @staticmethod
     def covered(
-        model: nn.Module, vector: ParameterVector, looping: Collection[str] = ()
+        model: nn.Module, vector: ParameterVector, row_by_row: Collection[str] = ()
     ) -> set[str]:
         """Return the names of the parameters that per-row rules exist for."""
         return {
             vector.names[i]
-            for site in find_sites(model, vector, looping)
+            for site in find_sites(model, vector, row_by_row)
             for i in site.tensors.values()
         }
 
@@ -221,6 +221,6 @@ class RowwiseNoise(Perturbation):
         """See `Perturbation.row_noise`."""
         return noise
 
-    def pull_back(self, noise: RowNoise, coefficients: Tensor) -> Tensor:
-        """See `Perturbation.pull_back`."""
+    def weighted_noise(self, noise: RowNoise, coefficients: Tensor) -> Tensor:
+        """See `Perturbation.weighted_noise`."""
         return noise.exact_sum(coefficients.to(self.vector.device, torch.float32))

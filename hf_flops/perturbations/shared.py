@@ -53,7 +53,7 @@ class SharedNoise(Perturbation):
         distribution: a name in `DISTRIBUTIONS`.
     """
 
-    grouped = True
+    shares_noise = True
 
     def __init__(self, vector: ParameterVector, distribution: str) -> None:
         self.vector = vector
@@ -72,6 +72,6 @@ class SharedNoise(Perturbation):
         """See `Perturbation.dimension`."""
         return self.vector.size
 
-    def pull_back(self, noise: Tensor, coefficients: Tensor) -> Tensor:
-        """See `Perturbation.pull_back`."""
+    def weighted_noise(self, noise: Tensor, coefficients: Tensor) -> Tensor:
+        """See `Perturbation.weighted_noise`."""
         return noise.to(accumulator(noise.device)) * rounded(coefficients).sum().to(noise.device)

@@ -83,7 +83,7 @@ def _whole_sites(model: nn.Module, index: dict[int, int], names: Collection[int]
 
 
 def find_sites(
-    model: nn.Module, vector: ParameterVector, looping: Collection[str] = ()
+    model: nn.Module, vector: ParameterVector, row_by_row: Collection[str] = ()
 ) -> list[Site]:
     """List the sites at which rules exist; a parameter is covered only if every module that holds
     it has one.
@@ -91,11 +91,11 @@ def find_sites(
     Args:
         model: the model.
         vector: the parameters to cover.
-        looping: names of those whose layers are run row by row.
+        row_by_row: names of those whose layers are run row by row.
     """
     index = {id(parameter): i for i, parameter in enumerate(vector.parameters)}
     sites = list(
-        _whole_sites(model, index, {i for i, name in enumerate(vector.names) if name in looping})
+        _whole_sites(model, index, {i for i, name in enumerate(vector.names) if name in row_by_row})
     )
     taken = {
         (id(site.module.get_submodule(name.rpartition(".")[0])), name.rpartition(".")[2])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..base.batch import batch_size
 from ..core.method import FinishedBatch, StepResult
-from ..distributed.collectives import Share
+from ..distributed.collectives import ProcessGroup
 from ..objectives import Forward
 
 
@@ -81,7 +81,7 @@ class Ledger:
         """Enter a finished batch of a trainer."""
         self.record(finished.result, finished.position.ids, class_labels(finished.inputs))
 
-    def reconcile(self, before: tuple[int, int], ran: int, group: Share) -> None:
+    def reconcile(self, before: tuple[int, int], ran: int, group: ProcessGroup) -> None:
         """Enter the rows that all processes ran since the ledger said `before`; what each ran alike
         counts once.
 
@@ -94,7 +94,7 @@ class Ledger:
             rows, tokens = before
             self.all_rows = rows + ran
             self.tokens = tokens + int(
-                group.total(torch.tensor([self.tokens - tokens], dtype=torch.int32))
+                group.all_reduce(torch.tensor([self.tokens - tokens], dtype=torch.int32))
             )
 
     def record(

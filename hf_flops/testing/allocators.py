@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..allocators import Allocator, Features
+from ..allocators import Allocator, SampleFeatures
 from ..errors import ConfigurationError
 
 
@@ -31,7 +31,7 @@ class AllocatorContract:
         """Return a new allocator, always with the same settings."""
         raise NotImplementedError("Define make(self), which returns a new allocator.")
 
-    def batches(self) -> Iterator[tuple[Features, int]]:
+    def batches(self) -> Iterator[tuple[SampleFeatures, int]]:
         """Yield what an allocator may meet: (features of a batch, budget).
 
         Override it to add cases of your own.
@@ -42,16 +42,18 @@ class AllocatorContract:
             yield self.features(losses, step), samples * (1 + step) + (step > 0)
         odd = torch.tensor([0.0, 1.0, -1.0, 3e38, float("inf"), float("nan")])
         yield self.features(odd, 5), 31
-        yield Features(torch.ones(4), step=6), 10**6 + 7
+        yield SampleFeatures(torch.ones(4), step=6), 10**6 + 7
 
-    def features(self, losses: Tensor, step: int) -> Features:
+    def features(self, losses: Tensor, step: int) -> SampleFeatures:
         """Return the features of a batch with losses (B,), as a trainer's clean forward shows
         them.
         """
         ids, lengths = tuple(range(len(losses))), torch.ones(len(losses))
-        return Features(losses, losses.abs().sqrt(), step=step, seed=7, lengths=lengths, ids=ids)
+        return SampleFeatures(
+            losses, losses.abs().sqrt(), step=step, seed=7, lengths=lengths, ids=ids
+        )
 
-    def squares(self, features: Features) -> Tensor:
+    def squares(self, features: SampleFeatures) -> Tensor:
         """Return (B,) mean squared deltas for a batch, as a finished step shows them."""
         return features.losses.nan_to_num(1.0, 1.0, 0.0).clamp(0, 100).square() + 0.1
 

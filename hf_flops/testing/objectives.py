@@ -82,7 +82,7 @@ class ObjectiveContract:
         objective = self.make()[0]
         surrogate = objective.surrogate
         assert surrogate.per_row == objective.per_row
-        assert not objective.in_steps or not surrogate.in_steps, (
+        assert not objective.piecewise_constant or not surrogate.piecewise_constant, (
             "the surrogate moves in steps itself"
         )
 
@@ -91,7 +91,7 @@ class ObjectiveContract:
         """`settled` returns an objective, and losses of the same rows."""
         objective, forward, inputs = self.make()
         clean = objective(forward, inputs, features=True)
-        bound, losses = objective.settled(clean, inputs)
+        bound, losses = objective.bind_batch(clean, inputs)
         assert isinstance(bound, Objective)
         assert isinstance(losses, RowLosses)
         assert losses.sums.shape == clean.sums.shape

@@ -82,7 +82,7 @@ class PerturbationContract:
         with perturbation.applied(noise, 0.25):
             found = losses()
         for row, unit in enumerate(torch.eye(rows)):
-            with displaced(perturbation.vector, 0.25 * perturbation.pull_back(noise, unit)):
+            with displaced(perturbation.vector, 0.25 * perturbation.weighted_noise(noise, unit)):
                 torch.testing.assert_close(found[row], losses()[row], rtol=1e-6, atol=1e-9)
 
     def test_the_mean_of_the_estimate_is_the_gradient(self) -> None:
@@ -113,9 +113,9 @@ class PerturbationContract:
             with perturbation.applied(noise, sign * scale):
                 found.append(losses())
         deltas = (found[0] - found[1]) / (2 * scale)
-        if perturbation.grouped:  # one noise for all rows: the estimate is of their sum
+        if perturbation.shares_noise:  # one noise for all rows: the estimate is of their sum
             deltas = torch.full_like(deltas, float(deltas.sum()) / rows)
-        return perturbation.pull_back(noise, deltas.float())
+        return perturbation.weighted_noise(noise, deltas.float())
 
     def picture(self, model: nn.Module) -> list[object]:
         """Return what must not change on a model."""

@@ -19,7 +19,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from ..distributed.collectives import Share
+from ..distributed.collectives import ProcessGroup
 from ..errors import ConfigurationError
 
 logger = logging.getLogger("hf_flops.trainer")
@@ -106,7 +106,7 @@ class CheckpointWriter:
         return os.path.join(run, UNFINISHED) if self.saving else run
 
     @contextmanager
-    def whole(self, run: Path, args: Any, state: Any, group: Share) -> Iterator[Path]:
+    def whole(self, run: Path, args: Any, state: Any, group: ProcessGroup) -> Iterator[Path]:
         """Publish what is saved inside.
 
         Args:
@@ -122,7 +122,7 @@ class CheckpointWriter:
         unfinished, folder = run / UNFINISHED / name, run / name
         if args.local_process_index == 0:
             shutil.rmtree(unfinished.parent, ignore_errors=True)  # of a run that was killed
-        group.everyone(None)
+        group.all_gather_object(None)
         self.saving = True
         try:
             yield folder
@@ -133,16 +133,18 @@ class CheckpointWriter:
             state.best_model_checkpoint = str(folder)
             if args.should_save:
                 state.save_to_json(str(unfinished / STATE))
-        group.everyone(None)
+        group.all_gather_object(None)
         if args.process_index == 0:
             publish(unfinished, folder)
-        group.everyone(None)
+        group.all_gather_object(None)
         # on another machine that shares no disk
         if args.local_process_index == 0 and unfinished.is_dir():
             publish(unfinished, folder)
 
 
-def chosen_checkpoint(wanted: str | bool | None, output_dir: Any, group: Share) -> str | None:
+def chosen_checkpoint(
+    wanted: str | bool | None, output_dir: Any, group: ProcessGroup
+) -> str | None:
     """Return the folder of the checkpoint to resume from, None to start anew.
 
     Args:
@@ -156,7 +158,7 @@ def chosen_checkpoint(wanted: str | bool | None, output_dir: Any, group: Share) 
     if not wanted:
         return None
     if wanted is True:
-        wanted = group.first(last_checkpoint(output_dir))
+        wanted = group.broadcast(last_checkpoint(output_dir))
         if wanted is None:
             raise ConfigurationError(
                 f"output_dir={output_dir!r} holds no whole checkpoint to resume from."
@@ -194,7 +196,7 @@ def generator_states(checkpoint: str | None, args: Any) -> Iterator[str | None]:
     yield None
 
 
-class Leave(TrainerCallback):
+class SaveOnSigterm(TrainerCallback):
     """Saves and ends the run when SIGTERM arrives: after the optimizer step that is under way, in
     all processes alike.
 

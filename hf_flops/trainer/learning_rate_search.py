@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from ..autotune.line_search import MOST_LOOKS, SHORTER, Found, line_search
 from ..autotune.session import Batch, GradientSession
-from ..distributed.collectives import Share
+from ..distributed.collectives import ProcessGroup
 from ..errors import ConfigurationError
 from ..perturbations import ParameterVector
 
@@ -91,7 +91,7 @@ class RateSearch(TrainerCallback):
         batch: Batch,
         vector: ParameterVector,
         optimizer: Any,
-        group: Share,
+        group: ProcessGroup,
         *,
         planned: int,
         left: float,
@@ -115,7 +115,7 @@ class RateSearch(TrainerCallback):
             return 0
         judges = self.judges or [batch]
         with session.unperturbed(judges) as losses:
-            found = self.search(losses, vector, optimizer, group.first)
+            found = self.search(losses, vector, optimizer, group.broadcast)
         return found.looks * sum(judge.samples for judge in judges)
 
     def search(

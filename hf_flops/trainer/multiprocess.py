@@ -17,10 +17,10 @@ from accelerate.data_loader import prepare_data_loader
 from torch import nn
 from transformers.trainer_utils import seed_worker
 
-from ..distributed.collectives import ProcessShare, Share
+from ..distributed.collectives import ProcessGroup, TorchProcessGroup
 from ..errors import ConfigurationError
 from .args import FlopsArgumentsMixin
-from .checkpoints import Leave
+from .checkpoints import SaveOnSigterm
 
 logger = logging.getLogger("hf_flops.trainer")
 _SAME = (
@@ -33,7 +33,7 @@ _SAME = (
 )
 
 
-def start_group(args: Any, before: Share | None) -> Share:
+def start_group(args: Any, before: ProcessGroup | None) -> ProcessGroup:
     """Return the processes of a run: `before` where they have met already.
 
     Raises:
@@ -44,9 +44,9 @@ def start_group(args: Any, before: Share | None) -> Share:
             "train_sampling_strategy='batch_rebalance' gives each process other samples: use "
             "another."
         )
-    if isinstance(before, ProcessShare):
+    if isinstance(before, TorchProcessGroup):
         return before
-    return ProcessShare(args.device) if args.world_size > 1 else Share()
+    return TorchProcessGroup(args.device) if args.world_size > 1 else ProcessGroup()
 
 
 class Lockstep:
@@ -62,7 +62,7 @@ class Lockstep:
         leave: knows whether this process was told to leave, and hears whether another one was.
     """
 
-    def __init__(self, group: Share, args: Any, leave: Leave) -> None:
+    def __init__(self, group: ProcessGroup, args: Any, leave: SaveOnSigterm) -> None:
         self.group, self.args, self.leave = group, args, leave
         self._met = False
 
@@ -78,7 +78,7 @@ class Lockstep:
         if not self._met:
             self._meet(model)
         own = torch.tensor([2 * fingerprint(inputs) + self.leave.asked])
-        found = self.group.gather(own, [1] * self.group.world)
+        found = self.group.all_gather(own, [1] * self.group.world)
         other = torch.nonzero(found // 2 != found[0] // 2).flatten().tolist()
         if other:
             raise ConfigurationError(
@@ -93,9 +93,9 @@ class Lockstep:
         names = [*_SAME, *(field.name for field in fields(FlopsArgumentsMixin))]
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
         said = {name: getattr(self.args, name) for name in names}
-        self.group.agree({**said, "the trained parameters' shapes": shapes}, "at the start")
+        self.group.assert_same({**said, "the trained parameters' shapes": shapes}, "at the start")
         for parameter in (p for p in model.parameters() if p.requires_grad):
-            parameter.data.copy_(self.group.first(parameter.data))
+            parameter.data.copy_(self.group.broadcast(parameter.data))
         self._met = True
 
 

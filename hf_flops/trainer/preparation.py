@@ -36,7 +36,7 @@ def check_arguments(args: Any) -> None:
     if args.world_size > 1:
         # every process reads, and counts, the tokens of all
         args.average_tokens_across_devices = False
-    args.enable_jit_checkpoint = False  # `Leave` saves on SIGTERM, in all processes alike
+    args.enable_jit_checkpoint = False  # `SaveOnSigterm` saves on SIGTERM, in all processes alike
 
 
 def check_ready(model: nn.Module, data: Any, needs_clean: bool, samples: int) -> None:

@@ -19,11 +19,11 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from ..allocators import ALLOCATORS, Allocator
 from ..autotune.session import Averaging, Batch, GradientSession, HandOver
-from ..base.rows import Place
+from ..base.rows import BatchPosition
 from ..contrastive import start_session
 from ..contrastive.dual_encoder import with_plain_flag
 from ..core.method import FinishedBatch
-from ..distributed.collectives import Share
+from ..distributed.collectives import ProcessGroup
 from ..estimators import Estimator
 from ..objectives import CallableObjective, Forward, Objective, RowLossError
 from ..perturbations import ParameterVector, Perturbation
@@ -33,7 +33,7 @@ from ..reporting.model_card import TAGS, complete_card
 from ..trajectory.recorder import TrajectoryRecorder
 from .args import FlopsTrainingArguments
 from .checkpoint_state import load_state, save_state
-from .checkpoints import CheckpointWriter, Leave, chosen_checkpoint, generator_states
+from .checkpoints import CheckpointWriter, SaveOnSigterm, chosen_checkpoint, generator_states
 from .learning_rate_search import RateSearch
 from .multiprocess import BatchSize, Lockstep, start_group, undivided_loader
 from .preparation import (
@@ -123,8 +123,8 @@ class FlopsTrainerMixin(_Base):
         }
         self._ids: list[int] | None = None
         self._rate: RateSearch | None = None
-        self._group: Share | None = None
-        self._writer, self._leave = CheckpointWriter(), Leave()
+        self._group: ProcessGroup | None = None
+        self._writer, self._leave = CheckpointWriter(), SaveOnSigterm()
         self._recorder = TrajectoryRecorder() if args.trajectory_log else None
         with quantised_base_allowed(model):
             super().__init__(model, args, *positional, **kwargs)
@@ -184,7 +184,7 @@ class FlopsTrainerMixin(_Base):
         return RateSearch()
 
     @property
-    def group(self) -> Share:
+    def group(self) -> ProcessGroup:
         """The processes of the run."""
         assert self._group is not None
         return self._group
@@ -256,7 +256,7 @@ class FlopsTrainerMixin(_Base):
         return self._estimated(model, batch, position, num_items_in_batch)
 
     def _estimated(
-        self, model: nn.Module, batch: Batch, position: Place, items: Tensor | int | None
+        self, model: nn.Module, batch: Batch, position: BatchPosition, items: Tensor | int | None
     ) -> Tensor:
         """Prepare, search the rate, ask the budget, estimate, tell the observers."""
         with self._inference(model, batch):
@@ -360,7 +360,7 @@ class FlopsTrainerMixin(_Base):
 
         return forward
 
-    def _place(self, batch: Batch) -> Place:
+    def _place(self, batch: Batch) -> BatchPosition:
         """Return where the batch lies in the run: micro-batches of one optimizer step follow each
         other.
         """
@@ -368,7 +368,7 @@ class FlopsTrainerMixin(_Base):
             self._position, self._position_step = 0, batch.step
         position = self._position
         self._position += batch.samples
-        return Place(
+        return BatchPosition(
             seed=self._seed,
             step=batch.step,
             position=position,

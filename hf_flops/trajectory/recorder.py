@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from ..core.method import FinishedBatch
 from ..errors import ConfigurationError
-from ..perturbations.replay import Trace
+from ..perturbations.replay import UpdateRecord
 from . import LOG_FILE, optimizers, rules, start
 from .framing import Appender, Record, read
 from .records import StepRecord, changes, fingerprint, pack, unpack
@@ -25,7 +25,7 @@ class TrajectoryRecorder(TrainerCallback):
     def __init__(self) -> None:
         self._file: Appender | None = None
         self._own: dict[str, Any] = {}
-        self._traces: list[Trace] = []
+        self._traces: list[UpdateRecord] = []
         self._seed, self._perturbation = 0, None
         self._rules: list[list[Any]] | None = None
         self._said: list[list[Any]] | None = None  # the rules that the log knows of
@@ -37,7 +37,7 @@ class TrajectoryRecorder(TrainerCallback):
         assert finished.method is not None
         self.batch(finished.result.trace, finished.position.seed, finished.method.perturbation)
 
-    def batch(self, trace: Trace | None, seed: int, perturbation: Any) -> None:
+    def batch(self, trace: UpdateRecord | None, seed: int, perturbation: Any) -> None:
         """Take down what a batch adds to the gradient of the coming step."""
         if perturbation is not self._perturbation:
             self._rules, self._perturbation = rules.describe(perturbation), perturbation
@@ -114,10 +114,10 @@ class TrajectoryRecorder(TrainerCallback):
             return
         prints = [fingerprint(parameter) for parameter in self._own.values()]
         told = None if self._rules == self._said else self._rules
-        grouped = bool(getattr(self._perturbation, "grouped", False))
+        shares_noise = bool(getattr(self._perturbation, "shares_noise", False))
         groups = changes(self._groups, self._now)
         record = StepRecord(
-            self._seed, state.global_step, self._traces, told, groups, prints, grouped
+            self._seed, state.global_step, self._traces, told, groups, prints, shares_noise
         )
         self._file.append(state.global_step + 1, record.pack())
         self._traces, self._said, self._groups = [], self._rules, self._now

@@ -19,7 +19,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ..base.rows import Rows
-from ..perturbations.replay import Trace
+from ..perturbations.replay import UpdateRecord
 
 _WHOLE = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
@@ -64,16 +64,16 @@ class StepRecord:
         groups: what changed in the optimizer's arguments, by group; everything with a session's
             first step.
         fingerprints: (P,) of the trainable tensors after it.
-        grouped: whether rows of a chunk share noise, so that their group matters.
+        shares_noise: whether rows of a chunk share noise, so that their group matters.
     """
 
     seed: int
     step: int
-    traces: list[Trace]
+    traces: list[UpdateRecord]
     rules: list[list[Any]] | None
     groups: list[dict[str, Any]]
     fingerprints: list[int]
-    grouped: bool = field(default=True)
+    shares_noise: bool = field(default=True)
 
     def pack(self) -> bytes:
         """Return the record's payload: 6 to 12 bytes per query, 4 per tensor, and about 600 for the
@@ -95,7 +95,7 @@ class StepRecord:
             tensors["chunks"] = narrow(
                 torch.tensor([length for t in traces for length in t.chunks])
             )
-            if self.grouped:
+            if self.shares_noise:
                 groups = [t.rows.group[first] for t, first in zip(traces, firsts, strict=True)]
                 tensors["groups"] = narrow(torch.cat(groups))
         return pack("step", says, tensors)
@@ -118,7 +118,7 @@ class StepRecord:
             lengths, chunks = chunks[:count], chunks[count:]
             own, groups = groups[:count].repeat_interleave(torch.tensor(lengths)), groups[count:]
             rows = Rows(positions.long(), queries.long(), own, torch.ones(len(positions)))
-            traces.append(Trace(rows, coefficients, lengths, 0, factor, normalizer))
+            traces.append(UpdateRecord(rows, coefficients, lengths, 0, factor, normalizer))
         return cls(
             says["seed"],
             says["step"],

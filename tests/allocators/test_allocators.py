@@ -11,9 +11,9 @@ from hf_flops import ConfigurationError
 from hf_flops.allocators import (
     ALLOCATORS,
     AuthorsBernoulli,
-    Features,
     LossProportional,
     LossRank,
+    SampleFeatures,
     equal_counts,
     optimal_counts,
     proxy,
@@ -31,7 +31,7 @@ def features_of(losses, step, *, known=True, **options):
     lengths, ids = (
         (torch.arange(len(losses)) + 1.0, tuple(range(len(losses)))) if known else (None, None)
     )
-    return Features(
+    return SampleFeatures(
         losses,
         losses.abs().sqrt() if known else None,
         step=step,
@@ -82,7 +82,7 @@ def test_samples_that_are_all_alike_get_equal_counts(name):
         ALLOCATORS[name](),
         trained(name, torch.Generator().manual_seed(0), samples=12),
     ):
-        features = Features(losses, losses, step=1000, lengths=losses)
+        features = SampleFeatures(losses, losses, step=1000, lengths=losses)
         assert allocator.counts(features, 24).tolist() == [4] * 6
 
 
@@ -91,7 +91,7 @@ def test_a_budget_below_one_query_per_sample_is_refused(name):
     with pytest.raises(
         ConfigurationError, match="budget of 3 queries cannot give each of 4 samples"
     ):
-        ALLOCATORS[name]().counts(Features(torch.rand(4)), 3)
+        ALLOCATORS[name]().counts(SampleFeatures(torch.rand(4)), 3)
 
 
 @pytest.mark.parametrize("name", sorted(ALLOCATORS))
@@ -146,22 +146,26 @@ def test_samples_without_a_finite_row_teach_nothing(name):
 
 def test_the_authors_heuristic_halves_easy_samples_and_favours_no_other():
     losses = torch.cat([torch.zeros(500), torch.ones(500)])
-    counts = AuthorsBernoulli().counts(Features(losses, seed=1), 8000)
+    counts = AuthorsBernoulli().counts(SampleFeatures(losses, seed=1), 8000)
     halved = counts[:500] == 4
     assert 0.2 < halved.float().mean() < 0.4
     assert counts[500:].min() >= 8
     assert counts[500:].max() - counts[:500][~halved].min() <= 1
-    later = AuthorsBernoulli().counts(Features(losses, seed=1, epoch=1.0), 8000)
+    later = AuthorsBernoulli().counts(SampleFeatures(losses, seed=1, epoch=1.0), 8000)
     assert (later == 4).float().mean() < 0.03
 
 
 def test_counts_proportional_to_the_loss():
-    assert LossProportional().counts(Features(torch.tensor([1.0, 2.0, 7.0])), 100).tolist() == [
+    assert LossProportional().counts(
+        SampleFeatures(torch.tensor([1.0, 2.0, 7.0])), 100
+    ).tolist() == [
         10,
         20,
         70,
     ]
-    assert LossProportional().counts(Features(torch.tensor([-1.0, 2.0, 2.0])), 21).tolist() == [
+    assert LossProportional().counts(
+        SampleFeatures(torch.tensor([-1.0, 2.0, 2.0])), 21
+    ).tolist() == [
         1,
         10,
         10,
@@ -170,8 +174,8 @@ def test_counts_proportional_to_the_loss():
 
 def test_counts_by_the_rank_of_the_loss():
     losses = torch.tensor([5.0, 0.1, 100.0, 5.0])
-    assert LossRank().counts(Features(losses), 100).tolist() == [25, 10, 40, 25]
-    assert LossRank(top=0.25).counts(Features(losses), 100).tolist() == [1, 1, 97, 1]
+    assert LossRank().counts(SampleFeatures(losses), 100).tolist() == [25, 10, 40, 25]
+    assert LossRank(top=0.25).counts(SampleFeatures(losses), 100).tolist() == [1, 1, 97, 1]
     with pytest.raises(ConfigurationError, match="top=0 must be a fraction"):
         LossRank(top=0)
 

@@ -5,7 +5,14 @@ wrong.
 import pytest
 import torch
 
-from hf_flops.allocators import Features, Optimal, equal_counts, history, optimal_counts, proxy
+from hf_flops.allocators import (
+    Optimal,
+    SampleFeatures,
+    equal_counts,
+    history,
+    optimal_counts,
+    proxy,
+)
 from hf_flops.allocators.history import History
 from hf_flops.allocators.observation import observe
 from hf_flops.allocators.regression import Regression
@@ -29,7 +36,7 @@ def play(world, *, steps=120, samples=16, queries=10, seed=0, best=True):
     budget = samples * queries
     for step in range(steps):
         sigma, options = world(generator, step)
-        features = Features(**{"losses": torch.ones(samples), "step": step, **options})
+        features = SampleFeatures(**{"losses": torch.ones(samples), "step": step, **options})
         counts = allocator.counts(features, budget)
         given = [counts, optimal_counts(sigma, budget)] if best else [counts]
         equal = proxy(sigma**2, equal_counts(samples, budget))
@@ -43,20 +50,24 @@ def lognormal(generator, samples=16):
 
 
 def test_residuals_are_followed_where_they_are_known():
-    features = Features(torch.ones(3), residuals=torch.tensor([1.0, 1.0, 3.0]))
+    features = SampleFeatures(torch.ones(3), residuals=torch.tensor([1.0, 1.0, 3.0]))
     assert Optimal().counts(features, 50).tolist() == [10, 10, 30]
 
 
 def test_the_power_of_the_loss_is_learned_from_deltas():
     allocator, generator = Optimal(), torch.Generator().manual_seed(0)
     losses = torch.tensor([0.5, 1.0, 4.0])
-    assert allocator.counts(Features(losses), 30).tolist() == [10, 10, 10]  # nothing is known yet
+    assert allocator.counts(SampleFeatures(losses), 30).tolist() == [
+        10,
+        10,
+        10,
+    ]  # nothing is known yet
     for step in range(20):
         seen = torch.rand(16, generator=generator) + 0.1
         # mean squared delta = loss, so sigma = sqrt(loss)
-        allocator.update(Features(seen, step=step), torch.full((16,), 16), seen)
+        allocator.update(SampleFeatures(seen, step=step), torch.full((16,), 16), seen)
     expected = optimal_counts(losses.sqrt(), 300)
-    assert (allocator.counts(Features(losses, step=20), 300) - expected).abs().max() <= 6
+    assert (allocator.counts(SampleFeatures(losses, step=20), 300) - expected).abs().max() <= 6
 
 
 @pytest.mark.parametrize("queries", [1, 2, 5, 40])
@@ -85,12 +96,12 @@ def test_the_regression_learns_coefficients_and_what_they_leave_open():
         # any level
         sigma = residuals.pow(0.5) * losses.pow(0.3) * lengths.pow(-0.4) * spread * (1 + step)
         counts = torch.randint(1, 20, (32,), generator=generator)
-        regression.learn(
-            Features(losses, residuals, lengths=lengths),
+        regression.update(
+            SampleFeatures(losses, residuals, lengths=lengths),
             observe(mean_squares(sigma, counts, generator), counts),
         )
     logs = torch.eye(3, dtype=torch.float64).exp()
-    predicted = regression.predict(Features(logs[:, 1], logs[:, 0], lengths=logs[:, 2]))
+    predicted = regression.predict(SampleFeatures(logs[:, 1], logs[:, 0], lengths=logs[:, 2]))
     torch.testing.assert_close(
         predicted, torch.tensor([0.5, 0.3, -0.4]).double(), atol=0.07, rtol=0
     )
@@ -103,7 +114,7 @@ def test_samples_that_repeat_themselves_are_remembered_and_new_ones_explored():
     for _ in range(300):
         ids = torch.randperm(50, generator=generator)[:16]
         noise = 0.5 * torch.randn(16, generator=generator, dtype=torch.float64)
-        memory.learn(
+        memory.update(
             ids.tolist(), effects[ids] + noise, torch.full((16,), 0.25).double(), 0.64, 0.98
         )
     assert memory.shared == pytest.approx(float(effects[:50].var()), rel=0.35)
@@ -118,7 +129,7 @@ def test_visits_that_do_not_agree_are_no_history():
     generator, memory = torch.Generator().manual_seed(0), History()
     for _ in range(200):
         errors = torch.randn(16, generator=generator, dtype=torch.float64)
-        memory.learn(list(range(16)), errors, torch.full((16,), 0.1).double(), 1.0, 0.98)
+        memory.update(list(range(16)), errors, torch.full((16,), 0.1).double(), 1.0, 0.98)
     assert memory.effects([0, 99])[0].abs().max() < 0.2
 
 
@@ -126,7 +137,7 @@ def test_what_was_seen_longest_ago_is_forgotten_first(monkeypatch):
     monkeypatch.setattr(history, "_MOST", 3)
     memory, one = History(), torch.ones(1).double()
     for sample in (1, 2, 3, 1, 4):
-        memory.learn([sample], one, one, 1.0, 0.9)
+        memory.update([sample], one, one, 1.0, 0.9)
     assert [entry[0] for entry in memory.state_dict()["past"]] == [3, 1, 4]
 
 
@@ -136,7 +147,7 @@ def test_calibration_flattens_what_does_not_pay():
     assert calibration.power == 1
     for sigma, expected in ((1 / right, 0.0), (right, 1.0), (right**2, 0.5), (right**4, 0.25)):
         for _ in range(40):
-            calibration.learn(sigma, 300, squares)
+            calibration.update(sigma, 300, squares)
         assert calibration.power == expected
     ratios = calibration.ratios()
     assert list(ratios) == list(LEVELS)

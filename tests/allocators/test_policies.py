@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_flops import ConfigurationError
-from hf_flops.allocators import Bernoulli, Features, Gaussian, equal_counts, proxy
+from hf_flops.allocators import Bernoulli, Gaussian, SampleFeatures, equal_counts, proxy
 from hf_flops.allocators.bernoulli import easy_samples
 from hf_flops.allocators.gaussian import GaussianPolicy, standardised
 from hf_flops.allocators.likelihood_ratio import Descent, gradient
@@ -68,7 +68,7 @@ def test_the_likelihood_ratio_gradient_is_that_of_the_expected_proxy():
         )
     found = torch.stack(
         [
-            allocator.slope(Features(LOSSES, seed=seed), budget, SQUARES, 10_000)
+            allocator.slope(SampleFeatures(LOSSES, seed=seed), budget, SQUARES, 10_000)
             for seed in range(40)
         ]
     )
@@ -99,7 +99,7 @@ def test_the_bernoulli_gradient_is_that_of_the_expected_proxy():
     difference = (expected_proxy(0.4001) - expected_proxy(0.3999)) / 2e-4
     found = torch.stack(
         [
-            allocator.slope(Features(LOSSES, seed=seed), budget, SQUARES, 10_000)
+            allocator.slope(SampleFeatures(LOSSES, seed=seed), budget, SQUARES, 10_000)
             for seed in range(40)
         ]
     )
@@ -147,7 +147,7 @@ def learning_curve(allocator, sigma_of, seed, steps=240, samples=16, queries=12)
     generator, curve = torch.Generator().manual_seed(seed), []
     for step in range(steps):
         losses = 3 * torch.rand(samples, generator=generator, dtype=torch.float64).square()
-        sigma, features = sigma_of(losses), Features(losses, step=step, seed=seed)
+        sigma, features = sigma_of(losses), SampleFeatures(losses, step=step, seed=seed)
         counts = allocator.counts(features, samples * queries)
         curve.append(
             float(
@@ -172,7 +172,7 @@ def best_of_the_family(settings, sigma_of, samples=16, queries=12):
     for allocator in settings:
         ratios = []
         for step, losses in enumerate(batches):
-            counts = allocator.counts(Features(losses, step=step), samples * queries)
+            counts = allocator.counts(SampleFeatures(losses, step=step), samples * queries)
             square = sigma_of(losses) ** 2
             ratios.append(
                 float(
@@ -230,13 +230,13 @@ def test_the_mean_of_the_policy_beats_its_draws():
 
 def test_bernoulli_halves_easy_samples_only_and_follows_its_schedule():
     losses = torch.cat([torch.zeros(500), torch.ones(500)])
-    counts = fixed(Bernoulli, 0.0).counts(Features(losses, seed=1), 8000)
+    counts = fixed(Bernoulli, 0.0).counts(SampleFeatures(losses, seed=1), 8000)
     assert 0.4 < (counts[:500] == 4).float().mean() < 0.6
     assert counts[500:].min() >= 8
     published = Bernoulli(schedule="published")
     assert [published.probability(epoch) for epoch in (0.0, 0.9, 1.0)] == [0.3, 0.3, 0.01]
     before = published.state_dict()
-    published.update(Features(losses), counts, losses + 1)
+    published.update(SampleFeatures(losses), counts, losses + 1)
     assert published.state_dict() == before
     with pytest.raises(
         ConfigurationError, match="schedule='none' is unknown: choose one of learned, published"

@@ -32,7 +32,7 @@ def settled(signal, variance, how, head=0.0, steps=60):
             "gradient_variance": variance / queries,
             "head_signal": head,
         }
-        auto.learn(
+        auto.update(
             StepResult(torch.tensor(0.0), 0, torch.tensor([queries]), torch.ones(1), metrics), how
         )
     return auto.at(steps)
@@ -64,7 +64,7 @@ def test_all_batches_of_a_step_get_the_same():
     auto, how = AutoQueries(), method(OneSided(), Optimal())
     before = auto.at(0)
     metrics = {"gradient_signal": 1.0, "gradient_variance": 1e4, "head_signal": 0.0}
-    auto.learn(StepResult(torch.tensor(0.0), 0, torch.tensor([3]), torch.ones(1), metrics), how)
+    auto.update(StepResult(torch.tensor(0.0), 0, torch.tensor([3]), torch.ones(1), metrics), how)
     assert auto.at(0) == before < auto.at(1)
 
 

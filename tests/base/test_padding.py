@@ -10,7 +10,7 @@ from hf_flops import CallableObjective, FlopsTrainer
 from hf_flops.allocators import Uniform
 from hf_flops.autotune.padding_check import padding_is_idle
 from hf_flops.base.batch import take
-from hf_flops.base.padding import Feed, real_tokens, trim, window
+from hf_flops.base.padding import TrimmedBatch, real_tokens, trim, window
 from hf_flops.base.rows import expand
 from hf_flops.estimators import Antithetic
 from hf_flops.objectives import BatchLoss, TappedLoss
@@ -120,7 +120,7 @@ def test_labels_and_inputs_that_are_not_understood_keep_their_columns():
 def test_rows_of_like_width_go_together(within_groups):
     inputs = tiny_batch("bert", samples=6)
     rows = expand(torch.tensor([3, 1, 2, 5, 1, 2]), 1.0)
-    ordered = Feed(inputs, SIDES).ordered(rows, within_groups=within_groups)
+    ordered = TrimmedBatch(inputs, SIDES).ordered(rows, within_groups=within_groups)
     width = inputs["attention_mask"].sum(1)[ordered.owner]
     assert sorted(zip(ordered.owner.tolist(), ordered.query.tolist(), strict=True)) == sorted(
         zip(rows.owner.tolist(), rows.query.tolist(), strict=True)
@@ -133,12 +133,16 @@ def test_rows_of_like_width_go_together(within_groups):
 def test_take_and_trim_agree():
     inputs = padded("llama", samples=3)
     owner = torch.randint(3, (5,), generator=generator())
-    feed = Feed(inputs, SIDES)
+    feed = TrimmedBatch(inputs, SIDES)
     fed, columns, cut = feed.of(owner)
     assert columns == fed["input_ids"].shape[1]
     assert fed["input_ids"].equal(take(feed.whole, owner)["input_ids"][:, cut or slice(None)])
     assert fed["input_ids"].equal(take(inputs, owner)["input_ids"][:, :columns])
-    assert Feed(inputs, frozenset()).of(owner)[0]["labels"].equal(take(inputs, owner)["labels"])
+    assert (
+        TrimmedBatch(inputs, frozenset())
+        .of(owner)[0]["labels"]
+        .equal(take(inputs, owner)["labels"])
+    )
 
 
 def test_the_loss_of_a_whole_batch_is_never_cut():

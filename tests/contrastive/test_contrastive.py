@@ -14,7 +14,7 @@ from transformers import TrainerCallback, default_data_collator
 
 from hf_flops import ConfigurationError, ContrastiveLoss, FlopsTrainer, ObjectiveError
 from hf_flops.autotune.session import Averaging, Batch
-from hf_flops.base.rows import Place
+from hf_flops.base.rows import BatchPosition
 from hf_flops.contrastive import ContrastiveBatch, ContrastiveSession
 from hf_flops.contrastive.dual_encoder import with_plain_flag
 from tests.helpers.pairs import KINDS, LORA, as_pairs, collate, pair_batch, pair_model
@@ -160,7 +160,7 @@ def test_the_estimate_is_the_gradient_in_the_mean(kind, estimator, draws, tmp_pa
     with torch.no_grad():
         made.prepare(Batch(batch, forward))
         made.args.queries_per_sample = 2 + 2 * draws * len(made.estimator.signs)
-        made.estimate(Batch(batch, forward), Place(), Averaging())
+        made.estimate(Batch(batch, forward), BatchPosition(), Averaging())
     found = gradients(model)
     assert found.keys() == wanted.keys()
     noisy = {
@@ -195,7 +195,7 @@ def test_a_frozen_tower_runs_its_batch_once_whatever_the_queries(tmp_path):
                     count, with_kwargs=True
                 )
             made.args.queries_per_sample = queries
-            result = made.estimate(Batch(batch, forward), Place(), Averaging())
+            result = made.estimate(Batch(batch, forward), BatchPosition(), Averaging())
         assert rows == {"text_model": 4, "vision_model": 4 * (queries - 1)}
         assert result.rows == 4 * queries == sum(rows.values())
 
@@ -275,7 +275,7 @@ def test_projections_alone_get_the_gradient_of_backprop(tmp_path):
     with torch.no_grad():
         made.prepare(Batch(batch, forward))
         made.args.queries_per_sample = 8
-        result = made.estimate(Batch(batch, forward), Place(), Averaging())
+        result = made.estimate(Batch(batch, forward), BatchPosition(), Averaging())
     assert result.rows == 8  # each image and each text once
     found = gradients(model)
     assert found.keys() == wanted.keys()
@@ -295,7 +295,7 @@ def test_labels_classify_images_among_any_number_of_texts(tmp_path):
     with torch.no_grad():
         made.prepare(Batch(batch, forward))
         made.args.queries_per_sample = 3000
-        result = made.estimate(Batch(batch, forward), Place(), Averaging())
+        result = made.estimate(Batch(batch, forward), BatchPosition(), Averaging())
     assert result.rows <= 12000
     found = gradients(model)
     a, b = (torch.cat([part[name].flatten() for name in wanted]) for part in (found, wanted))

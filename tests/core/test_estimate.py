@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hf_flops import (
+    BatchPosition,
     CallableObjective,
     ConfigurationError,
     Method,
     NonFiniteError,
-    Place,
     estimate_gradient,
 )
 from hf_flops.allocators import ALLOCATORS, Optimal, TwoStage, Uniform
@@ -79,7 +79,7 @@ def run(model, inputs, *, step=0, elements=None, batches=1, place=None, **option
         forward,
         inputs,
         Method(**{**defaults, **options}),
-        place or Place(step=step),
+        place or BatchPosition(step=step),
         elements,
         batches,
     )
@@ -149,7 +149,7 @@ def test_the_mean_of_many_estimates_is_autograds_gradient_while_an_allocator_lea
                 {name: value[start:end] for name, value in batch.items()},
                 kind=kind,
                 elements=SAMPLES * copies,
-                place=Place(step=step, position=start, ids=tuple(range(start, end))),
+                place=BatchPosition(step=step, position=start, ids=tuple(range(start, end))),
                 allocator=allocator,
                 queries_per_sample=5,
                 rows_per_forward=999,
@@ -221,7 +221,7 @@ def test_micro_batches_add_up_to_the_whole_batch():
                 {name: value[i : i + 1] for name, value in inputs.items()},
                 kind=kind,
                 elements=SAMPLES,
-                place=Place(position=i),
+                place=BatchPosition(position=i),
             )
             for i in range(SAMPLES)
         ]
@@ -417,7 +417,7 @@ def test_counts_do_not_depend_on_the_steps_own_noise(name):
             run(
                 model,
                 inputs,
-                place=Place(step=12, position=p),
+                place=BatchPosition(step=12, position=p),
                 allocator=allocator,
                 distribution=distribution,
                 **options,
@@ -487,10 +487,10 @@ def test_allocators_learn_lengths_and_ids():
         "allocator": allocator,
         "kind": "shared",
     }
-    run(model, inputs, place=Place(ids=(7, 3, 5, 1)), **options)
+    run(model, inputs, place=BatchPosition(ids=(7, 3, 5, 1)), **options)
     assert allocator.seen.ids == (7, 3, 5, 1)
     assert allocator.seen.lengths.equal((inputs["labels"][:, 1:] != -100).sum(1).float())
-    run(model, inputs, place=Place(ids=(7,)), **options)  # not this batch's
+    run(model, inputs, place=BatchPosition(ids=(7,)), **options)  # not this batch's
     assert allocator.seen.ids is None
 
 
@@ -506,6 +506,6 @@ def test_the_gradient_is_added_to_what_is_there():
         1e-3,
         7,
     )
-    estimate_gradient(lambda batch: (None, model(**batch)), inputs, method, Place())
+    estimate_gradient(lambda batch: (None, model(**batch)), inputs, method, BatchPosition())
     torch.testing.assert_close(torch.cat([p.grad.flatten() for p in model.parameters()]), 2 * first)
     assert replace(method, allocator=Optimal()).needs_clean

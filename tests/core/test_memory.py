@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hf_flops import Method, Place, estimate_gradient
+from hf_flops import BatchPosition, Method, estimate_gradient
 from hf_flops.allocators import Optimal
 from hf_flops.base.batch import take
 from hf_flops.base.memory import PeakMemory
@@ -69,7 +69,7 @@ def test_a_step_needs_the_memory_of_inference_and_little_more(distribution):
     }
     method = Method(TappedLoss(), queries_per_sample=9, scale=1e-3, rows_per_forward=rows, **parts)
     with LiveBytes() as step:
-        result = estimate_gradient(model_forward(model), inputs, method, Place())
+        result = estimate_gradient(model_forward(model), inputs, method, BatchPosition())
     assert result.rows == 16 * 9
     dense = 4 * rows * vector.size  # what unpacked noise would take
     assert step.peak <= 1.1 * inference.peak + 1.1 * dense * (distribution == "gaussian")

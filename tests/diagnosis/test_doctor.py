@@ -46,7 +46,7 @@ def ways_of(trainer):
             "on outputs"
             if isinstance(part, ActivationNoise)
             else "shared"
-            if part.grouped
+            if part.shares_noise
             else "per row"
         )
         looped = {

@@ -9,11 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_flops import ConfigurationError, Method, Place, estimate_gradient
+from hf_flops import BatchPosition, ConfigurationError, Method, estimate_gradient
 from hf_flops.allocators import ALLOCATORS
-from hf_flops.base.padding import Feed
+from hf_flops.base.padding import TrimmedBatch
 from hf_flops.base.rows import expand
-from hf_flops.distributed.collectives import Share
+from hf_flops.distributed.collectives import ProcessGroup
 from hf_flops.distributed.exchange import (
     EXCHANGES,
     REDUCE,
@@ -54,7 +54,7 @@ class Spoiled(TappedLoss):
 
 @torch.no_grad()
 def estimates(
-    share,
+    group,
     reduce,
     *,
     kind="vit",
@@ -91,25 +91,25 @@ def estimates(
         rows_per_forward=4,
         reuse=reuse,
         head=head,
-        exchange=EXCHANGES[reduce](share),
+        exchange=EXCHANGES[reduce](group),
         **{name: make() for name, make in options.items()},
     )
     found, results = [], []
     for step in range(steps):
         model.zero_grad()
         for number in range(batches):
-            place = Place(seed=3, step=step, position=number * samples)
+            place = BatchPosition(seed=3, step=step, position=number * samples)
             results.append(
                 estimate_gradient(forward, batch, method, place, 1.0, last=number == batches - 1)
             )
         found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
-    return torch.stack(found), results, share.sent
+    return torch.stack(found), results, group.sent
 
 
 def compare(reduce, **options):
     """Compare what every one of three processes finds with what one alone does."""
-    alone = estimates(Share(), reduce, **options)
-    for gradients, results, _ in played(WORLD, lambda share: estimates(share, reduce, **options)):
+    alone = estimates(ProcessGroup(), reduce, **options)
+    for gradients, results, _ in played(WORLD, lambda group: estimates(group, reduce, **options)):
         torch.testing.assert_close(gradients, alone[0], rtol=1e-5, atol=1e-5)
         for own, other in zip(results, alone[1], strict=True):
             assert own.counts.equal(other.counts)
@@ -164,14 +164,17 @@ def test_whatever_is_estimated_is_shared(reduce, options):
 
 
 def test_gradients_are_summed_once_per_optimizer_step():
-    _, results, one = played(2, lambda share: estimates(share, "gradient", head=True))[0]
+    _, results, one = played(2, lambda group: estimates(group, "gradient", head=True))[0]
     assert "gradient_signal" in results[-1].metrics
     gradients, results, four = played(
-        2, lambda share: estimates(share, "gradient", head=True, batches=4)
+        2, lambda group: estimates(group, "gradient", head=True, batches=4)
     )[0]
     assert "gradient_signal" not in results[-1].metrics
     torch.testing.assert_close(
-        gradients, estimates(Share(), "gradient", head=True, batches=4)[0], rtol=1e-5, atol=1e-5
+        gradients,
+        estimates(ProcessGroup(), "gradient", head=True, batches=4)[0],
+        rtol=1e-5,
+        atol=1e-5,
     )
     numbers = 8 * gradients.shape[1] * 2
     assert one > numbers
@@ -183,31 +186,31 @@ def test_gradients_are_summed_once_per_optimizer_step():
     [(1, "gradient", SingleProcess), (3, "gradient", GradientAllReduce)],
 )
 def test_the_exchange_follows_from_the_number_of_processes(world, reduce, kind):
-    share = Share()
-    share.world = world
-    assert type(EXCHANGES[reduce](share)) is kind
-    assert type(EXCHANGES["scalars"](share)) is ScalarExchange
+    group = ProcessGroup()
+    group.world = world
+    assert type(EXCHANGES[reduce](group)) is kind
+    assert type(EXCHANGES["scalars"](group)) is ScalarExchange
 
 
 def test_a_sum_of_gradients_waits_for_the_last_batch_unless_each_one_counts():
-    def sums(share, every_batch):
-        exchange = EXCHANGES["gradient"](share, every_batch=every_batch)
+    def sums(group, every_batch):
+        exchange = EXCHANGES["gradient"](group, every_batch=every_batch)
         parts = [
-            exchange.settle([torch.ones(2) * number], last=number == 3) for number in (1, 2, 3)
+            exchange.reduce([torch.ones(2) * number], last=number == 3) for number in (1, 2, 3)
         ]
-        exchange.settle([torch.ones(2)], last=False)
-        exchange.forget()
-        assert not exchange.waiting
+        exchange.reduce([torch.ones(2)], last=False)
+        exchange.discard()
+        assert not exchange.pending
         return [part if part is None else part[0].tolist() for part in parts]
 
-    assert played(2, lambda share: sums(share, False)) == [[None, None, [12.0, 12.0]]] * 2
-    assert played(2, lambda share: sums(share, True)) == [[[2.0, 2.0], [4.0, 4.0], [6.0, 6.0]]] * 2
+    assert played(2, lambda group: sums(group, False)) == [[None, None, [12.0, 12.0]]] * 2
+    assert played(2, lambda group: sums(group, True)) == [[[2.0, 2.0], [4.0, 4.0], [6.0, 6.0]]] * 2
 
 
 def test_scalars_do_not_grow_with_the_adapter():
     def sent(queries, **options):
         gradients, results, found = played(
-            2, lambda share: estimates(share, "scalars", queries=queries, **options)
+            2, lambda group: estimates(group, "scalars", queries=queries, **options)
         )[1]
         return found / (sum(int(result.counts.sum()) for result in results) / 2), gradients.shape[1]
 
@@ -220,9 +223,9 @@ def test_scalars_do_not_grow_with_the_adapter():
 
 @given(number=st.integers(0, 60), world=st.integers(1, 9), least=st.integers(1, 3))
 def test_cuts_are_even_and_complete(number, world, least):
-    share = Share()
-    share.world = world
-    pieces = share.cut(number, least)
+    group = ProcessGroup()
+    group.world = world
+    pieces = group.partition(number, least)
     sizes = [piece.stop - piece.start for piece in pieces]
     busy = [size for size in sizes if size]
     assert len(pieces) == world
@@ -238,10 +241,10 @@ def test_cuts_are_even_and_complete(number, world, least):
     chunk=st.none() | st.integers(1, 5),
 )
 def test_rows_are_dealt_evenly_to_within_a_chunk(counts, world, chunk):
-    share, rows = Share(), expand(torch.tensor(counts), 1.0)
-    share.world = world
-    feed = Feed(tiny_batch("llama", len(counts)), frozenset({"right"}))
-    parts = gradient_exchange(share).parts(rows, feed, grouped=False, chunk=chunk)
+    group, rows = ProcessGroup(), expand(torch.tensor(counts), 1.0)
+    group.world = world
+    feed = TrimmedBatch(tiny_batch("llama", len(counts)), frozenset({"right"}))
+    parts = gradient_exchange(group).parts(rows, feed, shares_noise=False, chunk=chunk)
     sizes = [len(part) for part in parts]
     assert max(sizes) - min(sizes) <= (chunk or 1)
     found = sorted(
@@ -292,8 +295,8 @@ def test_sums_of_signs_are_exact(rows, columns, size):
 
 
 def test_processes_that_differ_are_named():
-    def meet(share):
-        share.agree({"seed": share.rank // 2, "batch": 4}, "at the start")
+    def meet(group):
+        group.assert_same({"seed": group.rank // 2, "batch": 4}, "at the start")
 
     with pytest.raises(
         ConfigurationError, match="differ at the start: seed is 0 in process 0 and 1 in process 2"
@@ -307,7 +310,7 @@ def test_scalars_refuse_what_needs_more():
         ({"noise": "activation"}, "noise on outputs"),
     ):
         with pytest.raises(ConfigurationError, match=message):
-            estimates(Share(), "scalars", **options)
+            estimates(ProcessGroup(), "scalars", **options)
 
 
 def test_a_fingerprint_sees_samples_and_their_order():

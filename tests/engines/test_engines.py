@@ -245,7 +245,7 @@ def test_coarse_engines_keep_noise_per_row_if_they_say_so(language_model, tmp_pa
             coarse, table, WORDS, 3, precision=precision
         ).precision
         run.train()
-        assert run.session.chosen.perturbation.grouped == (precision == 1e-4)
+        assert run.session.chosen.perturbation.shares_noise == (precision == 1e-4)
 
 
 # --- HTTP ---

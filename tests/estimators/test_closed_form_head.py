@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
-from hf_flops import FlopsTrainer, FlopsTrainingArguments, Method, Place, estimate_gradient
+from hf_flops import BatchPosition, FlopsTrainer, FlopsTrainingArguments, Method, estimate_gradient
 from hf_flops.allocators import Optimal
 from hf_flops.core.chunking import ChunkPlanner
 from hf_flops.estimators import Antithetic, OneSided, find_head
@@ -91,7 +91,7 @@ def estimate(model, inputs, forward=None, **options):
     }
     model.zero_grad()
     estimate_gradient(
-        forward or model_forward(model), inputs, Method(**{**defaults, **options}), Place()
+        forward or model_forward(model), inputs, Method(**{**defaults, **options}), BatchPosition()
     )
     return head
 
@@ -146,7 +146,7 @@ def test_a_sample_without_a_finite_loss_leaves_the_average():
         head=head,
         **options,
     )
-    estimate_gradient(model_forward(model), broken, method, Place())
+    estimate_gradient(model_forward(model), broken, method, BatchPosition())
     wanted = autograd(model, rest, head.vector)
     assert all(
         torch.allclose(p.grad, g, atol=1e-6)
@@ -192,7 +192,7 @@ def test_no_head_where_it_would_be_wrong():
         )
         is None
     )
-    assert found(model, batch(), held={"head.weight"}) is None
+    assert found(model, batch(), frozen={"head.weight"}) is None
     model.body.requires_grad_(False)
     assert found(model, batch()) is None  # nothing is left for noise
     tied = tiny_model("gpt2")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from hf_flops import Method, Place, estimate_gradient
+from hf_flops import BatchPosition, Method, estimate_gradient
 from hf_flops.allocators import ALLOCATORS
 from hf_flops.base.prng import seeds
 from hf_flops.estimators import ESTIMATORS, Antithetic, LogitJacobian, OneSided, Prediction
@@ -73,7 +73,10 @@ def estimate(model, inputs, control, step=0, **options):
     model.zero_grad()
     forward = options.pop("forward", model_forward(model))
     result = estimate_gradient(
-        forward, inputs, Method(**{**defaults, **options}, control=control), Place(step=step)
+        forward,
+        inputs,
+        Method(**{**defaults, **options}, control=control),
+        BatchPosition(step=step),
     )
     return torch.cat([p.grad.flatten() for p in vector.parameters]), result
 
@@ -219,7 +222,7 @@ def test_what_rows_taught_adds_up_exactly(size):
     for part in parts:
         prediction.add(part, part.T, torch.ones(4).double())
     assert prediction._innovation.is_floating_point() == (size > 1)
-    found, sums = prediction.taught()
+    found, sums = prediction.statistics()
     assert found.equal(sum(parts))
     assert sums.equal(torch.full((4,), 6.0).double())
 
@@ -237,7 +240,7 @@ def test_the_unit_of_errors_changes_what_is_taught_by_its_rounding_only():
         )
         left, errors, sums = prediction.remainder(noise, torch.arange(30) % 3, deltas, changes)
         prediction.add(noise.exact_sum(errors), errors, sums)
-        return left, *prediction.taught()
+        return left, *prediction.statistics()
 
     (left, innovation, sums), (other_left, other, other_sums) = taught(1.0), taught(16.0)
     assert left.equal(other_left)

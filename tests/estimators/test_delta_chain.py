@@ -4,7 +4,7 @@ queries.
 
 import torch
 
-from hf_flops import CallableObjective, Method, Place, estimate_gradient
+from hf_flops import BatchPosition, CallableObjective, Method, estimate_gradient
 from hf_flops.allocators import Uniform
 from hf_flops.base.rows import expand
 from hf_flops.core.clean_forward import clean_pass
@@ -84,11 +84,11 @@ def test_the_elements_of_a_chain_are_those_that_the_method_asks_for():
     def names(**options):
         method = made(model := Softmax(), **options)
         with torch.no_grad():
-            found = transforms(clean_pass(model_forward(model), batch(), method, Place()))
+            found = transforms(clean_pass(model_forward(model), batch(), method, BatchPosition()))
         return [type(transform).__name__ for transform in found.transforms]
 
     steps = CallableObjective(lambda outputs, inputs: -outputs.logits.argmax(-1).float())
-    steps.in_steps = True
+    steps.piecewise_constant = True
     assert names() == ["FiniteDifference"]
     assert names(control=LogitJacobian()) == ["FiniteDifference", "Residual"]
     assert names(objective=steps) == ["FiniteDifference", "LeaveOneOut"]
@@ -101,7 +101,7 @@ def test_other_losses_may_be_known_between_the_clean_pass_and_the_queries():
             return RowLosses(2 * found.sums + 1, found.counts, found.residuals)
 
     model = Softmax()
-    forward, inputs, place = model_forward(model), batch(), Place(seed=4)
+    forward, inputs, place = model_forward(model), batch(), BatchPosition(seed=4)
     estimate_gradient(forward, inputs, made(model, objective=Shifted()), place)
     wanted = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()

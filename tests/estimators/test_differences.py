@@ -23,7 +23,7 @@ SAMPLES, SCALE = 5, 0.7
 class Right(CallableObjective):
     """Whether a score is positive, to be maximised."""
 
-    in_steps = True
+    piecewise_constant = True
 
     def __init__(self):
         super().__init__(lambda outputs, inputs: -(outputs > 0).float())
@@ -118,17 +118,17 @@ def test_rows_that_fail_count_for_nothing():
         return None, torch.where(outputs < -0.8, torch.nan, outputs)  # under some noise
 
     class Fails(Right):
-        def __init__(self, in_steps):
-            self.in_steps, self.per_row = in_steps, True
+        def __init__(self, piecewise_constant):
+            self.piecewise_constant, self.per_row = piecewise_constant, True
             self.function = lambda outputs, inputs: torch.where(
                 outputs.isnan(), torch.nan, -(outputs > 0).float()
             )
 
-    def totals(in_steps):
+    def totals(piecewise_constant):
         gradient, result = run(
             model,
             inputs,
-            objective=Fails(in_steps),
+            objective=Fails(piecewise_constant),
             scale=SCALE,
             forward=forward,
             queries_per_sample=9,

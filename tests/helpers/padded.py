@@ -6,7 +6,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from hf_flops import Method, Place, estimate_gradient
+from hf_flops import BatchPosition, Method, estimate_gradient
 from hf_flops.allocators import Optimal
 from hf_flops.estimators import OneSided
 from hf_flops.objectives import TappedLoss
@@ -42,7 +42,7 @@ def estimate(model, inputs, kind="rowwise", forward=None, **options):
     }
     model.zero_grad()
     result = estimate_gradient(
-        forward or model_forward(model), inputs, Method(**{**defaults, **options}), Place()
+        forward or model_forward(model), inputs, Method(**{**defaults, **options}), BatchPosition()
     )
     return torch.cat([p.grad.flatten() for p in vector.parameters]), result
 

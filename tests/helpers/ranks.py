@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_flops.distributed.collectives import Share
+from hf_flops.distributed.collectives import ProcessGroup
 
 
 class Meeting:
@@ -29,7 +29,7 @@ class Meeting:
         return found
 
 
-class ThreadShare(Share):
+class ThreadShare(ProcessGroup):
     def __init__(self, meeting: Meeting, rank: int) -> None:
         super().__init__()
         self.meeting, self.rank, self.world = meeting, rank, meeting.world
@@ -38,21 +38,21 @@ class ThreadShare(Share):
         self.sent += own.numel() * own.element_size()
         return own.clone()
 
-    def gather(self, own, sizes):
+    def all_gather(self, own, sizes):
         assert len(own) == sizes[self.rank]
         return torch.cat(self.meeting.exchange(self.rank, self._count(own)))
 
-    def total(self, own):
+    def all_reduce(self, own):
         return torch.stack(self.meeting.exchange(self.rank, self._count(own))).sum(0)
 
-    def first(self, value):
+    def broadcast(self, value):
         return self.meeting.exchange(self.rank, value)[0]
 
-    def everyone(self, value):
+    def all_gather_object(self, value):
         return self.meeting.exchange(self.rank, value)
 
 
-def played(world: int, act: Callable[[Share], Any]) -> list[Any]:
+def played(world: int, act: Callable[[ProcessGroup], Any]) -> list[Any]:
     """Let so many ranks act at the same time; returns what each found, or raises what the first of
     them raised.
     """

@@ -55,7 +55,7 @@ def test_the_score_and_its_derivative(pairs):
 @given(pairs=PAIRS)
 def test_clean_rows_have_the_score_and_queries_what_they_change(pairs):
     labels, found = (torch.tensor(own) for own in zip(*pairs, strict=True))
-    objective, clean = MacroF1().settled(judged(labels, found), {"labels": labels})
+    objective, clean = MacroF1().bind_batch(judged(labels, found), {"labels": labels})
     assert float(clean.sums.mean()) == pytest.approx(-score_of(labels, found), abs=1e-6)
     # a query that changes nothing
     torch.testing.assert_close(judged(labels, found, objective).sums, clean.sums)
@@ -70,7 +70,7 @@ def test_what_an_answer_adds_is_the_change_of_the_score():
     found = torch.where(
         torch.rand(2000, generator=generator) < 0.5, labels, labels[torch.randperm(2000)]
     )
-    objective, clean = MacroF1().settled(judged(labels, found), {"labels": labels})
+    objective, clean = MacroF1().bind_batch(judged(labels, found), {"labels": labels})
     for row in range(20):
         for answer in range(4):
             other = found.clone()

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_flops import Method, Place, estimate_gradient
+from hf_flops import BatchPosition, Method, estimate_gradient
 from hf_flops.allocators import Uniform
 from hf_flops.autotune.rule_check import choose_perturbation
 from hf_flops.estimators import Antithetic, OneSided
@@ -51,7 +51,7 @@ def row_estimates(module, perturbation, noise, x, scale, loss):
         rows = torch.eye(len(x), dtype=x.dtype)
         return torch.stack(
             [
-                delta * perturbation.pull_back(noise, row)
+                delta * perturbation.weighted_noise(noise, row)
                 for delta, row in zip(deltas, rows, strict=True)
             ]
         )
@@ -128,7 +128,7 @@ def test_it_is_weight_noise_less_what_the_forward_cannot_see(tokens):
                 torch.testing.assert_close(found[row], module(x)[row], rtol=1e-6, atol=1e-6)
     projected = full @ torch.linalg.pinv(seen) @ seen  # E[z | what was seen]
     for row in range(4):
-        weight, bias = vector.views(perturbation.pull_back(noise, torch.eye(4)[row]).double())
+        weight, bias = vector.views(perturbation.weighted_noise(noise, torch.eye(4)[row]).double())
         torch.testing.assert_close(
             torch.cat([weight, bias[:, None]], -1), projected[row], rtol=0.01, atol=0.01
         )
@@ -179,7 +179,7 @@ def estimate(model, inputs, counts, objective=surprise, estimator=OneSided, rows
         rows_per_forward,
     )
     result = estimate_gradient(
-        lambda inputs: (None, model(**inputs)), inputs, method, Place(seed=5)
+        lambda inputs: (None, model(**inputs)), inputs, method, BatchPosition(seed=5)
     )
     return torch.cat([p.grad.flatten() for p in model.parameters()]), result
 
@@ -233,7 +233,9 @@ def test_rows_with_a_non_finite_loss_run_again_for_their_neighbours():
                 delta = (broken(model(**one), one) - clean[sample]) / 1e-4
             if bool(delta.isfinite()):
                 wanted += (
-                    perturbation.pull_back(noise, delta) / (9 - lost if sample == 2 else count) / 4
+                    perturbation.weighted_noise(noise, delta)
+                    / (9 - lost if sample == 2 else count)
+                    / 4
                 )
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
 
@@ -307,7 +309,7 @@ def test_queries_see_the_slope_along_their_pull_back(kind, mode):
         ]
         flat = [torch.cat([piece.flatten() for piece in gradient]) for gradient in gradients]
     if mode == "auto":  # as few outputs as inputs, so that the weights can do what the noise did
-        pulled = [perturbation.pull_back(noise, row) for row in torch.eye(4)]
+        pulled = [perturbation.weighted_noise(noise, row) for row in torch.eye(4)]
         slopes = torch.stack([g @ own.to(g) for g, own in zip(flat, pulled, strict=True)])
         torch.testing.assert_close(deltas, slopes, rtol=0.05, atol=0.05 * float(slopes.abs().max()))
 

@@ -80,7 +80,7 @@ LOOPED = {
 
 
 @torch.no_grad()
-def assert_equals_oracle(config, inside, outside, rows, tokens, repeats=1, looping=False):
+def assert_equals_oracle(config, inside, outside, rows, tokens, repeats=1, row_by_row=False):
     """Compare outputs under row-wise noise with a loop over rows that changes the parameters, in
     float64.
     """
@@ -91,7 +91,7 @@ def assert_equals_oracle(config, inside, outside, rows, tokens, repeats=1, loopi
     # off values at which tensors hide each other
     offset = 0.3 * draw("gaussian", seeds(3, 3), vector.shapes)[0]
     ids = torch.arange(rows * repeats * tokens).reshape(rows * repeats, tokens) * 5 % 7
-    perturbation = RowwiseNoise(model, vector, "gaussian", vector.names if looping else ())
+    perturbation = RowwiseNoise(model, vector, "gaussian", vector.names if row_by_row else ())
     noise = perturbation.draw(keys(rows))
     with displaced(vector, offset):
         with perturbation.applied(noise, 0.25):
@@ -123,7 +123,7 @@ def test_rules_of_adapter_layers(adapter, inside, outside, rows, tokens, repeats
 @pytest.mark.parametrize("adapter", [*LOOPED, *ADAPTERS])
 def test_layers_run_row_by_row(adapter):
     assert_equals_oracle(
-        {**LOOPED, **ADAPTERS}[adapter](), 4, 6, rows=3, tokens=4, repeats=2, looping=True
+        {**LOOPED, **ADAPTERS}[adapter](), 4, 6, rows=3, tokens=4, repeats=2, row_by_row=True
     )
 
 
@@ -179,15 +179,17 @@ CHECKED = [
 
 
 @pytest.mark.parametrize(
-    ("kind", "config", "looping"), CHECKED, ids=lambda value: getattr(value, "peft_type", value)
+    ("kind", "config", "row_by_row"), CHECKED, ids=lambda value: getattr(value, "peft_type", value)
 )
 @torch.no_grad()
-def test_the_self_check_agrees_with_the_oracle(kind, config, looping):
+def test_the_self_check_agrees_with_the_oracle(kind, config, row_by_row):
     model, inputs, objective = adapted(kind, config), tiny_batch(kind), TappedLoss()
     perturbation, notes = choose_perturbation(
         model, objective, model_forward(model), inputs, mode="rowwise", distribution="gaussian"
     )
-    assert [note for note in notes if "run once for each row" in note] == (notes if looping else [])
+    assert [note for note in notes if "run once for each row" in note] == (
+        notes if row_by_row else []
+    )
     noise = perturbation.draw(keys(4))
     with perturbation.applied(noise, 0.05):
         found = objective(model_forward(model), inputs).sums

@@ -379,7 +379,7 @@ def test_the_pull_back_is_the_weighted_sum_of_the_noise(kind, distribution):
         )
 
     coefficients = randn(5)
-    found = perturbation.pull_back(perturbation.draw(keys(5)), coefficients)
+    found = perturbation.weighted_noise(perturbation.draw(keys(5)), coefficients)
     assert found.dtype == torch.float64
     torch.testing.assert_close(found.float(), (flat() * coefficients[:, None]).sum(0))
     assert flat().equal(flat())

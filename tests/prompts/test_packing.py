@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_flops import Method, Place, estimate_gradient
+from hf_flops import BatchPosition, Method, estimate_gradient
 from hf_flops.allocators import Optimal
 from hf_flops.estimators import OneSided
 from hf_flops.objectives import TappedLoss
@@ -79,7 +79,7 @@ def test_estimates_are_those_of_rows_alone(kind, monkeypatch):
         model._packs = packs
         model.zero_grad()
         with torch.no_grad(), shared_texts(model, inputs, clean=True):
-            estimate_gradient(model_forward(model), inputs, method, Place())
+            estimate_gradient(model_forward(model), inputs, method, BatchPosition())
         found.append(model.prompt.weight.grad.clone())
     assert (max(chosen, default=1) > 1) == (kind != "windows")
     torch.testing.assert_close(

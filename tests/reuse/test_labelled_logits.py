@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from hf_flops import (
+    BatchPosition,
     CallableObjective,
     FlopsTrainer,
     FlopsTrainingArguments,
     Method,
-    Place,
     estimate_gradient,
 )
 from hf_flops.allocators import ALLOCATORS
@@ -132,7 +132,7 @@ def test_estimates_are_the_same_with_late_expansion_and_cut_padding(adapter, est
         replace(method, objective=objective, reuse=reuse),
     ):
         model.zero_grad()
-        result = estimate_gradient(forward, inputs, own, Place(seed=3), elements=7)
+        result = estimate_gradient(forward, inputs, own, BatchPosition(seed=3), elements=7)
         found.append(
             (result, torch.cat([p.grad.flatten() for p in perturbation.vector.parameters]))
         )

@@ -23,7 +23,7 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from hf_flops import FlopsTrainer, FlopsTrainingArguments, Method, Place, estimate_gradient
+from hf_flops import BatchPosition, FlopsTrainer, FlopsTrainingArguments, Method, estimate_gradient
 from hf_flops.allocators import ALLOCATORS
 from hf_flops.autotune.padding_check import with_cropping
 from hf_flops.estimators import ESTIMATORS
@@ -127,7 +127,7 @@ def late(method, model, inputs):
 def estimate(method, model, inputs, forward=None):
     model.zero_grad()
     result = estimate_gradient(
-        forward or model_forward(model), inputs, method, Place(seed=3, step=2)
+        forward or model_forward(model), inputs, method, BatchPosition(seed=3, step=2)
     )
     return result, torch.cat(
         [parameter.grad.flatten() for parameter in method.perturbation.vector.parameters]
@@ -631,7 +631,7 @@ def counted_columns(module, counter):
 
 def estimated(model, forward, inputs, method):
     model.zero_grad()
-    estimate_gradient(forward, inputs, method, Place())
+    estimate_gradient(forward, inputs, method, BatchPosition())
     return torch.cat([p.grad.flatten() for p in method.perturbation.vector.parameters])
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hf_flops import ConfigurationError, FlopsTrainingArguments, Place, estimate_gradient
+from hf_flops import BatchPosition, ConfigurationError, FlopsTrainingArguments, estimate_gradient
 from hf_flops.base.batch import take
 from hf_flops.reuse import CachedPlan, SampleStore, choose_reuse
 from hf_flops.reuse.prefix_cache import identify
@@ -42,7 +42,7 @@ def estimates(method, reuse, model, inputs, batches):
     found = []
     for step, ids in enumerate(batches):
         model.zero_grad()
-        place = Place(step=step, ids=tuple(ids))
+        place = BatchPosition(step=step, ids=tuple(ids))
         estimate_gradient(
             model_forward(model),
             take(inputs, torch.tensor(ids)),
@@ -138,7 +138,9 @@ def test_changed_inputs_are_refused_and_other_padding_is_not():
     with pytest.raises(ConfigurationError, match="inputs of sample 0 have changed"):
         estimates(method, reuse, model, changed, [[0, 1]])
     with pytest.raises(ConfigurationError, match="add a column sample_id"):
-        estimate_gradient(model_forward(model), inputs, replace(method, reuse=reuse), Place())
+        estimate_gradient(
+            model_forward(model), inputs, replace(method, reuse=reuse), BatchPosition()
+        )
 
 
 @pytest.mark.parametrize("place", ["memory", "disk"])

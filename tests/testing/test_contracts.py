@@ -184,8 +184,8 @@ class Left(SharedNoise):
 
 
 class Doubled(SharedNoise):
-    def pull_back(self, noise, coefficients):
-        return 2 * super().pull_back(noise, coefficients)
+    def weighted_noise(self, noise, coefficients):
+        return 2 * super().weighted_noise(noise, coefficients)
 
 
 def test_broken_perturbations_are_found():

@@ -164,14 +164,14 @@ def test_parameters_are_bit_for_bit_what_they_were_if_a_forward_raises():
 
 
 def test_processes_that_see_other_losses_go_the_way_of_the_first():
-    def act(share):
+    def act(group):
         search, weight = RateSearch(), nn.Parameter(torch.zeros(3))
         vector, optimizer = ParameterVector([("weight", weight)]), torch.optim.SGD([weight], lr=1.0)
         search.due(0, vector, optimizer)
         weight.data.fill_(1.0)
         search._steps, search._rates = 1, 1.0
-        goal = 2.0 if share.rank == 0 else 8.0
-        search.search(lambda: (weight.detach() - goal).square(), vector, optimizer, share.first)
+        goal = 2.0 if group.rank == 0 else 8.0
+        search.search(lambda: (weight.detach() - goal).square(), vector, optimizer, group.broadcast)
         return weight.detach().tolist(), search.multiplier
 
     assert played(2, act) == [([2.0] * 3, 2.0)] * 2

@@ -450,7 +450,7 @@ def test_poisoned_samples_are_dropped_and_counted(samples, preset, arguments, no
     entries = [entry for entry in candidate.state.log_history if "loss" in entry]
     assert all(len(samples) <= entry["dropped_rows"] < 8 * 4 for entry in entries)
     assert notices() == []  # the self-check looks at samples that can tell
-    assert candidate.session.chosen.perturbation.grouped == (preset != "flops")
+    assert candidate.session.chosen.perturbation.shares_noise == (preset != "flops")
 
 
 def test_a_poisoned_sample_does_not_hide_a_rule_that_is_right(arguments):
