@@ -6,8 +6,8 @@ Wiring only.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -284,16 +284,13 @@ class FlopsTrainerMixin(_Base):
         recorder = [] if self._recorder is None else [self._recorder]
         return [self.ledger, *recorder, *self.session.observers]
 
-    def _inference(self, model: nn.Module, batch: Batch) -> AbstractContextManager[Any]:
-        """Return a context for forward passes alone: evaluation mode, no gradients, the stock
-        trainer's precision.
-        """
-        stack = ExitStack()
-        stack.enter_context(evaluation_mode(model))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(self.compute_loss_context_manager())
-        stack.enter_context(shared_texts(self.model, batch.inputs, self.session.needs_clean))
-        return stack
+    @contextmanager
+    def _inference(self, model: nn.Module, batch: Batch) -> Iterator[None]:
+        """Run only forward passes inside: evaluation mode, no gradients, the stock precision."""
+        clean, context = self.session.needs_clean, self.compute_loss_context_manager()
+        shared = shared_texts(self.model, batch.inputs, clean)
+        with evaluation_mode(model), torch.no_grad(), context, shared:
+            yield
 
     def _refuse_step(self, model: nn.Module) -> Tensor:
         """Take nothing of an optimizer step that the budget does not allow, not even in part."""
