@@ -14,8 +14,8 @@ from torch import Tensor
 from ..errors import in_one_line
 
 logger = logging.getLogger(__name__)
-# models and objectives raise anything where they mind a change; memory errors are among these
-FAILURES = (Exception,)
+# What a model raises where it minds a change; anything else reaches the user.
+FAILURES = (ValueError, RuntimeError, IndexError, TypeError, AttributeError)
 
 
 def agree(found: Tensor, wanted: Tensor, tolerance: float, size: float | None = None) -> bool:

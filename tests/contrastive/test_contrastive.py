@@ -283,6 +283,16 @@ def test_projections_alone_get_the_gradient_of_backprop(tmp_path):
         torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-6)
 
 
+def test_a_step_that_is_refused_leaves_gradients_switched_on(tmp_path):
+    args = arguments(tmp_path, queries_per_sample="auto")
+    run = FlopsTrainer(
+        adapted("clip"), args, train_dataset=as_pairs(pair_batch()), data_collator=collate
+    )
+    with pytest.raises(ConfigurationError, match="queries_per_sample='auto'"):
+        run.training_step(run.model, collate(as_pairs(pair_batch())))
+    assert torch.is_grad_enabled()
+
+
 def test_labels_classify_images_among_any_number_of_texts(tmp_path):
     model = adapted("clip")
     batch = {**pair_batch(4, texts=3), "labels": torch.tensor([2, 0, 1, 1])}

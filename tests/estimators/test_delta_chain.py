@@ -83,8 +83,8 @@ def test_a_clean_loss_is_the_baseline_of_its_own_rows():
 def test_the_elements_of_a_chain_are_those_that_the_method_asks_for():
     def names(**options):
         method = made(model := Softmax(), **options)
-        with torch.no_grad():
-            found = transforms(clean_pass(model_forward(model), batch(), method, BatchPosition()))
+        with torch.no_grad(), method.reuse.recording(model_forward(model)) as recording:
+            found = transforms(clean_pass(recording, batch(), method, BatchPosition()))
         return [type(transform).__name__ for transform in found.transforms]
 
     steps = CallableObjective(lambda outputs, inputs: -outputs.logits.argmax(-1).float())
@@ -105,8 +105,9 @@ def test_other_losses_may_be_known_between_the_clean_pass_and_the_queries():
     estimate_gradient(forward, inputs, made(model, objective=Shifted()), place)
     wanted = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
-    with torch.no_grad():
-        clean = clean_pass(forward, inputs, made(model), place)
+    method = made(model)
+    with torch.no_grad(), method.reuse.recording(forward) as recording:
+        clean = clean_pass(recording, inputs, method, place)
         before = clean.losses
         other = RowLosses(2 * before.sums + 1, before.counts, before.residuals)
         result = estimate_from(clean.judged_by(Shifted(), other))
