@@ -2,35 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, field
-from typing import Any
 
 from transformers import TrainingArguments
 
 from ..allocators import ALLOCATORS
 from ..distributed.exchange import REDUCE
-from ..distributed.launch import check_environment, check_world
-from ..errors import ConfigurationError
-from ..estimators import ESTIMATORS
 from ..perturbations import DISTRIBUTIONS
-from .presets import CHOICES, LORA_PARTS, PRESETS
-from .validation import replayable
-
-logger = logging.getLogger(__name__)
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigurationError(message)
-
-
-def _number(kind: type, value: Any) -> Any:
-    """Convert the text of a command line to a number, if it is one."""
-    try:
-        return kind(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
+from .presets import LORA_PARTS, PRESETS
+from .validation import check_own_options, check_processes, check_stock_options
 
 
 @dataclass
@@ -43,6 +23,16 @@ class FlopsArgumentsMixin:
     Raises:
         ConfigurationError: a value is unknown or out of range, or a stock option needs a backward
             pass.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> from transformers import Seq2SeqTrainingArguments
+        >>> @dataclass
+        ... class Arguments(FlopsArgumentsMixin, Seq2SeqTrainingArguments):
+        ...     pass
+        >>> args = Arguments(predict_with_generate=True, preset="mezo", use_cpu=True)
+        >>> args.estimator, args.predict_with_generate
+        ('antithetic', True)
     """
 
     learning_rate: float | str | None = field(
@@ -203,7 +193,6 @@ class FlopsArgumentsMixin:
     noise_seed: int | None = field(
         default=None, metadata={"help": "Seed of the perturbations. Default: the seed of the run."}
     )
-
     reduce: str = field(
         default="gradient",
         metadata={
@@ -215,160 +204,18 @@ class FlopsArgumentsMixin:
     )
 
     def __post_init__(self) -> None:
-        check_environment()
-        self._check_choices()
-        self._check_scalars()
-        self._check_numbers()
-        self._check_rate()
-        self._check_stock_options()
+        check_own_options(self)
+        check_stock_options(self)  # type: ignore[arg-type]
         super().__post_init__()  # type: ignore[misc]
-        check_world(self.world_size)  # type: ignore[attr-defined]
-        _require(
-            not self.trajectory_log or self.world_size == 1,  # type: ignore[attr-defined]
-            "trajectory_log=True is for one process, as of several none has all numbers: use one, "
-            "or switch it off.",
-        )
-
-    def _check_choices(self) -> None:
-        for name, choices in CHOICES.items():
-            value = getattr(self, name)
-            _require(
-                value is None or value in choices,
-                f"{name}={value!r} is unknown: choose one of {', '.join(choices)}.",
-            )
-        if (
-            self.reduce == "scalars"
-            and self.control_variate is None
-            and PRESETS[self.preset]["control_variate"] != "none"
-        ):
-            logger.warning(
-                'reduce="scalars" goes without a control variate, which learns from what does not '
-                "travel."
-            )
-            self.control_variate = "none"
-        defaults = PRESETS[self.preset] | (replayable(self) if self.trajectory_log else {})
-        for name, value in defaults.items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
-
-    def _check_scalars(self) -> None:
-        _require(
-            self.reduce != "scalars" or self.control_variate == "none",
-            f"control_variate={self.control_variate!r} learns from gradients, which do not travel "
-            "with reduce='scalars': use reduce='gradient', or 'none'.",
-        )
-        _require(
-            self.reduce != "scalars" or self.perturbation != "activation",
-            "perturbation='activation' needs the forwards of all rows to draw its noise again, "
-            "which reduce='scalars' would do in every process: use reduce='gradient', or 'auto'.",
-        )
-
-    def _check_numbers(self) -> None:
-        self.rows_per_forward = _number(
-            int, "auto" if self.rows_per_forward is None else self.rows_per_forward
-        )
-        self.perturbation_scale = _number(float, self.perturbation_scale)
-        self.queries_per_sample = _number(int, self.queries_per_sample)
-        queries, scale, rows = (
-            self.queries_per_sample,
-            self.perturbation_scale,
-            self.rows_per_forward,
-        )
-        _require(
-            queries == "auto" or (isinstance(queries, int) and queries >= 1),
-            f"queries_per_sample={queries!r} must be a whole number, 1 or more (2 or more to "
-            "estimate a gradient), or 'auto'.",
-        )
-        most = self.max_queries
-        _require(
-            most is None or (isinstance(most, int) and most >= 1),
-            f"max_queries={most!r} must be a whole number, 1 or more.",
-        )
-        least = ESTIMATORS[str(self.estimator)]
-        clean = least.baseline or ALLOCATORS[str(self.allocator)].needs_clean
-        _require(
-            queries == "auto" or queries >= len(least.signs) + clean,  # type: ignore[operator]
-            f"queries_per_sample={queries} is too few: estimator={self.estimator!r} with "
-            f"allocator={self.allocator!r} needs at least {len(least.signs) + clean} rows per "
-            "sample, the clean one included.",
-        )
-        fine = scale in (None, "auto") or (
-            isinstance(scale, (int, float)) and 0 < scale < float("inf")
-        )
-        _require(fine, f"perturbation_scale={scale!r} must be positive and finite, or 'auto'.")
-        _require(
-            self.late_expansion or self.prefix_cache is None,
-            "prefix_cache needs late_expansion=True.",
-        )
-        _require(
-            self.prefix_cache_gb > 0, f"prefix_cache_gb={self.prefix_cache_gb!r} must be positive."
-        )
-        whole = isinstance(rows, int) and rows >= 1
-        _require(
-            rows == "auto" or whole,
-            f"rows_per_forward={rows!r} must be a whole number, 1 or more, or 'auto'.",
-        )
-        limit = self.memory_limit_gb
-        _require(
-            limit is None or 0 < limit < float("inf"),
-            f"memory_limit_gb={limit!r} must be positive and finite.",
-        )
-
-    def _check_rate(self) -> None:
-        rate = self.learning_rate = _number(float, self.learning_rate)
-        if rate == "auto":
-            self.learning_rate, self.learning_rate_search = 1e-3, True
-        _require(
-            not isinstance(rate, str) or rate == "auto",
-            f"learning_rate={rate!r} must be a number, or 'auto'.",
-        )
-        _require(
-            not (self.learning_rate_search and self.trajectory_log),
-            "trajectory_log=True cannot replay a learning rate search, which moves parameters by "
-            "more than estimates: give learning_rate a number, or switch one of the two off.",
-        )
-        optimizer = str(getattr(self.optim, "value", self.optim))  # type: ignore[attr-defined]
-        _require(
-            not self.learning_rate_search or "schedule_free" not in optimizer,
-            f"optim={optimizer!r} is not for a learning rate search, as it trains at other points "
-            "than it keeps: choose another.",
-        )
-
-    def _check_stock_options(self) -> None:
-        """Refuse, or quietly switch off, options of `TrainingArguments` that belong to the backward
-        pass.
-        """
-        given: Any = self
-        _require(
-            not given.fp16,
-            "fp16=True is not supported: forward differences need no loss scaling and lose their "
-            "digits in fp16; use bf16=True or fp32.",
-        )
-        for name, what in (
-            ("fsdp", "FSDP shards the model for the backward pass"),
-            ("deepspeed", "DeepSpeed takes the training step over"),
-            ("use_liger_kernel", "Liger kernels fuse the loss, which must be seen row by row"),
-            ("neftune_noise_alpha", "NEFTune adds noise of its own to the embeddings"),
-            (
-                "torch_compile",
-                "a compiled model hides its layers and its loss, which must be seen row by row",
-            ),
-            ("torch_compile_backend", "it switches torch_compile on"),
-            ("torch_compile_mode", "it switches torch_compile on"),
-        ):
-            _require(
-                not getattr(given, name, None),
-                f"{name}={getattr(given, name, None)!r} is not supported: {what}.",
-            )
-        optimizer = str(getattr(given.optim, "value", given.optim))
-        _require(
-            "lomo" not in optimizer,
-            f"optim={optimizer!r} is not supported: it fuses the update with backward.",
-        )
-        # nothing is kept for a backward pass
-        given.activation_checkpointing = given.gradient_checkpointing = None
+        check_processes(self)  # type: ignore[arg-type]
 
 
 @dataclass
 class FlopsTrainingArguments(FlopsArgumentsMixin, TrainingArguments):  # type: ignore[misc]
-    """`transformers.TrainingArguments` with the fields of `FlopsArgumentsMixin`."""
+    """`transformers.TrainingArguments` with the fields of `FlopsArgumentsMixin`.
+
+    Example:
+        >>> args = FlopsTrainingArguments("outputs", queries_per_sample=8, use_cpu=True)
+        >>> args.allocator, args.estimator
+        ('optimal', 'one_sided')
+    """
