@@ -5,14 +5,12 @@ large that curvature does.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..base.batch import batch_size, take
+from ..base.batch import Inputs, batch_size, take
 from ..base.rows import Rows, expand
 from ..core.chunking import ChunkPlanner, in_chunks
 from ..core.method import Method
@@ -102,9 +100,7 @@ def choose_scale(
     return (scales[best], (squared / error) ** 0.5) if squared > 1e-2 * error else (None, 0.0)
 
 
-def calibrate(
-    forward: Forward, inputs: Mapping[str, Any], method: Method, seed: int = 0
-) -> Calibration:
+def calibrate(forward: Forward, inputs: Inputs, method: Method, seed: int = 0) -> Calibration:
     """Evaluate the same few queries of a batch at every scale of the grid, and choose one.
 
     Args:
@@ -144,7 +140,7 @@ def choose_step_scale(
 
 
 def _evaluated(
-    forward: Forward, inputs: Mapping[str, Any], method: Method, seed: int, grid: tuple[float, ...]
+    forward: Forward, inputs: Inputs, method: Method, seed: int, grid: tuple[float, ...]
 ) -> tuple[Tensor, int]:
     """Return (K, R) deltas of the same queries at every scale of the grid, and how many rows that
     took.
@@ -164,7 +160,7 @@ def _evaluated(
 
 def _deltas(
     forward: Forward,
-    inputs: Mapping[str, Any],
+    inputs: Inputs,
     method: Method,
     rows: Rows,
     clean: Tensor | None,

@@ -1,20 +1,19 @@
-"""What the first batch decides: the objective, where noise enters, and what runs once per
+"""Decisions made with the first batch: the objective, where noise enters, and what runs once per
 sample.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Container
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from ..base.batch import take
+from ..base.batch import Inputs, take
 from ..base.rounding_error import precision_of
 from ..errors import ConfigurationError, ObjectiveError
 from ..estimators import ClosedFormHead, find_head
@@ -22,6 +21,7 @@ from ..estimators.control_variate import MOST_LOGITS
 from ..objectives import BatchLoss, Forward, Objective, RowLossError, TappedLoss
 from ..perturbations import Perturbation
 from ..reuse import CachedPlan, ReusePlan, SampleStore, choose_reuse, with_last_logits
+from .protocol import RunArguments
 from .row_loss_check import choose_objective
 from .rule_check import choose_perturbation
 
@@ -66,15 +66,15 @@ def held_back(model: nn.Module, parts: str, progress: float) -> frozenset[str]:
 
 
 def set_up(
-    args: Any,
+    args: RunArguments,
     model: nn.Module,
     forward: Forward,
-    inputs: Mapping[str, Any],
+    inputs: Inputs,
     objective: Objective | None,
     perturbation: Perturbation | None,
     frozen: Collection[str],
 ) -> Chosen:
-    """Choose what is not given, with the first batch, and say what was not as hoped.
+    """Choose with the first batch what the user did not, and log what falls short of the ideal.
 
     Args:
         args: the run's arguments.
@@ -87,12 +87,12 @@ def set_up(
         frozen: names of trainable tensors that stay as they are for now.
 
     Raises:
-        ObjectiveError: noise per row is asked for, but the loss cannot be had per row.
-        ConfigurationError: noise or a prefix cache cannot be had as asked for.
+        ObjectiveError: the arguments want noise per row, but there is no loss per row.
+        ConfigurationError: noise or a prefix cache does not work as the arguments want it.
     """
     precision = precision_of(model, autocast=args.bf16)
     given = args, model, forward, inputs, perturbation, frozen, precision
-    # one of the user's own is left as it is, unless it keeps logits of itself
+    # an objective of the user's is left as it is, unless it keeps logits itself
     if objective is not None:
         return _set_up(objective, *given, ours=objective.logits)
     objective, reason = choose_objective(forward, inputs, precision, model)
@@ -100,16 +100,16 @@ def set_up(
         if reason is None:
             objective = with_last_logits(model, objective, forward, inputs, precision)
             return _set_up(objective, *given, ours=True)
-    except RowLossError as error:  # what is looked at next moves the parameters further
+    except RowLossError as error:  # later checks move the parameters further
         reason = str(error)
     return _set_up(loss_of_batch(args, reason), *given, ours=False)
 
 
-def loss_of_batch(args: Any, reason: object) -> BatchLoss:
-    """Return the objective for a model's loss that cannot be taken apart into rows, and say why.
+def loss_of_batch(args: RunArguments, reason: object) -> BatchLoss:
+    """Return the objective for a model's loss that cannot be split into rows, and log why.
 
     Raises:
-        ObjectiveError: noise per row is asked for.
+        ObjectiveError: the arguments want noise per row.
     """
     if args.perturbation == "rowwise":
         raise ObjectiveError(
@@ -121,66 +121,93 @@ def loss_of_batch(args: Any, reason: object) -> BatchLoss:
 
 def _set_up(
     objective: Objective,
-    args: Any,
+    args: RunArguments,
     model: nn.Module,
     forward: Forward,
-    inputs: Mapping[str, Any],
+    inputs: Inputs,
     perturbation: Perturbation | None,
     frozen: Collection[str],
     precision: float,
     *,
     ours: bool,
 ) -> Chosen:
-    """Do what `set_up` does once it is known what is minimised, and whether we chose it."""
+    """Do what `set_up` does once the objective is known; `ours` tells that we chose it."""
     if ours:
         prepare_tap(model, objective, forward, inputs, control=args.control_variate != "none")
     head, surrogate = None, objective.surrogate
     if perturbation is None:
         if ours and args.closed_form_head:
             head = find_head(model, objective, forward, inputs, frozen)
-        mode = (
-            "weights" if args.trajectory_log and args.perturbation == "auto" else args.perturbation
+        choose = partial(
+            noise_for,
+            args,
+            model,
+            surrogate,
+            forward,
+            inputs,
+            precision=precision,
+            replayed=args.reduce != "scalars",
         )
-        options = {
-            "mode": mode,
-            "distribution": args.noise,
-            "precision": precision,
-            "replayed": args.reduce != "scalars",
-        }
-        choose = partial(choose_perturbation, model, surrogate, forward, inputs, **options)
         try:
-            perturbation, notes = choose(
-                frozen=frozen if head is None else {*frozen, *head.vector.names}
-            )
+            perturbation = choose(frozen if head is None else {*frozen, *head.vector.names})
         except ConfigurationError:
             if head is None:
                 raise
             head = None  # noise needs a tensor that matters, and beside the head there may be none
-            perturbation, notes = choose(frozen=frozen)
+            perturbation = choose(frozen)
         if head is not None:
             objective.logits = True
             logger.info(
                 "Noise leaves the head alone, whose gradient is exact: %s.",
                 ", ".join(head.vector.names),
             )
-        for note in notes:
-            logger.warning("%s", note)
-    if objective.generates:  # its forwards are not those that were looked at
+    if objective.generates:  # the checks saw other forwards than those that generate
         return Chosen(objective, perturbation, ReusePlan(), head)
     reuse = late_expansion(args, model, surrogate, forward, inputs, perturbation, precision)
     return Chosen(objective, perturbation, reuse, head)
+
+
+def noise_for(
+    args: RunArguments,
+    model: nn.Module,
+    objective: Objective,
+    forward: Forward,
+    inputs: Inputs,
+    frozen: Container[str],
+    *,
+    precision: float,
+    replayed: bool = True,
+) -> Perturbation:
+    """Choose where noise enters, as the arguments want it, and log the notes: see
+    `choose_perturbation`.
+    """
+    logged = args.trajectory_log and args.perturbation == "auto"
+    perturbation, notes = choose_perturbation(
+        model,
+        objective,
+        forward,
+        inputs,
+        mode="weights" if logged else args.perturbation,
+        distribution=args.noise,
+        precision=precision,
+        frozen=frozen,
+        replayed=replayed,
+    )
+    for note in notes:
+        logger.warning("%s", note)
+    return perturbation
 
 
 def prepare_tap(
     model: nn.Module,
     objective: Objective,
     forward: Forward,
-    inputs: Mapping[str, Any],
+    inputs: Inputs,
     *,
     control: bool,
 ) -> None:
-    """Let a tap on the model's loss keep logits, if a control variate is wanted and they are few,
-    and listen late.
+    """Let the tap on a model's loss keep logits, if a control variate is wanted and they are few,
+    and start to record as late in the forward as it can.
     """
     if control and type(objective) is TappedLoss:
         objective.logits = objective.predictable = few_logits(forward, inputs)
@@ -188,12 +215,12 @@ def prepare_tap(
         objective.listen_late(model, forward, take(inputs, torch.tensor([0])))
 
 
-def few_logits(forward: Forward, inputs: Mapping[str, Any]) -> bool:
-    """Say whether the loss of a sample is made of few enough logits for a control variate, and not
-    of its tokens'.
+def few_logits(forward: Forward, inputs: Inputs) -> bool:
+    """Return whether a sample's loss has few enough logits for a control variate.
+
+    Losses of tokens do not: they have as many logits as the padding leaves tokens.
     """
     labels = inputs.get("labels")
-    # as many as the padding leaves
     if torch.is_tensor(labels) and labels.dim() > 1 and not labels.is_floating_point():
         return False
     logits = TappedLoss(logits=True)(forward, take(inputs, torch.tensor([0]))).logits
@@ -201,28 +228,28 @@ def few_logits(forward: Forward, inputs: Mapping[str, Any]) -> bool:
 
 
 def late_expansion(
-    args: Any,
+    args: RunArguments,
     model: nn.Module,
     objective: Objective,
     forward: Forward,
-    inputs: Mapping[str, Any],
+    inputs: Inputs,
     perturbation: Perturbation,
     precision: float,
 ) -> ReusePlan:
-    """Return what may run once per sample, see `choose_reuse`, as far as the arguments want it, and
-    say so.
+    """Return what may run once per sample if the arguments allow it, and log it: see
+    `choose_reuse`.
 
     Raises:
-        ConfigurationError: `prefix_cache` cannot be had.
+        ConfigurationError: `prefix_cache` does not work with this model or loss.
     """
     if not args.late_expansion:
         return ReusePlan()
     cached = args.prefix_cache is not None
-    # what it records for one batch would not fit answers of another length
+    # outputs recorded for one batch would not fit answers of another length
     if hasattr(model, "cached_texts"):
         if cached:
             raise ConfigurationError(
-                f"prefix_cache is not for a {type(model).__name__}, which shares its texts itself."
+                f"prefix_cache does not work with a {type(model).__name__}, which caches its texts."
             )
         return ReusePlan()
     if cached and not objective.per_row:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import replace
-from typing import Any
 
 import torch
 
-from ..base.batch import batch_size, take
+from ..base.batch import Inputs, batch_size, take
 from ..base.padding import SIDES, TrimmedBatch, real_tokens, trim, window
 from ..base.probe import Attempt, Probe, agree
 from ..objectives import Forward, Objective
@@ -18,7 +17,7 @@ from ..reuse import Recording, ReusePlan
 def padding_is_idle(
     objective: Objective,
     forward: Forward,
-    inputs: Mapping[str, Any],
+    inputs: Inputs,
     precision: float = 1e-4,
     *,
     known: Collection[str] = (),
@@ -53,7 +52,7 @@ def with_cropping(
     plan: ReusePlan,
     objective: Objective,
     forward: Forward,
-    inputs: Mapping[str, Any],
+    inputs: Inputs,
     sides: frozenset[str],
     precision: float = 1e-4,
 ) -> ReusePlan:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from ..core.method import Method, StepResult
+from .protocol import State
 
 MOST = 64  # rows per sample
 _KEPT = 0.95  # of what past steps showed, from one step to the next
@@ -53,11 +53,11 @@ class AutoQueries:
         wanted = min(max(round(wanted), 1), 2 * max(1, (self.rows - clean) // signs))
         self._next = max(clean + signs, min(clean + signs * wanted, MOST))
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Return what a resume needs, as JSON-serialisable values."""
         return {"rows": self._next, "signal": self._signal, "variance": self._variance}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Take up a state from `state_dict`."""
         self._next, self._signal, self._variance = state["rows"], state["signal"], state["variance"]
         self._step = -1

@@ -4,14 +4,12 @@ rows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import nn
 
-from ..base.batch import batch_size, misaligned, take
+from ..base.batch import Inputs, batch_size, misaligned, take
 from ..base.prng import seeds
 from ..base.probe import agree
 from ..errors import NonFiniteError
@@ -21,7 +19,7 @@ from ..perturbations import moved
 CHECK_SEED = 20410  # any number: the check's noise has a stream of its own
 
 
-def two_rows(objective: Objective, forward: Forward, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def two_rows(objective: Objective, forward: Forward, inputs: Inputs) -> Inputs:
     """Return the first two samples of a batch (its only one twice) that can tell right from wrong.
 
     Samples with a non-finite loss, and where others exist also those without a loss element, prove
@@ -48,7 +46,7 @@ def two_rows(objective: Objective, forward: Forward, inputs: Mapping[str, Any]) 
 
 def choose_objective(
     forward: Forward,
-    inputs: Mapping[str, Any],
+    inputs: Inputs,
     precision: float = 1e-4,
     model: nn.Module | None = None,
 ) -> tuple[Objective, str | None]:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..base.batch import Inputs
 from ..base.prng import seeds
 from ..base.probe import Attempt
 from ..errors import ConfigurationError
@@ -155,7 +155,7 @@ def choose_perturbation(
     model: nn.Module,
     objective: Objective,
     forward: Forward,
-    inputs: Mapping[str, Any],
+    inputs: Inputs,
     *,
     mode: str = "auto",
     distribution: str = "rademacher",

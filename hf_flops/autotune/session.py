@@ -1,22 +1,18 @@
-"""A gradient session: all that a run learns about its gradient, and the estimate of every batch.
-
-The trainer asks one session for gradients. It does not know what is minimised, where noise enters,
-or what was found out.
+"""The gradient session of ordinary losses: all that a run learns about its gradient, and the
+estimate of every batch.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from ..allocators import ALLOCATORS, Allocator
-from ..base.batch import batch_size
 from ..base.padding import TrimmedBatch
 from ..base.rounding_error import precision_of
 from ..base.rows import BatchPosition
@@ -28,142 +24,14 @@ from ..distributed.exchange import EXCHANGES
 from ..errors import ObjectiveError
 from ..estimators import ESTIMATORS, Estimator
 from ..estimators.control_variate import control_variate
-from ..objectives import Forward, Objective, RowLossError
+from ..objectives import Objective, RowLossError
 from ..perturbations import ParameterVector, Perturbation
 from ..reuse import ReusePlan
 from .first_batch import Chosen, held_back, loss_of_batch, set_up
-from .tuning import Tuning
+from .protocol import Averaging, Batch, Observer, RunArguments, Stateful, seed_of
+from .tuning import Tuning, first_scale
 
 logger = logging.getLogger("hf_flops.trainer")
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A batch of an optimizer step.
-
-    Attributes:
-        inputs: what the model is given: B samples.
-        forward: runs the model.
-        step: optimizer steps that are done.
-        progress: these over the steps of the run.
-        ids: (B,) numbers of the samples, if they have any.
-        checks: runs the model for the checks of the first batch, where `forward` generates text.
-    """
-
-    inputs: Mapping[str, Any]
-    forward: Forward
-    step: int = 0
-    progress: float = 0.0
-    ids: tuple[int, ...] | None = None
-    checks: Forward | None = None
-
-    @property
-    def samples(self) -> int:
-        """B."""
-        return batch_size(self.inputs)
-
-
-@dataclass(frozen=True)
-class Averaging:
-    """What the gradient of a batch is averaged over.
-
-    Attributes:
-        batches: how many batches like this one the optimizer step has.
-        last: whether the batch is the last of its optimizer step.
-    """
-
-    batches: float = 1.0
-    last: bool = True
-
-
-class HandOver(Exception):
-    """Another session is to estimate gradients from this batch on."""
-
-
-class GradientSession(Protocol):
-    """Owns what a run learns about its gradient: self-checks, tuned numbers, what is reused, state.
-
-    Attributes:
-        counts_labels: whether batches weigh by the stock trainer's count of labels; else they weigh
-            alike.
-        needs_clean: whether every batch runs unperturbed, too.
-        method: how the gradient of the batch that `prepare` has seen last is estimated, if there is
-            one method.
-        check_rows: rows that finding epsilon has taken and the ledger does not know of yet.
-        observers: what learns from finished batches.
-    """
-
-    check_rows: int
-
-    @property
-    def counts_labels(self) -> bool:
-        """See above."""
-        ...
-
-    @property
-    def needs_clean(self) -> bool:
-        """See above."""
-        ...
-
-    @property
-    def method(self) -> Method | None:
-        """See above."""
-        ...
-
-    @property
-    def observers(self) -> Sequence[Any]:
-        """See above."""
-        ...
-
-    def prepare(self, batch: Batch) -> None:
-        """Find out what is not known yet: with the first batch, or where other tensors are
-        trainable than before.
-
-        Raises:
-            HandOver: the loss is not one that this session knows how to estimate.
-            ObjectiveError: the loss cannot be had, or not the way that was asked for.
-        """
-        ...
-
-    def rows(self, samples: int, step: int) -> int:
-        """Return how many rows a batch takes at an optimizer step."""
-        ...
-
-    def unperturbed(self, batches: Sequence[Batch]) -> AbstractContextManager[Callable[[], Tensor]]:
-        """Return a context with a function that gives the losses (B,) of batches, parameters being
-        as they are by then.
-        """
-        ...
-
-    def estimate(self, batch: Batch, position: BatchPosition, averaging: Averaging) -> StepResult:
-        """Add an estimate of the batch's gradient to `.grad`; `prepare` has seen the batch.
-
-        Raises:
-            NonFiniteError: not one perturbed row has a finite loss.
-        """
-        ...
-
-    def fall_back(self, error: RowLossError, *, recorded: bool) -> None:
-        """Go on without losses per row, which `error` says cannot be had any more.
-
-        Args:
-            error: why.
-            recorded: whether earlier batches of the optimizer step are recorded in a trajectory
-                log.
-        """
-        ...
-
-    def discard(self) -> None:
-        """Drop the batches of an optimizer step that is not taken."""
-        ...
-
-    def parts(self) -> dict[str, Any]:
-        """Return what has a state, by name."""
-        ...
-
-    def log(self) -> dict[str, float]:
-        """Return numbers for the training log."""
-        ...
 
 
 class SampleSession:
@@ -177,13 +45,13 @@ class SampleSession:
         allocator: an instance, in place of the name in `args`.
         estimator: an instance, in place of the name in `args`.
         perturbation: an instance, in place of the name in `args`; it skips the self-check.
-        default: returns what is minimised in place of `objective` once there is a batch to look at,
-            None for no other.
+        default: returns the objective that the first batch calls for in place of `objective`, or
+            None.
     """
 
     def __init__(
         self,
-        args: Any,
+        args: RunArguments,
         model: nn.Module,
         group: ProcessGroup,
         *,
@@ -205,7 +73,7 @@ class SampleSession:
         self.frozen: frozenset[str] = frozenset()
         self.check_rows = 0
         self._trainable: list[str] = []
-        # what is minimised once losses per row could not be had any more
+        # the objective after `fall_back`
         self._whole: Objective | None = None
 
     @property
@@ -224,22 +92,13 @@ class SampleSession:
         return self._method
 
     @property
-    def observers(self) -> Sequence[Any]:
+    def observers(self) -> Sequence[Observer]:
         """See `GradientSession`."""
         return [self.tuning]
 
-    @property
-    def seed(self) -> int:
-        """The seed of the noise."""
-        return self.args.seed if self.args.noise_seed is None else self.args.noise_seed
-
-    def queries_at(self, step: int) -> int:
-        """Return the rows per sample of an optimizer step, for which all before are done."""
-        return self.tuning.queries_at(step, self.args)
-
     def rows(self, samples: int, step: int) -> int:
         """See `GradientSession`."""
-        return samples * self.queries_at(step)
+        return samples * self.tuning.queries_at(step, self.args)
 
     def prepare(self, batch: Batch) -> None:
         """See `GradientSession`."""
@@ -257,24 +116,23 @@ class SampleSession:
         precision = precision_of(self.model, autocast=self.args.bf16)
         method = self._assembled(precision, batch.step)
         method = self.tuning.complete(
-            method, batch.forward, batch.inputs, precision=precision, seed=self.seed
+            method, batch.forward, batch.inputs, precision=precision, seed=seed_of(self.args)
         )
         assert self.chosen is not None
-        self.chosen = replace(self.chosen, reuse=method.reuse)  # of which more may be known now
+        self.chosen = replace(self.chosen, reuse=method.reuse)  # the tuning may have refined it
         self._method = self._agreed(method) if new else method
         self.check_rows, self.tuning.rows = self.check_rows + self.tuning.rows, 0
 
     def _assembled(self, precision: float, step: int) -> Method:
         """Put the method together, as far as the arguments fix it."""
         assert self.chosen is not None
-        scale = self.args.perturbation_scale
         return Method(
             objective=self.chosen.objective,
             perturbation=self.chosen.perturbation,
             estimator=self.estimator,
             allocator=self.allocator,
-            queries_per_sample=self.queries_at(step),
-            scale=scale if isinstance(scale, (int, float)) else 1e-3 if precision < 1e-3 else 1e-2,
+            queries_per_sample=self.tuning.queries_at(step, self.args),
+            scale=first_scale(self.args, precision),
             rows_per_forward=1,
             reuse=self.chosen.reuse,
             head=self.chosen.head,
@@ -283,8 +141,8 @@ class SampleSession:
         )
 
     def _agreed(self, method: Method) -> Method:
-        """Let all processes take the same way, which the first batch has shown; returns the method
-        with it.
+        """Require that the first batch led all processes to the same method; return it with the
+        first process's epsilon.
         """
         named = {id(module): name for name, module in self.model.named_modules()}
         self.group.assert_same(
@@ -309,7 +167,7 @@ class SampleSession:
         """See `GradientSession`."""
         assert self._method is not None
         method, ids = self._method, batches[0].ids
-        # what is known of the next batch says nothing of these
+        # what is recorded of the next batch is not about these
         if len(batches) > 1 or batches[0].step < 0:
             method, ids = replace(method, reuse=ReusePlan()), None
         feeds = [TrimmedBatch(batch.inputs, method.trimmed) for batch in batches]
@@ -332,9 +190,13 @@ class SampleSession:
     def estimate(self, batch: Batch, position: BatchPosition, averaging: Averaging) -> StepResult:
         """See `GradientSession`."""
         assert self._method is not None
-        batches, last = averaging.batches, averaging.last
         return estimate_gradient(
-            batch.forward, batch.inputs, self._method, position, None, batches, last=last
+            batch.forward,
+            batch.inputs,
+            self._method,
+            position,
+            batches=averaging.batches,
+            last=averaging.last,
         )
 
     def fall_back(self, error: RowLossError, *, recorded: bool) -> None:
@@ -358,10 +220,12 @@ class SampleSession:
         """See `GradientSession`."""
         self.exchange.discard()
 
-    def parts(self) -> dict[str, Any]:
+    def parts(self) -> Mapping[str, Stateful]:
         """See `GradientSession`."""
-        parts = {"allocator": self.allocator, "tuning": self.tuning}
-        return parts if self.control is None else {**parts, "control variate": self.control}
+        parts: dict[str, Stateful] = {"allocator": self.allocator, "tuning": self.tuning}
+        if self.control is not None:
+            parts["control variate"] = self.control
+        return parts
 
     def log(self) -> dict[str, float]:
         """See `GradientSession`."""

@@ -1,37 +1,43 @@
-"""What a run finds out about itself with its first batches, and keeps: rows per forward, padding,
-epsilon.
-"""
+"""Numbers that a run measures with its first batches: rows per forward, idle padding, epsilon."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
+from ..base.batch import Inputs
 from ..core.chunking import ChunkPlanner
 from ..core.method import FinishedBatch, Method
 from ..objectives import Forward, Objective
 from .epsilon import STEP_GRID, calibrate
 from .padding_check import padding_is_idle, with_cropping
+from .protocol import RunArguments, State
 from .queries_per_sample import AutoQueries
 
 logger = logging.getLogger(__name__)
 
 
+def first_scale(args: RunArguments, precision: float) -> float:
+    """Return the epsilon that the arguments give, or that a run starts from at this precision."""
+    scale = args.perturbation_scale
+    if isinstance(scale, (int, float)):
+        return scale
+    return 1e-3 if precision < 1e-3 else 1e-2
+
+
 class Tuning:
-    """Completes the method of each step with what was found out so far.
+    """Completes the method of each step with what the run has measured so far.
 
     Args:
-        rows: rows per forward pass, or None to find out.
+        rows: rows per forward pass, or None to measure them.
         memory: bytes that a forward pass may take on top of the model, or None for most of what is
             free.
-        scale: whether to find epsilon out.
+        scale: whether to measure epsilon.
         trim: whether padding may be cut off.
-        queries: what chooses queries per sample; None where the method's number stays.
+        queries: chooses the queries per sample; None where the arguments fix them.
 
     Attributes:
-        rows: rows that went through the model to find epsilon out, to be charged to the ledger.
+        rows: rows that the search for epsilon took and the ledger does not count yet.
         found: epsilon and its signal-to-noise ratio, by name, for the log.
         scale: epsilon of the last method that was completed; None before the first.
     """
@@ -49,39 +55,38 @@ class Tuning:
         self.rows, self.found, self._calibrating = 0, dict[str, float](), scale
         self.scale: float | None = None
         self._trim, self.queries = trim, queries
-        # side → whether the loss is the same without its padding, once that is known
+        # side → whether the loss is the same without its padding, for sides that were checked
         self.idle: dict[str, bool] = {}
 
     @classmethod
-    def of(cls, args: Any, objective: Objective | None = None) -> Tuning:
-        """Start from a run's arguments, and what is minimised if that is known."""
+    def of(cls, args: RunArguments, objective: Objective | None = None) -> Tuning:
+        """Start from a run's arguments, and its objective if that is known."""
         memory = None if args.memory_limit_gb is None else args.memory_limit_gb * 1e9
-        rows = None if args.rows_per_forward == "auto" else args.rows_per_forward
+        rows = args.rows_per_forward
         # Noise on the outputs of many tokens depends on their number.
         trim = args.perturbation != "activation" and not (
             objective is not None and objective.generates
         )
-        # the constants are for smooth losses
+        # the default epsilon is for smooth losses
         scale = "auto" if objective is not None and objective.piecewise_constant else None
-        queries = AutoQueries() if args.queries_per_sample == "auto" else None
         return cls(
-            rows,
+            rows if isinstance(rows, int) else None,
             memory,
             scale=(args.perturbation_scale or scale) == "auto",
             trim=trim,
-            queries=queries,
+            queries=AutoQueries() if args.queries_per_sample == "auto" else None,
         )
 
     def complete(
         self,
         method: Method,
         forward: Forward,
-        inputs: Mapping[str, Any],
+        inputs: Inputs,
         *,
         precision: float = 1e-4,
         seed: int = 0,
     ) -> Method:
-        """Return the method with all that is known; runs the model where that tells something new.
+        """Return the method with all numbers filled in; runs the model to measure missing ones.
 
         Args:
             method: the method as far as the arguments fix it.
@@ -106,9 +111,9 @@ class Tuning:
         self.scale = self.found.get("perturbation_scale", method.scale)
         return replace(method, scale=self.scale)
 
-    def queries_at(self, step: int, args: Any) -> int:
-        """Return the rows per sample of an optimizer step, for which all before are done."""
-        return args.queries_per_sample if self.queries is None else self.queries.at(step)
+    def queries_at(self, step: int, args: RunArguments) -> int:
+        """Return the rows per sample of an optimizer step, once all steps before it are done."""
+        return int(args.queries_per_sample) if self.queries is None else self.queries.at(step)
 
     def observe(self, finished: FinishedBatch) -> None:
         """Learn from a finished batch how many queries are worth their rows."""
@@ -121,13 +126,9 @@ class Tuning:
         if "perturbation_scale" in self.found:
             self.found["perturbation_scale"] = scale
 
-    def _calibrate(
-        self, method: Method, forward: Forward, inputs: Mapping[str, Any], seed: int
-    ) -> None:
-        result, steps = (
-            calibrate(forward, inputs, method, seed),
-            method.objective.piecewise_constant,
-        )
+    def _calibrate(self, method: Method, forward: Forward, inputs: Inputs, seed: int) -> None:
+        result = calibrate(forward, inputs, method, seed)
+        steps = method.objective.piecewise_constant
         scale = method.scale if result.scale is None else result.scale
         self.rows += result.rows
         self.found = {
@@ -136,32 +137,31 @@ class Tuning:
         }
         if steps and result.scale is None:
             logger.warning(
-                "No query of the first batch changes the objective, whatever perturbation_scale "
-                "is up to %.2g; going on with %.2g. An objective that nothing changes cannot be "
-                "followed: start with a smoother one.",
+                "No query of the first batch changes the objective at any perturbation_scale up "
+                "to %.2g; training uses %.2g. There is no gradient to estimate of an objective "
+                "that noise does not change: start with a smoother one.",
                 STEP_GRID[-1],
                 scale,
             )
         if not steps and result.signal_to_noise < 1:
             logger.warning(
                 "perturbation_scale='auto' found no step at which differences are larger than "
-                "their error (signal to noise %.2g); going on with %.2g. A loss in steps, such as "
-                "accuracy, should be given as a Metric.",
+                "their error (signal to noise %.2g); training uses %.2g. Pass a piecewise constant "
+                "loss, such as accuracy, as a Metric.",
                 result.signal_to_noise,
                 scale,
             )
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Return what a resume needs, as JSON-serialisable values."""
-        queries = None if self.queries is None else self.queries.state_dict()
         return {
             "chunks": self.planner.state_dict(),
             "padding": self.idle,
             "found": self.found,
-            "queries": queries,
+            "queries": None if self.queries is None else self.queries.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Take up a state from `state_dict`."""
         self.planner.load_state_dict(state["chunks"])
         self.idle, self.found = dict(state["padding"]), dict(state["found"])

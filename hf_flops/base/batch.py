@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ..errors import ObjectiveError
 
+# what a model is given, by name: tensors (B, ...), lists of B entries, and values of the batch
+Inputs: TypeAlias = Mapping[str, Any]
 MAIN_INPUTS = (
     "labels",
     "input_ids",
@@ -22,7 +24,7 @@ MAIN_INPUTS = (
 ROW = "row_of_batch"
 
 
-def batch_size(inputs: Mapping[str, Any]) -> int:
+def batch_size(inputs: Inputs) -> int:
     """Return the number of samples in a batch, read off its labels or its main input."""
     tensors = {
         name: value for name, value in inputs.items() if torch.is_tensor(value) and value.dim() > 0
@@ -35,7 +37,7 @@ def batch_size(inputs: Mapping[str, Any]) -> int:
     return len(tensors[name])
 
 
-def misaligned(inputs: Mapping[str, Any]) -> list[str]:
+def misaligned(inputs: Inputs) -> list[str]:
     """Return the names of inputs that are not laid out one entry per sample, so cannot be repeated
     per row.
     """
@@ -53,7 +55,7 @@ def hollow(like: Tensor, shape: Sequence[int]) -> Tensor:
     return like.new_full((), float("nan")).expand(*shape)
 
 
-def take(inputs: Mapping[str, Any], owner: Tensor, unread: Collection[str] = ()) -> dict[str, Any]:
+def take(inputs: Inputs, owner: Tensor, unread: Collection[str] = ()) -> dict[str, Any]:
     """Repeat each sample of a batch for the rows that it owns.
 
     Args:

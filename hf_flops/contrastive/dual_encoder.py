@@ -1,61 +1,70 @@
-"""Models of images and texts: their two towers, what of a batch each takes, and what is wrong with
-a batch.
+"""Models with an image and a text tower: which inputs of a batch each tower takes, and checks of
+the batch.
 """
 
 from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..base.batch import batch_size
+from ..base.batch import Inputs, batch_size
 from ..errors import ObjectiveError
 from ..objectives import BatchLoss, Forward
-from .loss import SIDES, BatchContrast, ContrastiveLoss, text_keys
+from .loss import SIDES, BatchContrast, ContrastiveLoss, DualEncoder, text_keys
 
 logger = logging.getLogger("hf_flops.trainer")
 
 
-def contrastive_base(model: nn.Module) -> Any:
-    """Return the model of two towers, as CLIP's and SigLIP's are, that is or is inside a model;
-    None if there is none.
+def base_of(model: nn.Module) -> nn.Module:
+    """Return the model inside an adapter; a model without one is returned as it is."""
+    unwrap: Callable[[], nn.Module] | None = getattr(model, "get_base_model", None)
+    return model if unwrap is None else unwrap()
+
+
+def contrastive_base(model: nn.Module) -> DualEncoder | None:
+    """Return a model, without its adapter, if it has two towers as CLIP and SigLIP have, or else
+    None.
     """
-    base: Any = getattr(model, "get_base_model", lambda: model)()
+    base = base_of(model)
     towers = all(hasattr(base, f"get_{side}_features") for side in SIDES)
-    return base if towers and torch.is_tensor(getattr(base, "logit_scale", None)) else None
+    scaled = towers and torch.is_tensor(getattr(base, "logit_scale", None))
+    return cast(DualEncoder, base) if scaled else None
 
 
-def _accepted(base: Any, side: str) -> tuple[Callable[..., Any], list[str]]:
-    """Return what runs a tower, and the names that it takes."""
+def _accepted(base: DualEncoder, side: str) -> tuple[Callable[..., Any], list[str]]:
+    """Return the method that runs a tower, and the names of its parameters."""
     method = getattr(base, f"get_{side}_features")
     return method, [
         name for name, p in inspect.signature(method).parameters.items() if p.kind != p.VAR_KEYWORD
     ]
 
 
-def tower_forward(base: Any, side: str) -> Forward:
-    """Return what maps a tower's inputs of R rows to (None, embeddings (R, D), not normalised)."""
+def tower_forward(base: DualEncoder, side: str) -> Forward:
+    """Return the function from a tower's inputs of R rows to (None, embeddings (R, D), not
+    normalised).
+    """
     method, names = _accepted(base, side)
 
-    def run(inputs: Mapping[str, Any]) -> tuple[None, Tensor]:
-        found = method(**{name: value for name, value in inputs.items() if name in names})
-        return None, found if torch.is_tensor(found) else found.pooler_output
+    def run(inputs: Inputs) -> tuple[None, Tensor]:
+        output = method(**{name: value for name, value in inputs.items() if name in names})
+        return None, output if torch.is_tensor(output) else output.pooler_output
 
     return run
 
 
-def tower_inputs(base: Any, inputs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return what of a batch is for each tower.
+def tower_inputs(base: DualEncoder, inputs: Inputs) -> dict[str, Inputs]:
+    """Return the inputs of each tower in a batch.
 
     Raises:
         ObjectiveError: the batch has no images, or no texts.
     """
-    parts = {}
+    parts: dict[str, Inputs] = {}
     for side in SIDES:
         _, names = _accepted(base, side)
         parts[side] = {name: value for name, value in inputs.items() if name in names}
@@ -67,11 +76,11 @@ def tower_inputs(base: Any, inputs: Mapping[str, Any]) -> dict[str, dict[str, An
     return parts
 
 
-def used_tensors(model: nn.Module, forward: Forward, inputs: Mapping[str, Any]) -> set[str]:
+def used_tensors(model: nn.Module, forward: Forward, inputs: Inputs) -> set[str]:
     """Return the names of the trainable tensors inside the modules that a forward calls."""
     called: set[int] = set()
 
-    def enter(module: nn.Module, args: Any) -> None:
+    def enter(module: nn.Module, args: object) -> None:
         called.update(map(id, module.parameters()))
 
     with ExitStack() as stack:
@@ -85,36 +94,36 @@ def used_tensors(model: nn.Module, forward: Forward, inputs: Mapping[str, Any]) 
     }
 
 
-def require_return_loss(base: Any, inputs: Mapping[str, Any]) -> None:
+def require_return_loss(base: DualEncoder, inputs: Inputs) -> None:
     """Refuse a batch for which a contrastive model would return no loss."""
     flag = inputs.get("return_loss")
     if flag is None or not bool(torch.as_tensor(flag).all()):
         raise ObjectiveError(
             f"The batch asks {type(base).__name__} for no loss: it has no return_loss=True (its "
-            f"keys are {sorted(inputs)}), so let the data collator add it, or give "
+            f"keys are {sorted(inputs)}). Let the data collator add it, or pass "
             "objective=ContrastiveLoss()."
         )
 
 
 def whole_batch(
-    model: nn.Module, inputs: Mapping[str, Any], contrast: ContrastiveLoss | None
+    model: nn.Module, inputs: Inputs, contrast: ContrastiveLoss | None
 ) -> BatchLoss | BatchContrast:
-    """Return the loss of a batch as a whole, for noise that all of it shares; None stands for the
-    model's own loss.
+    """Return the loss of a batch as a whole, for noise that all its rows share; None stands for
+    the model's own loss.
 
     Raises:
         ObjectiveError: the batch asks for no loss, lacks images or texts, or does not pair them as
             the loss does.
     """
     base = contrastive_base(model)
+    assert base is not None
     images, texts = (batch_size(part) for part in tower_inputs(base, inputs).values())
     (contrast or ContrastiveLoss()).pairing(inputs, texts, images)
     if contrast is not None:
         return BatchContrast(contrast, base)
     if "labels" in inputs:
         raise ObjectiveError(
-            "The batch's labels say nothing to the model's own loss: give "
-            "objective=ContrastiveLoss()."
+            "The model's own loss ignores the batch's labels: pass objective=ContrastiveLoss()."
         )
     require_return_loss(base, inputs)
     if warning := same_texts(inputs):
@@ -122,16 +131,14 @@ def whole_batch(
     return BatchLoss()
 
 
-def with_plain_flag(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Make return_loss one truth value, where a collator made a tensor of the samples' ones."""
+def with_plain_flag(inputs: Inputs) -> Inputs:
+    """Make return_loss one truth value if a collator made it a tensor, one for each sample."""
     flag = inputs.get("return_loss")
     return {**inputs, "return_loss": bool(flag.all())} if torch.is_tensor(flag) else inputs
 
 
-def same_texts(inputs: Mapping[str, Any]) -> str | None:
-    """Say how many texts of a batch equal an earlier one, if any do: each counts as wrong for the
-    other's image.
-    """
+def same_texts(inputs: Inputs) -> str | None:
+    """Return a warning if texts of a batch are equal: the loss treats them as wrong pairs."""
     tokens = inputs.get("input_ids")
     if not torch.is_tensor(tokens) or tokens.dim() != 2:
         return None
@@ -139,7 +146,7 @@ def same_texts(inputs: Mapping[str, Any]) -> str | None:
     if not extra:
         return None
     return (
-        f"{extra} of the {len(tokens)} texts of a batch equal an earlier one, and the loss takes "
-        'each for wrong for the other\'s image: objective=ContrastiveLoss(same_texts="positives") '
-        "takes equal texts for one."
+        f"{extra} of the {len(tokens)} texts of a batch equal an earlier one, and the loss treats "
+        "each as wrong for the other's image: objective=ContrastiveLoss("
+        'same_texts="positives") treats equal texts as one.'
     )

@@ -1,5 +1,5 @@
-"""One step of a contrastive loss: each tower's noisy rows on their own, what the clean forward
-tells exactly beside them.
+"""One step of a contrastive loss: an estimate from each tower's noisy rows, plus the gradients that
+the clean forward gives exactly.
 """
 
 from __future__ import annotations
@@ -7,12 +7,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from ..base.batch import ROW, batch_size
+from ..base.batch import ROW, Inputs, batch_size
 from ..base.rows import BatchPosition
 from ..core.clean_forward import CleanPass, clean_pass
 from ..core.estimate import estimate_from
@@ -20,21 +20,24 @@ from ..core.method import Method, StepResult
 from ..estimators import ClosedFormHead
 from ..objectives import Forward, Objective, RowLosses
 from ..objectives.elementwise import widen
-from .loss import ContrastiveBatch
+from .loss import SIDES, ContrastiveBatch, DualEncoder
 
 # texts have noise of their own, also where a tensor is in both towers: no image has this position
 _TEXTS = 2**40
-KEPT = 0.95  # of what past steps told about the towers' shares
+KEPT = 0.95  # weight of past steps in the towers' shares, from one step to the next
+# metrics that are sums over towers; the others are averaged
+_SUMS = ("gradient_variance", "gradient_signal", "sample_signal", "head_signal", "dropped_rows")
+TowerInputs: TypeAlias = Mapping[str, Inputs]  # by side, rows numbered
+# maps embeddings of texts (C, D) and images (B, D) to the loss of the batch
+Contrast: TypeAlias = Callable[[Tensor, Tensor], ContrastiveBatch]
 
 
 class TowerSurrogate(Objective):
-    """A number per row that depends smoothly on all of its embedding: what the checks of the first
-    batch look at.
+    """A number per row that depends smoothly on all of its embedding, for the checks of the first
+    batch.
     """
 
-    def __call__(
-        self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False
-    ) -> RowLosses:
+    def __call__(self, forward: Forward, inputs: Inputs, *, features: bool = False) -> RowLosses:
         """See `Objective`."""
         del features
         values = widen(forward(inputs)[1])
@@ -46,8 +49,9 @@ class TowerLoss(Objective):
     """The loss of a batch with one embedding of a tower replaced: see `Objective`.
 
     Args:
-        side: whose embeddings, of "image" or "text".
-        batch: the loss; until it is known, as in the clean forward, embeddings are found only.
+        side: the tower, "image" or "text".
+        batch: the loss; None for zero losses, as in the clean forward, which computes embeddings
+            only.
     """
 
     logits = needs_clean = True
@@ -56,10 +60,8 @@ class TowerLoss(Objective):
     def __init__(self, side: str, batch: ContrastiveBatch | None = None) -> None:
         self.side, self.batch = side, batch
 
-    def __call__(
-        self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False
-    ) -> RowLosses:
-        """See `Objective`; `inputs` number their rows."""
+    def __call__(self, forward: Forward, inputs: Inputs, *, features: bool = False) -> RowLosses:
+        """See `Objective`; the rows of `inputs` are numbered."""
         del features
         _, embeddings = forward(inputs)
         if self.batch is None:
@@ -73,7 +75,7 @@ class Tower:
     """One of the two encoders.
 
     Attributes:
-        loss: what is minimised, one of its embeddings at a time.
+        loss: the objective of one embedding at a time.
         forward: maps its inputs to (None, embeddings (R, D)).
         method: how its gradient is estimated; None where no noise enters it.
         head: what projects its embeddings, where that is trained and has its exact gradient.
@@ -84,47 +86,47 @@ class Tower:
     method: Method | None = None
     head: ClosedFormHead | None = None
 
-    def embeddings(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
-        """Run the batch once; returns its embeddings (U, D), and what the head was given."""
+    def embeddings(self, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
+        """Run the batch once; return its embeddings (U, D) and the head's inputs."""
         if self.head is None:
             return self.forward(inputs)[1], None
-        with self.head.watched() as seen:
+        with self.head.watched() as features:
             embeddings = self.forward(inputs)[1]
-        return embeddings, seen[0]
+        return embeddings, features[0]
 
 
-def numbered(inputs: Mapping[str, Any]) -> dict[str, Any]:
+def numbered(inputs: Inputs) -> Inputs:
     """Number the rows of a tower's inputs."""
     return {**inputs, ROW: torch.arange(batch_size(inputs))}
 
 
 def estimate_alignment(
     towers: Mapping[str, Tower],
-    inputs: Mapping[str, Mapping[str, Any]],
-    contrast: Callable[[Tensor, Tensor], ContrastiveBatch],
+    inputs: TowerInputs,
+    contrast: Contrast,
     place: BatchPosition,
-    batches: int = 1,
+    batches: float = 1.0,
 ) -> tuple[dict[str, StepResult], ContrastiveBatch]:
-    """Add an estimate of a contrastive loss's gradient to `.grad`; return what noisy towers found,
-    and the loss.
+    """Add an estimate of a contrastive loss's gradient to `.grad`; return the results of the noisy
+    towers and the loss.
 
-    With u_i all embeddings, `dL = sum_i dL/du_i du_i`: an embedding's queries, the batch's others
-    as they are, estimate its part, and the sum is unbiased for any counts that are fixed before the
-    noise. A tower without noise runs once.
+    With u_i all embeddings, `dL = sum_i dL/du_i du_i`: the queries of an embedding, with the others
+    of the batch fixed, estimate its term, and the sum is unbiased for any counts that are fixed
+    before the noise. A tower without noise runs once.
 
     Args:
         towers: by side.
         inputs: of each tower, its rows numbered.
         contrast: maps embeddings of texts (C, D) and images (B, D) to the loss of the batch.
         place: where the batch lies in the run.
-        batches: over how many batches the optimizer step averages.
+        batches: how many batches the optimizer step averages.
     """
     with torch.no_grad(), ExitStack() as stack:
         passes: dict[str, CleanPass] = {}
-        found: dict[str, tuple[Tensor, Tensor | None]] = {}
+        clean: dict[str, tuple[Tensor, Tensor | None]] = {}
         for side, tower in towers.items():
             if tower.method is None:
-                found[side] = tower.embeddings(inputs[side])
+                clean[side] = tower.embeddings(inputs[side])
                 continue
             recording = stack.enter_context(tower.method.reuse.recording(tower.forward))
             own = place if side == "image" else replace(place, position=place.position + _TEXTS)
@@ -132,17 +134,58 @@ def estimate_alignment(
             losses = passes[side].losses
             assert losses is not None
             assert losses.logits is not None
-            found[side] = losses.logits, None
-        batch = contrast(found["text"][0], found["image"][0])
+            clean[side] = losses.logits, None
+        batch = contrast(clean["text"][0], clean["image"][0])
         results = {}
         for side, tower in towers.items():
-            clean, given = batch.clean(side), found[side][1]
+            losses, features = batch.clean(side), clean[side][1]
             if side in passes:
                 results[side] = estimate_from(
-                    passes[side].judged_by(TowerLoss(side, batch), clean), None, batches
+                    passes[side].judged_by(TowerLoss(side, batch), losses), None, batches
                 )
-            elif tower.head is not None and given is not None:
+            elif tower.head is not None and features is not None:
                 tower.head.vector.add_to_gradients(
-                    tower.head.gradient(given, clean) / (len(clean.sums) * batches)
+                    tower.head.gradient(features, losses) / (len(losses.sums) * batches)
                 )
     return results, batch
+
+
+def add_scale_gradients(base: DualEncoder, loss: ContrastiveBatch, batches: float) -> None:
+    """Add the exact gradients of the model's scale and bias, where they are trained.
+
+    Args:
+        base: the model of two towers.
+        loss: of the batch.
+        batches: how many batches the optimizer step averages.
+    """
+    slopes = {"logit_scale": loss.slope_of_scale, "logit_bias": loss.slope_of_bias}
+    for name, slope in slopes.items():
+        parameter = getattr(base, name, None)
+        if parameter is not None and parameter.requires_grad:
+            gradient = torch.full_like(parameter, slope / batches)
+            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+
+
+def join_results(
+    results: Mapping[str, StepResult], sizes: Mapping[str, int], loss: float
+) -> StepResult:
+    """Join what the towers' estimates report; counts are those of the images, plus those of the
+    texts where there are as many.
+
+    Args:
+        results: of the towers with noise.
+        sizes: embeddings of each tower.
+        loss: the batch's share of the optimizer step's loss.
+    """
+    metrics = dict.fromkeys(_SUMS, 0.0)
+    for name in {name for result in results.values() for name in result.metrics}:
+        values = [result.metrics[name] for result in results.values()]
+        metrics[name] = sum(values) if name in _SUMS else sum(values) / len(values)
+    rows = {side: results[side].rows if side in results else sizes[side] for side in SIDES}
+    metrics |= {f"{side}_rows": float(count) for side, count in rows.items()}
+    counts = torch.zeros(sizes["image"], dtype=torch.int64)
+    squares = torch.zeros(len(counts))
+    for result in results.values():
+        if len(result.counts) == len(counts):
+            counts, squares = counts + result.counts, squares + result.mean_squares
+    return StepResult(torch.tensor(loss), sum(rows.values()), counts, squares, metrics)

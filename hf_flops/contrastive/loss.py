@@ -1,22 +1,23 @@
-"""Contrastive losses of images and texts: a batch's loss, its derivatives, and what it is with one
+"""Contrastive losses of images and texts: a batch's loss, its derivatives, and its value with one
 embedding replaced.
 
-Such a loss is no sum over samples: every embedding is compared with all of the other tower's. But
-its gradient is the sum of what each embedding alone would change, so a query is one row through one
-tower, and its loss that of the batch with this one embedding in the place of its sample's: a row or
-column of similarities, and no other forward.
+Such a loss is no sum over samples: it compares every embedding with all of the other tower's. But
+its gradient is a sum over embeddings, so a query is one row through one tower, and its loss is that
+of the batch with this one embedding replaced: this takes a row or column of similarities, and no
+other forward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..base.batch import Inputs
 from ..errors import ConfigurationError, ObjectiveError
 from ..objectives import Forward, Objective, RowLosses
 from ..objectives.elementwise import widen
@@ -26,27 +27,36 @@ SIDES = ("image", "text")
 KINDS = ("auto", "softmax", "sigmoid")
 
 
+class DualEncoder(Protocol):
+    """A model with an image and a text tower, such as CLIP and SigLIP; the latter has a
+    `logit_bias` too.
+    """
+
+    logit_scale: Tensor
+    get_image_features: Callable[..., Any]
+    get_text_features: Callable[..., Any]
+
+
 class ContrastiveBatch:
-    """The loss of one batch, computed in float64 from what the towers return; nothing of it needs
-    autograd.
+    """The loss of one batch, computed in float64 from the towers' embeddings without autograd.
 
     Args:
         texts: (C, D) embeddings, not normalised.
         images: (B, D).
         terms: the loss of their similarities.
-        scale: what cosines are multiplied with.
-        bias: what is added to them.
+        scale: factor of the cosines.
+        bias: added to the scaled cosines.
     """
 
     def __init__(
         self, texts: Tensor, images: Tensor, terms: Terms, scale: float, bias: float = 0.0
     ) -> None:
-        self.given = {
+        self.embeddings = {
             "text": texts.detach().double().cpu(),
             "image": images.detach().double().cpu(),
         }
         self.units = {
-            side: F.normalize(values, dim=1, eps=1e-30) for side, values in self.given.items()
+            side: F.normalize(values, dim=1, eps=1e-30) for side, values in self.embeddings.items()
         }
         self.terms, self.scale, self.bias = terms, scale, bias
         self.logits = scale * self.units["text"] @ self.units["image"].T + bias
@@ -72,20 +82,22 @@ class ContrastiveBatch:
         return float(self.slopes.sum())
 
     def clean(self, side: str) -> RowLosses:
-        """Return what the clean forward found for the images or texts, as if their mean loss were
-        that of the batch.
+        """Return the clean losses of the images or texts, scaled so that their mean is the loss of
+        the batch.
 
         `slopes` are by the embeddings before they are normalised: for `u = a / ||a||` and h the
         derivative by u, that by a is `(h - (h . u) u) / ||a||`.
         """
         elements = self.terms.elements(self.logits)
         slopes, other = (self.slopes, "image") if side == "text" else (self.slopes.T, "text")
-        units, given = self.units[side], self.given[side]
+        units, embeddings = self.units[side], self.embeddings[side]
         by_unit = self.scale * slopes @ self.units[other]
         across = by_unit - (by_unit * units).sum(1, keepdim=True) * units
-        found = len(given) * across / given.norm(dim=1, keepdim=True)
-        sums = len(given) * elements.sum(1 if side == "text" else 0)
-        return RowLosses(sums, torch.ones_like(sums), found.norm(dim=1), given, found)
+        size = len(embeddings)
+        by_embedding = size * across / embeddings.norm(dim=1, keepdim=True)
+        sums = size * elements.sum(1 if side == "text" else 0)
+        ones, norms = torch.ones_like(sums), by_embedding.norm(dim=1)
+        return RowLosses(sums, ones, norms, embeddings, by_embedding)
 
     def replaced(self, side: str, owner: Tensor, embeddings: Tensor) -> RowLosses:
         """Return the losses of rows that each replace one embedding, in place of its own for itself
@@ -102,7 +114,7 @@ class ContrastiveBatch:
             terms, logits, other = terms.T, logits.T, "image"
         moved = F.normalize(embeddings, dim=1, eps=1e-30) - self.units[side][owner]
         changes = terms.changes(logits, owner, self.scale * moved @ self.units[other].T)
-        each = len(self.given[side])
+        each = len(self.embeddings[side])
         sums = each * (terms.elements(logits).sum(0)[owner] + changes)
         return RowLosses(sums, torch.ones_like(sums), logits=embeddings)
 
@@ -167,9 +179,7 @@ class ContrastiveLoss(Objective):
             return SoftmaxTerms(torch.zeros_like(wanted), wanted / images)
         return SoftmaxTerms(wanted / (2 * images), wanted / (2 * images))
 
-    def pairing(
-        self, inputs: Mapping[str, Any], texts: int, images: int
-    ) -> tuple[Tensor | None, Tensor]:
+    def pairing(self, inputs: Inputs, texts: int, images: int) -> tuple[Tensor | None, Tensor]:
         """Return the text (B,) of each image, None for its own, and which of the batch's texts are
         looked at (C,).
 
@@ -193,7 +203,7 @@ class ContrastiveLoss(Objective):
         return labels, first
 
     def loss(
-        self, outputs: Any, inputs: Mapping[str, Any], scale: Tensor, bias: Tensor | None = None
+        self, outputs: Any, inputs: Inputs, scale: Tensor, bias: Tensor | None = None
     ) -> Tensor:
         """Return the loss of a batch as a differentiable scalar, for training by backprop.
 
@@ -213,7 +223,7 @@ class ContrastiveLoss(Objective):
         logits = scale.double().cpu().exp() * cosines
         return terms.elements(logits if bias is None else logits + bias.double().cpu()).sum()
 
-    def run(self, model: Any, inputs: Mapping[str, Any]) -> tuple[None, Any]:
+    def run(self, model: Any, inputs: Inputs) -> tuple[None, Any]:
         """Run a model for its embeddings."""
         return None, model(
             **{
@@ -234,16 +244,14 @@ class BatchContrast(Objective):
 
     per_row = False
 
-    def __init__(self, contrast: ContrastiveLoss, model: Any) -> None:
+    def __init__(self, contrast: ContrastiveLoss, model: DualEncoder) -> None:
         self.contrast, self.model = contrast, model
 
-    def run(self, model: Any, inputs: Mapping[str, Any]) -> tuple[None, Any]:
+    def run(self, model: Any, inputs: Inputs) -> tuple[None, Any]:
         """See `ContrastiveLoss.run`."""
         return self.contrast.run(model, inputs)
 
-    def __call__(
-        self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False
-    ) -> RowLosses:
+    def __call__(self, forward: Forward, inputs: Inputs, *, features: bool = False) -> RowLosses:
         """See `Objective`."""
         del features
         _, outputs = forward(inputs)
@@ -253,7 +261,7 @@ class BatchContrast(Objective):
         return RowLosses(loss.reshape(1), torch.ones(1, dtype=torch.float64))
 
 
-def text_keys(inputs: Mapping[str, Any]) -> Tensor:
+def text_keys(inputs: Inputs) -> Tensor:
     """Return (C, L) what tells the texts of a batch apart: their tokens, padding left out."""
     tokens, mask = inputs["input_ids"].cpu(), inputs.get("attention_mask")
     return tokens if mask is None else torch.where(mask.cpu() != 0, tokens, -1)

@@ -1,16 +1,14 @@
-"""Which gradient session a run has: one of single images and texts for a contrastive loss, or one
-of samples.
-"""
+"""The choice of a run's gradient session: contrastive, or of the losses of samples."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import nn
 
 from ..allocators import Allocator
-from ..autotune.session import Batch, GradientSession, SampleSession
+from ..autotune.protocol import Batch, GradientSession, RunArguments
+from ..autotune.session import SampleSession
 from ..distributed.collectives import ProcessGroup
 from ..errors import ConfigurationError
 from ..estimators import Estimator
@@ -22,7 +20,7 @@ from .session import ContrastiveSession
 
 
 def start_session(
-    args: Any,
+    args: RunArguments,
     model: nn.Module,
     group: ProcessGroup,
     metered: Callable[[Forward], Forward],
@@ -40,12 +38,12 @@ def start_session(
         args: the run's arguments.
         model: the model.
         group: the processes of the run.
-        metered: wraps what runs the model, to count rows.
+        metered: wraps a forward to count its rows.
         objective: what is minimised; None for the model's own loss.
         allocator: an instance, in place of the name in `args`.
         estimator: an instance, in place of the name in `args`.
         perturbation: an instance, in place of the name in `args`.
-        whole: whether a contrastive loss is to be taken for the batch as a whole.
+        whole: whether a contrastive loss is perturbed as one loss of the batch.
         check: refuses a first batch that lacks what the model's own loss needs.
 
     Raises:
@@ -68,24 +66,28 @@ def start_session(
             check(batch)
         return None
 
-    parts: dict[str, Any] = {
-        "allocator": allocator,
-        "estimator": estimator,
-        "perturbation": perturbation,
-    }
-    return SampleSession(args, model, group, objective=objective, default=default, **parts)
+    return SampleSession(
+        args,
+        model,
+        group,
+        objective=objective,
+        allocator=allocator,
+        estimator=estimator,
+        perturbation=perturbation,
+        default=default,
+    )
 
 
-def _check_contrastive(args: Any) -> None:
+def _check_contrastive(args: RunArguments) -> None:
     """Refuse arguments that need a loss per batch."""
     if args.trajectory_log:
         raise ConfigurationError(
-            "trajectory_log=True cannot tell queries of images from those of texts: use "
+            "trajectory_log=True does not distinguish queries of images from those of texts: use "
             'perturbation="shared".'
         )
     if args.queries_per_sample == "auto":
         raise ConfigurationError(
-            "queries_per_sample='auto' does not know the rows of images and texts: give a number."
+            "queries_per_sample='auto' does not support rows of images and texts: give a number."
         )
     if args.world_size > 1:
         raise ConfigurationError(

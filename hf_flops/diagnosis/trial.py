@@ -14,8 +14,8 @@ from torch.utils.data import Subset
 
 from ..autotune.epsilon import Calibration, calibrate
 from ..autotune.line_search import MOST, Found, thorough_search
+from ..autotune.protocol import Batch
 from ..autotune.queries_per_sample import AutoQueries
-from ..autotune.session import Batch
 from ..base.memory import PeakMemory
 from ..perturbations import ParameterVector
 from ..trainer import FlopsTrainer

@@ -5,19 +5,20 @@ says of it.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..base.batch import batch_size
+from ..autotune.protocol import State
+from ..base.batch import Inputs, batch_size
 from ..core.method import FinishedBatch, StepResult
 from ..distributed.collectives import ProcessGroup
 from ..objectives import Forward
 
 
-def columns(inputs: Mapping[str, Any]) -> int:
+def columns(inputs: Inputs) -> int:
     """Return how many tokens each row of a batch has, padding included; 0 where it is not text."""
     for name in ("input_ids", "inputs_embeds"):
         value = inputs.get(name)
@@ -26,7 +27,7 @@ def columns(inputs: Mapping[str, Any]) -> int:
     return 0
 
 
-def class_labels(inputs: Mapping[str, Any]) -> list[int] | None:
+def class_labels(inputs: Inputs) -> list[int] | None:
     """Return the class of each sample of a batch; None where labels are not one whole number per
     sample.
     """
@@ -69,7 +70,7 @@ class Ledger:
     def metered(self, forward: Forward) -> Forward:
         """Return a function that runs the model and counts what it was asked for."""
 
-        def run(inputs: Mapping[str, Any]) -> tuple[Tensor | None, Any]:
+        def run(inputs: Inputs) -> tuple[Tensor | None, Any]:
             answer = forward(inputs)
             rows = batch_size(inputs)
             self.all_rows, self.tokens = self.all_rows + rows, self.tokens + rows * columns(inputs)
@@ -156,7 +157,7 @@ class Ledger:
             "seconds": self.seconds,
         }
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Return what a resume needs, as JSON-serialisable values."""
         counts = {
             "rows": self.rows,
@@ -171,7 +172,7 @@ class Ledger:
         samples = [[sample, *seen] for sample, seen in self.sample_queries.items()]
         return {**counts, "samples": samples, "classes": windows}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Take up a state from `state_dict`."""
         self.rows, self.all_rows, self.tokens = state["rows"], state["all_rows"], state["tokens"]
         self._began = time.monotonic() - state.get("seconds", 0.0)

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from ..autotune.line_search import MOST_LOOKS, SHORTER, Found, line_search
-from ..autotune.session import Batch, GradientSession
+from ..autotune.protocol import Batch, GradientSession
 from ..distributed.collectives import ProcessGroup
 from ..errors import ConfigurationError
 from ..perturbations import ParameterVector

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
 from hashlib import blake2b
@@ -17,6 +17,7 @@ from accelerate.data_loader import prepare_data_loader
 from torch import nn
 from transformers.trainer_utils import seed_worker
 
+from ..base.batch import Inputs
 from ..distributed.collectives import ProcessGroup, TorchProcessGroup
 from ..errors import ConfigurationError
 from .args import FlopsArgumentsMixin
@@ -66,7 +67,7 @@ class Lockstep:
         self.group, self.args, self.leave = group, args, leave
         self._met = False
 
-    def check(self, model: nn.Module, inputs: Mapping[str, Any], step: int) -> None:
+    def check(self, model: nn.Module, inputs: Inputs, step: int) -> None:
         """Compare arguments, parameters and data, and hear whether one of the processes was told to
         leave.
 
@@ -178,7 +179,7 @@ class _Undivided:
         )
 
 
-def fingerprint(inputs: Mapping[str, Any]) -> int:
+def fingerprint(inputs: Inputs) -> int:
     """Return a number of 62 bits that depends on every sample of a batch and on their order.
 
     Of tensors it sees the sums of each sample's bits, which takes next to no time.

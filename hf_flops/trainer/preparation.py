@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
 
+from ..base.batch import Inputs
 from ..distributed.launch import check_environment, check_world
 from ..errors import ConfigurationError, ObjectiveError
 from ..objectives import Forward
@@ -57,7 +58,7 @@ def check_ready(model: nn.Module, data: Any, needs_clean: bool, samples: int) ->
         )
 
 
-def check_labels(forward: Forward, inputs: Mapping[str, Any], names: Sequence[str]) -> None:
+def check_labels(forward: Forward, inputs: Inputs, names: Sequence[str]) -> None:
     """Refuse a batch without labels, of a model that makes no loss without them, as an autoencoder
     does.
 
@@ -137,7 +138,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def without_cache(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+def without_cache(model: nn.Module, inputs: Inputs) -> Inputs:
     """Tell a language model to keep no keys and values, which only generation needs, unless the
     batch says otherwise.
     """
@@ -147,9 +148,7 @@ def without_cache(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     return {**inputs, "use_cache": False}
 
 
-def shared_texts(
-    model: nn.Module, inputs: Mapping[str, Any], clean: bool
-) -> AbstractContextManager[None]:
+def shared_texts(model: nn.Module, inputs: Inputs, clean: bool) -> AbstractContextManager[None]:
     """Let a model that can, as `SuffixPromptModel` does, run what all rows of a batch's samples
     share once for a step.
 

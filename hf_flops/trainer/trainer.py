@@ -18,7 +18,8 @@ from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
 from ..allocators import ALLOCATORS, Allocator
-from ..autotune.session import Averaging, Batch, GradientSession, HandOver
+from ..autotune.protocol import Averaging, Batch, GradientSession, HandOver
+from ..base.batch import Inputs
 from ..base.rows import BatchPosition
 from ..contrastive import start_session
 from ..contrastive.dual_encoder import with_plain_flag
@@ -222,7 +223,7 @@ class FlopsTrainerMixin(_Base):
     def training_step(
         self,
         model: nn.Module,
-        inputs: dict[str, Any],
+        inputs: Inputs,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """Estimate the gradient from perturbed forwards and add it to `.grad`, in place of loss and
@@ -323,7 +324,7 @@ class FlopsTrainerMixin(_Base):
 
     # What a step needs to know of the run.
 
-    def _batch(self, model: nn.Module, inputs: dict[str, Any]) -> Batch:
+    def _batch(self, model: nn.Module, inputs: Inputs) -> Batch:
         """Return a batch with what runs the model on it."""
         step, ids = self.state.global_step, None if self._ids is None else tuple(self._ids)
         forward = self.ledger.metered(self._forward_function(model))
@@ -342,7 +343,7 @@ class FlopsTrainerMixin(_Base):
         if self._objective is not None:
             return partial(self._objective.run, model)
 
-        def forward(inputs: Mapping[str, Any]) -> tuple[Tensor | None, Any]:
+        def forward(inputs: Inputs) -> tuple[Tensor | None, Any]:
             # A user's function may divide by the count, so it gets that of these rows: the loss is
             # their mean.
             own = self.compute_loss_func is not None
@@ -422,12 +423,14 @@ class FlopsTrainerMixin(_Base):
             }
         super().log(logs, *args, **kwargs)
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+    def floating_point_ops(self, inputs: Inputs) -> int:
         """Count 2 operations per parameter, token and row: the third of the stock count, times the
         queries.
         """
         flos = (
-            super().floating_point_ops(inputs) // 3 * self.session.rows(1, self.state.global_step)
+            super().floating_point_ops(dict(inputs))
+            // 3
+            * self.session.rows(1, self.state.global_step)
         )
         return flos // self.args.world_size
 

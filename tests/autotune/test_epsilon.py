@@ -203,4 +203,4 @@ def test_an_objective_without_such_a_scale_keeps_the_default_and_says_so(tmp_pat
         "perturbation_scale": 1e-3,
         "difference_signal_to_noise": 0.0,
     }
-    assert "accuracy, should be given as a Metric" in caplog.text
+    assert "such as accuracy, as a Metric" in caplog.text

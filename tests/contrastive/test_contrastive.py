@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback, default_data_collator
 
 from hf_flops import ConfigurationError, ContrastiveLoss, FlopsTrainer, ObjectiveError
-from hf_flops.autotune.session import Averaging, Batch
+from hf_flops.autotune.protocol import Averaging, Batch
 from hf_flops.base.rows import BatchPosition
 from hf_flops.contrastive import ContrastiveBatch, ContrastiveSession
 from hf_flops.contrastive.dual_encoder import with_plain_flag
@@ -374,7 +374,7 @@ def test_other_bad_input_is_one_clear_sentence(tmp_path):
         batch,
         tmp_path,
         ConfigurationError,
-        "'auto' does not know the rows",
+        "'auto' does not support rows",
         queries_per_sample="auto",
     )
     with pytest.raises(ConfigurationError, match="kind='cosine'"):
@@ -427,5 +427,7 @@ def test_a_model_with_another_loss_falls_back_to_the_batch_as_a_whole(
         model=model, args=args, train_dataset=as_pairs(pair_batch(4)), data_collator=collate
     )
     trainer.train()
-    assert "The loss of CLIPModel is not that of its embeddings' cosines." in caplog.text
+    assert (
+        "The loss of CLIPModel is not a contrastive loss of its embeddings' cosines." in caplog.text
+    )
     assert len(trainer.ledger.last_step.counts) == 1
