@@ -1,5 +1,5 @@
-"""What training would do with a model, a method and data, and what it would take: found by a short
-trial on a copy.
+"""What training would do with a model, a method and data, and what it would cost: measured in a
+short trial on a copy.
 """
 
 from __future__ import annotations
@@ -8,17 +8,21 @@ import math
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import nn
 from transformers.trainer_callback import PrinterCallback
 
+from ..autotune.session import SampleSession
 from ..base.rounding_error import precision_of
-from ..perturbations import ActivationNoise, ParameterVector
-from ..trainer import FlopsTrainingArguments
+from ..perturbations import ActivationNoise, ParameterVector, Perturbation
+from ..trainer import FlopsTrainer, FlopsTrainingArguments
 from .sandbox import copied, generators_kept, listening
 from .trial import LONGEST, Trial
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 _OF_A_RUN = 2.0  # the best rate of a run over that of a few steps
 _QUIET: dict[str, Any] = {
@@ -41,11 +45,11 @@ _QUIET: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Rule:
-    """How the gradient of a trainable tensor is had.
+    """How training gets the gradient of a trainable tensor.
 
     Attributes:
         tensor: its name.
-        size: of how many numbers it is.
+        size: its number of elements.
         way: "exact", "per row", "row by row", "on outputs", "shared", "held back" or "none".
         reason: why.
     """
@@ -58,28 +62,42 @@ class Rule:
 
 @dataclass(frozen=True)
 class Fact:
-    """Something that was found or is suggested, and why."""
+    """A measured or suggested number, and where it comes from."""
 
     name: str
-    value: Any
+    value: float | None
     reason: str
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What the trial found.
+    """What `doctor` reports.
 
     Attributes:
         rules: one for each trainable tensor, in the model's order.
-        facts: by name: what was measured and what is suggested.
-        notes: what the trainer said.
+        facts: measured and suggested numbers, by name.
+        notes: warnings of the trainer.
+
+    Example:
+        >>> rule = Rule("lora_B", 64, "per row", "gave the loss that moving it explicitly gives")
+        >>> fact = Fact("learning_rate", 1e-3, "from line searches")
+        >>> found = Diagnosis([rule], {fact.name: fact}, [])
+        >>> found["learning_rate"]
+        0.001
+        >>> print(found)
+        noise        tensors   numbers  reason
+        per row            1        64  gave the loss that moving it explicitly gives
+                                        lora_B
+        <BLANKLINE>
+                                           value  reason
+        learning_rate                      0.001  from line searches
     """
 
     rules: list[Rule]
     facts: dict[str, Fact]
     notes: list[str]
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> float | None:
         """Return the value of a fact."""
         return self.facts[name].value
 
@@ -111,29 +129,41 @@ def doctor(
     train_dataset: Any,
     *,
     args: FlopsTrainingArguments | None = None,
-    peft_config: Any = None,
+    peft_config: PeftConfig | None = None,
     steps: int = 32,
     target: float = 1.0,
     **kwargs: Any,
 ) -> Diagnosis:
-    """Find out what training would do, by a few steps of it on a copy; nothing of the model is
-    changed.
+    """Find out what training would do by a few steps on a copy; the model does not change.
 
-    The copy shares what is frozen, so it takes the memory of the adapter only.
+    The copy shares the frozen tensors, so it takes the memory of the adapter only.
 
     Args:
         model: a model with trainable parameters, or a plain one together with `peft_config`.
         train_dataset: a few batches of data as for training.
-        args: as for training; by default 4 rows for each of 32 samples. Its `learning_rate` is
-            where the search starts.
+        args: as for training; by default 4 rows for each of 32 samples. The search for a learning
+            rate starts from its `learning_rate`.
         peft_config: a PEFT configuration to wrap the copy with.
-        steps: optimizer steps of the trial, 2 or more; up to four times as many are taken where no
-            rate shows that it is better than standing still.
+        steps: optimizer steps of the trial, 2 or more; it takes up to four times as many if no rate
+            is clearly better than no step at all.
         target: signal to noise to predict the steps for.
-        kwargs: what else `FlopsTrainer` takes: an objective, a collator, ...
+        kwargs: for `FlopsTrainer`: an objective, a collator, ...
 
     Raises:
-        ConfigurationError: what training would refuse.
+        ConfigurationError: training would refuse the model, the data or the arguments.
+
+    Example:
+        >>> import torch
+        >>> from peft import LoraConfig
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+        >>> config = ViTConfig(**small, intermediate_size=8, image_size=4, patch_size=2)
+        >>> model = ViTForImageClassification(config)
+        >>> images = [{"pixel_values": torch.rand(3, 4, 4), "labels": i % 2} for i in range(8)]
+        >>> adapter = LoraConfig(target_modules=["query"], modules_to_save=["classifier"])
+        >>> found = doctor(model, images, peft_config=adapter, steps=2)
+        >>> [rule.tensor.split(".")[-2] for rule in found.rules if rule.way == "exact"]
+        ['default', 'default']
     """
     with tempfile.TemporaryDirectory() as folder, generators_kept(), listening() as notes:
         if args is None:
@@ -152,15 +182,16 @@ def doctor(
         trainer = Trial(copied(model, peft_config), trial, train_dataset=train_dataset, **kwargs)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-        return Diagnosis(
-            rules_of(trainer), {fact.name: fact for fact in _facts(trainer, target)}, notes
-        )
+        facts = {fact.name: fact for fact in _facts(trainer, target)}
+        return Diagnosis(rules_of(trainer), facts, notes)
 
 
-def rules_of(trainer: Any) -> list[Rule]:
+def rules_of(trainer: FlopsTrainer) -> list[Rule]:
     """Return how a trainer that has taken a step gets the gradient of each trainable tensor."""
     ways: dict[str, tuple[str, str]] = {}
     session = trainer.session
+    assert isinstance(session, SampleSession)
+    assert session.chosen is not None
     for part in session.chosen.perturbation.parts:
         for site in getattr(part, "sites", []) if not isinstance(part, ActivationNoise) else []:
             if getattr(site.rule, "__name__", "") == "looped":
@@ -171,9 +202,9 @@ def rules_of(trainer: Any) -> list[Rule]:
                     )
                 )
         for name in part.vector.names:
-            ways.setdefault(name, _way(part, trainer))
+            ways.setdefault(name, _way(part, session))
     if session.chosen.head is not None:
-        reason = "it makes the loss's logits: residual times input, from the clean forward"
+        reason = "it outputs the logits: residual times input, from the clean forward"
         ways.update(dict.fromkeys(session.chosen.head.vector.names, ("exact", reason)))
     ways.update(
         dict.fromkeys(session.frozen, ("held back", f"lora_parts={trainer.args.lora_parts!r}"))
@@ -183,65 +214,60 @@ def rules_of(trainer: Any) -> list[Rule]:
     return [Rule(name, parameter.numel(), *ways.get(name, idle)) for name, parameter in pairs]
 
 
-def _way(part: Any, trainer: Any) -> tuple[str, str]:
+def _way(part: Perturbation, session: SampleSession) -> tuple[str, str]:
     """Return how the noise of a part of the perturbation enters, and why."""
     if isinstance(part, ActivationNoise):
         return "on outputs", "agrees with moving it, and takes fewer random numbers than weights"
     if not part.shares_noise:
         return "per row", "gave each row the loss that moving it explicitly gives"
-    if trainer.args.perturbation == "shared":
-        return "shared", "asked for"
-    if not trainer.session.chosen.objective.per_row:
+    if session.args.perturbation == "shared":
+        return "shared", "as perturbation='shared' wants it"
+    if session.chosen is not None and not session.chosen.objective.per_row:
         return "shared", "the loss belongs to the batch as a whole"
     return "shared", "no rule per row agrees with moving it explicitly"
 
 
 def _facts(trainer: Trial, target: float) -> Iterator[Fact]:
-    """Yield what was measured and what is suggested."""
-    method, found, steps = trainer.session.method, trainer.calibration, trainer.state.global_step
+    """Yield the measured and the suggested numbers."""
+    method, search, steps = trainer.session.method, trainer.search, trainer.state.global_step
     assert method is not None
-    assert trainer._rate is not None
+    calibration = search.calibration
     precision = precision_of(trainer.model, autocast=trainer.args.bf16)
-    yield Fact("trained numbers", ParameterVector.of(trainer.model).size, "of the tensors above")
+    yield Fact("trained numbers", ParameterVector.of(trainer.model).size, "in the tensors above")
     yield Fact(
         "precision",
         precision,
         f"relative rounding of a loss in {'16' if precision > 1e-3 else '32'} bits",
     )
-    if found.scale is None:
-        reason = "no step of the difference shows any signal"
+    signal_to_noise = calibration.signal_to_noise
+    if calibration.scale is None:
+        reason = "no epsilon shows any signal"
     elif method.objective.piecewise_constant:
-        reason = (
-            f"the least at which queries see a step of the objective: {found.signal_to_noise:.0%} "
-            "of them do"
-        )
+        reason = f"the least at which enough queries change the objective: {signal_to_noise:.0%}"
     else:
-        reason = (
-            "least error of differences: their signal to noise there is "
-            f"{found.signal_to_noise:.3g}"
-        )
-    scale = method.scale if found.scale is None else found.scale
+        reason = f"differences have the least error: signal to noise {signal_to_noise:.3g}"
+    scale = method.scale if calibration.scale is None else calibration.scale
     yield Fact("epsilon", scale, f"{reason}; training would take {method.scale:.3g}")
     speed = float(np.median(trainer.speeds[1:] or trainer.speeds))
     yield Fact("rows per second", speed, f"median of {len(trainer.speeds[1:]) or 1} steps")
     yield Fact(
         "peak memory (MB)", trainer.megabytes, "of one step, above what the process held before"
     )
-    signal, variance = np.array(trainer.found or [(0.0, 1.0)]).mean(0).tolist()
+    signal, variance = np.array(trainer.signals or [(0.0, 1.0)]).mean(0).tolist()
     ratio = max(signal, 0.0) / max(variance, 1e-30)
     each = f"{method.queries_per_sample} rows for each of {trainer.args.train_batch_size} samples"
     yield Fact(
         "signal to noise of a step",
         ratio,
-        f"squared gradient without an exact head over variance, {each}",
+        f"squared gradient over variance, an exact head left out, {each}",
     )
     wanted = math.ceil(target / ratio) if ratio > 0 else None
-    reason = "whose mean has it" if ratio > 0 else f"no signal was seen in {steps} steps"
+    reason = "until their mean has it" if ratio > 0 else f"no signal in {steps} steps"
     yield Fact(f"steps to signal to noise {target:g}", wanted, reason)
-    rate = _OF_A_RUN * trainer.args.learning_rate * trainer._rate.multiplier
+    rate = _OF_A_RUN * trainer.args.learning_rate * search.multiplier
     reason = (
-        f"{_OF_A_RUN:g} times what line searches in {trainer.searched} steps found: the best of "
-        "few is short for a run"
+        f"{_OF_A_RUN:g} times the result of line searches in {search.searched} steps: the best "
+        "rate for few steps is too small for a run"
     )
     yield Fact("learning_rate", float(f"{rate:.2g}"), reason)
     queries = trainer.auto.at(steps)
@@ -252,5 +278,7 @@ def _facts(trainer: Trial, target: float) -> Iterator[Fact]:
     )
 
 
-def _shown(value: Any) -> str:
-    return "?" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
+def _shown(value: float | None) -> str:
+    if value is None:
+        return "?"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"

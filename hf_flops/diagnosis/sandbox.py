@@ -1,4 +1,4 @@
-"""A copy of a model to try something on, and a process that is the same after it."""
+"""A copy of a model for a trial, and a process that the trial does not change."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,29 +15,30 @@ from torch import nn
 
 from ..trainer.preparation import wrap_with_adapter
 
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
-def copied(model: nn.Module, peft_config: Any = None) -> nn.Module:
-    """Return a model that shares storage with another where it is frozen, and has trained tensors
-    of its own.
-    """
-    memo: dict[int, Any] = {}
+
+def copied(model: nn.Module, peft_config: PeftConfig | None = None) -> nn.Module:
+    """Return a copy of a model that shares the frozen tensors and has trained ones of its own."""
+    memo: dict[int, object] = {}
     for parameter in model.parameters():
         plain = type(parameter) is nn.Parameter
         memo[id(parameter)] = (
             nn.Parameter(parameter.data, parameter.requires_grad) if plain else parameter
         )
-    own = copy.deepcopy(model, memo)
+    copied_model = copy.deepcopy(model, memo)
     if peft_config is not None:
-        own = wrap_with_adapter(own, copy.deepcopy(peft_config))
-    for parameter in own.parameters():
+        copied_model = wrap_with_adapter(copied_model, copy.deepcopy(peft_config))
+    for parameter in copied_model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.clone()
-    return own
+    return copied_model
 
 
 @contextmanager
 def generators_kept() -> Iterator[None]:
-    """Bring the global generators back, which the stock trainer seeds."""
+    """Restore the global generators after the context: the stock trainer seeds them."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng():
@@ -49,15 +50,15 @@ def generators_kept() -> Iterator[None]:
 
 @contextmanager
 def listening() -> Iterator[list[str]]:
-    """Hear what the library says, in place of who listens otherwise."""
-    said: list[str] = []
-    own = logging.getLogger("hf_flops")
-    handler, propagated = logging.Handler(logging.WARNING), own.propagate
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    own.addHandler(handler)
-    own.propagate = False
+    """Yield a list that collects the library's warnings, which other handlers do not see."""
+    warnings: list[str] = []
+    logger = logging.getLogger("hf_flops")
+    handler, propagate = logging.Handler(logging.WARNING), logger.propagate
+    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    logger.propagate = False
     try:
-        yield said
+        yield warnings
     finally:
-        own.removeHandler(handler)
-        own.propagate = propagated
+        logger.removeHandler(handler)
+        logger.propagate = propagate

@@ -1,4 +1,4 @@
-"""A short run on a copy, its samples, and the learning rate that it finds."""
+"""A short run on a copy of a model, and the learning rate that suits it."""
 
 from __future__ import annotations
 
@@ -10,123 +10,139 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.utils.data import Subset
 
 from ..autotune.epsilon import Calibration, calibrate
 from ..autotune.line_search import MOST, Found, thorough_search
-from ..autotune.protocol import Batch
+from ..autotune.protocol import Batch, GradientSession, seed_of
 from ..autotune.queries_per_sample import AutoQueries
 from ..base.memory import PeakMemory
 from ..perturbations import ParameterVector
 from ..trainer import FlopsTrainer
-from ..trainer.learning_rate_search import RateSearch
+from ..trainer.learning_rate_search import Agree, RateSearch
+from ..trainer.step import batch_of
+
+JUDGES, PER_STEP = 256, 8  # most samples of a search, in all and for each step of the trial
+LONGEST = 4  # how many times as long as planned a trial may be
 
 
 class Trial(FlopsTrainer):
-    """Takes down what steps take and find."""
+    """Measures its steps.
 
-    model: Any
+    Attributes:
+        auto: chooses queries per sample from the steps.
+        speeds: rows per second of each step.
+        signals: squared norm and variance of each step's gradient.
+        megabytes: peak memory of the last step.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.auto, self.speeds, self.found = (
-            AutoQueries(),
-            list[float](),
-            list[tuple[float, float]](),
-        )
+        self.auto = AutoQueries()
+        self.speeds: list[float] = []
+        self.signals: list[tuple[float, float]] = []
         self.megabytes = math.nan
-        # steps that searches looked at, once these are over; the next one ends the trial
-        self.searched: int | None = None
-        self.calibration = Calibration(None, 0.0, 0)
         super().__init__(*args, **kwargs)
 
     def _new_search(self) -> PlannedSearch:
-        search = PlannedSearch(self.args.max_steps // LONGEST)
-        loader = self.get_test_dataloader(
-            some_of(self.train_dataset, min(JUDGES, PER_STEP * search.steps))
-        )
-        search.judges = [self._batch(self.model, self._prepare_inputs(inputs)) for inputs in loader]
+        search = PlannedSearch(self.args.max_steps // LONGEST, seed_of(self.args))
+        samples = some_of(self.train_dataset, min(JUDGES, PER_STEP * search.steps))
+        search.judges = [
+            batch_of(self, self.model, self._prepare_inputs(inputs))
+            for inputs in self.get_test_dataloader(samples)
+        ]
         return search
 
-    def _search_rate(self, batch: Batch) -> None:
-        super()._search_rate(batch)
-        assert isinstance(self._rate, PlannedSearch)
-        if self.searched is None and self._rate.settled and self.session.method is not None:
-            self.calibration = calibrate(
-                batch.forward, batch.inputs, self.session.method, self._seed
-            )
-            self.searched = self.state.global_step
+    @property
+    def search(self) -> PlannedSearch:
+        """The search for a learning rate."""
+        assert isinstance(self.rate_search, PlannedSearch)
+        return self.rate_search
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Take a step with a clock beside it, the last one with an eye on memory."""
-        before, start = self.ledger.all_rows, time.perf_counter()
-        if self.searched is not None and self.state.global_step > self.searched:
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Take a step and time it; measure the memory of the step after the searches, the last."""
+        rows, start = self.ledger.all_rows, time.perf_counter()
+        searched = self.search.searched
+        if searched is not None and self.state.global_step > searched:
             self.control.should_training_stop = True
             with PeakMemory(self.args.device) as memory:
                 loss = super().training_step(*args, **kwargs)
             self.megabytes = memory.megabytes
         else:
             loss = super().training_step(*args, **kwargs)
-            self.speeds.append((self.ledger.all_rows - before) / (time.perf_counter() - start))
+            self.speeds.append((self.ledger.all_rows - rows) / (time.perf_counter() - start))
         result, method = self.ledger.last_step, self.session.method
         if result is not None and method is not None and "gradient_signal" in result.metrics:
             self.auto.at(self.state.global_step)
             self.auto.update(result, method)
-            self.found.append(
-                (result.metrics["gradient_signal"], result.metrics["gradient_variance"])
-            )
+            metrics = result.metrics
+            self.signals.append((metrics["gradient_signal"], metrics["gradient_variance"]))
         return loss
 
 
-JUDGES, PER_STEP = 256, 8  # samples that a search looks at at most, and for each step of the trial
-LONGEST = 4  # how many times as long a trial may be
-
-
 class PlannedSearch(RateSearch):
-    """Thorough searches after a quarter, another quarter and the rest of a trial's steps.
+    """Thorough searches after a quarter, another quarter and the rest of a trial's steps; epsilon
+    is measured with the last.
 
-    If the last of them is not clear, the trial is to go on until one is, up to four times as long.
+    If the last of them is not clear, the trial continues until one is, up to four times as long.
 
     Args:
         steps: of the trial.
+        seed: of the noise that measures epsilon.
 
     Attributes:
         steps: of the trial.
         settled: whether the trial may end.
+        searched: optimizer steps before the measurement of epsilon, once it is done.
+        calibration: epsilon.
     """
 
     _line = staticmethod(thorough_search)
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps: int, seed: int = 0) -> None:
         super().__init__()
-        self.steps, quarter = steps, steps // 4
-        self._windows = [
-            window for window in (quarter, quarter, steps - 2 * quarter, steps, 2 * steps) if window
-        ]
+        self.steps, self.seed = steps, seed
+        quarter = steps // 4
+        windows = (quarter, quarter, steps - 2 * quarter, steps, 2 * steps)
+        self._windows = [window for window in windows if window]
         self._searches, self.settled = 0, False
+        self.searched: int | None = None
+        self.calibration = Calibration(None, 0.0, 0)
+
+    def step(self, session: GradientSession, batch: Batch, *args: Any, **kwargs: Any) -> int:
+        """Search as `RateSearch` does, and measure epsilon after the last search."""
+        rows = super().step(session, batch, *args, **kwargs)
+        if self.searched is None and self.settled and session.method is not None:
+            self.calibration = calibrate(batch.forward, batch.inputs, session.method, self.seed)
+            self.searched = batch.step
+        return rows
 
     def search(
-        self, losses: Callable[[], Tensor], vector: ParameterVector, optimizer: Any, agree: Any
+        self,
+        losses: Callable[[], Tensor],
+        vector: ParameterVector,
+        optimizer: Optimizer,
+        agree: Agree,
     ) -> Found:
-        """Search as `RateSearch` does, and know what is left to do."""
+        """Search as `RateSearch` does, and decide whether the trial may end."""
         self._searches += 1
-        found, left = (
-            super().search(losses, vector, optimizer, agree),
-            len(self._windows) - self._searches,
-        )
+        found = super().search(losses, vector, optimizer, agree)
+        left = len(self._windows) - self._searches
         self.settled = left <= 0 or (left <= 2 and found.clear)
         return found
 
     def _bounds(self) -> tuple[float, float]:
         return 1 / 8, MOST
 
-    def _begin(self, vector: ParameterVector, optimizer: Any) -> None:
-        super()._begin(vector, optimizer)
+    def begin(self, vector: ParameterVector, optimizer: Optimizer) -> None:
+        """Begin a window of the plan."""
+        super().begin(vector, optimizer)
         self.window = self._windows[min(self._searches, len(self._windows) - 1)]
 
 
 def some_of(dataset: Any, most: int) -> Any:
-    """Return so many samples of a dataset at most, drawn at random where it has a length; global
-    generators stay.
+    """Return at most so many samples of a dataset, drawn at random if it has a length; the global
+    generators do not change.
     """
     if not isinstance(dataset, Sized):
         return list(islice(dataset, most))

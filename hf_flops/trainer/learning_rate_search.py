@@ -1,5 +1,5 @@
-"""A learning rate that is found while training: a multiplier of the schedule, and a way back where
-it was far off.
+"""A search for the learning rate while training: it multiplies the schedule's rates, and undoes
+steps that were far too long.
 """
 
 from __future__ import annotations
@@ -8,39 +8,52 @@ import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 from transformers import TrainerCallback
 
 from ..autotune.line_search import MOST_LOOKS, SHORTER, Found, line_search
-from ..autotune.protocol import Batch, GradientSession
+from ..autotune.protocol import Batch, GradientSession, State
 from ..distributed.collectives import ProcessGroup
 from ..errors import ConfigurationError
 from ..perturbations import ParameterVector
 
 logger = logging.getLogger("hf_flops.trainer")
+# name in a checkpoint → attribute
+_STATE = {
+    "multiplier": "multiplier",
+    "window": "window",
+    "steps": "window_steps",
+    "rates": "window_rates",
+    "names": "_names",
+    "start": "_start",
+    "state": "_state",
+}
+Agree: TypeAlias = Callable[[Found], Found]  # returns what process 0 found
 MOST_STEPS = 32  # of a window
-# factors that a window of up to 8 steps may have, and a longer one
+# least and largest factor of a window of up to 8 steps, and of a longer one
 _EARLY, _LATE = (1 / 8, 64.0), (1 / 4, 4.0)
 
 
 class RateSearch(TrainerCallback):
-    """Multiplies the rates of a schedule for the optimizer step, and adapts the multiplier by line
-    searches.
+    """Multiplies the rates of a schedule, and adapts the multiplier by line searches.
 
-    A single estimated step says little about its length, so the way of several is judged:
-    parameters are kept, and after a window of 1, 2, 4, ... 32 optimizer steps the loss of the next
-    batch, whose samples the window did not see, is compared along the line from there to here and
-    beyond. If another length is clearly better, parameters go there, and the multiplier takes its
-    factor. What a rate that was far too large has destroyed is thus undone, and so is what the
-    optimizer remembers of it.
+    One estimated step says little about its length, so a search judges several at once. It keeps
+    the parameters, and after a window of 1, 2, 4, ... 32 optimizer steps compares the loss of the
+    next batch, whose samples the window did not use, along the line from the kept parameters
+    through the current ones and beyond. If another length is clearly better, the parameters move
+    there and the multiplier takes its factor. This undoes the damage of a rate that was far too
+    large; the optimizer's state of those steps is dropped too.
 
     Attributes:
-        multiplier: what the schedule's rates are multiplied by.
+        multiplier: factor of the schedule's rates.
         window: optimizer steps until the next search.
-        judges: batches that a search looks at; where there are none, it is the next one.
+        window_steps: optimizer steps since the window began.
+        window_rates: sum of the schedule's rates in these.
+        judges: batches whose losses a search compares; the next one where there are none.
     """
 
     _line = staticmethod(line_search)
@@ -48,13 +61,12 @@ class RateSearch(TrainerCallback):
 
     def __init__(self) -> None:
         self.multiplier, self.window = 1.0, 1
-        # since the window began: optimizer steps, sum of the schedule's rates
-        self._steps, self._rates = 0, 0.0
+        self.window_steps, self.window_rates = 0, 0.0
         self._names: list[str] = []  # of the parameters
-        self._start: list[Tensor] = []  # parameters where it began
-        self._state: list[Any] = []  # what the optimizer remembered of each of them there
-        self._seen = -1  # the optimizer step that was last asked about
-        self._stock: list[Any] = []
+        self._start: list[Tensor] = []  # the parameters when the window began
+        self._state: list[State] = []  # the optimizer's state of each of them then
+        self._last_step = -1  # that `due` was asked about
+        self._stock: list[float] = []
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Multiply the rates."""
@@ -67,44 +79,52 @@ class RateSearch(TrainerCallback):
             )
         for group, rate in zip(groups, self._stock, strict=True):
             group["lr"] = rate * self.multiplier
-        self._steps, self._rates = self._steps + 1, self._rates + float(self._stock[0])
+        self.window_steps += 1
+        self.window_rates += float(self._stock[0])
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave the rates to the schedule again."""
+        """Restore the schedule's rates."""
         for group, rate in zip(kwargs["optimizer"].param_groups, self._stock, strict=True):
             group["lr"] = rate
 
-    def due(self, step: int, vector: ParameterVector, optimizer: Any) -> bool:
-        """Say whether a search is due before an optimizer step, and begin the first window, or one
-        of other parameters.
+    def scaled(self, logs: dict[str, float]) -> dict[str, float]:
+        """Return a log in which the learning rate is the one in use."""
+        if "learning_rate" not in logs:
+            return logs
+        rate = logs["learning_rate"] * self.multiplier
+        return {**logs, "learning_rate": rate, "learning_rate_multiplier": self.multiplier}
+
+    def due(self, step: int, vector: ParameterVector, optimizer: Optimizer) -> bool:
+        """Return whether a search is due before an optimizer step; begin a window if the trained
+        parameters are new.
         """
-        if step == self._seen:
+        if step == self._last_step:
             return False
-        self._seen = step
+        self._last_step = step
         if self._names != vector.names:
-            self._begin(vector, optimizer)
-        return self._steps >= self.window and self._rates > 0
+            self.begin(vector, optimizer)
+        return self.window_steps >= self.window and self.window_rates > 0
 
     def step(
         self,
         session: GradientSession,
         batch: Batch,
         vector: ParameterVector,
-        optimizer: Any,
+        optimizer: Optimizer,
         group: ProcessGroup,
         *,
         planned: int,
         left: float,
     ) -> int:
-        """Search before an optimizer step, where that is due and the budget allows it; returns the
-        rows that it took.
+        """Search before an optimizer step, if that is due and the budget allows it; return the rows
+        that it took.
 
         Args:
-            session: gives the losses.
+            session: computes the losses.
             batch: the next one.
             vector: the trained parameters.
             optimizer: the optimizer.
-            group: the processes; all do what the first of them finds.
+            group: the processes; all follow the result of the first.
             planned: rows of the coming optimizer step.
             left: rows that may still go through the model.
         """
@@ -119,15 +139,19 @@ class RateSearch(TrainerCallback):
         return found.looks * sum(judge.samples for judge in judges)
 
     def search(
-        self, losses: Callable[[], Tensor], vector: ParameterVector, optimizer: Any, agree: Any
+        self,
+        losses: Callable[[], Tensor],
+        vector: ParameterVector,
+        optimizer: Optimizer,
+        agree: Agree,
     ) -> Found:
-        """Search along the window's way, and go where it is best.
+        """Search along the line of the window, and move the parameters to the best length.
 
         Args:
-            losses: returns those of the same samples (B,) with the parameters as they are.
-            vector: the trained parameters; they are bit for bit what they were if `losses` raises.
+            losses: returns the losses (B,) of the same samples with the parameters of the moment.
+            vector: the trained parameters; they are restored bit for bit if `losses` raises.
             optimizer: the optimizer.
-            agree: returns what process 0 found.
+            agree: returns the result of process 0.
         """
         now = [parameter.detach().clone() for parameter in vector.parameters]
 
@@ -136,84 +160,78 @@ class RateSearch(TrainerCallback):
             return losses()
 
         with _kept(vector, now):
-            found = agree(self._line(at))
-        if found.clear:
-            self._go(vector, now, found.best)
-            self._learn(found.best, vector, optimizer)
+            result = agree(self._line(at))
+        if result.clear:
+            self._go(vector, now, result.best)
+            self.take_up(result.best, vector, optimizer)
         else:
             self.window = min(2 * self.window, MOST_STEPS)
-        self._begin(vector, optimizer)
-        return found
+        self.begin(vector, optimizer)
+        return result
 
     def _go(self, vector: ParameterVector, now: list[Tensor], length: float) -> None:
-        """Put the parameters at a length of the window's way, which is 1 where they are `now`."""
+        """Move the parameters to a length of the window's line: 0 at its start, 1 at `now`."""
         for parameter, old, new in zip(vector.parameters, self._start, now, strict=True):
             old = old.to(new.device)
             parameter.data.copy_(new if length == 1 else old + length * (new - old))
 
-    def _learn(self, best: float, vector: ParameterVector, optimizer: Any) -> None:
-        """Take up the factor of a length that is clearly better than 1."""
-        group, mean = optimizer.param_groups[0], self._rates / self._steps
+    def take_up(self, best: float, vector: ParameterVector, optimizer: Optimizer) -> None:
+        """Adapt the multiplier to a length that is clearly better than 1."""
+        group, mean = optimizer.param_groups[0], self.window_rates / self.window_steps
         rate, before = float(group["lr"]), self.multiplier
         least, most = self._bounds()
         factor = min(max(best, least), most)
-        if factor > 1 and rate > 1.001 * mean:  # a warmup, which will multiply the rate itself
+        if factor > 1 and rate > 1.001 * mean:  # in a warmup, which raises the rate itself
             self.multiplier = max(
                 before, before * factor * mean / max(rate, float(group.get("initial_lr", rate)))
             )
         else:
             self.multiplier = before * factor
-        if factor in (least, most):  # far off: the sooner the next look, the better
+        if factor in (least, most):  # far off: search again soon
             self.window = max(1, self.window // 2)
         if best < SHORTER[0]:
             state = getattr(optimizer, "optimizer", optimizer).state
             for parameter, kept in zip(vector.parameters, self._state, strict=True):
                 state.pop(parameter, None)
-                # moments are where their parameter is, also in a run that was resumed; steps are
-                # anywhere
+                # moments are on the parameter's device, also in a resumed run; steps on any
                 if kept:
                     state[parameter] = {
                         name: _beside(value, parameter) for name, value in kept.items()
                     }
         logger.info(
-            "Learning rate x %.3g, after a window of %d steps.", self.multiplier, self._steps
+            "Learning rate x %.3g, after a window of %d steps.", self.multiplier, self.window_steps
         )
 
     def _bounds(self) -> tuple[float, float]:
-        """Return the least and the largest factor that the window may give."""
-        return _EARLY if self._steps <= 8 else _LATE
+        """Return the least and the largest factor of the window."""
+        return _EARLY if self.window_steps <= 8 else _LATE
 
-    def _begin(self, vector: ParameterVector, optimizer: Any) -> None:
+    def begin(self, vector: ParameterVector, optimizer: Optimizer) -> None:
         """Begin a window."""
-        self._steps, self._rates, self._names = 0, 0.0, vector.names
+        self.window_steps, self.window_rates = 0, 0.0
+        self._names = vector.names
         self._start = [parameter.detach().clone() for parameter in vector.parameters]
         state = getattr(optimizer, "optimizer", optimizer).state
         self._state = [copy.deepcopy(state.get(parameter, {})) for parameter in vector.parameters]
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Return what a resume needs."""
-        numbers = {
-            "multiplier": self.multiplier,
-            "window": self.window,
-            "steps": self._steps,
-            "rates": self._rates,
-        }
-        return {**numbers, "names": self._names, "start": self._start, "state": self._state}
+        return {name: getattr(self, attribute) for name, attribute in _STATE.items()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Take up a state from `state_dict`."""
-        self.multiplier, self.window = state["multiplier"], state["window"]
-        self._steps, self._rates, self._names = state["steps"], state["rates"], state["names"]
-        self._start, self._state = state["start"], state["state"]
+        for name, attribute in _STATE.items():
+            setattr(self, attribute, state[name])
 
 
-def _beside(value: Any, parameter: Tensor) -> Any:
+def _beside(value: object, parameter: Tensor) -> object:
+    """Return the value on the parameter's device, if it is a tensor with dimensions."""
     return value.to(parameter.device) if torch.is_tensor(value) and value.dim() else value
 
 
 @contextmanager
 def _kept(vector: ParameterVector, now: list[Tensor]) -> Iterator[None]:
-    """Bring the parameters back to `now`, whatever happens."""
+    """Restore the parameters to `now` after the context."""
     try:
         yield
     finally:

@@ -1,30 +1,36 @@
-"""What is checked or prepared before the first step, so that a run that cannot work does not
-start.
-"""
+"""Checks and preparations before the first step, so that a run that cannot work does not start."""
 
 from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 from torch import nn
+from transformers import TrainingArguments
 
 from ..base.batch import Inputs
+from ..contrastive.dual_encoder import base_of
 from ..distributed.launch import check_environment, check_world
 from ..errors import ConfigurationError, ObjectiveError
 from ..objectives import Forward
-from .args import FlopsArgumentsMixin
+from .args import FlopsArgumentsMixin, FlopsTrainingArguments
 from .master_weights import keep_masters
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 logger = logging.getLogger(__name__)
 
 
-def check_arguments(args: Any) -> None:
-    """Refuse arguments of the wrong class and processes that do not know each other; switch off
-    what is not for us.
+def check_arguments(args: TrainingArguments) -> FlopsTrainingArguments:
+    """Return a trainer's arguments, with stock features off that forward-only training replaces.
+
+    Raises:
+        ConfigurationError: the arguments are of the wrong class, or processes do not know each
+            other.
     """
     if not issubclass(type(args), FlopsArgumentsMixin):
         raise ConfigurationError(
@@ -38,18 +44,19 @@ def check_arguments(args: Any) -> None:
         # every process reads, and counts, the tokens of all
         args.average_tokens_across_devices = False
     args.enable_jit_checkpoint = False  # `SaveOnSigterm` saves on SIGTERM, in all processes alike
+    return cast(FlopsTrainingArguments, args)
 
 
-def check_ready(model: nn.Module, data: Any, needs_clean: bool, samples: int) -> None:
-    """Refuse a model or a data set that leaves nothing to train, and say if batches of one leave
-    nothing to share out.
+def check_ready(model: nn.Module, data: object, needs_clean: bool, samples: int) -> None:
+    """Refuse a model or a data set that leaves nothing to train; warn if batches of one leave
+    nothing to allocate.
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigurationError(
             "The model has no trainable parameter: add an adapter (peft_config=) or unfreeze a "
             "head."
         )
-    if data is not None and hasattr(data, "__len__") and len(data) == 0:
+    if isinstance(data, Sized) and len(data) == 0:
         raise ConfigurationError("train_dataset is empty: there is nothing to train on.")
     if needs_clean and samples == 1:
         logger.warning(
@@ -59,13 +66,13 @@ def check_ready(model: nn.Module, data: Any, needs_clean: bool, samples: int) ->
 
 
 def check_labels(forward: Forward, inputs: Inputs, names: Sequence[str]) -> None:
-    """Refuse a batch without labels, of a model that makes no loss without them, as an autoencoder
-    does.
+    """Refuse a batch without labels, unless the model returns a loss without them, as an
+    autoencoder does.
 
     Args:
         forward: runs the model.
         inputs: the batch.
-        names: what labels are called.
+        names: of the labels among the inputs.
     """
     if any(name in inputs for name in names):
         return
@@ -80,7 +87,7 @@ def check_labels(forward: Forward, inputs: Inputs, names: Sequence[str]) -> None
         )
 
 
-def wrap_with_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
+def wrap_with_adapter(model: nn.Module, peft_config: PeftConfig) -> nn.Module:
     """Put an adapter on a plain model."""
     from peft import PeftModel, get_peft_model
 
@@ -102,12 +109,12 @@ def widen_trainable(model: nn.Module) -> None:
 
 
 @contextmanager
-def quantised_base_allowed(model: Any) -> Iterator[None]:
-    """Let the stock trainer accept a quantised model that cannot be trained by backprop; forward
-    passes are enough here.
+def quantised_base_allowed(model: nn.Module | None) -> Iterator[None]:
+    """Let the stock trainer accept a quantised model, which backprop could not train but forward
+    passes can.
 
-    The stock check passes over models that carry an adapter of their own, so this one says for a
-    while that it does.
+    The stock check skips models that carry an adapter of their own, so the model claims to carry
+    one inside the context.
     """
     flag = "_hf_peft_config_loaded"
     if (
@@ -126,9 +133,7 @@ def quantised_base_allowed(model: Any) -> Iterator[None]:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch dropout and batch-norm updates off for a while, and put every module back as it
-    was.
-    """
+    """Switch dropout and batch-norm updates off inside the context, and restore them after it."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -139,20 +144,20 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def without_cache(model: nn.Module, inputs: Inputs) -> Inputs:
-    """Tell a language model to keep no keys and values, which only generation needs, unless the
+    """Tell a language model to cache no keys and values, which only generation needs, unless the
     batch says otherwise.
     """
-    base: Any = getattr(model, "get_base_model", lambda: model)()
-    if "use_cache" in inputs or "use_cache" not in inspect.signature(base.forward).parameters:
+    accepted = inspect.signature(base_of(model).forward).parameters
+    if "use_cache" in inputs or "use_cache" not in accepted:
         return inputs
     return {**inputs, "use_cache": False}
 
 
 def shared_texts(model: nn.Module, inputs: Inputs, clean: bool) -> AbstractContextManager[None]:
-    """Let a model that can, as `SuffixPromptModel` does, run what all rows of a batch's samples
-    share once for a step.
+    """Return the context in which a model, if it can, runs once per step what all rows of
+    a sample share: see `SuffixPromptModel`.
 
-    With `clean`, the samples will also be run as they are.
+    With `clean`, the samples also run unperturbed.
     """
     cached = getattr(model, "cached_texts", None)
     return nullcontext() if cached is None else cached(inputs, clean=clean)

@@ -196,7 +196,7 @@ def test_the_trainer_calibrates_once_and_a_resumed_run_keeps_the_scale(tmp_path)
 
 def test_an_objective_without_such_a_scale_keeps_the_default_and_says_so(tmp_path, caplog):
     run = trainer(tmp_path, max_steps=1)
-    run._objective = CallableObjective(lambda outputs, inputs: outputs.logits.argmax(-1) * 0.0)
+    run.objective = CallableObjective(lambda outputs, inputs: outputs.logits.argmax(-1) * 0.0)
     with caplog.at_level(logging.WARNING):
         run.train()
     assert run.session.tuning.found == {

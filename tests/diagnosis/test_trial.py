@@ -52,7 +52,7 @@ def windows_of(steps, slope):
     windows = []
     for step in itertools.count():
         if search.due(step, vector, optimizer):
-            windows.append(search._steps)
+            windows.append(search.window_steps)
             search.search(lambda: weight.detach() * slope, vector, optimizer, lambda found: found)
         if search.settled:
             return windows

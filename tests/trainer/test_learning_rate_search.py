@@ -99,10 +99,10 @@ def test_a_warmup_is_not_mistaken_for_a_rate_that_is_too_small():
         (0.1, 0.2, 0.25, 0.25),
     ]
     for mean, now, best, expected in cases:
-        search._begin(vector, optimizer)
-        search.multiplier, search._steps, search._rates = 1.0, 5, 5 * mean
+        search.begin(vector, optimizer)
+        search.multiplier, search.window_steps, search.window_rates = 1.0, 5, 5 * mean
         optimizer.param_groups[0].update(lr=now, initial_lr=1.0)
-        search._learn(best, vector, optimizer)
+        search.take_up(best, vector, optimizer)
         assert search.multiplier == pytest.approx(expected)
 
 
@@ -136,9 +136,9 @@ def test_a_resumed_run_goes_on_alike(start, tmp_path):
     # in the middle of a window
     again = run(tmp_path / "other", None, str(tmp_path / "checkpoint-5"), **every)
     assert flat(again).equal(flat(whole))
-    assert again._rate.multiplier == whole._rate.multiplier
+    assert again.rate_search.multiplier == whole.rate_search.multiplier
     assert again.ledger.rows == whole.ledger.rows
-    assert whole._rate.multiplier < 1 or start == 0.01
+    assert whole.rate_search.multiplier < 1 or start == 0.01
 
 
 def test_parameters_are_bit_for_bit_what_they_were_if_a_forward_raises():
@@ -169,7 +169,7 @@ def test_processes_that_see_other_losses_go_the_way_of_the_first():
         vector, optimizer = ParameterVector([("weight", weight)]), torch.optim.SGD([weight], lr=1.0)
         search.due(0, vector, optimizer)
         weight.data.fill_(1.0)
-        search._steps, search._rates = 1, 1.0
+        search.window_steps, search.window_rates = 1, 1.0
         goal = 2.0 if group.rank == 0 else 8.0
         search.search(lambda: (weight.detach() - goal).square(), vector, optimizer, group.broadcast)
         return weight.detach().tolist(), search.multiplier
@@ -186,14 +186,14 @@ def test_a_long_window_changes_the_rate_by_less_and_far_off_the_next_is_shorter(
         (32, 0.0, 1 / 4, 16),
         (32, 2.0, 2.0, 32),
     ]:
-        search._begin(vector, optimizer)
-        search.multiplier, search._steps, search._rates, search.window = (
+        search.begin(vector, optimizer)
+        search.multiplier, search.window_steps, search.window_rates, search.window = (
             1.0,
             steps,
             float(steps),
             steps,
         )
-        search._learn(best, vector, optimizer)
+        search.take_up(best, vector, optimizer)
         assert (search.multiplier, search.window) == (expected, window)
 
 
@@ -203,7 +203,7 @@ def test_windows_grow_to_their_end():
     windows, step = [], 0
     while len(windows) < 8:
         if search.due(step, vector, optimizer):
-            windows.append(search._steps)
+            windows.append(search.window_steps)
             search.search(lambda: torch.ones(2), vector, optimizer, lambda found: found)
         search.on_pre_optimizer_step(None, None, None, optimizer=optimizer)
         search.on_optimizer_step(None, None, None, optimizer=optimizer)
@@ -238,7 +238,7 @@ def test_the_word_is_read_from_the_command_line_too(tmp_path):
         ),
         (
             {"learning_rate_search": True, "optim": "schedule_free_adamw"},
-            "optim='schedule_free_adamw' is not for",
+            "optim='schedule_free_adamw' does not work",
         ),
     ],
 )

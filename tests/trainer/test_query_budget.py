@@ -155,7 +155,7 @@ def test_of_a_step_that_is_refused_nothing_is_taken_though_a_smaller_batch_would
     before = flat(run)
     again, _ = trainer(tmp_path, max_queries=run.ledger.all_rows + 9 * queries, **options)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    assert queries <= again._budget.left < 4 * queries
+    assert queries <= again.query_budget.left < 4 * queries
     assert flat(again).equal(before)
 
 

@@ -308,7 +308,7 @@ def warmup(candidate, square):
 
 
 def late(candidate, square):
-    return (candidate._position > 4) * square  # from the second batch of an optimizer step on
+    return (candidate.positions.samples > 4) * square  # the step's second batch and on
 
 
 def penalised(term, args):

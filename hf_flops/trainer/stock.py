@@ -1,0 +1,115 @@
+"""Overrides of the stock trainer's private methods: sample ids, whole checkpoints, and processes
+without DistributedDataParallel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.trainer_utils import rotate_checkpoints
+
+from ..autotune.protocol import Stateful
+from ..base.batch import Inputs
+from ..distributed.collectives import ProcessGroup
+from .batches import SAMPLE_ID, without_ids
+from .checkpoint_state import load_state, save_state
+from .checkpoints import CheckpointWriter, generator_states
+from .multiprocess import undivided_loader
+
+if TYPE_CHECKING:
+    _Base = Trainer  # so that `self` is typed
+else:
+    _Base = object
+
+
+class StockOverrides(_Base):
+    """Takes sample ids out of the inputs, saves and loads our parts beside those of the stock
+    trainer, and lets every process read the whole batch.
+
+    Attributes:
+        checkpoint_writer: publishes checkpoints.
+        sample_ids: (B,) of the batch that was prepared last, if it has any.
+    """
+
+    args: Any  # of a class with `FlopsArgumentsMixin`
+    checkpoint_writer: CheckpointWriter
+    sample_ids: tuple[int, ...] | None = None
+
+    @property
+    def group(self) -> ProcessGroup:
+        """The processes of the run."""
+        raise NotImplementedError
+
+    def _parts(self) -> Mapping[str, Stateful]:
+        raise NotImplementedError
+
+    def _begin(self) -> None:
+        raise NotImplementedError
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        super()._hp_search_setup(trial)
+        if trial is not None:
+            self._begin()  # `train` has begun with the arguments before this trial's
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        inputs, self.sample_ids = without_ids(inputs)
+        return super()._prepare_inputs(inputs)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns: list[str] = self._signature_columns or []
+        if SAMPLE_ID not in columns:
+            columns.append(SAMPLE_ID)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            save_state(output_dir, self._parts())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        load_state(checkpoint, self._parts())
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with generator_states(checkpoint, self.args) as folder:
+            super()._load_rng_state(folder)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self.checkpoint_writer.folder(super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run = Path(self._get_output_dir(trial))
+        with self.checkpoint_writer.whole(run, self.args, self.state, self.group) as folder:
+            super()._save_checkpoint(model, trial)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(str(run), self.args.save_total_limit, best, use_mtime=True)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self.checkpoint_writer.saving:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _wrap_model(
+        self, model: nn.Module, training: bool = True, dataloader: DataLoader | None = None
+    ) -> nn.Module:
+        if training and model is self.model and self.args.world_size > 1:
+            # without DistributedDataParallel, which would wait for a backward pass
+            return self.accelerator.prepare_model(model, evaluation_mode=True)
+        return super()._wrap_model(model, training, dataloader)
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        return undivided_loader(self, super()._get_dataloader, args, kwargs)
+
+    def _track_num_input_tokens(self, inputs: Inputs) -> None:
+        """Count the tokens that all processes have read alike once."""
+        before = self.state.num_input_tokens_seen
+        super()._track_num_input_tokens(inputs)
+        tokens = self.state.num_input_tokens_seen - before
+        self.state.num_input_tokens_seen = before + tokens // self.args.world_size
