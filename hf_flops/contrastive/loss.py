@@ -139,6 +139,15 @@ class ContrastiveLoss(Objective):
 
     Raises:
         ConfigurationError: an unknown kind or meaning of equal texts.
+
+    Example:
+        >>> import math
+        >>> from types import SimpleNamespace
+        >>> embeddings = torch.eye(2)  # image i and text i agree, all others are orthogonal
+        >>> outputs = SimpleNamespace(text_embeds=embeddings, image_embeds=embeddings)
+        >>> loss = ContrastiveLoss().loss(outputs, {}, torch.tensor(math.log(4.0)))
+        >>> math.isclose(loss, math.log1p(math.exp(-4.0)), rel_tol=1e-5)
+        True
     """
 
     per_row = False

@@ -160,7 +160,7 @@ def doctor(
         >>> config = ViTConfig(**small, intermediate_size=8, image_size=4, patch_size=2)
         >>> model = ViTForImageClassification(config)
         >>> images = [{"pixel_values": torch.rand(3, 4, 4), "labels": i % 2} for i in range(8)]
-        >>> adapter = LoraConfig(target_modules=["query"], modules_to_save=["classifier"])
+        >>> adapter = LoraConfig(target_modules="all-linear", modules_to_save=["classifier"])
         >>> found = doctor(model, images, peft_config=adapter, steps=2)
         >>> [rule.tensor.split(".")[-2] for rule in found.rules if rule.way == "exact"]
         ['default', 'default']

@@ -1,15 +1,12 @@
-"""What a trainer says of itself while it runs: numbers for the log, a progress bar, costs, pictures
-at the end.
-"""
+"""Callbacks that report on a run: its costs, a progress bar of rows, and pictures at the end."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
 
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
 from ..base.memory import peak_memory
@@ -20,10 +17,14 @@ logger = logging.getLogger(__name__)
 
 
 class RunCosts(TrainerCallback):
-    """Keeps what the last run cost, as it stood when the run ended.
+    """Measures the cost of the current run, and keeps that of the last one.
 
     Args:
         ledger: returns the ledger of the run.
+
+    Example:
+        >>> sorted(RunCosts(Ledger).so_far())
+        ['check_rows', 'peak_memory', 'rows', 'seconds', 'tokens']
     """
 
     def __init__(self, ledger: Callable[[], Ledger]) -> None:
@@ -31,40 +32,42 @@ class RunCosts(TrainerCallback):
         self._finished: dict[str, float] = {}
 
     def so_far(self) -> dict[str, float]:
-        """Return rows, check rows, tokens, seconds and peak bytes of the process, of the last run
-        or of this one so far.
+        """Return rows, check rows, tokens, seconds and peak bytes of the last run, or of this one
+        so far.
 
-        The peak is that of the GPU where there is one; it is absent where the system does not tell.
+        The peak is that of the GPU if there is one, else of the process; it is absent if the system
+        does not report it.
         """
         return self._finished or self._measure()
 
     def _measure(self) -> dict[str, float]:
         ledger, peak = self.ledger(), peak_memory()
-        found = {
+        costs = {
             "rows": ledger.all_rows,
             "check_rows": ledger.all_rows - ledger.rows,
             "tokens": ledger.tokens,
-        }
-        return {
-            **found,
             "seconds": ledger.seconds,
-            **({} if peak is None else {"peak_memory": peak}),
         }
+        return costs if peak is None else {**costs, "peak_memory": peak}
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Forget the run before."""
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        """Forget the last run."""
         self._finished = {}
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keep what the run cost."""
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        """Keep the costs of the run."""
         self._finished = self._measure()
 
 
 class RowProgress(ProgressCallback):
-    """The stock progress bar, counting rows, with rows per second and the time that is left.
+    """The stock progress bar, in rows: with rows per second and the time left.
 
-    The rows of the whole run are those used so far, and for each step that is left the average of a
-    step; or the budget, where that is less.
+    The total is the rows used so far plus the average of a step for each step left, or the budget
+    if that is less.
 
     Args:
         ledger: returns the ledger of the run.
@@ -75,16 +78,20 @@ class RowProgress(ProgressCallback):
         super().__init__()
         self.ledger, self.most = ledger, most
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Open the bar, where a resumed run goes on."""
-        self.most = args.max_queries
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        """Open the bar, at the rows that a resumed run has used."""
+        self.most = getattr(args, "max_queries", None)
         if state.is_world_process_zero:
             done = self.ledger().all_rows
             self.training_bar = tqdm(
                 initial=done, total=self.most, unit=" rows", unit_scale=True, dynamic_ncols=True
             )
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         """Move the bar by the rows of the step."""
         if state.is_world_process_zero and self.training_bar is not None:
             self.training_bar.total = self.expected(state.global_step, state.max_steps)
@@ -94,7 +101,7 @@ class RowProgress(ProgressCallback):
             self.training_bar.update(self.ledger().all_rows - self.training_bar.n)
 
     def expected(self, step: int, steps: int) -> int:
-        """Return the rows that the whole run will have taken, as far as `step` of `steps` tell."""
+        """Return the rows of the whole run, as expected after `step` of `steps`."""
         ledger = self.ledger()
         rows = ledger.all_rows + round(ledger.rows / max(step, 1) * max(steps - step, 0))
         return rows if self.most is None else min(rows, self.most)
@@ -110,12 +117,14 @@ class Pictures(TrainerCallback):
     def __init__(self, ledger: Callable[[], Ledger]) -> None:
         self.ledger = ledger
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Draw what there is to draw; a picture that fails must not cost a trained adapter."""
-        if not (args.pictures and state.is_world_process_zero):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        """Draw the pictures; an error in one must not cost the trained adapter."""
+        if not (getattr(args, "pictures", True) and state.is_world_process_zero):
             return
         try:
-            draw_pictures(args.output_dir, state.log_history, self.ledger())
+            draw_pictures(str(args.output_dir), state.log_history, self.ledger())
         except ImportError as error:
             logger.info("No pictures of the run: %s", error)
         except Exception as error:
@@ -124,16 +133,13 @@ class Pictures(TrainerCallback):
             )
 
 
-def add_reports(trainer: Any, ledger: Callable[[], Ledger]) -> RunCosts:
-    """Add the callbacks to a trainer; its stock progress bar, if there is one, gives way to one of
-    rows.
+def add_reports(trainer: Trainer, ledger: Callable[[], Ledger]) -> RunCosts:
+    """Add the callbacks to a trainer, and replace its stock progress bar, if it has one, by one of
+    rows; return the costs.
 
     Args:
         trainer: the trainer.
         ledger: returns the ledger of the run.
-
-    Returns:
-        What tells what the last run cost, or this one so far.
     """
     costs = RunCosts(ledger)
     trainer.add_callback(costs)
@@ -145,5 +151,5 @@ def add_reports(trainer: Any, ledger: Callable[[], Ledger]) -> RunCosts:
     ]
     if stock:
         trainer.remove_callback(stock[0])
-        trainer.add_callback(RowProgress(ledger, trainer.args.max_queries))
+        trainer.add_callback(RowProgress(ledger))
     return costs

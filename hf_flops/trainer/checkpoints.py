@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..distributed.collectives import ProcessGroup
 from ..errors import ConfigurationError
@@ -233,14 +233,26 @@ class SaveOnSigterm(TrainerCallback):
         del number, frame
         self.asked = True
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
         """Save and stop, if that is what all know."""
         if self.asked if self.alone else self.agreed:
             logger.warning("SIGTERM: the run saves at step %d and leaves.", state.global_step)
             self.left = control.should_save = control.should_training_stop = True
             control.should_evaluate = False
 
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_epoch_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
         """Do nothing more in a run that has left."""
         if self.left:
             control.should_save = control.should_evaluate = False

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..autotune.line_search import MOST_LOOKS, SHORTER, Found, line_search
 from ..autotune.protocol import Batch, GradientSession, State
@@ -68,7 +68,9 @@ class RateSearch(TrainerCallback):
         self._last_step = -1  # that `due` was asked about
         self._stock: list[float] = []
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Multiply the rates."""
         groups = kwargs["optimizer"].param_groups
         self._stock = [group["lr"] for group in groups]
@@ -82,7 +84,9 @@ class RateSearch(TrainerCallback):
         self.window_steps += 1
         self.window_rates += float(self._stock[0])
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Restore the schedule's rates."""
         for group, rate in zip(kwargs["optimizer"].param_groups, self._stock, strict=True):
             group["lr"] = rate

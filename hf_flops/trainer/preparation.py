@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, cast
 
@@ -106,6 +106,13 @@ def widen_trainable(model: nn.Module) -> None:
             len(names),
             names[0],
         )
+
+
+def add_tags(model: nn.Module, tags: Sequence[str]) -> None:
+    """Add tags to a model that has a list of them for its card."""
+    add: Callable[[Sequence[str]], None] | None = getattr(model, "add_model_tags", None)
+    if add is not None:
+        add(tags)
 
 
 @contextmanager

@@ -1,15 +1,12 @@
-"""A budget of queries: training stops, as if it had been told to, before the step that would not
-fit.
-"""
+"""A budget of queries: training stops cleanly before the step that would exceed it."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sized
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from ..errors import ConfigurationError
@@ -19,13 +16,13 @@ logger = logging.getLogger(__name__)
 
 
 class QueryBudget(TrainerCallback):
-    """Stops training before the ledger would hold more rows than `max_queries`, checks included.
+    """Stops training before its rows, those of the checks included, exceed `max_queries`.
 
-    A batch is planned with `queries_per_sample` rows for each sample. Rows that run again because a
-    loss was not finite, which only noise on outputs needs, are not foreseen.
+    It plans `queries_per_sample` rows for each sample of a batch. It does not foresee rows that run
+    again because a loss was not finite, which only noise on outputs needs.
 
     Args:
-        most: returns the rows that may go through the model in all, None for no limit.
+        most: returns the limit on the rows of the run, None for no limit.
         queries: returns the rows per sample of an optimizer step.
         ledger: returns the ledger of the run.
     """
@@ -41,21 +38,20 @@ class QueryBudget(TrainerCallback):
 
     @property
     def left(self) -> float:
-        """Rows that may still go through the model."""
+        """Rows left."""
         most = self.most()
         return math.inf if most is None else most - self.ledger().all_rows
 
     def allows(self, samples: int, step: int) -> bool:
-        """Return whether a batch fits; if not, training stops at the end of its step, and nothing
-        more of that fits.
+        """Return whether a batch fits; if not, the rest of its step is refused too, and training
+        stops at the end of it.
 
         Args:
             samples: B.
             step: optimizer steps done.
 
         Raises:
-            ConfigurationError: nothing was learned yet, because what checks the first batch left
-                too little.
+            ConfigurationError: the checks of the first batch left too few rows for a step.
         """
         need = samples * self.queries(step)
         self._refused = self._refused or need > self.left
@@ -67,12 +63,18 @@ class QueryBudget(TrainerCallback):
             )
         return not self._refused
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        train_dataloader: object = None,
+        **kwargs: object,
+    ) -> None:
         """Refuse a run that could not take one step."""
-        need, used = (
-            self._step(args, state.global_step, kwargs.get("train_dataloader")),
-            self.ledger().all_rows,
-        )
+        need = self._step(args, state.global_step, train_dataloader)
+        used = self.ledger().all_rows
         self._refused = False
         if need > self.left:
             spent = f", of which the checkpoint's run has used {used}," if used else ""
@@ -81,12 +83,17 @@ class QueryBudget(TrainerCallback):
                 "raise max_queries, or lower queries_per_sample or the batch size."
             )
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop, and save as at the end of training, where the next step would not fit."""
-        if (
-            not self._refused
-            and self._step(args, state.global_step, kwargs.get("train_dataloader")) <= self.left
-        ):
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        train_dataloader: object = None,
+        **kwargs: object,
+    ) -> None:
+        """Stop, and save as at the end of training, if the next step would not fit."""
+        if not self._refused and self._step(args, state.global_step, train_dataloader) <= self.left:
             return
         logger.info(
             "Training stops at step %d: %d rows are left of max_queries=%d.",
@@ -98,12 +105,12 @@ class QueryBudget(TrainerCallback):
         if args.save_strategy == SaveStrategy.STEPS:
             control.should_save = True
 
-    def _step(self, args: Any, step: int, loader: Any) -> int:
-        """Return the rows that a whole optimizer step takes; 0 where there is no limit."""
+    def _step(self, args: TrainingArguments, step: int, loader: object) -> int:
+        """Return the rows of a whole optimizer step; 0 without a limit."""
         if self.most() is None:
             return 0
         samples = args.train_batch_size * args.gradient_accumulation_steps
         data = getattr(loader, "dataset", None)
-        if data is not None and hasattr(data, "__len__"):
+        if isinstance(data, Sized):
             samples = min(samples, len(data))
         return samples * self.queries(step)

@@ -39,11 +39,13 @@ class StockOverrides(_Base):
     args: Any  # of a class with `FlopsArgumentsMixin`
     checkpoint_writer: CheckpointWriter
     sample_ids: tuple[int, ...] | None = None
+    _group: ProcessGroup | None = None
 
     @property
     def group(self) -> ProcessGroup:
         """The processes of the run."""
-        raise NotImplementedError
+        assert self._group is not None
+        return self._group
 
     def _parts(self) -> Mapping[str, Stateful]:
         raise NotImplementedError

@@ -14,17 +14,10 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from ..allocators import ALLOCATORS, Allocator
-from ..autotune.protocol import (
-    Batch,
-    GradientSession,
-    HandOver,
-    Stateful,
-    seed_of,
-)
+from ..autotune.protocol import Batch, GradientSession, HandOver, Stateful, seed_of
 from ..base.batch import Inputs
 from ..contrastive import start_session
 from ..contrastive.dual_encoder import with_plain_flag
-from ..distributed.collectives import ProcessGroup
 from ..estimators import Estimator
 from ..objectives import CallableObjective, Objective, RowLossError
 from ..perturbations import Perturbation
@@ -39,6 +32,7 @@ from .checkpoints import CheckpointWriter, SaveOnSigterm, chosen_checkpoint
 from .learning_rate_search import RateSearch
 from .multiprocess import BatchSize, Lockstep, start_group
 from .preparation import (
+    add_tags,
     check_arguments,
     check_labels,
     check_ready,
@@ -69,8 +63,6 @@ class FlopsTrainerMixin(StockOverrides):
         session: what the run has learned about its gradient, once it has begun.
         query_budget: the rows that are left.
         rate_search: the search for a learning rate, in a run that has one.
-        positions: counts the samples of an optimizer step.
-        recorder: of the trajectory log, if there is one.
         objective: what is minimised; None for the model's own loss.
 
     Args:
@@ -126,7 +118,6 @@ class FlopsTrainerMixin(StockOverrides):
             start_session, allocator=allocator, estimator=estimator, perturbation=perturbation
         )
         self.rate_search: RateSearch | None = None
-        self._group: ProcessGroup | None = None
         self.checkpoint_writer, self._sigterm = CheckpointWriter(), SaveOnSigterm()
         self.recorder = TrajectoryRecorder() if checked.trajectory_log else None
         with quantised_base_allowed(model):
@@ -145,9 +136,7 @@ class FlopsTrainerMixin(StockOverrides):
         samples = checked.per_device_train_batch_size
         check_ready(self.model, self.train_dataset, needs_clean, samples)
         widen_trainable(self.model)
-        add_tags: Callable[..., None] | None = getattr(self.model, "add_model_tags", None)
-        if add_tags is not None:
-            add_tags(self._tag_names)
+        add_tags(self.model, self._tag_names)
 
     # A run begins.
 
@@ -189,12 +178,6 @@ class FlopsTrainerMixin(StockOverrides):
         return RateSearch()
 
     @property
-    def group(self) -> ProcessGroup:
-        """The processes of the run."""
-        assert self._group is not None
-        return self._group
-
-    @property
     def session(self) -> GradientSession:
         """What the run has learned about its gradient; it begins at the first access."""
         if self._session is None:
@@ -224,8 +207,8 @@ class FlopsTrainerMixin(StockOverrides):
         """Estimate the gradient from perturbed forwards and add it to `.grad`, in place of loss and
         backward.
 
-        If the model's own loss stops to work per row, this batch is estimated again, and training
-        continues, with the loss of whole batches.
+        If the model's own loss stops working per row, the batch is estimated again with the loss of
+        whole batches, and training continues with that.
 
         Returns:
             The batch's share of the optimizer step's mean loss, a detached scalar.
@@ -310,11 +293,9 @@ class FlopsTrainer(FlopsTrainerMixin, Trainer):
         >>> model = ViTForImageClassification(config)
         >>> images = [{"pixel_values": torch.rand(3, 4, 4), "labels": i % 2} for i in range(8)]
         >>> args = FlopsTrainingArguments("outputs", max_steps=1, use_cpu=True)
-        >>> adapter = LoraConfig(target_modules=["query"], modules_to_save=["classifier"])
+        >>> adapter = LoraConfig(target_modules="all-linear", modules_to_save=["classifier"])
         >>> trainer = FlopsTrainer(model, args, train_dataset=images, peft_config=adapter)
         >>> trainer.train().global_step
         {...
         1
-        >>> trainer.ledger.rows  # 16 for each sample of the batch
-        128
     """
