@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import SubFigure
 
 COLOURS = {"flops": "#c2410c", "mezo": "#2563eb", "flops-authors": "#7c3aed", "backprop": "#52525b"}
 
@@ -24,7 +28,7 @@ def pyplot() -> Any:
 
 
 def draw_learning_curves(
-    axes: Any, curves: Mapping[str, Sequence[tuple[float, float]]], start: float
+    axes: Axes, curves: Mapping[str, Sequence[tuple[float, float]]], start: float
 ) -> None:
     """Draw accuracy against the rows that went through the model.
 
@@ -65,7 +69,7 @@ def draw_learning_curves(
     axes.legend(edgecolor="none", loc="lower right")
 
 
-def draw_queries(axes: Any, mean_queries: Sequence[float], average: float) -> None:
+def draw_queries(axes: Axes, mean_queries: Sequence[float], average: float) -> None:
     """Draw how many queries a step gave to each sample, samples in order.
 
     Args:
@@ -93,7 +97,7 @@ def draw_queries(axes: Any, mean_queries: Sequence[float], average: float) -> No
 
 
 def draw_images(
-    figure: Any, images: Sequence[np.ndarray], captions: Sequence[str], title: str
+    figure: SubFigure, images: Sequence[np.ndarray], captions: Sequence[str], title: str
 ) -> None:
     """Draw a row of images, (H, W) or (H, W, C) each, under a title."""
     figure.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold")

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,7 +69,7 @@ class Ledger:
     def metered(self, forward: Forward) -> Forward:
         """Return a function that runs the model and counts what it was asked for."""
 
-        def run(inputs: Inputs) -> tuple[Tensor | None, Any]:
+        def run(inputs: Inputs) -> tuple[Tensor | None, object]:
             answer = forward(inputs)
             rows = batch_size(inputs)
             self.all_rows, self.tokens = self.all_rows + rows, self.tokens + rows * columns(inputs)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import ModelCard
 
@@ -23,7 +22,11 @@ CITATION = """@inproceedings{ren2025flops,
 
 
 def complete_card(
-    folder: str, settings: str, model: Any, costs: Mapping[str, float], tags: Any
+    folder: str,
+    settings: str,
+    model: object,
+    costs: Mapping[str, float],
+    tags: str | Iterable[str] | None,
 ) -> None:
     """Add our tags, beside those of the model and the caller, and our sections to the stock card of
     an output folder.

@@ -5,13 +5,18 @@ estimates were.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .comparison_plots import COLOURS, draw_queries
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
 
 Log = Sequence[Mapping[str, Any]]  # entries of the stock trainer's log
 # rows so far, class → (samples, their queries)
@@ -48,7 +53,7 @@ def series_of(history: Log, name: str) -> list[tuple[float, float]]:
 
 
 def draw_seeds(
-    axes: Any, curves: Sequence[Sequence[tuple[float, float]]], xlabel: str, measure: str
+    axes: Axes, curves: Sequence[Sequence[tuple[float, float]]], xlabel: str, measure: str
 ) -> None:
     """Draw a learning curve: of one run, or the mean of runs that differ in their seed, with their
     standard deviation.
@@ -69,15 +74,22 @@ def draw_seeds(
         axes.plot(
             grid, mean, color=COLOURS["flops"], linewidth=1.6, label=f"mean of {len(runs)} seeds"
         )
-        band = {"color": COLOURS["flops"], "alpha": 0.2, "linewidth": 0}
-        axes.fill_between(grid, mean - spread, mean + spread, label="± standard deviation", **band)
+        axes.fill_between(
+            grid,
+            mean - spread,
+            mean + spread,
+            label="± standard deviation",
+            color=COLOURS["flops"],
+            alpha=0.2,
+            linewidth=0,
+        )
         axes.legend(frameon=False)
     if "accuracy" in measure:
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
     axes.set(xlabel=xlabel, ylabel=measure)
 
 
-def draw_classes(axes: Any, windows: Windows) -> None:
+def draw_classes(axes: Axes, windows: Windows) -> None:
     """Draw the queries per sample of each class, over the whole run.
 
     Args:
@@ -94,7 +106,7 @@ def draw_classes(axes: Any, windows: Windows) -> None:
     )
 
 
-def draw_classes_over_time(axes: Any, windows: Windows) -> None:
+def draw_classes_over_time(axes: Axes, windows: Windows) -> None:
     """Draw how many queries a sample of each class got in each stretch of the run; see
     `draw_classes`.
     """
@@ -121,12 +133,12 @@ def _per_class(windows: Windows) -> tuple[list[int], np.ndarray]:
     )
 
 
-def _class_ticks(axis: Any, labels: Sequence[int]) -> None:
+def _class_ticks(axis: Axis, labels: Sequence[int]) -> None:
     step = -(-len(labels) // 12)
     axis.set_ticks(range(0, len(labels), step), [str(label) for label in labels[::step]])
 
 
-def _panels(count: int, across: int = 3) -> tuple[Any, Any]:
+def _panels(count: int, across: int = 3) -> tuple[Figure, np.ndarray]:
     """Return a figure and `count` axes, so many beside each other, without a word to pyplot, whose
     backend is the user's.
     """
@@ -158,7 +170,7 @@ def save_learning_curve(
 
 
 def _draw_both(
-    panels: Any, curves: Sequence[Sequence[tuple[float, float, float]]], measure: str
+    panels: Iterable[Axes], curves: Sequence[Sequence[tuple[float, float, float]]], measure: str
 ) -> None:
     for axes, place, xlabel in zip(
         panels, (0, 1), ("rows through the model", "seconds"), strict=True
@@ -188,7 +200,7 @@ def save_queries(path: str | Path, samples: Sequence[float], windows: Windows) -
     figure.savefig(path, dpi=120)
 
 
-def draw_signal(axes: Any, signal: Sequence[tuple[float, float]]) -> None:
+def draw_signal(axes: Axes, signal: Sequence[tuple[float, float]]) -> None:
     """Draw the signal to noise of the estimates, (rows, ratio) pairs, and their mean over a fifth
     of the run.
 

@@ -1,6 +1,4 @@
-"""What a checkpoint holds beside the stock trainer's files: the state of every part, by one
-function each way.
-"""
+"""What a checkpoint holds beside the stock trainer's files: the states of our parts of a run."""
 
 from __future__ import annotations
 
@@ -8,13 +6,14 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from ..autotune.protocol import State, Stateful
 from ..errors import ConfigurationError
 
 logger = logging.getLogger("hf_flops.trainer")
@@ -22,27 +21,13 @@ STATE_FILE, TENSOR_FILE = "flops_state.json", "flops_state.safetensors"
 _TENSOR = "__tensor__"  # {"__tensor__": key} stands for a tensor of the other file
 
 
-class Stateful(Protocol):
-    """A part of a run that a checkpoint holds: its state is a nested dict or list of tensors and
-    plain values.
-    """
-
-    def state_dict(self) -> Mapping[str, Any]:
-        """Return what a resume needs."""
-        ...
-
-    def load_state_dict(self, state: Any) -> None:
-        """Take up a state from `state_dict`."""
-        ...
-
-
-def save_state(folder: str, parts: Mapping[str, Any]) -> None:
+def save_state(folder: str, parts: Mapping[str, Stateful]) -> None:
     """Write the state of the parts into a folder: plain values as JSON, tensors in a file beside
     it.
 
     Args:
         folder: of the checkpoint.
-        parts: what is `Stateful`, by name.
+        parts: by name.
     """
     tensors: dict[str, Tensor] = {}
     states = {
@@ -54,9 +39,9 @@ def save_state(folder: str, parts: Mapping[str, Any]) -> None:
     _replace(Path(folder, STATE_FILE), json.dumps({**states, "kinds": kinds}).encode())
 
 
-def load_state(folder: str | None, parts: Mapping[str, Any]) -> None:
-    """Give the parts the state that `save_state` wrote, if it did; a part of another class than the
-    saved one starts afresh.
+def load_state(folder: str | None, parts: Mapping[str, Stateful]) -> None:
+    """Load the states that `save_state` wrote into the parts, if the folder has any; a part of
+    another class than the saved one starts afresh.
 
     Raises:
         ConfigurationError: a file cannot be read.
@@ -71,19 +56,18 @@ def load_state(folder: str | None, parts: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path, *keys: str) -> Any:
-    """Return what a file of a run says, or what it says under a key, under a key in that, and so
-    on.
+    """Return the JSON of a file of a run, or the value at nested keys of it.
 
     Raises:
         ConfigurationError: it is no JSON, or there is no such key.
     """
     try:
-        found = json.loads(path.read_text())
+        value = json.loads(path.read_text())
         for key in keys:
-            found = found[key]
+            value = value[key]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigurationError(f"{path} is damaged: {type(error).__name__}: {error}.") from error
-    return found
+    return value
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -96,9 +80,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _without_tensors(state: Any, key: str, tensors: dict[str, Tensor]) -> Any:
-    """Return a nested state with a reference in the place of each tensor, which goes to
-    `tensors`.
-    """
+    """Move the tensors of a nested state to `tensors`; return it with references in their place."""
     if torch.is_tensor(state):
         tensors[key] = state.detach().clone().contiguous()
         return {_TENSOR: key}
@@ -112,7 +94,7 @@ def _without_tensors(state: Any, key: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _with_tensors(state: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Return the nested state that `_without_tensors` took apart."""
+    """Undo `_without_tensors`."""
     if isinstance(state, dict) and state.keys() == {_TENSOR}:
         if state[_TENSOR] not in tensors:
             raise ConfigurationError(f"The checkpoint's {TENSOR_FILE} lacks {state[_TENSOR]}.")
@@ -124,10 +106,8 @@ def _with_tensors(state: Any, tensors: Mapping[str, Tensor]) -> Any:
     return state
 
 
-def _same_kind(name: str, part: Any, state: Mapping[str, Any]) -> bool:
-    """Say whether a part is of the class that a state is of, as far as the state tells, and warn if
-    it is not.
-    """
+def _same_kind(name: str, part: Stateful, state: State) -> bool:
+    """Return whether a part is of the class that was saved, if that is known; warn if it is not."""
     now = type(part).__name__
     saved = state.get("kinds", {}).get(name, now)
     if saved != now:

@@ -1,6 +1,4 @@
-"""Checkpoints that appear whole or not at all, and a run that saves and leaves when it is told
-to.
-"""
+"""Checkpoints that appear whole or not at all, and a run that saves and ends on SIGTERM."""
 
 from __future__ import annotations
 
@@ -15,7 +13,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -27,8 +24,8 @@ UNFINISHED, MANIFEST, STATE = ".unfinished", "flops_files.json", "trainer_state.
 
 
 def is_whole(folder: str | Path) -> bool:
-    """Say whether a checkpoint has all files that it was saved with; of a stock trainer's, whether
-    the last one is there.
+    """Return whether a checkpoint has all files that it was saved with; for a stock trainer's,
+    whether the file that is written last exists.
     """
     state, manifest = Path(folder, STATE), Path(folder, MANIFEST)
     if not state.is_file():
@@ -45,28 +42,24 @@ def is_whole(folder: str | Path) -> bool:
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """Return the whole checkpoint of the latest step in a folder, or None; those half written or
-    deleted do not count.
-    """
-    for old in Path(folder, UNFINISHED).glob("*.old"):  # its successor was about to take its place
+    """Return the whole checkpoint of the latest step in a folder, or None."""
+    for old in Path(folder, UNFINISHED).glob("*.old"):  # its replacement was interrupted
         if not Path(folder, old.stem).exists():
             old.rename(Path(folder, old.stem))
-    found = [
+    checkpoints = [
         path
         for path in Path(folder).glob("checkpoint-*")
         if re.fullmatch(r"checkpoint-\d+", path.name)
     ]
-    for path in sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True):
+    for path in sorted(checkpoints, key=lambda path: int(path.name.split("-")[1]), reverse=True):
         if is_whole(path):
             return str(path)
-        logger.warning("%s is not a whole checkpoint and is passed over.", path)
+        logger.warning("%s is not a whole checkpoint and is skipped.", path)
     return None
 
 
 def publish(unfinished: Path, folder: Path) -> None:
-    """Let a finished checkpoint appear under its name, in the place of an older one if there is
-    one.
-    """
+    """Move a finished checkpoint to its name, in place of an older one if there is one."""
     files = [path for path in unfinished.rglob("*") if path.is_file()]
     manifest = unfinished / MANIFEST
     manifest.write_text(
@@ -82,7 +75,7 @@ def publish(unfinished: Path, folder: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Make sure that a file, or the names in a folder, are on the disk."""
+    """Flush a file, or the names in a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -91,8 +84,8 @@ def _flush(path: Path) -> None:
 
 
 class CheckpointWriter:
-    """Lets the stock trainer save in a folder beside, and moves the checkpoint to its place when
-    all of it is there.
+    """Lets the stock trainer save in another folder, and moves the checkpoint to its place once it
+    is complete.
 
     Attributes:
         saving: whether a checkpoint is being saved.
@@ -102,11 +95,13 @@ class CheckpointWriter:
         self.saving = False
 
     def folder(self, run: str) -> str:
-        """Return where the stock trainer is to save, for a run's output folder."""
+        """Return the folder in which the stock trainer saves, for a run's output folder."""
         return os.path.join(run, UNFINISHED) if self.saving else run
 
     @contextmanager
-    def whole(self, run: Path, args: Any, state: Any, group: ProcessGroup) -> Iterator[Path]:
+    def whole(
+        self, run: Path, args: TrainingArguments, state: TrainerState, group: ProcessGroup
+    ) -> Iterator[Path]:
         """Publish what is saved inside.
 
         Args:
@@ -137,23 +132,23 @@ class CheckpointWriter:
         if args.process_index == 0:
             publish(unfinished, folder)
         group.all_gather_object(None)
-        # on another machine that shares no disk
+        # on a machine that does not share the disk of process 0
         if args.local_process_index == 0 and unfinished.is_dir():
             publish(unfinished, folder)
 
 
 def chosen_checkpoint(
-    wanted: str | bool | None, output_dir: Any, group: ProcessGroup
+    wanted: str | bool | None, output_dir: str, group: ProcessGroup
 ) -> str | None:
     """Return the folder of the checkpoint to resume from, None to start anew.
 
     Args:
         wanted: `resume_from_checkpoint`.
         output_dir: where True looks for the latest one.
-        group: the processes; all resume from what the first of them finds.
+        group: the processes; all resume from the checkpoint that the first of them finds.
 
     Raises:
-        ConfigurationError: there is none, it is no checkpoint, or it is not whole.
+        ConfigurationError: there is none, it is no checkpoint, or files are missing.
     """
     if not wanted:
         return None
@@ -177,11 +172,9 @@ def chosen_checkpoint(
 
 
 @contextmanager
-def generator_states(checkpoint: str | None, args: Any) -> Iterator[str | None]:
-    """Yield a folder with the states of this process's generators, also of a run with another
-    number of processes.
-
-    All processes of a run have the same states.
+def generator_states(checkpoint: str | None, args: TrainingArguments) -> Iterator[str | None]:
+    """Yield a folder with the states of this process's generators, even if the run had another
+    number of processes: all processes of a run have the same states.
     """
     wanted = f"rng_state_{args.process_index}.pth" if args.world_size > 1 else "rng_state.pth"
     if checkpoint is None or Path(checkpoint, wanted).is_file():
@@ -197,12 +190,12 @@ def generator_states(checkpoint: str | None, args: Any) -> Iterator[str | None]:
 
 
 class SaveOnSigterm(TrainerCallback):
-    """Saves and ends the run when SIGTERM arrives: after the optimizer step that is under way, in
-    all processes alike.
+    """Saves and ends the run on SIGTERM, after the current optimizer step, in all processes.
 
     Attributes:
-        asked: whether this process was told to leave.
-        agreed: whether all processes know that one was; None where there is only one.
+        asked: whether this process got SIGTERM.
+        agreed: whether all processes know that one of them did.
+        left: whether the run has saved and ends.
     """
 
     def __init__(self) -> None:
@@ -211,14 +204,17 @@ class SaveOnSigterm(TrainerCallback):
 
     @contextmanager
     def listening(self, *, alone: bool) -> Iterator[None]:
-        """Listen for a while.
+        """Handle SIGTERM inside the context.
+
+        Args:
+            alone: whether this is the only process.
 
         Raises:
-            SystemExit: the run has left, with the status of a program that SIGTERM ended.
+            SystemExit: the run has saved; the status is that of a program that SIGTERM ended.
         """
         self.asked = self.agreed = self.left = False
         self.alone = alone
-        if threading.current_thread() is not threading.main_thread():  # only there can one listen
+        if threading.current_thread() is not threading.main_thread():  # others get no signals
             yield
             return
         before = signal.signal(signal.SIGTERM, self._heard)
@@ -229,7 +225,7 @@ class SaveOnSigterm(TrainerCallback):
         if self.left:
             raise SystemExit(128 + signal.SIGTERM)
 
-    def _heard(self, number: int, frame: Any) -> None:
+    def _heard(self, number: int, frame: object) -> None:
         del number, frame
         self.asked = True
 
@@ -240,9 +236,9 @@ class SaveOnSigterm(TrainerCallback):
         control: TrainerControl,
         **kwargs: object,
     ) -> None:
-        """Save and stop, if that is what all know."""
+        """Save and stop, if all processes know of the signal."""
         if self.asked if self.alone else self.agreed:
-            logger.warning("SIGTERM: the run saves at step %d and leaves.", state.global_step)
+            logger.warning("SIGTERM: the run saves at step %d and ends.", state.global_step)
             self.left = control.should_save = control.should_training_stop = True
             control.should_evaluate = False
 
@@ -253,6 +249,6 @@ class SaveOnSigterm(TrainerCallback):
         control: TrainerControl,
         **kwargs: object,
     ) -> None:
-        """Do nothing more in a run that has left."""
+        """Neither save nor evaluate again in a run that ends."""
         if self.left:
             control.should_save = control.should_evaluate = False

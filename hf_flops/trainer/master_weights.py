@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -13,15 +12,15 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def keep_masters(model: nn.Module) -> list[str]:
-    """Convert trainable 16-bit parameters to float32 where the rest of the model stays in 16 bits;
-    returns their names.
+    """Convert trainable 16-bit parameters to float32 if the rest of the model stays in 16 bits;
+    return their names.
 
-    Modules that hold one compute in float32 from then on: a hook widens what they are given, and
-    another narrows what they return, unless nothing in 16 bits comes after them, as with a head.
-    What else they hold becomes float32 with it, such as the frozen weight beside a bias that is
-    trained. PEFT does the same for LoRA, but not for `modules_to_save`, biases or layer-norm
-    tuning. Hooks stay as long as the model does, so evaluation and generation work too; saved
-    weights are ordinary float32 tensors, which load into a 16-bit model.
+    Their modules compute in float32 from then on: a hook widens their inputs, and another narrows
+    their outputs, unless nothing in 16 bits follows, as after a head. The other parameters of these
+    modules become float32 too, such as the frozen weight beside a trained bias. PEFT does the same
+    for LoRA, but not for `modules_to_save`, biases or layer-norm tuning. The hooks stay as long as
+    the model does, so evaluation and generation work too; saved weights are ordinary float32
+    tensors, which load into a 16-bit model.
     """
     frozen = [id(p) for p in model.parameters() if not p.requires_grad and p.dtype in HALF]
     trainable = {
@@ -61,7 +60,7 @@ def _halves(module: nn.Module) -> list[nn.Parameter]:
     ]
 
 
-def _cast(value: Any, dtype: torch.dtype, kinds: tuple[torch.dtype, ...]) -> Any:
+def _cast(value: object, dtype: torch.dtype, kinds: tuple[torch.dtype, ...]) -> object:
     return value.to(dtype) if torch.is_tensor(value) and value.dtype in kinds else value
 
 
@@ -69,5 +68,5 @@ def _widen_inputs(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, 
     return tree_map(lambda value: _cast(value, torch.float32, HALF), (args, kwargs))
 
 
-def _narrow_output(dtype: torch.dtype, module: nn.Module, args: tuple, out: Any) -> Any:
+def _narrow_output(dtype: torch.dtype, module: nn.Module, args: tuple, out: object) -> object:
     return tree_map(lambda value: _cast(value, dtype, (torch.float32,)), out)

@@ -1,5 +1,5 @@
-"""Training by several processes: all read the same batches, none is wrapped for a backward pass,
-and they agree or stop.
+"""Training by several processes: all read the same batches, no model is wrapped for a backward
+pass, and they agree or stop.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ from hashlib import blake2b
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from torch import nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import seed_worker
 
 from ..base.batch import Inputs
@@ -34,16 +37,16 @@ _SAME = (
 )
 
 
-def start_group(args: Any, before: ProcessGroup | None) -> ProcessGroup:
-    """Return the processes of a run: `before` where they have met already.
+def start_group(args: TrainingArguments, before: ProcessGroup | None) -> ProcessGroup:
+    """Return the processes of a run: `before` if it has connected them already.
 
     Raises:
-        ConfigurationError: each process would get other samples.
+        ConfigurationError: processes would get different samples.
     """
     if args.world_size > 1 and str(args.train_sampling_strategy) == "batch_rebalance":
         raise ConfigurationError(
-            "train_sampling_strategy='batch_rebalance' gives each process other samples: use "
-            "another."
+            "train_sampling_strategy='batch_rebalance' gives each process other samples: choose "
+            "another one."
         )
     if isinstance(before, TorchProcessGroup):
         return before
@@ -54,55 +57,54 @@ class Lockstep:
     """Makes sure that all processes of a run do the same.
 
     Every process reads the batch of all of them, `per_device_train_batch_size` times their number.
-    So no samples have to travel, batches are those of one process that has so large a batch, and
-    every sample is known where its queries run.
+    So processes exchange no samples, batches are those of one process with so large a batch, and
+    any process can run the queries of any sample.
 
     Args:
         group: the processes.
         args: the run's arguments.
-        leave: knows whether this process was told to leave, and hears whether another one was.
+        leave: of this process; it also learns whether another process got SIGTERM.
     """
 
-    def __init__(self, group: ProcessGroup, args: Any, leave: SaveOnSigterm) -> None:
+    def __init__(self, group: ProcessGroup, args: TrainingArguments, leave: SaveOnSigterm) -> None:
         self.group, self.args, self.leave = group, args, leave
         self._met = False
 
     def check(self, model: nn.Module, inputs: Inputs, step: int) -> None:
-        """Compare arguments, parameters and data, and hear whether one of the processes was told to
-        leave.
+        """Compare arguments, parameters and data, and learn whether a process got SIGTERM.
 
         Raises:
-            ConfigurationError: they have other arguments, parameters or data.
+            ConfigurationError: they have different arguments, parameters or data.
         """
         if self.group.world == 1:
             return
         if not self._met:
             self._meet(model)
-        own = torch.tensor([2 * fingerprint(inputs) + self.leave.asked])
-        found = self.group.all_gather(own, [1] * self.group.world)
-        other = torch.nonzero(found // 2 != found[0] // 2).flatten().tolist()
+        message = torch.tensor([2 * fingerprint(inputs) + self.leave.asked])
+        messages = self.group.all_gather(message, [1] * self.group.world)
+        other = torch.nonzero(messages // 2 != messages[0] // 2).flatten().tolist()
         if other:
             raise ConfigurationError(
                 f"At optimizer step {step} process {other[0]} has other samples than process 0, "
                 "but all must read the same: give every process the whole data set, and let "
                 "augmentation depend on the global generators only."
             )
-        self.leave.agreed = bool((found % 2).any())
+        self.leave.agreed = bool((messages % 2).any())
 
     def _meet(self, model: nn.Module) -> None:
         """Compare arguments, and take the first process's trainable parameters."""
         names = [*_SAME, *(field.name for field in fields(FlopsArgumentsMixin))]
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
-        said = {name: getattr(self.args, name) for name in names}
-        self.group.assert_same({**said, "the trained parameters' shapes": shapes}, "at the start")
+        values = {name: getattr(self.args, name) for name in names}
+        self.group.assert_same({**values, "the trained parameters' shapes": shapes}, "at the start")
         for parameter in (p for p in model.parameters() if p.requires_grad):
             parameter.data.copy_(self.group.broadcast(parameter.data))
         self._met = True
 
 
 def undivided_loader(
-    trainer: Any, stock: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
-) -> Any:
+    trainer: Trainer, stock: Callable[..., DataLoader], args: tuple, kwargs: dict[str, Any]
+) -> DataLoader:
     """Build a stock trainer's data loader; the one for training reads the batches of all processes.
 
     Args:
@@ -123,8 +125,8 @@ def undivided_loader(
 
 
 class BatchSize:
-    """How many samples an optimizer step has; a run that is resumed with another number goes
-    another way.
+    """The number of samples of an optimizer step: a resumed run with another number differs from
+    an uninterrupted one.
 
     Args:
         samples: of all processes and micro-batches.
@@ -150,17 +152,17 @@ class BatchSize:
 
 
 class _Undivided:
-    """Stands in for an accelerator that is to prepare a data loader, and leaves it whole for every
-    process.
+    """Replaces an accelerator while it prepares a data loader, and gives every process whole
+    batches.
     """
 
-    def __init__(self, accelerator: Any) -> None:
+    def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._accelerator, name)
 
-    def prepare(self, loader: Any) -> Any:
+    def prepare(self, loader: DataLoader) -> DataLoader:
         """Prepare a data loader as for a single process."""
         own = self._accelerator
         # the same augmentation
@@ -182,16 +184,16 @@ class _Undivided:
 def fingerprint(inputs: Inputs) -> int:
     """Return a number of 62 bits that depends on every sample of a batch and on their order.
 
-    Of tensors it sees the sums of each sample's bits, which takes next to no time.
+    Of tensors it uses the sums of each sample's bits, which is fast.
     """
-    seen = blake2b(digest_size=8)
+    digest = blake2b(digest_size=8)
     for name, value in sorted(inputs.items()):
-        seen.update(name.encode())
+        digest.update(name.encode())
         if torch.is_tensor(value):
-            seen.update(repr((tuple(value.shape), value.dtype)).encode())
+            digest.update(repr((tuple(value.shape), value.dtype)).encode())
             raw = value.detach().contiguous().reshape(len(value) if value.dim() else 1, -1)
             words = raw.view(torch.int16 if raw.element_size() % 2 == 0 else torch.uint8)
-            seen.update(words.sum(1, dtype=torch.int64).cpu().numpy().tobytes())
+            digest.update(words.sum(1, dtype=torch.int64).cpu().numpy().tobytes())
         else:
-            seen.update(repr(value).encode())
-    return int.from_bytes(seen.digest(), "big") >> 2
+            digest.update(repr(value).encode())
+    return int.from_bytes(digest.digest(), "big") >> 2

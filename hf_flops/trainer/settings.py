@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from enum import Enum
-from typing import Any
 
+from .args import FlopsTrainingArguments
 from .presets import PRESETS
 
-# Where a run writes and what it shows, not what it computes; and what follows from other arguments.
+# Arguments that change where a run writes and what it shows, but not what it computes, and those
+# that follow from others.
 _ASIDE = {
     "output_dir",
     "run_name",
@@ -32,13 +33,13 @@ _ASIDE_PREFIXES = (
 )
 
 
-def changed_settings(args: Any) -> dict[str, Any]:
+def changed_settings(args: FlopsTrainingArguments) -> dict[str, object]:
     """Return the arguments of a run that differ from the defaults, the preset's values being
     defaults too.
 
-    Tokens, folders and what is only shown are left out; so is what cannot be written as a literal.
+    Leaves out tokens, folders, display options, and values that cannot be written as a literal.
     """
-    preset, found = PRESETS[args.preset], dict[str, Any]()
+    preset, changed = PRESETS[args.preset], dict[str, object]()
     for field in dataclasses.fields(args):
         if not field.init or field.name in _ASIDE or field.name.startswith(_ASIDE_PREFIXES):
             continue
@@ -52,11 +53,11 @@ def changed_settings(args: Any) -> dict[str, Any]:
             and (value or default)
             and isinstance(value, (bool, int, float, str, list, dict))
         ):
-            found[field.name] = value
-    return found
+            changed[field.name] = value
+    return changed
 
 
-def as_code(args: Any) -> str:
+def as_code(args: FlopsTrainingArguments) -> str:
     """Return a call of the arguments' class that sets what differs from the defaults."""
     changed = changed_settings(args).items()
     lines = [
@@ -66,5 +67,5 @@ def as_code(args: Any) -> str:
     return "\n".join([f"{type(args).__name__}(", '    output_dir="outputs",', *lines, ")"])
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     return value.value if isinstance(value, Enum) else value
