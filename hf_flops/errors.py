@@ -1,19 +1,19 @@
 """What can go wrong, as a tree: every error of the library is a `FlopsError`.
 
-FlopsError ├── ConfigurationError an argument, or a combination of arguments, that cannot work (also
-a ValueError) ├── ObjectiveError the model's loss cannot be taken the way that was asked for (also a
-ValueError) ├── NonFiniteError no perturbed row of a step has a finite loss (also an
-ArithmeticError) ├── EngineError a black box refused, failed, or answered with nonsense (also a
-RuntimeError) ├── ProcessError another process of the run has ended or does not answer (also a
-RuntimeError) └── TrajectoryError a trajectory log is damaged, or does not lead where it should
-(also a RuntimeError)
+FlopsError
+├── ConfigurationError (a ValueError): arguments cannot work, or not together
+├── ObjectiveError (a ValueError): the loss cannot be computed the way the arguments want it
+├── NonFiniteError (an ArithmeticError): no perturbed row of a step has a finite loss
+├── EngineError (a RuntimeError): a black box refused, failed, or returned invalid outputs
+├── ProcessError (a RuntimeError): another process of the run has ended or does not answer
+└── TrajectoryError (a RuntimeError): a trajectory log is damaged, or its replay ends elsewhere
 """
 
 import textwrap
 
 
 class FlopsError(Exception):
-    """Base class of all errors that hf_flops raises on its own account."""
+    """Base class of all errors that hf_flops raises itself."""
 
 
 class ConfigurationError(FlopsError, ValueError):
@@ -21,7 +21,7 @@ class ConfigurationError(FlopsError, ValueError):
 
 
 class ObjectiveError(FlopsError, ValueError):
-    """The model's loss cannot be taken the way that was asked for."""
+    """The loss cannot be computed the way that the arguments want it."""
 
 
 class NonFiniteError(FlopsError, ArithmeticError):
@@ -29,7 +29,7 @@ class NonFiniteError(FlopsError, ArithmeticError):
 
 
 class EngineError(FlopsError, RuntimeError):
-    """A black box refused, failed, or answered with nonsense."""
+    """A black box refused, failed, or returned invalid outputs."""
 
 
 class ProcessError(FlopsError, RuntimeError):
@@ -37,7 +37,7 @@ class ProcessError(FlopsError, RuntimeError):
 
 
 class TrajectoryError(FlopsError, RuntimeError):
-    """A trajectory log is damaged, or does not lead where it should."""
+    """A trajectory log is damaged, or its replay ends elsewhere than the run."""
 
 
 def in_one_line(error: BaseException) -> str:

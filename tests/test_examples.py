@@ -1,4 +1,4 @@
-"""The examples in docstrings run as they stand, and every name that users call has one."""
+"""The examples in docstrings run as they stand, and names that users call have one."""
 
 import doctest
 import importlib

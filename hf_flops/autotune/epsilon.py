@@ -1,5 +1,5 @@
-"""The step of the finite difference, measured: neither so small that rounding drowns it nor so
-large that curvature does.
+"""Measures the step of the finite difference, epsilon: rounding dominates differences if it is too
+small, curvature if it is too large.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ GRID = tuple(10 ** (exponent / 2) for exponent in range(-8, -1))  # 1e-4 ... 1e-
 STEP_GRID = tuple(10 ** (exponent / 2) for exponent in range(-6, 2))
 _SHARE = 0.25  # of queries that should see a step
 _ROWS = 32  # queries at each scale, or 8 where each needs a whole batch
-# no optimizer step has this number: the noise of a calibration is used by nothing else
+# no optimizer step has this number, so nothing else uses a calibration's noise
 _STEP = 2**61
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a calibration found.
+    """The result of a calibration.
 
     Attributes:
         scale: the step of the difference, epsilon, one of the grid's; None where no two steps agree
@@ -122,12 +122,11 @@ def calibrate(forward: Forward, inputs: Inputs, method: Method, seed: int = 0) -
 def choose_step_scale(
     deltas: Tensor, scales: tuple[float, ...] = STEP_GRID
 ) -> tuple[float | None, float]:
-    """Return the least scale at which a quarter of the queries sees a step, or else most do, and
-    what share that is.
+    """Return the least scale at which a quarter of the queries sees a step, or else that at which
+    most do, and their share.
 
     Differences estimate the gradient of the objective averaged over the noise. Below this scale
-    most queries see no difference at all and are wasted; far above it the average is over models
-    that have forgotten what they knew.
+    most queries see no difference and are wasted; far above it the noise destroys the model.
 
     Args:
         deltas: (K, R) the same R queries at K scales, zero where there is no difference.
@@ -142,9 +141,7 @@ def choose_step_scale(
 def _evaluated(
     forward: Forward, inputs: Inputs, method: Method, seed: int, grid: tuple[float, ...]
 ) -> tuple[Tensor, int]:
-    """Return (K, R) deltas of the same queries at every scale of the grid, and how many rows that
-    took.
-    """
+    """Return (K, R) deltas of the same queries at every scale of the grid, and the rows used."""
     samples = batch_size(inputs)
     units, wanted = (samples, _ROWS) if method.objective.per_row else (1, 8)
     rows = expand(torch.full((units,), -(-wanted // units)), 1.0)[slice(wanted)]

@@ -1,6 +1,4 @@
-"""A line search along the way that training took: would a shorter or a longer way have been
-better?
-"""
+"""A line search along recent updates: would a shorter or a longer step have been better?"""
 
 from __future__ import annotations
 
@@ -19,12 +17,12 @@ _BLIND = 0.01  # of the loss: what counts as its error where it is one number fo
 
 @dataclass(frozen=True)
 class Found:
-    """What a line search found.
+    """The result of a line search.
 
     Attributes:
-        best: the length with the least loss, the way that was taken being 1.
-        clear: whether its loss is less than that of 1 beyond what the choice of samples explains.
-        looks: how many lengths were tried.
+        best: the length with the least loss; the updates that were taken have length 1.
+        clear: whether its loss is less than that of 1 by more than the choice of samples explains.
+        looks: number of lengths tried.
     """
 
     best: float
@@ -36,7 +34,7 @@ def line_search(losses: Callable[[float], Tensor]) -> Found:
     """Try lengths from 1 on in the direction in which the loss falls, for as long as it does.
 
     Args:
-        losses: returns the losses (B,) of the same B samples at a length, 0 being where the way
+        losses: returns the losses (B,) of the same B samples at a length; 0 is where the updates
             began.
     """
     best, seen = 1.0, {1.0: losses(1.0)}
@@ -53,10 +51,10 @@ def line_search(losses: Callable[[float], Tensor]) -> Found:
 
 
 def thorough_search(losses: Callable[[float], Tensor]) -> Found:
-    """Find the best power of 2: by factors of 8 for as long as the loss falls, and then of 2 about
-    the best of them.
+    """Find the best power of 2: by factors of 8 for as long as the loss falls, then by factors of 2
+    around the best of them.
 
-    It is clear if the way leads down, or if it was harmful as it is, beyond two standard errors.
+    It is clear if the line leads down, or if the updates did harm, by over two standard errors.
 
     Args:
         losses: as for `line_search`, but of many samples, as their least mean is trusted.
@@ -82,7 +80,7 @@ def _mean(losses: Tensor) -> float:
 
 
 def _clear(one: Tensor, two: Tensor, errors: float = _CLEAR) -> bool:
-    """Say whether losses (B,) are less than others (B,) of the same samples by so many standard
+    """Return whether losses (B,) are less than others (B,) of the same samples by so many standard
     errors.
     """
     if not bool(two.isfinite().all()):

@@ -1,4 +1,4 @@
-"""Whether padding may be cut off: found by trying, with the first batches."""
+"""A check with the first batches of whether padding may be cut off."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ def with_cropping(
     sides: frozenset[str],
     precision: float = 1e-4,
 ) -> ReusePlan:
-    """Find out whether rows lose the same with recorded outputs cut to their own columns.
+    """Check whether losses of rows stay the same with recorded outputs cut to their own columns.
 
-    What is to be cut, `token_axes`, has as many columns as the inputs both for the batch and for a
-    shorter sample alone.
+    The outputs to cut, `token_axes`, have as many columns as the inputs both for the batch and for
+    a shorter sample alone.
 
     Args:
         plan: what runs once per sample.
@@ -70,7 +70,7 @@ def with_cropping(
         precision: see `precision_of`.
 
     Returns:
-        The plan with the answer; as it is where no sample is shorter.
+        The plan with the answer; unchanged if no sample is shorter.
     """
     feed = TrimmedBatch(inputs, sides)
     rows = [feed.of(torch.tensor([i, i])) for i in range(batch_size(inputs))]

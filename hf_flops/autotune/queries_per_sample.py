@@ -1,4 +1,4 @@
-"""How many queries the samples of a step get on average: as many as make a row worth most."""
+"""The average number of queries per sample: the one with the most progress per row."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from ..core.method import Method, StepResult
 from .protocol import State
 
 MOST = 64  # rows per sample
-_KEPT = 0.95  # of what past steps showed, from one step to the next
+_KEPT = 0.95  # weight of past steps, from one step to the next
 
 
 class AutoQueries:
-    """Chooses `queries_per_sample` from the signal and the noise that past steps found.
+    """Chooses `queries_per_sample` from the signal and the noise of past steps.
 
     With S the squared norm of the gradient and V / q the variance of an estimate from q queries per
     sample, the best step along it improves the loss by `S^2 / (2 L (S + V / q))`. It costs c clean

@@ -1,5 +1,5 @@
-"""Which loss can be taken per row: the model's own is taken apart only if that proves right on two
-rows.
+"""The choice of the objective: the model's own loss is split into rows only if a check on two rows
+confirms it.
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ CHECK_SEED = 20410  # any number: the check's noise has a stream of its own
 
 
 def two_rows(objective: Objective, forward: Forward, inputs: Inputs) -> Inputs:
-    """Return the first two samples of a batch (its only one twice) that can tell right from wrong.
+    """Return the first two samples of a batch (its only one twice) on which a check can fail.
 
-    Samples with a non-finite loss, and where others exist also those without a loss element, prove
-    nothing.
+    It skips samples with a non-finite loss and, if there are others, those without a loss element.
 
     Raises:
         NonFiniteError: no sample has a finite loss.
@@ -38,8 +37,8 @@ def two_rows(objective: Objective, forward: Forward, inputs: Inputs) -> Inputs:
     index = torch.nonzero(telling if telling.any() else finite).flatten().cpu()
     if not len(index):
         raise NonFiniteError(
-            f"Not one of the first batch's {len(finite)} samples has a finite loss: look there for "
-            "NaN."
+            f"Not one of the first batch's {len(finite)} samples has a finite loss: look for NaN "
+            "in it."
         )
     return take(inputs, index[[0, min(1, len(index) - 1)]])
 
@@ -50,11 +49,11 @@ def choose_objective(
     precision: float = 1e-4,
     model: nn.Module | None = None,
 ) -> tuple[Objective, str | None]:
-    """Return the finest objective that the model's own loss allows, and why it is not per row if it
-    is not.
+    """Return the finest objective that the model's own loss allows, and the reason if it is not per
+    row.
 
-    With the model its trainable tensors are moved meanwhile: a term of the loss may be zero where
-    they start.
+    With the model given, the check moves its trainable tensors: a term of the loss may be zero
+    where they start.
     """
     odd = misaligned(inputs)
     if odd:
@@ -73,5 +72,5 @@ def choose_objective(
 
 
 def moved_parameters(model: nn.Module) -> AbstractContextManager[None]:
-    """Move all trainable tensors off their starting values for a while."""
+    """Move all trainable tensors off their starting values inside the context."""
     return moved(model, seeds(CHECK_SEED, 0))

@@ -39,13 +39,13 @@ _SCALES = (0.02, 0.1, 0.5, 2.0)
 
 @dataclass
 class Verdict:
-    """What the self-check found.
+    """The result of the self-check: names of tensors.
 
     Attributes:
-        rowwise: names of tensors whose rule is right.
-        row_by_row: names of those for which only running their layers row by row is.
-        wrong: names of those that no rule is right for.
-        idle: names of those that the loss does not depend on.
+        rowwise: their per-row rule is right.
+        row_by_row: only running their layers row by row is right.
+        wrong: no rule is right.
+        idle: the loss does not depend on them.
     """
 
     rowwise: set[str] = field(default_factory=set)
@@ -80,8 +80,7 @@ class RuleCheck:
         with moved_parameters(self.model):
             for group in alike.values():
                 self._judge(group, verdict)
-            # A layer that is run row by row takes its other tensors along: whether that is right
-            # shows together only.
+            # Running a layer row by row affects its other tensors too: check all together.
             if verdict.row_by_row and not self._agrees(
                 [*verdict.rowwise, *verdict.row_by_row], set(), verdict.row_by_row
             ):

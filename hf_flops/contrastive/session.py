@@ -120,7 +120,7 @@ class ContrastiveSession:
         wanted = frozen, ParameterVector.of(self.model).names
         if self._built_for == wanted:
             return
-        parts, labels = self._split(batch.inputs)
+        parts, labels = self.split(batch.inputs)
         if self._own and labels is None and self._built_for is None:
             require_return_loss(self.base, batch.inputs)
             if not self._matches(batch, parts):
@@ -170,7 +170,7 @@ class ContrastiveSession:
             ObjectiveError: the batch lacks images or texts, or does not pair them.
             ConfigurationError: too few queries.
         """
-        parts, labels = self._split(batch.inputs)
+        parts, labels = self.split(batch.inputs)
         contrast = self._contrast(labels, given="labels" in batch.inputs)
         self._complete(parts, int(self.args.queries_per_sample), contrast, position.seed)
         batches = averaging.batches
@@ -206,7 +206,7 @@ class ContrastiveSession:
         """See `GradientSession`."""
         return {}
 
-    def _split(self, inputs: Inputs) -> tuple[TowerInputs, Tensor | None]:
+    def split(self, inputs: Inputs) -> tuple[TowerInputs, Tensor | None]:
         """Return the towers' inputs, rows numbered, and the number (B,) of each image's text; None
         where image i belongs to text i.
         """

@@ -1,4 +1,4 @@
-"""How rows are shared among the two towers, and a control variate for each."""
+"""The division of a step's rows between the two towers."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .loss import SIDES
 
 
 class TowerShares:
-    """Shares a step's rows out among the towers.
+    """Divides a step's rows between the towers.
 
     The variance is `sum over towers of d sum_i ||g_i||^2 / n_i`, g_i the gradient through one
     embedding and d the tower's number of noisy parameters. It is least for rows in proportion to
-    `sqrt(d) sum_i ||g_i||`, which past deltas tell.
+    `sqrt(d) sum_i ||g_i||`, estimated from past deltas.
 
     Attributes:
         weights: that number by side, for towers that had a step.
@@ -39,22 +39,20 @@ class TowerShares:
     def share(
         self, towers: Mapping[str, Tower], sizes: Mapping[str, int], queries: int
     ) -> dict[str, int]:
-        """Return the rows per embedding of each noisy tower, beside the clean ones.
+        """Return the rows per embedding of each noisy tower, without the clean ones.
 
         Args:
             towers: by side.
-            sizes: how many embeddings each has.
+            sizes: number of embeddings of each.
             queries: rows per image, all included.
 
         Raises:
-            ConfigurationError: not every embedding can have a query.
+            ConfigurationError: there are fewer rows than one query per embedding takes.
         """
         noisy = {side: tower.method for side, tower in towers.items() if tower.method is not None}
         least = {side: len(method.estimator.signs) for side, method in noisy.items()}
-        clean, needed = (
-            sum(sizes.values()),
-            {side: count * sizes[side] for side, count in least.items()},
-        )
+        clean = sum(sizes.values())
+        needed = {side: count * sizes[side] for side, count in least.items()}
         rows = queries * sizes["image"] - clean
         if rows < sum(needed.values()):
             enough = -(-(clean + sum(needed.values())) // sizes["image"])

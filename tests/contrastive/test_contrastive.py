@@ -321,7 +321,7 @@ def test_equal_texts_are_said_or_taken_for_one(tmp_path, caplog):
         made.prepare(Batch(batch, forward))
     assert "1 of the 4 texts of a batch equal an earlier one" in caplog.text
     made, forward = alignment(model, tmp_path, ContrastiveLoss(same_texts="positives"))
-    parts, labels = made._split(batch)
+    parts, labels = made.split(batch)
     assert len(parts["text"]["input_ids"]) == 3
     assert labels[1] == labels[3]
     assert torch.equal(parts["text"]["input_ids"][labels], batch["input_ids"])

@@ -272,7 +272,7 @@ def test_a_picture_that_fails_does_not_cost_the_run(tmp_path, monkeypatch, caplo
     def broken(*arguments):
         raise ValueError("no ink")
 
-    monkeypatch.setattr(pictures, "draw_pictures", broken)
+    monkeypatch.setattr("hf_flops.reporting.callbacks.draw_pictures", broken)
     with caplog.at_level(logging.WARNING):
         trainer_of(tmp_path).train()
     assert "could not be drawn (ValueError: no ink)" in caplog.text
