@@ -1,5 +1,6 @@
 """What can go wrong, as a tree: every error of the library is a `FlopsError`.
 
+```text
 FlopsError
 ├── ConfigurationError (a ValueError): arguments cannot work, or not together
 ├── ObjectiveError (a ValueError): the loss cannot be computed the way the arguments want it
@@ -7,6 +8,7 @@ FlopsError
 ├── EngineError (a RuntimeError): a black box refused, failed, or returned invalid outputs
 ├── ProcessError (a RuntimeError): another process of the run has ended or does not answer
 └── TrajectoryError (a RuntimeError): a trajectory log is damaged, or its replay ends elsewhere
+```
 """
 
 import textwrap

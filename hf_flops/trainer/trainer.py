@@ -233,8 +233,6 @@ class FlopsTrainerMixin(StockOverrides):
             self._session = self._new_session(whole=True)
         return estimate_batch(self, model, batch, position, num_items_in_batch)
 
-    # Logs, cards, checkpoints.
-
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log as the stock trainer does, with rows used, the averages of the estimator's metrics
         and the learning rate in use.
