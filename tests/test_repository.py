@@ -25,6 +25,7 @@ YAML = [
     *sorted((ROOT / ".github").rglob("*.yml")),
     *sorted((ROOT / "recipes").rglob("*.yaml")),
 ]
+PACKAGE = Path(hf_flops.__file__).parent
 
 
 def load(path):
@@ -88,6 +89,27 @@ def test_contributing_names_the_scripts_that_are_there_and_no_other():
     }
     assert there <= named
     assert {name for name in named if not (ROOT / name).is_file()} == set()
+
+
+def test_contributing_names_every_package_and_no_other():
+    there = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert set(re.findall(r"^\| `(\w+)/` \|", CONTRIBUTING, re.MULTILINE)) == there
+
+
+def test_the_files_of_contributing_are_there():
+    named = set(re.findall(r"`((?:hf_flops|recipes|docs|tests)/[\w/.-]+)`", CONTRIBUTING))
+    assert {name for name in named if "NAME" not in name and not (ROOT / name).exists()} == set()
+
+
+def test_the_diffs_of_contributing_fit():
+    """Every line that a diff leaves as it is stands in its file, in this order."""
+    text = "".join(re.findall(r"```diff\n(.*?)```", CONTRIBUTING, re.DOTALL))
+    changes = re.findall(r"^--- a/.*\n\+\+\+ b/(.*)\n((?:(?!---).*\n)*)", text, re.MULTILINE)
+    assert changes
+    for name, diff in changes:
+        lines = (ROOT / name).read_text().splitlines()
+        places = [lines.index(line[1:]) for line in diff.splitlines() if line.startswith(" ")]
+        assert places == sorted(places)
 
 
 def test_pre_commit_runs_the_commands_of_scripts_check():

@@ -48,8 +48,10 @@ class Attempt:
         reason: why it failed; None if it did not.
     """
 
-    def __init__(self, otherwise: str | None) -> None:
-        self.otherwise = otherwise
+    def __init__(
+        self, otherwise: str | None, failures: tuple[type[Exception], ...] = FAILURES
+    ) -> None:
+        self.otherwise, self.failures = otherwise, failures
         self.reason: str | None = None
 
     def __enter__(self) -> Attempt:
@@ -61,7 +63,7 @@ class Attempt:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> bool:
-        if not isinstance(error, FAILURES):
+        if not isinstance(error, self.failures):
             return False
         self.refuse(f"{type(error).__name__}: {in_one_line(error)}")
         return True

@@ -179,7 +179,7 @@ def choose_reuse(
         precision: see `precision_of`.
         cached: whether to find out, too, what a cache need not keep.
     """
-    with Attempt(None) as attempt:
+    with Attempt(None, (Exception,)) as attempt:
         # A sample that is NaN hides what depends on what.
         finite = objective(forward, inputs).sums.isfinite().cpu()
         if not bool(finite.any()):
@@ -218,7 +218,7 @@ def _simplified(
         return [leaf for leaf in found if isinstance(leaf, tuple)]
 
     def unnoticed() -> bool:
-        with Attempt(None):
+        with Attempt(None, (Exception,)):
             return outputs() == reference
         return False
 

@@ -51,12 +51,12 @@ def test_the_chosen_scale_is_nearly_the_best_one(rounding, curvature, seed):
 
 
 @given(
-    best=st.integers(0, len(GRID) - 1),
-    off=st.floats(-0.15, 0.15),
+    best=st.integers(1, len(GRID) - 2),
+    off=st.floats(-0.1, 0.1),
     machines=st.tuples(*[st.integers(0, 999)] * 2),
 )
 def test_machines_that_round_differently_choose_the_same_scale(best, off, machines):
-    optimum = GRID[best] * 10**off  # the nearest other scale is 10**0.35 away or more
+    optimum = GRID[best] * 10**off  # the nearest other scale is 10**0.4 away or more
     same = [
         choose_scale(simulated(optimum**2, 1.0, 0, rounded=machine)[0])[0] for machine in machines
     ]

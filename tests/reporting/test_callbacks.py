@@ -14,6 +14,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
 from hf_flops.core.method import StepResult
+from hf_flops.reporting import callbacks
 from hf_flops.reporting import figures as pictures
 from hf_flops.reporting.callbacks import RowProgress, add_reports
 from hf_flops.reporting.comparison_plots import draw_learning_curves, pyplot
@@ -272,7 +273,7 @@ def test_a_picture_that_fails_does_not_cost_the_run(tmp_path, monkeypatch, caplo
     def broken(*arguments):
         raise ValueError("no ink")
 
-    monkeypatch.setattr("hf_flops.reporting.callbacks.draw_pictures", broken)
+    monkeypatch.setattr(callbacks, "draw_pictures", broken)
     with caplog.at_level(logging.WARNING):
         trainer_of(tmp_path).train()
     assert "could not be drawn (ValueError: no ink)" in caplog.text

@@ -21,7 +21,7 @@ from hf_flops.perturbations import (
     ParameterVector,
     RowwiseNoise,
     SharedNoise,
-    noise,
+    streams,
 )
 from hf_flops.perturbations.replay import regenerate
 from hf_flops.trajectory.base import check_base
@@ -479,11 +479,13 @@ def test_no_log_is_written_unless_asked_for(tmp_path):
 
 def test_a_log_of_other_noise_is_not_replayed(tmp_path, monkeypatch):
     trained(tmp_path)
-    kept = noise._SIGNS.clone()
-    monkeypatch.setattr(noise, "_SIGNS", -kept)  # as another version of the library might draw them
+    kept = streams._SIGNS.clone()
+    monkeypatch.setattr(
+        streams, "_SIGNS", -kept
+    )  # as another version of the library might draw them
     with pytest.raises(
         TrajectoryError, match=r"where the same seed draws other noise \(torch .*replay it there"
     ):
         replay(tmp_path)
-    monkeypatch.setattr(noise, "_SIGNS", kept)
+    monkeypatch.setattr(streams, "_SIGNS", kept)
     assert replay(tmp_path).step == 2
