@@ -8,11 +8,12 @@ allocator does.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from ..base.state import State
 from ..errors import ConfigurationError
 
 
@@ -66,11 +67,11 @@ class Allocator(Protocol):
         """
         ...
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Return what a resume needs, as JSON-serialisable values."""
         ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Take up a state from `state_dict`."""
         ...
 
@@ -136,10 +137,10 @@ class Memoryless:
         """Nothing is learned."""
         del features, counts, mean_squares
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """See `Allocator.state_dict`."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """See `Allocator.load_state_dict`."""
         del state

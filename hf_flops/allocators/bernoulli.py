@@ -8,13 +8,13 @@ References:
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..base.prng import seeds, uniforms
+from ..base.state import State
 from ..errors import ConfigurationError
 from .base import SampleFeatures, equal_counts, finite
 from .learner import Learner
@@ -124,10 +124,10 @@ class Bernoulli(Learner):
         score = (halved.double() - probability)[:, easy].sum(1, keepdim=True)
         return gradient(score, values)
 
-    def _state(self) -> dict[str, Any]:
+    def _state(self) -> State:
         return self._descent.state_dict()
 
-    def _load(self, state: dict[str, Any]) -> None:
+    def _load(self, state: State) -> None:
         self._descent.load_state_dict(state)
 
 

@@ -7,11 +7,10 @@ References:
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from ..base.state import State
 from .base import SampleFeatures, equal_counts, finite
 from .learner import Learner
 from .likelihood_ratio import DRAWS, Descent, gradient, private_generator
@@ -120,8 +119,8 @@ class Gaussian(Learner):
         values = proxy(squares, one_and_share(policy.draw(normals), budget))
         return gradient(policy.score(normals), values * (budget / len(squares) / squares.sum()))
 
-    def _state(self) -> dict[str, Any]:
+    def _state(self) -> State:
         return self._descent.state_dict()
 
-    def _load(self, state: dict[str, Any]) -> None:
+    def _load(self, state: State) -> None:
         self._descent.load_state_dict(state)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..base.state import State
 
 _KEPT = 0.8  # of a sample's past at each of its visits: training changes what samples are worth
 _MOST = 2**17  # samples that are remembered; the one not seen for longest is forgotten first
@@ -65,12 +66,12 @@ class History:
         while len(self._past) > _MOST:
             del self._past[next(iter(self._past))]
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Return what is remembered, oldest first, as JSON-serialisable values."""
         past = [[sample, *entry] for sample, entry in self._past.items()]
         return {"past": past, "agreement": self._agreement, "pairs": self._pairs}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Take up a state from `state_dict`."""
         self._past = {
             sample: (precision, weighted) for sample, precision, weighted in state["past"]

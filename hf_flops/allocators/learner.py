@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor
 
+from ..base.state import State
 from .base import SampleFeatures
 
 
@@ -35,12 +35,12 @@ class Learner(ABC):
         self._learn_up_to(features.step)
         self._waiting.append((features, counts, mean_squares))
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """See `Allocator.state_dict`; to be called between optimizer steps."""
         self._learn_up_to(None)
         return self._state()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """See `Allocator.load_state_dict`."""
         self._waiting = []
         self._load(state)
@@ -66,11 +66,11 @@ class Learner(ABC):
         """
 
     @abstractmethod
-    def _state(self) -> dict[str, Any]:
+    def _state(self) -> State:
         """Return what `_load` needs, JSON-serialisable."""
 
     @abstractmethod
-    def _load(self, state: dict[str, Any]) -> None:
+    def _load(self, state: State) -> None:
         """Take up a state."""
 
 

@@ -8,12 +8,11 @@ step has shown.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ..base.prng import seeds
+from ..base.state import State
 from .base import SampleFeatures
 
 DRAWS = 128
@@ -60,7 +59,7 @@ class Descent:
         self._adam.step()
         self.values.clamp_(*self._bounds)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Return values and Adam's moments, if there are any yet, as JSON-serialisable values."""
         moments = self._adam.state.get(self.values, {})
         return {
@@ -68,7 +67,7 @@ class Descent:
             **{name: moment.tolist() for name, moment in moments.items()},
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Take up a state from `state_dict`."""
         tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in state.items()}
         self.values.copy_(tensors.pop("values"))

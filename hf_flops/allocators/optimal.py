@@ -4,10 +4,9 @@ they have proved.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
+from ..base.state import State
 from .base import SampleFeatures
 from .history import History
 from .learner import Learner
@@ -65,16 +64,16 @@ class Optimal(Learner):
                 features.ids, errors, seen.variance, self._regression.spread, self.decay
             )
 
-    def _parts(self) -> dict[str, Any]:
+    def _parts(self) -> State:
         return {
             "regression": self._regression,
             "history": self._history,
             "calibration": self._calibration,
         }
 
-    def _state(self) -> dict[str, Any]:
+    def _state(self) -> State:
         return {name: part.state_dict() for name, part in self._parts().items()}
 
-    def _load(self, state: dict[str, Any]) -> None:
+    def _load(self, state: State) -> None:
         for name, part in self._parts().items():
             part.load_state_dict(state[name])

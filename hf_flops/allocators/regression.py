@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from ..base.state import State
 from .base import SampleFeatures, finite
 from .observation import Observed
 
@@ -76,7 +75,7 @@ class Regression:
         self._seen = self.decay * self._seen + len(errors)
         return errors
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Return the sums as JSON-serialisable values."""
         return {
             "inner": self._inner.tolist(),
@@ -85,7 +84,7 @@ class Regression:
             "seen": self._seen,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Take up a state from `state_dict`."""
         self._inner = torch.tensor(state["inner"], dtype=torch.float64)
         self._outer = torch.tensor(state["outer"], dtype=torch.float64)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from ..base.state import State
 from .rounding import proportional, proxy
 
 LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -53,11 +52,11 @@ class Calibration:
         """Return what each power has left of the variance of equal counts, on average."""
         return dict(zip(LEVELS, (self._ratios / self._steps).tolist(), strict=True))
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Return the averages as JSON-serialisable values."""
         return {"ratios": self._ratios.tolist(), "steps": self._steps}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Take up a state from `state_dict`."""
         self._ratios, self._steps = (
             torch.tensor(state["ratios"], dtype=torch.float64),

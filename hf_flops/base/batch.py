@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,11 +18,15 @@ MAIN_INPUTS = (
     "input_features",
     "input_values",
 )
+Inputs: TypeAlias = Mapping[str, Any]
+"""A batch as a model takes it: tensors (B, ...), lists of B entries, or values that all samples
+share, by name.
+"""
 # an input that numbers the rows of a batch, where what they are compared with is of the batch
 ROW = "row_of_batch"
 
 
-def batch_size(inputs: Mapping[str, Any]) -> int:
+def batch_size(inputs: Inputs) -> int:
     """Return the number of samples in a batch, read off its labels or its main input."""
     tensors = {
         name: value for name, value in inputs.items() if torch.is_tensor(value) and value.dim() > 0
@@ -35,7 +39,7 @@ def batch_size(inputs: Mapping[str, Any]) -> int:
     return len(tensors[name])
 
 
-def misaligned(inputs: Mapping[str, Any]) -> list[str]:
+def misaligned(inputs: Inputs) -> list[str]:
     """Return the names of inputs that are not laid out one entry per sample, so cannot be repeated
     per row.
     """
@@ -53,7 +57,7 @@ def hollow(like: Tensor, shape: Sequence[int]) -> Tensor:
     return like.new_full((), float("nan")).expand(*shape)
 
 
-def take(inputs: Mapping[str, Any], owner: Tensor, unread: Collection[str] = ()) -> dict[str, Any]:
+def take(inputs: Inputs, owner: Tensor, unread: Collection[str] = ()) -> Inputs:
     """Repeat each sample of a batch for the rows that it owns.
 
     Args:
@@ -66,7 +70,7 @@ def take(inputs: Mapping[str, Any], owner: Tensor, unread: Collection[str] = ())
         The inputs of a forward pass of R rows.
     """
 
-    def repeat(name: str, value: Any) -> Any:
+    def repeat(name: str, value: object) -> object:
         if name in unread:
             return hollow(value, (len(owner), *value.shape[1:]))
         if torch.is_tensor(value) and value.dim() > 0:

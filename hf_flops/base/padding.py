@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
 
-from .batch import take
+from .batch import Inputs, take
 from .rows import Rows
 
 SIDES = ("left", "right")
@@ -16,7 +15,7 @@ SIDES = ("left", "right")
 _PADDED = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "labels")
 
 
-def real_tokens(inputs: Mapping[str, Any]) -> Tensor | None:
+def real_tokens(inputs: Inputs) -> Tensor | None:
     """Return (B, T) bool, the columns that each sample needs, or None where columns cannot be told
     apart.
 
@@ -49,7 +48,7 @@ def window(real: Tensor, sides: frozenset[str]) -> slice:
     return slice(start, int(needed[-1]) + 1 if "right" in sides else real.shape[1])
 
 
-def trim(inputs: Mapping[str, Any], columns: slice) -> dict[str, Any]:
+def trim(inputs: Inputs, columns: slice) -> Inputs:
     """Cut every input with one column per token down to some columns; models may take a view of
     what they get.
     """
@@ -75,7 +74,7 @@ class TrimmedBatch:
         whole: the inputs of the whole batch, without padding that no sample needs.
     """
 
-    def __init__(self, inputs: Mapping[str, Any], sides: frozenset[str]) -> None:
+    def __init__(self, inputs: Inputs, sides: frozenset[str]) -> None:
         self.inputs, self.sides = inputs, sides
         self.real = real_tokens(inputs) if sides else None
         self.window = slice(0, 1) if self.real is None else window(self.real, sides)
@@ -86,9 +85,7 @@ class TrimmedBatch:
         """How many columns the batch has without padding that none of it needs, 1 if unknown."""
         return self.window.stop - self.window.start
 
-    def of(
-        self, owner: Tensor, unread: Collection[str] = ()
-    ) -> tuple[dict[str, Any], int, slice | None]:
+    def of(self, owner: Tensor, unread: Collection[str] = ()) -> tuple[Inputs, int, slice | None]:
         """Return the inputs of rows that repeat samples, how many columns they have, and which of
         the batch's these are.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cached_property
 from types import TracebackType
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import in_one_line
+from .batch import Inputs
 
 logger = logging.getLogger(__name__)
 # What a model raises where it minds a change; anything else reaches the user.
@@ -88,7 +89,7 @@ class Probe:
         self,
         objective: Callable[..., Any],
         forward: Callable[..., Any],
-        inputs: Mapping[str, Any],
+        inputs: Inputs,
         tolerance: float,
         size: float | None = 1.0,
     ) -> None:
@@ -106,7 +107,7 @@ class Probe:
         *,
         objective: Callable[..., Any] | None = None,
         forward: Callable[..., Any] | None = None,
-        inputs: Mapping[str, Any] | None = None,
+        inputs: Inputs | None = None,
     ) -> str | None:
         """Return why losses are not the same with another objective, forward or inputs; None where
         they are.

@@ -8,11 +8,11 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 
 from ..base.memory import PeakMemory, free_memory
+from ..base.state import State
 
 logger = logging.getLogger(__name__)
 Work = Callable[[slice], int]
@@ -173,7 +173,7 @@ class ChunkPlanner:
             )
         self._warned = True
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Return what a resume needs to go on with the same size, as JSON-serialisable values."""
         return {
             "size": self.size,
@@ -182,7 +182,7 @@ class ChunkPlanner:
             "costs": list(self.costs.items()),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Take up a state from `state_dict`; a size that the user gave stays."""
         if self.given is None:
             self.size, self.settled, self.ceiling = (

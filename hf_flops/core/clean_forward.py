@@ -4,16 +4,15 @@ part of the samples.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..allocators import SampleFeatures
-from ..base.batch import batch_size, take
+from ..base.batch import Inputs, batch_size, take
 from ..base.padding import TrimmedBatch
 from ..base.rows import BatchPosition
 from ..estimators.control_variate import MOST_LOGITS
@@ -91,7 +90,7 @@ class CleanPass:
 
 
 def clean_pass(
-    recording: Recording, inputs: Mapping[str, Any], method: Method, place: BatchPosition
+    recording: Recording, inputs: Inputs, method: Method, place: BatchPosition
 ) -> CleanPass:
     """Run a batch unperturbed, if the method needs that; `recording` is one of `method.reuse`."""
     samples, per_row = batch_size(inputs), method.objective.per_row

@@ -17,7 +17,6 @@ says what is done to it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..allocators import SampleFeatures, TwoRoundAllocator, equal_counts
+from ..base.batch import Inputs
 from ..base.prng import seeds
 from ..base.rows import BatchPosition, Rows, expand
 from ..distributed.noise_sum import NoiseSum
@@ -42,7 +42,7 @@ from .queries import Queries, QueryResults
 
 def estimate_gradient(
     forward: Forward,
-    inputs: Mapping[str, Any],
+    inputs: Inputs,
     method: Method,
     place: BatchPosition,
     elements: float | None = None,

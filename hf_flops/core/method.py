@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor
 
 from ..allocators import Allocator
+from ..base.batch import Inputs
 from ..base.rows import BatchPosition
 from ..distributed.exchange import Exchange, SingleProcess
 from ..errors import ConfigurationError
@@ -137,6 +136,6 @@ class FinishedBatch:
     """
 
     result: StepResult
-    inputs: Mapping[str, Any]
+    inputs: Inputs
     position: BatchPosition
     method: Method | None

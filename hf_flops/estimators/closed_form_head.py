@@ -7,12 +7,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..base.batch import batch_size, take
+from ..base.batch import Inputs, batch_size, take
 from ..base.prng import seeds
 from ..base.probe import Attempt, agree
 from ..objectives import Forward, Objective, RowLosses, TappedLoss
@@ -86,7 +85,7 @@ def find_head(
     model: nn.Module,
     objective: Objective,
     forward: Forward,
-    inputs: Mapping[str, Any],
+    inputs: Inputs,
     frozen: Collection[str] = (),
 ) -> ClosedFormHead | None:
     """Return the trainable linear layer that makes the logits, if there is one and other tensors
@@ -146,7 +145,7 @@ def _given(
     heads: Sequence[ClosedFormHead],
     objective: Objective,
     forward: Forward,
-    inputs: Mapping[str, Any],
+    inputs: Inputs,
 ) -> list[Tensor | None]:
     """Return for each head what it was given, if it was called once and its output is just the
     logits.
@@ -175,7 +174,7 @@ def _agrees(
     x: Tensor,
     objective: Objective,
     forward: Forward,
-    inputs: Mapping[str, Any],
+    inputs: Inputs,
 ) -> bool:
     """Say whether the logits change with the head's parameters as those of a linear layer with the
     same input do.

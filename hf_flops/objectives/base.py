@@ -7,18 +7,18 @@ followed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..base.batch import batch_size
+from ..base.batch import Inputs, batch_size
 from ..errors import ObjectiveError
 from .elementwise import widen
 
-Forward = Callable[[Mapping[str, Any]], tuple[Tensor | None, Any]]
+Forward = Callable[[Inputs], tuple[Tensor | None, Any]]
 """Runs the model on a batch and returns its scalar loss (or None) and its outputs."""
 
 
@@ -98,14 +98,12 @@ class Objective:
         """
         return self
 
-    def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor | None, Any]:
+    def run(self, model: nn.Module, inputs: Inputs) -> tuple[Tensor | None, Any]:
         """Run the model on a batch; returns its scalar loss, if it has one, and its outputs."""
         outputs = model(**inputs)
         return getattr(outputs, "loss", None), outputs
 
-    def bind_batch(
-        self, clean: RowLosses, inputs: Mapping[str, Any]
-    ) -> tuple[Objective, RowLosses]:
+    def bind_batch(self, clean: RowLosses, inputs: Inputs) -> tuple[Objective, RowLosses]:
         """Return the objective that the queries of a batch get, and the losses of its clean rows by
         that objective.
 
@@ -116,9 +114,7 @@ class Objective:
         del inputs
         return self, clean
 
-    def __call__(
-        self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False
-    ) -> RowLosses:
+    def __call__(self, forward: Forward, inputs: Inputs, *, features: bool = False) -> RowLosses:
         """Run the model on `inputs` and return the losses of its rows; `features` asks for
         residuals too.
         """
@@ -135,12 +131,10 @@ class CallableObjective(Objective):
             (sums, counts) of (R,) where rows have different numbers of elements.
     """
 
-    def __init__(self, function: Callable[[Any, Mapping[str, Any]], Any]) -> None:
+    def __init__(self, function: Callable[[Any, Inputs], Any]) -> None:
         self.function = function
 
-    def __call__(
-        self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False
-    ) -> RowLosses:
+    def __call__(self, forward: Forward, inputs: Inputs, *, features: bool = False) -> RowLosses:
         """See `Objective`."""
         del features
         rows = batch_size(inputs)

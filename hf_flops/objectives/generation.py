@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..base.batch import batch_size
+from ..base.batch import Inputs, batch_size
 from ..base.completion import split
 from ..errors import ConfigurationError, ObjectiveError
 from .base import Forward, Objective, RowLosses
@@ -39,7 +39,7 @@ class GeneratedMetric(Objective):
 
     def __init__(
         self,
-        what: str | Callable[[list[str], Mapping[str, Any]], Any],
+        what: str | Callable[[list[str], Inputs], Any],
         tokenizer: Any,
         *,
         greater_is_better: bool = True,
@@ -53,7 +53,7 @@ class GeneratedMetric(Objective):
         self.what, self.tokenizer, self.sign = what, tokenizer, -1.0 if greater_is_better else 1.0
         self.options = {"do_sample": False, "num_beams": 1, **options}
 
-    def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[None, list[str]]:
+    def run(self, model: nn.Module, inputs: Inputs) -> tuple[None, list[str]]:
         """Generate a text for every row; in place of a plain forward pass."""
         generator: Any = model
         own = {name: inputs[name] for name in _GENERATION_INPUTS if name in inputs}
@@ -75,7 +75,7 @@ class GeneratedMetric(Objective):
             tokens = tokens[:, given.shape[1] :]  # some models return the text too
         return None, self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
-    def references(self, inputs: Mapping[str, Any]) -> list[str]:
+    def references(self, inputs: Inputs) -> list[str]:
         """Return the text of each row's labels (R, L), those of -100 left out."""
         labels = inputs.get("labels")
         if labels is None or labels.dim() != 2:
@@ -87,9 +87,7 @@ class GeneratedMetric(Objective):
             [row[row != -100] for row in labels], skip_special_tokens=True
         )
 
-    def __call__(
-        self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False
-    ) -> RowLosses:
+    def __call__(self, forward: Forward, inputs: Inputs, *, features: bool = False) -> RowLosses:
         """See `Objective`; `forward` is `run` of the model."""
         del features
         _, texts = forward(inputs)

@@ -5,13 +5,13 @@ adds to it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..base.batch import Inputs
 from ..errors import ObjectiveError
 from .base import Forward, RowLosses
 from .metrics import Metric, answers
@@ -47,9 +47,7 @@ class MacroF1(Metric):
         # (C, C) of each answer to a label; until clean rows are known, of right ones
         self.worths: Tensor | None = None
 
-    def __call__(
-        self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False
-    ) -> RowLosses:
+    def __call__(self, forward: Forward, inputs: Inputs, *, features: bool = False) -> RowLosses:
         """See `Objective`; the logits (R, C) are one where the answer is, and zero elsewhere."""
         del features
         _, outputs = forward(inputs)
@@ -65,7 +63,7 @@ class MacroF1(Metric):
             -worths[labels, found], torch.ones(len(found)), logits=F.one_hot(found, classes).float()
         )
 
-    def bind_batch(self, clean: RowLosses, inputs: Mapping[str, Any]) -> tuple[MacroF1, RowLosses]:
+    def bind_batch(self, clean: RowLosses, inputs: Inputs) -> tuple[MacroF1, RowLosses]:
         """Return the objective with what answers are worth in a batch, and the losses of its clean
         rows by it.
 

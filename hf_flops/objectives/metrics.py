@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..base.batch import batch_size
+from ..base.batch import Inputs, batch_size
 from ..errors import ConfigurationError, ObjectiveError
 from .base import Forward, Objective, RowLosses
 from .elementwise import widen
@@ -22,9 +22,7 @@ class SmoothSurrogate(Objective):
     place.
     """
 
-    def __call__(
-        self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False
-    ) -> RowLosses:
+    def __call__(self, forward: Forward, inputs: Inputs, *, features: bool = False) -> RowLosses:
         """See `Objective`."""
         del features
         _, outputs = forward(inputs)
@@ -46,7 +44,7 @@ class SmoothSurrogate(Objective):
         return RowLosses((each * kept).sum(1) / kept.sum(1), torch.ones_like(each[:, 0]))
 
 
-def last_logits(outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
+def last_logits(outputs: Any, inputs: Inputs) -> Tensor:
     """Return the logits (R, V) that predict what follows the last real token, whatever the side of
     the padding.
     """
@@ -60,7 +58,7 @@ def last_logits(outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
 
 
 def answers(
-    what: str, outputs: Any, inputs: Mapping[str, Any], label_words: Sequence[int] | None
+    what: str, outputs: Any, inputs: Inputs, label_words: Sequence[int] | None
 ) -> tuple[Tensor, Tensor, int]:
     """Return the class with the highest logit (R,), or the likeliest of some words, the labels
     (R,), and how many there are.
@@ -93,7 +91,7 @@ class _Accuracy:
 
     label_words: tuple[int, ...] | None = None
 
-    def __call__(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
+    def __call__(self, outputs: Any, inputs: Inputs) -> Tensor:
         found, labels, _ = answers("Metric('accuracy')", outputs, inputs, self.label_words)
         return (found == labels).float()
 
@@ -120,7 +118,7 @@ class Metric(Objective):
 
     def __init__(
         self,
-        what: str | Callable[[Any, Mapping[str, Any]], Any],
+        what: str | Callable[[Any, Inputs], Any],
         *,
         greater_is_better: bool = True,
         label_words: Sequence[int] | None = None,
@@ -138,13 +136,13 @@ class Metric(Objective):
                 f"label_words={list(label_words)!r} must be two or more different tokens."
             )
         words = None if label_words is None else tuple(label_words)
-        self.function: Callable[[Any, Mapping[str, Any]], Any] = (
+        self.function: Callable[[Any, Inputs], Any] = (
             _Accuracy(words) if isinstance(what, str) else what
         )
         self.sign, self.piecewise_constant = -1.0 if greater_is_better else 1.0, piecewise_constant
         self.words = words
 
-    def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor | None, Any]:
+    def run(self, model: nn.Module, inputs: Inputs) -> tuple[Tensor | None, Any]:
         """Run the model; without labels where they are classes that stand for words, as it has no
         use for these.
         """
@@ -155,9 +153,7 @@ class Metric(Objective):
         )
         return super().run(model, given)
 
-    def __call__(
-        self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False
-    ) -> RowLosses:
+    def __call__(self, forward: Forward, inputs: Inputs, *, features: bool = False) -> RowLosses:
         """See `Objective`."""
         del features
         _, outputs = forward(inputs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn._reduction import legacy_get_string
 from torch.overrides import TorchFunctionMode
 
-from ..base.batch import batch_size
+from ..base.batch import Inputs, batch_size
 from ..errors import ObjectiveError
 from .base import Forward, Objective, RowLosses
 from .elementwise import element_weights, slopes, squared_residuals, widen
@@ -118,7 +117,7 @@ class TappedLoss(Objective):
     def __init__(self, logits: bool = False) -> None:
         self.logits = logits
 
-    def listen_late(self, model: nn.Module, forward: Forward, inputs: Mapping[str, Any]) -> None:
+    def listen_late(self, model: nn.Module, forward: Forward, inputs: Inputs) -> None:
         """Find the module of a model that ends last before the loss, and listen from there on."""
         last: list[nn.Module] = []
 
@@ -133,7 +132,7 @@ class TappedLoss(Objective):
         self.after = last[0] if last else None
 
     def _listen(
-        self, forward: Forward, inputs: Mapping[str, Any], features: bool
+        self, forward: Forward, inputs: Inputs, features: bool
     ) -> tuple[_Tap, Tensor | None]:
         tap, heard = _Tap(features, self.logits), list[_Tap]()
         with ExitStack() as stack:
@@ -149,9 +148,7 @@ class TappedLoss(Objective):
             loss, _ = forward(inputs)
         return tap, loss
 
-    def __call__(
-        self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False
-    ) -> RowLosses:
+    def __call__(self, forward: Forward, inputs: Inputs, *, features: bool = False) -> RowLosses:
         """See `Objective`."""
         rows = batch_size(inputs)
         tap, loss = self._listen(forward, inputs, features)
@@ -199,9 +196,7 @@ class BatchLoss(Objective):
 
     per_row = False
 
-    def __call__(
-        self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False
-    ) -> RowLosses:
+    def __call__(self, forward: Forward, inputs: Inputs, *, features: bool = False) -> RowLosses:
         """See `Objective`."""
         del features
         with _WideLosses():

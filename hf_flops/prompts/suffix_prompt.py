@@ -5,7 +5,7 @@ run once.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils import PushToHubMixin
 
+from ..base.batch import Inputs
 from ..base.completion import Split, split
 from ..base.rounding_error import precision_of
 from ..errors import ConfigurationError
@@ -146,7 +147,7 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
         return CausalLMOutput(loss=loss, logits=logits)
 
     @contextmanager
-    def cached_texts(self, inputs: Mapping[str, Any], *, clean: bool = False) -> Iterator[None]:
+    def cached_texts(self, inputs: Inputs, *, clean: bool = False) -> Iterator[None]:
         """Keep the texts of a batch as keys and values for a while, for all rows made of its
         samples; then drop them.
 

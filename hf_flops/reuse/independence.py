@@ -5,7 +5,7 @@ names prove nothing.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from ..base.batch import batch_size, take
+from ..base.batch import Inputs, batch_size, take
 from ..base.patching import Call, replaced_forward
 from ..base.prng import seeds
 from ..base.probe import Attempt, Probe
@@ -62,7 +62,7 @@ def _fingerprints(output: Any) -> tuple[Any, ...]:
     return tuple(_fingerprint(leaf) for leaf in tree_leaves(output))
 
 
-def _trace(model: nn.Module, forward: Forward, inputs: Mapping[str, Any]) -> _Visits:
+def _trace(model: nn.Module, forward: Forward, inputs: Inputs) -> _Visits:
     """Run the model and return the calls of each of its modules, in order."""
     visits: _Visits = defaultdict(list)
     active: list[_Visit] = []
@@ -104,7 +104,7 @@ def _layout(two: _Visit, three: _Visit) -> tuple[bool, ...] | None:
 def independent_modules(
     model: nn.Module,
     forward: Forward,
-    inputs: Mapping[str, Any],
+    inputs: Inputs,
     perturbation: Perturbation,
     *,
     per_row: bool,
@@ -161,7 +161,7 @@ def choose_reuse(
     model: nn.Module,
     objective: Objective,
     forward: Forward,
-    inputs: Mapping[str, Any],
+    inputs: Inputs,
     perturbation: Perturbation,
     precision: float = 1e-4,
     *,
@@ -207,9 +207,7 @@ def choose_reuse(
     return ReusePlan(), attempt.reason
 
 
-def _simplified(
-    plan: ReusePlan, forward: Forward, inputs: Mapping[str, Any], cached: bool
-) -> ReusePlan:
+def _simplified(plan: ReusePlan, forward: Forward, inputs: Inputs, cached: bool) -> ReusePlan:
     """Find what need not be kept during a step, or from one epoch to the next."""
     owner = torch.arange(batch_size(inputs))
 
@@ -247,7 +245,7 @@ def _checked(
     plan: ReusePlan,
     objective: Objective,
     forward: Forward,
-    inputs: Mapping[str, Any],
+    inputs: Inputs,
     perturbation: Perturbation,
     precision: float,
 ) -> tuple[frozenset[str], str | None]:
@@ -266,7 +264,7 @@ def _checked(
     noise = perturbation.draw(NoiseKeys.of(_CHECK_SEED, 1, units, units, 0))
     tolerance = precision if precision > 1e-3 else 0.1 * precision
 
-    def noisy(run: Forward, rows: Mapping[str, Any]) -> RowLosses:
+    def noisy(run: Forward, rows: Inputs) -> RowLosses:
         with perturbation.applied(noise, _SCALE):
             losses = objective(run, rows)
         # a user's may follow from outputs, and be rounded

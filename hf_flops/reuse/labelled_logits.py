@@ -6,14 +6,13 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..base.batch import batch_size, take
+from ..base.batch import Inputs, batch_size, take
 from ..base.patching import Call, replaced_forward
 from ..base.probe import Probe
 from ..objectives import Forward, Objective, RowLosses, TappedLoss
@@ -40,9 +39,7 @@ class LastLogits(TappedLoss):
         super().__init__()
         self.module, self.used = module, False
 
-    def __call__(
-        self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False
-    ) -> RowLosses:
+    def __call__(self, forward: Forward, inputs: Inputs, *, features: bool = False) -> RowLosses:
         """See `Objective`."""
         with self.installed():
             return super().__call__(forward, inputs, features=features)
@@ -80,7 +77,7 @@ def with_last_logits(
     model: nn.Module,
     objective: Objective,
     forward: Forward,
-    inputs: Mapping[str, Any],
+    inputs: Inputs,
     precision: float = 1e-4,
 ) -> Objective:
     """Return the objective with logits only where there are labels, where two samples of the batch

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from ..base.batch import batch_size, hollow, take
+from ..base.batch import Inputs, batch_size, hollow, take
 from ..base.patching import Call, replaced_forward
 
 Output = tuple[list[Any], TreeSpec]
@@ -130,14 +130,12 @@ class Recording:
         """Inputs that rows need not be given, now that all outputs are recorded."""
         return self.plan.unread_inputs if self.complete else frozenset()
 
-    def recall(self, inputs: Mapping[str, Any], ids: Sequence[int] | None) -> None:
+    def recall(self, inputs: Inputs, ids: Sequence[int] | None) -> None:
         """Take up what earlier steps recorded of the batch, its samples' ids given, if the plan
         spans steps.
         """
 
-    def batch(
-        self, inputs: Mapping[str, Any], owner: Tensor | None = None, samples: int = 0
-    ) -> Call:
+    def batch(self, inputs: Inputs, owner: Tensor | None = None, samples: int = 0) -> Call:
         """Return a forward, to be called on the batch, that records; on anything else the model
         runs as it is.
 
@@ -153,7 +151,7 @@ class Recording:
             )
         return self._forward_of(inputs)
 
-    def rows(self, inputs: Mapping[str, Any], owner: Tensor, cut: slice | None = None) -> Call:
+    def rows(self, inputs: Inputs, owner: Tensor, cut: slice | None = None) -> Call:
         """Return a forward, to be called on the rows of a chunk, that uses what is recorded; else
         as `batch`.
 
@@ -166,7 +164,7 @@ class Recording:
             return self.forward
         return self._forward_of(inputs, owner, cut)
 
-    def record(self, inputs: Mapping[str, Any]) -> None:
+    def record(self, inputs: Inputs) -> None:
         """Run the batch no further than to the last module's output, where no clean forward would
         record it.
         """
@@ -174,7 +172,7 @@ class Recording:
             with suppress(_Recorded):
                 self._forward_of(inputs, stops=True)(inputs)
 
-    def extend(self, inputs: Mapping[str, Any], owner: Tensor) -> None:
+    def extend(self, inputs: Inputs, owner: Tensor) -> None:
         """Record what is lacking of the samples that rows repeat, where the record is of a part of
         the batch.
 
@@ -239,13 +237,13 @@ class Recording:
 
     def _forward_of(
         self,
-        inputs: Mapping[str, Any],
+        inputs: Inputs,
         owner: Tensor | None = None,
         cut: slice | None = None,
         *,
         stops: bool = False,
     ) -> Call:
-        def run(given: Mapping[str, Any]) -> Any:
+        def run(given: Inputs) -> Any:
             if given is not inputs:
                 return self.forward(given)
             if owner is None:
@@ -311,7 +309,7 @@ class Recording:
         return leaf.reshape(self._samples, times, *tail).index_select(0, owner).flatten(0, 1)
 
 
-def columns_of(inputs: Mapping[str, Any]) -> int:
+def columns_of(inputs: Inputs) -> int:
     """Return how many tokens the texts of a batch have, padding included; 0 where there are
     none.
     """

@@ -5,7 +5,7 @@ epoch to the next.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -16,7 +16,7 @@ from weakref import finalize
 import torch
 from torch import Tensor, nn
 
-from ..base.batch import ROW, batch_size, take
+from ..base.batch import ROW, Inputs, batch_size, take
 from ..base.patching import Call
 from ..errors import ConfigurationError
 from .late_expansion import Output, Recording, ReusePlan, columns_of
@@ -42,7 +42,7 @@ def raw_bytes(tensor: Tensor) -> Any:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data
 
 
-def identify(inputs: Mapping[str, Any], ids: Sequence[int]) -> list[Sample]:
+def identify(inputs: Inputs, ids: Sequence[int]) -> list[Sample]:
     """Identify the samples of a batch; ids: (B,)."""
     # a place in the batch says nothing of a sample
     inputs = {name: value for name, value in inputs.items() if name != ROW}
@@ -202,7 +202,7 @@ class CachedRecording(Recording):
         finally:
             super().__exit__(kind, error, trace)
 
-    def recall(self, inputs: Mapping[str, Any], ids: Sequence[int] | None) -> None:
+    def recall(self, inputs: Inputs, ids: Sequence[int] | None) -> None:
         """Bring back the outputs of the batch; those that are not known are found by running the
         samples that lack them.
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 
+from ..base.state import State
 from ..errors import TrajectoryError, in_one_line
 from .start import digests
 
 
-def check_base(says: Mapping[str, Any], base: str | Path) -> int:
+def check_base(says: State, base: str | Path) -> int:
     """Load a base model and compare its tensors with those of the run; returns how many were
     compared.
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..base.state import State
 from ..errors import ConfigurationError
 
 _HOMES = ("torch.optim.", "transformers.optimization.")
@@ -22,7 +23,7 @@ def bare(optimizer: Any) -> Any:
     return optimizer
 
 
-def describe(optimizer: Any, names: Mapping[int, str]) -> dict[str, Any]:
+def describe(optimizer: Any, names: Mapping[int, str]) -> State:
     """Return what builds an optimizer again: its class, its defaults, and the names of each group's
     tensors.
 
@@ -47,7 +48,7 @@ def describe(optimizer: Any, names: Mapping[int, str]) -> dict[str, Any]:
     return {"class": home, "defaults": _plain(own.defaults), "groups": groups}
 
 
-def arguments(optimizer: Any) -> list[dict[str, Any]]:
+def arguments(optimizer: Any) -> list[State]:
     """Return the arguments of each group as numbers and words, the learning rate among them."""
     return [
         _plain({k: v for k, v in group.items() if k != "params"})
@@ -56,8 +57,8 @@ def arguments(optimizer: Any) -> list[dict[str, Any]]:
 
 
 def build(
-    said: Mapping[str, Any],
-    groups: Sequence[Mapping[str, Any]],
+    said: State,
+    groups: Sequence[State],
     parameters: Mapping[str, nn.Parameter],
 ) -> Any:
     """Return an optimizer as `describe` found it, with the arguments of each group, for the
@@ -78,14 +79,14 @@ def build(
     return kind(own, **options)
 
 
-def restored(values: Mapping[str, Any]) -> dict[str, Any]:
+def restored(values: State) -> State:
     """Return arguments as the optimizer had them: JSON knows no tuples."""
     return {
         name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
     }
 
 
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+def _plain(values: State) -> State:
     """Return arguments as JSON keeps them."""
 
     def one(value: Any) -> Any:

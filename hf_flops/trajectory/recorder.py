@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from ..base.state import State
 from ..core.method import FinishedBatch
 from ..errors import ConfigurationError
 from ..perturbations.replay import UpdateRecord
@@ -24,13 +25,13 @@ class TrajectoryRecorder(TrainerCallback):
 
     def __init__(self) -> None:
         self._file: Appender | None = None
-        self._own: dict[str, Any] = {}
+        self._own: State = {}
         self._traces: list[UpdateRecord] = []
         self._seed, self._perturbation = 0, None
         self._rules: list[list[Any]] | None = None
         self._said: list[list[Any]] | None = None  # the rules that the log knows of
-        self._groups: list[dict[str, Any]] = []
-        self._now: list[dict[str, Any]] = []
+        self._groups: list[State] = []
+        self._now: list[State] = []
 
     def observe(self, finished: FinishedBatch) -> None:
         """Take down a finished batch of a trainer."""

@@ -19,12 +19,13 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ..base.rows import Rows
+from ..base.state import State
 from ..perturbations.replay import UpdateRecord
 
 _WHOLE = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
-def pack(kind: str, says: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
+def pack(kind: str, says: State, tensors: Mapping[str, Tensor]) -> bytes:
     """Return a record's payload."""
     whole = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -33,7 +34,7 @@ def pack(kind: str, says: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> b
     return save(whole, {"kind": kind, "json": json.dumps(says, separators=(",", ":"), default=str)})
 
 
-def unpack(payload: bytes) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
+def unpack(payload: bytes) -> tuple[str, State, dict[str, Tensor]]:
     """Return a record's kind, and what it says in words and in tensors."""
     (length,) = struct.unpack("<Q", payload[:8])
     metadata = json.loads(payload[8 : 8 + length])["__metadata__"]
@@ -71,7 +72,7 @@ class StepRecord:
     step: int
     traces: list[UpdateRecord]
     rules: list[list[Any]] | None
-    groups: list[dict[str, Any]]
+    groups: list[State]
     fingerprints: list[int]
     shares_noise: bool = field(default=True)
 
@@ -80,7 +81,7 @@ class StepRecord:
         rest.
         """
         traces = self.traces
-        says: dict[str, Any] = {"seed": self.seed, "step": self.step, "groups": self.groups}
+        says: State = {"seed": self.seed, "step": self.step, "groups": self.groups}
         says["batches"] = [[len(t.rows), len(t.chunks), t.normalizer, t.factor] for t in traces]
         if self.rules is not None:
             says["rules"] = self.rules
@@ -101,7 +102,7 @@ class StepRecord:
         return pack("step", says, tensors)
 
     @classmethod
-    def unpack(cls, says: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> StepRecord:
+    def unpack(cls, says: State, tensors: Mapping[str, Tensor]) -> StepRecord:
         """Read what `pack` wrote."""
         prints = [value % 2**32 for value in tensors["fingerprints"].tolist()]
         sizes = [size for size, _, _, _ in says["batches"]]
@@ -130,9 +131,7 @@ class StepRecord:
         )
 
 
-def changes(
-    before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
+def changes(before: Sequence[State], now: Sequence[State]) -> list[State]:
     """Return by group which of the optimizer's arguments are not what they were; everything where
     nothing was before.
     """

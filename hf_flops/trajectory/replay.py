@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..base.state import State
 from ..errors import TrajectoryError
 from ..perturbations import Perturbation
 from ..perturbations.replay import regenerate
@@ -53,8 +54,8 @@ class Replay:
         _, self.says, self._stored = unpack(first.payload)
         self.parameters = {name: nn.Parameter(self._first(name)) for name in self.says["trainable"]}
         self._optimizer: Any = None
-        self._session: dict[str, Any] = {}
-        self._groups: list[dict[str, Any]] = []
+        self._session: State = {}
+        self._groups: list[State] = []
         self._perturbation: Perturbation | None = None
 
     def _first(self, name: str) -> Tensor:
@@ -111,7 +112,7 @@ class Replay:
             "or something else changed the adapter in training."
         )
 
-    def _begin(self, session: dict[str, Any]) -> None:
+    def _begin(self, session: State) -> None:
         """Go on as a session of the run did."""
         if session.get("noise") != rules.noise_print():
             raise TrajectoryError(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .._version import __version__
+from ..base.state import State
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -22,7 +23,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def describe(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def describe(model: nn.Module) -> tuple[State, dict[str, Tensor]]:
     """Return what the first record says of a model: in words, and the tensors that nothing else
     tells.
     """
@@ -54,7 +55,7 @@ def describe(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _files(
     model: Any, own: Mapping[str, nn.Parameter]
-) -> tuple[dict[str, Any], dict[str, str] | None, dict[str, Tensor]]:
+) -> tuple[State, dict[str, str] | None, dict[str, Tensor]]:
     """Return PEFT's configuration, which trainable parameter each tensor of its file is (or ""),
     and the other tensors.
 
