@@ -57,7 +57,7 @@ def hollow(like: Tensor, shape: Sequence[int]) -> Tensor:
     return like.new_full((), float("nan")).expand(*shape)
 
 
-def take(inputs: Inputs, owner: Tensor, unread: Collection[str] = ()) -> Inputs:
+def take(inputs: Inputs, owner: Tensor, unread: Collection[str] = ()) -> dict[str, Any]:
     """Repeat each sample of a batch for the rows that it owns.
 
     Args:
@@ -70,7 +70,7 @@ def take(inputs: Inputs, owner: Tensor, unread: Collection[str] = ()) -> Inputs:
         The inputs of a forward pass of R rows.
     """
 
-    def repeat(name: str, value: object) -> object:
+    def repeat(name: str, value: Any) -> Any:
         if name in unread:
             return hollow(value, (len(owner), *value.shape[1:]))
         if torch.is_tensor(value) and value.dim() > 0:

@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import gc
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -98,7 +97,7 @@ class PeakMemory:
             self._start = None
         return self
 
-    def __exit__(self, *exception: Any) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._cuda:
             self.megabytes = (torch.cuda.max_memory_allocated() - int(self._start or 0)) / _MEGABYTE
             return

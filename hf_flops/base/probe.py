@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from functools import cached_property
 from types import TracebackType
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from ..errors import in_one_line
 from .batch import Inputs
+from .patching import Call
 
 logger = logging.getLogger(__name__)
 # What a model raises where it minds a change; anything else reaches the user.
@@ -87,8 +87,8 @@ class Probe:
 
     def __init__(
         self,
-        objective: Callable[..., Any],
-        forward: Callable[..., Any],
+        objective: Call,
+        forward: Call,
         inputs: Inputs,
         tolerance: float,
         size: float | None = 1.0,
@@ -105,8 +105,8 @@ class Probe:
         self,
         otherwise: str | None = None,
         *,
-        objective: Callable[..., Any] | None = None,
-        forward: Callable[..., Any] | None = None,
+        objective: Call | None = None,
+        forward: Call | None = None,
         inputs: Inputs | None = None,
     ) -> str | None:
         """Return why losses are not the same with another objective, forward or inputs; None where

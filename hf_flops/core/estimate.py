@@ -18,7 +18,6 @@ says what is done to it.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +31,7 @@ from ..errors import NonFiniteError
 from ..estimators import Chain, DeltaTransform, FiniteDifference, LeaveOneOut, Residual
 from ..estimators.delta_chain import ChunkDeltas
 from ..objectives import Forward
+from ..perturbations.base import DrawnNoise
 from ..perturbations.replay import UpdateRecord
 from .chunking import ChunkPlanner
 from .clean_forward import CleanPass, clean_pass
@@ -136,34 +136,33 @@ def all_queries(
     clean: CleanPass, chain: Chain, sums: NoiseSum, features: SampleFeatures
 ) -> QueryResults:
     """Run all queries, in two rounds where the allocator wants a pilot."""
-    allocator: Any = clean.method.allocator
+    allocator, budget = clean.method.allocator, clean.budget
     if not clean.method.objective.per_row:
-        return run_round(clean, chain, sums, equal_counts(clean.units, clean.budget))
-    plan = (
-        allocator.pilot(features, clean.budget)
-        if isinstance(allocator, TwoRoundAllocator)
-        else None
-    )
+        return run_round(clean, chain, sums, equal_counts(clean.units, budget))
+    plan = allocator.pilot(features, budget) if isinstance(allocator, TwoRoundAllocator) else None
     if plan is None:
-        return run_round(clean, chain, sums, allocator.counts(features, clean.budget))
+        return run_round(clean, chain, sums, allocator.counts(features, budget))
+    assert isinstance(allocator, TwoRoundAllocator)
     pilot, weights = plan
     first = run_round(clean, chain, sums, pilot, share=weights)
-    squares, left = (
-        mean_squares(first.rows, first.deltas, clean.units),
-        clean.budget - len(first.rows),
-    )
+    squares = mean_squares(first.rows, first.deltas, clean.units)
+    left = budget - len(first.rows)
     counts = allocator.second_counts(features, squares, pilot, weights, left)
     return first.then(run_round(clean, chain, sums, counts, share=1 - weights, after=pilot))
 
 
-def lay_out(clean: CleanPass, counts: Tensor, **options: Any) -> Rows:
-    """Return the rows of so many queries of each sample; `options` are those of `expand`."""
+def lay_out(
+    clean: CleanPass, counts: Tensor, share: Tensor | float = 1.0, after: Tensor | None = None
+) -> Rows:
+    """Return the rows of `counts[i]` queries for each sample; for `share` and `after` see
+    `expand`.
+    """
     allocator, place = clean.method.allocator, clean.place
     # N is only known once a forward has shown how many elements each sample has: rows are laid out
     # with N = 1. The arithmetic behind counts may round differently on another machine: those of
     # process 0 are everyone's.
     counts = clean.method.exchange.group.broadcast(counts.int()).long()
-    rows = expand(counts, 1.0, weighted=allocator.weighted, **options)
+    rows = expand(counts, 1.0, weighted=allocator.weighted, share=share, after=after)
     if not (allocator.shuffled and clean.method.objective.per_row):
         return rows
     order = seeds(place.seed, place.step, rows.owner.numpy(), rows.query.numpy()).argsort()
@@ -171,13 +170,18 @@ def lay_out(clean: CleanPass, counts: Tensor, **options: Any) -> Rows:
 
 
 def run_round(
-    clean: CleanPass, chain: Chain, sums: NoiseSum, counts: Tensor, **options: Any
+    clean: CleanPass,
+    chain: Chain,
+    sums: NoiseSum,
+    counts: Tensor,
+    share: Tensor | float = 1.0,
+    after: Tensor | None = None,
 ) -> QueryResults:
-    """Run so many queries of each sample, this process its part of them, and add their noise to the
-    sum.
+    """Run `counts[i]` queries of each sample and add their noise to the sum; each process runs its
+    part of them.
     """
     method, queries, exchange = clean.method, queries_of(clean), clean.method.exchange
-    shares_noise, rows = method.perturbation.shares_noise, lay_out(clean, counts, **options)
+    shares_noise, rows = method.perturbation.shares_noise, lay_out(clean, counts, share, after)
     parts = exchange.parts(rows, clean.feed, shares_noise=shares_noise, chunk=clean.planner.given)
     own = parts[exchange.group.rank]
     if exchange.group.world > 1 and (clean.losses is None or clean.recording.complete):
@@ -211,7 +215,7 @@ def queries_of(clean: CleanPass) -> Queries:
 
 
 def measure(
-    queries: Queries, chain: Chain, chunk: Rows, noise: Any
+    queries: Queries, chain: Chain, chunk: Rows, noise: DrawnNoise
 ) -> tuple[ChunkDeltas, Tensor, Tensor, int]:
     """Return a chunk's deltas, losses (R,), loss elements (R,), and the columns of a row; its
     logits are let go.

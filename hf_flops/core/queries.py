@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from ..distributed.noise_sum import NoiseSum
 from ..estimators.delta_chain import Evaluation
 from ..objectives import RowLosses
 from ..perturbations import NoiseKeys
+from ..perturbations.base import DrawnNoise
 from ..reuse import Recording
 from .chunking import ChunkPlanner, Work, in_chunks
 from .method import Method
@@ -86,13 +86,13 @@ class Queries:
             planner,
         )
 
-    def noise(self, chunk: Rows) -> Any:
+    def noise(self, chunk: Rows) -> DrawnNoise:
         """Draw the noise of a chunk."""
         seed, step, positions = self.place.seed, self.place.step, chunk.owner + self.place.position
         keys = NoiseKeys.of(seed, step, positions, chunk.query, int(chunk.group[0]))
         return self.method.perturbation.draw(keys)
 
-    def evaluate(self, chunk: Rows, noise: Any) -> Evaluation:
+    def evaluate(self, chunk: Rows, noise: DrawnNoise) -> Evaluation:
         """Run a chunk at every sign."""
         method = self.method
         owner = chunk.owner if method.objective.per_row else torch.arange(self.samples)

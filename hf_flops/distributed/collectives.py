@@ -8,10 +8,10 @@ import atexit
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from ..errors import ConfigurationError, ProcessError
 
 # seconds: between looks at a transfer, between looks for trouble, for an answer
 _POLL, _LISTEN, _PATIENCE = 1e-4, 1.0, 5.0
+
+T = TypeVar("T")
 
 
 class ProcessGroup:
@@ -57,11 +59,11 @@ class ProcessGroup:
         """Return the sum of the tensors of all processes."""
         return own
 
-    def broadcast(self, value: Any) -> Any:
+    def broadcast(self, value: T) -> T:
         """Return what process 0 has."""
         return value
 
-    def all_gather_object(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: T) -> list[T]:
         """Return what every process has, by number."""
         return [value]
 
@@ -69,7 +71,7 @@ class ProcessGroup:
         """Return a context in which transfers of others, too, say which process has gone."""
         return nullcontext()
 
-    def assert_same(self, values: dict[str, Any], when: str) -> None:
+    def assert_same(self, values: Mapping[str, object], when: str) -> None:
         """Refuse to go on with processes that differ.
 
         Args:
@@ -135,18 +137,19 @@ class TorchProcessGroup(ProcessGroup):
         self._run(lambda: dist.all_reduce(summed, async_op=True))
         return summed.to(own.device)
 
-    def broadcast(self, value: Any) -> Any:
+    def broadcast(self, value: T) -> T:
         """See `ProcessGroup.broadcast`."""
-        found = [value]
+        received: list[Any] = [value]
         if isinstance(value, Tensor):
             self.sent += value.numel() * value.element_size() * (self.rank == 0)
             sent = value.detach().to(self.device, copy=True).contiguous()
             self._run(lambda: dist.broadcast(sent, 0, async_op=True))
-            return sent.to(value.device)
-        self._run(lambda: dist.broadcast_object_list(found, 0, device=self.device))
-        return found[0]
+            received[0] = sent.to(value.device)
+        else:
+            self._run(lambda: dist.broadcast_object_list(received, 0, device=self.device))
+        return received[0]
 
-    def all_gather_object(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: T) -> list[T]:
         """See `ProcessGroup.all_gather_object`."""
         found: list[Any] = [None] * self.world
         self._run(lambda: dist.all_gather_object(found, value))

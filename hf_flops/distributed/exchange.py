@@ -5,7 +5,6 @@ each other scalars.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from ..base.rows import BatchPosition, Rows
 from ..errors import ConfigurationError
 from ..objectives import RowLosses
 from ..perturbations import Perturbation
+from ..perturbations.base import DrawnNoise
 from ..perturbations.replay import UpdateRecord, in_turn, regenerate
 from .collectives import ProcessGroup
 from .noise_sum import Again, NoiseSum
@@ -281,7 +281,7 @@ class RegeneratedSum(NoiseSum):
         self.place = place
 
     def weighted(
-        self, noise: Any, coefficients: Tensor, errors: Tensor | None = None
+        self, noise: DrawnNoise, coefficients: Tensor, errors: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return nothing yet."""
         del noise, coefficients, errors

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..base.rows import Rows
 from ..perturbations import Perturbation, accumulator
+from ..perturbations.base import DrawnNoise
 from .collectives import ProcessGroup
 
 Again = Callable[[Rows, Tensor], None]
@@ -39,7 +40,7 @@ class NoiseSum:
         self.dimension = 0
 
     def weighted(
-        self, noise: Any, coefficients: Tensor, errors: Tensor | None = None
+        self, noise: DrawnNoise, coefficients: Tensor, errors: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return a chunk's `sum_r c_r z_r` (d,), and (M, d) that for errors (R, M); the noise is
         unpacked once.

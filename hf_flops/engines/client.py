@@ -58,12 +58,12 @@ class _Failure(Exception):
         self.wait = wait
 
 
-def _check_url(url: Any) -> None:
+def _check_url(url: str) -> None:
     """Refuse what cannot be posted to."""
     try:
         parts = urlsplit(url)
-        parts.hostname.encode("idna")
-        usable = parts.scheme in ("http", "https") and parts.port != 0
+        (parts.hostname or "").encode("idna")
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except (ValueError, TypeError, AttributeError):  # no text, no host, or no number for a port
         usable = False
     if not usable or not re.fullmatch("[!-~]+", url):
@@ -76,7 +76,7 @@ def _check_url(url: Any) -> None:
         )
 
 
-def _check_headers(headers: Any) -> None:
+def _check_headers(headers: Mapping[str, str]) -> None:
     """Refuse headers that cannot be sent, without showing what may be secret."""
     if not isinstance(headers, Mapping):
         raise ConfigurationError(
@@ -156,7 +156,7 @@ class HttpEngine:
     ) -> None:
         _check_url(url)
         _check_headers({} if headers is None else headers)
-        whole: dict[str, tuple[Any, int]] = {
+        whole: dict[str, tuple[object, int]] = {
             "batch_rows": (batch_rows, 1),
             "concurrency": (concurrency, 1),
         }

@@ -10,10 +10,12 @@ import os
 import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..errors import ConfigurationError, EngineError
 
@@ -23,7 +25,7 @@ class _Next(nn.Module):
     transformers.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.body, self.head = model.base_model, model.get_output_embeddings()
 
@@ -38,7 +40,7 @@ class _Next(nn.Module):
 class TorchEngine:
     """A causal language model of transformers as an engine."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.model = model.eval()
         self._next = _Next(model)
 
@@ -49,7 +51,7 @@ class TorchEngine:
         return self._next(inputs_embeds.to(weight), attention_mask.to(weight.device)).float()
 
 
-def _onnxruntime() -> Any:
+def _onnxruntime() -> ModuleType:
     try:
         import onnxruntime
     except ImportError as error:
@@ -59,7 +61,7 @@ def _onnxruntime() -> Any:
     return onnxruntime
 
 
-def export_onnx(model: Any, path: str | Path, *, int8: bool = False) -> Path:
+def export_onnx(model: PreTrainedModel, path: str | Path, *, int8: bool = False) -> Path:
     """Write a causal language model as an ONNX file with `inputs_embeds` as its input, for
     `OnnxEngine`.
 
@@ -76,7 +78,7 @@ def export_onnx(model: Any, path: str | Path, *, int8: bool = False) -> Path:
     """
     runtime, path = _onnxruntime(), Path(path)
     model.eval()
-    width = model.get_input_embeddings().embedding_dim
+    width = model.get_input_embeddings().get_parameter("weight").shape[1]
     embeds, mask = (
         torch.randn(2, 5, width, generator=torch.Generator().manual_seed(0)),
         torch.ones(2, 5, dtype=torch.long),
@@ -117,7 +119,7 @@ def export_onnx(model: Any, path: str | Path, *, int8: bool = False) -> Path:
     return path
 
 
-def _quantise(runtime: Any, plain: Path, path: Path) -> None:
+def _quantise(runtime: ModuleType, plain: Path, path: Path) -> None:
     """Write the 8-bit version of a file."""
     root, handlers, level = (
         logging.getLogger(),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Sequence
+from typing import Protocol, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ class Engine(Protocol):
         ...
 
 
-def _tokens(name: str, given: Any, size: int) -> list[int]:
+def _tokens(name: str, given: Iterable[SupportsIndex], size: int) -> list[int]:
     """Return tokens, if each is a row of a table of that size."""
     try:
         tokens = [operator.index(token) for token in given]

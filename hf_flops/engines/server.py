@@ -7,7 +7,6 @@ from __future__ import annotations
 import argparse
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
 
 from safetensors.torch import load, save
 
@@ -20,15 +19,15 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     engine: Engine
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, address: tuple[str, int]) -> None:
+        super().__init__(address, _Handler)
         self.engine_lock = threading.Lock()
 
 
 class _Handler(BaseHTTPRequestHandler):
     """Answers a POST of safetensors with safetensors."""
 
-    server: Any
+    server: _Server
 
     def do_POST(self) -> None:
         """Run the engine on the rows of the request."""
@@ -50,7 +49,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, format: str, *args: Any) -> None:
+    def log_message(self, format: str, *args: object) -> None:
         """Say nothing."""
 
 
@@ -69,7 +68,7 @@ class EngineServer:
 
     def __init__(self, engine: Engine, host: str = "127.0.0.1", port: int = 0) -> None:
         try:
-            self._server = _Server((host, port), _Handler)
+            self._server = _Server((host, port))
         except (OSError, OverflowError, UnicodeError) as error:
             raise ConfigurationError(
                 f"host={host!r} with port={port} cannot be listened at: {error}."
@@ -88,7 +87,7 @@ class EngineServer:
         self._thread.start()
         return self
 
-    def __exit__(self, *exception: Any) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()

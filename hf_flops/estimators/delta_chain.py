@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..base.rows import Rows
 from ..perturbations import Perturbation
+from ..perturbations.base import DrawnNoise
 from .control_variate import ControlVariate, Prediction
 from .differences import Estimator, against_others
 
@@ -38,7 +38,7 @@ class Evaluation:
     """
 
     rows: Rows
-    noise: Any
+    noise: DrawnNoise
     losses: Tensor
     elements: Tensor
     logits: tuple[Tensor | None, ...]

@@ -8,8 +8,8 @@ followed.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,9 @@ from ..base.batch import Inputs, batch_size
 from ..errors import ObjectiveError
 from .elementwise import widen
 
-Forward = Callable[[Inputs], tuple[Tensor | None, Any]]
+ModelOutputs: TypeAlias = Any
+"""What the model's `forward` returns; an objective knows which attributes it reads."""
+Forward = Callable[[Inputs], tuple[Tensor | None, ModelOutputs]]
 """Runs the model on a batch and returns its scalar loss (or None) and its outputs."""
 
 
@@ -61,10 +63,9 @@ class RowLosses:
 
     def without_rows(self) -> RowLosses:
         """Return the findings of no row at all."""
-        none: dict[str, Any] = {
-            name: None if values is None else values[:0] for name, values in vars(self).items()
-        }
-        return RowLosses(**none)
+        return replace(
+            self, **{name: values[:0] for name, values in vars(self).items() if values is not None}
+        )
 
 
 class Objective:
@@ -98,7 +99,7 @@ class Objective:
         """
         return self
 
-    def run(self, model: nn.Module, inputs: Inputs) -> tuple[Tensor | None, Any]:
+    def run(self, model: nn.Module, inputs: Inputs) -> tuple[Tensor | None, ModelOutputs]:
         """Run the model on a batch; returns its scalar loss, if it has one, and its outputs."""
         outputs = model(**inputs)
         return getattr(outputs, "loss", None), outputs
@@ -131,7 +132,7 @@ class CallableObjective(Objective):
             (sums, counts) of (R,) where rows have different numbers of elements.
     """
 
-    def __init__(self, function: Callable[[Any, Inputs], Any]) -> None:
+    def __init__(self, function: Callable[[ModelOutputs, Inputs], object]) -> None:
         self.function = function
 
     def __call__(self, forward: Forward, inputs: Inputs, *, features: bool = False) -> RowLosses:

@@ -4,11 +4,14 @@ by the logits.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+Arguments: TypeAlias = dict[str, Any]
+"""The arguments of a loss function by name."""
 
 
 def widen(values: Tensor) -> Tensor:
@@ -63,7 +66,7 @@ def squared_residuals(name: str, prediction: Tensor, target: Tensor, ignore_inde
     )
 
 
-def slopes(name: str, given: dict[str, Any]) -> Tensor:
+def slopes(name: str, given: Arguments) -> Tensor:
     """Return the derivative of each element's loss by its logits, in the shape of the logits.
 
     Class weights, label smoothing, ignored targets and soft targets are accounted for.
@@ -86,7 +89,7 @@ def slopes(name: str, given: dict[str, Any]) -> Tensor:
     return logits.softmax(dimension) * wanted.sum(dimension, keepdim=True) - wanted
 
 
-def _wanted(logits: Tensor, target: Tensor, given: dict[str, Any]) -> Tensor:
+def _wanted(logits: Tensor, target: Tensor, given: Arguments) -> Tensor:
     """Return a in `loss = -sum_c a_c log p_c`: what cross-entropy wants of each class, in the shape
     of the logits.
     """

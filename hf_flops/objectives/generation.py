@@ -39,11 +39,11 @@ class GeneratedMetric(Objective):
 
     def __init__(
         self,
-        what: str | Callable[[list[str], Inputs], Any],
+        what: str | Callable[[list[str], Inputs], object],
         tokenizer: Any,
         *,
         greater_is_better: bool = True,
-        **options: Any,
+        **options: object,
     ) -> None:
         if isinstance(what, str) and what != "exact_match":
             raise ConfigurationError(

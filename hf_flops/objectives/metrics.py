@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..base.batch import Inputs, batch_size
 from ..errors import ConfigurationError, ObjectiveError
-from .base import Forward, Objective, RowLosses
+from .base import Forward, ModelOutputs, Objective, RowLosses
 from .elementwise import widen
+
+MetricFunction = Callable[[ModelOutputs, Inputs], object]
+"""Maps the outputs and inputs of R rows to (R,) numbers."""
 
 
 class SmoothSurrogate(Objective):
@@ -44,7 +46,7 @@ class SmoothSurrogate(Objective):
         return RowLosses((each * kept).sum(1) / kept.sum(1), torch.ones_like(each[:, 0]))
 
 
-def last_logits(outputs: Any, inputs: Inputs) -> Tensor:
+def last_logits(outputs: ModelOutputs, inputs: Inputs) -> Tensor:
     """Return the logits (R, V) that predict what follows the last real token, whatever the side of
     the padding.
     """
@@ -58,7 +60,7 @@ def last_logits(outputs: Any, inputs: Inputs) -> Tensor:
 
 
 def answers(
-    what: str, outputs: Any, inputs: Inputs, label_words: Sequence[int] | None
+    what: str, outputs: ModelOutputs, inputs: Inputs, label_words: Sequence[int] | None
 ) -> tuple[Tensor, Tensor, int]:
     """Return the class with the highest logit (R,), or the likeliest of some words, the labels
     (R,), and how many there are.
@@ -91,7 +93,7 @@ class _Accuracy:
 
     label_words: tuple[int, ...] | None = None
 
-    def __call__(self, outputs: Any, inputs: Inputs) -> Tensor:
+    def __call__(self, outputs: ModelOutputs, inputs: Inputs) -> Tensor:
         found, labels, _ = answers("Metric('accuracy')", outputs, inputs, self.label_words)
         return (found == labels).float()
 
@@ -118,7 +120,7 @@ class Metric(Objective):
 
     def __init__(
         self,
-        what: str | Callable[[Any, Inputs], Any],
+        what: str | MetricFunction,
         *,
         greater_is_better: bool = True,
         label_words: Sequence[int] | None = None,
@@ -136,13 +138,11 @@ class Metric(Objective):
                 f"label_words={list(label_words)!r} must be two or more different tokens."
             )
         words = None if label_words is None else tuple(label_words)
-        self.function: Callable[[Any, Inputs], Any] = (
-            _Accuracy(words) if isinstance(what, str) else what
-        )
+        self.function: MetricFunction = _Accuracy(words) if isinstance(what, str) else what
         self.sign, self.piecewise_constant = -1.0 if greater_is_better else 1.0, piecewise_constant
         self.words = words
 
-    def run(self, model: nn.Module, inputs: Inputs) -> tuple[Tensor | None, Any]:
+    def run(self, model: nn.Module, inputs: Inputs) -> tuple[Tensor | None, ModelOutputs]:
         """Run the model; without labels where they are classes that stand for words, as it has no
         use for these.
         """
@@ -160,7 +160,7 @@ class Metric(Objective):
         return signed_losses(self.function(outputs, inputs), self.sign, batch_size(inputs))
 
 
-def signed_losses(scores: Any, sign: float, rows: int) -> RowLosses:
+def signed_losses(scores: object, sign: float, rows: int) -> RowLosses:
     """Return scores (R,) times a sign as row losses."""
     sums = sign * widen(torch.as_tensor(scores))
     if sums.shape != (rows,):

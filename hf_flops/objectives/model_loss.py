@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,10 @@ from torch.nn._reduction import legacy_get_string
 from torch.overrides import TorchFunctionMode
 
 from ..base.batch import Inputs, batch_size
+from ..base.patching import Call
 from ..errors import ObjectiveError
 from .base import Forward, Objective, RowLosses
-from .elementwise import element_weights, slopes, squared_residuals, widen
+from .elementwise import Arguments, element_weights, slopes, squared_residuals, widen
 
 
 class RowLossError(ObjectiveError):
@@ -52,8 +53,8 @@ class _WideLosses(TorchFunctionMode):
     }
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
+        self, func: Call, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
         if func not in self.functions:
             return func(*args, **(kwargs or {}))
         call = self.functions[func].bind(*args, **(kwargs or {}))
@@ -65,7 +66,7 @@ class _WideLosses(TorchFunctionMode):
             func, {**call.arguments, **{name: widen(value) for name, value in floating.items()}}
         )
 
-    def loss(self, function: Any, given: dict[str, Any]) -> Tensor:
+    def loss(self, function: Call, given: Arguments) -> Tensor:
         """Return what the model gets for a call with these arguments."""
         return function(**given)
 
@@ -78,7 +79,7 @@ class _Tap(_WideLosses):
         self.features, self.logits = features, logits
         self.caught: list[_Caught] = []
 
-    def loss(self, function: Any, given: dict[str, Any]) -> Tensor:
+    def loss(self, function: Call, given: Arguments) -> Tensor:
         reduction, legacy = given["reduction"], (given["size_average"], given["reduce"])
         if legacy != (None, None):
             reduction = legacy_get_string(*legacy)
@@ -121,7 +122,7 @@ class TappedLoss(Objective):
         """Find the module of a model that ends last before the loss, and listen from there on."""
         last: list[nn.Module] = []
 
-        def ended(module: nn.Module, args: Any, output: Any) -> None:
+        def ended(module: nn.Module, args: object, output: object) -> None:
             if not tap.caught:
                 last[:] = [module]
 
@@ -137,7 +138,7 @@ class TappedLoss(Objective):
         tap, heard = _Tap(features, self.logits), list[_Tap]()
         with ExitStack() as stack:
 
-            def begin(*ended: Any) -> None:
+            def begin(*ended: object) -> None:
                 if not heard:
                     heard.append(stack.enter_context(tap))
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -163,9 +162,9 @@ class ActivationNoise(Perturbation):
         scale: float,
         index: int,
         module: nn.Module,
-        args: Any,
-        kwargs: Any,
-        out: Any,
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+        out: object,
     ) -> Tensor:
         """Add noise to an output and keep what the pull-back needs."""
         rows, tensors = len(noise.keys.rows), self.sites[index].tensors

@@ -7,11 +7,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..base.patching import Call
 from ..base.prng import seeds
 from ..base.probe import Attempt, agree
 from .activation import is_linear
@@ -65,13 +65,18 @@ class PinCheck:
                 break
             fit = kept
         chosen = {vector.names[i] for site in fit for i in site.tensors.values()}
-        pinned = [calls[0] for site, calls in zip(sites, outputs, strict=True) if site in fit]
+        pinned = [
+            out
+            for site, calls in zip(sites, outputs, strict=True)
+            for out in calls
+            if site in fit and torch.is_tensor(out)
+        ]
         with Attempt("Noise stays on the weights"):
             if chosen and self._pinned(fit, pinned, chosen, start) and self._apart(fit, start):
                 return [name for name in names if name in chosen]
         return []
 
-    def _fits(self, site: Site, calls: Sequence[Any], smaller: bool) -> bool:
+    def _fits(self, site: Site, calls: Sequence[object], smaller: bool) -> bool:
         if (
             not is_linear(site)
             or len(calls) != 1
@@ -87,17 +92,17 @@ class PinCheck:
         )
         return not smaller or (numbers == calls[0].shape[-1] and 2 * numbers <= weights)
 
-    def _run(self, sites: Sequence[Site], hooks: Sequence[Callable[..., Any]]) -> Tensor:
+    def _run(self, sites: Sequence[Site], hooks: Sequence[Call]) -> Tensor:
         with ExitStack() as stack:
             for site, hook in zip(sites, hooks, strict=True):
                 stack.callback(site.module.register_forward_hook(hook).remove)
             return self.sums()
 
-    def _record(self, sites: Sequence[Site]) -> tuple[Tensor, list[list[Any]]]:
+    def _record(self, sites: Sequence[Site]) -> tuple[Tensor, list[list[object]]]:
         """Return the loss sums (2,) and, for each site, the outputs of its calls."""
-        outputs: list[list[Any]] = [[] for _ in sites]
+        outputs: list[list[object]] = [[] for _ in sites]
 
-        def keep(calls: list[Any], module: nn.Module, args: Any, out: Any) -> None:
+        def keep(calls: list[object], module: nn.Module, args: object, out: object) -> None:
             calls.append(out)
 
         return self._run(sites, [partial(keep, calls) for calls in outputs]), outputs
@@ -110,7 +115,7 @@ class PinCheck:
     ) -> bool:
         """Return whether other weights change nothing while the outputs are held."""
 
-        def hold(value: Tensor, module: nn.Module, args: Any, out: Any) -> Tensor:
+        def hold(value: Tensor, module: nn.Module, args: object, out: object) -> Tensor:
             return value
 
         vector = ParameterVector.of(self.model, names)
@@ -121,7 +126,7 @@ class PinCheck:
     def _apart(self, sites: Sequence[Site], start: Tensor) -> bool:
         """Return whether noise on the outputs of one row leaves the other's loss as it was."""
 
-        def disturb(row: int, module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        def disturb(row: int, module: nn.Module, args: object, out: Tensor) -> Tensor:
             out = out.clone()
             half = out.view(2, -1)[row]
             half += out.float().std() * torch.linspace(-1, 1, half.numel()).to(out)

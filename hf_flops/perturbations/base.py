@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from .noise import RowNoise
 from .streams import NoiseKeys
+
+DrawnNoise: TypeAlias = Any
+"""The noise of some rows; only the perturbation that drew it looks inside."""
 
 
 class ParameterVector:
@@ -86,27 +89,27 @@ class Perturbation:
         """The perturbations that this one is made of: by default itself."""
         return [self]
 
-    def draw(self, keys: NoiseKeys) -> Any:
+    def draw(self, keys: NoiseKeys) -> DrawnNoise:
         """Draw the noise of a chunk of R rows."""
         raise NotImplementedError
 
-    def applied(self, noise: Any, scale: float) -> AbstractContextManager[None]:
+    def applied(self, noise: DrawnNoise, scale: float) -> AbstractContextManager[None]:
         """Return a context in which the model runs at `theta + scale * noise`; nothing is left
         behind after it.
         """
         raise NotImplementedError
 
-    def dimension(self, noise: Any) -> int:
+    def dimension(self, noise: DrawnNoise) -> int:
         """Return how many random numbers of unit variance a row's noise is made of."""
         raise NotImplementedError
 
-    def row_noise(self, noise: Any) -> RowNoise | None:
+    def row_noise(self, noise: DrawnNoise) -> RowNoise | None:
         """Return the noise of the first `rowwise_size` numbers, independent from row to row with
         identity covariance.
         """
         return None
 
-    def weighted_noise(self, noise: Any, coefficients: Tensor) -> Tensor:
+    def weighted_noise(self, noise: DrawnNoise, coefficients: Tensor) -> Tensor:
         """Return `sum_r coefficients[r] * noise[r]` as a flat vector (d,), in float64 if it is
         exact; coefficients: (R,).
         """

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .base import ParameterVector, Perturbation
+from .base import DrawnNoise, ParameterVector, Perturbation
 from .noise import RowNoise
 from .streams import NoiseKeys
 
@@ -40,27 +39,27 @@ class CombinedNoise(Perturbation):
         """See `Perturbation.parts`."""
         return self._parts
 
-    def draw(self, keys: NoiseKeys) -> list[Any]:
+    def draw(self, keys: NoiseKeys) -> list[DrawnNoise]:
         """Draw the noise of each part."""
         return [part.draw(keys) for part in self.parts]
 
     @contextmanager
-    def applied(self, noise: list[Any], scale: float) -> Iterator[None]:
+    def applied(self, noise: list[DrawnNoise], scale: float) -> Iterator[None]:
         """See `Perturbation.applied`."""
         with ExitStack() as stack:
             for part, own in zip(self.parts, noise, strict=True):
                 stack.enter_context(part.applied(own, scale))
             yield
 
-    def dimension(self, noise: list[Any]) -> int:
+    def dimension(self, noise: list[DrawnNoise]) -> int:
         """See `Perturbation.dimension`."""
         return sum(part.dimension(own) for part, own in zip(self.parts, noise, strict=True))
 
-    def row_noise(self, noise: list[Any]) -> RowNoise | None:
+    def row_noise(self, noise: list[DrawnNoise]) -> RowNoise | None:
         """See `Perturbation.row_noise`."""
         return self.parts[0].row_noise(noise[0])
 
-    def weighted_noise(self, noise: list[Any], coefficients: Tensor) -> Tensor:
+    def weighted_noise(self, noise: list[DrawnNoise], coefficients: Tensor) -> Tensor:
         """See `Perturbation.weighted_noise`."""
         pulled = [
             part.weighted_noise(own, coefficients)

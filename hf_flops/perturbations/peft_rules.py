@@ -10,16 +10,18 @@ the self-check.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..base.patching import Call
 from .rules import Noise, RowMismatch, by_row
 
-MethodRule = Callable[..., Any]
+MethodRule = Call
+Layer: TypeAlias = Any
+"""A layer of PEFT, known by the attributes that its method gives it."""
 
 
 def is_adapter_layer(module: nn.Module) -> bool:
@@ -27,7 +29,7 @@ def is_adapter_layer(module: nn.Module) -> bool:
     return hasattr(module, "base_layer") and hasattr(module, "adapter_layer_names")
 
 
-def _moved(layer: Any, name: str, noise: Noise, scale: float) -> Tensor:
+def _moved(layer: Layer, name: str, noise: Noise, scale: float) -> Tensor:
     """Return a parameter as every row sees it: (R, *shape)."""
     parameter = layer.get_parameter(name)
     if name in noise:
@@ -36,7 +38,13 @@ def _moved(layer: Any, name: str, noise: Noise, scale: float) -> Tensor:
 
 
 def ia3(
-    layer: Any, method: Any, noise: Noise, scale: float, x: Tensor, *args: Any, **kwargs: Any
+    layer: Layer,
+    method: Call,
+    noise: Noise,
+    scale: float,
+    x: Tensor,
+    *args: object,
+    **kwargs: object,
 ) -> Tensor:
     """IA3: one factor per input feature (feed-forward layers) or per output feature, (R, 1, C, 1,
     ...) for convolutions.
@@ -59,7 +67,13 @@ def ia3(
 
 
 def vera(
-    layer: Any, method: Any, noise: Noise, scale: float, x: Tensor, *args: Any, **kwargs: Any
+    layer: Layer,
+    method: Call,
+    noise: Noise,
+    scale: float,
+    x: Tensor,
+    *args: object,
+    **kwargs: object,
 ) -> Tensor:
     """VeRA: `out + b * (B (d * (A x)))` with vectors b (out,) and d (rank,) beside frozen A and B.
 
@@ -78,7 +92,13 @@ def vera(
 
 
 def dora(
-    layer: Any, method: Any, noise: Noise, scale: float, x: Tensor, *args: Any, **kwargs: Any
+    layer: Layer,
+    method: Call,
+    noise: Noise,
+    scale: float,
+    x: Tensor,
+    *args: object,
+    **kwargs: object,
 ) -> Tensor:
     """DoRA on a linear layer: `m / ||W + s B A|| * (W + s B A) x + bias`, the norm taken of each
     row of the matrix.
@@ -109,14 +129,20 @@ def dora(
     return (out + shift.reshape(out.shape)).to(out.dtype)
 
 
-def _embedding_scale(layer: Any) -> Any:
+def _embedding_scale(layer: Layer) -> Tensor | float:
     """Return what the embeddings of some models (Gemma) are multiplied with."""
     scale = getattr(layer, "_get_embed_scale", lambda: None)()
     return 1.0 if scale is None else scale
 
 
 def lora_embedding(
-    layer: Any, method: Any, noise: Noise, scale: float, x: Tensor, *args: Any, **kwargs: Any
+    layer: Layer,
+    method: Call,
+    noise: Noise,
+    scale: float,
+    x: Tensor,
+    *args: object,
+    **kwargs: object,
 ) -> Tensor:
     """LoRA on `nn.Embedding`: A (rank, V) is looked up, then multiplied by B (D, rank)."""
     del method
@@ -136,7 +162,13 @@ def lora_embedding(
 
 
 def trainable_tokens(
-    layer: Any, method: Any, noise: Noise, scale: float, x: Tensor, *args: Any, **kwargs: Any
+    layer: Layer,
+    method: Call,
+    noise: Noise,
+    scale: float,
+    x: Tensor,
+    *args: object,
+    **kwargs: object,
 ) -> Tensor:
     """Rows of an embedding, or of an output layer that is tied to it, that are trained in the
     frozen rest: (K, D).
@@ -155,7 +187,13 @@ def trainable_tokens(
 
 
 def prompt(
-    owner: Any, method: Any, noise: Noise, scale: float, batch_size: int, *args: Any, **kwargs: Any
+    owner: Layer,
+    method: Call,
+    noise: Noise,
+    scale: float,
+    batch_size: int,
+    *args: object,
+    **kwargs: object,
 ) -> Tensor:
     """Prompt tuning: `get_prompt` hands out the (P, D) virtual tokens, repeated for every row."""
     del owner
@@ -179,7 +217,7 @@ _LAYERS: tuple[tuple[str, MethodRule, str], ...] = (
 )
 
 
-def wrapper_rule(layer: Any) -> tuple[MethodRule, str] | None:
+def wrapper_rule(layer: Layer) -> tuple[MethodRule, str] | None:
     """Return the rule of one of PEFT's layers and the method that it takes the place of, or None
     where it has none.
     """

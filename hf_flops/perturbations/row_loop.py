@@ -4,18 +4,17 @@ others see all rows.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..base.patching import Call
 from .base import ParameterVector
 from .rules import Noise, RowMismatch
 from .shared import displaced
 
 
 def looped(
-    layer: Any, method: Any, noise: Noise, scale: float, *args: Any, **kwargs: Any
+    layer: nn.Module, method: Call, noise: Noise, scale: float, *args: object, **kwargs: object
 ) -> Tensor:
     """Run a method of a layer row by row: right for every layer that maps rows to rows, whatever is
     inside it.
@@ -39,7 +38,7 @@ def looped(
         raise RowMismatch(f"{type(layer).__name__} does not see {rows} rows")
     size = length // rows
 
-    def cut(value: Any, row: int) -> Any:
+    def cut(value: object, row: int) -> object:
         if torch.is_tensor(value) and value.dim() and len(value) == length:
             return value[row * size : (row + 1) * size]
         return size if value is first else value

@@ -77,7 +77,7 @@ def _watch(
 ) -> Callable[[], None]:
     """Install a forward hook that applies the site's rule, and return what removes it."""
 
-    def hook(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> Any:
+    def hook(module: nn.Module, args: tuple, kwargs: dict, out: object) -> Tensor:
         x = args[0] if args else next(iter(kwargs.values()))
         if not torch.is_tensor(out) or not torch.is_tensor(x):
             raise RowMismatch(f"{type(module).__name__} does not map one tensor to one tensor")
@@ -96,7 +96,7 @@ def _patch(
     original, patched_before = getattr(owner, name), owner.__dict__.get(name)
     device = next(owner.parameters()).device
 
-    def patched(*args: Any, **kwargs: Any) -> Any:
+    def patched(*args: object, **kwargs: object) -> object:
         fired()
         return site.rule(owner, original, _own(site, noise, ALL, device), scale, *args, **kwargs)
 

@@ -9,6 +9,7 @@ else, row-major. The R rows may be a part of those that go through the model.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import UnionType
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Noise = dict[str, Tensor]
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Rule = Callable[[Any, Tensor, Tensor, Noise, float], Tensor]
 
 
@@ -98,14 +100,14 @@ def conv1d_gpt2(module: nn.Module, x: Tensor, out: Tensor, noise: Noise, scale: 
 FACTORED = (linear, conv1d_gpt2)  # rules that take the factors of an outer product instead of it
 
 
-def convolution(module: Any, x: Tensor, out: Tensor, noise: Noise, scale: float) -> Tensor:
+def convolution(module: Convolution, x: Tensor, out: Tensor, noise: Noise, scale: float) -> Tensor:
     """`nn.Conv1d/2d/3d`: the rows become groups of one grouped convolution."""
     batched = by_row(x, noise, *x.shape[1:])  # (R, m, C, ...)
     rows, repeats = batched.shape[:2]
     result = by_row(out, noise, *out.shape[1:])
     if "weight" in noise:
         x = batched.transpose(0, 1).reshape(repeats, rows * x.shape[1], *x.shape[2:])
-        padding = module.padding
+        padding: str | int | tuple[int, ...] = module.padding
         if module.padding_mode != "zeros":
             x = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
             padding = 0
@@ -148,7 +150,7 @@ def layer_norm(module: nn.LayerNorm, x: Tensor, out: Tensor, noise: Noise, scale
     return _affine(F.layer_norm(x, module.normalized_shape, eps=module.eps), out, noise, scale)
 
 
-def rms_norm(module: Any, x: Tensor, out: Tensor, noise: Noise, scale: float) -> Tensor:
+def rms_norm(module: nn.Module, x: Tensor, out: Tensor, noise: Noise, scale: float) -> Tensor:
     """RMSNorm of any maker: weight acts on `x / rms(x)`."""
     epsilon = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
     x = x if x.dtype == torch.float64 else x.float()
@@ -159,9 +161,9 @@ def rms_norm(module: Any, x: Tensor, out: Tensor, noise: Noise, scale: float) ->
     return _affine(normalised, out, noise, scale)
 
 
-_BY_TYPE: tuple[tuple[type | tuple[type, ...], Rule], ...] = (
+_BY_TYPE: tuple[tuple[type | UnionType, Rule], ...] = (
     (nn.Linear, linear),
-    ((nn.Conv1d, nn.Conv2d, nn.Conv3d), convolution),
+    (Convolution, convolution),
     (nn.LayerNorm, layer_norm),
     (nn.RMSNorm, rms_norm),
 )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import nn
 
+from ..base.patching import Call
 from .base import ParameterVector
 from .peft_rules import is_adapter_layer, prompt, wrapper_rule
 from .row_loop import looped
@@ -28,7 +29,7 @@ class Site:
 
     module: nn.Module
     tensors: dict[str, int]
-    rule: Callable[..., Any]
+    rule: Call
     method: str | None = None
 
 
@@ -54,7 +55,7 @@ def _whole_sites(model: nn.Module, index: dict[int, int], names: Collection[int]
     for module in model.modules():
         if id(module) in inside:
             continue
-        found: tuple[Callable[..., Any], str] | None
+        found: tuple[Call, str] | None
         prefix, layer = "", cast(Any, module)
         if module is owner:
             kind = layer.active_peft_config.peft_type

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..base.completion import Split
 from ..errors import ConfigurationError
+from ..objectives.base import ModelOutputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +43,7 @@ class Ending:
         return torch.equal(self.kept, other.kept) and torch.equal(self.tokens, other.tokens)
 
 
-def run(model: nn.Module, cache: DynamicCache, **inputs: Any) -> Any:
+def run(model: nn.Module, cache: DynamicCache, **inputs: object) -> ModelOutputs:
     """Call a model on a cache, with those inputs that its forward has a name for: not every one
     takes `position_ids`.
     """
@@ -74,7 +75,11 @@ class TextCache:
     """
 
     def __init__(
-        self, base: Any, texts: Split, keys: Sequence[Hashable], ending: Ending | None = None
+        self,
+        base: PreTrainedModel,
+        texts: Split,
+        keys: Sequence[Hashable],
+        ending: Ending | None = None,
     ) -> None:
         # the first row of each text
         first = dict(zip(reversed(keys), reversed(range(len(keys))), strict=True))
@@ -163,7 +168,7 @@ class _Continued(DynamicLayer):
         self.layer, self.rows, self.is_sliding = layer, rows, layer.is_sliding
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Return the texts' keys and values with the new ones (R, heads, S, head size) behind them;
         nothing is kept.

@@ -5,10 +5,10 @@ copied for each row.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..base.probe import Attempt, agree
 from .kv_cache import TextCache, run
@@ -95,7 +95,12 @@ class Packing:
 
 
 def continued(
-    base: Any, texts: TextCache, packing: Packing, tokens: Tensor, kept: Tensor, last: int
+    base: PreTrainedModel,
+    texts: TextCache,
+    packing: Packing,
+    tokens: Tensor,
+    kept: Tensor,
+    last: int,
 ) -> Tensor:
     """Run rows that continue texts, and return the logits (R, last, V) of their last tokens.
 
@@ -132,7 +137,9 @@ def continued(
 
 
 @torch.no_grad()
-def may_be_packed(base: Any, texts: TextCache, tokens: Tensor, precision: float = 1e-4) -> bool:
+def may_be_packed(
+    base: PreTrainedModel, texts: TextCache, tokens: Tensor, precision: float = 1e-4
+) -> bool:
     """Say whether rows have the same logits in one sequence as alone: not every model takes a mask
     of its own.
 

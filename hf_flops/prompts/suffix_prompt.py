@@ -5,7 +5,7 @@ run once.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils import PushToHubMixin
 
@@ -60,10 +60,10 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
 
     def __init__(
         self,
-        model: Any,
+        model: PreTrainedModel,
         num_virtual_tokens: int = 8,
         init_text: str | None = None,
-        tokenizer: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         label_words: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
@@ -76,17 +76,17 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
             raise ConfigurationError(
                 f"num_virtual_tokens={num_virtual_tokens!r} must be a whole number, 1 or more."
             )
-        if init_text is not None and tokenizer is None:
-            raise ConfigurationError(f"init_text={init_text!r} needs tokenizer= to become tokens.")
-        self.base = model.requires_grad_(False)
-        words = model.get_input_embeddings().weight
+        words = model.get_input_embeddings().get_parameter("weight")
         if init_text is None:
             tokens = torch.randint(len(words), (num_virtual_tokens,), device=words.device)
+        elif tokenizer is None:
+            raise ConfigurationError(f"init_text={init_text!r} needs tokenizer= to become tokens.")
         else:
             tokens = torch.tensor(
                 tokenizer(init_text, add_special_tokens=False)["input_ids"], device=words.device
             )
             tokens = tokens.repeat(-(-num_virtual_tokens // len(tokens)))[:num_virtual_tokens]
+        self.base: Any = model.requires_grad_(False)
         start = words.detach()[tokens]
         # An embedding, so that every rule for embeddings holds: each row looks all P entries up.
         self.prompt = nn.Embedding.from_pretrained(
@@ -104,7 +104,7 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
         self.register_load_state_dict_post_hook(_missing_without_base)
 
     @property
-    def config(self) -> Any:
+    def config(self) -> PreTrainedConfig:
         """The base model's configuration."""
         return self.base.config
 
@@ -174,7 +174,7 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
 
     @torch.no_grad()
     def generate(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: object
     ) -> Tensor:
         """Return the tokens (R, .) that the base model generates after text and prompt; options as
         for its `generate`.
@@ -186,7 +186,7 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
         mask = F.pad(rows.text_mask, (0, self.prompt.num_embeddings), value=1)
         return self.base.generate(inputs_embeds=embeddings, attention_mask=mask, **options)
 
-    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+    def save_pretrained(self, save_directory: str | Path, **options: object) -> None:
         """Write the prompt (safetensors) and what it belongs to (JSON) into a folder; the base is
         not written.
         """
@@ -204,7 +204,7 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod
-    def from_pretrained(cls, model: Any, folder: str | Path) -> Self:
+    def from_pretrained(cls, model: PreTrainedModel, folder: str | Path) -> Self:
         """Put a prompt that `save_pretrained` or a Trainer's checkpoint holds on a base model."""
         state = load_file(Path(folder, WEIGHTS_FILE))
         words = state.get("label_words")
@@ -247,7 +247,9 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
         """
         return not any(parameter.requires_grad for parameter in self.base.parameters())
 
-    def _read(self, rows: Split, keys: Sequence[Any], ending: Ending | None = None) -> TextCache:
+    def _read(
+        self, rows: Split, keys: Sequence[Hashable], ending: Ending | None = None
+    ) -> TextCache:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._shares()):
             return TextCache(self.base, rows, keys, ending)
 
@@ -291,7 +293,9 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
         return continued(self.base, texts, packing, ending.tokens, ending.kept, ending.last)
 
 
-def _without_base(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+def _without_base(
+    module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: object
+) -> None:
     """Take the base model's weights out of a state dict: they are not ours to save."""
     del module, metadata
     for name in [name for name in state if name.startswith(f"{prefix}base.")]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigurationError, ObjectiveError
+from ..objectives.base import ModelOutputs
 
 KINDS = ("border", "tokens")
 
@@ -83,7 +84,9 @@ class VisualPrompt(nn.Module):
             "to: use kind='border'."
         )
 
-    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: object
+    ) -> ModelOutputs:
         """Run the vision model on images (R, C, H, W) with the prompt."""
         kwargs = kwargs if labels is None else {**kwargs, "labels": labels}
         if self.kind == "border":

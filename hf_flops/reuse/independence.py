@@ -10,7 +10,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
-from typing import Any
 
 import torch
 from torch import nn
@@ -36,7 +35,7 @@ class _Visit:
     """
 
     parent: _Visit | None
-    leaves: tuple[Any, ...] = ()
+    leaves: tuple[object, ...] = ()
 
     @property
     def shapes(self) -> list[tuple[int, ...] | None]:
@@ -47,7 +46,7 @@ class _Visit:
 _Visits = dict[nn.Module, list[_Visit]]  # in the order of the first calls
 
 
-def _fingerprint(leaf: Any) -> Any:
+def _fingerprint(leaf: object) -> object:
     """Return what is the same for two leaves only if they are equal bit for bit; tensors become
     (shape, hash).
     """
@@ -58,7 +57,7 @@ def _fingerprint(leaf: Any) -> Any:
     return leaf if leaf is None or isinstance(leaf, (bool, int, float, str)) else object()
 
 
-def _fingerprints(output: Any) -> tuple[Any, ...]:
+def _fingerprints(output: object) -> tuple[object, ...]:
     return tuple(_fingerprint(leaf) for leaf in tree_leaves(output))
 
 
@@ -68,7 +67,7 @@ def _trace(model: nn.Module, forward: Forward, inputs: Inputs) -> _Visits:
     active: list[_Visit] = []
 
     def watched(module: nn.Module, original: Call) -> Call:
-        def run(*args: Any, **kwargs: Any) -> Any:
+        def run(*args: object, **kwargs: object) -> object:
             visit = _Visit(active[-1] if active else None)
             visits[module].append(visit)
             active.append(visit)
@@ -211,7 +210,7 @@ def _simplified(plan: ReusePlan, forward: Forward, inputs: Inputs, cached: bool)
     """Find what need not be kept during a step, or from one epoch to the next."""
     owner = torch.arange(batch_size(inputs))
 
-    def outputs() -> list[Any]:
+    def outputs() -> list[object]:
         found = _fingerprints(recording.rows(inputs, owner)(inputs))
         return [leaf for leaf in found if isinstance(leaf, tuple)]
 

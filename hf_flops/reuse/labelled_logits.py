@@ -7,7 +7,6 @@ from __future__ import annotations
 import inspect
 import logging
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +48,7 @@ class LastLogits(TappedLoss):
         return replaced_forward(self.module, self._shortened)
 
     def _shortened(self, original: Call) -> Call:
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        def forward(*args: object, **kwargs: object) -> object:
             labels, told = kwargs.get("labels"), {"logits_to_keep", "shift_labels"} & kwargs.keys()
             if torch.is_tensor(labels) and labels.dim() == 2 and not told:
                 labelled = labels.ne(-100).any(0)

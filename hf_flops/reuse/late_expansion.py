@@ -14,7 +14,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,9 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from ..base.batch import Inputs, batch_size, hollow, take
 from ..base.patching import Call, replaced_forward
 
-Output = tuple[list[Any], TreeSpec]
+Leaf: TypeAlias = Any
+"""A tensor or a plain value among what a module returns."""
+Output = tuple[list[Leaf], TreeSpec]
 
 
 class _Recorded(Exception):
@@ -243,7 +245,7 @@ class Recording:
         *,
         stops: bool = False,
     ) -> Call:
-        def run(given: Inputs) -> Any:
+        def run(given: Inputs) -> object:
             if given is not inputs:
                 return self.forward(given)
             if owner is None:
@@ -261,7 +263,7 @@ class Recording:
         return run
 
     def _stand_in(self, module: nn.Module, original: Call) -> Call:
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        def forward(*args: object, **kwargs: object) -> object:
             if self._run is not None and module in self._outputs:
                 return self._repeated(module, self._run)
             output = original(*args, **kwargs)
@@ -271,7 +273,7 @@ class Recording:
 
         return forward
 
-    def _keep(self, module: nn.Module, output: Any, run: _Run) -> None:
+    def _keep(self, module: nn.Module, output: object, run: _Run) -> None:
         leaves, spec = tree_flatten(output)
         # A copy, because what follows may write into the output.
         copy = _hollow if module in self.plan.pass_through else _clone
@@ -279,7 +281,7 @@ class Recording:
         if run.stops and self.complete:
             raise _Recorded
 
-    def _repeated(self, module: nn.Module, run: _Run) -> Any:
+    def _repeated(self, module: nn.Module, run: _Run) -> object:
         leaves, spec = self._outputs[module]
         owner = torch.arange(self._samples) if run.owner is None else run.owner
         if run.cut is not None:  # down to the columns of the chunk
@@ -326,11 +328,11 @@ def _behind(old: Tensor, new: Tensor) -> Tensor:
     )
 
 
-def _clone(leaf: Any) -> Any:
+def _clone(leaf: Leaf) -> Leaf:
     return leaf.clone(memory_format=torch.contiguous_format) if torch.is_tensor(leaf) else leaf
 
 
-def _hollow(leaf: Any) -> Any:
+def _hollow(leaf: Leaf) -> Leaf:
     """Return NaN in the shape of a tensor, without its memory; whole numbers know no NaN, they are
     copied.
     """

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from ..base.batch import ROW, Inputs, batch_size, take
 from ..base.patching import Call
 from ..errors import ConfigurationError
-from .late_expansion import Output, Recording, ReusePlan, columns_of
+from .late_expansion import Leaf, Output, Recording, ReusePlan, columns_of
 
-Layout = tuple[tuple[str, Any], ...]
+Layout = tuple[tuple[str, object], ...]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Sample:
     content: bytes
 
 
-def raw_bytes(tensor: Tensor) -> Any:
+def raw_bytes(tensor: Tensor) -> memoryview:
     """Return the content of a tensor of any dtype, on any device; that of one on the CPU can be
     written to.
     """
@@ -55,14 +55,14 @@ def identify(inputs: Inputs, ids: Sequence[int]) -> list[Sample]:
     found = []
     for i, number in enumerate(ids):
         own = [(name, values[i]) for name, values in per_row.items()]
-        layout = [
+        layout: list[tuple[str, object]] = [
             (name, (tuple(value.shape), value.dtype) if torch.is_tensor(value) else None)
             for name, value in own
         ]
         content = blake2b(digest_size=16)
         for _, value in own:
             content.update(raw_bytes(value) if torch.is_tensor(value) else repr(value).encode())
-        found.append(Sample(number, tuple(layout + shared), content.digest()))
+        found.append(Sample(number, (*layout, *shared), content.digest()))
     return found
 
 
@@ -247,7 +247,7 @@ class CachedRecording(Recording):
             store.put_pattern(samples[0].layout, pattern)
         return entries
 
-    def _pattern(self, module: nn.Module, index: int, leaf: Any) -> Any:
+    def _pattern(self, module: nn.Module, index: int, leaf: Leaf) -> Leaf:
         if not self.plan.modules[module][index]:
             return leaf
         return (

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from ..base.state import State
 from ..errors import ConfigurationError
@@ -16,14 +17,14 @@ from ..errors import ConfigurationError
 _HOMES = ("torch.optim.", "transformers.optimization.")
 
 
-def bare(optimizer: Any) -> Any:
+def bare(optimizer: Optimizer) -> Optimizer:
     """Return what Accelerate wrapped."""
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
 
 
-def describe(optimizer: Any, names: Mapping[int, str]) -> State:
+def describe(optimizer: Optimizer, names: Mapping[int, str]) -> State:
     """Return what builds an optimizer again: its class, its defaults, and the names of each group's
     tensors.
 
@@ -48,7 +49,7 @@ def describe(optimizer: Any, names: Mapping[int, str]) -> State:
     return {"class": home, "defaults": _plain(own.defaults), "groups": groups}
 
 
-def arguments(optimizer: Any) -> list[State]:
+def arguments(optimizer: Optimizer) -> list[State]:
     """Return the arguments of each group as numbers and words, the learning rate among them."""
     return [
         _plain({k: v for k, v in group.items() if k != "params"})
@@ -60,7 +61,7 @@ def build(
     said: State,
     groups: Sequence[State],
     parameters: Mapping[str, nn.Parameter],
-) -> Any:
+) -> Optimizer:
     """Return an optimizer as `describe` found it, with the arguments of each group, for the
     parameters by name.
     """

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..base.state import State
 from ..core.method import FinishedBatch
 from ..errors import ConfigurationError
+from ..perturbations import Perturbation
 from ..perturbations.replay import UpdateRecord
 from . import LOG_FILE, optimizers, rules, start
 from .framing import Appender, Record, read
@@ -27,9 +28,10 @@ class TrajectoryRecorder(TrainerCallback):
         self._file: Appender | None = None
         self._own: State = {}
         self._traces: list[UpdateRecord] = []
-        self._seed, self._perturbation = 0, None
-        self._rules: list[list[Any]] | None = None
-        self._said: list[list[Any]] | None = None  # the rules that the log knows of
+        self._seed = 0
+        self._perturbation: Perturbation | None = None
+        self._rules: rules.Description | None = None
+        self._said: rules.Description | None = None  # the rules that the log knows of
         self._groups: list[State] = []
         self._now: list[State] = []
 
@@ -38,7 +40,7 @@ class TrajectoryRecorder(TrainerCallback):
         assert finished.method is not None
         self.batch(finished.result.trace, finished.position.seed, finished.method.perturbation)
 
-    def batch(self, trace: UpdateRecord | None, seed: int, perturbation: Any) -> None:
+    def batch(self, trace: UpdateRecord | None, seed: int, perturbation: Perturbation) -> None:
         """Take down what a batch adds to the gradient of the coming step."""
         if perturbation is not self._perturbation:
             self._rules, self._perturbation = rules.describe(perturbation), perturbation
@@ -55,9 +57,11 @@ class TrajectoryRecorder(TrainerCallback):
         """Forget the batches of a step that is not taken."""
         self._traces = []
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Begin the log, or go on with it after the step of the checkpoint."""
-        model, path = kwargs["model"], Path(args.output_dir, LOG_FILE)
+        model, path = kwargs["model"], Path(str(args.output_dir), LOG_FILE)
         self.__init__()  # type: ignore[misc]
         self._own = start.trainable(model)
         session = {
@@ -103,13 +107,17 @@ class TrajectoryRecorder(TrainerCallback):
         logger.info("The trajectory log goes on after step %d.", step)
         return last
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Take down the optimizer's arguments, as the scheduler left them."""
         self._now = optimizers.arguments(kwargs["optimizer"])
         if all(parameter.grad is None for parameter in self._own.values()):
             self.discard()
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Write the step's record."""
         if self._file is None:
             return
@@ -123,12 +131,16 @@ class TrajectoryRecorder(TrainerCallback):
         self._file.append(state.global_step + 1, record.pack())
         self._traces, self._said, self._groups = [], self._rules, self._now
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """See to it that the log is on the disk before a checkpoint is."""
         if self._file is not None and (control.should_save or control.should_training_stop):
             self._file.sync()
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Close the log."""
         if self._file is not None:
             self._file.close()

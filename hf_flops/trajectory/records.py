@@ -12,7 +12,6 @@ import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from safetensors.torch import load, save
@@ -21,6 +20,7 @@ from torch import Tensor
 from ..base.rows import Rows
 from ..base.state import State
 from ..perturbations.replay import UpdateRecord
+from .rules import Description
 
 _WHOLE = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
@@ -71,7 +71,7 @@ class StepRecord:
     seed: int
     step: int
     traces: list[UpdateRecord]
-    rules: list[list[Any]] | None
+    rules: Description | None
     groups: list[State]
     fingerprints: list[int]
     shares_noise: bool = field(default=True)

@@ -6,12 +6,12 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ..base.state import State
 from ..errors import TrajectoryError
@@ -53,7 +53,7 @@ class Replay:
             raise TrajectoryError(f"{path} is empty: the run was stopped before it began.")
         _, self.says, self._stored = unpack(first.payload)
         self.parameters = {name: nn.Parameter(self._first(name)) for name in self.says["trainable"]}
-        self._optimizer: Any = None
+        self._optimizer: Optimizer | None = None
         self._session: State = {}
         self._groups: list[State] = []
         self._perturbation: Perturbation | None = None

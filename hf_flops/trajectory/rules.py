@@ -5,7 +5,7 @@ without a model.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from ..perturbations import (
 from ..perturbations.noise import draw
 from .start import digest
 
+Description: TypeAlias = list[list[Any]]
+"""[rule, distribution, names of the tensors] of each part of a perturbation."""
 _RULES: dict[type, str] = {RowwiseNoise: "rowwise", SharedNoise: "shared"}
 
 
@@ -35,7 +37,7 @@ class Unwatched(RowwiseNoise):
         self.vector, self.distribution, self.rowwise_size = vector, distribution, vector.size
 
 
-def describe(perturbation: Perturbation) -> list[list[Any]]:
+def describe(perturbation: Perturbation) -> Description:
     """Return [rule, distribution, names] for each part of a perturbation.
 
     Raises:
@@ -51,7 +53,7 @@ def describe(perturbation: Perturbation) -> list[list[Any]]:
     return [[_RULES[type(part)], part.distribution, list(part.vector.names)] for part in parts]
 
 
-def build(said: Sequence[Sequence[Any]], parameters: Mapping[str, nn.Parameter]) -> Perturbation:
+def build(said: Description, parameters: Mapping[str, nn.Parameter]) -> Perturbation:
     """Return what draws the noise of a perturbation that `describe` saw, for the parameters by
     name.
     """

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from operator import index
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -19,6 +19,8 @@ from .records import fingerprint
 from .replay import Replay
 
 _FILES = ("adapter_model.safetensors", "model.safetensors", "trainable.safetensors")
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -138,7 +140,7 @@ def verify(path: str | Path, checkpoint: str | Path, step: int | None = None) ->
     return Verdict(log.step, departures, first, log.surroundings() if log.step else "")
 
 
-def _read(path: Path, how: Callable[[Path], Any]) -> Any:
+def _read(path: Path, how: Callable[[Path], T]) -> T:
     try:
         return how(path)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
