@@ -37,6 +37,14 @@ def real_tokens(inputs: Inputs) -> Tensor | None:
     return real.cpu()
 
 
+def columns_of(inputs: Inputs) -> int:
+    """Return how many columns (tokens) the texts of a batch have, padding included; 0 without
+    texts.
+    """
+    mask = inputs.get("attention_mask")
+    return mask.shape[1] if torch.is_tensor(mask) and mask.dim() == 2 else 0
+
+
 def window(real: Tensor, sides: frozenset[str]) -> slice:
     """Return the columns that rows need together, cut at the given sides only; real: (R, T)
     bool.

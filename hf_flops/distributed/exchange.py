@@ -14,12 +14,9 @@ from ..base.rows import BatchPosition, Rows
 from ..errors import ConfigurationError
 from ..objectives import RowLosses
 from ..perturbations import Perturbation
-from ..perturbations.base import DrawnNoise
-from ..perturbations.replay import UpdateRecord, in_turn, regenerate
+from ..perturbations.replay import UpdateRecord
 from .collectives import ProcessGroup
-from .noise_sum import Again, NoiseSum
-
-_NOISE = 2**26  # bytes of noise that are held at a time when an update is made again
+from .noise_sum import NoiseSum, RegeneratedSum
 
 
 class Exchange:
@@ -265,39 +262,6 @@ class ScalarExchange(Exchange):
     def noise_sum(self, perturbation: Perturbation, place: BatchPosition) -> NoiseSum:
         """See `Exchange`."""
         return RegeneratedSum(perturbation, place)
-
-
-class RegeneratedSum(NoiseSum):
-    """`sum_r c_r z_r` over the rows of all processes: made at the end, from noise that is drawn
-    again.
-
-    Args:
-        perturbation: where noise enters.
-        place: where the batch lies in the run.
-    """
-
-    def __init__(self, perturbation: Perturbation, place: BatchPosition) -> None:
-        super().__init__(perturbation)
-        self.place = place
-
-    def weighted(
-        self, noise: DrawnNoise, coefficients: Tensor, errors: Tensor | None = None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Return nothing yet."""
-        del noise, coefficients, errors
-        return None, None
-
-    def complete(self, rows: Rows, coefficients: Tensor, corrections: Tensor, again: Again) -> None:
-        """See `NoiseSum`."""
-        del corrections, again
-        perturbation, place = self.perturbation, self.place
-        size = max(1, min(4096, int(_NOISE // max(1.0, perturbation.row_bytes))))
-        where = rows.owner + place.position, rows.query
-        self.update = regenerate(
-            perturbation, place.seed, place.step, *where, coefficients, rows.group, size
-        )
-        chunks = in_turn(rows.group, size, shares_noise=perturbation.shares_noise)
-        self.parts = [(rows[chunk], coefficients[chunk]) for chunk in chunks]
 
 
 def gradient_exchange(group: ProcessGroup | None = None, *, every_batch: bool = False) -> Exchange:

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base.rows import Rows
+from ..base.rows import BatchPosition, Rows
 from ..perturbations import Perturbation, accumulator
 from ..perturbations.base import DrawnNoise
+from ..perturbations.replay import in_turn, regenerate
 from .collectives import ProcessGroup
 
+_NOISE = 2**26  # bytes of noise that are held at a time when an update is made again
 Again = Callable[[Rows, Tensor], None]
 """Adds the noise of rows to a sum once more, with further coefficients (R,)."""
 
@@ -99,3 +101,36 @@ class NoiseSum:
             return self.perturbation.vector.size, replayed
         facts = group.all_gather(torch.tensor([[self.dimension, replayed]]), [1] * group.world)
         return int(facts[:, 0].max()), int(facts[:, 1].sum())
+
+
+class RegeneratedSum(NoiseSum):
+    """`sum_r c_r z_r` over the rows of all processes: made at the end, from noise that is drawn
+    again.
+
+    Args:
+        perturbation: where noise enters.
+        place: where the batch lies in the run.
+    """
+
+    def __init__(self, perturbation: Perturbation, place: BatchPosition) -> None:
+        super().__init__(perturbation)
+        self.place = place
+
+    def weighted(
+        self, noise: DrawnNoise, coefficients: Tensor, errors: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return nothing yet."""
+        del noise, coefficients, errors
+        return None, None
+
+    def complete(self, rows: Rows, coefficients: Tensor, corrections: Tensor, again: Again) -> None:
+        """See `NoiseSum`."""
+        del corrections, again
+        perturbation, place = self.perturbation, self.place
+        size = max(1, min(4096, int(_NOISE // max(1.0, perturbation.row_bytes))))
+        where = rows.owner + place.position, rows.query
+        self.update = regenerate(
+            perturbation, place.seed, place.step, *where, coefficients, rows.group, size
+        )
+        chunks = in_turn(rows.group, size, shares_noise=perturbation.shares_noise)
+        self.parts = [(rows[chunk], coefficients[chunk]) for chunk in chunks]

@@ -5,7 +5,6 @@ account of what it cost.
 from __future__ import annotations
 
 import random
-import re
 import threading
 import time
 import urllib.error
@@ -13,16 +12,14 @@ import urllib.request
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
-from http.client import HTTPException, IncompleteRead
-from typing import Any
-from urllib.parse import urlsplit
+from http.client import HTTPException
 
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
 from ..errors import ConfigurationError, EngineError
+from .http import RetryableError, check_headers, check_url, read_body, seconds_to_wait
 
 _LONGEST_WAIT = 60.0  # seconds between two attempts
 
@@ -48,69 +45,6 @@ class Account:
     bytes_sent: int = 0
     bytes_received: int = 0
     seconds: float = 0.0
-
-
-class _Failure(Exception):
-    """A call that may succeed if it is repeated, after so many seconds at least."""
-
-    def __init__(self, reason: str, wait: float = 0.0) -> None:
-        super().__init__(reason)
-        self.wait = wait
-
-
-def _check_url(url: str) -> None:
-    """Refuse what cannot be posted to."""
-    try:
-        parts = urlsplit(url)
-        (parts.hostname or "").encode("idna")
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except (ValueError, TypeError, AttributeError):  # no text, no host, or no number for a port
-        usable = False
-    if not usable or not re.fullmatch("[!-~]+", url):
-        raise ConfigurationError(
-            f"url={url!r} must be http:// or https:// with a host, in ASCII without spaces."
-        )
-    if "@" in parts.netloc:
-        raise ConfigurationError(
-            "url holds a user's name or password before '@': send them with headers= instead."
-        )
-
-
-def _check_headers(headers: Mapping[str, str]) -> None:
-    """Refuse headers that cannot be sent, without showing what may be secret."""
-    if not isinstance(headers, Mapping):
-        raise ConfigurationError(
-            f"headers is a {type(headers).__name__}, where a mapping of names to texts is wanted."
-        )
-    for name, value in headers.items():
-        if not isinstance(name, str) or not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.ASCII):
-            raise ConfigurationError(f"headers has {name!r}, which is not the name of a header.")
-        if not isinstance(value, str) or not re.fullmatch(r"[\t -~\xa0-\xff]*", value):
-            raise ConfigurationError(f"headers[{name!r}] must be a text of one line in Latin-1.")
-
-
-def _read(response: Any, deadline: float, most: float = float("inf")) -> bytes:
-    """Return the body of an answer, or its first bytes, if they come in time."""
-    content = bytearray()
-    while len(content) < most and (chunk := response.read1(1 << 16)):
-        content += chunk
-        if response.length != 0 and time.perf_counter() > deadline:
-            raise TimeoutError("the answer takes too long")
-    if len(content) < most and response.length:
-        raise IncompleteRead(bytes(content), response.length)
-    return bytes(content)
-
-
-def _seconds(retry_after: str) -> float:
-    """Return how long a Retry-After header asks to wait; it is a number of seconds, or a date."""
-    try:
-        return float(retry_after)
-    except ValueError:
-        pass
-    try:
-        return parsedate_to_datetime(retry_after).timestamp() - time.time()
-    except (ValueError, TypeError, OverflowError):
-        return 0.0
 
 
 class HttpEngine:
@@ -154,8 +88,8 @@ class HttpEngine:
         max_calls: int | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        _check_url(url)
-        _check_headers({} if headers is None else headers)
+        check_url(url)
+        check_headers({} if headers is None else headers)
         whole: dict[str, tuple[object, int]] = {
             "batch_rows": (batch_rows, 1),
             "concurrency": (concurrency, 1),
@@ -232,9 +166,9 @@ class HttpEngine:
                 return torch.empty(0)  # nobody waits for it
             self._charge(attempt > 0)
             try:
-                answer = self._post(body)
+                answer = self.post(body)
                 break
-            except _Failure as failure:
+            except RetryableError as failure:
                 if attempt == self.retries:
                     raise EngineError(
                         f"{self.url} failed {attempt + 1} times in a row, the last time with: "
@@ -265,7 +199,7 @@ class HttpEngine:
             self.account.calls += 1
             self.account.retries += again
 
-    def _post(self, body: bytes) -> Tensor:
+    def post(self, body: bytes) -> Tensor:
         """Send one request and return its answer."""
         request = urllib.request.Request(
             self.url, body, {"Content-Type": "application/octet-stream"}
@@ -275,20 +209,24 @@ class HttpEngine:
         start = time.perf_counter()
         try:
             with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                content = _read(response, start + self.timeout)
+                content = read_body(response, start + self.timeout)
         except urllib.error.HTTPError as error:
             with error:
                 try:
-                    said = _read(error, start + self.timeout, 300)[:300].decode(errors="replace")
+                    said = read_body(error, start + self.timeout, 300)[:300].decode(
+                        errors="replace"
+                    )
                 except (OSError, HTTPException):  # the code says enough
                     said = ""
             message = f"HTTP {error.code}: {said}"
             if error.code != 429 and error.code < 500:
                 raise EngineError(f"{self.url} refused: {message}") from error
-            raise _Failure(message, _seconds(error.headers.get("Retry-After", ""))) from error
+            raise RetryableError(
+                message, seconds_to_wait(error.headers.get("Retry-After", ""))
+            ) from error
         except (OSError, HTTPException) as error:
             # no connection, a broken one, or no answer in time
-            raise _Failure(f"{type(error).__name__}: {error}") from error
+            raise RetryableError(f"{type(error).__name__}: {error}") from error
         finally:
             with self._lock:
                 self.account.seconds += time.perf_counter() - start

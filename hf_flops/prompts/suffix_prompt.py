@@ -23,6 +23,7 @@ from ..base.completion import Split, split
 from ..base.rounding_error import precision_of
 from ..errors import ConfigurationError
 from ..objectives.elementwise import mean_cross_entropy
+from .base_weights import drop_base, ignore_missing_base
 from .kv_cache import Ending, TextCache
 from .packing import Packing, continued, may_be_packed
 
@@ -100,8 +101,8 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
         self._texts: TextCache | None = None
         # whether rows of a text may go in one sequence, once that was tried
         self._packs: bool | None = None
-        self.register_state_dict_post_hook(_without_base)
-        self.register_load_state_dict_post_hook(_missing_without_base)
+        self.register_state_dict_post_hook(drop_base)
+        self.register_load_state_dict_post_hook(ignore_missing_base)
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -291,18 +292,3 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
             Packing.cheapest(place, size, rows.text.shape[1]) if packs else Packing.of(place, 1)
         )
         return continued(self.base, texts, packing, ending.tokens, ending.kept, ending.last)
-
-
-def _without_base(
-    module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: object
-) -> None:
-    """Take the base model's weights out of a state dict: they are not ours to save."""
-    del module, metadata
-    for name in [name for name in state if name.startswith(f"{prefix}base.")]:
-        del state[name]
-
-
-def _missing_without_base(module: nn.Module, keys: Any) -> None:
-    """Take the base model's weights out of what a state dict lacks."""
-    del module
-    keys.missing_keys[:] = [name for name in keys.missing_keys if not name.startswith("base.")]

@@ -14,18 +14,16 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
-from typing import Any, Self, TypeAlias
+from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..base.batch import Inputs, batch_size, hollow, take
+from ..base.batch import Inputs, batch_size, take
+from ..base.padding import columns_of
 from ..base.patching import Call, replaced_forward
-
-Leaf: TypeAlias = Any
-"""A tensor or a plain value among what a module returns."""
-Output = tuple[list[Leaf], TreeSpec]
+from .leaves import Output, clone, joined, placeholder, repeat
 
 
 class _Recorded(Exception):
@@ -99,7 +97,7 @@ class Recording:
 
     def __init__(self, plan: ReusePlan, forward: Call) -> None:
         self.plan, self.forward = plan, forward
-        self._outputs: dict[nn.Module, Output] = {}
+        self.outputs: dict[nn.Module, Output] = {}
         self._samples = self._columns = 0
         # (B,) where each sample of the batch is in the record; None where all are
         self._position: Tensor | None = None
@@ -119,13 +117,13 @@ class Recording:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._outputs.clear()
+        self.outputs.clear()
         self._patches.close()
 
     @property
     def complete(self) -> bool:
         """Whether the outputs of all modules are recorded."""
-        return len(self._outputs) == len(self.plan.modules)
+        return len(self.outputs) == len(self.plan.modules)
 
     @property
     def unread_inputs(self) -> frozenset[str]:
@@ -189,12 +187,12 @@ class Recording:
         new = new[position[new] < 0]
         if not self.plan.modules or not len(new) or (self._position is None and self.complete):
             return
-        before, known = dict(self._outputs), self._samples if self.complete else 0
-        self._outputs.clear()
+        before, known = dict(self.outputs), self._samples if self.complete else 0
+        self.outputs.clear()
         self._position = None
         self.record(take(inputs, new))
         if known and self.complete:
-            self._outputs.update(
+            self.outputs.update(
                 {module: self._joined(module, before[module]) for module in self.plan.modules}
             )
         self._position = position.index_put((new,), torch.arange(known, known + len(new)))
@@ -210,7 +208,7 @@ class Recording:
         """
         return frozenset(
             (module, i)
-            for module, (leaves, _) in self._outputs.items()
+            for module, (leaves, _) in self.outputs.items()
             for i, leaf in enumerate(leaves)
             if torch.is_tensor(leaf) and leaf.dim() > 2 and leaf.shape[1] == self._columns
         )
@@ -221,7 +219,7 @@ class Recording:
 
         Outputs of whole numbers, which know no NaN, are left in place.
         """
-        output = self._outputs.get(module)
+        output = self.outputs.get(module)
         if output is None:
             return False
         leaves, spec = output
@@ -229,12 +227,12 @@ class Recording:
             torch.is_tensor(leaf) and not leaf.is_floating_point() for leaf in leaves
         ):
             return False
-        del self._outputs[module]
+        del self.outputs[module]
         if hollow:
-            self._outputs[module] = ([_hollow(leaf) for leaf in leaves], spec)
+            self.outputs[module] = ([placeholder(leaf) for leaf in leaves], spec)
         if check():
             return True
-        self._outputs[module] = output
+        self.outputs[module] = output
         return False
 
     def _forward_of(
@@ -264,7 +262,7 @@ class Recording:
 
     def _stand_in(self, module: nn.Module, original: Call) -> Call:
         def forward(*args: object, **kwargs: object) -> object:
-            if self._run is not None and module in self._outputs:
+            if self._run is not None and module in self.outputs:
                 return self._repeated(module, self._run)
             output = original(*args, **kwargs)
             if self._run is not None and self._run.owner is None:
@@ -276,13 +274,13 @@ class Recording:
     def _keep(self, module: nn.Module, output: object, run: _Run) -> None:
         leaves, spec = tree_flatten(output)
         # A copy, because what follows may write into the output.
-        copy = _hollow if module in self.plan.pass_through else _clone
-        self._outputs[module] = ([copy(leaf) for leaf in leaves], spec)
+        copy = placeholder if module in self.plan.pass_through else clone
+        self.outputs[module] = ([copy(leaf) for leaf in leaves], spec)
         if run.stops and self.complete:
             raise _Recorded
 
     def _repeated(self, module: nn.Module, run: _Run) -> object:
-        leaves, spec = self._outputs[module]
+        leaves, spec = self.outputs[module]
         owner = torch.arange(self._samples) if run.owner is None else run.owner
         if run.cut is not None:  # down to the columns of the chunk
             axes = self.plan.token_axes
@@ -291,51 +289,12 @@ class Recording:
             ]
         pairs = zip(leaves, self.plan.modules[module], strict=True)
         return tree_unflatten(
-            [self._repeat(leaf, owner) if rows else _clone(leaf) for leaf, rows in pairs], spec
+            [repeat(leaf, self._samples, owner) if rows else clone(leaf) for leaf, rows in pairs],
+            spec,
         )
 
     def _joined(self, module: nn.Module, before: Output) -> Output:
         """Put what was recorded of a module for further samples behind what was before."""
-        after, spec = self._outputs[module]
+        after, spec = self.outputs[module]
         pairs = zip(before[0], after, self.plan.modules[module], strict=True)
-        return [_behind(old, new) if rows else old for old, new, rows in pairs], spec
-
-    def _repeat(self, leaf: Tensor, owner: Tensor) -> Tensor:
-        """Repeat (B * m, ...) for the rows: (R * m, ...)."""
-        times, tail = len(leaf) // self._samples, leaf.shape[1:]
-        if not any(leaf.stride()):
-            return leaf[:1].expand(len(owner) * times, *tail)
-        owner = owner.to(leaf.device)
-        if times == 1:
-            return leaf.index_select(0, owner)
-        return leaf.reshape(self._samples, times, *tail).index_select(0, owner).flatten(0, 1)
-
-
-def columns_of(inputs: Inputs) -> int:
-    """Return how many tokens the texts of a batch have, padding included; 0 where there are
-    none.
-    """
-    mask = inputs.get("attention_mask")
-    return mask.shape[1] if torch.is_tensor(mask) and mask.dim() == 2 else 0
-
-
-def _behind(old: Tensor, new: Tensor) -> Tensor:
-    """Return (a + b, ...) for (a, ...) and (b, ...); what takes no memory still takes none."""
-    return (
-        torch.cat([old, new])
-        if any(old.stride())
-        else old[:1].expand(len(old) + len(new), *old.shape[1:])
-    )
-
-
-def _clone(leaf: Leaf) -> Leaf:
-    return leaf.clone(memory_format=torch.contiguous_format) if torch.is_tensor(leaf) else leaf
-
-
-def _hollow(leaf: Leaf) -> Leaf:
-    """Return NaN in the shape of a tensor, without its memory; whole numbers know no NaN, they are
-    copied.
-    """
-    if torch.is_tensor(leaf) and leaf.is_floating_point():
-        return hollow(leaf, leaf.shape)
-    return _clone(leaf)
+        return [joined(old, new) if rows else old for old, new, rows in pairs], spec

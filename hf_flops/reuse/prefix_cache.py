@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ..base.batch import ROW, Inputs, batch_size, take
+from ..base.padding import columns_of
 from ..base.patching import Call
 from ..errors import ConfigurationError
-from .late_expansion import Leaf, Output, Recording, ReusePlan, columns_of
+from .late_expansion import Recording, ReusePlan
+from .leaves import Leaf, Output, repeat
 
 Layout = tuple[tuple[str, object], ...]
 
@@ -235,13 +237,16 @@ class CachedRecording(Recording):
         store, leaves, entries = self.plan.store, self.plan.leaves(), []
         for i, sample in enumerate(samples):
             owner = torch.tensor([i])
-            entry = [self._repeat(self._outputs[module][0][leaf], owner) for module, leaf in leaves]
+            entry = [
+                repeat(self.outputs[module][0][leaf], self._samples, owner)
+                for module, leaf in leaves
+            ]
             store.put(sample, entry)
             entries.append(entry)
         if samples and store.pattern(samples[0].layout) is None:
             pattern = {
                 module: ([self._pattern(module, i, leaf) for i, leaf in enumerate(outputs)], spec)
-                for module, (outputs, spec) in self._outputs.items()
+                for module, (outputs, spec) in self.outputs.items()
                 if module not in self.plan.recomputed
             }
             store.put_pattern(samples[0].layout, pattern)
@@ -251,14 +256,14 @@ class CachedRecording(Recording):
         if not self.plan.modules[module][index]:
             return leaf
         return (
-            self._repeat(leaf, torch.tensor([0]))
+            repeat(leaf, self._samples, torch.tensor([0]))
             if module in self.plan.pass_through
             else leaf.new_empty(0)
         )
 
     def _restore(self, layout: Layout, entries: Sequence[list[Tensor]]) -> None:
         """Fill the record of the step from what is kept of each sample."""
-        self._outputs.clear()
+        self.outputs.clear()
         self._samples = 1
         everyone = torch.zeros(len(entries), dtype=torch.int64)
         pattern = self.plan.store.pattern(layout)
@@ -266,11 +271,11 @@ class CachedRecording(Recording):
         for module, (leaves, spec) in pattern.items():
             hollow, rows = module in self.plan.pass_through, self.plan.modules[module]
             pairs = zip(leaves, rows, strict=True)
-            self._outputs[module] = (
-                [self._repeat(leaf, everyone) if hollow and row else leaf for leaf, row in pairs],
+            self.outputs[module] = (
+                [repeat(leaf, 1, everyone) if hollow and row else leaf for leaf, row in pairs],
                 spec,
             )
         for place, (module, leaf) in enumerate(self.plan.leaves()):
-            found = self._outputs[module][0]
+            found = self.outputs[module][0]
             found[leaf] = torch.cat([entry[place] for entry in entries]).to(found[leaf].device)
         self._samples = len(entries)
