@@ -31,6 +31,12 @@ class SampleFeatures:
         seed: the run's seed.
         lengths: (B,) number of loss elements (tokens, labels, ...), or None where it is unknown.
         ids: (B,) the samples' places in the data set, or None where they are unknown.
+
+    Example:
+        >>> import torch
+        >>> from hf_flops.allocators import SampleFeatures
+        >>> SampleFeatures(losses=torch.tensor([0.5, 2.0]), step=3).step
+        3
     """
 
     losses: Tensor

@@ -77,6 +77,13 @@ class Bernoulli(Learner):
 
     Raises:
         ConfigurationError: the schedule is unknown.
+
+    Example:
+        >>> import torch
+        >>> from hf_flops.allocators import Bernoulli, SampleFeatures
+        >>> features = SampleFeatures(losses=torch.tensor([1.0, 2.0, 3.0, 6.0]))
+        >>> Bernoulli(schedule="published").counts(features, budget=16).tolist()
+        [2, 2, 6, 6]
     """
 
     def __init__(self, schedule: str = "learned", rate: float = 0.1) -> None:

@@ -80,6 +80,20 @@ class Gaussian(Learner):
 
     Args:
         rate: step size of the parameters.
+
+    Example:
+        >>> import torch
+        >>> from hf_flops.allocators import Gaussian, SampleFeatures
+        >>> features = SampleFeatures(losses=torch.tensor([1.0, 2.0, 3.0, 6.0]))
+        >>> allocator = Gaussian()
+        >>> allocator.counts(features, budget=16).tolist()
+        [4, 4, 4, 4]
+        >>> squares = torch.tensor([0.1, 0.2, 1.0, 9.0])
+        >>> for step in range(1, 30):
+        ...     allocator.update(features, torch.full((4,), 4), squares)
+        ...     features = SampleFeatures(features.losses, step=step)
+        >>> allocator.counts(features, budget=16).tolist()
+        [1, 2, 4, 9]
     """
 
     def __init__(self, rate: float = 0.03) -> None:

@@ -16,6 +16,13 @@ from .rounding import optimal_counts
 class LossProportional(Memoryless):
     """`n_i ∝ loss_i`, down to one query; a negative loss counts as 0.
 
+    Example:
+        >>> import torch
+        >>> from hf_flops.allocators import LossProportional, SampleFeatures
+        >>> features = SampleFeatures(losses=torch.tensor([1.0, 2.0, 3.0, 6.0]))
+        >>> LossProportional().counts(features, budget=16).tolist()
+        [1, 3, 4, 8]
+
     References:
         Katharopoulos & Fleuret (2018), arXiv 1803.00942, section 3.2, has the loss as the usual
         stand-in for the gradient.
@@ -33,6 +40,13 @@ class LossRank(Memoryless):
     Args:
         top: fraction of the batch that shares the queries; 1 is ranking without a cut, less is
             top-k.
+
+    Example:
+        >>> import torch
+        >>> from hf_flops.allocators import LossRank, SampleFeatures
+        >>> features = SampleFeatures(losses=torch.tensor([1.0, 2.0, 3.0, 6.0]))
+        >>> LossRank(top=0.5).counts(features, budget=16).tolist()
+        [1, 1, 5, 9]
 
     References:
         Loshchilov & Hutter (2016), Online Batch Selection, arXiv 1511.06343; Jiang et al. (2019),

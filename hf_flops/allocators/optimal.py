@@ -28,6 +28,14 @@ class Optimal(Learner):
 
     Args:
         decay: how much of the past is kept from one step to the next.
+
+    Example:
+        >>> import torch
+        >>> from hf_flops.allocators import Optimal, SampleFeatures
+        >>> residuals = torch.tensor([0.1, 0.2, 0.3, 0.6])
+        >>> features = SampleFeatures(losses=torch.ones(4), residuals=residuals)
+        >>> Optimal().counts(features, budget=16).tolist()
+        [1, 3, 4, 8]
     """
 
     def __init__(self, decay: float = 0.95) -> None:

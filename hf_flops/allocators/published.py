@@ -16,6 +16,13 @@ class AuthorsBernoulli(Memoryless):
     `1 / n_i`, so samples with many queries pull harder, and rows are shuffled into groups as large
     as the batch that share one noise each.
 
+    Example:
+        >>> import torch
+        >>> from hf_flops.allocators import AuthorsBernoulli, SampleFeatures
+        >>> features = SampleFeatures(losses=torch.tensor([1.0, 2.0, 3.0, 6.0]))
+        >>> AuthorsBernoulli().counts(features, budget=16).tolist()
+        [2, 2, 6, 6]
+
     References:
         https://github.com/RTkenny/FLOPS-Forward-Learning-with-OPtimal-Sampling, `allocator.py` and
         `trainer_a.py`.

@@ -26,6 +26,18 @@ class TwoStage(Optimal):
             the second.
         decay: see `Optimal`.
 
+    Example:
+        >>> import torch
+        >>> from hf_flops.allocators import SampleFeatures, TwoStage
+        >>> features = SampleFeatures(losses=torch.ones(4))
+        >>> allocator = TwoStage(pilot=2)
+        >>> pilot, weights = allocator.pilot(features, budget=24)
+        >>> pilot.tolist()
+        [2, 2, 2, 2]
+        >>> squares = torch.tensor([0.1, 0.1, 1.0, 9.0])  # measured in the pilot round
+        >>> allocator.second_counts(features, squares, pilot, weights, budget=16).tolist()
+        [3, 3, 4, 6]
+
     References:
         Neyman (1938), Contribution to the theory of sampling human populations, on double sampling.
     """

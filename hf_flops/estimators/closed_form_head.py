@@ -35,6 +35,16 @@ class ClosedFormHead:
     Args:
         module: the layer.
         names: its trainable tensors, name in the layer → name in the model.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from hf_flops.estimators import ClosedFormHead
+        >>> from hf_flops.objectives import RowLosses
+        >>> head = ClosedFormHead(nn.Linear(2, 1, bias=False), {"weight": "head.weight"})
+        >>> clean = RowLosses(torch.ones(2), torch.ones(2), slopes=torch.tensor([[1.0], [-2.0]]))
+        >>> head.gradient(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), clean).tolist()
+        [-5.0, -6.0]
     """
 
     def __init__(self, module: nn.Linear, names: Mapping[str, str]) -> None:

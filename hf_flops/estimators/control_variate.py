@@ -92,7 +92,7 @@ class Prediction:
         self.unit = unit
         # The sum over rows of (change - J z) z^T in digits of units: whole numbers, half as wide as
         # long as they fit.
-        self._innovation, self._most = torch.zeros_like(jacobian, dtype=torch.int32), 0.0
+        self.innovation, self._most = torch.zeros_like(jacobian, dtype=torch.int32), 0.0
         # rows; squared errors; delta x prediction; squared predictions
         self.sums = torch.zeros(4, dtype=torch.float64)
 
@@ -136,13 +136,13 @@ class Prediction:
         """
         self._most += _LARGEST / DIGIT * float(errors.abs().sum(0).max())
         if self._most >= 2**31 - 2**10:
-            self._innovation = self._innovation.to(accumulator(self._innovation.device))
-        self._innovation += (innovation / DIGIT).round_().to(self._innovation.dtype)
+            self.innovation = self.innovation.to(accumulator(self.innovation.device))
+        self.innovation += (innovation / DIGIT).round_().to(self.innovation.dtype)
         self.sums += sums
 
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Return `sum error z^T` (M, d) and the sums of all rows that were added."""
-        return self._innovation.to(accumulator(self._innovation.device)) * (
+        return self.innovation.to(accumulator(self.innovation.device)) * (
             DIGIT * self.unit
         ), self.sums
 
@@ -166,6 +166,18 @@ class LogitJacobian:
     served best in past steps.
 
     Logits of a softmax count up to a constant, so of K logits K - 1 directions are tracked.
+
+    Example:
+        >>> import torch
+        >>> from hf_flops.estimators import LogitJacobian
+        >>> from hf_flops.objectives import RowLosses
+        >>> clean = RowLosses(
+        ...     torch.ones(2), torch.ones(2), logits=torch.zeros(2, 3), slopes=torch.rand(2, 3)
+        ... )
+        >>> control = LogitJacobian()
+        >>> prediction = control.start(clean, 50, torch.device("cpu"), 0)
+        >>> prediction.jacobian.shape
+        torch.Size([3, 50])
     """
 
     def __init__(self) -> None:
@@ -210,7 +222,7 @@ class LogitJacobian:
         classes = slopes.shape[1]
         self._basis = torch.eye(classes)
         if classes > 1 and bool((slopes.sum(1).abs() <= 1e-4 * slopes.abs().sum(1) + 1e-12).all()):
-            self._basis = _contrasts(classes)
+            self._basis = contrasts(classes)
         self.jacobian = torch.zeros(self._basis.shape[1], size)
         self._unknown, self._error, self._use = -1.0, 0.0, torch.zeros(2, dtype=torch.float64)
 
@@ -254,7 +266,7 @@ class LogitJacobian:
             self._error = float(state["facts"][3]) if len(state["facts"]) > 3 else 0.0
 
 
-def _contrasts(classes: int) -> Tensor:
+def contrasts(classes: int) -> Tensor:
     """Return (K, K - 1) orthonormal columns that sum to zero, in the layout that a saved state has:
     products round by it.
     """

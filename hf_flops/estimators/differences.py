@@ -42,6 +42,13 @@ class OneSided:
     The clean row is shared by all queries of its sample, so at equal rows there are almost twice as
     many directions as with antithetic pairs, and the variance halves. The bias is O(eps^2) for
     symmetric noise, like the pair's.
+
+    Example:
+        >>> import torch
+        >>> from hf_flops.estimators import OneSided
+        >>> losses, clean = torch.tensor([[1.2, 0.9]]), torch.tensor([1.0, 1.0])
+        >>> OneSided().deltas(losses, clean, scale=0.1)
+        tensor([ 2.0000, -1.0000])
     """
 
     signs: tuple[int, ...] = (1,)
@@ -55,6 +62,13 @@ class OneSided:
 
 class Antithetic:
     """Central differences: `(s(theta + eps z) - s(theta - eps z)) / (2 eps)`, two rows per query.
+
+    Example:
+        >>> import torch
+        >>> from hf_flops.estimators import Antithetic
+        >>> losses = torch.tensor([[1.2, 0.9], [0.8, 1.1]])  # at theta + eps z and theta - eps z
+        >>> Antithetic().deltas(losses, None, scale=0.1)
+        tensor([ 2.0000, -1.0000])
 
     References:
         Spall (1992), SPSA; Malladi et al. (2023), MeZO, arXiv 2305.17333, definition 1.

@@ -37,6 +37,13 @@ class RowLosses:
             known.
         slopes: (R, K) derivative of a row's loss by its logits, where it was asked for and is
             known.
+
+    Example:
+        >>> import torch
+        >>> from hf_flops.objectives import RowLosses
+        >>> losses = RowLosses(sums=torch.tensor([3.0, 1.0]), counts=torch.tensor([2.0, 2.0]))
+        >>> float(losses.sums.sum() / losses.counts.sum())
+        1.0
     """
 
     sums: Tensor
@@ -130,6 +137,18 @@ class CallableObjective(Objective):
     Args:
         function: maps (outputs, inputs) of R rows to (R,) losses to be minimised, or to a pair
             (sums, counts) of (R,) where rows have different numbers of elements.
+
+    Example:
+        >>> import torch
+        >>> from types import SimpleNamespace
+        >>> from hf_flops.objectives import CallableObjective
+        >>> inputs = {"logits": torch.tensor([[2.0, 0.0], [0.0, 2.0]]), "labels": torch.tensor([0, 0])}
+        >>> forward = lambda inputs: (None, SimpleNamespace(logits=inputs["logits"]))
+        >>> def hinge(outputs, inputs):
+        ...     right = outputs.logits.gather(1, inputs["labels"][:, None]).squeeze(1)
+        ...     return (1 - right).clamp(min=0)
+        >>> CallableObjective(hinge)(forward, inputs).sums.tolist()
+        [0.0, 1.0]
     """
 
     def __init__(self, function: Callable[[ModelOutputs, Inputs], object]) -> None:

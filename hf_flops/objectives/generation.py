@@ -31,6 +31,17 @@ class GeneratedMetric(Objective):
 
     Raises:
         ConfigurationError: an unknown name.
+
+    Example:
+        >>> import torch
+        >>> from hf_flops.objectives import GeneratedMetric
+        >>> def brevity(texts, inputs):
+        ...     return torch.tensor([1.0 / len(text) for text in texts])
+        >>> objective = GeneratedMetric(brevity, tokenizer=None)
+        >>> inputs = {"input_ids": torch.tensor([[1, 2], [1, 3]])}
+        >>> forward = lambda inputs: (None, ["Four", "Words"])  # in place of a model's `generate`
+        >>> objective(forward, inputs).sums
+        tensor([-0.2500, -0.2000])
     """
 
     generates = True

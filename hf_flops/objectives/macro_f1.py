@@ -35,6 +35,18 @@ class MacroF1(Metric):
     Raises:
         ConfigurationError: label words that cannot tell classes apart.
 
+    Example:
+        >>> import torch
+        >>> from types import SimpleNamespace
+        >>> from hf_flops.objectives import MacroF1
+        >>> inputs = {"logits": torch.tensor([[2.0, 0.0], [0.0, 2.0]]), "labels": torch.tensor([0, 0])}
+        >>> forward = lambda inputs: (None, SimpleNamespace(logits=inputs["logits"]))
+        >>> objective = MacroF1()
+        >>> clean = objective(forward, inputs)
+        >>> objective, losses = objective.bind_batch(clean, inputs)
+        >>> losses.sums.mean()
+        tensor(-0.6667)
+
     References:
         Parambath, Usunier and Grandvalet (2014), Optimizing F-Measures by Cost-Sensitive
         Classification, section 3.

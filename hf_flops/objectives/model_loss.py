@@ -111,6 +111,18 @@ class TappedLoss(Objective):
         after: the module after which to listen; None to listen from the start, which makes every
             call of torch slower.
         predictable: whether a control variate may learn from the logits.
+
+    Example:
+        >>> import torch
+        >>> from types import SimpleNamespace
+        >>> from torch.nn import functional as F
+        >>> from hf_flops.objectives import TappedLoss
+        >>> def forward(inputs):
+        ...     loss = F.cross_entropy(inputs["logits"], inputs["labels"])
+        ...     return loss, SimpleNamespace(loss=loss, logits=inputs["logits"])
+        >>> inputs = {"logits": torch.tensor([[2.0, 0.0], [0.0, 2.0]]), "labels": torch.tensor([0, 0])}
+        >>> TappedLoss()(forward, inputs).sums
+        tensor([0.1269, 2.1269])
     """
 
     after: nn.Module | None = None
@@ -193,7 +205,20 @@ def _require_same(loss: Tensor | None, mean: Tensor) -> None:
 
 
 class BatchLoss(Objective):
-    """The model's scalar loss of the whole batch: always valid, but blind to single samples."""
+    """The model's scalar loss of the whole batch: always valid, but blind to single samples.
+
+    Example:
+        >>> import torch
+        >>> from types import SimpleNamespace
+        >>> from torch.nn import functional as F
+        >>> from hf_flops.objectives import BatchLoss
+        >>> def forward(inputs):
+        ...     loss = F.cross_entropy(inputs["logits"], inputs["labels"])
+        ...     return loss, SimpleNamespace(loss=loss, logits=inputs["logits"])
+        >>> inputs = {"logits": torch.tensor([[2.0, 0.0], [0.0, 2.0]]), "labels": torch.tensor([0, 0])}
+        >>> BatchLoss()(forward, inputs).sums
+        tensor([1.1269])
+    """
 
     per_row = False
 

@@ -39,6 +39,14 @@ def perturb(
         activation: names of the tensors of linear layers whose noise is on their outputs.
         row_by_row: names of those among `rowwise` whose layers are run row by row.
         distribution: "gaussian" or "rademacher".
+
+    Example:
+        >>> from torch import nn
+        >>> from hf_flops.perturbations import perturb
+        >>> model = nn.Sequential(nn.Linear(3, 2), nn.PReLU())
+        >>> perturbation = perturb(model, rowwise=["0.weight", "0.bias"], shared=["1.weight"])
+        >>> [type(part).__name__ for part in perturbation.parts]
+        ['RowwiseNoise', 'SharedNoise']
     """
     parts: list[Perturbation] = []
     if rowwise:

@@ -112,6 +112,20 @@ class ActivationNoise(Perturbation):
         distribution: "gaussian" or "rademacher".
         mixing: maps a row's inner products (R, T, T) to L.
 
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from hf_flops.perturbations import ActivationNoise, NoiseKeys, ParameterVector
+        >>> model = nn.Linear(3, 2)
+        >>> vector = ParameterVector.of(model)
+        >>> perturbation = ActivationNoise(model, vector, "rademacher")
+        >>> keys = NoiseKeys.of(0, 0, torch.tensor([0, 1]), torch.tensor([0, 0]), 0)
+        >>> noise = perturbation.draw(keys)  # of two rows
+        >>> with perturbation.applied(noise, 0.5):
+        ...     outputs = model(torch.rand(2, 3))
+        >>> perturbation.dimension(noise), vector.size  # fewer random numbers than parameters
+        (2, 8)
+
     References:
         Ren et al. (2025), FLOPS, arXiv 2410.05966, section 3; Peng et al. (2022), a new likelihood
         ratio method.

@@ -20,6 +20,13 @@ class ParameterVector:
     """The trainable parameters of a model as slices of one flat vector of d numbers.
 
     A parameter that several modules share (tied weights) appears once.
+
+    Example:
+        >>> from torch import nn
+        >>> from hf_flops.perturbations import ParameterVector
+        >>> vector = ParameterVector.of(nn.Linear(3, 2))
+        >>> vector.names, vector.size
+        (['weight', 'bias'], 8)
     """
 
     def __init__(self, named_parameters: Sequence[tuple[str, nn.Parameter]]) -> None:

@@ -18,6 +18,16 @@ class CombinedNoise(Perturbation):
 
     Their noises are independent, so a row's loss difference times either part's noise is an
     unbiased estimate of that part of the gradient.
+
+    Example:
+        >>> from torch import nn
+        >>> from hf_flops.perturbations import CombinedNoise, ParameterVector, RowwiseNoise, SharedNoise
+        >>> model = nn.Sequential(nn.Linear(3, 2), nn.PReLU())
+        >>> names = {"0.weight", "0.bias"}
+        >>> rowwise = RowwiseNoise(model, ParameterVector.of(model, names), "rademacher")
+        >>> shared = SharedNoise(ParameterVector.of(model, {"1.weight"}), "rademacher")
+        >>> CombinedNoise([rowwise, shared]).vector.names
+        ['0.weight', '0.bias', '1.weight']
     """
 
     def __init__(self, parts: Sequence[Perturbation]) -> None:

@@ -29,13 +29,13 @@ class _Scratch:
     """
 
     def __init__(self) -> None:
-        self._kept = torch.empty(0)
+        self._memory = torch.empty(0)
 
     def __call__(self, size: int) -> Tensor:
         """Return (size,) float32 on the CPU, with whatever it holds."""
-        if len(self._kept) < size:
-            self._kept = torch.empty(size)
-        return self._kept[:size]
+        if len(self._memory) < size:
+            self._memory = torch.empty(size)
+        return self._memory[:size]
 
 
 def blocks(rows: int, numbers: int, most: int = BLOCK) -> Iterator[slice]:
@@ -68,7 +68,7 @@ class RowNoise:
         self.numbers, self.shapes = numbers, shapes
         self.layouts, self.first, self._runs = _plan(tuple(shapes), rank_one, type(numbers), _RUN)
         # what was unpacked, by first parameter and row
-        self._kept: dict[tuple[int, int], Tensor] = {}
+        self.unpacked: dict[tuple[int, int], Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -166,7 +166,7 @@ class RowNoise:
                     numbers = self._flat(run, rows, None if few else room)
                     products[:, rows].addmm_(part, numbers.T)
                     if few:
-                        self._kept[first, rows.start] = numbers
+                        self.unpacked[first, rows.start] = numbers
                 continue
             for rows in blocks(len(self), sum(self.layouts[first])):
                 left, right = self.factors(first, rows)
@@ -180,7 +180,7 @@ class RowNoise:
         """Return the noise (R, numbers) of a run of parameters, in `room` if it has to be unpacked
         and there is any.
         """
-        kept = self._kept.get((run[0], rows.start))
+        kept = self.unpacked.get((run[0], rows.start))
         if kept is not None and len(kept) == rows.stop - rows.start:
             return kept
         return self.numbers.piece(self.first[run[0]], rows, self.first[run[-1]], room)

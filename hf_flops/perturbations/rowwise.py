@@ -160,6 +160,23 @@ class RowwiseNoise(Perturbation):
         vector: the parameters to move; every one must be covered by a site.
         distribution: a name in `DISTRIBUTIONS`.
         row_by_row: names of tensors whose layers are run row by row.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from hf_flops.perturbations import NoiseKeys, ParameterVector, RowwiseNoise
+        >>> model = nn.Linear(3, 2)
+        >>> vector = ParameterVector.of(model)
+        >>> perturbation = RowwiseNoise(model, vector, "rademacher")
+        >>> keys = NoiseKeys.of(0, 0, torch.tensor([0, 1]), torch.tensor([0, 0]), 0)
+        >>> noise = perturbation.draw(keys)  # of two rows
+        >>> x = torch.ones(2, 3)
+        >>> with perturbation.applied(noise, 0.5):
+        ...     outputs = model(x)
+        >>> torch.equal(outputs[0], outputs[1])  # the same input, but noise of its own for each row
+        False
+        >>> perturbation.weighted_noise(noise, torch.tensor([1.0, 1.0])).shape
+        torch.Size([8])
     """
 
     def __init__(

@@ -23,6 +23,17 @@ def displaced(vector: ParameterVector, flat: Tensor) -> Iterator[None]:
 
     The original storage is set aside, never written to: it comes back bit for bit, also after an
     exception.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from hf_flops.perturbations import ParameterVector, displaced
+        >>> model = nn.Linear(1, 1, bias=False)
+        >>> before = model.weight.item()
+        >>> with displaced(ParameterVector.of(model), torch.ones(1)):
+        ...     moved = model.weight.item()
+        >>> round(moved - before, 4), model.weight.item() == before
+        (1.0, True)
     """
     originals = [parameter.data for parameter in vector.parameters]
     try:
@@ -51,6 +62,21 @@ class SharedNoise(Perturbation):
     Args:
         vector: the parameters to move.
         distribution: a name in `DISTRIBUTIONS`.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from hf_flops.perturbations import NoiseKeys, ParameterVector, SharedNoise
+        >>> model = nn.Linear(3, 2)
+        >>> vector = ParameterVector.of(model)
+        >>> perturbation = SharedNoise(vector, "gaussian")
+        >>> keys = NoiseKeys.of(0, 0, torch.tensor([0, 1]), torch.tensor([0, 0]), 0)
+        >>> noise = perturbation.draw(keys)  # of two rows
+        >>> x = torch.ones(2, 3)
+        >>> with perturbation.applied(noise, 0.5):
+        ...     outputs = model(x)
+        >>> torch.allclose(outputs[0], outputs[1])  # all rows share the noise
+        True
     """
 
     shares_noise = True

@@ -98,9 +98,9 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
             None if label_words is None else torch.tensor(label_words, device=words.device),
         )
         self.model_tags: list[str] = []
-        self._texts: TextCache | None = None
+        self.texts: TextCache | None = None
         # whether rows of a text may go in one sequence, once that was tried
-        self._packs: bool | None = None
+        self.packs: bool | None = None
         self.register_state_dict_post_hook(drop_base)
         self.register_load_state_dict_post_hook(ignore_missing_base)
 
@@ -157,21 +157,21 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
             clean: its samples will be run with the prompt as it is, too: that is done in the same
                 forward.
         """
-        before = self._texts
+        before = self.texts
         try:
             if self._shares():
                 rows = self._split(
                     inputs["input_ids"], inputs.get("attention_mask"), inputs.get("labels")
                 )
-                self._texts = self._read(rows, rows.keys(), self._ending(rows) if clean else None)
-                if self._packs is None:
+                self.texts = self._read(rows, rows.keys(), self._ending(rows) if clean else None)
+                if self.packs is None:
                     prompt = self.prompt.weight.to(self.base.dtype)
-                    self._packs = may_be_packed(
-                        self.base, self._texts, prompt, precision_of(self.base)
+                    self.packs = may_be_packed(
+                        self.base, self.texts, prompt, precision_of(self.base)
                     )
             yield
         finally:
-            self._texts = before
+            self.texts = before
 
     @torch.no_grad()
     def generate(
@@ -278,15 +278,13 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
         """Return the logits (R, A or 1, V) of the answers' tokens, or of the next one."""
         keys = rows.keys() if self._shares() else range(len(rows.text))
         texts = (
-            self._texts
-            if self._texts is not None and keys in self._texts
-            else self._read(rows, keys)
+            self.texts if self.texts is not None and keys in self.texts else self._read(rows, keys)
         )
         ending, place = self._ending(rows), texts.rows(keys)
         known = texts.known(place, ending)
         if known is not None:
             return known
-        packs = texts is self._texts and self._packs
+        packs = texts is self.texts and self.packs
         size = ending.tokens.shape[1]
         packing = (
             Packing.cheapest(place, size, rows.text.shape[1]) if packs else Packing.of(place, 1)
