@@ -14,11 +14,9 @@ import torch
 from torch import Tensor
 
 from ..base.prng import seeds, uniforms
-from ..base.state import State
 from ..errors import ConfigurationError
 from .base import SampleFeatures, equal_counts, finite
-from .learner import Learner
-from .likelihood_ratio import DRAWS, Descent, gradient, private_generator
+from .likelihood_ratio import DRAWS, PolicyLearner, gradient, private_generator
 from .rounding import proxy
 
 _PURPOSE = 2
@@ -63,7 +61,7 @@ def halved_counts(features: SampleFeatures, probability: float, budget: int) -> 
     return counts
 
 
-class Bernoulli(Learner):
+class Bernoulli(PolicyLearner):
     """A sample whose loss is below the batch's mean keeps half of its queries with probability p;
     the others get the rest.
 
@@ -87,13 +85,12 @@ class Bernoulli(Learner):
     """
 
     def __init__(self, schedule: str = "learned", rate: float = 0.1) -> None:
-        super().__init__()
         if schedule not in SCHEDULES:
             raise ConfigurationError(
                 f"schedule={schedule!r} is unknown: choose one of {', '.join(SCHEDULES)}."
             )
         self.schedule = schedule
-        self._descent = Descent([math.log(0.3 / 0.7)], rate, [(-5.0, 5.0)])
+        super().__init__([math.log(0.3 / 0.7)], rate, [(-5.0, 5.0)])
 
     def probability(self, epoch: float) -> float:
         """Return p."""
@@ -130,12 +127,6 @@ class Bernoulli(Learner):
         # d log p(halved) / d logit
         score = (halved.double() - probability)[:, easy].sum(1, keepdim=True)
         return gradient(score, values)
-
-    def _state(self) -> State:
-        return self._descent.state_dict()
-
-    def _load(self, state: State) -> None:
-        self._descent.load_state_dict(state)
 
 
 def _real_counts(halved: Tensor, budget: int) -> Tensor:

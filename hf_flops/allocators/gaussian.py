@@ -10,10 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..base.state import State
 from .base import SampleFeatures, equal_counts, finite
-from .learner import Learner
-from .likelihood_ratio import DRAWS, Descent, gradient, private_generator
+from .likelihood_ratio import DRAWS, PolicyLearner, gradient, private_generator
 from .rounding import one_and_share, proxy, rounded
 
 _PURPOSE = 1
@@ -69,7 +67,7 @@ class GaussianPolicy:
         return torch.stack([a.sum(0), self.x @ a, by_variance, by_length], dim=1)
 
 
-class Gaussian(Learner):
+class Gaussian(PolicyLearner):
     """Counts from a Gaussian policy of four parameters, which learns which losses deserve queries.
 
     A draw u is clamped at 0, each sample gets one query, and the rest of the budget is shared in
@@ -97,9 +95,8 @@ class Gaussian(Learner):
     """
 
     def __init__(self, rate: float = 0.03) -> None:
-        super().__init__()
         bounds = [(0.0, 10.0), (-10.0, 10.0), (-6.0, 0.0), (-2.0, 2.0)]
-        self._descent = Descent([1.0, 0.0, -2.0, 0.0], rate, bounds)  # slope 0: equal counts
+        super().__init__([1.0, 0.0, -2.0, 0.0], rate, bounds)  # slope 0: equal counts
 
     def _counts(self, features: SampleFeatures, budget: int) -> Tensor:
         intercept, slope = self._descent.values[:2].tolist()
@@ -132,9 +129,3 @@ class Gaussian(Learner):
         normals = torch.randn(draws, len(squares), generator=generator, dtype=torch.float64)
         values = proxy(squares, one_and_share(policy.draw(normals), budget))
         return gradient(policy.score(normals), values * (budget / len(squares) / squares.sum()))
-
-    def _state(self) -> State:
-        return self._descent.state_dict()
-
-    def _load(self, state: State) -> None:
-        self._descent.load_state_dict(state)

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..base.prng import seeds
 from ..base.state import State
 from .base import SampleFeatures
+from .learner import Learner
 
 DRAWS = 128
 
@@ -40,7 +41,7 @@ def gradient(scores: Tensor, values: Tensor) -> Tensor:
 
 
 class Descent:
-    """Adam for a handful of numbers within bounds, with a state of plain lists.
+    """Adam on a few numbers within bounds, with a state of plain lists.
 
     Args:
         start: initial values (P,).
@@ -72,3 +73,17 @@ class Descent:
         tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in state.items()}
         self.values.copy_(tensors.pop("values"))
         self._adam.state[self.values] = tensors
+
+
+class PolicyLearner(Learner):
+    """An allocator whose policy has a few parameters; for the arguments see `Descent`."""
+
+    def __init__(self, start: list[float], rate: float, bounds: list[tuple[float, float]]) -> None:
+        super().__init__()
+        self._descent = Descent(start, rate, bounds)
+
+    def _state(self) -> State:
+        return self._descent.state_dict()
+
+    def _load(self, state: State) -> None:
+        self._descent.load_state_dict(state)

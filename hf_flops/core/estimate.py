@@ -67,6 +67,28 @@ def estimate_gradient(
         ConfigurationError: `queries_per_sample` does not pay for one query per sample.
         NonFiniteError: not one perturbed row has a finite loss; gradients are left as they were.
 
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from hf_flops import BatchPosition, Method, estimate_gradient
+        >>> from hf_flops.allocators import Uniform
+        >>> from hf_flops.estimators import Antithetic
+        >>> from hf_flops.objectives import CallableObjective
+        >>> from hf_flops.perturbations import perturb
+        >>> model = nn.Linear(3, 1)
+        >>> objective = CallableObjective(lambda outputs, inputs: outputs.squeeze(1))
+        >>> perturbation = perturb(model, rowwise=["weight", "bias"])
+        >>> method = Method(
+        ...     objective, perturbation, Antithetic(), Uniform(), 20000, 0.01, rows_per_forward=1000
+        ... )
+        >>> forward = lambda inputs: (None, model(inputs["x"]))
+        >>> inputs = {"x": torch.tensor([[1.0, 2.0, 3.0]])}
+        >>> result = estimate_gradient(forward, inputs, method, BatchPosition(seed=0))
+        >>> model.weight.grad.round()
+        tensor([[1., 2., 3.]])
+        >>> result.counts
+        tensor([10000])
+
     References:
         Ren et al. (2025), FLOPS, arXiv 2410.05966, section 3.
     """

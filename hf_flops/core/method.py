@@ -41,6 +41,22 @@ class Method:
 
     Raises:
         ConfigurationError: processes share scalars only, and something needs more than that.
+
+    Example:
+        >>> from torch import nn
+        >>> from hf_flops import BatchPosition, Method
+        >>> from hf_flops.allocators import Uniform
+        >>> from hf_flops.estimators import Antithetic
+        >>> from hf_flops.objectives import CallableObjective
+        >>> from hf_flops.perturbations import perturb
+        >>> model = nn.Linear(3, 1)
+        >>> objective = CallableObjective(lambda outputs, inputs: outputs.squeeze(1))
+        >>> perturbation = perturb(model, rowwise=["weight", "bias"])
+        >>> method = Method(
+        ...     objective, perturbation, Antithetic(), Uniform(), 8, 0.01, rows_per_forward=64
+        ... )
+        >>> method.needs_clean, method.budget(samples=4)
+        (False, 16)
     """
 
     objective: Objective

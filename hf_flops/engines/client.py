@@ -74,6 +74,19 @@ class HttpEngine:
         ConfigurationError: an argument that cannot work.
         EngineError: when it is called: the endpoint, which is named, refused, kept failing or
             answered with nonsense, or `max_calls` is spent.
+
+    Example:
+        >>> import torch
+        >>> from hf_flops.engines import EngineServer, HttpEngine
+        >>> def engine(inputs_embeds, attention_mask):
+        ...     return (inputs_embeds * attention_mask[:, :, None]).sum(1) @ table.T
+        >>> table = torch.rand(10, 4)  # input embeddings of 10 tokens
+        >>> rows, mask = torch.rand(2, 3, 4), torch.ones(2, 3, dtype=torch.int64)
+        >>> with EngineServer(engine) as server:
+        ...     client = HttpEngine(server.url, batch_rows=1)
+        ...     logits = client(rows, mask)
+        >>> torch.allclose(logits, engine(rows, mask)), client.account.calls
+        (True, 2)
     """
 
     def __init__(

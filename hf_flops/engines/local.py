@@ -38,7 +38,17 @@ class _Next(nn.Module):
 
 
 class TorchEngine:
-    """A causal language model of transformers as an engine."""
+    """A causal language model of transformers as an engine.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from hf_flops.engines import TorchEngine
+        >>> config = LlamaConfig(vocab_size=40, hidden_size=64, num_hidden_layers=1)
+        >>> engine = TorchEngine(LlamaForCausalLM(config))
+        >>> engine(torch.rand(2, 3, 64), torch.ones(2, 3, dtype=torch.int64)).shape
+        torch.Size([2, 40])
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model.eval()

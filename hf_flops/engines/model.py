@@ -58,6 +58,16 @@ class BlackBoxPromptModel(nn.Module):
     Raises:
         ConfigurationError: fewer than one virtual token, tokens that the table does not have, or
             label words that cannot tell classes apart.
+
+    Example:
+        >>> import torch
+        >>> from hf_flops.engines import BlackBoxPromptModel
+        >>> def engine(inputs_embeds, attention_mask):
+        ...     return (inputs_embeds * attention_mask[:, :, None]).sum(1) @ table.T
+        >>> table = torch.rand(10, 4)  # input embeddings of 10 tokens
+        >>> model = BlackBoxPromptModel(engine, table, label_words=[3, 7], num_virtual_tokens=2)
+        >>> model(torch.tensor([[1, 2, 5]]), labels=torch.tensor([0])).logits.shape
+        torch.Size([1, 2])
     """
 
     embeddings: Tensor

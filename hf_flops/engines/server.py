@@ -64,6 +64,19 @@ class EngineServer:
 
     Raises:
         ConfigurationError: the address does not exist here, or is taken.
+
+    Example:
+        >>> import torch
+        >>> from hf_flops.engines import EngineServer, HttpEngine
+        >>> def engine(inputs_embeds, attention_mask):
+        ...     return (inputs_embeds * attention_mask[:, :, None]).sum(1) @ table.T
+        >>> table = torch.rand(10, 4)  # input embeddings of 10 tokens
+        >>> rows, mask = torch.rand(2, 3, 4), torch.ones(2, 3, dtype=torch.int64)
+        >>> with EngineServer(engine) as server:
+        ...     client = HttpEngine(server.url, batch_rows=1)
+        ...     logits = client(rows, mask)
+        >>> logits.shape
+        torch.Size([2, 10])
     """
 
     def __init__(self, engine: Engine, host: str = "127.0.0.1", port: int = 0) -> None:

@@ -142,7 +142,8 @@ class CallableObjective(Objective):
         >>> import torch
         >>> from types import SimpleNamespace
         >>> from hf_flops.objectives import CallableObjective
-        >>> inputs = {"logits": torch.tensor([[2.0, 0.0], [0.0, 2.0]]), "labels": torch.tensor([0, 0])}
+        >>> logits = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
+        >>> inputs = {"logits": logits, "labels": torch.tensor([0, 0])}
         >>> forward = lambda inputs: (None, SimpleNamespace(logits=inputs["logits"]))
         >>> def hinge(outputs, inputs):
         ...     right = outputs.logits.gather(1, inputs["labels"][:, None]).squeeze(1)

@@ -39,7 +39,8 @@ class MacroF1(Metric):
         >>> import torch
         >>> from types import SimpleNamespace
         >>> from hf_flops.objectives import MacroF1
-        >>> inputs = {"logits": torch.tensor([[2.0, 0.0], [0.0, 2.0]]), "labels": torch.tensor([0, 0])}
+        >>> logits = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
+        >>> inputs = {"logits": logits, "labels": torch.tensor([0, 0])}
         >>> forward = lambda inputs: (None, SimpleNamespace(logits=inputs["logits"]))
         >>> objective = MacroF1()
         >>> clean = objective(forward, inputs)

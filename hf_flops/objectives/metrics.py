@@ -119,7 +119,8 @@ class Metric(Objective):
         >>> import torch
         >>> from types import SimpleNamespace
         >>> from hf_flops.objectives import Metric
-        >>> inputs = {"logits": torch.tensor([[2.0, 0.0], [0.0, 2.0]]), "labels": torch.tensor([0, 0])}
+        >>> logits = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
+        >>> inputs = {"logits": logits, "labels": torch.tensor([0, 0])}
         >>> forward = lambda inputs: (None, SimpleNamespace(logits=inputs["logits"]))
         >>> Metric("accuracy")(forward, inputs).sums.tolist()
         [-1.0, -0.0]

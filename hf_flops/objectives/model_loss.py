@@ -120,7 +120,8 @@ class TappedLoss(Objective):
         >>> def forward(inputs):
         ...     loss = F.cross_entropy(inputs["logits"], inputs["labels"])
         ...     return loss, SimpleNamespace(loss=loss, logits=inputs["logits"])
-        >>> inputs = {"logits": torch.tensor([[2.0, 0.0], [0.0, 2.0]]), "labels": torch.tensor([0, 0])}
+        >>> logits = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
+        >>> inputs = {"logits": logits, "labels": torch.tensor([0, 0])}
         >>> TappedLoss()(forward, inputs).sums
         tensor([0.1269, 2.1269])
     """
@@ -215,7 +216,8 @@ class BatchLoss(Objective):
         >>> def forward(inputs):
         ...     loss = F.cross_entropy(inputs["logits"], inputs["labels"])
         ...     return loss, SimpleNamespace(loss=loss, logits=inputs["logits"])
-        >>> inputs = {"logits": torch.tensor([[2.0, 0.0], [0.0, 2.0]]), "labels": torch.tensor([0, 0])}
+        >>> logits = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
+        >>> inputs = {"logits": logits, "labels": torch.tensor([0, 0])}
         >>> BatchLoss()(forward, inputs).sums
         tensor([1.1269])
     """

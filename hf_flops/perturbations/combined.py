@@ -21,7 +21,8 @@ class CombinedNoise(Perturbation):
 
     Example:
         >>> from torch import nn
-        >>> from hf_flops.perturbations import CombinedNoise, ParameterVector, RowwiseNoise, SharedNoise
+        >>> from hf_flops.perturbations import CombinedNoise, ParameterVector
+        >>> from hf_flops.perturbations import RowwiseNoise, SharedNoise
         >>> model = nn.Sequential(nn.Linear(3, 2), nn.PReLU())
         >>> names = {"0.weight", "0.bias"}
         >>> rowwise = RowwiseNoise(model, ParameterVector.of(model, names), "rademacher")

@@ -54,6 +54,16 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
     Raises:
         ConfigurationError: not a model of transformers, fewer than one virtual token, or
             `init_text` without a tokenizer.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from hf_flops import SuffixPromptModel
+        >>> config = LlamaConfig(vocab_size=40, hidden_size=64, num_hidden_layers=1)
+        >>> model = SuffixPromptModel(LlamaForCausalLM(config), num_virtual_tokens=4)
+        >>> labels = torch.tensor([[-100, -100, 7, 8]])  # a text of two tokens, and its answer
+        >>> model(torch.tensor([[5, 6, 7, 8]]), labels=labels).logits.shape
+        torch.Size([1, 2, 40])
     """
 
     label_words: Tensor | None

@@ -36,6 +36,17 @@ class VisualPrompt(nn.Module):
         ConfigurationError: an unknown kind, a border that leaves no image, or a model without
             suitable embeddings.
 
+    Example:
+        >>> import torch
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> from hf_flops import VisualPrompt
+        >>> config = ViTConfig(image_size=8, patch_size=4, hidden_size=24, num_hidden_layers=1)
+        >>> model = VisualPrompt(ViTForImageClassification(config), "border", size=2)
+        >>> model(torch.rand(4, 3, 8, 8)).logits.shape
+        torch.Size([4, 2])
+        >>> model.prompt.weight.shape  # 3 colours of 64 pixels less the 16 inside
+        torch.Size([1, 144])
+
     References:
         Bahng et al. (2022), Exploring Visual Prompts, arXiv 2203.17274; Jia et al. (2022), Visual
         Prompt Tuning, arXiv 2203.12119, section 3.2.

@@ -224,6 +224,31 @@ def replay(path: str | Path, folder: str | Path | None = None, step: int | None 
     Raises:
         TrajectoryError: the log is damaged or has no such step, or what is rebuilt is not what was
             trained: then nothing is written; or it cannot be written.
+
+    Example:
+        >>> import torch
+        >>> from tempfile import TemporaryDirectory
+        >>> from torch import nn
+        >>> from transformers import PrinterCallback
+        >>> from hf_flops import FlopsTrainer, FlopsTrainingArguments
+        >>> from hf_flops.trajectory.replay import replay
+        >>> class Model(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.layer = nn.Linear(1, 2)
+        ...     def forward(self, x, labels):
+        ...         logits = self.layer(x)
+        ...         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+        >>> model, data = Model(), [{"x": [i - 3.5], "labels": i // 4} for i in range(8)]
+        >>> options = {"use_cpu": True, "report_to": "none", "disable_tqdm": True}
+        >>> with TemporaryDirectory() as folder:
+        ...     args = FlopsTrainingArguments(folder, max_steps=2, trajectory_log=True, **options)
+        ...     trainer = FlopsTrainer(model=model, args=args, train_dataset=data)
+        ...     trainer.remove_callback(PrinterCallback)
+        ...     result = trainer.train()
+        ...     rebuilt = replay(folder)
+        >>> torch.equal(rebuilt.parameters["layer.weight"], model.layer.weight)
+        True
     """
     rebuilt = Replay(path)
     for record in rebuilt.run(step):
