@@ -3,16 +3,16 @@
     clean pass       unperturbed ("clean") losses, features, the closed-form head's inputs:
                      core/clean_forward.py
     counts           the allocator's queries per sample, from clean features only: allocators/
-    rows             one row per query, dealt out to processes: base/rows.py,
+    rows             one row per query, divided among processes: base/rows.py,
                      distributed/exchange.py
-    for each chunk   draw noise, evaluate, transform losses to deltas, accumulate: core/queries.py,
-                     estimators/delta_chain.py
+    for each chunk   draw noise, evaluate, transform losses to deltas, accumulate: core/rounds.py,
+                     core/queries.py, estimators/delta_chain.py
     complete         add back what the control variate subtracted; redistribute the weight of rows
                      without a finite loss
     apply            sum over processes, add to `.grad`, with the head's exact gradient
 
-To follow a delta open two more files: `core/queries.py` runs its row, `estimators/delta_chain.py`
-says what is done to it.
+To follow a delta, read two more files: `core/queries.py` runs its row, and
+`estimators/delta_chain.py` transforms it.
 """
 
 from __future__ import annotations
@@ -55,17 +55,16 @@ def estimate_gradient(
         forward: runs the model, in evaluation mode, and returns its loss and outputs.
         inputs: a batch of B samples.
         method: how the gradient is estimated.
-        place: where the batch lies in the run.
+        place: position of the batch in the run; with the seed it determines the noise.
         elements: N, the number of loss elements that the optimizer step averages over.
-        batches: where `elements` is None, over how many batches the step averages: N is then this
-            many times the batch's own number of loss elements.
-        last: whether the batch is the last of its optimizer step. Several processes that sum
-            gradients wait for it: until then `.grad` stays as it is, and the metrics lack what only
-            the sum can tell.
+        batches: number of batches that the step averages over, if `elements` is None: N is then
+            this number times the batch's own number of loss elements.
+        last: whether the batch is the last of its optimizer step. Processes that sum gradients wait
+            for it: before that, `.grad` is unchanged and the metrics of the sum are missing.
 
     Raises:
-        ConfigurationError: `queries_per_sample` does not pay for one query per sample.
-        NonFiniteError: not one perturbed row has a finite loss; gradients are left as they were.
+        ConfigurationError: `queries_per_sample` is too small for one query per sample.
+        NonFiniteError: no perturbed row has a finite loss; gradients are unchanged.
 
     Example:
         >>> import torch
@@ -101,7 +100,7 @@ def estimate_gradient(
 def estimate_from(
     clean: CleanPass, elements: float | None = None, batches: float = 1, *, last: bool = True
 ) -> StepResult:
-    """Run the queries and add what they say to the gradients; for the arguments see
+    """Run the queries and add the estimate to the gradients; for the arguments see
     `estimate_gradient`.
     """
     method, features, chain = clean.method, clean.features(), transforms(clean)
@@ -111,8 +110,7 @@ def estimate_from(
         results.elements(clean.units) if clean.losses is None else clean.losses.counts.cpu().float()
     )
     factor, replayed = complete(clean, chain, sums, results, lengths)
-    # Where no element counts (every label is ignored) there is nothing to average, and the update
-    # is zero.
+    # If no element counts (every label is ignored), the update is zero.
     normalizer = (float(lengths.sum()) * batches if elements is None else elements) or 1.0
     applied = apply(clean, chain, sums.update * factor / normalizer, normalizer, last=last)
     trace = method.exchange.trace(sums.parts, clean.place, factor, normalizer)
@@ -129,9 +127,7 @@ def estimate_from(
 
 
 def transforms(clean: CleanPass) -> Chain:
-    """Return what is done to losses until they are coefficients: see
-    `estimators/delta_chain.py`.
-    """
+    """Return the chain of transforms from losses to deltas: see `estimators/delta_chain.py`."""
     method, losses = clean.method, clean.losses
     difference = method.estimator, None if losses is None else losses.sums.cpu(), method.scale
     chain: list[DeltaTransform] = [FiniteDifference(*difference)]
@@ -152,12 +148,12 @@ def transforms(clean: CleanPass) -> Chain:
 def complete(
     clean: CleanPass, chain: Chain, sums: NoiseSum, results: QueryResults, lengths: Tensor
 ) -> tuple[float, int]:
-    """Add what chunks could not know: exact means, other rows' deltas, and the weight of rows
-    without a finite loss.
+    """Add the terms that need all rows: the mean that the control variate subtracted, corrections
+    from other rows' deltas, and the weight of rows without a finite loss.
 
     Returns:
-        What the sum has to be multiplied by where samples lack a finite row altogether, given the
-        loss elements `lengths` (B,) of all; and how many rows went through the model again.
+        A factor that replaces samples without any finite row, from the loss elements `lengths` (B,)
+        of all samples; and the number of rows that were run again.
     """
     method, rows, deltas, replayed = clean.method, results.rows, results.deltas, 0
     finite = deltas.isfinite()
@@ -190,10 +186,10 @@ def complete(
 def apply(
     clean: CleanPass, chain: Chain, update: Tensor, normalizer: float, *, last: bool
 ) -> tuple[Tensor, Tensor] | None:
-    """Add the update (d,) to the gradients, and the head's exact one.
+    """Add the update (d,) and the head's exact gradient to `.grad`.
 
     Returns:
-        Both, or None where only the sum over several batches is known, now or later.
+        Both, or None if only their sum over several batches is known, now or later.
     """
     method, head, exact, found = clean.method, clean.method.head, torch.zeros(1), clean.found
     if head is not None and found is not None:
@@ -219,7 +215,7 @@ def report(
     replayed: int,
     trace: UpdateRecord | None,
 ) -> StepResult:
-    """Say what the step found, and what it cost."""
+    """Return the result of the step: loss, cost, counts and metrics."""
     method, rows, units = clean.method, results.rows, clean.units
     counts, squares = results.counts(units), mean_squares(rows, results.deltas, units)
     facts = method.perturbation.shares_noise, dimension

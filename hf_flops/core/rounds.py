@@ -47,9 +47,8 @@ def lay_out(
     `expand`.
     """
     allocator, place = clean.method.allocator, clean.place
-    # N is only known once a forward has shown how many elements each sample has: rows are laid out
-    # with N = 1. The arithmetic behind counts may round differently on another machine: those of
-    # process 0 are everyone's.
+    # N is known only after a forward has counted the loss elements: rows are laid out with N = 1.
+    # Counts may round differently on another machine, so all processes use those of process 0.
     counts = clean.method.exchange.group.broadcast(counts.int()).long()
     rows = expand(counts, 1.0, weighted=allocator.weighted, share=share, after=after)
     if not (allocator.shuffled and clean.method.objective.per_row):
@@ -75,7 +74,7 @@ def run_round(
     own = parts[exchange.group.rank]
     if exchange.group.world > 1 and (clean.losses is None or clean.recording.complete):
         clean.recording.extend(clean.feed.whole, own.owner)
-    found = torch.empty(len(own), 3)  # deltas; losses; elements
+    results = torch.empty(len(own), 3)  # deltas, losses, elements
 
     def work(index: slice) -> int:
         chunk = own[index]
@@ -83,32 +82,32 @@ def run_round(
         deltas, losses, elements, columns = measure(queries, chain, chunk, noise)
         coefficients = torch.where(deltas.values.isfinite(), deltas.values * chunk.weight, 0.0)
         weighted, innovation = sums.weighted(noise, coefficients, deltas.errors)
-        # Memory may have run out before: from here on nothing large is made.
-        found[index] = torch.stack([deltas.values, losses, elements], 1)
+        # Memory may run out above; nothing large is allocated below.
+        results[index] = torch.stack([deltas.values, losses, elements], 1)
         sums.add(chunk, coefficients, weighted, method.perturbation.dimension(noise))
         chain.update(deltas, innovation)
         return columns
 
     queries.in_chunks(own, work, clean.planner)
-    # Where there was no clean forward, losses and elements of the rows stand for it.
-    rows, found, mine = exchange.gathered(
-        parts, found[:, :1] if clean.losses is not None else found
+    # Without a clean forward, losses and elements of the rows replace it.
+    rows, results, mine = exchange.gathered(
+        parts, results[:, :1] if clean.losses is not None else results
     )
-    measured = found[:, 0]
-    return QueryResults(rows, measured, chain.of_round(measured, rows), found[:, 1:], mine)
+    measured = results[:, 0]
+    return QueryResults(rows, measured, chain.of_round(measured, rows), results[:, 1:], mine)
 
 
 def queries_of(clean: CleanPass) -> Queries:
-    """Return what runs rows of a batch under noise."""
+    """Return the object that runs rows of a batch under noise."""
     return Queries(clean.recording, clean.method, clean.place, clean.feed, clean.samples)
 
 
 def measure(
     queries: Queries, chain: Chain, chunk: Rows, noise: DrawnNoise
 ) -> tuple[ChunkDeltas, Tensor, Tensor, int]:
-    """Return a chunk's deltas, losses (R,), loss elements (R,), and the columns of a row; its
-    logits are let go.
+    """Return a chunk's deltas, losses (R,), loss elements (R,), and the number of columns of a row;
+    its logits are freed.
     """
-    seen = queries.evaluate(chunk, noise)
-    deltas = chain.of_chunk(ChunkDeltas(seen.losses), seen)
-    return deltas, seen.losses.mean(0).float(), seen.elements, seen.columns
+    evaluation = queries.evaluate(chunk, noise)
+    deltas = chain.of_chunk(ChunkDeltas(evaluation.losses), evaluation)
+    return deltas, evaluation.losses.mean(0).float(), evaluation.elements, evaluation.columns

@@ -1,10 +1,9 @@
-"""Late expansion: what the noise does not reach runs once per sample of the batch, not once per
-query row.
+"""Late expansion: modules below the first perturbed one run once per sample, not once per query row.
 
-Query rows repeat samples, and a module whose output depends on no perturbed parameter computes the
-same for every repeat. Such a module runs on the batch alone; in the other forwards of the step its
-`forward` returns the recorded output, repeated for the rows. The model's inputs stay those of all
-rows, so masks, positions, labels and keywords need no care.
+Query rows repeat samples, and a module whose output depends on no perturbed parameter returns the
+same for every repeat. Such a module runs on the batch only; in the other forwards of the step its
+`forward` returns the recorded output, repeated for the rows. The model still gets the inputs of all
+rows, so masks, positions, labels and keyword arguments need no special treatment.
 """
 
 from __future__ import annotations
@@ -27,30 +26,28 @@ from .leaves import Output, clone, joined, placeholder, repeat
 
 
 class _Recorded(Exception):
-    """Stops a forward that has nothing left to record."""
+    """Stops a forward that has recorded everything."""
 
 
 @dataclass(frozen=True, eq=False)
 class ReusePlan:
-    """Which modules run once per step and sample, and what is known about their outputs: see
+    """The modules that run once per sample in a step, and the structure of their outputs; made by
     `choose_reuse`.
 
-    By default there are none, and the model runs as it is.
+    An empty plan changes nothing.
 
     Attributes:
-        modules: each with one flag per leaf of its output: True if the leaf's first dimension holds
-            the rows (or, row-major, rows times a whole number), False if the leaf is the same for
-            any rows. A module is called once in a forward and calls none of the others.
-        pass_through: modules whose output is read by others of `modules` only; NaN is handed on in
-            its place, without memory.
-        recomputed: small modules whose output follows from those of others: what is kept over steps
-            does not include them.
-        unread_inputs: inputs that nothing but `modules` reads: rows are given NaN in their place,
-            without memory.
-        crop_padding: whether recorded outputs may be cut where a chunk has less padding than the
-            batch; None until it is known.
-        token_axes: which leaves of the modules' outputs have the batch's columns (tokens) as their
-            second dimension.
+        modules: each with one flag per leaf of its output: True if the leaf's first dimension is
+            rows (or, row-major, rows times an integer), False if the leaf does not depend on the
+            rows. Each is called once in a forward, and none calls another.
+        pass_through: modules whose output is read only by others in `modules`; they return NaN
+            placeholders, which take no memory.
+        recomputed: small modules whose output can be computed from other recorded outputs; a cache
+            over steps leaves them out.
+        unread_inputs: inputs that only `modules` read; rows get NaN placeholders in their place.
+        crop_padding: whether recorded outputs may be cropped for a chunk with less padding than the
+            batch; None if unknown.
+        token_axes: leaves whose second dimension is the batch's columns (tokens).
     """
 
     modules: Mapping[nn.Module, tuple[bool, ...]] = field(default_factory=dict)
@@ -62,44 +59,43 @@ class ReusePlan:
 
     @property
     def spans_steps(self) -> bool:
-        """Whether outputs are kept from one step to the next."""
+        """Whether outputs are kept for later steps."""
         return False
 
     def recording(self, forward: Call) -> Recording:
-        """Return the context in which the plan is followed for one step; `forward` runs the
-        model.
-        """
+        """Return a context that applies the plan to one step; `forward` runs the model."""
         return Recording(self, forward)
 
 
 @dataclass(frozen=True)
 class _Run:
-    """A forward in progress: (R,) int64, the recorded sample of each row, None while recording; see
-    `Recording.rows`.
-    """
+    """A forward in progress; see `Recording.rows`."""
 
-    owner: Tensor | None
+    owner: Tensor | None  # (R,) int64, the recorded sample of each row; None while recording
     cut: slice | None
-    stops: bool  # once all outputs are recorded
+    stops: bool  # as soon as all outputs are recorded
 
 
 class Recording:
-    """Outputs of one step: a context in which the modules of a plan run once per sample.
+    """A context, for one step, in which the modules of a plan run once per sample.
 
-    They have another `forward` inside, and nothing is left on the model or kept outside. The batch
-    is recorded by the first forward that `batch` returns, or by `record`; forwards that `rows`
-    returns use what is recorded.
+    Inside, the modules' `forward` is replaced; afterwards the model is unchanged and no output is
+    kept. The first forward from `batch`, or `record`, records the outputs of the batch; forwards
+    from `rows` use them.
 
     Args:
-        plan: what runs once.
+        plan: the modules that run once per sample.
         forward: runs the model.
+
+    Attributes:
+        outputs: the recorded outputs by module.
     """
 
     def __init__(self, plan: ReusePlan, forward: Call) -> None:
         self.plan, self.forward = plan, forward
         self.outputs: dict[nn.Module, Output] = {}
         self._samples = self._columns = 0
-        # (B,) where each sample of the batch is in the record; None where all are
+        # (B,) index of each sample in the record, -1 if it is not there; None if all are, in order
         self._position: Tensor | None = None
         self._run: _Run | None = None
         self._patches = ExitStack()
@@ -127,23 +123,22 @@ class Recording:
 
     @property
     def unread_inputs(self) -> frozenset[str]:
-        """Inputs that rows need not be given, now that all outputs are recorded."""
+        """Inputs that rows do not need, once all outputs are recorded."""
         return self.plan.unread_inputs if self.complete else frozenset()
 
     def recall(self, inputs: Inputs, ids: Sequence[int] | None) -> None:
-        """Take up what earlier steps recorded of the batch, its samples' ids given, if the plan
-        spans steps.
+        """Restore the outputs that earlier steps recorded for the samples `ids` of the batch, if the
+        plan spans steps.
         """
 
     def batch(self, inputs: Inputs, owner: Tensor | None = None, samples: int = 0) -> Call:
-        """Return a forward, to be called on the batch, that records; on anything else the model
-        runs as it is.
+        """Return a forward that records when it is called on `inputs`; other inputs run unchanged.
 
         Args:
             inputs: the batch, or a part of it.
-            owner: (b,) int64, which samples the part has; rows may then repeat these only. None for
-                the batch itself.
-            samples: B, if it is a part.
+            owner: (b,) int64, the samples of the part, which are the only ones that rows may
+                repeat; None for the whole batch.
+            samples: B, for a part.
         """
         if owner is not None:
             self._position = torch.full((samples,), -1).index_put(
@@ -152,29 +147,25 @@ class Recording:
         return self._forward_of(inputs)
 
     def rows(self, inputs: Inputs, owner: Tensor, cut: slice | None = None) -> Call:
-        """Return a forward, to be called on the rows of a chunk, that uses what is recorded; else
-        as `batch`.
+        """Return a forward that uses the recorded outputs when it is called on `inputs`.
 
         Args:
-            inputs: the rows.
+            inputs: of the rows of a chunk.
             owner: (R,) int64, the sample of the batch that each row repeats.
-            cut: which of the batch's columns (tokens) the rows have, None for all.
+            cut: the columns (tokens) of the batch that the rows have; None for all.
         """
         if cut is not None and not self.plan.crop_padding:
             return self.forward
         return self._forward_of(inputs, owner, cut)
 
     def record(self, inputs: Inputs) -> None:
-        """Run the batch no further than to the last module's output, where no clean forward would
-        record it.
-        """
+        """Record the batch without a clean forward: run the model up to the last module's output."""
         if not self.complete:
             with suppress(_Recorded):
                 self._forward_of(inputs, stops=True)(inputs)
 
     def extend(self, inputs: Inputs, owner: Tensor) -> None:
-        """Record what is lacking of the samples that rows repeat, where the record is of a part of
-        the batch.
+        """Record the missing samples that rows repeat, if only a part of the batch is recorded.
 
         Args:
             inputs: the batch.
@@ -187,7 +178,8 @@ class Recording:
         new = new[position[new] < 0]
         if not self.plan.modules or not len(new) or (self._position is None and self.complete):
             return
-        before, known = dict(self.outputs), self._samples if self.complete else 0
+        before = dict(self.outputs)
+        known = self._samples if self.complete else 0
         self.outputs.clear()
         self._position = None
         self.record(take(inputs, new))
@@ -199,12 +191,12 @@ class Recording:
         self._samples = known + len(new)
 
     def adopt(self, plan: ReusePlan) -> None:
-        """Go on by a plan that says more about the same modules."""
+        """Continue with a plan that knows more about the same modules."""
         self.plan = plan
 
     def token_axes(self) -> frozenset[tuple[nn.Module, int]]:
-        """Return which recorded leaves have a second dimension as long as the batch has columns,
-        maybe by chance.
+        """Return the recorded leaves whose second dimension has as many entries as the batch has
+        columns, possibly by chance.
         """
         return frozenset(
             (module, i)
@@ -214,10 +206,10 @@ class Recording:
         )
 
     def works_without(self, module: nn.Module, check: Callable[[], bool], *, hollow: bool) -> bool:
-        """Put NaN in place of a recorded output, or let its module run again, and leave it so where
-        a check still holds.
+        """Replace a recorded output by NaN (`hollow`), or remove it so that its module runs again;
+        keep the change if a check still holds.
 
-        Outputs of whole numbers, which know no NaN, are left in place.
+        Outputs with integer tensors, which have no NaN, are not replaced.
         """
         output = self.outputs.get(module)
         if output is None:
@@ -273,7 +265,7 @@ class Recording:
 
     def _keep(self, module: nn.Module, output: object, run: _Run) -> None:
         leaves, spec = tree_flatten(output)
-        # A copy, because what follows may write into the output.
+        # A copy, because later modules may write into the output.
         copy = placeholder if module in self.plan.pass_through else clone
         self.outputs[module] = ([copy(leaf) for leaf in leaves], spec)
         if run.stops and self.complete:
@@ -282,7 +274,7 @@ class Recording:
     def _repeated(self, module: nn.Module, run: _Run) -> object:
         leaves, spec = self.outputs[module]
         owner = torch.arange(self._samples) if run.owner is None else run.owner
-        if run.cut is not None:  # down to the columns of the chunk
+        if run.cut is not None:
             axes = self.plan.token_axes
             leaves = [
                 leaf[:, run.cut] if (module, i) in axes else leaf for i, leaf in enumerate(leaves)
@@ -294,7 +286,7 @@ class Recording:
         )
 
     def _joined(self, module: nn.Module, before: Output) -> Output:
-        """Put what was recorded of a module for further samples behind what was before."""
+        """Append a module's outputs for further samples to earlier ones."""
         after, spec = self.outputs[module]
         pairs = zip(before[0], after, self.plan.modules[module], strict=True)
         return [joined(old, new) if rows else old for old, new, rows in pairs], spec
