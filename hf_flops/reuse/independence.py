@@ -84,8 +84,8 @@ def _trace(model: nn.Module, forward: Forward, inputs: Inputs) -> _Visits:
 
 
 def _layout(two: _Visit, three: _Visit) -> tuple[bool, ...] | None:
-    """Return which leaves grow with the number of rows, from a run of two rows and one of three; None
-    if a leaf neither grows nor stays the same.
+    """Return which leaves grow with the number of rows, from a run of two rows and one of three;
+    None if a leaf neither grows nor stays the same.
     """
     flags = []
     for a, b in zip(two.shapes, three.shapes, strict=True):
@@ -163,8 +163,8 @@ def choose_reuse(
     *,
     cached: bool = False,
 ) -> tuple[ReusePlan, str | None]:
-    """Return the plan of what runs once per sample, which may be empty, and the reason if a plan was
-    refused.
+    """Return the plan of what runs once per sample, which may be empty, and the reason if a plan
+    was refused.
 
     Args:
         model: the model, in evaluation mode, gradients off.

@@ -1,4 +1,4 @@
-"""Late expansion: modules below the first perturbed one run once per sample, not once per query row.
+"""Late expansion: modules below the first perturbed one run once per sample, not once per row.
 
 Query rows repeat samples, and a module whose output depends on no perturbed parameter returns the
 same for every repeat. Such a module runs on the batch only; in the other forwards of the step its
@@ -95,7 +95,7 @@ class Recording:
         self.plan, self.forward = plan, forward
         self.outputs: dict[nn.Module, Output] = {}
         self._samples = self._columns = 0
-        # (B,) index of each sample in the record, -1 if it is not there; None if all are, in order
+        # (B,) index of each sample in the record, -1 if absent; None if all are there, in order
         self._position: Tensor | None = None
         self._run: _Run | None = None
         self._patches = ExitStack()
@@ -127,8 +127,8 @@ class Recording:
         return self.plan.unread_inputs if self.complete else frozenset()
 
     def recall(self, inputs: Inputs, ids: Sequence[int] | None) -> None:
-        """Restore the outputs that earlier steps recorded for the samples `ids` of the batch, if the
-        plan spans steps.
+        """Restore the outputs that earlier steps recorded for the samples `ids` of the batch, if
+        the plan spans steps.
         """
 
     def batch(self, inputs: Inputs, owner: Tensor | None = None, samples: int = 0) -> Call:
