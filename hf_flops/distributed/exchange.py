@@ -251,7 +251,9 @@ class ScalarExchange(Exchange):
             )
 
     def clean_pieces(self, samples: int, *, head: bool) -> list[slice]:
-        """See `Exchange`: with a head every process runs all samples, since gradients are not sent."""
+        """See `Exchange`: with a head every process runs all samples, since gradients are not
+        sent.
+        """
         return [slice(0, samples)] if head else super().clean_pieces(samples, head=head)
 
     def noise_sum(self, perturbation: Perturbation, place: BatchPosition) -> NoiseSum:

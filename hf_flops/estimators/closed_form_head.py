@@ -185,7 +185,9 @@ def _agrees(
     forward: Forward,
     inputs: Inputs,
 ) -> bool:
-    """Return whether the logits change with the head's parameters as a linear layer's output does."""
+    """Return whether the logits change with the head's parameters as a linear layer's output
+    does.
+    """
     vector = head.vector
     shift = draw("gaussian", seeds(_CHECK_SEED, 0), vector.shapes, vector.device)[0]
     with Attempt("The head stays under noise"), displaced(vector, shift), head.watched() as seen:

@@ -250,7 +250,8 @@ class LogitJacobian:
         if state:
             self.jacobian, self._basis = state["jacobian"], state["basis"]
             self._unknown, self._use = float(state["facts"][0]), state["facts"][1:3].clone()
-            self._error = float(state["facts"][3])
+            # older states have three facts
+            self._error = float(state["facts"][3]) if len(state["facts"]) > 3 else 0.0
 
 
 def contrasts(classes: int) -> Tensor:

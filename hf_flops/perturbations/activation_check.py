@@ -1,5 +1,5 @@
-"""The self-check of activation noise: a linear layer's weights must act through the outputs of one
-call, row by row.
+"""The self-check of activation noise: a linear layer's weights must affect the loss only through
+the outputs of one call, row by row.
 """
 
 from __future__ import annotations
@@ -20,31 +20,30 @@ from .noise import draw
 from .shared import displaced, moved
 from .sites import Site, find_sites
 
-_SEED = 20411  # any number: the check's noise has a stream of its own
+_SEED = 20411  # arbitrary; separates the check's noise from that of training
 
 
 class PinCheck:
-    """Finds the tensors for which noise on outputs is right, and smaller than noise on weights.
+    """Finds the tensors for which noise on outputs is valid, and smaller than noise on weights.
 
     Args:
         model: the model, in evaluation mode.
         sums: runs two rows through the model and returns their loss sums (2,).
-        precision: relative error of a loss that rounding alone can cause.
+        precision: relative error of a loss due to rounding.
     """
 
     def __init__(self, model: nn.Module, sums: Callable[[], Tensor], precision: float) -> None:
         self.model, self.sums, self.precision = model, sums, precision
 
     def run(self, names: Collection[str], *, smaller: bool) -> list[str]:
-        """Return those of `names`, all of which have a rule that is right, that can have activation
-        noise.
+        """Return the names of tensors that can have activation noise.
 
         Args:
-            names: tensors to choose among.
-            smaller: whether to choose only layers that see one token of each row, as heads on a
-                pooled output do, and where activation noise has at most half of the numbers that
-                noise on the weights has. With more tokens it costs a factorisation per row, and
-                noise depends on how much padding a row has.
+            names: candidates, all with a valid per-row rule.
+            smaller: whether to choose only layers that get one token of each row, as heads on a
+                pooled output do, and whose activation noise has at most half as many numbers as
+                noise on the weights. With more tokens it costs a factorisation per row, and the
+                noise depends on the row's padding.
         """
         with moved(self.model, seeds(_SEED, 1)):
             return self._choose(names, smaller)
@@ -58,7 +57,7 @@ class PinCheck:
             for site, calls in zip(sites, outputs, strict=True)
             if self._fits(site, calls, smaller)
         ]
-        while True:  # a tensor that another site holds too must be right there as well
+        while True:  # a tensor that belongs to several sites must fit at all of them
             others = {i for site in sites if site not in fit for i in site.tensors.values()}
             kept = [site for site in fit if others.isdisjoint(site.tensors.values())]
             if len(kept) == len(fit):
@@ -71,7 +70,7 @@ class PinCheck:
             for out in calls
             if site in fit and torch.is_tensor(out)
         ]
-        with Attempt("Noise stays on the weights"):
+        with Attempt("Noise is added to the weights, not to outputs"):
             if chosen and self._pinned(fit, pinned, chosen, start) and self._apart(fit, start):
                 return [name for name in names if name in chosen]
         return []
@@ -113,7 +112,7 @@ class PinCheck:
     def _pinned(
         self, sites: Sequence[Site], outputs: Sequence[Tensor], names: set[str], start: Tensor
     ) -> bool:
-        """Return whether other weights change nothing while the outputs are held."""
+        """Return whether changed weights do not change the losses while the outputs are fixed."""
 
         def hold(value: Tensor, module: nn.Module, args: object, out: object) -> Tensor:
             return value
@@ -124,7 +123,7 @@ class PinCheck:
             return self._same(self._run(sites, [partial(hold, value) for value in outputs]), start)
 
     def _apart(self, sites: Sequence[Site], start: Tensor) -> bool:
-        """Return whether noise on the outputs of one row leaves the other's loss as it was."""
+        """Return whether noise on the outputs of one row does not change the other row's loss."""
 
         def disturb(row: int, module: nn.Module, args: object, out: Tensor) -> Tensor:
             out = out.clone()

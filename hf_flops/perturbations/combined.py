@@ -1,4 +1,4 @@
-"""Several perturbations at once, each on parameters of its own."""
+"""Several perturbations at once, each of different parameters."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from .streams import NoiseKeys
 
 
 class CombinedNoise(Perturbation):
-    """Row-wise noise where rules exist, shared noise elsewhere: see `Perturbation`.
+    """Several perturbations at once, such as row-wise noise where rules exist and shared noise
+    elsewhere: see `Perturbation`.
 
-    Their noises are independent, so a row's loss difference times either part's noise is an
-    unbiased estimate of that part of the gradient.
+    The parts' noises are independent, so a row's delta times a part's noise is an unbiased estimate
+    of that part of the gradient.
 
     Example:
         >>> from torch import nn
@@ -72,8 +73,8 @@ class CombinedNoise(Perturbation):
 
     def weighted_noise(self, noise: list[DrawnNoise], coefficients: Tensor) -> Tensor:
         """See `Perturbation.weighted_noise`."""
-        pulled = [
+        sums = [
             part.weighted_noise(own, coefficients)
             for part, own in zip(self.parts, noise, strict=True)
         ]
-        return torch.cat([piece.to(pulled[0].device) for piece in pulled])
+        return torch.cat([part.to(sums[0].device) for part in sums])

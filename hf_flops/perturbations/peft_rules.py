@@ -1,11 +1,9 @@
-"""Per-row rules of PEFT's layers whose parameters belong to no module of their own, or to one that
-is called oddly.
+"""Per-row rules for PEFT's layers whose parameters do not belong to a plain module.
 
-Such a rule takes the place of a method of the layer: it maps
-`(layer, method, noise, scale, *arguments)` to what the method returns at `theta + scale * noise`,
-where `noise` holds (R, *shape) by the tensor's name within the layer. Layers are told by what they
-hold, not by their class, so nothing of PEFT is imported. Like every rule, these are proposals to
-the self-check.
+Such a rule replaces a method of the layer: it maps `(layer, method, noise, scale, *arguments)` to
+the method's result at `theta + scale * noise`, where `noise` maps a tensor's name within the layer
+to (R, *shape). Layers are recognised by their attributes, so PEFT is not imported. Like every rule,
+these are used only if the self-check confirms them.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from .rules import Noise, RowMismatch, by_row
 
 MethodRule = Call
 Layer: TypeAlias = Any
-"""A layer of PEFT, known by the attributes that its method gives it."""
+"""A layer of PEFT, recognised by its attributes."""
 
 
 def is_adapter_layer(module: nn.Module) -> bool:
@@ -30,7 +28,7 @@ def is_adapter_layer(module: nn.Module) -> bool:
 
 
 def _moved(layer: Layer, name: str, noise: Noise, scale: float) -> Tensor:
-    """Return a parameter as every row sees it: (R, *shape)."""
+    """Return a parameter with each row's noise added: (R, *shape)."""
     parameter = layer.get_parameter(name)
     if name in noise:
         return torch.add(parameter, noise[name].to(parameter.dtype), alpha=scale)
@@ -105,7 +103,7 @@ def dora(
 
     No row's W + s B A is ever formed: `||W_o + s b_o A||^2 = ||W_o||^2 + 2 s b_o (A W^T)_o + s^2
     b_o A A^T b_o` for output o, which costs what `rank` more tokens in each row would. The norm
-    moves with A and B here, as it does in the model; PEFT's backward pass takes it for a constant.
+    depends on A and B here, as in the model; PEFT's backward pass treats it as a constant.
 
     References:
         Liu et al. (2024), DoRA, arXiv 2402.09353, equation 5 and section 4.3.
@@ -130,7 +128,7 @@ def dora(
 
 
 def _embedding_scale(layer: Layer) -> Tensor | float:
-    """Return what the embeddings of some models (Gemma) are multiplied with."""
+    """Return the factor of the embeddings in some models (Gemma), else 1."""
     scale = getattr(layer, "_get_embed_scale", lambda: None)()
     return 1.0 if scale is None else scale
 
@@ -170,9 +168,7 @@ def trainable_tokens(
     *args: object,
     **kwargs: object,
 ) -> Tensor:
-    """Rows of an embedding, or of an output layer that is tied to it, that are trained in the
-    frozen rest: (K, D).
-    """
+    """Trainable tokens: K trained rows (K, D) of a frozen embedding, or of a tied output layer."""
     ((name, own),) = noise.items()
     out = method(x, *args, **kwargs)
     tokens = torch.as_tensor(layer.token_indices[name.split(".")[-1]], device=x.device)
@@ -195,7 +191,7 @@ def prompt(
     *args: object,
     **kwargs: object,
 ) -> Tensor:
-    """Prompt tuning: `get_prompt` hands out the (P, D) virtual tokens, repeated for every row."""
+    """Prompt tuning: `get_prompt` returns the (P, D) virtual tokens, repeated for every row."""
     del owner
     (shift,) = noise.values()
     prompts = method(batch_size, *args, **kwargs)
@@ -209,7 +205,7 @@ def prompt(
 
 
 _LAYERS: tuple[tuple[str, MethodRule, str], ...] = (
-    # what the layer holds, the rule, the method that it takes the place of
+    # attribute of the layer, the rule, the method that it replaces
     ("ia3_l", ia3, "forward"),
     ("vera_lambda_b", vera, "forward"),
     ("trainable_tokens_delta", trainable_tokens, "forward_adapters"),
@@ -218,8 +214,8 @@ _LAYERS: tuple[tuple[str, MethodRule, str], ...] = (
 
 
 def wrapper_rule(layer: Layer) -> tuple[MethodRule, str] | None:
-    """Return the rule of one of PEFT's layers and the method that it takes the place of, or None
-    where it has none.
+    """Return the rule of one of PEFT's layers and the method that it replaces; None without a
+    rule.
     """
     if (
         not is_adapter_layer(layer)

@@ -159,7 +159,9 @@ class Recording:
         return self._forward_of(inputs, owner, cut)
 
     def record(self, inputs: Inputs) -> None:
-        """Record the batch without a clean forward: run the model up to the last module's output."""
+        """Record the batch without a clean forward: run the model up to the last module's
+        output.
+        """
         if not self.complete:
             with suppress(_Recorded):
                 self._forward_of(inputs, stops=True)(inputs)
