@@ -1,5 +1,5 @@
-"""The Gaussian allocator: shares drawn from a Gaussian policy over the batch, its parameters
-learned by likelihood ratio.
+"""The Gaussian allocator: a Gaussian policy over the batch, with parameters learned by the
+likelihood-ratio method.
 
 References:
     Ren et al. (2025), FLOPS, arXiv 2410.05966, section 4.
@@ -15,12 +15,12 @@ from .likelihood_ratio import DRAWS, PolicyLearner, gradient, private_generator
 from .rounding import one_and_share, proxy, rounded
 
 _PURPOSE = 1
-_NUGGET = 1e-2  # added to the kernel's diagonal: samples with the same loss would make it singular
+_NUGGET = 1e-2  # added to the kernel's diagonal, which equal losses would make singular
 
 
 def standardised(losses: Tensor) -> Tensor:
-    """Return losses (B,) float64 with mean 0 and variance 1 in the batch; zeros where all are
-    alike.
+    """Return losses (B,) float64 with mean 0 and variance 1 in the batch; zeros if all are
+    equal.
     """
     losses = finite(losses)
     losses = losses / losses.abs().max().clamp(min=1e-300)  # squares of huge losses would overflow
@@ -68,13 +68,14 @@ class GaussianPolicy:
 
 
 class Gaussian(PolicyLearner):
-    """Counts from a Gaussian policy of four parameters, which learns which losses deserve queries.
+    """Counts from a Gaussian policy with four parameters, which learns how queries should depend on
+    losses.
 
-    A draw u is clamped at 0, each sample gets one query, and the rest of the budget is shared in
+    A draw u is clamped at 0, each sample gets one query, and the rest of the budget is divided in
     proportion to u. After each step the parameters descend on the proxy objective J of many draws,
-    by the likelihood-ratio method, with the squared deltas that the step has shown. Counts are
-    those of the policy's mean, not of a draw: J is convex in the counts, so a draw spends the
-    budget worse (Jensen), and as J of any counts can be told afterwards, it would explore nothing.
+    by the likelihood-ratio method, with the step's squared deltas. Counts are those of the policy's
+    mean, not of a draw: J is convex in the counts, so a draw is worse (Jensen), and it would not
+    help exploration, since J of any counts can be computed afterwards.
 
     Args:
         rate: step size of the parameters.
@@ -108,7 +109,7 @@ class Gaussian(PolicyLearner):
     def _learn(self, features: SampleFeatures, counts: Tensor, squares: Tensor) -> None:
         slope = self.slope(features, int(counts.sum()), squares, DRAWS)
         self._descent.step(slope)
-        # Only ratios of shares matter: hold their scale, or it would drift.
+        # Only ratios of shares matter: fix their scale, which would drift otherwise.
         values = self._descent.values
         scale = values[:2].norm().clamp(min=1e-6)
         values[:2] /= scale

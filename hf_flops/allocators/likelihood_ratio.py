@@ -1,9 +1,9 @@
-"""The likelihood-ratio (score function) method: improve a policy from the values of its draws,
-without derivatives of them.
+"""The likelihood-ratio (score function) method: improves a policy from the values of its draws,
+without their derivatives.
 
 `grad E J(n) = E [(J(n) - baseline) grad log p(n)]`, for any baseline that does not depend on the
-draw. Draws cost no forward pass, because J of any counts follows from the sigmas that a finished
-step has shown.
+draw. Draws cost no forward pass, because J of any counts follows from the sigmas measured in a
+finished step.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Descent:
 
     Args:
         start: initial values (P,).
-        rate: how far a value moves per step at most, about.
+        rate: learning rate, about the largest change of a value per step.
         bounds: P pairs (least, greatest).
     """
 
@@ -61,7 +61,7 @@ class Descent:
         self.values.clamp_(*self._bounds)
 
     def state_dict(self) -> State:
-        """Return values and Adam's moments, if there are any yet, as JSON-serialisable values."""
+        """Return the values and Adam's moments as JSON-serialisable values."""
         moments = self._adam.state.get(self.values, {})
         return {
             "values": self.values.tolist(),
@@ -69,7 +69,7 @@ class Descent:
         }
 
     def load_state_dict(self, state: State) -> None:
-        """Take up a state from `state_dict`."""
+        """Load a state from `state_dict`."""
         tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in state.items()}
         self.values.copy_(tensors.pop("values"))
         self._adam.state[self.values] = tensors

@@ -1,5 +1,5 @@
-"""The optimal allocator: counts in proportion to predicted sigmas, integer-exact, trusted as far as
-they have proved.
+"""The optimal allocator: integer counts in proportion to predicted sigmas, calibrated on past
+steps.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ class Optimal(Learner):
     past steps.
 
     log sigma is regressed on the logarithms of residual norm, loss and length, and each sample's
-    own past deviations (where samples have ids) are added. At first the residual norm is taken as
-    it is. Where predictions do not beat equal counts, they are flattened, down to equal counts.
+    own past deviations (if samples have ids) are added. The first step uses the residual norm
+    itself. If predictions are not better than equal counts, they are flattened, at most to equal
+    counts.
 
     Args:
-        decay: how much of the past is kept from one step to the next.
+        decay: of the statistics of past steps, per step.
 
     Example:
         >>> import torch
@@ -41,18 +42,15 @@ class Optimal(Learner):
     def __init__(self, decay: float = 0.95) -> None:
         super().__init__()
         self.decay = decay
-        self._regression, self._history, self._calibration = (
-            Regression(decay),
-            History(),
-            Calibration(decay),
-        )
+        self._regression, self._history = Regression(decay), History()
+        self._calibration = Calibration(decay)
 
     def predict(self, features: SampleFeatures) -> Tensor:
         """Return (B,) float64: `sqrt(E sigma_i^2)` given the past, up to a constant of the batch.
 
         J is linear in sigma_i^2, so its expectation is least for counts in proportion to this root.
-        With log sigma normal, of mean m and variance v, it is `exp(m + v)`: a sample that little is
-        known of gets more queries.
+        If log sigma is normal with mean m and variance v, it is `exp(m + v)`: samples with an
+        uncertain sigma get more queries.
         """
         logarithm = self._regression.predict(features)
         if features.ids is not None:

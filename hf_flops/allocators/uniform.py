@@ -1,4 +1,4 @@
-"""Equal counts: the yardstick."""
+"""Equal counts: the baseline."""
 
 from __future__ import annotations
 
