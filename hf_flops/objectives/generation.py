@@ -1,4 +1,4 @@
-"""Objectives of generated text: scores of what the perturbed model writes."""
+"""Objectives of generated text."""
 
 from __future__ import annotations
 
@@ -18,16 +18,15 @@ _GENERATION_INPUTS = ("input_ids", "attention_mask", "pixel_values", "input_feat
 
 
 class GeneratedMetric(Objective):
-    """A metric or reward of the text that the perturbed model generates, all rows of a forward at
-    once.
+    """A metric or reward of generated text; all rows of a forward are generated together.
 
     Args:
         what: "exact_match", which compares words with the text of the labels, or a function that
             maps (R texts, inputs) to R numbers.
-        tokenizer: turns tokens into text.
-        greater_is_better: which way the metric improves.
+        tokenizer: decodes tokens.
+        greater_is_better: whether larger values are better.
         options: for the model's `generate`; the default is greedy, so that a row's text depends on
-            its noise alone.
+            its noise only.
 
     Raises:
         ConfigurationError: an unknown name.
@@ -65,7 +64,7 @@ class GeneratedMetric(Objective):
         self.options = {"do_sample": False, "num_beams": 1, **options}
 
     def run(self, model: nn.Module, inputs: Inputs) -> tuple[None, list[str]]:
-        """Generate a text for every row; in place of a plain forward pass."""
+        """Generate a text for every row, instead of running a forward pass."""
         generator: Any = model
         own = {name: inputs[name] for name in _GENERATION_INPUTS if name in inputs}
         labels = inputs.get("labels")
@@ -74,20 +73,20 @@ class GeneratedMetric(Objective):
             and torch.is_tensor(labels)
             and labels.dim() == 2
         ):
-            # the answer is what is to be found
+            # the prompt must not contain the answer
             rows = split(inputs["input_ids"], inputs.get("attention_mask"), labels)
             own = {**own, "input_ids": rows.text, "attention_mask": rows.text_mask}
-        tokens, given = generator.generate(**own, **self.options), own.get("input_ids")
+        tokens, prompts = generator.generate(**own, **self.options), own.get("input_ids")
         if (
-            given is not None
-            and tokens.shape[1] >= given.shape[1]
-            and tokens[:, : given.shape[1]].equal(given)
+            prompts is not None
+            and tokens.shape[1] >= prompts.shape[1]
+            and tokens[:, : prompts.shape[1]].equal(prompts)
         ):
-            tokens = tokens[:, given.shape[1] :]  # some models return the text too
+            tokens = tokens[:, prompts.shape[1] :]  # some models return the prompt too
         return None, self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
     def references(self, inputs: Inputs) -> list[str]:
-        """Return the text of each row's labels (R, L), those of -100 left out."""
+        """Return the text of each row's labels (R, L), without those of -100."""
         labels = inputs.get("labels")
         if labels is None or labels.dim() != 2:
             raise ObjectiveError(
@@ -116,5 +115,5 @@ def _words(text: str) -> list[str]:
 
 
 def exact_match(text: str, wanted: str) -> float:
-    """Return 1 where a text has the words that were wanted, whatever its case and punctuation."""
+    """Return 1 if a text has the wanted words, ignoring case and punctuation, else 0."""
     return float(_words(text) == _words(wanted))

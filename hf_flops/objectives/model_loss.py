@@ -1,4 +1,4 @@
-"""The model's own loss, taken apart into rows, or of the batch as a whole."""
+"""The model's own loss, split into rows, or of the batch as a whole."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from .elementwise import Arguments, element_weights, slopes, squared_residuals, 
 
 
 class RowLossError(ObjectiveError):
-    """The model's own loss cannot be taken apart into rows."""
+    """The model's own loss cannot be split into rows."""
 
 
 @dataclass(frozen=True)
 class _Caught:
-    """One call of a loss function: (E,) losses and weights of its elements, and what was asked for
-    beside them.
+    """One call of a loss function: (E,) losses and weights of its elements, and requested
+    features.
     """
 
     losses: Tensor
@@ -38,8 +38,8 @@ class _Caught:
 
 
 class _WideLosses(TorchFunctionMode):
-    """Computes the standard loss functions in float32 at least: a difference of 16-bit losses has
-    no digits left.
+    """Computes the standard loss functions in float32 at least, because differences of 16-bit
+    losses have too few digits.
     """
 
     functions: ClassVar = {
@@ -67,12 +67,12 @@ class _WideLosses(TorchFunctionMode):
         )
 
     def loss(self, function: Call, given: Arguments) -> Tensor:
-        """Return what the model gets for a call with these arguments."""
+        """Return the result of a loss function's call with these arguments."""
         return function(**given)
 
 
 class _Tap(_WideLosses):
-    """Catches calls of the standard loss functions and keeps their unreduced values."""
+    """Intercepts calls of the standard loss functions and keeps their unreduced values."""
 
     def __init__(self, features: bool, logits: bool) -> None:
         super().__init__()
@@ -98,19 +98,19 @@ class _Tap(_WideLosses):
 
 
 class TappedLoss(Objective):
-    """The model's own loss, taken apart into rows by a tap on torch's loss functions.
+    """The model's own loss, split into rows by intercepting torch's loss functions.
 
-    Works where the loss is one call of `cross_entropy`, `nll_loss`, `mse_loss` or
-    `binary_cross_entropy_with_logits` and nothing else is added to it; labels never leave the
-    model, so shifts and padding stay right.
+    Works if the loss is one call of `cross_entropy`, `nll_loss`, `mse_loss` or
+    `binary_cross_entropy_with_logits`, with no other term. The model itself shifts and masks its
+    labels.
 
     Args:
-        logits: whether to keep logits, and where features are asked for slopes.
+        logits: whether to keep logits, and slopes if features are requested.
 
     Attributes:
-        after: the module after which to listen; None to listen from the start, which makes every
-            call of torch slower.
-        predictable: whether a control variate may learn from the logits.
+        after: the module after which calls are intercepted; None for the whole forward, which makes
+            every call of torch slower.
+        predictable: whether a control variate may use the logits.
 
     Example:
         >>> import torch
@@ -132,7 +132,7 @@ class TappedLoss(Objective):
         self.logits = logits
 
     def listen_late(self, model: nn.Module, forward: Forward, inputs: Inputs) -> None:
-        """Find the module of a model that ends last before the loss, and listen from there on."""
+        """Find the last module that ends before the loss, and intercept calls from there on."""
         last: list[nn.Module] = []
 
         def ended(module: nn.Module, args: object, output: object) -> None:
@@ -166,7 +166,9 @@ class TappedLoss(Objective):
         """See `Objective`."""
         rows = batch_size(inputs)
         tap, loss = self._listen(forward, inputs, features)
-        if not tap.caught and self.after is not None:  # these inputs take another way
+        if (
+            not tap.caught and self.after is not None
+        ):  # these inputs do not run that module before the loss
             self.after = None
             tap, loss = self._listen(forward, inputs, features)
         if len(tap.caught) != 1:
@@ -192,7 +194,7 @@ class TappedLoss(Objective):
 
 
 def _require_same(loss: Tensor | None, mean: Tensor) -> None:
-    """Refuse a tap whose rows do not add up to the model's loss, as with an auxiliary term."""
+    """Raise an error if the rows do not add up to the model's loss, as with an auxiliary term."""
     if loss is None:
         raise RowLossError("the model returns no loss")
     loss, mean = loss.detach(), mean.detach()
