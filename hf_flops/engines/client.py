@@ -1,5 +1,5 @@
-"""An engine behind HTTP: batches, several calls at a time, time limits, bounded retries, and an
-account of what it cost.
+"""An engine behind HTTP: batches, concurrent calls, time limits, bounded retries, and an account of
+costs.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ _LONGEST_WAIT = 60.0  # seconds between two attempts
 
 @dataclass
 class Account:
-    """What an endpoint was asked for.
+    """Calls and costs of an endpoint.
 
     Attributes:
-        calls: requests that were sent, repeated ones included.
-        retries: those of them that repeated a failed one.
-        rows: rows that were answered.
+        calls: requests, retries included.
+        retries: repeated requests.
+        rows: answered rows.
         tokens: their tokens, padding included.
-        bytes_sent: of the bodies of requests.
-        bytes_received: of the bodies of answers.
-        seconds: between sending a request and its answer, summed over calls.
+        bytes_sent: size of request bodies.
+        bytes_received: size of answer bodies.
+        seconds: latency, summed over calls.
     """
 
     calls: int = 0
@@ -48,32 +48,30 @@ class Account:
 
 
 class HttpEngine:
-    """An engine that `EngineServer`, or anything that speaks as it does, serves.
+    """A client of `EngineServer`, or of any server with the same protocol.
 
-    A call posts `inputs_embeds` and `attention_mask` of a few rows as safetensors, and gets
-    `logits` as safetensors back.
+    A call posts `inputs_embeds` and `attention_mask` of a few rows as safetensors, and receives
+    `logits` as safetensors.
 
     Args:
-        url: where to post to.
-        batch_rows: rows of a call.
+        url: of the endpoint.
+        batch_rows: rows per call.
         concurrency: calls at a time.
-        timeout: seconds after which a call has failed that is not answered, or whose answer still
-            trickles in.
-        retries: how often a call is repeated after 429, a server's error, a broken connection or a
-            timeout.
-        back_off: seconds before the first repetition, doubled for each further one; a server's
-            Retry-After counts if longer. A minute is the longest wait.
-        max_calls: calls in the lifetime of this object, repeated ones included; None for no limit.
-        headers: sent with every call, such as {"Authorization": "Bearer ..."}; no error shows them,
-            and no redirection takes them along.
+        timeout: seconds after which a call without a complete answer has failed.
+        retries: number of retries after 429, a server error, a broken connection or a timeout.
+        back_off: seconds before the first retry, doubled for each further one; a longer Retry-After
+            of the server is obeyed. The longest wait is a minute.
+        max_calls: limit of calls of this object, retries included; None for no limit.
+        headers: sent with every call, such as {"Authorization": "Bearer ..."}; they do not appear
+            in errors and are not sent to redirection targets.
 
     Attributes:
-        account: what was asked for so far.
+        account: calls and costs so far.
 
     Raises:
-        ConfigurationError: an argument that cannot work.
-        EngineError: when it is called: the endpoint, which is named, refused, kept failing or
-            answered with nonsense, or `max_calls` is spent.
+        ConfigurationError: an invalid argument.
+        EngineError: when called: the endpoint refused, failed repeatedly or gave an invalid answer,
+            or `max_calls` is reached.
 
     Example:
         >>> import torch
@@ -121,12 +119,8 @@ class HttpEngine:
             raise ConfigurationError(
                 f"back_off={back_off!r} must be a number of seconds, 0 or more."
             )
-        self.url, self.batch_rows, self.concurrency, self.timeout = (
-            url,
-            batch_rows,
-            concurrency,
-            timeout,
-        )
+        self.url, self.batch_rows = url, batch_rows
+        self.concurrency, self.timeout = concurrency, timeout
         self.retries, self.back_off, self.max_calls = retries, back_off, max_calls
         self.account = Account()
         self._headers = dict(headers or {})
@@ -150,13 +144,13 @@ class HttpEngine:
             try:
                 return self._ask(embeds, mask, stop)
             except BaseException:
-                stop.set()  # before this thread takes up the next part
+                stop.set()  # before this thread starts the next part
                 raise
 
         try:
             futures = [pool.submit(ask, *part) for part in parts]
             for future in as_completed(futures):
-                # the first failure is raised, and the other calls are not waited for
+                # raises the first failure without waiting for the other calls
                 future.result()
         finally:
             stop.set()
@@ -170,13 +164,11 @@ class HttpEngine:
         return torch.cat(answers)
 
     def _ask(self, embeds: Tensor, mask: Tensor, stop: threading.Event) -> Tensor:
-        """Return the logits (R, V) of one call, repeated as often as is allowed; nothing once
-        `stop` is set.
-        """
+        """Return the logits (R, V) of one call, with retries; empty once `stop` is set."""
         body = save({"inputs_embeds": embeds.contiguous(), "attention_mask": mask.contiguous()})
         for attempt in range(self.retries + 1):
             if stop.is_set():
-                return torch.empty(0)  # nobody waits for it
+                return torch.empty(0)  # the result is not used
             self._charge(attempt > 0)
             try:
                 answer = self.post(body)

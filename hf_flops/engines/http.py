@@ -1,5 +1,5 @@
-"""What a client of an HTTP engine needs of the protocol: checks of a URL and headers, bodies within
-a time limit, and `Retry-After`.
+"""HTTP helpers of the client: checks of a URL and headers, bodies within a time limit, and
+`Retry-After`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..errors import ConfigurationError
 
 
 class RetryableError(Exception):
-    """A call that may succeed if it is repeated, after so many seconds at least."""
+    """A failed call that may succeed if it is repeated after `wait` seconds or more."""
 
     def __init__(self, reason: str, wait: float = 0.0) -> None:
         super().__init__(reason)
@@ -24,7 +24,7 @@ class RetryableError(Exception):
 
 
 def check_url(url: str) -> None:
-    """Refuse what cannot be posted to."""
+    """Raise an error for an invalid URL."""
     try:
         parts = urlsplit(url)
         (parts.hostname or "").encode("idna")
@@ -42,7 +42,7 @@ def check_url(url: str) -> None:
 
 
 def check_headers(headers: Mapping[str, str]) -> None:
-    """Refuse headers that cannot be sent, without showing what may be secret."""
+    """Raise an error for invalid headers, without showing their values, which may be secret."""
     if not isinstance(headers, Mapping):
         raise ConfigurationError(
             f"headers is a {type(headers).__name__}, where a mapping of names to texts is wanted."
@@ -55,7 +55,9 @@ def check_headers(headers: Mapping[str, str]) -> None:
 
 
 def read_body(response: Any, deadline: float, most: float = float("inf")) -> bytes:
-    """Return the body of an answer, or its first bytes, if they come in time."""
+    """Return the body of an answer, or its first `most` bytes; raises TimeoutError at the
+    deadline.
+    """
     content = bytearray()
     while len(content) < most and (chunk := response.read1(1 << 16)):
         content += chunk
@@ -67,7 +69,7 @@ def read_body(response: Any, deadline: float, most: float = float("inf")) -> byt
 
 
 def seconds_to_wait(retry_after: str) -> float:
-    """Return how long a Retry-After header asks to wait; it is a number of seconds, or a date."""
+    """Return the seconds to wait that a Retry-After header, a number or a date, asks for."""
     try:
         return float(retry_after)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Engines in this process: a model of transformers, and a session of ONNX Runtime, which knows no
+"""Engines in this process: a model of transformers, and a session of ONNX Runtime, which has no
 autograd.
 """
 
@@ -77,11 +77,11 @@ def export_onnx(model: PreTrainedModel, path: str | Path, *, int8: bool = False)
 
     Args:
         model: the model, in float32.
-        path: the file to write, and one beside it of weights (`.data`); neither appears before it
-            is checked.
-        int8: whether weights become 8-bit integers, in blocks of 32 numbers, and activations are
-            quantised as they come, in blocks too: with one scale for all of them, outliers leave
-            the rest few digits, and rows depend on each other.
+        path: the file to write; weights are in a second file (`.data`). Both are written only after
+            a check.
+        int8: whether to quantise weights to 8 bits in blocks of 32 numbers, and activations when
+            they are computed, in blocks too. With a single scale, outliers would leave the other
+            numbers few digits, and rows would depend on each other.
 
     Raises:
         ConfigurationError: the exported model does not compute what the model does.
@@ -89,17 +89,15 @@ def export_onnx(model: PreTrainedModel, path: str | Path, *, int8: bool = False)
     runtime, path = _onnxruntime(), Path(path)
     model.eval()
     width = model.get_input_embeddings().get_parameter("weight").shape[1]
-    embeds, mask = (
-        torch.randn(2, 5, width, generator=torch.Generator().manual_seed(0)),
-        torch.ones(2, 5, dtype=torch.long),
-    )
+    embeds = torch.randn(2, 5, width, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(2, 5, dtype=torch.long)
     mask[1, 3:] = 0
     either = dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC)
     with TemporaryDirectory(dir=path.parent, prefix=path.name) as folder:
-        whole = Path(folder, path.name)  # the name stays, as the file knows that of its weights
+        whole = Path(folder, path.name)  # same name, because the file contains that of its weights
         plain = whole.with_suffix(".fp32.onnx") if int8 else whole
         with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's own, of its exporter's insides
+            warnings.simplefilter("ignore")  # from the internals of torch's exporter
             torch.onnx.export(
                 _Next(model),
                 (embeds, mask),
@@ -121,7 +119,7 @@ def export_onnx(model: PreTrainedModel, path: str | Path, *, int8: bool = False)
             )
         if int8:
             _quantise(runtime, plain, whole)
-        # an older one is not to be found beside the weights of this one
+        # an older file must not be used with the new weights
         path.unlink(missing_ok=True)
         if (weights := whole.with_name(whole.name + ".data")).is_file():
             os.replace(weights, path.with_name(weights.name))
@@ -131,13 +129,10 @@ def export_onnx(model: PreTrainedModel, path: str | Path, *, int8: bool = False)
 
 def _quantise(runtime: ModuleType, plain: Path, path: Path) -> None:
     """Write the 8-bit version of a file."""
-    root, handlers, level = (
-        logging.getLogger(),
-        logging.getLogger().handlers[:],
-        logging.getLogger().level,
-    )
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
     module: Any = importlib.import_module(f"{runtime.__name__}.quantization.matmul_nbits_quantizer")
-    root.handlers[:] = handlers  # the module sets the root logger up, and tells of every node
+    root.handlers[:] = handlers  # the module configures the root logger, and logs every node
     root.setLevel(level)
     module.logger.setLevel(logging.WARNING)
     quantizer = module.MatMulNBitsQuantizer(

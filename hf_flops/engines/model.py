@@ -1,4 +1,4 @@
-"""A soft prompt before or after the text of a model that runs somewhere else."""
+"""A soft prompt before or after the text of a model that runs elsewhere."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..objectives.elementwise import mean_cross_entropy
 
 
 class Engine(Protocol):
-    """A language model that is only asked for outputs."""
+    """A language model that only returns outputs."""
 
     def __call__(self, inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
         """Return the logits (R, V) of what follows each row's last real token.
@@ -45,19 +45,18 @@ class BlackBoxPromptModel(nn.Module):
     passes can train them.
 
     Args:
-        engine: what is asked, see `Engine`.
-        embeddings: (V, D) the model's table of input embeddings, kept as it is.
+        engine: the model; see `Engine`.
+        embeddings: (V, D) the model's input embeddings, which are not trained.
         label_words: the token of each of C classes.
         num_virtual_tokens: P.
-        init_tokens: tokens that the prompt starts as, repeated as needed; else random ones.
-        precision: relative error of a loss that the engine's rounding can cause, which checks allow
-            for: 3e-2 for int8.
-        after: whether the prompt comes after the text, where it learns in fewer rows, instead of
-            before it.
+        init_tokens: initial tokens of the prompt, repeated as needed; otherwise random ones.
+        precision: relative error of losses due to the engine's rounding, 3e-2 for int8.
+        after: whether the prompt comes after the text, where it learns with fewer rows, instead of
+            before.
 
     Raises:
-        ConfigurationError: fewer than one virtual token, tokens that the table does not have, or
-            label words that cannot tell classes apart.
+        ConfigurationError: fewer than one virtual token, tokens outside the table, or label words
+            that are not different.
 
     Example:
         >>> import torch
@@ -110,7 +109,7 @@ class BlackBoxPromptModel(nn.Module):
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> CausalLMOutput:
-        """Ask for texts (R, T), padded on either side; labels are (R,) classes, and logits (R, C).
+        """Run texts (R, T), padded on either side; labels are (R,) classes, and logits (R, C).
 
         Raises:
             ConfigurationError: the labels are not classes.

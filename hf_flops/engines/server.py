@@ -1,5 +1,5 @@
-"""A reference server for engines, of the standard library: to try black boxes with, not for the
-open internet.
+"""A reference server for engines, from the standard library: for experiments, not for the
+internet.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 class EngineServer:
@@ -58,12 +58,12 @@ class EngineServer:
     HttpEngine(server.url)`.
 
     Args:
-        engine: what to serve; it runs one request at a time.
+        engine: the served engine; it runs one request at a time.
         host: the address to listen at.
-        port: the port, 0 for any that is free.
+        port: the port; 0 for any free one.
 
     Raises:
-        ConfigurationError: the address does not exist here, or is taken.
+        ConfigurationError: the address does not exist on this machine, or is in use.
 
     Example:
         >>> import torch
@@ -93,7 +93,7 @@ class EngineServer:
 
     @property
     def url(self) -> str:
-        """Where to post to."""
+        """The URL for clients."""
         return f"http://{self._host}:{self._server.server_port}/"
 
     def __enter__(self) -> EngineServer:

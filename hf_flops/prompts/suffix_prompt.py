@@ -1,5 +1,5 @@
-"""A soft prompt after the text: queries run its few virtual tokens and the answer only, the text is
-run once.
+"""A soft prompt after the text: the text runs once, and queries run the virtual tokens and the
+answer only.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from .base_weights import drop_base, ignore_missing_base
 from .kv_cache import Ending, TextCache
 from .packing import Packing, continued, may_be_packed
 
-# the former is where Trainer puts a state dict
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "suffix_prompt.json"
 
 
@@ -35,21 +34,20 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
     """A frozen causal language model with P trainable virtual tokens between every row's text and
     its answer.
 
-    As attention is causal and the base frozen, nothing that happens to the prompt reaches the text.
-    So the keys and values of a text are computed once per call for all rows that begin with it, or
-    once per step inside `cached_texts`, where rows of the same text go side by side in one sequence
-    if the model allows it. If parameters of the base are trainable after all, every row runs its
-    own text.
+    Attention is causal and the base is frozen, so the prompt does not affect the text's keys and
+    values. They are computed once per call for all rows that begin with the text, or once per step
+    inside `cached_texts`, where rows of the same text share one sequence if the model allows it. If
+    parameters of the base are trainable, every row runs its own text.
 
     Args:
-        model: any causal language model of transformers whose memory of the past is keys and
-            values; it is frozen.
+        model: any causal language model of transformers with a cache of keys and values; it is
+            frozen.
         num_virtual_tokens: P.
-        init_text: a text whose tokens, repeated as needed, are what the prompt starts as; else it
-            is random tokens.
-        tokenizer: turns `init_text` into tokens.
-        label_words: the token that stands for each of C classes; then labels (R,) are classes, and
-            logits (R, C).
+        init_text: a text whose tokens, repeated as needed, initialise the prompt; otherwise random
+            tokens do.
+        tokenizer: encodes `init_text`.
+        label_words: the token of each of C classes; then labels (R,) are classes and logits
+            (R, C).
 
     Raises:
         ConfigurationError: not a model of transformers, fewer than one virtual token, or
@@ -99,7 +97,7 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
             tokens = tokens.repeat(-(-num_virtual_tokens // len(tokens)))[:num_virtual_tokens]
         self.base: Any = model.requires_grad_(False)
         start = words.detach()[tokens]
-        # An embedding, so that every rule for embeddings holds: each row looks all P entries up.
+        # An embedding, because there are per-row rules for it: each row looks up all P entries.
         self.prompt = nn.Embedding.from_pretrained(
             start if start.dtype == torch.float64 else start.float(), freeze=False
         )
@@ -109,7 +107,7 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
         )
         self.model_tags: list[str] = []
         self.texts: TextCache | None = None
-        # whether rows of a text may go in one sequence, once that was tried
+        # whether rows of a text may share a sequence; None until checked
         self.packs: bool | None = None
         self.register_state_dict_post_hook(drop_base)
         self.register_load_state_dict_post_hook(ignore_missing_base)
@@ -137,7 +135,7 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
             attention_mask: (R, L), zero on padding.
             labels: (R, L), -100 on the text; the answer, at the end of a row, has labels. Or, with
                 `label_words`, (R,) classes, and all of `input_ids` is text.
-            num_items_in_batch: what the sum of the losses is divided by; else their number.
+            num_items_in_batch: divisor of the summed losses; None for their mean.
 
         Returns:
             The loss if there are labels, and logits: (R, A, V) of the answers' tokens,
@@ -159,13 +157,11 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
 
     @contextmanager
     def cached_texts(self, inputs: Inputs, *, clean: bool = False) -> Iterator[None]:
-        """Keep the texts of a batch as keys and values for a while, for all rows made of its
-        samples; then drop them.
+        """Keep the keys and values of a batch's texts for all forwards inside the context.
 
         Args:
             inputs: the batch.
-            clean: its samples will be run with the prompt as it is, too: that is done in the same
-                forward.
+            clean: whether the same forward also runs the samples with the unperturbed prompt.
         """
         before = self.texts
         try:
@@ -187,8 +183,8 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
     def generate(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: object
     ) -> Tensor:
-        """Return the tokens (R, .) that the base model generates after text and prompt; options as
-        for its `generate`.
+        """Return the tokens (R, .) generated after text and prompt; options of the base's
+        `generate`.
         """
         rows = self._split(input_ids, attention_mask, None)
         embeddings = torch.cat(
@@ -198,8 +194,8 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
         return self.base.generate(inputs_embeds=embeddings, attention_mask=mask, **options)
 
     def save_pretrained(self, save_directory: str | Path, **options: object) -> None:
-        """Write the prompt (safetensors) and what it belongs to (JSON) into a folder; the base is
-        not written.
+        """Write the prompt (safetensors) and its configuration (JSON) to a folder, without the
+        base.
         """
         del options
         folder = Path(save_directory)
@@ -216,7 +212,7 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
 
     @classmethod
     def from_pretrained(cls, model: PreTrainedModel, folder: str | Path) -> Self:
-        """Put a prompt that `save_pretrained` or a Trainer's checkpoint holds on a base model."""
+        """Load a prompt from `save_pretrained` or a Trainer's checkpoint, for a base model."""
         state = load_file(Path(folder, WEIGHTS_FILE))
         words = state.get("label_words")
         loaded = cls(
@@ -230,7 +226,7 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
     def _split(
         self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None
     ) -> Split:
-        """Cut rows into texts and answers; labels (R,) are classes, and then there is no answer."""
+        """Split rows into texts and answers; with classes (R,) as labels there is no answer."""
         if labels is not None and labels.dim() == 1:
             if self.label_words is None:
                 raise ConfigurationError(
@@ -239,11 +235,8 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
                 )
             labels = None
         rows = split(input_ids, attention_mask, labels)
-        text, prompt, answer = (
-            int(rows.text_mask.sum(1).max()),
-            self.prompt.num_embeddings,
-            rows.answer.shape[1],
-        )
+        text, answer = int(rows.text_mask.sum(1).max()), rows.answer.shape[1]
+        prompt = self.prompt.num_embeddings
         most = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         if most is not None and text + prompt + answer > most:
             raise ConfigurationError(
@@ -253,9 +246,7 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
         return rows
 
     def _shares(self) -> bool:
-        """Whether rows with the same text can share its keys and values: nothing that changes them
-        is trained.
-        """
+        """Return whether rows can share keys and values of texts: no base parameter is trained."""
         return not any(parameter.requires_grad for parameter in self.base.parameters())
 
     def _read(
@@ -265,9 +256,7 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
             return TextCache(self.base, rows, keys, ending)
 
     def _ending(self, rows: Split) -> Ending:
-        """Return prompt and answer of each row; the last answer token predicts nothing, so it is
-        not run.
-        """
+        """Return prompt and answer of each row, without the last token, which predicts nothing."""
         answer = rows.answer[:, :-1]
         tokens = torch.cat(
             [self._prompts(len(answer)), self.base.get_input_embeddings()(answer)], 1
@@ -278,9 +267,7 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
         return Ending(tokens, kept, max(1, rows.answer.shape[1]))
 
     def _prompts(self, rows: int) -> Tensor:
-        """Return the prompt of each row, (R, P, D) in the base's dtype; noise is added before the
-        cast.
-        """
+        """Return the prompt of each row, (R, P, D), in the base's dtype; noise is added before."""
         index = torch.arange(self.prompt.num_embeddings, device=self.prompt.weight.device)
         return self.prompt(index.expand(rows, -1)).to(self.base.dtype)
 

@@ -1,5 +1,5 @@
-"""Visual prompts: what is trained is the input of a frozen vision model, a border of pixels or
-tokens beside the patches.
+"""Visual prompts: a trained border of pixels, or tokens beside the patches, of a frozen vision
+model.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ KINDS = ("border", "tokens")
 
 
 class VisualPrompt(nn.Module):
-    """A frozen vision model with a trained prompt, in its place: `clip.vision_model =
+    """A frozen vision model with a trained prompt, which replaces the model: `clip.vision_model =
     VisualPrompt(clip.vision_model)`.
 
-    A border is added to the outermost pixels of every image, after whatever processing made
-    `pixel_values`. Tokens follow what the module `embeddings` makes of the patches. Either is an
-    embedding that every row looks up whole, so noise per row reaches it by the rule for embeddings.
+    A border is added to the outermost entries of `pixel_values`. Tokens are appended to the output
+    of the module `embeddings`. Both are embeddings whose entries every row looks up, so the per-row
+    rule for embeddings applies.
 
     Args:
         vision_model: any module that takes `pixel_values` (R, C, H, W), an image classifier too.
@@ -68,7 +68,7 @@ class VisualPrompt(nn.Module):
             )
         if kind == "tokens":
             self.prompt = nn.Embedding(size, config.hidden_size)
-            self._embeddings  # noqa: B018 - it must be there
+            self._embeddings  # noqa: B018 - raises if it is missing
             nn.init.normal_(self.prompt.weight, std=0.02)
             return
         sides = config.image_size

@@ -439,6 +439,6 @@ def test_bad_arguments():
         MambaConfig(vocab_size=VOCABULARY, hidden_size=8, state_size=2, num_hidden_layers=1)
     )
     with pytest.raises(
-        ConfigurationError, match="MambaForCausalLM does not keep its text as keys and values alone"
+        ConfigurationError, match="MambaForCausalLM keeps more than keys and values of its text"
     ):
         SuffixPromptModel(mamba)(**batch(draw_rows([(4, 2)])))
