@@ -1,4 +1,4 @@
-"""Which optimizers can be replayed, what is recorded of them, and how they are built again."""
+"""Records optimizers that can be replayed, and builds them again."""
 
 from __future__ import annotations
 
@@ -18,23 +18,21 @@ _HOMES = ("torch.optim.", "transformers.optimization.")
 
 
 def bare(optimizer: Optimizer) -> Optimizer:
-    """Return what Accelerate wrapped."""
+    """Return the optimizer inside Accelerate's wrapper."""
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
 
 
 def describe(optimizer: Optimizer, names: Mapping[int, str]) -> State:
-    """Return what builds an optimizer again: its class, its defaults, and the names of each group's
-    tensors.
+    """Return the class of an optimizer, its defaults, and the names of each group's tensors.
 
     Args:
-        optimizer: as the trainer has it.
+        optimizer: of the trainer.
         names: of the trainable parameters, by id.
 
     Raises:
-        ConfigurationError: its steps cannot be replayed, because other code or a closure belongs to
-            them.
+        ConfigurationError: its steps cannot be replayed, because they need other code or a closure.
     """
     own = bare(optimizer)
     home = f"{type(own).__module__}.{type(own).__qualname__}"
@@ -50,7 +48,7 @@ def describe(optimizer: Optimizer, names: Mapping[int, str]) -> State:
 
 
 def arguments(optimizer: Optimizer) -> list[State]:
-    """Return the arguments of each group as numbers and words, the learning rate among them."""
+    """Return the arguments of each group, such as the learning rate, as plain values."""
     return [
         _plain({k: v for k, v in group.items() if k != "params"})
         for group in bare(optimizer).param_groups
@@ -62,7 +60,7 @@ def build(
     groups: Sequence[State],
     parameters: Mapping[str, nn.Parameter],
 ) -> Optimizer:
-    """Return an optimizer as `describe` found it, with the arguments of each group, for the
+    """Return an optimizer from the result of `describe` and the arguments of each group, for
     parameters by name.
     """
     home, _, name = said["class"].rpartition(".")
@@ -81,14 +79,14 @@ def build(
 
 
 def restored(values: State) -> State:
-    """Return arguments as the optimizer had them: JSON knows no tuples."""
+    """Return arguments with lists as tuples again, which JSON does not have."""
     return {
         name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
     }
 
 
 def _plain(values: State) -> State:
-    """Return arguments as JSON keeps them."""
+    """Return arguments as plain values for JSON."""
 
     def one(value: Any) -> Any:
         if torch.is_tensor(value) or hasattr(value, "item"):

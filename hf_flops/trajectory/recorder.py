@@ -31,17 +31,17 @@ class TrajectoryRecorder(TrainerCallback):
         self._seed = 0
         self._perturbation: Perturbation | None = None
         self._rules: rules.Description | None = None
-        self._said: rules.Description | None = None  # the rules that the log knows of
+        self._said: rules.Description | None = None  # the rules in the log
         self._groups: list[State] = []
         self._now: list[State] = []
 
     def observe(self, finished: FinishedBatch) -> None:
-        """Take down a finished batch of a trainer."""
+        """Record a finished batch of a trainer."""
         assert finished.method is not None
         self.batch(finished.result.trace, finished.position.seed, finished.method.perturbation)
 
     def batch(self, trace: UpdateRecord | None, seed: int, perturbation: Perturbation) -> None:
-        """Take down what a batch adds to the gradient of the coming step."""
+        """Record the contribution of a batch to the gradient of the next step."""
         if perturbation is not self._perturbation:
             self._rules, self._perturbation = rules.describe(perturbation), perturbation
         self._seed = seed
@@ -50,7 +50,7 @@ class TrajectoryRecorder(TrainerCallback):
 
     @property
     def begun(self) -> bool:
-        """Whether batches of the coming step were taken down."""
+        """Whether batches of the next step have been recorded."""
         return bool(self._traces)
 
     def discard(self) -> None:
@@ -60,7 +60,7 @@ class TrajectoryRecorder(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Begin the log, or go on with it after the step of the checkpoint."""
+        """Start the log, or continue it after the step of the checkpoint."""
         model, path = kwargs["model"], Path(str(args.output_dir), LOG_FILE)
         self.__init__()  # type: ignore[misc]
         self._own = start.trainable(model)
@@ -83,9 +83,7 @@ class TrajectoryRecorder(TrainerCallback):
         self._file.append(state.global_step, pack("session", session, {}))
 
     def _last(self, path: Path, step: int) -> Record:
-        """Return the record of the step that a checkpoint was saved after, and check that it led
-        there.
-        """
+        """Return the record of the checkpoint's step, and check that it matches the checkpoint."""
         last = None
         for record in read(path) if path.is_file() else ():
             if record.step > step:
@@ -110,7 +108,7 @@ class TrajectoryRecorder(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take down the optimizer's arguments, as the scheduler left them."""
+        """Record the optimizer's arguments, as set by the scheduler."""
         self._now = optimizers.arguments(kwargs["optimizer"])
         if all(parameter.grad is None for parameter in self._own.values()):
             self.discard()
@@ -122,11 +120,11 @@ class TrajectoryRecorder(TrainerCallback):
         if self._file is None:
             return
         prints = [fingerprint(parameter) for parameter in self._own.values()]
-        told = None if self._rules == self._said else self._rules
+        changed = None if self._rules == self._said else self._rules
         shares_noise = bool(getattr(self._perturbation, "shares_noise", False))
         groups = changes(self._groups, self._now)
         record = StepRecord(
-            self._seed, state.global_step, self._traces, told, groups, prints, shares_noise
+            self._seed, state.global_step, self._traces, changed, groups, prints, shares_noise
         )
         self._file.append(state.global_step + 1, record.pack())
         self._traces, self._said, self._groups = [], self._rules, self._now
@@ -134,7 +132,7 @@ class TrajectoryRecorder(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """See to it that the log is on the disk before a checkpoint is."""
+        """Write the log to the disk before a checkpoint is saved."""
         if self._file is not None and (control.should_save or control.should_training_stop):
             self._file.sync()
 

@@ -1,8 +1,7 @@
-"""What the records of a trajectory log say: safetensors, with JSON in their metadata; nothing in
-them is executed.
+"""The records of a trajectory log: safetensors with JSON metadata; no code in them is executed.
 
-The first record is the start of the run, then comes one for each session (a start or a resume) and
-one for each optimizer step.
+The first record describes the start of the run; then there is one for each session (a start or a
+resume) and one for each optimizer step.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ def pack(kind: str, says: State, tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def unpack(payload: bytes) -> tuple[str, State, dict[str, Tensor]]:
-    """Return a record's kind, and what it says in words and in tensors."""
+    """Return a record's kind, metadata and tensors."""
     (length,) = struct.unpack("<Q", payload[:8])
     metadata = json.loads(payload[8 : 8 + length])["__metadata__"]
     return metadata["kind"], json.loads(metadata["json"]), load(payload)
@@ -47,7 +46,7 @@ def fingerprint(tensor: Tensor) -> int:
 
 
 def narrow(values: Tensor) -> Tensor:
-    """Return whole numbers, none of them negative, in the smallest type that holds them."""
+    """Return non-negative integers in the smallest dtype that fits."""
     most = int(values.max()) if len(values) else 0
     return values.to(next(kind for kind in _WHOLE if most <= torch.iinfo(kind).max))
 
@@ -59,11 +58,10 @@ class StepRecord:
     Attributes:
         seed: of the noise.
         step: optimizer steps done before it.
-        traces: of its batches; none where its gradients were dropped.
-        rules: where it changed, which tensors are perturbed and how: [rule, distribution, names]
-            for each part.
-        groups: what changed in the optimizer's arguments, by group; everything with a session's
-            first step.
+        traces: of its batches; empty if its gradients were dropped.
+        rules: of the perturbation, if they changed; see `Description`.
+        groups: changes of the optimizer's arguments, by group; all arguments in a session's first
+            step.
         fingerprints: (P,) of the trainable tensors after it.
         shares_noise: whether rows of a chunk share noise, so that their group matters.
     """
@@ -103,7 +101,7 @@ class StepRecord:
 
     @classmethod
     def unpack(cls, says: State, tensors: Mapping[str, Tensor]) -> StepRecord:
-        """Read what `pack` wrote."""
+        """Return the record from the results of `unpack`."""
         prints = [value % 2**32 for value in tensors["fingerprints"].tolist()]
         sizes = [size for size, _, _, _ in says["batches"]]
         cut = (
