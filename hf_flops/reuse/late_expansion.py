@@ -13,7 +13,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,7 @@ class ReusePlan:
         crop_padding: whether recorded outputs may be cropped for a chunk with less padding than the
             batch; None if unknown.
         token_axes: leaves whose second dimension is the batch's columns (tokens).
+        spans_steps: whether outputs are kept for later steps.
     """
 
     modules: Mapping[nn.Module, tuple[bool, ...]] = field(default_factory=dict)
@@ -56,11 +57,7 @@ class ReusePlan:
     unread_inputs: frozenset[str] = frozenset()
     crop_padding: bool | None = None
     token_axes: frozenset[tuple[nn.Module, int]] = frozenset()
-
-    @property
-    def spans_steps(self) -> bool:
-        """Whether outputs are kept for later steps."""
-        return False
+    spans_steps: ClassVar[bool] = False
 
     def recording(self, forward: Call) -> Recording:
         """Return a context that applies the plan to one step; `forward` runs the model."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 from weakref import finalize
 
 import torch
@@ -72,6 +72,10 @@ class SampleStore:
     Args:
         gigabytes: total size; samples that no longer fit are not kept.
         folder: of an unnamed temporary file, which is deleted when the run ends; None for memory.
+
+    Attributes:
+        patterns: the modules' outputs for samples of a layout, with empty tensors in place of those
+            that are kept by sample.
     """
 
     def __init__(self, gigabytes: float, folder: Path | None = None) -> None:
@@ -83,7 +87,7 @@ class SampleStore:
             finalize(self, self._file.close)
         self._contents: dict[tuple[int, Layout], bytes] = {}
         self._entries: dict[tuple[int, Layout], list[Any]] = {}
-        self._patterns: dict[Layout, dict[nn.Module, Output]] = {}
+        self.patterns: dict[Layout, dict[nn.Module, Output]] = {}
 
     def get(self, sample: Sample) -> list[Tensor] | None:
         """Return the tensors of a sample, on the CPU, or None.
@@ -116,16 +120,6 @@ class SampleStore:
                 self._write(t) if self._file else t.detach().to("cpu", copy=True) for t in tensors
             ]
 
-    def pattern(self, layout: Layout) -> dict[nn.Module, Output] | None:
-        """Return the modules' outputs for samples of a layout, with empty tensors in place of those
-        that are kept by sample; None if unknown.
-        """
-        return self._patterns.get(layout)
-
-    def put_pattern(self, layout: Layout, pattern: dict[nn.Module, Output]) -> None:
-        """Set the outputs that `pattern` returns."""
-        self._patterns[layout] = pattern
-
     def _write(self, tensor: Tensor) -> tuple[int, torch.Size, torch.dtype]:
         start = self._file.seek(0, 2)
         self._file.write(raw_bytes(tensor))
@@ -150,16 +144,12 @@ class CachedPlan(ReusePlan):
     """
 
     store: SampleStore
+    spans_steps: ClassVar[bool] = True
 
     @classmethod
     def of(cls, plan: ReusePlan, store: SampleStore) -> CachedPlan:
         """Return a plan with a store."""
         return cls(**vars(plan), store=store)
-
-    @property
-    def spans_steps(self) -> bool:
-        """See `ReusePlan`."""
-        return True
 
     def recording(self, forward: Call) -> CachedRecording:
         """See `ReusePlan`."""
@@ -235,13 +225,13 @@ class CachedRecording(Recording):
             ]
             store.put(sample, entry)
             entries.append(entry)
-        if samples and store.pattern(samples[0].layout) is None:
+        if samples and samples[0].layout not in store.patterns:
             pattern = {
                 module: ([self._pattern(module, i, leaf) for i, leaf in enumerate(outputs)], spec)
                 for module, (outputs, spec) in self.outputs.items()
                 if module not in self.plan.recomputed
             }
-            store.put_pattern(samples[0].layout, pattern)
+            store.patterns[samples[0].layout] = pattern
         return entries
 
     def _pattern(self, module: nn.Module, index: int, leaf: Leaf) -> Leaf:
@@ -258,9 +248,7 @@ class CachedRecording(Recording):
         self.outputs.clear()
         self._samples = 1
         everyone = torch.zeros(len(entries), dtype=torch.int64)
-        pattern = self.plan.store.pattern(layout)
-        assert pattern is not None
-        for module, (leaves, spec) in pattern.items():
+        for module, (leaves, spec) in self.plan.store.patterns[layout].items():
             hollow, rows = module in self.plan.pass_through, self.plan.modules[module]
             pairs = zip(leaves, rows, strict=True)
             self.outputs[module] = (
