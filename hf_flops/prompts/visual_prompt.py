@@ -101,7 +101,7 @@ class VisualPrompt(nn.Module):
         """Run the vision model on images (R, C, H, W) with the prompt."""
         kwargs = kwargs if labels is None else {**kwargs, "labels": labels}
         if self.kind == "border":
-            return self.vision_model(pixel_values=self.framed(pixel_values), **kwargs)
+            return self.vision_model(pixel_values=self._framed(pixel_values), **kwargs)
         rows = torch.arange(self.size, device=pixel_values.device).expand(len(pixel_values), -1)
         tokens = self.prompt(rows)  # (R, size, D)
         handle = self._embeddings.register_forward_hook(
@@ -112,7 +112,7 @@ class VisualPrompt(nn.Module):
         finally:
             handle.remove()
 
-    def framed(self, pixel_values: Tensor) -> Tensor:
+    def _framed(self, pixel_values: Tensor) -> Tensor:
         """Add the border to images (R, C, H, W)."""
         if pixel_values.shape[1:] != self.shape:
             raise ObjectiveError(
