@@ -196,7 +196,7 @@ def prompts(tokens: int = 2, start: str = " movie was", name: str = "prompts") -
     def model(seed: int) -> nn.Module:
         set_seed(seed)
         own = _KeptTexts(base, tokens, start, tokenizer, label_words=words)
-        own._texts, own._packs = kept, first._packs
+        own.texts, own.packs = kept, first.packs
         return own
 
     return LearningTask(name, model, splits, 16_000, batch=8, scale=1e-2, schedule="linear")

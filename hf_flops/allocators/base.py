@@ -1,35 +1,42 @@
-"""What every allocator is, and the simplest budget rules.
+"""The interface of allocators, and the simplest budget rules.
 
-Counts are fixed before the noise is drawn: an allocator sees the clean forward and the past only.
-That, and the weight `1 / n_i` of every row, keeps the gradient estimate unbiased whatever an
-allocator does.
+Counts are fixed before the noise is drawn: an allocator uses the clean forward and past steps only.
+Together with the weight `1 / n_i` of every row this keeps the gradient estimate unbiased for every
+allocator.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from ..base.state import State
 from ..errors import ConfigurationError
 
 
 @dataclass(frozen=True)
 class SampleFeatures:
-    """What an allocator may look at: the clean forward and the past, never this step's noise.
+    """What an allocator may use: results of the clean forward, never this step's noise.
 
     Attributes:
         losses: (B,) float32, loss sums of the clean forward.
-        residuals: (B,) float32 norm of the loss's gradient by the model's outputs, or None where it
+        residuals: (B,) float32 norm of the loss's gradient by the model's outputs, or None if it
             is unknown.
         step: optimizer steps done before this one.
         position: index of the first sample in the global batch of this optimizer step.
         epoch: epochs done, with fraction.
         seed: the run's seed.
-        lengths: (B,) number of loss elements (tokens, labels, ...), or None where it is unknown.
-        ids: (B,) the samples' places in the data set, or None where they are unknown.
+        lengths: (B,) number of loss elements (tokens, labels, ...), or None if unknown.
+        ids: (B,) the samples' indices in the data set, or None if unknown.
+
+    Example:
+        >>> import torch
+        >>> from hf_flops.allocators import SampleFeatures
+        >>> SampleFeatures(losses=torch.tensor([0.5, 2.0]), step=3).step
+        3
     """
 
     losses: Tensor
@@ -48,8 +55,8 @@ class Allocator(Protocol):
     Attributes:
         needs_clean: whether the clean forward must run before counts can be given.
         weighted: whether rows carry the unbiased weight `1 / n_i`.
-        shuffled: whether rows are cut at random into groups that share noise, instead of one group
-            per query.
+        shuffled: whether rows are divided at random into groups that share noise, instead of one
+            group per query.
     """
 
     needs_clean: bool
@@ -61,29 +68,27 @@ class Allocator(Protocol):
         ...
 
     def update(self, features: SampleFeatures, counts: Tensor, mean_squares: Tensor) -> None:
-        """Learn from a finished step; mean_squares: (B,) mean of each sample's squared deltas
-        (NaN where none).
+        """Update with a finished step; mean_squares: (B,) mean of each sample's squared deltas, NaN
+        if none is finite.
         """
         ...
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a resume needs, as JSON-serialisable values."""
+    def state_dict(self) -> State:
+        """Return the state that a resumed run needs, as JSON-serialisable values."""
         ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a state from `state_dict`."""
+    def load_state_dict(self, state: State) -> None:
+        """Load a state from `state_dict`."""
         ...
 
 
 @runtime_checkable
 class TwoRoundAllocator(Protocol):
-    """What an allocator has beside the rest if a pilot round is to fix the counts of a second
-    round.
-    """
+    """Additional methods of an allocator with a pilot round that determines the second round."""
 
     def pilot(self, features: SampleFeatures, budget: int) -> tuple[Tensor, Tensor] | None:
-        """Return the pilot's counts (B,) int64, and its weight (B,) in each sample's estimate; None
-        for no pilot.
+        """Return the pilot's counts (B,) int64 and its weights (B,) in each sample's estimate, or
+        None for no pilot.
         """
         ...
 
@@ -94,16 +99,16 @@ class TwoRoundAllocator(Protocol):
 
         Args:
             features: of the clean forward.
-            squares: (B,) mean squared deltas of the pilot, NaN where none is finite.
+            squares: (B,) mean squared deltas of the pilot, NaN if none is finite.
             pilot: (B,) the pilot's counts.
             shares: (B,) the pilot's weights.
-            budget: queries that the pilot left.
+            budget: remaining queries.
         """
         ...
 
 
 def check_budget(samples: int, budget: int) -> None:
-    """Refuse a budget that leaves a sample without a query."""
+    """Raise an error if the budget is less than one query per sample."""
     if samples < 1 or budget < samples:
         raise ConfigurationError(
             f"A budget of {budget} queries cannot give each of {samples} samples at least one."
@@ -117,8 +122,8 @@ def equal_counts(samples: int, budget: int) -> Tensor:
 
 
 def finite(values: Tensor) -> Tensor:
-    """Return values (B,) as float64 on the CPU, those that are not finite replaced by the largest
-    finite one, or 0.
+    """Return values (B,) as float64 on the CPU; non-finite ones are replaced by the largest finite
+    one, or 0.
     """
     values = values.detach().cpu().double()
     known = values.isfinite()
@@ -126,20 +131,20 @@ def finite(values: Tensor) -> Tensor:
 
 
 class Memoryless:
-    """The part of an allocator that learns nothing."""
+    """The part of an allocator without state."""
 
     needs_clean = True
     weighted = True
     shuffled = False
 
     def update(self, features: SampleFeatures, counts: Tensor, mean_squares: Tensor) -> None:
-        """Nothing is learned."""
+        """Do nothing: the allocator has no state."""
         del features, counts, mean_squares
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """See `Allocator.state_dict`."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """See `Allocator.load_state_dict`."""
         del state

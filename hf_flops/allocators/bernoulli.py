@@ -1,5 +1,5 @@
-"""The Bernoulli allocator: easy samples give half of their queries away, each by the toss of a
-coin.
+"""The Bernoulli allocator: each easy sample gives half of its queries away with a given
+probability.
 
 References:
     Ren et al. (2025), FLOPS, arXiv 2410.05966, section 4.
@@ -8,7 +8,6 @@ References:
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +16,7 @@ from torch import Tensor
 from ..base.prng import seeds, uniforms
 from ..errors import ConfigurationError
 from .base import SampleFeatures, equal_counts, finite
-from .learner import Learner
-from .likelihood_ratio import DRAWS, Descent, gradient, private_generator
+from .likelihood_ratio import DRAWS, PolicyLearner, gradient, private_generator
 from .rounding import proxy
 
 _PURPOSE = 2
@@ -33,17 +31,17 @@ def published_probability(epoch: float) -> float:
 
 
 def easy_samples(losses: Tensor) -> Tensor:
-    """Return (B,) bool: which losses lie below the mean of the batch; never all of them."""
+    """Return (B,) bool: which losses are below the mean of the batch; never all of them."""
     losses = finite(losses)
-    # Rounded, the mean of equal losses may lie above all of them.
+    # After rounding, the mean of equal losses may be above all of them.
     return (losses < losses.mean()) & (losses < losses.max())
 
 
 def halved_counts(features: SampleFeatures, probability: float, budget: int) -> Tensor:
-    """Halve the queries of easy samples, each with a probability, and share what is freed among all
-    others.
+    """Halve the queries of each easy sample with a probability, and divide the freed queries among
+    the others.
 
-    The tosses are a function of seed, step and position alone.
+    The random numbers are a function of seed, step and position alone.
 
     Returns:
         (B,) int64, each at least 1, summing to the budget.
@@ -57,15 +55,15 @@ def halved_counts(features: SampleFeatures, probability: float, budget: int) -> 
     others = torch.nonzero(~halved).flatten()
     freed = budget - int(counts.sum())
     counts[others] += freed // len(others)
-    # Where the published code draws who gets the remainder, the samples with the smallest numbers
-    # do.
+    # The remainder goes to the samples with the smallest random numbers; the published code draws
+    # again for it.
     counts[others[drawn[others].argsort()[: freed % len(others)]]] += 1
     return counts
 
 
-class Bernoulli(Learner):
-    """A sample whose loss is below the batch's mean keeps half of its queries with probability p;
-    the others get the rest.
+class Bernoulli(PolicyLearner):
+    """Halves, with probability p, the queries of each sample whose loss is below the batch's mean;
+    the other samples get the rest.
 
     p is learned by the likelihood-ratio method on the proxy objective J, from the squared deltas of
     finished steps. Rows carry the weight `1 / n_i`, so that the estimate is unbiased (unlike that
@@ -77,16 +75,22 @@ class Bernoulli(Learner):
 
     Raises:
         ConfigurationError: the schedule is unknown.
+
+    Example:
+        >>> import torch
+        >>> from hf_flops.allocators import Bernoulli, SampleFeatures
+        >>> features = SampleFeatures(losses=torch.tensor([1.0, 2.0, 3.0, 6.0]))
+        >>> Bernoulli(schedule="published").counts(features, budget=16).tolist()
+        [2, 2, 6, 6]
     """
 
     def __init__(self, schedule: str = "learned", rate: float = 0.1) -> None:
-        super().__init__()
         if schedule not in SCHEDULES:
             raise ConfigurationError(
                 f"schedule={schedule!r} is unknown: choose one of {', '.join(SCHEDULES)}."
             )
         self.schedule = schedule
-        self._descent = Descent([math.log(0.3 / 0.7)], rate, [(-5.0, 5.0)])
+        super().__init__([math.log(0.3 / 0.7)], rate, [(-5.0, 5.0)])
 
     def probability(self, epoch: float) -> float:
         """Return p."""
@@ -124,15 +128,9 @@ class Bernoulli(Learner):
         score = (halved.double() - probability)[:, easy].sum(1, keepdim=True)
         return gradient(score, values)
 
-    def _state(self) -> dict[str, Any]:
-        return self._descent.state_dict()
-
-    def _load(self, state: dict[str, Any]) -> None:
-        self._descent.load_state_dict(state)
-
 
 def _real_counts(halved: Tensor, budget: int) -> Tensor:
-    """Return the counts (K, B) float64 of many tosses (K, B), without rounding of what is freed."""
+    """Return the counts (K, B) float64 of K draws (K, B), without rounding the freed queries."""
     samples = halved.shape[1]
     half = max(budget // samples // 2, 1)
     number = halved.sum(1, keepdim=True)

@@ -1,5 +1,5 @@
-"""The Gaussian allocator: shares drawn from a Gaussian policy over the batch, its parameters
-learned by likelihood ratio.
+"""The Gaussian allocator: a Gaussian policy over the batch, with parameters learned by the
+likelihood-ratio method.
 
 References:
     Ren et al. (2025), FLOPS, arXiv 2410.05966, section 4.
@@ -7,23 +7,20 @@ References:
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from .base import SampleFeatures, equal_counts, finite
-from .learner import Learner
-from .likelihood_ratio import DRAWS, Descent, gradient, private_generator
+from .likelihood_ratio import DRAWS, PolicyLearner, gradient, private_generator
 from .rounding import one_and_share, proxy, rounded
 
 _PURPOSE = 1
-_NUGGET = 1e-2  # added to the kernel's diagonal: samples with the same loss would make it singular
+_NUGGET = 1e-2  # added to the kernel's diagonal, which equal losses would make singular
 
 
 def standardised(losses: Tensor) -> Tensor:
-    """Return losses (B,) float64 with mean 0 and variance 1 in the batch; zeros where all are
-    alike.
+    """Return losses (B,) float64 with mean 0 and variance 1 in the batch; zeros if all are
+    equal.
     """
     losses = finite(losses)
     losses = losses / losses.abs().max().clamp(min=1e-300)  # squares of huge losses would overflow
@@ -70,23 +67,37 @@ class GaussianPolicy:
         return torch.stack([a.sum(0), self.x @ a, by_variance, by_length], dim=1)
 
 
-class Gaussian(Learner):
-    """Counts from a Gaussian policy of four parameters, which learns which losses deserve queries.
+class Gaussian(PolicyLearner):
+    """Counts from a Gaussian policy with four parameters, which learns how queries should depend on
+    losses.
 
-    A draw u is clamped at 0, each sample gets one query, and the rest of the budget is shared in
+    A draw u is clamped at 0, each sample gets one query, and the rest of the budget is divided in
     proportion to u. After each step the parameters descend on the proxy objective J of many draws,
-    by the likelihood-ratio method, with the squared deltas that the step has shown. Counts are
-    those of the policy's mean, not of a draw: J is convex in the counts, so a draw spends the
-    budget worse (Jensen), and as J of any counts can be told afterwards, it would explore nothing.
+    by the likelihood-ratio method, with the step's squared deltas. Counts are those of the policy's
+    mean, not of a draw: J is convex in the counts, so a draw is worse (Jensen), and it would not
+    help exploration, since J of any counts can be computed afterwards.
 
     Args:
         rate: step size of the parameters.
+
+    Example:
+        >>> import torch
+        >>> from hf_flops.allocators import Gaussian, SampleFeatures
+        >>> features = SampleFeatures(losses=torch.tensor([1.0, 2.0, 3.0, 6.0]))
+        >>> allocator = Gaussian()
+        >>> allocator.counts(features, budget=16).tolist()
+        [4, 4, 4, 4]
+        >>> squares = torch.tensor([0.1, 0.2, 1.0, 9.0])
+        >>> for step in range(1, 30):
+        ...     allocator.update(features, torch.full((4,), 4), squares)
+        ...     features = SampleFeatures(features.losses, step=step)
+        >>> allocator.counts(features, budget=16).tolist()
+        [1, 2, 4, 9]
     """
 
     def __init__(self, rate: float = 0.03) -> None:
-        super().__init__()
         bounds = [(0.0, 10.0), (-10.0, 10.0), (-6.0, 0.0), (-2.0, 2.0)]
-        self._descent = Descent([1.0, 0.0, -2.0, 0.0], rate, bounds)  # slope 0: equal counts
+        super().__init__([1.0, 0.0, -2.0, 0.0], rate, bounds)  # slope 0: equal counts
 
     def _counts(self, features: SampleFeatures, budget: int) -> Tensor:
         intercept, slope = self._descent.values[:2].tolist()
@@ -98,7 +109,7 @@ class Gaussian(Learner):
     def _learn(self, features: SampleFeatures, counts: Tensor, squares: Tensor) -> None:
         slope = self.slope(features, int(counts.sum()), squares, DRAWS)
         self._descent.step(slope)
-        # Only ratios of shares matter: hold their scale, or it would drift.
+        # Only ratios of shares matter: fix their scale, which would drift otherwise.
         values = self._descent.values
         scale = values[:2].norm().clamp(min=1e-6)
         values[:2] /= scale
@@ -119,9 +130,3 @@ class Gaussian(Learner):
         normals = torch.randn(draws, len(squares), generator=generator, dtype=torch.float64)
         values = proxy(squares, one_and_share(policy.draw(normals), budget))
         return gradient(policy.score(normals), values * (budget / len(squares) / squares.sum()))
-
-    def _state(self) -> dict[str, Any]:
-        return self._descent.state_dict()
-
-    def _load(self, state: dict[str, Any]) -> None:
-        self._descent.load_state_dict(state)

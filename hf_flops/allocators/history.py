@@ -1,24 +1,25 @@
-"""What single samples of the data set have shown before, by their ids."""
+"""Each sample's deviation from the regression in past visits, by sample id."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-_KEPT = 0.8  # of a sample's past at each of its visits: training changes what samples are worth
-_MOST = 2**17  # samples that are remembered; the one not seen for longest is forgotten first
-_PAIRS = 20.0  # pairs of visits without any agreement that the estimate of agreement starts from
+from ..base.state import State
+
+_KEPT = 0.8  # decay of a sample's history at each visit, because training changes sigma
+_MOST = 2**17  # samples in memory; the least recently visited are removed first
+_PAIRS = 20.0  # prior pairs of visits, with zero agreement
 
 
 class History:
     """Each sample's deviation from the regression, shrunk by how much visits of the same sample
     agree.
 
-    A deviation is `effect_i + passing`, the effect of variance V staying with the sample. Of two
-    visits the passing parts and the observation noise are independent, so the product of their
+    A deviation is `effect_i + transient`; the effect, of variance V, is the same in all visits. The
+    transient parts and the observation noise of two visits are independent, so the product of their
     deviations estimates V. After visits of total precision P and precision-weighted sum S, the
     effect has the posterior mean `S V / (1 + P V)` and the variance `V / (1 + P V)`: a new sample
     has mean 0 and all of V.
@@ -30,7 +31,7 @@ class History:
 
     @property
     def shared(self) -> float:
-        """V, the variance of what stays with a sample."""
+        """V, the variance of the samples' persistent effects."""
         return max(self._agreement / self._pairs, 0.0)
 
     def effects(self, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -50,12 +51,12 @@ class History:
             ids: (B,) of the samples.
             errors: (B,) float64, deviations from the regression.
             variance: (B,) float64, of the noise in the observations.
-            spread: variance of log sigma around the regression, what stays and what passes.
-            decay: how much of the past agreement is kept from one step to the next.
+            spread: variance of log sigma around the regression, both parts together.
+            decay: of the past agreement, per step.
         """
-        passing = max(spread - self.shared, 0.01)
+        transient = max(spread - self.shared, 0.01)
         self._agreement, self._pairs = decay * self._agreement, decay * self._pairs
-        weights = (1 / (passing + variance)).tolist()
+        weights = (1 / (transient + variance)).tolist()
         for sample, error, weight in zip(ids, errors.tolist(), weights, strict=True):
             precision, weighted = self._past.pop(sample, (0.0, 0.0))
             if precision > 0:
@@ -65,13 +66,13 @@ class History:
         while len(self._past) > _MOST:
             del self._past[next(iter(self._past))]
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what is remembered, oldest first, as JSON-serialisable values."""
+    def state_dict(self) -> State:
+        """Return the history, oldest first, as JSON-serialisable values."""
         past = [[sample, *entry] for sample, entry in self._past.items()]
         return {"past": past, "agreement": self._agreement, "pairs": self._pairs}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a state from `state_dict`."""
+    def load_state_dict(self, state: State) -> None:
+        """Load a state from `state_dict`."""
         self._past = {
             sample: (precision, weighted) for sample, precision, weighted in state["past"]
         }

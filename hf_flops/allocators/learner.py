@@ -1,21 +1,21 @@
-"""Learning between optimizer steps, never inside one."""
+"""Allocators that learn between optimizer steps, never within one."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor
 
+from ..base.state import State
 from .base import SampleFeatures
 
 
 class Learner(ABC):
     """The part of an allocator that learns from finished optimizer steps.
 
-    Micro-batches of one optimizer step may share their noise, so what one of them showed must not
-    decide the counts of the next: updates wait until another step begins.
+    Micro-batches of one optimizer step may share their noise, so the results of one must not
+    influence the counts of the next: updates are pending until the next step begins.
     """
 
     needs_clean = True
@@ -23,7 +23,7 @@ class Learner(ABC):
     shuffled = False
 
     def __init__(self) -> None:
-        self._waiting: list[tuple[SampleFeatures, Tensor, Tensor]] = []
+        self._pending: list[tuple[SampleFeatures, Tensor, Tensor]] = []
 
     def counts(self, features: SampleFeatures, budget: int) -> Tensor:
         """See `Allocator.counts`."""
@@ -33,25 +33,25 @@ class Learner(ABC):
     def update(self, features: SampleFeatures, counts: Tensor, mean_squares: Tensor) -> None:
         """See `Allocator.update`; it takes effect when the next optimizer step begins."""
         self._learn_up_to(features.step)
-        self._waiting.append((features, counts, mean_squares))
+        self._pending.append((features, counts, mean_squares))
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """See `Allocator.state_dict`; to be called between optimizer steps."""
         self._learn_up_to(None)
         return self._state()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """See `Allocator.load_state_dict`."""
-        self._waiting = []
+        self._pending = []
         self._load(state)
 
     def _learn_up_to(self, step: int | None) -> None:
-        """Learn from what waits, unless it belongs to `step`."""
-        if self._waiting and self._waiting[0][0].step != step:
-            waiting, self._waiting = self._waiting, []
-            for features, counts, mean_squares in waiting:
+        """Learn from the pending updates, unless they belong to `step`."""
+        if self._pending and self._pending[0][0].step != step:
+            pending, self._pending = self._pending, []
+            for features, counts, mean_squares in pending:
                 squares = mean_squares.detach().cpu().double()
-                known = squares.isfinite()  # a sample without a finite row says nothing
+                known = squares.isfinite()  # False for samples without a finite row
                 if int(known.sum()) > 1 and float(squares[known].sum()) > 0:
                     self._learn(_chosen(features, known), counts[known].long(), squares[known])
 
@@ -66,12 +66,12 @@ class Learner(ABC):
         """
 
     @abstractmethod
-    def _state(self) -> dict[str, Any]:
+    def _state(self) -> State:
         """Return what `_load` needs, JSON-serialisable."""
 
     @abstractmethod
-    def _load(self, state: dict[str, Any]) -> None:
-        """Take up a state."""
+    def _load(self, state: State) -> None:
+        """Load a state."""
 
 
 def _chosen(features: SampleFeatures, mask: Tensor) -> SampleFeatures:

@@ -1,20 +1,20 @@
-"""The likelihood-ratio (score function) method: improve a policy from the values of its draws,
-without derivatives of them.
+"""The likelihood-ratio (score function) method: improves a policy from the values of its draws,
+without their derivatives.
 
 `grad E J(n) = E [(J(n) - baseline) grad log p(n)]`, for any baseline that does not depend on the
-draw. Draws cost no forward pass, because J of any counts follows from the sigmas that a finished
-step has shown.
+draw. Draws cost no forward pass, because J of any counts follows from the sigmas measured in a
+finished step.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..base.prng import seeds
+from ..base.state import State
 from .base import SampleFeatures
+from .learner import Learner
 
 DRAWS = 128
 
@@ -41,11 +41,11 @@ def gradient(scores: Tensor, values: Tensor) -> Tensor:
 
 
 class Descent:
-    """Adam for a handful of numbers within bounds, with a state of plain lists.
+    """Adam on a few numbers within bounds, with a state of plain lists.
 
     Args:
         start: initial values (P,).
-        rate: how far a value moves per step at most, about.
+        rate: learning rate, about the largest change of a value per step.
         bounds: P pairs (least, greatest).
     """
 
@@ -60,16 +60,30 @@ class Descent:
         self._adam.step()
         self.values.clamp_(*self._bounds)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return values and Adam's moments, if there are any yet, as JSON-serialisable values."""
+    def state_dict(self) -> State:
+        """Return the values and Adam's moments as JSON-serialisable values."""
         moments = self._adam.state.get(self.values, {})
         return {
             "values": self.values.tolist(),
             **{name: moment.tolist() for name, moment in moments.items()},
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a state from `state_dict`."""
+    def load_state_dict(self, state: State) -> None:
+        """Load a state from `state_dict`."""
         tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in state.items()}
         self.values.copy_(tensors.pop("values"))
         self._adam.state[self.values] = tensors
+
+
+class PolicyLearner(Learner):
+    """An allocator whose policy has a few parameters; for the arguments see `Descent`."""
+
+    def __init__(self, start: list[float], rate: float, bounds: list[tuple[float, float]]) -> None:
+        super().__init__()
+        self._descent = Descent(start, rate, bounds)
+
+    def _state(self) -> State:
+        return self._descent.state_dict()
+
+    def _load(self, state: State) -> None:
+        self._descent.load_state_dict(state)

@@ -1,6 +1,6 @@
-"""Importance by the loss alone: what batch selection does, as a yardstick.
+"""Importance by the loss alone, as in batch selection: baselines for comparison.
 
-Every sample keeps one query at least, so that the estimate stays unbiased.
+Every sample gets at least one query, so that the estimate is unbiased.
 """
 
 from __future__ import annotations
@@ -14,11 +14,18 @@ from .rounding import optimal_counts
 
 
 class LossProportional(Memoryless):
-    """`n_i ∝ loss_i`, down to one query; a negative loss counts as 0.
+    """`n_i ∝ loss_i`, at least one query each; a negative loss counts as 0.
+
+    Example:
+        >>> import torch
+        >>> from hf_flops.allocators import LossProportional, SampleFeatures
+        >>> features = SampleFeatures(losses=torch.tensor([1.0, 2.0, 3.0, 6.0]))
+        >>> LossProportional().counts(features, budget=16).tolist()
+        [1, 3, 4, 8]
 
     References:
-        Katharopoulos & Fleuret (2018), arXiv 1803.00942, section 3.2, has the loss as the usual
-        stand-in for the gradient.
+        Katharopoulos & Fleuret (2018), arXiv 1803.00942, section 3.2, uses the loss as the usual
+        proxy of the gradient norm.
     """
 
     def counts(self, features: SampleFeatures, budget: int) -> Tensor:
@@ -27,12 +34,18 @@ class LossProportional(Memoryless):
 
 
 class LossRank(Memoryless):
-    """`n_i ∝` the rank of the loss among the samples with the largest losses; the others keep one
+    """`n_i ∝` the rank of the loss among the samples with the largest losses; the others get one
     query.
 
     Args:
-        top: fraction of the batch that shares the queries; 1 is ranking without a cut, less is
-            top-k.
+        top: fraction of the batch that gets more than one query; 1 for all.
+
+    Example:
+        >>> import torch
+        >>> from hf_flops.allocators import LossRank, SampleFeatures
+        >>> features = SampleFeatures(losses=torch.tensor([1.0, 2.0, 3.0, 6.0]))
+        >>> LossRank(top=0.5).counts(features, budget=16).tolist()
+        [1, 1, 5, 9]
 
     References:
         Loshchilov & Hutter (2016), Online Batch Selection, arXiv 1511.06343; Jiang et al. (2019),

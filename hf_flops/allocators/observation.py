@@ -1,4 +1,4 @@
-"""What a step's squared deltas say about log sigma, and how surely."""
+"""Observations of log sigma from a step's squared deltas, with their variance."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# of the largest mean square: below, a sample counts for nothing, and its logarithm says too much
+# lower bound of mean squares, relative to the largest; a smaller one would dominate as a logarithm
 _LEAST = 1e-6
 
 
@@ -15,7 +15,7 @@ class Observed(NamedTuple):
     """Noisy observations of log sigma.
 
     Attributes:
-        values: (B,) float64, unbiased for log sigma_i up to a constant that the batch shares.
+        values: (B,) float64, unbiased for log sigma_i up to a constant of the batch.
         variance: (B,) float64, of their noise.
     """
 
@@ -27,8 +27,8 @@ def observe(squares: Tensor, counts: Tensor) -> Observed:
     """Turn mean squared deltas of n_i queries into observations of log sigma_i.
 
     A delta is close to Gaussian, so the mean of n squares is sigma^2 chi2_n / n. Its logarithm has
-    the mean `2 log sigma + digamma(n/2) - log(n/2)` and the variance `trigamma(n/2)`, about 2/n:
-    few queries are taken for what they are worth.
+    the mean `2 log sigma + digamma(n/2) - log(n/2)` and the variance `trigamma(n/2)`, about 2/n,
+    so few queries get little weight.
 
     Args:
         squares: (B,) float64, non-negative, not all 0.

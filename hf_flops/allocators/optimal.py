@@ -1,13 +1,12 @@
-"""The optimal allocator: counts in proportion to predicted sigmas, integer-exact, trusted as far as
-they have proved.
+"""The optimal allocator: integer counts in proportion to predicted sigmas, calibrated on past
+steps.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
+from ..base.state import State
 from .base import SampleFeatures
 from .history import History
 from .learner import Learner
@@ -24,28 +23,34 @@ class Optimal(Learner):
     past steps.
 
     log sigma is regressed on the logarithms of residual norm, loss and length, and each sample's
-    own past deviations (where samples have ids) are added. At first the residual norm is taken as
-    it is. Where predictions do not beat equal counts, they are flattened, down to equal counts.
+    own past deviations (if samples have ids) are added. The first step uses the residual norm
+    itself. If predictions are not better than equal counts, they are flattened, at most to equal
+    counts.
 
     Args:
-        decay: how much of the past is kept from one step to the next.
+        decay: of the statistics of past steps, per step.
+
+    Example:
+        >>> import torch
+        >>> from hf_flops.allocators import Optimal, SampleFeatures
+        >>> residuals = torch.tensor([0.1, 0.2, 0.3, 0.6])
+        >>> features = SampleFeatures(losses=torch.ones(4), residuals=residuals)
+        >>> Optimal().counts(features, budget=16).tolist()
+        [1, 3, 4, 8]
     """
 
     def __init__(self, decay: float = 0.95) -> None:
         super().__init__()
         self.decay = decay
-        self._regression, self._history, self._calibration = (
-            Regression(decay),
-            History(),
-            Calibration(decay),
-        )
+        self._regression, self._history = Regression(decay), History()
+        self._calibration = Calibration(decay)
 
     def predict(self, features: SampleFeatures) -> Tensor:
         """Return (B,) float64: `sqrt(E sigma_i^2)` given the past, up to a constant of the batch.
 
         J is linear in sigma_i^2, so its expectation is least for counts in proportion to this root.
-        With log sigma normal, of mean m and variance v, it is `exp(m + v)`: a sample that little is
-        known of gets more queries.
+        If log sigma is normal with mean m and variance v, it is `exp(m + v)`: samples with an
+        uncertain sigma get more queries.
         """
         logarithm = self._regression.predict(features)
         if features.ids is not None:
@@ -65,16 +70,16 @@ class Optimal(Learner):
                 features.ids, errors, seen.variance, self._regression.spread, self.decay
             )
 
-    def _parts(self) -> dict[str, Any]:
+    def _parts(self) -> State:
         return {
             "regression": self._regression,
             "history": self._history,
             "calibration": self._calibration,
         }
 
-    def _state(self) -> dict[str, Any]:
+    def _state(self) -> State:
         return {name: part.state_dict() for name, part in self._parts().items()}
 
-    def _load(self, state: dict[str, Any]) -> None:
+    def _load(self, state: State) -> None:
         for name, part in self._parts().items():
             part.load_state_dict(state[name])

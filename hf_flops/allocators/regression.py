@@ -1,21 +1,20 @@
-"""Online ridge regression of log sigma on what the clean forward shows."""
+"""Online ridge regression of log sigma on features of the clean forward."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..base.state import State
 from .base import SampleFeatures, finite
 from .observation import Observed
 
-_LEAST = 1e-4  # of the batch's largest value: what lies below is as good as nothing
-_PRIOR = 4.0  # precision of the prior of a coefficient: it is trusted to about 1/2
+_LEAST = 1e-4  # lower bound of features, relative to the batch's largest value
+_PRIOR = 4.0  # precision of a coefficient's prior: standard deviation 1/2
 
 
 def columns(features: SampleFeatures) -> Tensor:
-    """Return (B, 3) float64: log residual norm, log loss and log length; zeros where unknown."""
+    """Return (B, 3) float64: log residual norm, log loss and log length; zeros if unknown."""
 
     def logarithm(values: Tensor | None) -> Tensor:
         if values is None:
@@ -30,14 +29,13 @@ def columns(features: SampleFeatures) -> Tensor:
 
 
 class Regression:
-    """Bayesian linear regression with forgetting, within batches: levels that a whole batch shares
-    are left out.
+    """Bayesian linear regression with forgetting; only differences within a batch are used.
 
     The prior is `sigma_i ∝ residual norm`: by the chain rule a sample's gradient norm is its
-    residual norm times that of a Jacobian which varies less between samples.
+    residual norm times that of a Jacobian, which varies less between samples.
 
     Args:
-        decay: how much of the past is kept from one step to the next.
+        decay: of the statistics of past steps, per step.
     """
 
     def __init__(self, decay: float) -> None:
@@ -46,8 +44,8 @@ class Regression:
         # weighted sums of x x' and x y over past samples
         self._inner = torch.zeros(3, 3, dtype=torch.float64)
         self._outer = torch.zeros(3, dtype=torch.float64)
-        # Squared errors beyond the noise of the observations, and their number; it starts as if 10
-        # had been seen.
+        # Squared errors minus the variance of the observations, and their number; the prior counts
+        # as 10.
         self._misfit, self._seen = 2.5, 10.0
 
     @property
@@ -61,22 +59,24 @@ class Regression:
         coefficients = torch.linalg.solve(precision, self._outer + _PRIOR * self._prior)
         return columns(features) @ coefficients
 
-    def update(self, features: SampleFeatures, seen: Observed) -> Tensor:
-        """Learn from a step; returns (B,) errors of the prediction that was made before."""
-        weights = 1 / (self.spread + seen.variance)
+    def update(self, features: SampleFeatures, observed: Observed) -> Tensor:
+        """Update with a step; return (B,) errors of the prediction before the update."""
+        weights = 1 / (self.spread + observed.variance)
 
         def centred(values: Tensor) -> Tensor:
             return values - weights @ values / weights.sum()
 
-        errors = centred(seen.values - self.predict(features))
+        errors = centred(observed.values - self.predict(features))
         x = centred(columns(features))
         self._inner = self.decay * self._inner + x.T @ (weights[:, None] * x)
-        self._outer = self.decay * self._outer + x.T @ (weights * centred(seen.values))
-        self._misfit = self.decay * self._misfit + float((errors.square() - seen.variance).sum())
+        self._outer = self.decay * self._outer + x.T @ (weights * centred(observed.values))
+        self._misfit = self.decay * self._misfit + float(
+            (errors.square() - observed.variance).sum()
+        )
         self._seen = self.decay * self._seen + len(errors)
         return errors
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Return the sums as JSON-serialisable values."""
         return {
             "inner": self._inner.tolist(),
@@ -85,8 +85,8 @@ class Regression:
             "seen": self._seen,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a state from `state_dict`."""
+    def load_state_dict(self, state: State) -> None:
+        """Load a state from `state_dict`."""
         self._inner = torch.tensor(state["inner"], dtype=torch.float64)
         self._outer = torch.tensor(state["outer"], dtype=torch.float64)
         self._misfit, self._seen = state["misfit"], state["seen"]

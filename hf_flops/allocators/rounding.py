@@ -32,7 +32,7 @@ def proxy(squares: Tensor, counts: Tensor) -> Tensor:
 
 def proportional(shares: Tensor, budget: int) -> Tensor:
     """Return real counts `max(1, c share_i)` that sum to the budget: what `n_i ∝ share_i` means
-    where one is the least.
+    with at least one query each.
 
     Args:
         shares: (B,) float64, non-negative.
@@ -85,7 +85,7 @@ def rounded(counts: Tensor, budget: int) -> Tensor:
     whole = counts.floor().long().clamp(min=1)
     missing = budget - int(whole.sum())
     order = (counts - whole).argsort(descending=missing > 0, stable=True)
-    # Rounding errors of a huge budget may leave more or fewer than B queries over: take turns.
+    # With a huge budget, rounding errors may leave more than B queries: take turns.
     while missing:
         turn = order if missing > 0 else order[whole[order] > 1]
         turn = turn[: abs(missing)]
@@ -129,8 +129,7 @@ def optimal_counts(sigma: Tensor, budget: int) -> Tensor:
     largest = spread[finite].max(initial=0.0)
     if largest == 0.0:
         return equal_counts(samples, budget)
-    # Relative gains below 1e-9 would only order queries of samples that count for nothing, and cost
-    # precision.
+    # Relative gains below 1e-9 would only order queries of negligible samples, and cost precision.
     spread = np.where(finite, spread / largest, 1.0).clip(1e-9)
     # Log gains at which more than the budget, and none, is granted.
     low, high = math.log(1e-18 / (4.0 * budget * budget)), 0.0

@@ -1,12 +1,11 @@
-"""How far predicted sigmas can be trusted: what they would have saved in finished steps."""
+"""Calibration of predicted sigmas by the variance that they would have saved in finished steps."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..base.state import State
 from .rounding import proportional, proxy
 
 LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -16,26 +15,23 @@ class Calibration:
     """Chooses the power that predicted sigmas are taken to, from 0 (equal counts) to 1 (full
     trust).
 
-    Each finished step shows what every power would have left of the variance of equal counts; the
-    least on average wins. It is judged before the step enters the prediction, so that only
-    foresight counts.
+    Each finished step gives the ratio of every power's variance to that of equal counts; the power
+    with the smallest average is used. Predictions are evaluated before they learn from the step, so
+    that only foresight counts.
 
     Args:
-        decay: how much of the past is kept from one step to the next.
+        decay: of the averages, per step.
     """
 
     def __init__(self, decay: float) -> None:
         self.decay = decay
-        # Ratios J(power) / J(equal counts), summed, and their number: in favour of full trust, but
-        # not for long.
-        self._ratios, self._steps = (
-            torch.tensor([1 - 0.05 * level for level in LEVELS], dtype=torch.float64),
-            1.0,
-        )
+        # Sums of J(power) / J(equal counts), and their number; a weak prior favours full trust.
+        self._ratios = torch.tensor([1 - 0.05 * level for level in LEVELS], dtype=torch.float64)
+        self._steps = 1.0
 
     @property
     def power(self) -> float:
-        """The power that has served best."""
+        """The power with the smallest average ratio."""
         return LEVELS[int(self._ratios.argmin())]
 
     def update(self, sigma: Tensor, budget: int, squares: Tensor) -> None:
@@ -50,16 +46,14 @@ class Calibration:
         self._steps = self.decay * self._steps + 1
 
     def ratios(self) -> dict[float, float]:
-        """Return what each power has left of the variance of equal counts, on average."""
+        """Return the average ratio of each power's variance to that of equal counts."""
         return dict(zip(LEVELS, (self._ratios / self._steps).tolist(), strict=True))
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Return the averages as JSON-serialisable values."""
         return {"ratios": self._ratios.tolist(), "steps": self._steps}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a state from `state_dict`."""
-        self._ratios, self._steps = (
-            torch.tensor(state["ratios"], dtype=torch.float64),
-            state["steps"],
-        )
+    def load_state_dict(self, state: State) -> None:
+        """Load a state from `state_dict`."""
+        self._ratios = torch.tensor(state["ratios"], dtype=torch.float64)
+        self._steps = state["steps"]

@@ -1,4 +1,4 @@
-"""Two rounds of queries: a pilot whose deltas say where the rest is needed."""
+"""Two rounds of queries: the deltas of a pilot determine how the rest is divided."""
 
 from __future__ import annotations
 
@@ -11,20 +11,30 @@ from .rounding import optimal_counts
 
 
 class TwoStage(Optimal):
-    """`Optimal`, whose prediction a pilot round of the same step corrects before most of the budget
-    is spent.
+    """`Optimal` with a pilot round, which corrects the prediction before most of the budget is
+    spent.
 
-    Every sample gets the same few pilot queries. Their deltas are combined with the prediction,
-    each as far as it is certain, and the rest of the budget follows. Both rounds' means are
-    unbiased, given what came before them, and so is `w_i pilot + (1 - w_i) second` for weights that
-    are fixed beforehand: w_i is the pilot's part of the queries that the *prediction* would give
-    the sample. (Its part of the queries that the sample gets would depend on the pilot's own noise,
-    and be biased: samples with small deltas would count them for more.)
+    Every sample gets the same few pilot queries. Their deltas and the prediction are combined,
+    weighted by their precision, and determine the counts of the second round. The mean of either
+    round is unbiased given the past, and so is `w_i pilot + (1 - w_i) second` for weights fixed
+    beforehand: w_i is the pilot's share of the queries that the *prediction* gives the sample. (Its
+    share of the actual queries would depend on the pilot's noise and bias the estimate.)
 
     Args:
-        pilot: queries per sample in the pilot round; fewer where the budget would leave none for
-            the second.
+        pilot: queries per sample in the pilot round; fewer if none would remain for the second.
         decay: see `Optimal`.
+
+    Example:
+        >>> import torch
+        >>> from hf_flops.allocators import SampleFeatures, TwoStage
+        >>> features = SampleFeatures(losses=torch.ones(4))
+        >>> allocator = TwoStage(pilot=2)
+        >>> pilot, weights = allocator.pilot(features, budget=24)
+        >>> pilot.tolist()
+        [2, 2, 2, 2]
+        >>> squares = torch.tensor([0.1, 0.1, 1.0, 9.0])  # measured in the pilot round
+        >>> allocator.second_counts(features, squares, pilot, weights, budget=16).tolist()
+        [3, 3, 4, 6]
 
     References:
         Neyman (1938), Contribution to the theory of sampling human populations, on double sampling.
@@ -51,10 +61,10 @@ class TwoStage(Optimal):
         squares = squares.detach().cpu().double()
         known = squares.isfinite()
         if int(known.sum()) > 1 and float(squares[known].sum()) > 0:
-            # Both are known up to a constant of the batch: compare deviations from their means.
-            seen, spread = observe(squares[known], pilot[known]), self._regression.spread
-            trust = spread / (spread + seen.variance)
-            surprise = seen.values - logarithm[known]
+            # Both are known only up to a constant of the batch: compare deviations from means.
+            observed, spread = observe(squares[known], pilot[known]), self._regression.spread
+            trust = spread / (spread + observed.variance)
+            surprise = observed.values - logarithm[known]
             logarithm[known] += trust * (surprise - surprise.mean())
-        # The second round's part of the variance is (1 - w_i)^2 sigma_i^2 / n_i.
+        # The second round's contribution to the variance is (1 - w_i)^2 sigma_i^2 / n_i.
         return optimal_counts((1 - shares) * (logarithm - logarithm.max()).exp(), budget)

@@ -1,4 +1,4 @@
-"""Equal counts: the yardstick."""
+"""Equal counts: the baseline."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ from .base import Memoryless, SampleFeatures, equal_counts
 
 
 class Uniform(Memoryless):
-    """The same number of queries for every sample."""
+    """The same number of queries for every sample.
+
+    Example:
+        >>> import torch
+        >>> from hf_flops.allocators import SampleFeatures, Uniform
+        >>> features = SampleFeatures(losses=torch.tensor([1.0, 2.0, 3.0, 6.0]))
+        >>> Uniform().counts(features, budget=10).tolist()
+        [3, 3, 2, 2]
+    """
 
     needs_clean = False
 

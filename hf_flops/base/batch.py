@@ -10,8 +10,6 @@ from torch import Tensor
 
 from ..errors import ObjectiveError
 
-# what a model is given, by name: tensors (B, ...), lists of B entries, and values of the batch
-Inputs: TypeAlias = Mapping[str, Any]
 MAIN_INPUTS = (
     "labels",
     "input_ids",
@@ -20,27 +18,29 @@ MAIN_INPUTS = (
     "input_features",
     "input_values",
 )
-# an input that numbers the rows of a batch, where what they are compared with is of the batch
+Inputs: TypeAlias = Mapping[str, Any]
+"""A batch as a model takes it: tensors (B, ...), lists of B entries, or values that all samples
+share, by name.
+"""
+# an input with each row's index in the batch, for losses that compare rows with the whole batch
 ROW = "row_of_batch"
 
 
 def batch_size(inputs: Inputs) -> int:
-    """Return the number of samples in a batch, read off its labels or its main input."""
+    """Return the number of samples in a batch, from its labels or its main input."""
     tensors = {
         name: value for name, value in inputs.items() if torch.is_tensor(value) and value.dim() > 0
     }
     if not tensors:
         raise ObjectiveError(
-            f"The batch holds no tensor to count samples by (its keys are {sorted(inputs)})."
+            f"The batch contains no tensor to count samples by (its keys are {sorted(inputs)})."
         )
     name = next((name for name in MAIN_INPUTS if name in tensors), next(iter(tensors)))
     return len(tensors[name])
 
 
 def misaligned(inputs: Inputs) -> list[str]:
-    """Return the names of inputs that are not laid out one entry per sample, so cannot be repeated
-    per row.
-    """
+    """Return the names of inputs without one entry per sample, which cannot be repeated per row."""
     samples = batch_size(inputs)
     return [
         name
@@ -51,18 +51,17 @@ def misaligned(inputs: Inputs) -> list[str]:
 
 
 def hollow(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return NaN of a tensor's dtype and device, in a shape, without its memory."""
+    """Return NaN in a shape, with a tensor's dtype and device; it takes no memory."""
     return like.new_full((), float("nan")).expand(*shape)
 
 
 def take(inputs: Inputs, owner: Tensor, unread: Collection[str] = ()) -> dict[str, Any]:
-    """Repeat each sample of a batch for the rows that it owns.
+    """Return the inputs of rows that repeat samples of a batch.
 
     Args:
-        inputs: the batch; tensors (B, ...), lists of B entries, or scalars that all samples share.
+        inputs: the batch; tensors (B, ...), lists of B entries, or values that all samples share.
         owner: (R,) int64.
-        unread: names of tensors of real numbers in place of which rows are given NaN, which takes
-            no memory.
+        unread: names of floating-point tensors that are replaced by NaN, which takes no memory.
 
     Returns:
         The inputs of a forward pass of R rows.

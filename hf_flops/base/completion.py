@@ -1,4 +1,4 @@
-"""Texts and the answers that complete them, taken apart."""
+"""Splits rows of a batch into texts and the answers that complete them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ..errors import ConfigurationError
 
 @dataclass(frozen=True)
 class Split:
-    """The rows of a batch, cut where their answers begin.
+    """The rows of a batch, split where their answers begin.
 
     Attributes:
-        text: (R, T) int64, right-aligned, so that what comes next comes right after it.
+        text: (R, T) int64, right-aligned, so that continuations directly follow it.
         text_mask: (R, T) int64, zero on padding.
-        answer: (R, A) int64, left-aligned; A is 0 where no token is to be predicted.
+        answer: (R, A) int64, left-aligned; A is 0 if no token is to be predicted.
         targets: (R, A) int64, the labels of the answer, -100 beyond its end.
     """
 
@@ -27,7 +27,7 @@ class Split:
     targets: Tensor
 
     def keys(self) -> list[bytes]:
-        """Return a key for each row: equal texts have equal keys, however they are padded."""
+        """Return a key for each row; equal texts have equal keys for any padding."""
         lengths = self.text_mask.sum(1).tolist()
         return [
             row[len(row) - n :].tobytes()
@@ -36,13 +36,12 @@ class Split:
 
 
 def split(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None) -> Split:
-    """Cut every row into its text (label -100) and its answer (labelled), and leave the padding
-    out.
+    """Split every row into its text (label -100) and its answer (labelled), without padding.
 
     Args:
         input_ids: (R, L) int64, padded on either side.
-        attention_mask: (R, L), zero on padding; None where there is none.
-        labels: (R, L) int64; None where everything is text.
+        attention_mask: (R, L), zero on padding; None if there is none.
+        labels: (R, L) int64; None if everything is text.
 
     Raises:
         ConfigurationError: a row has no text, no answer, or text after the start of its answer.

@@ -1,4 +1,4 @@
-"""How much memory is free, and how much a stretch of code needed at its peak."""
+"""Free memory, and the peak memory of a block of code."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import gc
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,7 +13,7 @@ _MEGABYTE = 2**20
 
 
 def _status(name: str) -> int | None:
-    """Return a line of /proc/self/status in bytes, or None where there is none."""
+    """Return a line of /proc/self/status in bytes, or None if there is none."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
@@ -23,16 +22,14 @@ def _status(name: str) -> int | None:
 
 
 def _trim() -> None:
-    """Give freed memory back to the system, so that it is not mistaken for memory in use (glibc
-    only).
-    """
+    """Return freed memory to the system, so that it does not count as used (glibc only)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _number(path: str, name: str = "") -> float:
-    """Return the number in a file of the system, or in the line of it that starts with `name`; NaN
-    where there is none.
+    """Return the number in a system file, or in its line that starts with `name`; NaN if there is
+    none.
     """
     try:
         lines = Path(path).read_text().splitlines()
@@ -44,38 +41,38 @@ def _number(path: str, name: str = "") -> float:
 
 
 def free_memory(device: torch.device) -> float:
-    """Return how many bytes can be had on a device now, or NaN where the system does not tell."""
+    """Return the free bytes of a device, or NaN if unknown."""
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return float(torch.cuda.mem_get_info(device)[0] + kept)
     if device.type != "cpu":
         return float("nan")
     free = 1024 * _number("/proc/meminfo", "MemAvailable:")
-    group = "/sys/fs/cgroup/memory"  # the limit of a container; cached files give way
+    group = "/sys/fs/cgroup/memory"  # the limit of a container; cached files can be evicted
     used = _number(f"{group}.current") - _number(f"{group}.stat", "inactive_file ")
-    # a comparison with NaN is false, and leaves `free`
+    # min() keeps `free` if the second argument is NaN
     return min(free, _number(f"{group}.max") - used)
 
 
 def peak_memory() -> int | None:
-    """Return the most bytes that the process has held so far, on the GPU if there is one; None
-    where nothing tells.
+    """Return the peak memory of the process in bytes, on the GPU if there is one; None if
+    unknown.
     """
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status("VmHWM")
 
 
 class PeakMemory:
-    """Measures the peak of a process's memory above what it held at the start:
+    """Measures the peak of a process's memory above the level at the start:
     `with PeakMemory() as memory: ...`.
 
-    On a GPU torch's own count is taken; elsewhere Linux's high-water mark of the resident set,
-    reset at the start.
+    On a GPU this is torch's own count; elsewhere Linux's high-water mark of the resident set, reset
+    at the start.
 
     Args:
-        device: where the memory is; by default the GPU if there is one.
+        device: of the memory; by default the GPU if there is one.
 
     Attributes:
-        megabytes: the peak above the start, NaN where the system does not tell.
+        megabytes: the peak above the start; NaN if unknown.
     """
 
     megabytes = float("nan")
@@ -98,7 +95,7 @@ class PeakMemory:
             self._start = None
         return self
 
-    def __exit__(self, *exception: Any) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._cuda:
             self.megabytes = (torch.cuda.max_memory_allocated() - int(self._start or 0)) / _MEGABYTE
             return

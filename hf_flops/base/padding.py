@@ -1,14 +1,13 @@
-"""Padding: which columns of a batch of texts no row of a chunk needs."""
+"""Padding: crops the columns of a batch of texts that no row of a chunk needs."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
 
-from .batch import take
+from .batch import Inputs, take
 from .rows import Rows
 
 SIDES = ("left", "right")
@@ -16,13 +15,12 @@ SIDES = ("left", "right")
 _PADDED = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "labels")
 
 
-def real_tokens(inputs: Mapping[str, Any]) -> Tensor | None:
-    """Return (B, T) bool, the columns that each sample needs, or None where columns cannot be told
-    apart.
+def real_tokens(inputs: Inputs) -> Tensor | None:
+    """Return (B, T) bool, the columns that each sample needs, or None if that is unknown.
 
-    A column is needed where the attention mask is not zero or a label is not ignored; all are where
-    a causal model predicts such a label from padding. Another input with T columns, or a mask of
-    another shape, means that more depends on columns than is known here.
+    A column is needed if its attention mask is not zero or its label is not ignored; all columns of
+    a sample are needed if a causal model predicts such a label from padding. The result is None if
+    another input has T columns or the mask has another shape.
     """
     mask = inputs.get("attention_mask")
     if not torch.is_tensor(mask) or mask.dim() != 2:
@@ -38,8 +36,16 @@ def real_tokens(inputs: Mapping[str, Any]) -> Tensor | None:
     return real.cpu()
 
 
+def columns_of(inputs: Inputs) -> int:
+    """Return how many columns (tokens) the texts of a batch have, padding included; 0 without
+    texts.
+    """
+    mask = inputs.get("attention_mask")
+    return mask.shape[1] if torch.is_tensor(mask) and mask.dim() == 2 else 0
+
+
 def window(real: Tensor, sides: frozenset[str]) -> slice:
-    """Return the columns that rows need together, cut at the given sides only; real: (R, T)
+    """Return the columns that any of the rows needs, cropped at the given sides only; real: (R, T)
     bool.
     """
     needed = torch.nonzero(real.any(0)).flatten()
@@ -49,9 +55,9 @@ def window(real: Tensor, sides: frozenset[str]) -> slice:
     return slice(start, int(needed[-1]) + 1 if "right" in sides else real.shape[1])
 
 
-def trim(inputs: Mapping[str, Any], columns: slice) -> dict[str, Any]:
-    """Cut every input with one column per token down to some columns; models may take a view of
-    what they get.
+def trim(inputs: Inputs, columns: slice) -> Inputs:
+    """Crop every input with one column per token to some columns; the results are contiguous, as
+    some models require.
     """
     wide = inputs["attention_mask"].shape[1]
     cut = {
@@ -63,19 +69,18 @@ def trim(inputs: Mapping[str, Any], columns: slice) -> dict[str, Any]:
 
 
 class TrimmedBatch:
-    """What rows of a batch are fed to the model: their samples' inputs, without padding that none
-    of them needs.
+    """The model's inputs for rows of a batch, without padding that none of them needs.
 
     Args:
-        inputs: the batch; tensors (B, ...), lists of B entries, or scalars that all samples share.
-        sides: where padding may be cut off, because a check has shown that the model's losses do
-            not depend on it.
+        inputs: the batch; tensors (B, ...), lists of B entries, or values that all samples share.
+        sides: where padding may be cropped, because a check has shown that losses do not depend on
+            it.
 
     Attributes:
         whole: the inputs of the whole batch, without padding that no sample needs.
     """
 
-    def __init__(self, inputs: Mapping[str, Any], sides: frozenset[str]) -> None:
+    def __init__(self, inputs: Inputs, sides: frozenset[str]) -> None:
         self.inputs, self.sides = inputs, sides
         self.real = real_tokens(inputs) if sides else None
         self.window = slice(0, 1) if self.real is None else window(self.real, sides)
@@ -83,23 +88,19 @@ class TrimmedBatch:
 
     @property
     def columns(self) -> int:
-        """How many columns the batch has without padding that none of it needs, 1 if unknown."""
+        """Number of columns of `whole`; 1 if unknown."""
         return self.window.stop - self.window.start
 
-    def of(
-        self, owner: Tensor, unread: Collection[str] = ()
-    ) -> tuple[dict[str, Any], int, slice | None]:
-        """Return the inputs of rows that repeat samples, how many columns they have, and which of
-        the batch's these are.
+    def of(self, owner: Tensor, unread: Collection[str] = ()) -> tuple[Inputs, int, slice | None]:
+        """Return the inputs of rows that repeat samples.
 
         Args:
-            owner: (R,) int64.
-            unread: names of inputs to which rows are given NaN, without memory, unless they are
-                cut.
+            owner: (R,) int64, the sample of each row.
+            unread: names of inputs that are replaced by NaN, unless columns are cropped.
 
         Returns:
-            The inputs, their number of columns (1 if unknown), and their place among those of
-            `whole`, None for all.
+            The inputs, their number of columns (1 if unknown), and their columns within `whole`,
+            None for all.
         """
         if self.real is None:
             return take(self.inputs, owner, unread), 1, None
@@ -110,9 +111,7 @@ class TrimmedBatch:
         return trim(inputs, columns), stop - start, cut
 
     def ordered(self, rows: Rows, *, within_groups: bool) -> Rows:
-        """Put rows of like width next to each other, the widest first, so that little padding is
-        left in a chunk.
-        """
+        """Sort rows by width, the widest first, so that chunks have little padding."""
         if self.real is None:
             return rows
         cut = [window(row[None], self.sides) for row in self.real]

@@ -1,4 +1,4 @@
-"""A module's `forward`, replaced for a while."""
+"""A context that replaces a module's `forward`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Call = Callable[..., Any]
 
 @contextmanager
 def replaced_forward(module: nn.Module, make: Callable[[Call], Call]) -> Iterator[None]:
-    """Let `module.forward` be what `make` makes of it for a while, on this instance alone."""
+    """Replace `module.forward` of this instance by `make(module.forward)` inside the context."""
     before, original = module.__dict__.get("forward"), module.forward
-    # whoever asks for the signature gets the original one
+    # callers that inspect the signature get the original one
     module.forward = wraps(original)(make(original))
     try:
         yield

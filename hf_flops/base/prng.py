@@ -1,6 +1,4 @@
-"""Counter-based seeds: a pure function of integers, so that nothing about randomness has to be
-stored or reseeded.
-"""
+"""Counter-based seeds: pure functions of integers, so that no random state is stored or reset."""
 
 from __future__ import annotations
 

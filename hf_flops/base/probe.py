@@ -1,9 +1,8 @@
-"""Probes: change something, run the model, compare. Whatever fails under the change means no."""
+"""Probes: change something, run the model and compare. An exception under the change means no."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
 from functools import cached_property
 from types import TracebackType
 from typing import Any
@@ -12,23 +11,25 @@ import torch
 from torch import Tensor
 
 from ..errors import in_one_line
+from .batch import Inputs
+from .patching import Call
 
 logger = logging.getLogger(__name__)
-# What a model raises where it minds a change; anything else reaches the user.
+# Exceptions that a model may raise because of a change; others are passed on to the user.
 FAILURES = (ValueError, RuntimeError, IndexError, TypeError, AttributeError)
 
 
 def agree(found: Tensor, wanted: Tensor, tolerance: float, size: float | None = None) -> bool:
     """Return whether `|found - wanted| <= tolerance * (size + |wanted|)` for each number.
 
-    NaN agrees with NaN, as long as there is a finite number to compare.
+    NaN agrees with NaN, if there is at least one finite number to compare.
 
     Args:
         found: numbers of any shape.
-        wanted: what they should be, of the same shape.
-        tolerance: the relative error that rounding may cause.
-        size: how large the numbers are from which they were computed, 1 for losses; None for the
-            largest of `wanted`.
+        wanted: the expected numbers.
+        tolerance: relative error due to rounding.
+        size: magnitude of the numbers in the computation, 1 for losses; None for the largest of
+            `wanted`.
     """
     finite = wanted[wanted.isfinite()]
     if not len(finite):
@@ -38,14 +39,13 @@ def agree(found: Tensor, wanted: Tensor, tolerance: float, size: float | None = 
 
 
 class Attempt:
-    """A context in which something is tried: what fails ends the block, and is logged.
+    """A context that catches `FAILURES`, logs them and ends the block.
 
     Args:
-        otherwise: what happens where the attempt fails, for the log; None where the caller says so
-            itself.
+        otherwise: the consequence of a failure, for the log; None if the caller logs it.
 
     Attributes:
-        reason: why it failed; None if it did not.
+        reason: of the failure; None if there was none.
     """
 
     def __init__(
@@ -69,28 +69,28 @@ class Attempt:
         return True
 
     def refuse(self, reason: str) -> None:
-        """Say why the answer is no."""
+        """Record and log the reason of a failure."""
         self.reason = reason
         if self.otherwise is not None:
             logger.info("%s: %s.", self.otherwise, reason)
 
 
 class Probe:
-    """Asks whether rows lose the same after a change.
+    """Checks whether the losses of rows are the same after a change.
 
     Args:
         objective: what is minimised; returns `RowLosses`.
         forward: runs the model.
         inputs: of the rows.
-        tolerance: relative error of a loss that rounding alone can cause.
+        tolerance: relative error of a loss due to rounding.
         size: see `agree`.
     """
 
     def __init__(
         self,
-        objective: Callable[..., Any],
-        forward: Callable[..., Any],
-        inputs: Mapping[str, Any],
+        objective: Call,
+        forward: Call,
+        inputs: Inputs,
         tolerance: float,
         size: float | None = 1.0,
     ) -> None:
@@ -99,19 +99,18 @@ class Probe:
 
     @cached_property
     def losses(self) -> Any:
-        """What the objective finds without a change."""
+        """The losses without a change."""
         return self.objective(self.forward, self.inputs)
 
     def difference(
         self,
         otherwise: str | None = None,
         *,
-        objective: Callable[..., Any] | None = None,
-        forward: Callable[..., Any] | None = None,
-        inputs: Mapping[str, Any] | None = None,
+        objective: Call | None = None,
+        forward: Call | None = None,
+        inputs: Inputs | None = None,
     ) -> str | None:
-        """Return why losses are not the same with another objective, forward or inputs; None where
-        they are.
+        """Return why losses differ with another objective, forward or inputs; None if they agree.
 
         Args:
             otherwise: see `Attempt`.
@@ -121,12 +120,12 @@ class Probe:
         """
         with Attempt(otherwise) as attempt:
             wanted = self.losses
-            found = (objective or self.objective)(
+            changed = (objective or self.objective)(
                 forward or self.forward, self.inputs if inputs is None else inputs
             )
             if not (
-                found.counts.equal(wanted.counts)
-                and agree(found.sums, wanted.sums, self.tolerance, self.size)
+                changed.counts.equal(wanted.counts)
+                and agree(changed.sums, wanted.sums, self.tolerance, self.size)
             ):
                 attempt.refuse("the losses were not the same")
         return attempt.reason

@@ -1,4 +1,4 @@
-"""How far rounding alone moves a loss."""
+"""The relative error of losses due to rounding."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from torch import nn
 
 
 def precision_of(model: nn.Module, *, autocast: bool = False) -> float:
-    """Return the relative error that a loss may have from rounding alone; a model may say so itself
-    as `precision`.
-    """
+    """Return the relative error of a loss due to rounding; a model can set it as `precision`."""
     own = getattr(model, "precision", None)
     if isinstance(own, float):
         return own

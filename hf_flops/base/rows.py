@@ -10,15 +10,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class BatchPosition:
-    """Where a batch lies in the run; together with the seed it fixes all noise.
+    """Position of a batch in the run; it determines all noise.
 
     Attributes:
         seed: the run's seed.
         step: optimizer steps done before this one.
         position: index of the batch's first sample in the global batch of this optimizer step.
         epoch: epochs done, with fraction.
-        ids: the samples' places in the data set, where they are known; they say nothing about the
-            noise.
+        ids: the samples' indices in the data set, if known; the noise does not depend on them.
     """
 
     seed: int = 0
@@ -35,9 +34,8 @@ class Rows:
     Attributes:
         owner: (R,) int64, the sample of the batch that the row repeats.
         query: (R,) int64, which query of its sample the row is, from 0.
-        group: (R,) int64, non-decreasing; rows of a group see the same noise where noise is shared.
-        weight: (R,) float32, what the row's loss difference counts in the gradient:
-            `1 / (N n_owner)`.
+        group: (R,) int64, non-decreasing; rows of a group have the same noise if noise is shared.
+        weight: (R,) float32, weight of the row's delta in the gradient: `1 / (N n_owner)`.
     """
 
     owner: Tensor
@@ -61,18 +59,18 @@ class Rows:
         )
 
     def order(self) -> Tensor:
-        """Return what sorts the rows (R,) by sample, and those of a sample by query."""
+        """Return the permutation (R,) that sorts the rows by sample and query."""
         return torch.argsort(
             self.owner * (int(self.query.max()) + 1 if len(self) else 1) + self.query
         )
 
     def sorted(self) -> Rows:
-        """Return the rows by sample, and those of a sample by query."""
+        """Return the rows sorted by sample and query."""
         return self[self.order()]
 
     def stretches(self, *, within_groups: bool) -> list[int]:
-        """Return how many consecutive rows may go together: all, or those of each group if
-        `within_groups`.
+        """Return the lengths of stretches that a chunk must not cross: all rows, or those of each
+        group if `within_groups`.
         """
         return (
             torch.unique_consecutive(self.group, return_counts=True)[1].tolist()
@@ -81,11 +79,11 @@ class Rows:
         )
 
     def lacking(self, deltas: Tensor, samples: int) -> Tensor:
-        """Return what the coefficients (R,) of rows lack, where others of their sample were
-        dropped.
+        """Return the correction (R,) that redistributes the weight of a sample's non-finite rows
+        over its other rows.
 
         Args:
-            deltas: (R,) float32, not finite where a row was dropped.
+            deltas: (R,) float32.
             samples: B.
         """
         total, kept = torch.zeros(2, samples)
@@ -111,11 +109,10 @@ def expand(
     Args:
         counts: (B,) int64, queries per sample, each at least 1.
         normalizer: N, the number of loss elements that the objective averages over.
-        weighted: False gives every row the same weight, as published code does, at the price of a
-            bias.
-        share: (B,) the weight of these rows in their sample's estimate, where other rows have the
-            rest.
-        after: (B,) queries of each sample that went before.
+        weighted: False gives every row the same weight, as the published code does, which is
+            biased.
+        share: (B,) weight of these rows in their sample's estimate; other rounds have the rest.
+        after: (B,) queries of each sample in earlier rounds.
     """
     samples = len(counts)
     owner = torch.repeat_interleave(torch.arange(samples), counts)

@@ -1,5 +1,5 @@
-"""How many rows go through the model at a time: found out while the work is done, and halved where
-memory is short.
+"""How many rows go through the model at a time: measured during the first steps, and halved when
+memory runs out.
 """
 
 from __future__ import annotations
@@ -8,27 +8,27 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 
 from ..base.memory import PeakMemory, free_memory
+from ..base.state import State
 
 logger = logging.getLogger(__name__)
 Work = Callable[[slice], int]
-"""Does the work of some rows and keeps the result only if all of it succeeded; returns how many
-columns a row had.
+"""Processes the rows of a slice, keeps the result only if all of it succeeded, and returns the
+number of columns of a row.
 """
 
 # rows: the first size tried, steps too small for timing to matter, the last size tried
 FIRST, SMALL, MOST = 8, 32, 4096
 _TIMED_ROWS = 64  # a size is timed on at least this many rows
 _SHARE = 0.8  # of free memory
-_TOLERANCE = 1.03  # sizes that are slower by less are as good: the smallest of them is taken
+_TOLERANCE = 1.03  # sizes within this factor of the fastest count as equal; the smallest is used
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Say whether an exception means that memory did not suffice."""
+    """Return whether an exception means that memory ran out."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     text = str(error)  # torch has no class of its own for the CPU's allocator
@@ -38,26 +38,26 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 class ChunkPlanner:
-    """Knows how many rows go through the model at a time.
+    """Chooses how many rows go through the model at a time (the chunk size).
 
-    With a size it keeps to that size. Without one it tries sizes on the chunks of the first steps,
-    so that nothing is computed for the trial alone: from 8 rows it doubles as long as memory will
-    suffice, by the peak of the size before, and time per row falls; then it settles on the smallest
-    size that is as fast as the fastest. Steps of 32 rows or fewer are not timed, nor is anything
-    where torch is told to be deterministic. Either way a chunk that does not fit in memory is
-    halved and done again.
+    A given size is used as it is. Otherwise the planner tries sizes on the chunks of the first
+    steps, at no extra cost: starting from 8 rows it doubles the size as long as the previous peak
+    predicts that memory suffices and the time per row falls. It then uses the smallest size that is
+    about as fast as the fastest. Steps of 32 rows or fewer are not timed, and nothing is timed when
+    torch must be deterministic. In both cases a chunk that does not fit in memory is halved and
+    repeated.
 
     Args:
-        size: rows at a time, or None to find out.
-        limit: bytes that a chunk may take on top of the model, noise included; None for 80 % of
-            what is free.
+        size: rows per chunk; None to measure.
+        limit: bytes that a chunk may use in addition to the model, noise included; None for 80 % of
+            the free memory.
 
     Attributes:
-        given: the size that was asked for, None where it is found out.
-        size: rows that the next chunk may have.
-        settled: whether the size is final, but for a shortage of memory.
-        costs: size → least seconds per row and column that it took.
-        ceiling: rows that a chunk may have at most, because more did not fit.
+        given: the requested size; None if it is measured.
+        size: largest number of rows of the next chunk.
+        settled: whether the size is final, unless memory runs out.
+        costs: size → least seconds per row and column.
+        ceiling: largest number of rows that is known, or assumed, to fit.
     """
 
     def __init__(self, size: int | None = None, limit: float | None = None) -> None:
@@ -66,18 +66,16 @@ class ChunkPlanner:
         self.costs: dict[int, float] = {}
         self.ceiling = MOST if size is None else 2**62
         self.limit, self.device, self._prepared = limit, torch.device("cpu"), False
-        # rows timed at this size; -1: not even run
+        # rows timed at this size; -1 before the first run
         self._peak, self._timed, self._warned = math.nan, -1, False
 
     @classmethod
     def of(cls, rows: int | ChunkPlanner) -> ChunkPlanner:
-        """Return a planner that keeps to so many rows, or the planner itself."""
+        """Return a planner with a fixed number of rows, or the planner itself."""
         return rows if isinstance(rows, ChunkPlanner) else cls(rows)
 
     def prepare(self, device: torch.device, row_bytes: float) -> None:
-        """Learn where the model runs, and how many bytes the noise of a row has, with the first
-        batch.
-        """
+        """Set the device and the bytes of a row's noise; only the first call has an effect."""
         if self._prepared:
             return
         self.device, self._prepared = device, True
@@ -92,12 +90,12 @@ class ChunkPlanner:
         self.size = min(self.size, self.ceiling)
 
     def run(self, work: Callable[[], int], rows: int, most: int) -> bool:
-        """Do the work of a chunk; returns False, with the size halved, if memory did not suffice.
+        """Process a chunk; return False, with the size halved, if memory ran out.
 
         Args:
-            work: does it, and returns how many columns a row had.
+            work: processes it and returns the number of columns of a row.
             rows: rows of the chunk.
-            most: rows that a chunk could have here, were there no limit.
+            most: rows that a chunk would have here without a limit.
         """
         try:
             if self.settled or rows != min(self.size, most):
@@ -112,7 +110,7 @@ class ChunkPlanner:
         return False
 
     def _try(self, work: Callable[[], int], rows: int, most: int) -> None:
-        """Do the work of a chunk of a size on trial: the first shows its memory, the next ones its
+        """Process a chunk of the size under test: the first measures memory, the following ones
         time.
         """
         if self._timed < 0:
@@ -131,7 +129,7 @@ class ChunkPlanner:
             self._next(most)
 
     def _next(self, most: int) -> None:
-        """Go on to the next size, or settle."""
+        """Try the next size, or settle."""
         grown = 2 * self.size
         known = not math.isnan(self._peak) and self.limit is not None and not math.isnan(self.limit)
         fits = 2.2 * self._peak <= self.limit if known else grown <= SMALL  # type: ignore[operator]
@@ -141,7 +139,7 @@ class ChunkPlanner:
         self._settle()
 
     def _slower(self) -> bool:
-        """Say whether growth has stopped to pay: clearly, or twice in a row."""
+        """Return whether a larger size no longer pays: clearly, or twice in a row."""
         if self.size not in self.costs:
             return False
         earlier = {size: cost for size, cost in self.costs.items() if size <= self.size // 4}
@@ -173,8 +171,8 @@ class ChunkPlanner:
             )
         self._warned = True
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a resume needs to go on with the same size, as JSON-serialisable values."""
+    def state_dict(self) -> State:
+        """Return the state that a resumed run needs to continue with the same size."""
         return {
             "size": self.size,
             "settled": self.settled,
@@ -182,23 +180,20 @@ class ChunkPlanner:
             "costs": list(self.costs.items()),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a state from `state_dict`; a size that the user gave stays."""
+    def load_state_dict(self, state: State) -> None:
+        """Load a state from `state_dict`; a size that the user chose is kept."""
         if self.given is None:
-            self.size, self.settled, self.ceiling = (
-                state["size"],
-                state["settled"],
-                state["ceiling"],
-            )
+            self.size, self.settled = state["size"], state["settled"]
+            self.ceiling = state["ceiling"]
             self.costs = {int(size): cost for size, cost in state["costs"]}
 
 
 def even(number: int, most: int) -> int:
-    """Return how many of so many rows go first, where they are cut into as few chunks as `most`
-    rows at a time allow.
+    """Return the size of the first chunk when `number` rows are split into the fewest near-equal
+    chunks of at most `most` rows.
 
-    All chunks are as long as the first or shorter by one, as `torch.tensor_split` cuts. So no short
-    one is left over, and a process that gets some of them cuts its rows into the same ones.
+    The other chunks have the same size or one row less, as with `torch.tensor_split`. So there is
+    no short remainder, and a process that gets some of the chunks splits its rows in the same way.
     """
     return -(-number // -(-number // most))
 
@@ -206,14 +201,13 @@ def even(number: int, most: int) -> int:
 def in_chunks(
     lengths: Iterable[int], work: Work, planner: ChunkPlanner, *, whole: bool = False
 ) -> None:
-    """Do the work of consecutive stretches of rows, a chunk at a time and never two stretches
-    together.
+    """Process consecutive stretches of rows chunk by chunk; no chunk spans two stretches.
 
     Args:
         lengths: rows of each stretch.
-        work: does the work of the rows of a slice.
-        planner: says how many rows a chunk has.
-        whole: take all rows of a stretch at a time, as long as they fit.
+        work: processes the rows of a slice.
+        planner: chooses the chunk size.
+        whole: use all rows of a stretch as one chunk, as long as they fit.
     """
     start = 0
     for length in lengths:
@@ -223,8 +217,8 @@ def in_chunks(
             if planner.settled:
                 stop = start + even(end - start, stop - start)
             elif end - stop == 1 and stop - start > 2:
-                stop -= 1  # a row alone is multiplied in another way, and rounded otherwise
+                stop -= 1  # a single row uses another matrix kernel, which rounds differently
             chunk = slice(start, stop)
-            most = 0 if whole else length  # a whole stretch is no trial
+            most = 0 if whole else length  # a whole stretch is not part of the measurement
             if planner.run(lambda chunk=chunk: work(chunk), stop - start, most):  # type: ignore[misc]
                 start = stop

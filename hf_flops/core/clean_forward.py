@@ -1,19 +1,18 @@
-"""The clean pass of a step: the batch unperturbed (that is what "clean" means), each process its
+"""The clean forward of a step, which runs the batch unperturbed ("clean"). Each process runs its
 part of the samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..allocators import SampleFeatures
-from ..base.batch import batch_size, take
+from ..base.batch import Inputs, batch_size, take
 from ..base.padding import TrimmedBatch
 from ..base.rows import BatchPosition
 from ..estimators.control_variate import MOST_LOGITS
@@ -25,13 +24,13 @@ from .method import Method
 
 @dataclass(frozen=True)
 class Clean:
-    """What the clean forward found.
+    """Results of the clean forward.
 
     Attributes:
         losses: of all samples.
-        objective: what queries are judged by; it may depend on what was found.
-        own: of the samples that this process ran, with slopes where they were asked for.
-        head_inputs: (b, ...) what the closed-form head was given for these; empty without a head.
+        own: losses of the samples that this process ran, with slopes if they were requested.
+        head_inputs: (b, ...) inputs of the closed-form head for these; empty without a head.
+        objective: the objective of the queries, which may depend on the clean losses.
     """
 
     losses: RowLosses
@@ -42,18 +41,18 @@ class Clean:
 
 @dataclass(frozen=True)
 class CleanPass:
-    """A batch whose unperturbed rows have run, where they were asked for.
+    """A batch after its clean forward, if the method needs one.
 
     Attributes:
         recording: runs the model, by the method's reuse plan.
         method: how the gradient is estimated, with the objective of the batch's queries.
-        place: where the batch lies in the run.
-        feed: gives inputs of samples.
-        planner: how many rows go through the model at a time.
+        place: position of the batch in the run.
+        feed: the inputs of samples.
+        planner: chooses the chunk size.
         samples: B.
-        units: what counts are given to: the B samples, or the batch as a whole.
+        units: number of things that get counts: B samples, or 1 for the batch as a whole.
         budget: queries of all units.
-        found: by the clean forward; None without one.
+        found: results of the clean forward; None without one.
     """
 
     recording: Recording
@@ -72,15 +71,13 @@ class CleanPass:
         return None if self.found is None else self.found.losses
 
     def judged_by(self, objective: Objective, losses: RowLosses) -> CleanPass:
-        """Return the pass with another objective for its queries, and its clean losses by that
-        objective.
-        """
+        """Return this pass with another objective and the clean losses under that objective."""
         assert self.found is not None
         found = replace(self.found, losses=losses, own=losses, objective=objective)
         return replace(self, method=replace(self.method, objective=objective), found=found)
 
     def features(self) -> SampleFeatures:
-        """Return what the allocator may look at."""
+        """Return the features that the allocator may use."""
         place, losses = self.place, self.losses
         ids = place.ids if place.ids is not None and len(place.ids) == self.units else None
         when = place.step, place.position, place.epoch, place.seed
@@ -91,9 +88,9 @@ class CleanPass:
 
 
 def clean_pass(
-    recording: Recording, inputs: Mapping[str, Any], method: Method, place: BatchPosition
+    recording: Recording, inputs: Inputs, method: Method, place: BatchPosition
 ) -> CleanPass:
-    """Run a batch unperturbed, if the method needs that; `recording` is one of `method.reuse`."""
+    """Run the clean forward if the method needs it; `recording` belongs to `method.reuse`."""
     samples, per_row = batch_size(inputs), method.objective.per_row
     units = samples if per_row else 1
     budget = method.budget(samples) // (samples // units)
@@ -112,17 +109,17 @@ def clean_pass(
 def clean_forward(
     recording: Recording, method: Method, samples: int, feed: TrimmedBatch, planner: ChunkPlanner
 ) -> Clean:
-    """Run the batch, this process's samples all at once unless they do not fit in memory.
+    """Run this process's samples of the batch, all at once if they fit in memory.
 
-    Where processes share scalars only, the gradient of a closed-form head must not travel: then
-    each runs all samples.
+    With `reduce="scalars"` the gradient of a closed-form head must not be sent, so every process
+    runs all samples.
 
     Args:
         recording: runs the model, by the method's reuse plan.
         method: how the gradient is estimated.
         samples: B.
-        feed: gives inputs of samples.
-        planner: how much fits.
+        feed: the inputs of samples.
+        planner: knows how many rows fit.
     """
     objective, head, exchange = method.objective, method.head, method.exchange
     features = method.needs_features
@@ -135,14 +132,16 @@ def clean_forward(
         recording.record(whole)
     pieces = exchange.clean_pieces(samples, head=head is not None)
     piece = pieces[exchange.group.rank % len(pieces)]
-    idle = piece.start == piece.stop  # then some samples are run to see what is found, but not told
+    idle = (
+        piece.start == piece.stop
+    )  # two samples are run for the shapes, and their results dropped
     mine = torch.arange(samples)[slice(0, 2) if idle else piece]
 
     def work(chunk: slice) -> int:
         owner = mine[chunk]
         inputs, columns, cut = whole, feed.columns, None
         part = len(owner) == len(mine) < samples and not recording.complete
-        # what a head is given has to have one width
+        # the inputs of a head must all have the same width
         if part or (len(owner) < samples and head is not None):
             inputs = take(whole, owner)
         elif len(owner) < samples:
@@ -173,8 +172,8 @@ def clean_forward(
 
 
 def gathered(method: Method, own: RowLosses, pieces: Sequence[slice]) -> RowLosses:
-    """Put the clean losses of all processes together, each of which ran a piece of the batch."""
-    # Beyond so many logits there is no control variate, and what it would look at need not travel.
+    """Gather the clean losses of all processes, each of which ran a piece of the batch."""
+    # With more logits there is no control variate, so they need not be sent.
     few = (
         method.control is not None and own.logits is not None and own.logits.shape[1] <= MOST_LOGITS
     )

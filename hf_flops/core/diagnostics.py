@@ -1,4 +1,4 @@
-"""What a step tells about its own estimate, from quantities that it has anyway."""
+"""Variance and signal of a step's estimate, computed from its deltas at no extra cost."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..base.rows import Rows
 
 def mean_squares(rows: Rows, deltas: Tensor, units: int) -> Tensor:
     """Return (B,) mean of each sample's finite squared deltas (R,), an estimate of
-    `||grad s_i||^2`; NaN where none is.
+    `||grad s_i||^2`; NaN for samples without a finite delta.
     """
     finite = deltas.isfinite()
     squares = torch.zeros(units).index_add_(0, rows.owner[finite], deltas[finite].square())
@@ -28,7 +28,7 @@ def summarise(
     shares_noise: bool,
     dimension: int,
 ) -> dict[str, float]:
-    """Summarise a step for the log.
+    """Return the metrics of a step for the log.
 
     `E delta^2 = ||grad s_i||^2`, so row-wise noise gives `tr Cov = (d + 1) sum_i ||grad s_i||^2 /
     n_i / N^2`; where a group shares its noise, its summed coefficient takes the place of delta.
@@ -36,17 +36,17 @@ def summarise(
     `effective_queries` per sample, all alike, would have the variance of the counts used.
 
     Args:
-        gradients: (d,) the estimate, and the closed-form head's gradient; None where only a sum
-            over batches is known.
-        squares: (B,) what `mean_squares` gives, over N squared.
+        gradients: (d,) the estimate, and the closed-form head's gradient; None if only a sum over
+            batches is known.
+        squares: (B,) result of `mean_squares`, divided by N squared.
         counts: (B,) queries per sample.
         rows: the step's R rows, laid out with N = 1.
-        deltas: (R,) over N.
+        deltas: (R,) divided by N.
         shares_noise: whether rows of a group share their noise.
-        dimension: random numbers of a row's noise; what d stands for above.
+        dimension: d above, the number of random numbers in a row's noise.
     """
     squares, finite = squares.nan_to_num(0.0).double(), deltas.isfinite()
-    # sum_i ||grad s_i||^2 / n_i, where a sample's rows weigh alike
+    # sum_i ||grad s_i||^2 / n_i, if all rows of a sample have the same weight
     inverse = float((squares[rows.owner] * rows.weight.double().square()).sum())
     spread = inverse
     if shares_noise:

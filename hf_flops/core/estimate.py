@@ -3,46 +3,41 @@
     clean pass       unperturbed ("clean") losses, features, the closed-form head's inputs:
                      core/clean_forward.py
     counts           the allocator's queries per sample, from clean features only: allocators/
-    rows             one row per query, dealt out to processes: base/rows.py,
+    rows             one row per query, divided among processes: base/rows.py,
                      distributed/exchange.py
-    for each chunk   draw noise, evaluate, transform losses to deltas, accumulate: core/queries.py,
-                     estimators/delta_chain.py
+    for each chunk   draw noise, evaluate, transform losses to deltas, accumulate: core/rounds.py,
+                     core/queries.py, estimators/delta_chain.py
     complete         add back what the control variate subtracted; redistribute the weight of rows
                      without a finite loss
     apply            sum over processes, add to `.grad`, with the head's exact gradient
 
-To follow a delta open two more files: `core/queries.py` runs its row, `estimators/delta_chain.py`
-says what is done to it.
+To follow a delta, read two more files: `core/queries.py` runs its row, and
+`estimators/delta_chain.py` transforms it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from ..allocators import SampleFeatures, TwoRoundAllocator, equal_counts
-from ..base.prng import seeds
-from ..base.rows import BatchPosition, Rows, expand
+from ..base.batch import Inputs
+from ..base.rows import BatchPosition, Rows
 from ..distributed.noise_sum import NoiseSum
 from ..errors import NonFiniteError
 from ..estimators import Chain, DeltaTransform, FiniteDifference, LeaveOneOut, Residual
-from ..estimators.delta_chain import ChunkDeltas
 from ..objectives import Forward
 from ..perturbations.replay import UpdateRecord
 from .chunking import ChunkPlanner
 from .clean_forward import CleanPass, clean_pass
 from .diagnostics import mean_squares, summarise
 from .method import Method, StepResult
-from .queries import Queries, QueryResults
+from .queries import QueryResults
+from .rounds import all_queries, queries_of
 
 
 def estimate_gradient(
     forward: Forward,
-    inputs: Mapping[str, Any],
+    inputs: Inputs,
     method: Method,
     place: BatchPosition,
     elements: float | None = None,
@@ -60,17 +55,38 @@ def estimate_gradient(
         forward: runs the model, in evaluation mode, and returns its loss and outputs.
         inputs: a batch of B samples.
         method: how the gradient is estimated.
-        place: where the batch lies in the run.
+        place: position of the batch in the run; with the seed it determines the noise.
         elements: N, the number of loss elements that the optimizer step averages over.
-        batches: where `elements` is None, over how many batches the step averages: N is then this
-            many times the batch's own number of loss elements.
-        last: whether the batch is the last of its optimizer step. Several processes that sum
-            gradients wait for it: until then `.grad` stays as it is, and the metrics lack what only
-            the sum can tell.
+        batches: number of batches that the step averages over, if `elements` is None: N is then
+            this number times the batch's own number of loss elements.
+        last: whether the batch is the last of its optimizer step. Processes that sum gradients wait
+            for it: before that, `.grad` is unchanged and the metrics of the sum are missing.
 
     Raises:
-        ConfigurationError: `queries_per_sample` does not pay for one query per sample.
-        NonFiniteError: not one perturbed row has a finite loss; gradients are left as they were.
+        ConfigurationError: `queries_per_sample` is too small for one query per sample.
+        NonFiniteError: no perturbed row has a finite loss; gradients are unchanged.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from hf_flops import BatchPosition, Method, estimate_gradient
+        >>> from hf_flops.allocators import Uniform
+        >>> from hf_flops.estimators import Antithetic
+        >>> from hf_flops.objectives import CallableObjective
+        >>> from hf_flops.perturbations import perturb
+        >>> model = nn.Linear(3, 1)
+        >>> objective = CallableObjective(lambda outputs, inputs: outputs.squeeze(1))
+        >>> perturbation = perturb(model, rowwise=["weight", "bias"])
+        >>> method = Method(
+        ...     objective, perturbation, Antithetic(), Uniform(), 20000, 0.01, rows_per_forward=1000
+        ... )
+        >>> forward = lambda inputs: (None, model(inputs["x"]))
+        >>> inputs = {"x": torch.tensor([[1.0, 2.0, 3.0]])}
+        >>> result = estimate_gradient(forward, inputs, method, BatchPosition(seed=0))
+        >>> model.weight.grad.round()
+        tensor([[1., 2., 3.]])
+        >>> result.counts
+        tensor([10000])
 
     References:
         Ren et al. (2025), FLOPS, arXiv 2410.05966, section 3.
@@ -84,7 +100,7 @@ def estimate_gradient(
 def estimate_from(
     clean: CleanPass, elements: float | None = None, batches: float = 1, *, last: bool = True
 ) -> StepResult:
-    """Run the queries and add what they say to the gradients; for the arguments see
+    """Run the queries and add the estimate to the gradients; for the arguments see
     `estimate_gradient`.
     """
     method, features, chain = clean.method, clean.features(), transforms(clean)
@@ -94,8 +110,7 @@ def estimate_from(
         results.elements(clean.units) if clean.losses is None else clean.losses.counts.cpu().float()
     )
     factor, replayed = complete(clean, chain, sums, results, lengths)
-    # Where no element counts (every label is ignored) there is nothing to average, and the update
-    # is zero.
+    # If no element counts (every label is ignored), the update is zero.
     normalizer = (float(lengths.sum()) * batches if elements is None else elements) or 1.0
     applied = apply(clean, chain, sums.update * factor / normalizer, normalizer, last=last)
     trace = method.exchange.trace(sums.parts, clean.place, factor, normalizer)
@@ -112,9 +127,7 @@ def estimate_from(
 
 
 def transforms(clean: CleanPass) -> Chain:
-    """Return what is done to losses until they are coefficients: see
-    `estimators/delta_chain.py`.
-    """
+    """Return the chain of transforms from losses to deltas: see `estimators/delta_chain.py`."""
     method, losses = clean.method, clean.losses
     difference = method.estimator, None if losses is None else losses.sums.cpu(), method.scale
     chain: list[DeltaTransform] = [FiniteDifference(*difference)]
@@ -132,104 +145,15 @@ def transforms(clean: CleanPass) -> Chain:
     return Chain(chain)
 
 
-def all_queries(
-    clean: CleanPass, chain: Chain, sums: NoiseSum, features: SampleFeatures
-) -> QueryResults:
-    """Run all queries, in two rounds where the allocator wants a pilot."""
-    allocator: Any = clean.method.allocator
-    if not clean.method.objective.per_row:
-        return run_round(clean, chain, sums, equal_counts(clean.units, clean.budget))
-    plan = (
-        allocator.pilot(features, clean.budget)
-        if isinstance(allocator, TwoRoundAllocator)
-        else None
-    )
-    if plan is None:
-        return run_round(clean, chain, sums, allocator.counts(features, clean.budget))
-    pilot, weights = plan
-    first = run_round(clean, chain, sums, pilot, share=weights)
-    squares, left = (
-        mean_squares(first.rows, first.deltas, clean.units),
-        clean.budget - len(first.rows),
-    )
-    counts = allocator.second_counts(features, squares, pilot, weights, left)
-    return first.then(run_round(clean, chain, sums, counts, share=1 - weights, after=pilot))
-
-
-def lay_out(clean: CleanPass, counts: Tensor, **options: Any) -> Rows:
-    """Return the rows of so many queries of each sample; `options` are those of `expand`."""
-    allocator, place = clean.method.allocator, clean.place
-    # N is only known once a forward has shown how many elements each sample has: rows are laid out
-    # with N = 1. The arithmetic behind counts may round differently on another machine: those of
-    # process 0 are everyone's.
-    counts = clean.method.exchange.group.broadcast(counts.int()).long()
-    rows = expand(counts, 1.0, weighted=allocator.weighted, **options)
-    if not (allocator.shuffled and clean.method.objective.per_row):
-        return rows
-    order = seeds(place.seed, place.step, rows.owner.numpy(), rows.query.numpy()).argsort()
-    return replace(rows[torch.from_numpy(order)], group=torch.arange(len(rows)) // clean.units)
-
-
-def run_round(
-    clean: CleanPass, chain: Chain, sums: NoiseSum, counts: Tensor, **options: Any
-) -> QueryResults:
-    """Run so many queries of each sample, this process its part of them, and add their noise to the
-    sum.
-    """
-    method, queries, exchange = clean.method, queries_of(clean), clean.method.exchange
-    shares_noise, rows = method.perturbation.shares_noise, lay_out(clean, counts, **options)
-    parts = exchange.parts(rows, clean.feed, shares_noise=shares_noise, chunk=clean.planner.given)
-    own = parts[exchange.group.rank]
-    if exchange.group.world > 1 and (clean.losses is None or clean.recording.complete):
-        clean.recording.extend(clean.feed.whole, own.owner)
-    found = torch.empty(len(own), 3)  # deltas; losses; elements
-
-    def work(index: slice) -> int:
-        chunk = own[index]
-        noise = queries.noise(chunk)
-        deltas, losses, elements, columns = measure(queries, chain, chunk, noise)
-        coefficients = torch.where(deltas.values.isfinite(), deltas.values * chunk.weight, 0.0)
-        weighted, innovation = sums.weighted(noise, coefficients, deltas.errors)
-        # Memory may have run out before: from here on nothing large is made.
-        found[index] = torch.stack([deltas.values, losses, elements], 1)
-        sums.add(chunk, coefficients, weighted, method.perturbation.dimension(noise))
-        chain.update(deltas, innovation)
-        return columns
-
-    queries.in_chunks(own, work, clean.planner)
-    # Where there was no clean forward, losses and elements of the rows stand for it.
-    rows, found, mine = exchange.gathered(
-        parts, found[:, :1] if clean.losses is not None else found
-    )
-    measured = found[:, 0]
-    return QueryResults(rows, measured, chain.of_round(measured, rows), found[:, 1:], mine)
-
-
-def queries_of(clean: CleanPass) -> Queries:
-    """Return what runs rows of a batch under noise."""
-    return Queries(clean.recording, clean.method, clean.place, clean.feed, clean.samples)
-
-
-def measure(
-    queries: Queries, chain: Chain, chunk: Rows, noise: Any
-) -> tuple[ChunkDeltas, Tensor, Tensor, int]:
-    """Return a chunk's deltas, losses (R,), loss elements (R,), and the columns of a row; its
-    logits are let go.
-    """
-    seen = queries.evaluate(chunk, noise)
-    deltas = chain.of_chunk(ChunkDeltas(seen.losses), seen)
-    return deltas, seen.losses.mean(0).float(), seen.elements, seen.columns
-
-
 def complete(
     clean: CleanPass, chain: Chain, sums: NoiseSum, results: QueryResults, lengths: Tensor
 ) -> tuple[float, int]:
-    """Add what chunks could not know: exact means, other rows' deltas, and the weight of rows
-    without a finite loss.
+    """Add the terms that need all rows: the mean that the control variate subtracted, corrections
+    from other rows' deltas, and the weight of rows without a finite loss.
 
     Returns:
-        What the sum has to be multiplied by where samples lack a finite row altogether, given the
-        loss elements `lengths` (B,) of all; and how many rows went through the model again.
+        A factor that replaces samples without any finite row, from the loss elements `lengths` (B,)
+        of all samples; and the number of rows that were run again.
     """
     method, rows, deltas, replayed = clean.method, results.rows, results.deltas, 0
     finite = deltas.isfinite()
@@ -262,10 +186,10 @@ def complete(
 def apply(
     clean: CleanPass, chain: Chain, update: Tensor, normalizer: float, *, last: bool
 ) -> tuple[Tensor, Tensor] | None:
-    """Add the update (d,) to the gradients, and the head's exact one.
+    """Add the update (d,) and the head's exact gradient to `.grad`.
 
     Returns:
-        Both, or None where only the sum over several batches is known, now or later.
+        Both, or None if only their sum over several batches is known, now or later.
     """
     method, head, exact, found = clean.method, clean.method.head, torch.zeros(1), clean.found
     if head is not None and found is not None:
@@ -291,7 +215,7 @@ def report(
     replayed: int,
     trace: UpdateRecord | None,
 ) -> StepResult:
-    """Say what the step found, and what it cost."""
+    """Return the result of the step: loss, cost, counts and metrics."""
     method, rows, units = clean.method, results.rows, clean.units
     counts, squares = results.counts(units), mean_squares(rows, results.deltas, units)
     facts = method.perturbation.shares_noise, dimension

@@ -1,14 +1,13 @@
-"""How a gradient is estimated, and what a step found."""
+"""How a gradient is estimated, and the result of a step."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor
 
 from ..allocators import Allocator
+from ..base.batch import Inputs
 from ..base.rows import BatchPosition
 from ..distributed.exchange import Exchange, SingleProcess
 from ..errors import ConfigurationError
@@ -28,20 +27,34 @@ class Method:
         objective: what is minimised, row by row.
         perturbation: where noise enters the model.
         estimator: the finite difference.
-        allocator: how queries are shared out.
+        allocator: divides the queries among the samples.
         queries_per_sample: rows of forward passes per sample and step, the clean one included.
         scale: the step of the difference, epsilon.
-        rows_per_forward: rows that go through the model at a time, or what finds out how many.
-        trimmed: sides ("left", "right") at which padding that no row of a forward needs is cut off.
-        reuse: modules that run once per sample, because no noise reaches them; see `choose_reuse`.
-        head: the layer whose gradient the clean forward gives, if there is one; the perturbation
-            leaves it alone.
-        control: predicts deltas from past steps and takes the predictions out of the noise; None
-            for no control variate.
-        exchange: the other processes of the run, and what they tell each other.
+        rows_per_forward: rows that go through the model at a time, or the planner that chooses it.
+        trimmed: sides ("left", "right") where padding that no row of a forward needs is cut off.
+        reuse: modules that run once per sample because no noise reaches them; see `choose_reuse`.
+        head: the layer whose exact gradient the clean forward gives; it is not perturbed.
+        control: the control variate, which predicts deltas from past steps; None for none.
+        exchange: how the processes of the run share results.
 
     Raises:
-        ConfigurationError: processes share scalars only, and something needs more than that.
+        ConfigurationError: processes exchange scalars only, and another argument needs more.
+
+    Example:
+        >>> from torch import nn
+        >>> from hf_flops import BatchPosition, Method
+        >>> from hf_flops.allocators import Uniform
+        >>> from hf_flops.estimators import Antithetic
+        >>> from hf_flops.objectives import CallableObjective
+        >>> from hf_flops.perturbations import perturb
+        >>> model = nn.Linear(3, 1)
+        >>> objective = CallableObjective(lambda outputs, inputs: outputs.squeeze(1))
+        >>> perturbation = perturb(model, rowwise=["weight", "bias"])
+        >>> method = Method(
+        ...     objective, perturbation, Antithetic(), Uniform(), 8, 0.01, rows_per_forward=64
+        ... )
+        >>> method.needs_clean, method.budget(samples=4)
+        (False, 16)
     """
 
     objective: Objective
@@ -67,7 +80,7 @@ class Method:
 
     @property
     def needs_features(self) -> bool:
-        """Whether the clean forward has to show more than losses."""
+        """Whether the clean forward must return more than losses."""
         predicted = self.control is not None and self.objective.logits
         return self.objective.per_row and (
             self.allocator.needs_clean or self.head is not None or predicted
@@ -75,8 +88,8 @@ class Method:
 
     @property
     def centred(self) -> bool:
-        """Whether deltas are measured against the sample's other queries; not where that takes a
-        forward for each row.
+        """Whether the mean of the sample's other deltas is subtracted (leave-one-out); not if that
+        requires running rows again.
         """
         return (
             self.estimator.baseline
@@ -85,9 +98,7 @@ class Method:
         )
 
     def budget(self, samples: int) -> int:
-        """Return how many queries `samples` samples can afford in all, after the clean rows are
-        paid for.
-        """
+        """Return the number of queries of `samples` samples, after their clean rows are paid."""
         rows = samples * (self.queries_per_sample - self.needs_clean)
         budget = rows // len(self.estimator.signs)
         if budget < samples:
@@ -102,19 +113,19 @@ class Method:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step found.
+    """The result of a step.
 
     Attributes:
         loss: sum of the batch's clean losses divided by the normalizer (without a clean forward, of
             the perturbed ones).
-        rows: rows that went through the model, all included.
-        counts: (B,) int64, queries per sample; one entry where the loss belongs to the batch as a
+        rows: all rows that went through the model.
+        counts: (B,) int64, queries per sample; one entry if the loss belongs to the batch as a
             whole.
-        mean_squares: (B,) mean squared delta per sample, an estimate of `||grad s_i||^2`; NaN where
+        mean_squares: (B,) mean squared delta per sample, an estimate of `||grad s_i||^2`; NaN if
             none is finite.
         metrics: numbers for the log.
-        trace: what the estimate was made of, the closed-form head and the control variate left
-            aside.
+        trace: rows and coefficients of the estimate, without the closed-form head and the control
+            variate.
     """
 
     loss: Tensor
@@ -127,16 +138,16 @@ class StepResult:
 
 @dataclass(frozen=True)
 class FinishedBatch:
-    """A batch whose gradient has been estimated, for those who observe a run.
+    """A batch whose gradient has been estimated, as the observers of a run get it.
 
     Attributes:
-        result: what was found.
+        result: of the estimate.
         inputs: the batch.
-        position: where it lay in the run.
-        method: how its gradient was estimated; None where images and texts had a method each.
+        position: of the batch in the run.
+        method: how its gradient was estimated; None if images and texts had a method each.
     """
 
     result: StepResult
-    inputs: Mapping[str, Any]
+    inputs: Inputs
     position: BatchPosition
     method: Method | None

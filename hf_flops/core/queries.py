@@ -1,9 +1,8 @@
-"""Runs query rows through the model: the noise of rows, and what their losses are under it."""
+"""Runs query rows through the model: draws their noise and evaluates their losses under it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from ..distributed.noise_sum import NoiseSum
 from ..estimators.delta_chain import Evaluation
 from ..objectives import RowLosses
 from ..perturbations import NoiseKeys
+from ..perturbations.base import DrawnNoise
 from ..reuse import Recording
 from .chunking import ChunkPlanner, Work, in_chunks
 from .method import Method
@@ -21,14 +21,13 @@ from .method import Method
 
 @dataclass(frozen=True)
 class QueryResults:
-    """What R query rows of all processes have shown.
+    """Results of the R query rows of all processes.
 
     Attributes:
         rows: the rows.
-        measured: (R,) the deltas that their noise has been summed with.
-        deltas: (R,) the deltas that it should be summed with, now that those of all rows are known.
-        told: (R, 2) their losses and loss elements, or (R, 0) where the clean forward has told
-            those of the samples.
+        measured: (R,) the deltas with which their noise has been summed.
+        deltas: (R,) the final deltas, now that those of all rows are known.
+        told: (R, 2) losses and loss elements, or (R, 0) if the clean forward has them.
         mine: (R,) whether this process ran them.
     """
 
@@ -66,7 +65,7 @@ class Queries:
     Attributes:
         recording: runs the model, by the method's reuse plan.
         method: how the gradient is estimated.
-        place: where the batch lies in the run.
+        place: position of the batch in the run.
         feed: the batch.
         samples: B.
     """
@@ -78,7 +77,7 @@ class Queries:
     samples: int
 
     def in_chunks(self, rows: Rows, work: Work, planner: ChunkPlanner) -> None:
-        """Do the work of rows, a chunk at a time."""
+        """Process rows chunk by chunk."""
         per_row, shares_noise = self.method.objective.per_row, self.method.perturbation.shares_noise
         in_chunks(
             rows.stretches(within_groups=shares_noise) if per_row else [1] * len(rows),
@@ -86,14 +85,14 @@ class Queries:
             planner,
         )
 
-    def noise(self, chunk: Rows) -> Any:
+    def noise(self, chunk: Rows) -> DrawnNoise:
         """Draw the noise of a chunk."""
         seed, step, positions = self.place.seed, self.place.step, chunk.owner + self.place.position
         keys = NoiseKeys.of(seed, step, positions, chunk.query, int(chunk.group[0]))
         return self.method.perturbation.draw(keys)
 
-    def evaluate(self, chunk: Rows, noise: Any) -> Evaluation:
-        """Run a chunk at every sign."""
+    def evaluate(self, chunk: Rows, noise: DrawnNoise) -> Evaluation:
+        """Run a chunk at every sign of the estimator."""
         method = self.method
         owner = chunk.owner if method.objective.per_row else torch.arange(self.samples)
         unread = self.recording.unread_inputs
@@ -112,8 +111,8 @@ class Queries:
     def sum_again(
         self, rows: Rows, coefficients: Tensor, sums: NoiseSum, planner: ChunkPlanner
     ) -> int:
-        """Add rows' noise to a sum once more, with coefficients (R,); returns how many rows went
-        through the model again.
+        """Add the noise of rows to a sum again, with coefficients (R,); return the number of rows
+        that were run again.
         """
         perturbation, replayed = self.method.perturbation, []
 

@@ -1,1 +1,1 @@
-"""Several processes: how they are started, what they tell each other, and in which order."""
+"""Several processes: launching, collectives, and how updates are reduced."""

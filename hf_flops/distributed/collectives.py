@@ -1,5 +1,5 @@
-"""What the processes of a run tell each other: tensors gathered and summed, every byte counted, no
-waiting for the dead.
+"""Collectives of the processes of a run: all sent bytes are counted, and a process that has ended
+is reported instead of waited for.
 """
 
 from __future__ import annotations
@@ -8,10 +8,10 @@ import atexit
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,18 +19,20 @@ from torch import distributed as dist
 
 from ..errors import ConfigurationError, ProcessError
 
-# seconds: between looks at a transfer, between looks for trouble, for an answer
-_POLL, _LISTEN, _PATIENCE = 1e-4, 1.0, 5.0
+_POLL = 1e-4  # seconds between checks whether a transfer is complete
+_LISTEN = 1.0  # seconds between checks whether another process has reported an error
+_PATIENCE = 5.0  # seconds to wait for the other processes' answers
+
+T = TypeVar("T")
 
 
 class ProcessGroup:
-    """One process of a run; this one is alone, so nothing has to travel.
+    """The group of a run with one process: collectives return their arguments.
 
     Attributes:
         rank: number of the process.
-        world: how many there are.
-        sent: bytes that this process has handed to the others, each counted once, however many
-            others there are.
+        world: number of processes.
+        sent: bytes that this process has sent, each counted once for any number of receivers.
     """
 
     rank, world = 0, 1
@@ -39,129 +41,123 @@ class ProcessGroup:
         self.sent = 0
 
     def partition(self, number: int, least: int = 1) -> list[slice]:
-        """Cut so many things into one even piece for each process; none has fewer than `least`,
-        unless it has none.
+        """Split `number` items into one even slice per process; each has `least` or more items, or
+        none.
         """
         busy = max(1, min(self.world, number // least))
         edges = [number * min(rank, busy) // busy for rank in range(self.world + 1)]
         return [slice(start, stop) for start, stop in pairwise(edges)]
 
-    def all_gather(self, own: Tensor, sizes: Sequence[int]) -> Tensor:
-        """Put the pieces (n, ...) of all processes together, n by process being `sizes`:
-        (sum(sizes), ...).
-        """
+    def all_gather(self, piece: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Concatenate the pieces (sizes[rank], ...) of all processes: (sum(sizes), ...)."""
         del sizes
-        return own
+        return piece
 
-    def all_reduce(self, own: Tensor) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         """Return the sum of the tensors of all processes."""
-        return own
+        return tensor
 
-    def broadcast(self, value: Any) -> Any:
-        """Return what process 0 has."""
+    def broadcast(self, value: T) -> T:
+        """Return the value of process 0."""
         return value
 
-    def all_gather_object(self, value: Any) -> list[Any]:
-        """Return what every process has, by number."""
+    def all_gather_object(self, value: T) -> list[T]:
+        """Return the values of all processes, by rank."""
         return [value]
 
     def watched(self) -> AbstractContextManager[None]:
-        """Return a context in which transfers of others, too, say which process has gone."""
+        """Return a context in which failed transfers of other code name the process that ended."""
         return nullcontext()
 
-    def assert_same(self, values: dict[str, Any], when: str) -> None:
-        """Refuse to go on with processes that differ.
+    def assert_same(self, values: Mapping[str, object], when: str) -> None:
+        """Check that values are equal in all processes.
 
         Args:
-            values: by name, what must be the same everywhere.
+            values: by name.
             when: what the processes are doing, for the message.
 
         Raises:
-            ConfigurationError: names the first value that differs, and whose.
+            ConfigurationError: names the first value that differs, and its process.
         """
-        for rank, found in enumerate(others := self.all_gather_object(values)):
+        for rank, theirs in enumerate(others := self.all_gather_object(values)):
             for name in values:
-                if found[name] != others[0][name]:
+                if theirs[name] != others[0][name]:
                     raise ConfigurationError(
                         f"The processes differ {when}: {name} is {others[0][name]!r} in process 0 "
-                        f"and {found[name]!r} in process {rank}; start all of them with the same "
+                        f"and {theirs[name]!r} in process {rank}; start all of them with the same "
                         "script, arguments, seed and data."
                     )
 
 
 class TorchProcessGroup(ProcessGroup):
-    """A process among those that a launcher started, over torch.distributed's default group.
+    """The processes of torch.distributed's default group.
 
-    A transfer is not waited for blindly: where a process has gone, the others notice, ask around,
-    and say which one it was.
+    If a process ends, the others stop waiting for its transfers and report which one it was.
 
     Args:
-        device: where tensors have to be for a transfer: a GPU for nccl.
+        device: of tensors in transfers; a GPU for nccl.
 
     Raises:
-        ProcessError: by every method, where a process does not answer any more.
+        ProcessError: by every method, if a process no longer answers.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         super().__init__()
         self._troubled = False
-        self.rank, self.world, self.device = (
-            dist.get_rank(),
-            dist.get_world_size(),
-            torch.device(device),
-        )
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.device = torch.device(device)
         self._store = dist.distributed_c10d._get_default_store()
         self._names: list[str] = []
         atexit.register(self._part)
         self._names = self.all_gather_object(f"pid {os.getpid()} on {socket.gethostname()}")
 
-    def all_gather(self, own: Tensor, sizes: Sequence[int]) -> Tensor:
+    def all_gather(self, piece: Tensor, sizes: Sequence[int]) -> Tensor:
         """See `ProcessGroup.all_gather`."""
-        piece = own.detach().to(self.device).contiguous()
-        self.sent += piece.numel() * piece.element_size()
+        own = piece.detach().to(self.device).contiguous()
+        self.sent += own.numel() * own.element_size()
         most = max(sizes)
-        if len(piece) < most:
-            piece = torch.cat([piece, piece.new_zeros(most - len(piece), *piece.shape[1:])])
-        pieces = [torch.empty_like(piece) for _ in sizes]
-        self._run(lambda: dist.all_gather(pieces, piece, async_op=True))
-        return torch.cat([found[:size] for found, size in zip(pieces, sizes, strict=True)]).to(
-            own.device
-        )
+        if len(own) < most:
+            own = torch.cat([own, own.new_zeros(most - len(own), *own.shape[1:])])
+        padded = [torch.empty_like(own) for _ in sizes]
+        self._run(lambda: dist.all_gather(padded, own, async_op=True))
+        pieces = [values[:size] for values, size in zip(padded, sizes, strict=True)]
+        return torch.cat(pieces).to(piece.device)
 
-    def all_reduce(self, own: Tensor) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         """See `ProcessGroup.all_reduce`."""
-        summed = own.detach().to(self.device, copy=True).contiguous()
+        summed = tensor.detach().to(self.device, copy=True).contiguous()
         self.sent += summed.numel() * summed.element_size()
         self._run(lambda: dist.all_reduce(summed, async_op=True))
-        return summed.to(own.device)
+        return summed.to(tensor.device)
 
-    def broadcast(self, value: Any) -> Any:
+    def broadcast(self, value: T) -> T:
         """See `ProcessGroup.broadcast`."""
-        found = [value]
+        received: list[Any] = [value]
         if isinstance(value, Tensor):
             self.sent += value.numel() * value.element_size() * (self.rank == 0)
             sent = value.detach().to(self.device, copy=True).contiguous()
             self._run(lambda: dist.broadcast(sent, 0, async_op=True))
-            return sent.to(value.device)
-        self._run(lambda: dist.broadcast_object_list(found, 0, device=self.device))
-        return found[0]
+            received[0] = sent.to(value.device)
+        else:
+            self._run(lambda: dist.broadcast_object_list(received, 0, device=self.device))
+        return received[0]
 
-    def all_gather_object(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: T) -> list[T]:
         """See `ProcessGroup.all_gather_object`."""
-        found: list[Any] = [None] * self.world
-        self._run(lambda: dist.all_gather_object(found, value))
-        return found
+        values: list[Any] = [None] * self.world
+        self._run(lambda: dist.all_gather_object(values, value))
+        return values
 
     def _run(self, transfer: Callable[[], Any]) -> None:
         try:
             work = transfer()
             if work is None:
                 return
-            heard = time.monotonic()
+            checked = time.monotonic()
             while not work.is_completed():
                 time.sleep(_POLL)
-                if time.monotonic() - heard > _LISTEN:
-                    heard = time.monotonic()
+                if time.monotonic() - checked > _LISTEN:
+                    checked = time.monotonic()
                     if self._store.check(["hf_flops/trouble"]):
                         raise RuntimeError("another process has reported trouble")
             work.wait()
@@ -181,17 +177,17 @@ class TorchProcessGroup(ProcessGroup):
             raise ProcessError(self._blame(error)) from error
 
     def _part(self) -> None:
-        """Close the connections before the interpreter goes: gloo's threads, left alone, may abort
-        a process.
+        """Close the connections before the interpreter exits: otherwise gloo's threads may abort
+        the process.
         """
         if not self._troubled and dist.is_initialized():
             dist.destroy_process_group()
 
     def _blame(self, error: Exception) -> str:
-        """Ask around who is still there, and say who is not."""
-        # from here on nobody waits for the others
+        """Return a message that names the processes that no longer answer."""
+        # from here on no process waits for the others
         self._troubled, gone = True, list(range(self.world))
-        with suppress(RuntimeError):  # the store is gone with the machine that kept it
+        with suppress(RuntimeError):  # the store ends with the process that hosts it
             self._store.set("hf_flops/trouble", "1")
             self._store.set(f"hf_flops/alive/{self.rank}", "1")
             end = time.monotonic() + _PATIENCE
@@ -200,9 +196,7 @@ class TorchProcessGroup(ProcessGroup):
                 time.sleep(0.1)
         names = dict(enumerate(self._names))
         lost = ", ".join(
-            f"process {rank} ({names.get(rank, 'not yet known')})"
-            for rank in gone
-            if rank != self.rank
+            f"process {rank} ({names.get(rank, 'unknown')})" for rank in gone if rank != self.rank
         )
         what = (
             f"{lost} of {self.world} has ended or cannot be reached"

@@ -1,11 +1,10 @@
-"""How the processes of a run come to the same update: alone, by summing gradients, or by telling
-each other scalars.
+"""How the processes of a run compute the same update: alone, by an all-reduce of gradients, or by
+exchanging scalars.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,26 +14,23 @@ from ..base.rows import BatchPosition, Rows
 from ..errors import ConfigurationError
 from ..objectives import RowLosses
 from ..perturbations import Perturbation
-from ..perturbations.replay import UpdateRecord, in_turn, regenerate
+from ..perturbations.replay import UpdateRecord
 from .collectives import ProcessGroup
-from .noise_sum import Again, NoiseSum
-
-_NOISE = 2**26  # bytes of noise that are held at a time when an update is made again
+from .noise_sum import NoiseSum, RegeneratedSum
 
 
 class Exchange:
-    """What processes share of a step: its samples and rows evenly, its numbers all, and in the end
-    its update.
+    """Divides a step among processes, and combines their results.
 
-    All processes hold the whole batch. Rows are cut into even pieces by number, whatever samples
-    they repeat. Losses and deltas are gathered, so that every process decides by the same numbers.
-    How the update is made is a subclass's.
+    All processes have the whole batch. Rows are divided evenly by number. Losses and deltas are
+    gathered, so that all processes take the same decisions. Subclasses define how the update is
+    reduced.
 
     Args:
         group: the other processes.
 
     Attributes:
-        pending: whether batches of the optimizer step have been put off.
+        pending: whether earlier batches of the optimizer step wait for their reduction.
     """
 
     pending = False
@@ -43,26 +39,26 @@ class Exchange:
         self.group = group or ProcessGroup()
 
     def check(self, *, control: bool, replays: bool) -> None:
-        """Refuse what this exchange cannot do.
+        """Raise an error for methods that this exchange does not support.
 
         Args:
             control: whether there is a control variate.
-            replays: whether noise can only be pulled back after a forward under it.
+            replays: whether summing noise needs a forward under the same noise.
         """
 
     def clean_pieces(self, samples: int, *, head: bool) -> list[slice]:
-        """Say which samples each process runs unperturbed; a single piece: every process runs all.
+        """Return the samples of each process's clean forward; one slice means that all run all.
 
         Args:
             samples: B.
-            head: whether the closed-form head's gradient comes from them.
+            head: whether there is a closed-form head.
         """
         del head
         return self.group.partition(samples, 2) if samples >= 4 else [slice(0, samples)]
 
     def counts_exact(self, pieces: Sequence[slice]) -> bool:
-        """Say whether this process adds its samples' exact gradient, where they have been run in
-        these pieces.
+        """Return whether this process adds the exact gradient of its samples, for these slices of
+        `clean_pieces`.
         """
         del pieces
         return True
@@ -70,17 +66,16 @@ class Exchange:
     def parts(
         self, rows: Rows, feed: TrimmedBatch, *, shares_noise: bool, chunk: int | None = None
     ) -> list[Rows]:
-        """Cut rows into the pieces of all processes, each in the order in which it goes through the
-        model.
+        """Divide rows among the processes; each part is in the order of its forwards.
 
-        Rows of a sample stay together where noise is per row, so that what runs once per sample
-        runs in few processes; where noise is shared those of a group do, so that forwards stay
-        large. Whole chunks are dealt out where there are enough to be fair, because then what a
-        forward is given, and so its rounding, does not depend on the number of processes.
+        With noise per row, rows of a sample stay together, so that late expansion runs a sample in
+        few processes; with shared noise, rows of a group do, so that forwards stay large. If there
+        are enough chunks for an even division, whole chunks are divided: then the inputs of a
+        forward, and so its rounding, do not depend on the number of processes.
 
         Args:
             rows: of all processes.
-            feed: knows which rows have padding.
+            feed: knows the padding of rows.
             shares_noise: whether noise is shared.
             chunk: rows that go through the model at a time, if that is fixed.
         """
@@ -101,17 +96,18 @@ class Exchange:
         return [ordered[torch.cat(own)] for own in dealt]
 
     def gathered(self, parts: Sequence[Rows], own: Tensor) -> tuple[Rows, Tensor, Tensor]:
-        """Put the rows of all processes together, in an order that does not depend on their number.
+        """Gather the results of all rows, in an order that does not depend on the number of
+        processes.
 
         Args:
             parts: the rows of each process.
-            own: (r, C) what this one found for each of its rows.
+            own: (r, C) results of this process's rows.
 
         Returns:
-            All rows, (R, C) what was found for them, and (R,) whether they are this process's own.
+            All rows, (R, C) their results, and (R,) whether this process ran them.
         """
         sizes = [len(part) for part in parts]
-        found, rows = self.group.all_gather(own, sizes), parts[0]
+        results, rows = self.group.all_gather(own, sizes), parts[0]
         for part in parts[1:]:
             rows = rows.then(part)
         mine = (
@@ -119,29 +115,27 @@ class Exchange:
             == self.group.rank
         )
         order = rows.order()
-        return rows[order], found[order], mine[order]
+        return rows[order], results[order], mine[order]
 
     def losses(self, own: RowLosses, sizes: Sequence[int], *, logits: bool) -> RowLosses:
-        """Put the clean losses of all processes together; logits and slopes only if they are
-        wanted.
-        """
+        """Gather the clean losses of all processes; with logits and slopes only if `logits`."""
         names = ["sums", "counts", "residuals"] + ["logits", "slopes"] * logits
-        found = {name: values for name in names if (values := getattr(own, name)) is not None}
+        fields = {name: values for name in names if (values := getattr(own, name)) is not None}
         flat = [
             (values if values.dim() > 1 else values[:, None]).to(own.sums)
-            for values in found.values()
+            for values in fields.values()
         ]
         widths = [part.shape[1] for part in flat]
         gathered = self.group.all_gather(torch.cat(flat, 1), sizes).split(widths, 1)
         return RowLosses(
             **{
                 name: part if name in ("logits", "slopes") else part[:, 0]
-                for name, part in zip(found, gathered, strict=True)
+                for name, part in zip(fields, gathered, strict=True)
             }
         )
 
     def noise_sum(self, perturbation: Perturbation, place: BatchPosition) -> NoiseSum:
-        """Return what the rows of this process are summed in."""
+        """Return the sum for the noise of this process's rows."""
         del place
         return NoiseSum(perturbation)
 
@@ -152,26 +146,26 @@ class Exchange:
         factor: float,
         normalizer: float,
     ) -> UpdateRecord | None:
-        """Return what the update was made of, None where no process has all chunks."""
+        """Return the record of the update; None if no process has all chunks."""
         return UpdateRecord.of(parts, place.position, factor, normalizer)
 
     def reduce(self, own: list[Tensor], *, last: bool) -> list[Tensor] | None:
-        """Return the sums over all processes, and over the batches since the last time; None while
-        more are to come.
+        """Return the sums over all processes and pending batches; None if the batch becomes
+        pending.
 
         Args:
-            own: what this process has of each.
+            own: this process's terms.
             last: whether the batch is the last of its optimizer step.
         """
         del last
         return own
 
     def discard(self) -> None:
-        """Drop what was put off: its step is not taken."""
+        """Drop the pending batches of a step that is not taken."""
 
 
 class SingleProcess(Exchange):
-    """No other process: nothing has to travel."""
+    """A run with one process."""
 
     def clean_pieces(self, samples: int, *, head: bool) -> list[slice]:
         """See `Exchange`."""
@@ -187,12 +181,11 @@ class SingleProcess(Exchange):
 
 
 class GradientAllReduce(Exchange):
-    """The update is the sum of what each process pulled back: as many numbers as the adapter has
-    travel, once per step.
+    """Sums the processes' gradients with an all-reduce, once per optimizer step.
 
     Args:
         group: the other processes.
-        every_batch: sum after every batch of an optimizer step, for those who decide by each one's
+        every_batch: whether to reduce after every batch, for features that need each batch's
             signal.
     """
 
@@ -207,7 +200,7 @@ class GradientAllReduce(Exchange):
         return self._pending is not None
 
     def counts_exact(self, pieces: Sequence[slice]) -> bool:
-        """See `Exchange`: what all processes have alike is added by the first only."""
+        """See `Exchange`: if all processes have the same samples, only the first adds them."""
         return len(pieces) > 1 or self.group.rank == 0
 
     def trace(
@@ -236,8 +229,8 @@ class GradientAllReduce(Exchange):
 
 
 class ScalarExchange(Exchange):
-    """Every process makes the update from the coefficients of all rows: nothing else travels, but
-    all noise is drawn twice.
+    """Every process computes the update from the coefficients of all rows: only scalars are sent,
+    but all noise is drawn twice.
 
     References:
         Malladi et al. (2023), MeZO, arXiv 2305.17333, section 2.1, on updates that are seeds and
@@ -248,7 +241,8 @@ class ScalarExchange(Exchange):
         """See `Exchange`."""
         if control:
             raise ConfigurationError(
-                'A control variate learns from gradients: with reduce="scalars" there is none.'
+                'A control variate needs gradients, which reduce="scalars" does not exchange: use '
+                'reduce="gradient" or control_variate="none".'
             )
         if replays:
             raise ConfigurationError(
@@ -257,8 +251,8 @@ class ScalarExchange(Exchange):
             )
 
     def clean_pieces(self, samples: int, *, head: bool) -> list[slice]:
-        """See `Exchange`: the gradient of a head must not travel, so each process runs all samples
-        for it.
+        """See `Exchange`: with a head every process runs all samples, since gradients are not
+        sent.
         """
         return [slice(0, samples)] if head else super().clean_pieces(samples, head=head)
 
@@ -267,47 +261,14 @@ class ScalarExchange(Exchange):
         return RegeneratedSum(perturbation, place)
 
 
-class RegeneratedSum(NoiseSum):
-    """`sum_r c_r z_r` over the rows of all processes: made at the end, from noise that is drawn
-    again.
-
-    Args:
-        perturbation: where noise enters.
-        place: where the batch lies in the run.
-    """
-
-    def __init__(self, perturbation: Perturbation, place: BatchPosition) -> None:
-        super().__init__(perturbation)
-        self.place = place
-
-    def weighted(
-        self, noise: Any, coefficients: Tensor, errors: Tensor | None = None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Return nothing yet."""
-        del noise, coefficients, errors
-        return None, None
-
-    def complete(self, rows: Rows, coefficients: Tensor, corrections: Tensor, again: Again) -> None:
-        """See `NoiseSum`."""
-        del corrections, again
-        perturbation, place = self.perturbation, self.place
-        size = max(1, min(4096, int(_NOISE // max(1.0, perturbation.row_bytes))))
-        where = rows.owner + place.position, rows.query
-        self.update = regenerate(
-            perturbation, place.seed, place.step, *where, coefficients, rows.group, size
-        )
-        chunks = in_turn(rows.group, size, shares_noise=perturbation.shares_noise)
-        self.parts = [(rows[chunk], coefficients[chunk]) for chunk in chunks]
-
-
 def gradient_exchange(group: ProcessGroup | None = None, *, every_batch: bool = False) -> Exchange:
-    """Return the sum of gradients, or, where there is one process, nothing to sum."""
+    """Return the all-reduce of gradients, or the exchange of a single process."""
     alone = group is None or group.world == 1
     return SingleProcess(group) if alone else GradientAllReduce(group, every_batch=every_batch)
 
 
 def scalar_exchange(group: ProcessGroup | None = None, *, every_batch: bool = False) -> Exchange:
-    """Return the exchange of scalars, whose updates are always those of one batch."""
+    """Return the exchange of scalars, which reduces after every batch in any case."""
     del every_batch
     return ScalarExchange(group)
 

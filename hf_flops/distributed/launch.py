@@ -1,6 +1,4 @@
-"""Launchers that start other processes than were meant: found before anything is written, and said
-what to do instead.
-"""
+"""Checks that the launcher started the intended processes, before anything is written."""
 
 from __future__ import annotations
 
@@ -17,13 +15,13 @@ _MPI = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def check_environment() -> None:
-    """Refuse a launcher that started one process where several were meant, or that is to shard the
-    model.
+    """Raise an error if one process was started instead of several, or if the model is to be
+    sharded.
 
     Raises:
-        ConfigurationError: the environment tells of it.
+        ConfigurationError: environment variables say so.
     """
-    # What accelerate's launcher sets where it was asked for several processes and starts one, as
+    # accelerate's launcher sets these if several processes were requested but it starts one, as
     # with --cpu or MULTI_CPU.
     if _started() == 1 and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"} <= set(
         os.environ
@@ -36,24 +34,24 @@ def check_environment() -> None:
     for name, what in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
         if os.environ.get(name, "").lower() == "true":
             raise ConfigurationError(
-                f"{name}=true: {what} shards the model for a backward pass, which there is none "
-                f"of. {_INSTEAD}"
+                f"{name}=true: {what} shards the model for a backward pass, but there is "
+                f"none. {_INSTEAD}"
             )
 
 
 def check_world(world: int) -> None:
-    """Refuse processes that do not know of each other.
+    """Raise an error if processes are not connected.
 
     Args:
-        world: how many processes the run has, as far as this one knows.
+        world: number of processes in this process's group.
 
     Raises:
-        ConfigurationError: the environment tells of more.
+        ConfigurationError: environment variables name a larger number.
     """
     if _started() > 1 and world == 1:
         raise ConfigurationError(
-            f"{_started()} processes were started, but each takes itself for the only one and "
-            f"would train alone, all of them into the same output_dir. {_INSTEAD}"
+            f"{_started()} processes were started, but they are not connected: each would "
+            f"train alone and write to the same output_dir. {_INSTEAD}"
         )
 
 

@@ -1,6 +1,4 @@
-"""The sum of noise by coefficients that a step builds up chunk by chunk: the one thing that it
-changes in place.
-"""
+"""The sum of noise times coefficients, accumulated chunk by chunk and in place."""
 
 from __future__ import annotations
 
@@ -10,12 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base.rows import Rows
+from ..base.rows import BatchPosition, Rows
 from ..perturbations import Perturbation, accumulator
+from ..perturbations.base import DrawnNoise
+from ..perturbations.replay import in_turn, regenerate
 from .collectives import ProcessGroup
 
+_NOISE = 2**26  # bytes of noise in memory at a time when an update is computed again
 Again = Callable[[Rows, Tensor], None]
-"""Adds the noise of rows to a sum once more, with further coefficients (R,)."""
+"""Adds the noise of rows to a sum again, with additional coefficients (R,)."""
 
 
 class NoiseSum:
@@ -26,8 +27,8 @@ class NoiseSum:
 
     Attributes:
         update: (d,) the sum.
-        parts: the chunks that it is the sum of, with their coefficients, in order.
-        dimension: random numbers of unit variance in the noise of a row as of the last chunk.
+        parts: the chunks in it, with their coefficients, in order.
+        dimension: random numbers of unit variance in a row's noise, from the last chunk.
     """
 
     def __init__(self, perturbation: Perturbation) -> None:
@@ -39,12 +40,11 @@ class NoiseSum:
         self.dimension = 0
 
     def weighted(
-        self, noise: Any, coefficients: Tensor, errors: Tensor | None = None
+        self, noise: DrawnNoise, coefficients: Tensor, errors: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Return a chunk's `sum_r c_r z_r` (d,), and (M, d) that for errors (R, M); the noise is
-        unpacked once.
+        """Return a chunk's `sum_r c_r z_r` (d,), and the same for errors (R, M): (M, d).
 
-        Nothing is added yet, so that a chunk for which memory does not suffice can be done again.
+        Nothing is added yet, so that a chunk can be repeated if memory runs out.
         """
         perturbation = self.perturbation
         own: Any = None if errors is None else perturbation.row_noise(noise)
@@ -62,8 +62,8 @@ class NoiseSum:
         Args:
             rows: of the chunk.
             coefficients: (R,) of their noise.
-            weighted: (d,) what `weighted` returned for it.
-            dimension: random numbers of unit variance in a row's noise; 0 where the rows are in the
+            weighted: (d,) result of `weighted`.
+            dimension: random numbers of unit variance in a row's noise; 0 if the rows are in the
                 sum already.
         """
         self.dimension = dimension or self.dimension
@@ -76,13 +76,14 @@ class NoiseSum:
         self.update[: len(mean)] += mean
 
     def complete(self, rows: Rows, coefficients: Tensor, corrections: Tensor, again: Again) -> None:
-        """Bring the coefficients of all rows to their final values, now that all deltas are known.
+        """Change the coefficients of all rows to their final values.
 
         Args:
             rows: R rows of all processes.
-            coefficients: (R,) the final ones.
-            corrections: (R,) what the sum lacks of them, 0 for rows of other processes.
-            again: adds the noise of rows that lack something.
+            coefficients: (R,) final coefficients.
+            corrections: (R,) final coefficients minus those in the sum; 0 for rows of other
+                processes.
+            again: adds the noise of rows with a correction.
         """
         del coefficients
         index = torch.nonzero(corrections).flatten()
@@ -91,10 +92,42 @@ class NoiseSum:
         again(rows[index], corrections[index])
 
     def shared_facts(self, group: ProcessGroup, replayed: int) -> tuple[int, int]:
-        """Return of how many numbers a row's noise is made, and how many rows were run again, in
-        all processes.
+        """Return the dimension of a row's noise, and the number of replayed rows of all
+        processes.
         """
         if not self.perturbation.replays:
             return self.perturbation.vector.size, replayed
         facts = group.all_gather(torch.tensor([[self.dimension, replayed]]), [1] * group.world)
         return int(facts[:, 0].max()), int(facts[:, 1].sum())
+
+
+class RegeneratedSum(NoiseSum):
+    """`sum_r c_r z_r` over the rows of all processes, computed at the end from noise drawn again.
+
+    Args:
+        perturbation: where noise enters.
+        place: position of the batch in the run.
+    """
+
+    def __init__(self, perturbation: Perturbation, place: BatchPosition) -> None:
+        super().__init__(perturbation)
+        self.place = place
+
+    def weighted(
+        self, noise: DrawnNoise, coefficients: Tensor, errors: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return nothing yet."""
+        del noise, coefficients, errors
+        return None, None
+
+    def complete(self, rows: Rows, coefficients: Tensor, corrections: Tensor, again: Again) -> None:
+        """See `NoiseSum`."""
+        del corrections, again
+        perturbation, place = self.perturbation, self.place
+        size = max(1, min(4096, int(_NOISE // max(1.0, perturbation.row_bytes))))
+        where = rows.owner + place.position, rows.query
+        self.update = regenerate(
+            perturbation, place.seed, place.step, *where, coefficients, rows.group, size
+        )
+        chunks = in_turn(rows.group, size, shares_noise=perturbation.shares_noise)
+        self.parts = [(rows[chunk], coefficients[chunk]) for chunk in chunks]

@@ -1,4 +1,4 @@
-"""Models that are only asked for outputs: a callable, an ONNX Runtime session, a server.
+"""Engines, models that only return outputs: a callable, an ONNX Runtime session, a server.
 
 An engine is anything that maps `inputs_embeds` (R, T, D) float32 and `attention_mask` (R, T) int64,
 padded at the right, to the logits (R, V) of what follows each row's last real token.

@@ -1,11 +1,10 @@
-"""An engine behind HTTP: batches, several calls at a time, time limits, bounded retries, and an
-account of what it cost.
+"""An engine behind HTTP: batches, concurrent calls, time limits, bounded retries, and an account of
+costs.
 """
 
 from __future__ import annotations
 
 import random
-import re
 import threading
 import time
 import urllib.error
@@ -13,32 +12,30 @@ import urllib.request
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
-from http.client import HTTPException, IncompleteRead
-from typing import Any
-from urllib.parse import urlsplit
+from http.client import HTTPException
 
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
 from ..errors import ConfigurationError, EngineError
+from .http import RetryableError, check_headers, check_url, read_body, seconds_to_wait
 
 _LONGEST_WAIT = 60.0  # seconds between two attempts
 
 
 @dataclass
 class Account:
-    """What an endpoint was asked for.
+    """Calls and costs of an endpoint.
 
     Attributes:
-        calls: requests that were sent, repeated ones included.
-        retries: those of them that repeated a failed one.
-        rows: rows that were answered.
+        calls: requests, retries included.
+        retries: repeated requests.
+        rows: answered rows.
         tokens: their tokens, padding included.
-        bytes_sent: of the bodies of requests.
-        bytes_received: of the bodies of answers.
-        seconds: between sending a request and its answer, summed over calls.
+        bytes_sent: size of request bodies.
+        bytes_received: size of answer bodies.
+        seconds: latency, summed over calls.
     """
 
     calls: int = 0
@@ -50,96 +47,44 @@ class Account:
     seconds: float = 0.0
 
 
-class _Failure(Exception):
-    """A call that may succeed if it is repeated, after so many seconds at least."""
-
-    def __init__(self, reason: str, wait: float = 0.0) -> None:
-        super().__init__(reason)
-        self.wait = wait
-
-
-def _check_url(url: Any) -> None:
-    """Refuse what cannot be posted to."""
-    try:
-        parts = urlsplit(url)
-        parts.hostname.encode("idna")
-        usable = parts.scheme in ("http", "https") and parts.port != 0
-    except (ValueError, TypeError, AttributeError):  # no text, no host, or no number for a port
-        usable = False
-    if not usable or not re.fullmatch("[!-~]+", url):
-        raise ConfigurationError(
-            f"url={url!r} must be http:// or https:// with a host, in ASCII without spaces."
-        )
-    if "@" in parts.netloc:
-        raise ConfigurationError(
-            "url holds a user's name or password before '@': send them with headers= instead."
-        )
-
-
-def _check_headers(headers: Any) -> None:
-    """Refuse headers that cannot be sent, without showing what may be secret."""
-    if not isinstance(headers, Mapping):
-        raise ConfigurationError(
-            f"headers is a {type(headers).__name__}, where a mapping of names to texts is wanted."
-        )
-    for name, value in headers.items():
-        if not isinstance(name, str) or not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.ASCII):
-            raise ConfigurationError(f"headers has {name!r}, which is not the name of a header.")
-        if not isinstance(value, str) or not re.fullmatch(r"[\t -~\xa0-\xff]*", value):
-            raise ConfigurationError(f"headers[{name!r}] must be a text of one line in Latin-1.")
-
-
-def _read(response: Any, deadline: float, most: float = float("inf")) -> bytes:
-    """Return the body of an answer, or its first bytes, if they come in time."""
-    content = bytearray()
-    while len(content) < most and (chunk := response.read1(1 << 16)):
-        content += chunk
-        if response.length != 0 and time.perf_counter() > deadline:
-            raise TimeoutError("the answer takes too long")
-    if len(content) < most and response.length:
-        raise IncompleteRead(bytes(content), response.length)
-    return bytes(content)
-
-
-def _seconds(retry_after: str) -> float:
-    """Return how long a Retry-After header asks to wait; it is a number of seconds, or a date."""
-    try:
-        return float(retry_after)
-    except ValueError:
-        pass
-    try:
-        return parsedate_to_datetime(retry_after).timestamp() - time.time()
-    except (ValueError, TypeError, OverflowError):
-        return 0.0
-
-
 class HttpEngine:
-    """An engine that `EngineServer`, or anything that speaks as it does, serves.
+    """A client of `EngineServer`, or of any server with the same protocol.
 
-    A call posts `inputs_embeds` and `attention_mask` of a few rows as safetensors, and gets
-    `logits` as safetensors back.
+    A call posts `inputs_embeds` and `attention_mask` of a few rows as safetensors, and receives
+    `logits` as safetensors.
 
     Args:
-        url: where to post to.
-        batch_rows: rows of a call.
+        url: of the endpoint.
+        batch_rows: rows per call.
         concurrency: calls at a time.
-        timeout: seconds after which a call has failed that is not answered, or whose answer still
-            trickles in.
-        retries: how often a call is repeated after 429, a server's error, a broken connection or a
-            timeout.
-        back_off: seconds before the first repetition, doubled for each further one; a server's
-            Retry-After counts if longer. A minute is the longest wait.
-        max_calls: calls in the lifetime of this object, repeated ones included; None for no limit.
-        headers: sent with every call, such as {"Authorization": "Bearer ..."}; no error shows them,
-            and no redirection takes them along.
+        timeout: seconds after which a call without a complete answer has failed.
+        retries: number of retries after 429, a server error, a broken connection or a timeout.
+        back_off: seconds before the first retry, doubled for each further one; a longer Retry-After
+            of the server is obeyed. The longest wait is a minute.
+        max_calls: limit of calls of this object, retries included; None for no limit.
+        headers: sent with every call, such as {"Authorization": "Bearer ..."}; they do not appear
+            in errors and are not sent to redirection targets.
 
     Attributes:
-        account: what was asked for so far.
+        account: calls and costs so far.
 
     Raises:
-        ConfigurationError: an argument that cannot work.
-        EngineError: when it is called: the endpoint, which is named, refused, kept failing or
-            answered with nonsense, or `max_calls` is spent.
+        ConfigurationError: an invalid argument.
+        EngineError: when called: the endpoint refused, failed repeatedly or gave an invalid answer,
+            or `max_calls` is reached.
+
+    Example:
+        >>> import torch
+        >>> from hf_flops.engines import EngineServer, HttpEngine
+        >>> def engine(inputs_embeds, attention_mask):
+        ...     return (inputs_embeds * attention_mask[:, :, None]).sum(1) @ table.T
+        >>> table = torch.rand(10, 4)  # input embeddings of 10 tokens
+        >>> rows, mask = torch.rand(2, 3, 4), torch.ones(2, 3, dtype=torch.int64)
+        >>> with EngineServer(engine) as server:
+        ...     client = HttpEngine(server.url, batch_rows=1)
+        ...     logits = client(rows, mask)
+        >>> torch.allclose(logits, engine(rows, mask)), client.account.calls
+        (True, 2)
     """
 
     def __init__(
@@ -154,9 +99,9 @@ class HttpEngine:
         max_calls: int | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        _check_url(url)
-        _check_headers({} if headers is None else headers)
-        whole: dict[str, tuple[Any, int]] = {
+        check_url(url)
+        check_headers({} if headers is None else headers)
+        whole: dict[str, tuple[object, int]] = {
             "batch_rows": (batch_rows, 1),
             "concurrency": (concurrency, 1),
         }
@@ -174,12 +119,8 @@ class HttpEngine:
             raise ConfigurationError(
                 f"back_off={back_off!r} must be a number of seconds, 0 or more."
             )
-        self.url, self.batch_rows, self.concurrency, self.timeout = (
-            url,
-            batch_rows,
-            concurrency,
-            timeout,
-        )
+        self.url, self.batch_rows = url, batch_rows
+        self.concurrency, self.timeout = concurrency, timeout
         self.retries, self.back_off, self.max_calls = retries, back_off, max_calls
         self.account = Account()
         self._headers = dict(headers or {})
@@ -203,13 +144,13 @@ class HttpEngine:
             try:
                 return self._ask(embeds, mask, stop)
             except BaseException:
-                stop.set()  # before this thread takes up the next part
+                stop.set()  # before this thread starts the next part
                 raise
 
         try:
             futures = [pool.submit(ask, *part) for part in parts]
             for future in as_completed(futures):
-                # the first failure is raised, and the other calls are not waited for
+                # raises the first failure without waiting for the other calls
                 future.result()
         finally:
             stop.set()
@@ -223,18 +164,16 @@ class HttpEngine:
         return torch.cat(answers)
 
     def _ask(self, embeds: Tensor, mask: Tensor, stop: threading.Event) -> Tensor:
-        """Return the logits (R, V) of one call, repeated as often as is allowed; nothing once
-        `stop` is set.
-        """
+        """Return the logits (R, V) of one call, with retries; empty once `stop` is set."""
         body = save({"inputs_embeds": embeds.contiguous(), "attention_mask": mask.contiguous()})
         for attempt in range(self.retries + 1):
             if stop.is_set():
-                return torch.empty(0)  # nobody waits for it
+                return torch.empty(0)  # the result is not used
             self._charge(attempt > 0)
             try:
-                answer = self._post(body)
+                answer = self.post(body)
                 break
-            except _Failure as failure:
+            except RetryableError as failure:
                 if attempt == self.retries:
                     raise EngineError(
                         f"{self.url} failed {attempt + 1} times in a row, the last time with: "
@@ -265,7 +204,7 @@ class HttpEngine:
             self.account.calls += 1
             self.account.retries += again
 
-    def _post(self, body: bytes) -> Tensor:
+    def post(self, body: bytes) -> Tensor:
         """Send one request and return its answer."""
         request = urllib.request.Request(
             self.url, body, {"Content-Type": "application/octet-stream"}
@@ -275,20 +214,24 @@ class HttpEngine:
         start = time.perf_counter()
         try:
             with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                content = _read(response, start + self.timeout)
+                content = read_body(response, start + self.timeout)
         except urllib.error.HTTPError as error:
             with error:
                 try:
-                    said = _read(error, start + self.timeout, 300)[:300].decode(errors="replace")
+                    said = read_body(error, start + self.timeout, 300)[:300].decode(
+                        errors="replace"
+                    )
                 except (OSError, HTTPException):  # the code says enough
                     said = ""
             message = f"HTTP {error.code}: {said}"
             if error.code != 429 and error.code < 500:
                 raise EngineError(f"{self.url} refused: {message}") from error
-            raise _Failure(message, _seconds(error.headers.get("Retry-After", ""))) from error
+            raise RetryableError(
+                message, seconds_to_wait(error.headers.get("Retry-After", ""))
+            ) from error
         except (OSError, HTTPException) as error:
             # no connection, a broken one, or no answer in time
-            raise _Failure(f"{type(error).__name__}: {error}") from error
+            raise RetryableError(f"{type(error).__name__}: {error}") from error
         finally:
             with self._lock:
                 self.account.seconds += time.perf_counter() - start

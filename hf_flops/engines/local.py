@@ -1,4 +1,4 @@
-"""Engines in this process: a model of transformers, and a session of ONNX Runtime, which knows no
+"""Engines in this process: a model of transformers, and a session of ONNX Runtime, which has no
 autograd.
 """
 
@@ -10,10 +10,12 @@ import os
 import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..errors import ConfigurationError, EngineError
 
@@ -23,7 +25,7 @@ class _Next(nn.Module):
     transformers.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.body, self.head = model.base_model, model.get_output_embeddings()
 
@@ -36,9 +38,19 @@ class _Next(nn.Module):
 
 
 class TorchEngine:
-    """A causal language model of transformers as an engine."""
+    """A causal language model of transformers as an engine.
 
-    def __init__(self, model: Any) -> None:
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from hf_flops.engines import TorchEngine
+        >>> config = LlamaConfig(vocab_size=40, hidden_size=64, num_hidden_layers=1)
+        >>> engine = TorchEngine(LlamaForCausalLM(config))
+        >>> engine(torch.rand(2, 3, 64), torch.ones(2, 3, dtype=torch.int64)).shape
+        torch.Size([2, 40])
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
         self.model = model.eval()
         self._next = _Next(model)
 
@@ -49,7 +61,7 @@ class TorchEngine:
         return self._next(inputs_embeds.to(weight), attention_mask.to(weight.device)).float()
 
 
-def _onnxruntime() -> Any:
+def _onnxruntime() -> ModuleType:
     try:
         import onnxruntime
     except ImportError as error:
@@ -59,35 +71,33 @@ def _onnxruntime() -> Any:
     return onnxruntime
 
 
-def export_onnx(model: Any, path: str | Path, *, int8: bool = False) -> Path:
+def export_onnx(model: PreTrainedModel, path: str | Path, *, int8: bool = False) -> Path:
     """Write a causal language model as an ONNX file with `inputs_embeds` as its input, for
     `OnnxEngine`.
 
     Args:
         model: the model, in float32.
-        path: the file to write, and one beside it of weights (`.data`); neither appears before it
-            is checked.
-        int8: whether weights become 8-bit integers, in blocks of 32 numbers, and activations are
-            quantised as they come, in blocks too: with one scale for all of them, outliers leave
-            the rest few digits, and rows depend on each other.
+        path: the file to write; weights are in a second file (`.data`). Both are written only after
+            a check.
+        int8: whether to quantise weights to 8 bits in blocks of 32 numbers, and activations when
+            they are computed, in blocks too. With a single scale, outliers would leave the other
+            numbers few digits, and rows would depend on each other.
 
     Raises:
         ConfigurationError: the exported model does not compute what the model does.
     """
     runtime, path = _onnxruntime(), Path(path)
     model.eval()
-    width = model.get_input_embeddings().embedding_dim
-    embeds, mask = (
-        torch.randn(2, 5, width, generator=torch.Generator().manual_seed(0)),
-        torch.ones(2, 5, dtype=torch.long),
-    )
+    width = model.get_input_embeddings().get_parameter("weight").shape[1]
+    embeds = torch.randn(2, 5, width, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(2, 5, dtype=torch.long)
     mask[1, 3:] = 0
     either = dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC)
     with TemporaryDirectory(dir=path.parent, prefix=path.name) as folder:
-        whole = Path(folder, path.name)  # the name stays, as the file knows that of its weights
+        whole = Path(folder, path.name)  # same name, because the file contains that of its weights
         plain = whole.with_suffix(".fp32.onnx") if int8 else whole
         with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's own, of its exporter's insides
+            warnings.simplefilter("ignore")  # from the internals of torch's exporter
             torch.onnx.export(
                 _Next(model),
                 (embeds, mask),
@@ -109,7 +119,7 @@ def export_onnx(model: Any, path: str | Path, *, int8: bool = False) -> Path:
             )
         if int8:
             _quantise(runtime, plain, whole)
-        # an older one is not to be found beside the weights of this one
+        # an older file must not be used with the new weights
         path.unlink(missing_ok=True)
         if (weights := whole.with_name(whole.name + ".data")).is_file():
             os.replace(weights, path.with_name(weights.name))
@@ -117,15 +127,12 @@ def export_onnx(model: Any, path: str | Path, *, int8: bool = False) -> Path:
     return path
 
 
-def _quantise(runtime: Any, plain: Path, path: Path) -> None:
+def _quantise(runtime: ModuleType, plain: Path, path: Path) -> None:
     """Write the 8-bit version of a file."""
-    root, handlers, level = (
-        logging.getLogger(),
-        logging.getLogger().handlers[:],
-        logging.getLogger().level,
-    )
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
     module: Any = importlib.import_module(f"{runtime.__name__}.quantization.matmul_nbits_quantizer")
-    root.handlers[:] = handlers  # the module sets the root logger up, and tells of every node
+    root.handlers[:] = handlers  # the module configures the root logger, and logs every node
     root.setLevel(level)
     module.logger.setLevel(logging.WARNING)
     quantizer = module.MatMulNBitsQuantizer(

@@ -1,10 +1,10 @@
-"""A soft prompt before or after the text of a model that runs somewhere else."""
+"""A soft prompt before or after the text of a model that runs elsewhere."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Sequence
+from typing import Protocol, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from ..objectives.elementwise import mean_cross_entropy
 
 
 class Engine(Protocol):
-    """A language model that is only asked for outputs."""
+    """A language model that only returns outputs."""
 
     def __call__(self, inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
         """Return the logits (R, V) of what follows each row's last real token.
@@ -27,7 +27,7 @@ class Engine(Protocol):
         ...
 
 
-def _tokens(name: str, given: Any, size: int) -> list[int]:
+def _tokens(name: str, given: Iterable[SupportsIndex], size: int) -> list[int]:
     """Return tokens, if each is a row of a table of that size."""
     try:
         tokens = [operator.index(token) for token in given]
@@ -45,19 +45,28 @@ class BlackBoxPromptModel(nn.Module):
     passes can train them.
 
     Args:
-        engine: what is asked, see `Engine`.
-        embeddings: (V, D) the model's table of input embeddings, kept as it is.
+        engine: the model; see `Engine`.
+        embeddings: (V, D) the model's input embeddings, which are not trained.
         label_words: the token of each of C classes.
         num_virtual_tokens: P.
-        init_tokens: tokens that the prompt starts as, repeated as needed; else random ones.
-        precision: relative error of a loss that the engine's rounding can cause, which checks allow
-            for: 3e-2 for int8.
-        after: whether the prompt comes after the text, where it learns in fewer rows, instead of
-            before it.
+        init_tokens: initial tokens of the prompt, repeated as needed; otherwise random ones.
+        precision: relative error of losses due to the engine's rounding, 3e-2 for int8.
+        after: whether the prompt comes after the text, where it learns with fewer rows, instead of
+            before.
 
     Raises:
-        ConfigurationError: fewer than one virtual token, tokens that the table does not have, or
-            label words that cannot tell classes apart.
+        ConfigurationError: fewer than one virtual token, tokens outside the table, or label words
+            that are not different.
+
+    Example:
+        >>> import torch
+        >>> from hf_flops.engines import BlackBoxPromptModel
+        >>> def engine(inputs_embeds, attention_mask):
+        ...     return (inputs_embeds * attention_mask[:, :, None]).sum(1) @ table.T
+        >>> table = torch.rand(10, 4)  # input embeddings of 10 tokens
+        >>> model = BlackBoxPromptModel(engine, table, label_words=[3, 7], num_virtual_tokens=2)
+        >>> model(torch.tensor([[1, 2, 5]]), labels=torch.tensor([0])).logits.shape
+        torch.Size([1, 2])
     """
 
     embeddings: Tensor
@@ -100,7 +109,7 @@ class BlackBoxPromptModel(nn.Module):
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> CausalLMOutput:
-        """Ask for texts (R, T), padded on either side; labels are (R,) classes, and logits (R, C).
+        """Run texts (R, T), padded on either side; labels are (R,) classes, and logits (R, C).
 
         Raises:
             ConfigurationError: the labels are not classes.

@@ -1,5 +1,5 @@
-"""A reference server for engines, of the standard library: to try black boxes with, not for the
-open internet.
+"""A reference server for engines, from the standard library: for experiments, not for the
+internet.
 """
 
 from __future__ import annotations
@@ -7,7 +7,6 @@ from __future__ import annotations
 import argparse
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
 
 from safetensors.torch import load, save
 
@@ -20,15 +19,15 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     engine: Engine
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, address: tuple[str, int]) -> None:
+        super().__init__(address, _Handler)
         self.engine_lock = threading.Lock()
 
 
 class _Handler(BaseHTTPRequestHandler):
     """Answers a POST of safetensors with safetensors."""
 
-    server: Any
+    server: _Server
 
     def do_POST(self) -> None:
         """Run the engine on the rows of the request."""
@@ -50,8 +49,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing."""
+    def log_message(self, format: str, *args: object) -> None:
+        """Log nothing."""
 
 
 class EngineServer:
@@ -59,17 +58,30 @@ class EngineServer:
     HttpEngine(server.url)`.
 
     Args:
-        engine: what to serve; it runs one request at a time.
+        engine: the served engine; it runs one request at a time.
         host: the address to listen at.
-        port: the port, 0 for any that is free.
+        port: the port; 0 for any free one.
 
     Raises:
-        ConfigurationError: the address does not exist here, or is taken.
+        ConfigurationError: the address does not exist on this machine, or is in use.
+
+    Example:
+        >>> import torch
+        >>> from hf_flops.engines import EngineServer, HttpEngine
+        >>> def engine(inputs_embeds, attention_mask):
+        ...     return (inputs_embeds * attention_mask[:, :, None]).sum(1) @ table.T
+        >>> table = torch.rand(10, 4)  # input embeddings of 10 tokens
+        >>> rows, mask = torch.rand(2, 3, 4), torch.ones(2, 3, dtype=torch.int64)
+        >>> with EngineServer(engine) as server:
+        ...     client = HttpEngine(server.url, batch_rows=1)
+        ...     logits = client(rows, mask)
+        >>> logits.shape
+        torch.Size([2, 10])
     """
 
     def __init__(self, engine: Engine, host: str = "127.0.0.1", port: int = 0) -> None:
         try:
-            self._server = _Server((host, port), _Handler)
+            self._server = _Server((host, port))
         except (OSError, OverflowError, UnicodeError) as error:
             raise ConfigurationError(
                 f"host={host!r} with port={port} cannot be listened at: {error}."
@@ -81,14 +93,14 @@ class EngineServer:
 
     @property
     def url(self) -> str:
-        """Where to post to."""
+        """The URL for clients."""
         return f"http://{self._host}:{self._server.server_port}/"
 
     def __enter__(self) -> EngineServer:
         self._thread.start()
         return self
 
-    def __exit__(self, *exception: Any) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()

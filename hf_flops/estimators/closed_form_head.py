@@ -1,5 +1,5 @@
-"""A linear head whose outputs are the logits of the loss: its gradient is known from the clean
-forward, without noise.
+"""A linear head whose outputs are the logits of the loss: its exact gradient follows from the clean
+forward.
 """
 
 from __future__ import annotations
@@ -7,12 +7,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..base.batch import batch_size, take
+from ..base.batch import Inputs, batch_size, take
 from ..base.prng import seeds
 from ..base.probe import Attempt, agree
 from ..objectives import Forward, Objective, RowLosses, TappedLoss
@@ -20,22 +19,31 @@ from ..objectives.elementwise import widen
 from ..perturbations import ParameterVector, accumulator, displaced
 from ..perturbations.noise import draw
 
-_WIDE = 2**24  # logits of a batch; more of them would take much memory in float64
-_CHECK_SEED = 20412  # any number: the check's noise has a stream of its own
+_WIDE = 2**24  # logits of a batch; more of them would need too much memory in float64
+_CHECK_SEED = 20412  # arbitrary; separates the check's noise from that of training
 
 
 class ClosedFormHead:
-    """The last layer of a model, whose gradient is the product of two things that the clean forward
-    shows.
+    """The last layer of a model, whose gradient is a product of its inputs and the residuals of the
+    clean forward.
 
     With logits `W x_i + b` and r_i the derivative of a sample's loss by its logits (for
     cross-entropy softmax - onehot), the gradient of the loss is `sum_i r_i x_i^T` for W and
-    `sum_i r_i` for b. So no noise enters here, and what the deltas say is about the other
-    parameters alone.
+    `sum_i r_i` for b. So the head is not perturbed, and deltas depend on the other parameters only.
 
     Args:
         module: the layer.
         names: its trainable tensors, name in the layer → name in the model.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from hf_flops.estimators import ClosedFormHead
+        >>> from hf_flops.objectives import RowLosses
+        >>> head = ClosedFormHead(nn.Linear(2, 1, bias=False), {"weight": "head.weight"})
+        >>> clean = RowLosses(torch.ones(2), torch.ones(2), slopes=torch.tensor([[1.0], [-2.0]]))
+        >>> head.gradient(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), clean).tolist()
+        [-5.0, -6.0]
     """
 
     def __init__(self, module: nn.Linear, names: Mapping[str, str]) -> None:
@@ -46,25 +54,25 @@ class ClosedFormHead:
 
     @contextmanager
     def watched(self) -> Iterator[list[Tensor]]:
-        """Collect what the layer is given by the forwards that are run inside."""
-        seen: list[Tensor] = []
+        """Return a context that yields the list of the layer's inputs in the forwards inside."""
+        inputs: list[Tensor] = []
         handle = self.module.register_forward_hook(
-            lambda module, args, output: seen.append(args[0].detach())
+            lambda module, args, output: inputs.append(args[0].detach())
         )
         try:
-            yield seen
+            yield inputs
         finally:
             handle.remove()
 
     def gradient(self, inputs: Tensor, clean: RowLosses, whole: RowLosses | None = None) -> Tensor:
-        """Return the gradient (d,) of the summed loss; samples without a finite loss leave the
-        average.
+        """Return the gradient (d,) of the summed loss; samples without a finite loss are left out
+        and replaced by the average of the others.
 
         Args:
-            inputs: (B, ...) what the layer was given.
-            clean: what the forward that gave it these found.
-            whole: what was found for all samples, where these are a part of them and the gradient
-                is that of the part.
+            inputs: (B, ...) of the layer.
+            clean: losses of the same forward, with slopes.
+            whole: losses of all samples, if `clean` is a part of them; the gradient is that of the
+                part.
         """
         assert clean.slopes is not None
         kept, whole = clean.sums.isfinite(), clean if whole is None else whole
@@ -74,7 +82,7 @@ class ClosedFormHead:
             torch.where(kept[:, None], part.flatten(1), 0.0) for part in (inputs, clean.slopes)
         )
         x = widen(x.reshape(-1, self.module.in_features))
-        # so that it matters less than a float32's last bit in what order samples are summed
+        # float64: then the order of summation changes less than the last bit of a float32
         if slopes.numel() < _WIDE:
             x = x.to(accumulator(x.device))
         slopes = slopes.reshape(-1, self.module.out_features).to(x) * share
@@ -86,21 +94,21 @@ def find_head(
     model: nn.Module,
     objective: Objective,
     forward: Forward,
-    inputs: Mapping[str, Any],
+    inputs: Inputs,
     frozen: Collection[str] = (),
 ) -> ClosedFormHead | None:
-    """Return the trainable linear layer that makes the logits, if there is one and other tensors
-    are trained beside it.
+    """Return the trainable linear layer that computes the logits, or None; None also if no other
+    tensor is trained.
 
-    Its output must be the loss function's input bit for bit, and with its parameters moved the
-    logits must be what the same inputs and the moved parameters make.
+    Its output must be bitwise equal to the loss function's input, also after its parameters have
+    been changed.
 
     Args:
         model: the model, in evaluation mode, gradients off.
         objective: what is minimised.
         forward: runs the model.
         inputs: a batch.
-        frozen: names of trainable tensors that stay as they are for now.
+        frozen: names of trainable tensors that are not trained at present.
     """
     if not (isinstance(objective, TappedLoss) or objective.logits):
         return None
@@ -122,7 +130,7 @@ def find_head(
 
 
 def _candidates(model: nn.Module) -> list[ClosedFormHead]:
-    """List linear layers with trainable tensors that no other module holds."""
+    """Return the linear layers with trainable tensors that belong to no other module."""
     users = Counter(
         id(p) for module in model.modules() for p in module._parameters.values() if p is not None
     )
@@ -146,9 +154,9 @@ def _given(
     heads: Sequence[ClosedFormHead],
     objective: Objective,
     forward: Forward,
-    inputs: Mapping[str, Any],
+    inputs: Inputs,
 ) -> list[Tensor | None]:
-    """Return for each head what it was given, if it was called once and its output is just the
+    """Return the input of each head; None if it was called more than once or its output is not the
     logits.
     """
     outputs: dict[nn.Module, list[Tensor]] = {head.module: [] for head in heads}
@@ -175,10 +183,10 @@ def _agrees(
     x: Tensor,
     objective: Objective,
     forward: Forward,
-    inputs: Mapping[str, Any],
+    inputs: Inputs,
 ) -> bool:
-    """Say whether the logits change with the head's parameters as those of a linear layer with the
-    same input do.
+    """Return whether the logits change with the head's parameters as a linear layer's output
+    does.
     """
     vector = head.vector
     shift = draw("gaussian", seeds(_CHECK_SEED, 0), vector.shapes, vector.device)[0]

@@ -1,44 +1,43 @@
-"""What happens to the losses of query rows until they are coefficients of noise: a chain of small
-transforms.
+"""A chain of small transforms from the losses of query rows to deltas, the coefficients of noise.
 
     losses (S, R) -> finite difference -> residual of the control variate -> leave-one-out
                   -> deltas (R,)
 
-The first is one-sided or antithetic (`estimators/differences.py`), the others are there where they
-reduce the variance. None of them changes the mean of an estimate: whatever is subtracted from
-deltas is independent of their rows' noise, or its exact mean is added back (`DeltaTransform.mean`).
+The first is one-sided or antithetic (`estimators/differences.py`); the others are used if they
+reduce the variance. None of them changes the mean of an estimate: what is subtracted from a delta
+is independent of its row's noise, or its exact mean is added back (`DeltaTransform.mean`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..base.rows import Rows
 from ..perturbations import Perturbation
+from ..perturbations.base import DrawnNoise
 from .control_variate import ControlVariate, Prediction
 from .differences import Estimator, against_others
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a chunk of R rows shows under its noise.
+    """Results of a chunk of R rows under its noise.
 
     Attributes:
         rows: the rows.
         noise: as the perturbation drew it.
         losses: (S, R) at each of the estimator's S signs.
         elements: (R,) float32, loss elements.
-        logits: S times (R, K), or None where the objective shows none.
-        columns: tokens of a row; 1 if unknown.
+        logits: S times (R, K), or None if the objective returns none.
+        columns: tokens per row; 1 if unknown.
     """
 
     rows: Rows
-    noise: Any
+    noise: DrawnNoise
     losses: Tensor
     elements: Tensor
     logits: tuple[Tensor | None, ...]
@@ -47,13 +46,12 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class ChunkDeltas:
-    """What the chain has made of a chunk of R rows so far.
+    """Deltas of a chunk of R rows between two transforms.
 
     Attributes:
         values: (R,) deltas; before the finite difference (S, R) losses.
-        errors: (R, M) further coefficients of the same noise: `learn` gets the sum of the rows'
-            noise by them.
-        sums: what else `learn` gets.
+        errors: (R, M) further coefficients of the same noise; `update` gets the resulting sums.
+        sums: further statistics for `update`.
     """
 
     values: Tensor
@@ -62,40 +60,40 @@ class ChunkDeltas:
 
 
 class DeltaTransform:
-    """An element of the chain; a subclass overrides what it does, all else changes nothing."""
+    """An element of the chain; by default every method leaves its argument unchanged."""
 
-    def of_chunk(self, deltas: ChunkDeltas, seen: Evaluation) -> ChunkDeltas:
+    def of_chunk(self, deltas: ChunkDeltas, evaluation: Evaluation) -> ChunkDeltas:
         """Transform the deltas of a chunk, before they are multiplied by its noise."""
-        del seen
+        del evaluation
         return deltas
 
     def of_round(self, deltas: Tensor, rows: Rows) -> Tensor:
-        """Transform the deltas (R,) of all rows of a round of queries, in all processes alike."""
+        """Transform the deltas (R,) of all rows of a round; all processes get the same."""
         del rows
         return deltas
 
     def update(self, deltas: ChunkDeltas, innovation: Tensor | None) -> None:
-        """Learn from a chunk whose deltas have been used; innovation: (M, d), its noise summed by
-        `errors`.
+        """Update statistics with a finished chunk; innovation: (M, d), its noise summed with the
+        coefficients `errors`.
         """
 
     def mean(self, weights: Tensor) -> Tensor | None:
-        """Return (k,), the mean of what was subtracted, by the first k perturbed numbers; None for
-        0.
+        """Return the mean (k,) of what was subtracted, for the first k numbers of the gradient;
+        None for 0.
 
         Args:
-            weights: (B,) what the rows of each sample weigh in the estimate.
+            weights: (B,) total weight of each sample's rows in the estimate.
         """
         del weights
         return None
 
     def statistics(self) -> list[Tensor]:
-        """Return what was learned, to be summed over processes and batches."""
+        """Return statistics, which are summed over processes and batches."""
         return []
 
     def finish(self, statistics: Iterator[Tensor]) -> None:
-        """Take as many sums off the iterator as `statistics` returns, to be used from the next step
-        on.
+        """Take as many sums from the iterator as `statistics` returns; they are used from the next
+        step on.
         """
 
 
@@ -104,29 +102,29 @@ class FiniteDifference(DeltaTransform):
 
     Args:
         estimator: one-sided or antithetic.
-        clean: (B,) unperturbed losses, on the CPU; None where the estimator needs none.
+        clean: (B,) clean losses, on the CPU; None if the estimator needs none.
         scale: the step of the difference, epsilon.
     """
 
     def __init__(self, estimator: Estimator, clean: Tensor | None, scale: float) -> None:
         self.estimator, self.clean, self.scale = estimator, clean, scale
 
-    def of_chunk(self, deltas: ChunkDeltas, seen: Evaluation) -> ChunkDeltas:
+    def of_chunk(self, deltas: ChunkDeltas, evaluation: Evaluation) -> ChunkDeltas:
         """See `DeltaTransform`."""
-        clean = None if self.clean is None else self.clean[seen.rows.owner]
+        clean = None if self.clean is None else self.clean[evaluation.rows.owner]
         return replace(
             deltas, values=self.estimator.deltas(deltas.values, clean, self.scale).float()
         )
 
 
 class Residual(DeltaTransform):
-    """What a control variate, fitted on past steps, leaves of the deltas; its exact mean is added
+    """Subtracts a control variate, fitted on past steps, from the deltas; its exact mean is added
     back.
 
     Args:
-        control: takes in what the step's rows teach.
+        control: is updated with the step's statistics.
         prediction: of the rows' deltas.
-        perturbation: unpacks noise.
+        perturbation: unpacks the noise.
         estimator: the finite difference.
         scale: its step, epsilon.
     """
@@ -142,12 +140,13 @@ class Residual(DeltaTransform):
         self.control, self.prediction, self.perturbation = control, prediction, perturbation
         self.estimator, self.scale = estimator, scale
 
-    def of_chunk(self, deltas: ChunkDeltas, seen: Evaluation) -> ChunkDeltas:
+    def of_chunk(self, deltas: ChunkDeltas, evaluation: Evaluation) -> ChunkDeltas:
         """See `DeltaTransform`."""
-        if any(part is None for part in seen.logits):
+        if any(part is None for part in evaluation.logits):
             return deltas
-        owner, noise = seen.rows.owner, self.perturbation.row_noise(seen.noise)
-        logits = torch.stack([part.cpu().float() for part in seen.logits])  # type: ignore[union-attr]
+        owner = evaluation.rows.owner
+        noise = self.perturbation.row_noise(evaluation.noise)
+        logits = torch.stack([part.cpu().float() for part in evaluation.logits])  # type: ignore[union-attr]
         changes = self.estimator.deltas(logits, self.prediction.logits[owner], self.scale)
         return ChunkDeltas(*self.prediction.remainder(noise, owner, deltas.values, changes))  # type: ignore[arg-type]
 
@@ -170,7 +169,7 @@ class Residual(DeltaTransform):
 
 
 class LeaveOneOut(DeltaTransform):
-    """Measures deltas against the other queries of their sample: see `against_others`.
+    """Subtracts the mean of the sample's other deltas: see `against_others`.
 
     Args:
         samples: B.
@@ -185,15 +184,15 @@ class LeaveOneOut(DeltaTransform):
 
 
 class Chain(DeltaTransform):
-    """Several transforms, one after the other."""
+    """Several transforms in sequence."""
 
     def __init__(self, transforms: Sequence[DeltaTransform]) -> None:
         self.transforms = list(transforms)
 
-    def of_chunk(self, deltas: ChunkDeltas, seen: Evaluation) -> ChunkDeltas:
+    def of_chunk(self, deltas: ChunkDeltas, evaluation: Evaluation) -> ChunkDeltas:
         """See `DeltaTransform`."""
         for transform in self.transforms:
-            deltas = transform.of_chunk(deltas, seen)
+            deltas = transform.of_chunk(deltas, evaluation)
         return deltas
 
     def of_round(self, deltas: Tensor, rows: Rows) -> Tensor:
@@ -208,13 +207,13 @@ class Chain(DeltaTransform):
             transform.update(deltas, innovation)
 
     def means(self, weights: Tensor) -> list[Tensor]:
-        """Return what each transform's `mean` is, those of 0 left out."""
+        """Return the transforms' means without those that are 0."""
         means = (transform.mean(weights) for transform in self.transforms)
         return [mean for mean in means if mean is not None]
 
     def statistics(self) -> list[Tensor]:
         """See `DeltaTransform`."""
-        return [found for transform in self.transforms for found in transform.statistics()]
+        return [sums for transform in self.transforms for sums in transform.statistics()]
 
     def finish(self, statistics: Iterator[Tensor]) -> None:
         """See `DeltaTransform`."""

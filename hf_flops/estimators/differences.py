@@ -22,7 +22,7 @@ class Estimator(Protocol):
     baseline: bool
 
     def deltas(self, losses: Tensor, clean: Tensor | None, scale: float) -> Tensor:
-        """Return the directional derivative that each query saw.
+        """Return the directional derivative of each query.
 
         Args:
             losses: (S, R) float32, loss sums of the rows at each of the S signs.
@@ -42,6 +42,13 @@ class OneSided:
     The clean row is shared by all queries of its sample, so at equal rows there are almost twice as
     many directions as with antithetic pairs, and the variance halves. The bias is O(eps^2) for
     symmetric noise, like the pair's.
+
+    Example:
+        >>> import torch
+        >>> from hf_flops.estimators import OneSided
+        >>> losses, clean = torch.tensor([[1.2, 0.9]]), torch.tensor([1.0, 1.0])
+        >>> OneSided().deltas(losses, clean, scale=0.1)
+        tensor([ 2.0000, -1.0000])
     """
 
     signs: tuple[int, ...] = (1,)
@@ -55,6 +62,13 @@ class OneSided:
 
 class Antithetic:
     """Central differences: `(s(theta + eps z) - s(theta - eps z)) / (2 eps)`, two rows per query.
+
+    Example:
+        >>> import torch
+        >>> from hf_flops.estimators import Antithetic
+        >>> losses = torch.tensor([[1.2, 0.9], [0.8, 1.1]])  # at theta + eps z and theta - eps z
+        >>> Antithetic().deltas(losses, None, scale=0.1)
+        tensor([ 2.0000, -1.0000])
 
     References:
         Spall (1992), SPSA; Malladi et al. (2023), MeZO, arXiv 2305.17333, definition 1.
@@ -70,16 +84,16 @@ class Antithetic:
 
 
 def against_others(deltas: Tensor, rows: Rows, units: int) -> Tensor:
-    """Return deltas (R,) less the mean of the others of their sample and of a zero, which stands
+    """Subtract from each delta (R,) the mean of the sample's other deltas and a zero, which stands
     for the clean row.
 
     A delta is `(s_k - c) / epsilon` with the clean loss c as its baseline. As `E z_k = 0`, any
     number that does not depend on z_k may take its place without a bias. Where s_k has mean m and
     variance v under the noise, a delta's expected square is `v + (m - c)^2` over epsilon squared;
     against the mean of c and the n - 1 other losses of the sample it is
-    `v (1 + (n - 1) / n^2) + (m - c)^2 / n^2`. A loss that moves in steps has `m - c` as large as
-    the root of v; a smooth one has none. Deltas that are not finite stay so, and count for no
-    other.
+    `v (1 + (n - 1) / n^2) + (m - c)^2 / n^2`. For a piecewise constant loss `m - c` can be as large
+    as the root of v; for a smooth one it is small. Non-finite deltas are unchanged, and ignored in
+    the means.
 
     Args:
         deltas: (R,) differences to the clean loss.

@@ -7,34 +7,42 @@ followed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from ..base.batch import batch_size
+from ..base.batch import Inputs, batch_size
 from ..errors import ObjectiveError
 from .elementwise import widen
 
-Forward = Callable[[Mapping[str, Any]], tuple[Tensor | None, Any]]
+ModelOutputs: TypeAlias = Any
+"""What the model's `forward` returns; an objective knows which attributes it reads."""
+Forward = Callable[[Inputs], tuple[Tensor | None, ModelOutputs]]
 """Runs the model on a batch and returns its scalar loss (or None) and its outputs."""
 
 
 @dataclass(frozen=True)
 class RowLosses:
-    """What an objective found in one forward pass of R rows.
+    """Losses of one forward pass of R rows.
 
     Attributes:
         sums: (R,) float32 or wider, the loss of each row summed over its elements.
-        counts: (R,), how many loss elements each row has.
-        residuals: (R,) norm of the derivative of a row's loss by the model's outputs, where it was
-            asked for and is known.
-        logits: (R, K) what the loss function was given for each row, where it was asked for and is
+        counts: (R,), number of loss elements of each row.
+        residuals: (R,) norm of the derivative of a row's loss with respect to the model's outputs,
+            if requested and known.
+        logits: (R, K) input of the loss function for each row, if requested and known.
+        slopes: (R, K) derivative of a row's loss with respect to its logits, if requested and
             known.
-        slopes: (R, K) derivative of a row's loss by its logits, where it was asked for and is
-            known.
+
+    Example:
+        >>> import torch
+        >>> from hf_flops.objectives import RowLosses
+        >>> losses = RowLosses(sums=torch.tensor([3.0, 1.0]), counts=torch.tensor([2.0, 2.0]))
+        >>> float(losses.sums.sum() / losses.counts.sum())
+        1.0
     """
 
     sums: Tensor
@@ -45,26 +53,23 @@ class RowLosses:
 
     @classmethod
     def joined(cls, parts: list[RowLosses]) -> RowLosses:
-        """Put the findings of consecutive forward passes together."""
+        """Concatenate the losses of consecutive forward passes."""
         if len(parts) == 1:
             return parts[0]
 
         def together(name: str) -> Tensor | None:
-            found = [getattr(part, name) for part in parts]
-            return None if any(values is None for values in found) else torch.cat(found)
+            values = [getattr(part, name) for part in parts]
+            return None if any(value is None for value in values) else torch.cat(values)
 
-        sums, counts = (
-            torch.cat([part.sums for part in parts]),
-            torch.cat([part.counts for part in parts]),
-        )
+        sums = torch.cat([part.sums for part in parts])
+        counts = torch.cat([part.counts for part in parts])
         return cls(sums, counts, *(together(name) for name in ("residuals", "logits", "slopes")))
 
     def without_rows(self) -> RowLosses:
-        """Return the findings of no row at all."""
-        none: dict[str, Any] = {
-            name: None if values is None else values[:0] for name, values in vars(self).items()
-        }
-        return RowLosses(**none)
+        """Return the same fields with zero rows."""
+        return replace(
+            self, **{name: values[:0] for name, values in vars(self).items() if values is not None}
+        )
 
 
 class Objective:
@@ -74,14 +79,13 @@ class Objective:
     Attributes:
         per_row: False if the loss belongs to the batch as a whole; then `sums` and `counts` have
             one entry.
-        logits: whether row losses come with their logits, and with slopes where features are asked
-            for.
-        predictable: whether a control variate may learn from these logits.
-        needs_clean: whether clean (unperturbed) rows always run, because rows are judged by the
+        logits: whether row losses have logits, and slopes if features are requested.
+        predictable: whether a control variate may use these logits.
+        needs_clean: whether clean (unperturbed) rows always run, because row losses depend on the
             rest of the batch.
-        piecewise_constant: whether small changes of the parameters leave most rows' numbers as they
-            are, as with an accuracy.
-        generates: whether `run` generates text, in place of one forward pass.
+        piecewise_constant: whether small changes of the parameters do not change most row losses,
+            as with an accuracy.
+        generates: whether `run` generates text instead of running one forward pass.
     """
 
     per_row: bool = True
@@ -98,29 +102,24 @@ class Objective:
         """
         return self
 
-    def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor | None, Any]:
-        """Run the model on a batch; returns its scalar loss, if it has one, and its outputs."""
+    def run(self, model: nn.Module, inputs: Inputs) -> tuple[Tensor | None, ModelOutputs]:
+        """Run the model on a batch; return its scalar loss, if any, and its outputs."""
         outputs = model(**inputs)
         return getattr(outputs, "loss", None), outputs
 
-    def bind_batch(
-        self, clean: RowLosses, inputs: Mapping[str, Any]
-    ) -> tuple[Objective, RowLosses]:
-        """Return the objective that the queries of a batch get, and the losses of its clean rows by
-        that objective.
+    def bind_batch(self, clean: RowLosses, inputs: Inputs) -> tuple[Objective, RowLosses]:
+        """Return the objective of a batch's queries, and the clean losses under that objective.
 
         Args:
-            clean: what this objective found for the batch's clean rows.
+            clean: clean losses under this objective.
             inputs: the batch.
         """
         del inputs
         return self, clean
 
-    def __call__(
-        self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False
-    ) -> RowLosses:
-        """Run the model on `inputs` and return the losses of its rows; `features` asks for
-        residuals too.
+    def __call__(self, forward: Forward, inputs: Inputs, *, features: bool = False) -> RowLosses:
+        """Run the model on `inputs` and return the losses of its rows; `features`
+        requests residuals too.
         """
         raise NotImplementedError(
             f"{type(self).__name__} does not define __call__(forward, inputs, features=False)."
@@ -133,14 +132,25 @@ class CallableObjective(Objective):
     Args:
         function: maps (outputs, inputs) of R rows to (R,) losses to be minimised, or to a pair
             (sums, counts) of (R,) where rows have different numbers of elements.
+
+    Example:
+        >>> import torch
+        >>> from types import SimpleNamespace
+        >>> from hf_flops.objectives import CallableObjective
+        >>> logits = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
+        >>> inputs = {"logits": logits, "labels": torch.tensor([0, 0])}
+        >>> forward = lambda inputs: (None, SimpleNamespace(logits=inputs["logits"]))
+        >>> def hinge(outputs, inputs):
+        ...     right = outputs.logits.gather(1, inputs["labels"][:, None]).squeeze(1)
+        ...     return (1 - right).clamp(min=0)
+        >>> CallableObjective(hinge)(forward, inputs).sums.tolist()
+        [0.0, 1.0]
     """
 
-    def __init__(self, function: Callable[[Any, Mapping[str, Any]], Any]) -> None:
+    def __init__(self, function: Callable[[ModelOutputs, Inputs], object]) -> None:
         self.function = function
 
-    def __call__(
-        self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False
-    ) -> RowLosses:
+    def __call__(self, forward: Forward, inputs: Inputs, *, features: bool = False) -> RowLosses:
         """See `Objective`."""
         del features
         rows = batch_size(inputs)

@@ -1,14 +1,17 @@
-"""Torch's standard loss functions, element by element: what an element weighs, and the derivative
-by the logits.
+"""Torch's standard loss functions, element by element: weights, and derivatives with respect to the
+logits.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+Arguments: TypeAlias = dict[str, Any]
+"""The arguments of a loss function by name."""
 
 
 def widen(values: Tensor) -> Tensor:
@@ -27,9 +30,7 @@ def mean_cross_entropy(logits: Tensor, targets: Tensor, items: Tensor | int | No
 def element_weights(
     name: str, losses: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int
 ) -> Tensor:
-    """Return what each element contributes to the denominator of a mean, in the shape of
-    `losses`.
-    """
+    """Return the weight of each element in the denominator of a mean, in the shape of `losses`."""
     if name in ("cross_entropy", "nll_loss") and not target.is_floating_point():
         kept = target != ignore_index
         if weight is None:
@@ -57,14 +58,14 @@ def squared_residuals(name: str, prediction: Tensor, target: Tensor, ignore_inde
         dimension
     )
     # ||p - onehot||^2 = ||p||^2 - 2 p_y + 1, without building the one-hot matrix
-    # (never negative but for rounding)
+    # (negative only by rounding)
     return torch.where(
         kept, (probabilities.square().sum(dimension) - 2 * chosen + 1).clamp(min=0), 0.0
     )
 
 
-def slopes(name: str, given: dict[str, Any]) -> Tensor:
-    """Return the derivative of each element's loss by its logits, in the shape of the logits.
+def slopes(name: str, given: Arguments) -> Tensor:
+    """Return the derivative of each element's loss with respect to its logits, in their shape.
 
     Class weights, label smoothing, ignored targets and soft targets are accounted for.
 
@@ -77,8 +78,8 @@ def slopes(name: str, given: dict[str, Any]) -> Tensor:
         return 2 * (logits - target) * (1 if weight is None else weight)
     if name == "binary_cross_entropy_with_logits":
         positive = target if given.get("pos_weight") is None else target * given["pos_weight"]
-        found = (positive + 1 - target) * logits.sigmoid() - positive
-        return found if weight is None else found * weight
+        slope = (positive + 1 - target) * logits.sigmoid() - positive
+        return slope if weight is None else slope * weight
     wanted = _wanted(logits, target, given)
     if name == "nll_loss":
         return -wanted
@@ -86,9 +87,9 @@ def slopes(name: str, given: dict[str, Any]) -> Tensor:
     return logits.softmax(dimension) * wanted.sum(dimension, keepdim=True) - wanted
 
 
-def _wanted(logits: Tensor, target: Tensor, given: dict[str, Any]) -> Tensor:
-    """Return a in `loss = -sum_c a_c log p_c`: what cross-entropy wants of each class, in the shape
-    of the logits.
+def _wanted(logits: Tensor, target: Tensor, given: Arguments) -> Tensor:
+    """Return a in `loss = -sum_c a_c log p_c`, the target weight of each class in cross-entropy, in
+    the shape of the logits.
     """
     dimension, classes = (1, logits.shape[1]) if logits.dim() > 1 else (0, len(logits))
     weight, smoothing = given.get("weight"), given.get("label_smoothing", 0.0)

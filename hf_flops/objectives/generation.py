@@ -1,14 +1,14 @@
-"""Objectives of generated text: scores of what the perturbed model writes."""
+"""Objectives of generated text."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..base.batch import batch_size
+from ..base.batch import Inputs, batch_size
 from ..base.completion import split
 from ..errors import ConfigurationError, ObjectiveError
 from .base import Forward, Objective, RowLosses
@@ -18,19 +18,29 @@ _GENERATION_INPUTS = ("input_ids", "attention_mask", "pixel_values", "input_feat
 
 
 class GeneratedMetric(Objective):
-    """A metric or reward of the text that the perturbed model generates, all rows of a forward at
-    once.
+    """A metric or reward of generated text; all rows of a forward are generated together.
 
     Args:
         what: "exact_match", which compares words with the text of the labels, or a function that
             maps (R texts, inputs) to R numbers.
-        tokenizer: turns tokens into text.
-        greater_is_better: which way the metric improves.
+        tokenizer: decodes tokens.
+        greater_is_better: whether larger values are better.
         options: for the model's `generate`; the default is greedy, so that a row's text depends on
-            its noise alone.
+            its noise only.
 
     Raises:
         ConfigurationError: an unknown name.
+
+    Example:
+        >>> import torch
+        >>> from hf_flops.objectives import GeneratedMetric
+        >>> def brevity(texts, inputs):
+        ...     return torch.tensor([1.0 / len(text) for text in texts])
+        >>> objective = GeneratedMetric(brevity, tokenizer=None)
+        >>> inputs = {"input_ids": torch.tensor([[1, 2], [1, 3]])}
+        >>> forward = lambda inputs: (None, ["Four", "Words"])  # in place of a model's `generate`
+        >>> objective(forward, inputs).sums
+        tensor([-0.2500, -0.2000])
     """
 
     generates = True
@@ -39,11 +49,11 @@ class GeneratedMetric(Objective):
 
     def __init__(
         self,
-        what: str | Callable[[list[str], Mapping[str, Any]], Any],
+        what: str | Callable[[list[str], Inputs], object],
         tokenizer: Any,
         *,
         greater_is_better: bool = True,
-        **options: Any,
+        **options: object,
     ) -> None:
         if isinstance(what, str) and what != "exact_match":
             raise ConfigurationError(
@@ -53,8 +63,8 @@ class GeneratedMetric(Objective):
         self.what, self.tokenizer, self.sign = what, tokenizer, -1.0 if greater_is_better else 1.0
         self.options = {"do_sample": False, "num_beams": 1, **options}
 
-    def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[None, list[str]]:
-        """Generate a text for every row; in place of a plain forward pass."""
+    def run(self, model: nn.Module, inputs: Inputs) -> tuple[None, list[str]]:
+        """Generate a text for every row, instead of running a forward pass."""
         generator: Any = model
         own = {name: inputs[name] for name in _GENERATION_INPUTS if name in inputs}
         labels = inputs.get("labels")
@@ -63,20 +73,20 @@ class GeneratedMetric(Objective):
             and torch.is_tensor(labels)
             and labels.dim() == 2
         ):
-            # the answer is what is to be found
+            # the prompt must not contain the answer
             rows = split(inputs["input_ids"], inputs.get("attention_mask"), labels)
             own = {**own, "input_ids": rows.text, "attention_mask": rows.text_mask}
-        tokens, given = generator.generate(**own, **self.options), own.get("input_ids")
+        tokens, prompts = generator.generate(**own, **self.options), own.get("input_ids")
         if (
-            given is not None
-            and tokens.shape[1] >= given.shape[1]
-            and tokens[:, : given.shape[1]].equal(given)
+            prompts is not None
+            and tokens.shape[1] >= prompts.shape[1]
+            and tokens[:, : prompts.shape[1]].equal(prompts)
         ):
-            tokens = tokens[:, given.shape[1] :]  # some models return the text too
+            tokens = tokens[:, prompts.shape[1] :]  # some models return the prompt too
         return None, self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
-    def references(self, inputs: Mapping[str, Any]) -> list[str]:
-        """Return the text of each row's labels (R, L), those of -100 left out."""
+    def references(self, inputs: Inputs) -> list[str]:
+        """Return the text of each row's labels (R, L), without those of -100."""
         labels = inputs.get("labels")
         if labels is None or labels.dim() != 2:
             raise ObjectiveError(
@@ -87,9 +97,7 @@ class GeneratedMetric(Objective):
             [row[row != -100] for row in labels], skip_special_tokens=True
         )
 
-    def __call__(
-        self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False
-    ) -> RowLosses:
+    def __call__(self, forward: Forward, inputs: Inputs, *, features: bool = False) -> RowLosses:
         """See `Objective`; `forward` is `run` of the model."""
         del features
         _, texts = forward(inputs)
@@ -107,5 +115,5 @@ def _words(text: str) -> list[str]:
 
 
 def exact_match(text: str, wanted: str) -> float:
-    """Return 1 where a text has the words that were wanted, whatever its case and punctuation."""
+    """Return 1 if a text has the wanted words, ignoring case and punctuation, else 0."""
     return float(_words(text) == _words(wanted))

@@ -1,35 +1,34 @@
-"""Objectives that have no gradient: metrics of predictions."""
+"""Objectives without a gradient: metrics of predictions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..base.batch import batch_size
+from ..base.batch import Inputs, batch_size
 from ..errors import ConfigurationError, ObjectiveError
-from .base import Forward, Objective, RowLosses
+from .base import Forward, ModelOutputs, Objective, RowLosses
 from .elementwise import widen
+
+MetricFunction = Callable[[ModelOutputs, Inputs], object]
+"""Maps the outputs and inputs of R rows to (R,) numbers."""
 
 
 class SmoothSurrogate(Objective):
     """A number per row that depends smoothly on all logits of its real tokens.
 
-    Metrics say nothing about small changes, so the checks of the first batch look at this in their
-    place.
+    Metrics do not show small changes, so the checks of the first batch use this instead.
     """
 
-    def __call__(
-        self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False
-    ) -> RowLosses:
+    def __call__(self, forward: Forward, inputs: Inputs, *, features: bool = False) -> RowLosses:
         """See `Objective`."""
         del features
         _, outputs = forward(inputs)
         logits, rows, mask = widen(outputs.logits), batch_size(inputs), inputs.get("attention_mask")
-        # Uneven weights, as the sum of all logits may be blind to what a softmax sees.
+        # Uneven weights, because the sum of all logits may not change where a softmax does.
         each = (
             (logits * torch.arange(logits.shape[-1], device=logits.device).cos())
             .sum(-1)
@@ -46,10 +45,8 @@ class SmoothSurrogate(Objective):
         return RowLosses((each * kept).sum(1) / kept.sum(1), torch.ones_like(each[:, 0]))
 
 
-def last_logits(outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
-    """Return the logits (R, V) that predict what follows the last real token, whatever the side of
-    the padding.
-    """
+def last_logits(outputs: ModelOutputs, inputs: Inputs) -> Tensor:
+    """Return the logits (R, V) of the token after the last real one, for either side of padding."""
     logits, mask = outputs.logits, inputs.get("attention_mask")
     if mask is None:
         return logits[:, -1]
@@ -60,19 +57,18 @@ def last_logits(outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
 
 
 def answers(
-    what: str, outputs: Any, inputs: Mapping[str, Any], label_words: Sequence[int] | None
+    what: str, outputs: ModelOutputs, inputs: Inputs, label_words: Sequence[int] | None
 ) -> tuple[Tensor, Tensor, int]:
-    """Return the class with the highest logit (R,), or the likeliest of some words, the labels
-    (R,), and how many there are.
+    """Return the predicted classes (R,), the labels (R,), and the number of classes.
 
     Args:
-        what: who asks, for the error.
+        what: the caller, for the error.
         outputs: of the model.
-        inputs: its batch.
+        inputs: the batch.
         label_words: a token for each class, of a causal language model.
 
     Raises:
-        ObjectiveError: there is no answer or no label for each row.
+        ObjectiveError: the outputs or labels have another shape.
     """
     logits, labels = outputs.logits, inputs.get("labels")
     if label_words is not None and logits.dim() == 3:
@@ -89,38 +85,47 @@ def answers(
 
 @dataclass(frozen=True)
 class _Accuracy:
-    """Rates rows by whether the answer is the right one."""
+    """Returns 1 for rows with the right answer, else 0."""
 
     label_words: tuple[int, ...] | None = None
 
-    def __call__(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
-        found, labels, _ = answers("Metric('accuracy')", outputs, inputs, self.label_words)
-        return (found == labels).float()
+    def __call__(self, outputs: ModelOutputs, inputs: Inputs) -> Tensor:
+        predicted, labels, _ = answers("Metric('accuracy')", outputs, inputs, self.label_words)
+        return (predicted == labels).float()
 
 
 class Metric(Objective):
     """A metric of the model's outputs as the objective of training: an accuracy, a reward.
 
-    What is minimised, and logged as the loss, is the metric with its sign turned where more is
-    better.
+    The minimised number, which is logged as the loss, is the metric, negated if greater is better.
 
     Args:
         what: "accuracy", or a function that maps (outputs, inputs) of R rows to (R,) numbers.
-        greater_is_better: which way the metric improves.
+        greater_is_better: whether larger values are better.
         label_words: for "accuracy" of a causal language model on texts with labels (R,): a token
             for each class.
-        piecewise_constant: whether small changes of the parameters leave most rows' numbers as they
-            are. Then the default of `perturbation_scale` is "auto".
+        piecewise_constant: whether small changes of the parameters do not change most rows' metric.
+            Then the default of `perturbation_scale` is "auto".
 
     Raises:
         ConfigurationError: an unknown name, or label words that cannot tell classes apart.
+
+    Example:
+        >>> import torch
+        >>> from types import SimpleNamespace
+        >>> from hf_flops.objectives import Metric
+        >>> logits = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
+        >>> inputs = {"logits": logits, "labels": torch.tensor([0, 0])}
+        >>> forward = lambda inputs: (None, SimpleNamespace(logits=inputs["logits"]))
+        >>> Metric("accuracy")(forward, inputs).sums.tolist()
+        [-1.0, -0.0]
     """
 
     surrogate = SmoothSurrogate()
 
     def __init__(
         self,
-        what: str | Callable[[Any, Mapping[str, Any]], Any],
+        what: str | MetricFunction,
         *,
         greater_is_better: bool = True,
         label_words: Sequence[int] | None = None,
@@ -138,16 +143,12 @@ class Metric(Objective):
                 f"label_words={list(label_words)!r} must be two or more different tokens."
             )
         words = None if label_words is None else tuple(label_words)
-        self.function: Callable[[Any, Mapping[str, Any]], Any] = (
-            _Accuracy(words) if isinstance(what, str) else what
-        )
+        self.function: MetricFunction = _Accuracy(words) if isinstance(what, str) else what
         self.sign, self.piecewise_constant = -1.0 if greater_is_better else 1.0, piecewise_constant
         self.words = words
 
-    def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor | None, Any]:
-        """Run the model; without labels where they are classes that stand for words, as it has no
-        use for these.
-        """
+    def run(self, model: nn.Module, inputs: Inputs) -> tuple[Tensor | None, ModelOutputs]:
+        """Run the model, without labels if they are classes, which a language model cannot use."""
         given = (
             inputs
             if self.words is None
@@ -155,16 +156,14 @@ class Metric(Objective):
         )
         return super().run(model, given)
 
-    def __call__(
-        self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False
-    ) -> RowLosses:
+    def __call__(self, forward: Forward, inputs: Inputs, *, features: bool = False) -> RowLosses:
         """See `Objective`."""
         del features
         _, outputs = forward(inputs)
         return signed_losses(self.function(outputs, inputs), self.sign, batch_size(inputs))
 
 
-def signed_losses(scores: Any, sign: float, rows: int) -> RowLosses:
+def signed_losses(scores: object, sign: float, rows: int) -> RowLosses:
     """Return scores (R,) times a sign as row losses."""
     sums = sign * widen(torch.as_tensor(scores))
     if sums.shape != (rows,):

@@ -1,12 +1,11 @@
-"""The model's own loss, taken apart into rows, or of the batch as a whole."""
+"""The model's own loss, split into rows, or of the batch as a whole."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,20 +13,21 @@ from torch.nn import functional as F
 from torch.nn._reduction import legacy_get_string
 from torch.overrides import TorchFunctionMode
 
-from ..base.batch import batch_size
+from ..base.batch import Inputs, batch_size
+from ..base.patching import Call
 from ..errors import ObjectiveError
 from .base import Forward, Objective, RowLosses
-from .elementwise import element_weights, slopes, squared_residuals, widen
+from .elementwise import Arguments, element_weights, slopes, squared_residuals, widen
 
 
 class RowLossError(ObjectiveError):
-    """The model's own loss cannot be taken apart into rows."""
+    """The model's own loss cannot be split into rows."""
 
 
 @dataclass(frozen=True)
 class _Caught:
-    """One call of a loss function: (E,) losses and weights of its elements, and what was asked for
-    beside them.
+    """One call of a loss function: (E,) losses and weights of its elements, and requested
+    features.
     """
 
     losses: Tensor
@@ -38,8 +38,8 @@ class _Caught:
 
 
 class _WideLosses(TorchFunctionMode):
-    """Computes the standard loss functions in float32 at least: a difference of 16-bit losses has
-    no digits left.
+    """Computes the standard loss functions in float32 at least, because differences of 16-bit
+    losses have too few digits.
     """
 
     functions: ClassVar = {
@@ -53,8 +53,8 @@ class _WideLosses(TorchFunctionMode):
     }
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
+        self, func: Call, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
         if func not in self.functions:
             return func(*args, **(kwargs or {}))
         call = self.functions[func].bind(*args, **(kwargs or {}))
@@ -66,20 +66,20 @@ class _WideLosses(TorchFunctionMode):
             func, {**call.arguments, **{name: widen(value) for name, value in floating.items()}}
         )
 
-    def loss(self, function: Any, given: dict[str, Any]) -> Tensor:
-        """Return what the model gets for a call with these arguments."""
+    def loss(self, function: Call, given: Arguments) -> Tensor:
+        """Return the result of a loss function's call with these arguments."""
         return function(**given)
 
 
 class _Tap(_WideLosses):
-    """Catches calls of the standard loss functions and keeps their unreduced values."""
+    """Intercepts calls of the standard loss functions and keeps their unreduced values."""
 
     def __init__(self, features: bool, logits: bool) -> None:
         super().__init__()
         self.features, self.logits = features, logits
         self.caught: list[_Caught] = []
 
-    def loss(self, function: Any, given: dict[str, Any]) -> Tensor:
+    def loss(self, function: Call, given: Arguments) -> Tensor:
         reduction, legacy = given["reduction"], (given["size_average"], given["reduce"])
         if legacy != (None, None):
             reduction = legacy_get_string(*legacy)
@@ -98,19 +98,32 @@ class _Tap(_WideLosses):
 
 
 class TappedLoss(Objective):
-    """The model's own loss, taken apart into rows by a tap on torch's loss functions.
+    """The model's own loss, split into rows by intercepting torch's loss functions.
 
-    Works where the loss is one call of `cross_entropy`, `nll_loss`, `mse_loss` or
-    `binary_cross_entropy_with_logits` and nothing else is added to it; labels never leave the
-    model, so shifts and padding stay right.
+    Works if the loss is one call of `cross_entropy`, `nll_loss`, `mse_loss` or
+    `binary_cross_entropy_with_logits`, with no other term. The model itself shifts and masks its
+    labels.
 
     Args:
-        logits: whether to keep logits, and where features are asked for slopes.
+        logits: whether to keep logits, and slopes if features are requested.
 
     Attributes:
-        after: the module after which to listen; None to listen from the start, which makes every
-            call of torch slower.
-        predictable: whether a control variate may learn from the logits.
+        after: the module after which calls are intercepted; None for the whole forward, which makes
+            every call of torch slower.
+        predictable: whether a control variate may use the logits.
+
+    Example:
+        >>> import torch
+        >>> from types import SimpleNamespace
+        >>> from torch.nn import functional as F
+        >>> from hf_flops.objectives import TappedLoss
+        >>> def forward(inputs):
+        ...     loss = F.cross_entropy(inputs["logits"], inputs["labels"])
+        ...     return loss, SimpleNamespace(loss=loss, logits=inputs["logits"])
+        >>> logits = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
+        >>> inputs = {"logits": logits, "labels": torch.tensor([0, 0])}
+        >>> TappedLoss()(forward, inputs).sums
+        tensor([0.1269, 2.1269])
     """
 
     after: nn.Module | None = None
@@ -118,11 +131,11 @@ class TappedLoss(Objective):
     def __init__(self, logits: bool = False) -> None:
         self.logits = logits
 
-    def listen_late(self, model: nn.Module, forward: Forward, inputs: Mapping[str, Any]) -> None:
-        """Find the module of a model that ends last before the loss, and listen from there on."""
+    def listen_late(self, model: nn.Module, forward: Forward, inputs: Inputs) -> None:
+        """Find the last module that ends before the loss, and intercept calls from there on."""
         last: list[nn.Module] = []
 
-        def ended(module: nn.Module, args: Any, output: Any) -> None:
+        def ended(module: nn.Module, args: object, output: object) -> None:
             if not tap.caught:
                 last[:] = [module]
 
@@ -133,12 +146,12 @@ class TappedLoss(Objective):
         self.after = last[0] if last else None
 
     def _listen(
-        self, forward: Forward, inputs: Mapping[str, Any], features: bool
+        self, forward: Forward, inputs: Inputs, features: bool
     ) -> tuple[_Tap, Tensor | None]:
         tap, heard = _Tap(features, self.logits), list[_Tap]()
         with ExitStack() as stack:
 
-            def begin(*ended: Any) -> None:
+            def begin(*ended: object) -> None:
                 if not heard:
                     heard.append(stack.enter_context(tap))
 
@@ -149,13 +162,13 @@ class TappedLoss(Objective):
             loss, _ = forward(inputs)
         return tap, loss
 
-    def __call__(
-        self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False
-    ) -> RowLosses:
+    def __call__(self, forward: Forward, inputs: Inputs, *, features: bool = False) -> RowLosses:
         """See `Objective`."""
         rows = batch_size(inputs)
         tap, loss = self._listen(forward, inputs, features)
-        if not tap.caught and self.after is not None:  # these inputs take another way
+        if (
+            not tap.caught and self.after is not None
+        ):  # these inputs do not run that module before the loss
             self.after = None
             tap, loss = self._listen(forward, inputs, features)
         if len(tap.caught) != 1:
@@ -181,7 +194,7 @@ class TappedLoss(Objective):
 
 
 def _require_same(loss: Tensor | None, mean: Tensor) -> None:
-    """Refuse a tap whose rows do not add up to the model's loss, as with an auxiliary term."""
+    """Raise an error if the rows do not add up to the model's loss, as with an auxiliary term."""
     if loss is None:
         raise RowLossError("the model returns no loss")
     loss, mean = loss.detach(), mean.detach()
@@ -195,13 +208,25 @@ def _require_same(loss: Tensor | None, mean: Tensor) -> None:
 
 
 class BatchLoss(Objective):
-    """The model's scalar loss of the whole batch: always valid, but blind to single samples."""
+    """The model's scalar loss of the whole batch: always valid, but blind to single samples.
+
+    Example:
+        >>> import torch
+        >>> from types import SimpleNamespace
+        >>> from torch.nn import functional as F
+        >>> from hf_flops.objectives import BatchLoss
+        >>> def forward(inputs):
+        ...     loss = F.cross_entropy(inputs["logits"], inputs["labels"])
+        ...     return loss, SimpleNamespace(loss=loss, logits=inputs["logits"])
+        >>> logits = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
+        >>> inputs = {"logits": logits, "labels": torch.tensor([0, 0])}
+        >>> BatchLoss()(forward, inputs).sums
+        tensor([1.1269])
+    """
 
     per_row = False
 
-    def __call__(
-        self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False
-    ) -> RowLosses:
+    def __call__(self, forward: Forward, inputs: Inputs, *, features: bool = False) -> RowLosses:
         """See `Objective`."""
         del features
         with _WideLosses():

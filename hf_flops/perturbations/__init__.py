@@ -1,4 +1,4 @@
-"""Where and how noise enters a model."""
+"""Perturbations: where and how noise enters a model."""
 
 from __future__ import annotations
 
@@ -29,16 +29,23 @@ def perturb(
     row_by_row: Collection[str] = (),
     distribution: str = "rademacher",
 ) -> Perturbation:
-    """Build the perturbation that moves the named parameters, each in one of the ways that noise
-    can enter.
+    """Return the perturbation of the named parameters, each perturbed in one of three ways.
 
     Args:
         model: the model.
-        rowwise: names of the tensors that have noise per row.
-        shared: names of the tensors whose noise all rows of a forward share.
-        activation: names of the tensors of linear layers whose noise is on their outputs.
-        row_by_row: names of those among `rowwise` whose layers are run row by row.
+        rowwise: names of the tensors with noise per row.
+        shared: names of the tensors whose noise is shared by all rows of a forward.
+        activation: names of the tensors of linear layers with noise on their outputs.
+        row_by_row: names in `rowwise` whose layers run row by row.
         distribution: "gaussian" or "rademacher".
+
+    Example:
+        >>> from torch import nn
+        >>> from hf_flops.perturbations import perturb
+        >>> model = nn.Sequential(nn.Linear(3, 2), nn.PReLU())
+        >>> perturbation = perturb(model, rowwise=["0.weight", "0.bias"], shared=["1.weight"])
+        >>> [type(part).__name__ for part in perturbation.parts]
+        ['RowwiseNoise', 'SharedNoise']
     """
     parts: list[Perturbation] = []
     if rowwise:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +24,8 @@ _RIDGE = 1e-4
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """What the pull-back needs of one call of a site.
+class _Call:
+    """What `weighted_noise` needs of one call of a site.
 
     Attributes:
         bias: (R, out) sources, summed over tokens.
@@ -39,37 +38,37 @@ class _Seen:
 
     def sums(self, coefficients: Tensor) -> tuple[Tensor, Tensor]:
         """Return (in, out) and (out,), weight and bias summed over rows with coefficients (R,)."""
-        # a row that was dropped may hold NaN, and 0 times NaN is NaN
-        kept = coefficients.nonzero().flatten()
-        own = coefficients[kept]
-        bias = own @ self.bias[kept]
+        # a dropped row may hold NaN, and 0 times NaN is NaN
+        rows = coefficients.nonzero().flatten()
+        own = coefficients[rows]
+        bias = own @ self.bias[rows]
         if isinstance(self.weight, tuple):
-            x, sources = (values[kept] for values in self.weight)
+            x, sources = (values[rows] for values in self.weight)
             return torch.einsum("rti,rto->io", x, sources * own[:, None, None]), bias
-        return torch.einsum("r,rio->io", own, self.weight[kept]), bias
+        return torch.einsum("r,rio->io", own, self.weight[rows]), bias
 
 
 @dataclass
 class Drawn:
-    """The noise of a chunk; it is drawn when the first forward shows how many tokens there are.
+    """The noise of a chunk, drawn in the first forward, when the number of tokens is known.
 
     Attributes:
         keys: the rows' seeds.
         noise: (site, call) → (R, T, out).
-        seen: (site, call) → what the last forward saw.
+        calls: (site, call) → inputs and sources of the last forward.
     """
 
     keys: NoiseKeys
     noise: dict[tuple[int, int], Tensor] = field(default_factory=dict)
-    seen: dict[tuple[int, int], _Seen] = field(default_factory=dict)
+    calls: dict[tuple[int, int], _Call] = field(default_factory=dict)
 
 
 def correlated(gram: Tensor) -> Tensor:
-    """Return L (R, T, T) with `L L^T = G + ridge`: output noise as noise on the weights would cause
-    it.
+    """Return L (R, T, T) with `L L^T = G + ridge`: the covariance that noise on the weights would
+    cause.
 
     Args:
-        gram: G (R, T, T), the inner products of a row's inputs.
+        gram: G (R, T, T), inner products of a row's inputs.
     """
     if gram.shape[1] == 1:
         return independent(gram)
@@ -99,19 +98,34 @@ class ActivationNoise(Perturbation):
 
     for every invertible L. Diagonal L is the published method. By default `L L^T` is the matrix of
     inner products `x_t . x_t'` (plus 1 where there is a bias), plus a ridge that keeps it
-    invertible: then u is distributed as weight noise of unit variance would make it, deltas mean
-    what they mean elsewhere, and `delta (L^-T xi)^T x` is the expectation of the weight-noise
-    estimate given what the forward saw (Rao-Blackwell). It is a vector of T x out random numbers,
-    not in x out: for one token (a head on a pooled output) the outer product of xi and `x / ||x||`.
+    invertible: then u has the distribution that weight noise of unit variance would cause, deltas
+    have the same meaning as elsewhere, and `delta (L^-T xi)^T x` is the expectation of the
+    weight-noise estimate given the forward's values (Rao-Blackwell). It uses T x out random
+    numbers, not in x out: for one token (a head on a pooled output) the outer product of xi and `x
+    / ||x||`.
 
-    The inputs are those of the forward that was perturbed last: beside the clean ones this changes
-    the estimate by O(eps^2), the order of the difference's own bias, because noise is symmetric.
+    The inputs are those of the last perturbed forward. Compared with clean inputs this changes the
+    estimate by O(eps^2), the order of the difference's own bias, because noise is symmetric.
 
     Args:
-        model: the model whose linear layers are watched.
+        model: the model.
         vector: the parameters to move; all must belong to `nn.Linear` or GPT-2's `Conv1D`.
         distribution: "gaussian" or "rademacher".
         mixing: maps a row's inner products (R, T, T) to L.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from hf_flops.perturbations import ActivationNoise, NoiseKeys, ParameterVector
+        >>> model = nn.Linear(3, 2)
+        >>> vector = ParameterVector.of(model)
+        >>> perturbation = ActivationNoise(model, vector, "rademacher")
+        >>> keys = NoiseKeys.of(0, 0, torch.tensor([0, 1]), torch.tensor([0, 0]), 0)
+        >>> noise = perturbation.draw(keys)  # of two rows
+        >>> with perturbation.applied(noise, 0.5):
+        ...     outputs = model(torch.rand(2, 3))
+        >>> perturbation.dimension(noise), vector.size  # fewer random numbers than parameters
+        (2, 8)
 
     References:
         Ren et al. (2025), FLOPS, arXiv 2410.05966, section 3; Peng et al. (2022), a new likelihood
@@ -140,13 +154,13 @@ class ActivationNoise(Perturbation):
             raise RowMismatch(f"{missing} do not belong to linear layers")
 
     def draw(self, keys: NoiseKeys) -> Drawn:
-        """Remember the rows' seeds."""
+        """Store the rows' seeds; see `Drawn`."""
         return Drawn(keys)
 
     @contextmanager
     def applied(self, noise: Drawn, scale: float) -> Iterator[None]:
         """See `Perturbation.applied`."""
-        noise.seen.clear()
+        noise.calls.clear()
         handles = []
         try:
             for index, site in enumerate(self.sites):
@@ -163,19 +177,19 @@ class ActivationNoise(Perturbation):
         scale: float,
         index: int,
         module: nn.Module,
-        args: Any,
-        kwargs: Any,
-        out: Any,
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+        out: object,
     ) -> Tensor:
-        """Add noise to an output and keep what the pull-back needs."""
+        """Add noise to an output, and keep what `weighted_noise` needs."""
         rows, tensors = len(noise.keys.rows), self.sites[index].tensors
         x = args[0] if args else next(iter(kwargs.values()))
         if not torch.is_tensor(out) or not torch.is_tensor(x) or len(x) % rows or len(out) % rows:
-            raise RowMismatch(f"{type(module).__name__} does not see {rows} rows")
+            raise RowMismatch(f"{type(module).__name__} does not get {rows} rows")
         x = x.reshape(rows, -1, x.shape[-1])
         x = x if x.dtype == torch.float64 else x.float()
         size = x.shape[1], out.shape[-1]
-        call = (index, sum(place == index for place, _ in noise.seen))
+        call = (index, sum(place == index for place, _ in noise.calls))
         if call not in noise.noise:
             keys = seeds(_STREAM, noise.keys.rows, *call)
             noise.noise[call] = (
@@ -186,7 +200,7 @@ class ActivationNoise(Perturbation):
             mix = self.mixing(_gram(x, tensors))
             sources = torch.linalg.solve_triangular(mix.transpose(1, 2), xi, upper=True)
             fewer = size[0] < size[1] or "weight" not in tensors
-            noise.seen[call] = _Seen(
+            noise.calls[call] = _Call(
                 sources.sum(1), (x, sources) if fewer else x.transpose(1, 2) @ sources
             )
             return torch.add(out, (mix @ xi).reshape(out.shape).to(out.dtype), alpha=scale)
@@ -196,12 +210,12 @@ class ActivationNoise(Perturbation):
         return sum(values[0].numel() for values in noise.noise.values())
 
     def weighted_noise(self, noise: Drawn, coefficients: Tensor) -> Tensor:
-        """See `Perturbation.weighted_noise`; a forward under this noise must have run."""
+        """See `Perturbation.weighted_noise`; needs a forward under this noise before it."""
         flat = torch.zeros(self.vector.size, device=self.vector.device)
         views = self.vector.views(flat)
-        for (index, _), seen in noise.seen.items():
+        for (index, _), call in noise.calls.items():
             site = self.sites[index]
-            weight, bias = seen.sums(coefficients.to(seen.bias))
+            weight, bias = call.sums(coefficients.to(call.bias))
             if "weight" in site.tensors:
                 views[site.tensors["weight"]].add_(
                     (weight.T if site.rule is linear else weight).to(flat)
@@ -217,9 +231,7 @@ def is_linear(site: Site) -> bool:
 
 
 def _gram(x: Tensor, tensors: dict[str, int]) -> Tensor:
-    """Return what trainable tensors make of the inner products of inputs x (R, T, in):
-    (R, T, T).
-    """
+    """Return the inner products (R, T, T) of inputs x (R, T, in), plus 1 for a trainable bias."""
     gram = (
         x @ x.transpose(1, 2)
         if "weight" in tensors

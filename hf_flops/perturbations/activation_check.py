@@ -1,5 +1,5 @@
-"""The self-check of activation noise: a linear layer's weights must act through the outputs of one
-call, row by row.
+"""The self-check of activation noise: a linear layer's weights must affect the loss only through
+the outputs of one call, row by row.
 """
 
 from __future__ import annotations
@@ -7,11 +7,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..base.patching import Call
 from ..base.prng import seeds
 from ..base.probe import Attempt, agree
 from .activation import is_linear
@@ -20,31 +20,30 @@ from .noise import draw
 from .shared import displaced, moved
 from .sites import Site, find_sites
 
-_SEED = 20411  # any number: the check's noise has a stream of its own
+_SEED = 20411  # arbitrary; separates the check's noise from that of training
 
 
 class PinCheck:
-    """Finds the tensors for which noise on outputs is right, and smaller than noise on weights.
+    """Finds the tensors for which noise on outputs is valid, and smaller than noise on weights.
 
     Args:
         model: the model, in evaluation mode.
         sums: runs two rows through the model and returns their loss sums (2,).
-        precision: relative error of a loss that rounding alone can cause.
+        precision: relative error of a loss due to rounding.
     """
 
     def __init__(self, model: nn.Module, sums: Callable[[], Tensor], precision: float) -> None:
         self.model, self.sums, self.precision = model, sums, precision
 
     def run(self, names: Collection[str], *, smaller: bool) -> list[str]:
-        """Return those of `names`, all of which have a rule that is right, that can have activation
-        noise.
+        """Return the names of tensors that can have activation noise.
 
         Args:
-            names: tensors to choose among.
-            smaller: whether to choose only layers that see one token of each row, as heads on a
-                pooled output do, and where activation noise has at most half of the numbers that
-                noise on the weights has. With more tokens it costs a factorisation per row, and
-                noise depends on how much padding a row has.
+            names: candidates, all with a valid per-row rule.
+            smaller: whether to choose only layers that get one token of each row, as heads on a
+                pooled output do, and whose activation noise has at most half as many numbers as
+                noise on the weights. With more tokens it costs a factorisation per row, and the
+                noise depends on the row's padding.
         """
         with moved(self.model, seeds(_SEED, 1)):
             return self._choose(names, smaller)
@@ -58,20 +57,25 @@ class PinCheck:
             for site, calls in zip(sites, outputs, strict=True)
             if self._fits(site, calls, smaller)
         ]
-        while True:  # a tensor that another site holds too must be right there as well
+        while True:  # a tensor that belongs to several sites must fit at all of them
             others = {i for site in sites if site not in fit for i in site.tensors.values()}
             kept = [site for site in fit if others.isdisjoint(site.tensors.values())]
             if len(kept) == len(fit):
                 break
             fit = kept
         chosen = {vector.names[i] for site in fit for i in site.tensors.values()}
-        pinned = [calls[0] for site, calls in zip(sites, outputs, strict=True) if site in fit]
-        with Attempt("Noise stays on the weights"):
+        pinned = [
+            out
+            for site, calls in zip(sites, outputs, strict=True)
+            for out in calls
+            if site in fit and torch.is_tensor(out)
+        ]
+        with Attempt("Noise is added to the weights, not to outputs"):
             if chosen and self._pinned(fit, pinned, chosen, start) and self._apart(fit, start):
                 return [name for name in names if name in chosen]
         return []
 
-    def _fits(self, site: Site, calls: Sequence[Any], smaller: bool) -> bool:
+    def _fits(self, site: Site, calls: Sequence[object], smaller: bool) -> bool:
         if (
             not is_linear(site)
             or len(calls) != 1
@@ -87,17 +91,17 @@ class PinCheck:
         )
         return not smaller or (numbers == calls[0].shape[-1] and 2 * numbers <= weights)
 
-    def _run(self, sites: Sequence[Site], hooks: Sequence[Callable[..., Any]]) -> Tensor:
+    def _run(self, sites: Sequence[Site], hooks: Sequence[Call]) -> Tensor:
         with ExitStack() as stack:
             for site, hook in zip(sites, hooks, strict=True):
                 stack.callback(site.module.register_forward_hook(hook).remove)
             return self.sums()
 
-    def _record(self, sites: Sequence[Site]) -> tuple[Tensor, list[list[Any]]]:
+    def _record(self, sites: Sequence[Site]) -> tuple[Tensor, list[list[object]]]:
         """Return the loss sums (2,) and, for each site, the outputs of its calls."""
-        outputs: list[list[Any]] = [[] for _ in sites]
+        outputs: list[list[object]] = [[] for _ in sites]
 
-        def keep(calls: list[Any], module: nn.Module, args: Any, out: Any) -> None:
+        def keep(calls: list[object], module: nn.Module, args: object, out: object) -> None:
             calls.append(out)
 
         return self._run(sites, [partial(keep, calls) for calls in outputs]), outputs
@@ -108,9 +112,9 @@ class PinCheck:
     def _pinned(
         self, sites: Sequence[Site], outputs: Sequence[Tensor], names: set[str], start: Tensor
     ) -> bool:
-        """Return whether other weights change nothing while the outputs are held."""
+        """Return whether changed weights do not change the losses while the outputs are fixed."""
 
-        def hold(value: Tensor, module: nn.Module, args: Any, out: Any) -> Tensor:
+        def hold(value: Tensor, module: nn.Module, args: object, out: object) -> Tensor:
             return value
 
         vector = ParameterVector.of(self.model, names)
@@ -119,9 +123,9 @@ class PinCheck:
             return self._same(self._run(sites, [partial(hold, value) for value in outputs]), start)
 
     def _apart(self, sites: Sequence[Site], start: Tensor) -> bool:
-        """Return whether noise on the outputs of one row leaves the other's loss as it was."""
+        """Return whether noise on the outputs of one row does not change the other row's loss."""
 
-        def disturb(row: int, module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        def disturb(row: int, module: nn.Module, args: object, out: Tensor) -> Tensor:
             out = out.clone()
             half = out.view(2, -1)[row]
             half += out.float().std() * torch.linspace(-1, 1, half.numel()).to(out)

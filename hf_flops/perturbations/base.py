@@ -1,10 +1,10 @@
-"""What every perturbation can do, and the flat view of the parameters that they share."""
+"""The interface of perturbations, and the flat vector of parameters that they use."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,21 @@ from torch import Tensor, nn
 from .noise import RowNoise
 from .streams import NoiseKeys
 
+DrawnNoise: TypeAlias = Any
+"""The noise of some rows; only the perturbation that drew it looks inside."""
+
 
 class ParameterVector:
     """The trainable parameters of a model as slices of one flat vector of d numbers.
 
     A parameter that several modules share (tied weights) appears once.
+
+    Example:
+        >>> from torch import nn
+        >>> from hf_flops.perturbations import ParameterVector
+        >>> vector = ParameterVector.of(nn.Linear(3, 2))
+        >>> vector.names, vector.size
+        (['weight', 'bias'], 8)
     """
 
     def __init__(self, named_parameters: Sequence[tuple[str, nn.Parameter]]) -> None:
@@ -31,7 +41,7 @@ class ParameterVector:
 
     @classmethod
     def of(cls, model: nn.Module, names: set[str] | None = None) -> ParameterVector:
-        """Collect the trainable parameters of `model`, or those of them that `names` holds."""
+        """Return the vector of the trainable parameters of `model`, or of those in `names`."""
         return cls(
             [
                 (n, p)
@@ -42,7 +52,7 @@ class ParameterVector:
 
     @property
     def device(self) -> torch.device:
-        """The device that the first parameter lives on, where noise is kept."""
+        """The device of the first parameter, where noise is kept."""
         return self.parameters[0].device if self.parameters else torch.device("cpu")
 
     def views(self, flat: Tensor) -> list[Tensor]:
@@ -66,13 +76,12 @@ class Perturbation:
     `weighted_noise`.
 
     Attributes:
-        vector: the parameters that it moves.
-        shares_noise: whether all rows of one forward pass share the noise, so that a chunk must lie
-            within a group.
-        row_bytes: what the noise of one row takes, as far as it is known beforehand.
-        replays: whether a pull-back needs a forward under the same noise before it.
-        rowwise_size: how many of the vector's first numbers have noise of their own in every row;
-            see `row_noise`.
+        vector: the perturbed parameters.
+        shares_noise: whether all rows of a forward share the noise, so that a chunk must lie within
+            a group.
+        row_bytes: memory of one row's noise, if known beforehand.
+        replays: whether `weighted_noise` needs a forward under the same noise before it.
+        rowwise_size: number of the vector's first entries that have noise per row; see `row_noise`.
     """
 
     vector: ParameterVector
@@ -83,30 +92,30 @@ class Perturbation:
 
     @property
     def parts(self) -> Sequence[Perturbation]:
-        """The perturbations that this one is made of: by default itself."""
+        """The perturbations that this one combines; by default itself."""
         return [self]
 
-    def draw(self, keys: NoiseKeys) -> Any:
+    def draw(self, keys: NoiseKeys) -> DrawnNoise:
         """Draw the noise of a chunk of R rows."""
         raise NotImplementedError
 
-    def applied(self, noise: Any, scale: float) -> AbstractContextManager[None]:
-        """Return a context in which the model runs at `theta + scale * noise`; nothing is left
-        behind after it.
+    def applied(self, noise: DrawnNoise, scale: float) -> AbstractContextManager[None]:
+        """Return a context in which the model runs at `theta + scale * noise`; afterwards it is
+        unchanged.
         """
         raise NotImplementedError
 
-    def dimension(self, noise: Any) -> int:
-        """Return how many random numbers of unit variance a row's noise is made of."""
+    def dimension(self, noise: DrawnNoise) -> int:
+        """Return the number of random numbers of unit variance in a row's noise."""
         raise NotImplementedError
 
-    def row_noise(self, noise: Any) -> RowNoise | None:
-        """Return the noise of the first `rowwise_size` numbers, independent from row to row with
-        identity covariance.
+    def row_noise(self, noise: DrawnNoise) -> RowNoise | None:
+        """Return the noise of the first `rowwise_size` entries, which is independent between rows
+        and has identity covariance.
         """
         return None
 
-    def weighted_noise(self, noise: Any, coefficients: Tensor) -> Tensor:
+    def weighted_noise(self, noise: DrawnNoise, coefficients: Tensor) -> Tensor:
         """Return `sum_r coefficients[r] * noise[r]` as a flat vector (d,), in float64 if it is
         exact; coefficients: (R,).
         """

@@ -1,24 +1,35 @@
-"""Several perturbations at once, each on parameters of its own."""
+"""Several perturbations at once, each of different parameters."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .base import ParameterVector, Perturbation
+from .base import DrawnNoise, ParameterVector, Perturbation
 from .noise import RowNoise
 from .streams import NoiseKeys
 
 
 class CombinedNoise(Perturbation):
-    """Row-wise noise where rules exist, shared noise elsewhere: see `Perturbation`.
+    """Several perturbations at once, such as row-wise noise where rules exist and shared noise
+    elsewhere: see `Perturbation`.
 
-    Their noises are independent, so a row's loss difference times either part's noise is an
-    unbiased estimate of that part of the gradient.
+    The parts' noises are independent, so a row's delta times a part's noise is an unbiased estimate
+    of that part of the gradient.
+
+    Example:
+        >>> from torch import nn
+        >>> from hf_flops.perturbations import CombinedNoise, ParameterVector
+        >>> from hf_flops.perturbations import RowwiseNoise, SharedNoise
+        >>> model = nn.Sequential(nn.Linear(3, 2), nn.PReLU())
+        >>> names = {"0.weight", "0.bias"}
+        >>> rowwise = RowwiseNoise(model, ParameterVector.of(model, names), "rademacher")
+        >>> shared = SharedNoise(ParameterVector.of(model, {"1.weight"}), "rademacher")
+        >>> CombinedNoise([rowwise, shared]).vector.names
+        ['0.weight', '0.bias', '1.weight']
     """
 
     def __init__(self, parts: Sequence[Perturbation]) -> None:
@@ -40,30 +51,30 @@ class CombinedNoise(Perturbation):
         """See `Perturbation.parts`."""
         return self._parts
 
-    def draw(self, keys: NoiseKeys) -> list[Any]:
+    def draw(self, keys: NoiseKeys) -> list[DrawnNoise]:
         """Draw the noise of each part."""
         return [part.draw(keys) for part in self.parts]
 
     @contextmanager
-    def applied(self, noise: list[Any], scale: float) -> Iterator[None]:
+    def applied(self, noise: list[DrawnNoise], scale: float) -> Iterator[None]:
         """See `Perturbation.applied`."""
         with ExitStack() as stack:
             for part, own in zip(self.parts, noise, strict=True):
                 stack.enter_context(part.applied(own, scale))
             yield
 
-    def dimension(self, noise: list[Any]) -> int:
+    def dimension(self, noise: list[DrawnNoise]) -> int:
         """See `Perturbation.dimension`."""
         return sum(part.dimension(own) for part, own in zip(self.parts, noise, strict=True))
 
-    def row_noise(self, noise: list[Any]) -> RowNoise | None:
+    def row_noise(self, noise: list[DrawnNoise]) -> RowNoise | None:
         """See `Perturbation.row_noise`."""
         return self.parts[0].row_noise(noise[0])
 
-    def weighted_noise(self, noise: list[Any], coefficients: Tensor) -> Tensor:
+    def weighted_noise(self, noise: list[DrawnNoise], coefficients: Tensor) -> Tensor:
         """See `Perturbation.weighted_noise`."""
-        pulled = [
+        sums = [
             part.weighted_noise(own, coefficients)
             for part, own in zip(self.parts, noise, strict=True)
         ]
-        return torch.cat([piece.to(pulled[0].device) for piece in pulled])
+        return torch.cat([part.to(sums[0].device) for part in sums])

@@ -1,5 +1,5 @@
-"""Sums that are the same bits in whatever order they are taken: of multiples of 2^-30, cut into
-three digits.
+"""Sums that are bitwise equal in any order: coefficients are multiples of 2^-30, cut into three
+digits.
 """
 
 from __future__ import annotations
@@ -7,12 +7,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-DIGIT = 2.0**-15  # of one
-ROWS = 512  # whose digits, times signs, float32 adds up without rounding: 2^15 x 2^9 = 2^24
+DIGIT = 2.0**-15
+ROWS = 512  # digits times signs of so many rows add up exactly in float32: 2^15 x 2^9 = 2^24
 
 
 def accumulator(device: torch.device) -> torch.dtype:
-    """Return the type that sums over rows are kept in: float64, where the device has it."""
+    """Return the dtype of sums over rows: float64, if the device supports it."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -22,9 +22,7 @@ def rounded(coefficients: Tensor, unit: float = DIGIT**2) -> Tensor:
 
 
 def cut(coefficients: Tensor) -> Tensor:
-    """Cut numbers (R, M) into (R, 3 M) whole numbers: wholes, multiples of `DIGIT`, and multiples
-    of its square.
-    """
+    """Cut numbers (R, M) into integers (R, 3 M): multiples of 1, of `DIGIT`, and of its square."""
     values = coefficients.to(accumulator(coefficients.device))
     high = values.round()
     middle = ((values - high) * 2.0**15).round()

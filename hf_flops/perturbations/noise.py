@@ -1,7 +1,7 @@
-"""Noise of rows for all parameters, drawn from streams.
+"""Noise of rows for all parameters, drawn from counter-based streams.
 
-Nothing is stored and no global generator is touched, so noise can be drawn again for the pull-back,
-on another rank, or after a resume, and does not depend on how rows are cut into chunks.
+No noise is stored and no global generator is used, so noise can be drawn again for the update, on
+another rank, or after a resume, and does not depend on how rows are cut into chunks.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from torch import Tensor
 from .exact_sums import DIGIT, ROWS, accumulator, cut
 from .streams import ALL, Normals, Numbers, Room, Signs
 
-BLOCK = 2**18  # numbers of noise that are unpacked at a time: what a processor's cache holds
-# of them for all parameters of a run, and at a time where they are only summed
-_RUN, _WIDE = 2**13, 2**20
-_UNPACKED = 2**21  # numbers that are kept between products with them and sums of them
+BLOCK = 2**18  # numbers of noise that are unpacked at a time; they fit in a processor's cache
+_RUN = 2**13  # largest number of noise entries of a run of parameters
+_WIDE = 2**20  # numbers that are unpacked at a time for sums
+_UNPACKED = 2**21  # numbers that are kept between a product and the following sum
 
 
 class _Scratch:
-    """Memory that is used again, so that it stays in the processor's cache: what was in it before
-    is overwritten.
-    """
+    """Memory that is reused, and overwritten, so that it stays in the processor's cache."""
 
     def __init__(self) -> None:
-        self._kept = torch.empty(0)
+        self._memory = torch.empty(0)
 
     def __call__(self, size: int) -> Tensor:
-        """Return (size,) float32 on the CPU, with whatever it holds."""
-        if len(self._kept) < size:
-            self._kept = torch.empty(size)
-        return self._kept[:size]
+        """Return uninitialised (size,) float32 on the CPU."""
+        if len(self._memory) < size:
+            self._memory = torch.empty(size)
+        return self._memory[:size]
 
 
 def blocks(rows: int, numbers: int, most: int = BLOCK) -> Iterator[slice]:
-    """Cut rows of that many numbers into blocks of at most so many numbers, or of one row."""
+    """Split `rows` rows of `numbers` numbers into blocks of at most `most` numbers, or of one
+    row.
+    """
     step = max(1, most // max(1, numbers))
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
@@ -56,7 +56,7 @@ class RowNoise:
     trace would be `(out + 2) (in + 2) - 1` times `||G||^2`.
 
     Args:
-        numbers: what the noise is made of; the pieces of each parameter follow each other.
+        numbers: of the noise, in pieces by parameter.
         shapes: the shapes of the parameters.
         rank_one: whether matrices are outer products.
 
@@ -67,8 +67,8 @@ class RowNoise:
     def __init__(self, numbers: Numbers, shapes: Sequence[torch.Size], rank_one: bool) -> None:
         self.numbers, self.shapes = numbers, shapes
         self.layouts, self.first, self._runs = _plan(tuple(shapes), rank_one, type(numbers), _RUN)
-        # what was unpacked, by first parameter and row
-        self._kept: dict[tuple[int, int], Tensor] = {}
+        # unpacked noise, by first parameter and row
+        self.unpacked: dict[tuple[int, int], Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -85,7 +85,7 @@ class RowNoise:
         return len(self.layouts[index]) == 2
 
     def factors(self, index: int, rows: slice = ALL) -> tuple[Tensor, ...]:
-        """Return what a parameter's noise is made of: (R, numel), or (R, out) and (R, in) of an
+        """Return the factors of a parameter's noise: (R, numel), or (R, out) and (R, in) of an
         outer product.
         """
         return tuple(
@@ -132,29 +132,29 @@ class RowNoise:
         return total
 
     def exact_sum(self, coefficients: Tensor) -> Tensor:
-        """Return what `weighted_sum` does as float64: of independent signs the same bits in
-        whatever order rows come.
+        """Return `weighted_sum` in float64; for independent signs it is bitwise equal in any order
+        of rows.
 
-        Coefficients are rounded to multiples of 2^-30 and cut into three digits of 15 bits, the
-        sums of which float32 holds.
+        Coefficients are rounded to multiples of 2^-30 and cut into three digits of 15 bits, whose
+        sums are exact in float32.
         """
         wide, columns = accumulator(coefficients.device), coefficients.view(len(self), -1)
         if not isinstance(self.numbers, Signs) or any(len(own) == 2 for own in self.layouts):
             return self.weighted_sum(coefficients).to(wide)
         digits, sums = cut(columns).float(), columns.shape[1]
-        used = digits.any(0).nonzero().flatten()  # coefficients below a half have no wholes
+        used = digits.any(0).nonzero().flatten()  # small coefficients have zero digits
         total = columns.new_zeros(sums, sum(shape.numel() for shape in self.shapes), dtype=wide)
         for start in range(0, len(self), ROWS):
             rows = slice(start, start + ROWS)
-            for column, found in zip(
+            for column, summed in zip(
                 used.tolist(), self._summed(digits[rows][:, used], rows), strict=True
             ):
-                total[column % sums].add_(found, alpha=DIGIT ** (column // sums))
+                total[column % sums].add_(summed, alpha=DIGIT ** (column // sums))
         return total.view(*coefficients.shape[1:], -1)
 
     def dot(self, vectors: Tensor) -> Tensor:
-        """Return the products (R, M) of every row's noise with vectors (M, d); a sum may be the
-        next that is asked for.
+        """Return the products (R, M) of every row's noise with vectors (M, d); unpacked noise is
+        kept for a following sum.
         """
         # twice as fast as its transpose
         products, room = vectors.new_zeros(len(vectors), len(self)), _Scratch()
@@ -166,7 +166,7 @@ class RowNoise:
                     numbers = self._flat(run, rows, None if few else room)
                     products[:, rows].addmm_(part, numbers.T)
                     if few:
-                        self._kept[first, rows.start] = numbers
+                        self.unpacked[first, rows.start] = numbers
                 continue
             for rows in blocks(len(self), sum(self.layouts[first])):
                 left, right = self.factors(first, rows)
@@ -177,10 +177,10 @@ class RowNoise:
         return products.T
 
     def _flat(self, run: range, rows: slice, room: Room | None) -> Tensor:
-        """Return the noise (R, numbers) of a run of parameters, in `room` if it has to be unpacked
-        and there is any.
+        """Return the noise (R, numbers) of a run of parameters; it is unpacked into `room` if
+        given.
         """
-        kept = self._kept.get((run[0], rows.start))
+        kept = self.unpacked.get((run[0], rows.start))
         if kept is not None and len(kept) == rows.stop - rows.start:
             return kept
         return self.numbers.piece(self.first[run[0]], rows, self.first[run[-1]], room)
@@ -193,8 +193,8 @@ def _plan(
     """Return the layouts of parameters' noise, the first piece of each, and runs of parameters to
     be summed together.
 
-    The noise of a run lies side by side, and has at most so many numbers or is that of one
-    parameter; a run comes with its place in the flat vector.
+    The noise of a run is contiguous, and has at most `most` numbers unless it is that of one
+    parameter; a run comes with its slice of the flat vector.
     """
     layouts = [layout(shape, rank_one) for shape in shapes]
     runs, first, start, stop = list[tuple[range, slice]](), 0, 0, 0
@@ -210,7 +210,7 @@ def _plan(
 
 
 def layout(shape: torch.Size, rank_one: bool) -> tuple[int, ...]:
-    """Return the sizes of the pieces that a parameter's noise is made of."""
+    """Return the sizes of the pieces of a parameter's noise."""
     return tuple(shape) if rank_one and len(shape) == 2 else (shape.numel(),)
 
 
@@ -232,8 +232,8 @@ def draw(
     Args:
         distribution: a name in `DISTRIBUTIONS`.
         row_seeds: (R,) uint64.
-        shapes: of the parameters that the noise is for.
-        device: where the noise is kept.
+        shapes: of the parameters.
+        device: of the noise.
     """
     kind, rank_one = DISTRIBUTIONS[distribution]
     sizes = [size for shape in shapes for size in layout(shape, rank_one)]

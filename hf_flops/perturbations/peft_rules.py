@@ -1,25 +1,25 @@
-"""Per-row rules of PEFT's layers whose parameters belong to no module of their own, or to one that
-is called oddly.
+"""Per-row rules for PEFT's layers whose parameters do not belong to a plain module.
 
-Such a rule takes the place of a method of the layer: it maps
-`(layer, method, noise, scale, *arguments)` to what the method returns at `theta + scale * noise`,
-where `noise` holds (R, *shape) by the tensor's name within the layer. Layers are told by what they
-hold, not by their class, so nothing of PEFT is imported. Like every rule, these are proposals to
-the self-check.
+Such a rule replaces a method of the layer: it maps `(layer, method, noise, scale, *arguments)` to
+the method's result at `theta + scale * noise`, where `noise` maps a tensor's name within the layer
+to (R, *shape). Layers are recognised by their attributes, so PEFT is not imported. Like every rule,
+these are used only if the self-check confirms them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..base.patching import Call
 from .rules import Noise, RowMismatch, by_row
 
-MethodRule = Callable[..., Any]
+MethodRule = Call
+Layer: TypeAlias = Any
+"""A layer of PEFT, recognised by its attributes."""
 
 
 def is_adapter_layer(module: nn.Module) -> bool:
@@ -27,8 +27,8 @@ def is_adapter_layer(module: nn.Module) -> bool:
     return hasattr(module, "base_layer") and hasattr(module, "adapter_layer_names")
 
 
-def _moved(layer: Any, name: str, noise: Noise, scale: float) -> Tensor:
-    """Return a parameter as every row sees it: (R, *shape)."""
+def _moved(layer: Layer, name: str, noise: Noise, scale: float) -> Tensor:
+    """Return a parameter with each row's noise added: (R, *shape)."""
     parameter = layer.get_parameter(name)
     if name in noise:
         return torch.add(parameter, noise[name].to(parameter.dtype), alpha=scale)
@@ -36,7 +36,13 @@ def _moved(layer: Any, name: str, noise: Noise, scale: float) -> Tensor:
 
 
 def ia3(
-    layer: Any, method: Any, noise: Noise, scale: float, x: Tensor, *args: Any, **kwargs: Any
+    layer: Layer,
+    method: Call,
+    noise: Noise,
+    scale: float,
+    x: Tensor,
+    *args: object,
+    **kwargs: object,
 ) -> Tensor:
     """IA3: one factor per input feature (feed-forward layers) or per output feature, (R, 1, C, 1,
     ...) for convolutions.
@@ -59,7 +65,13 @@ def ia3(
 
 
 def vera(
-    layer: Any, method: Any, noise: Noise, scale: float, x: Tensor, *args: Any, **kwargs: Any
+    layer: Layer,
+    method: Call,
+    noise: Noise,
+    scale: float,
+    x: Tensor,
+    *args: object,
+    **kwargs: object,
 ) -> Tensor:
     """VeRA: `out + b * (B (d * (A x)))` with vectors b (out,) and d (rank,) beside frozen A and B.
 
@@ -78,14 +90,20 @@ def vera(
 
 
 def dora(
-    layer: Any, method: Any, noise: Noise, scale: float, x: Tensor, *args: Any, **kwargs: Any
+    layer: Layer,
+    method: Call,
+    noise: Noise,
+    scale: float,
+    x: Tensor,
+    *args: object,
+    **kwargs: object,
 ) -> Tensor:
     """DoRA on a linear layer: `m / ||W + s B A|| * (W + s B A) x + bias`, the norm taken of each
     row of the matrix.
 
     No row's W + s B A is ever formed: `||W_o + s b_o A||^2 = ||W_o||^2 + 2 s b_o (A W^T)_o + s^2
     b_o A A^T b_o` for output o, which costs what `rank` more tokens in each row would. The norm
-    moves with A and B here, as it does in the model; PEFT's backward pass takes it for a constant.
+    depends on A and B here, as in the model; PEFT's backward pass treats it as a constant.
 
     References:
         Liu et al. (2024), DoRA, arXiv 2402.09353, equation 5 and section 4.3.
@@ -109,14 +127,20 @@ def dora(
     return (out + shift.reshape(out.shape)).to(out.dtype)
 
 
-def _embedding_scale(layer: Any) -> Any:
-    """Return what the embeddings of some models (Gemma) are multiplied with."""
+def _embedding_scale(layer: Layer) -> Tensor | float:
+    """Return the factor of the embeddings in some models (Gemma), else 1."""
     scale = getattr(layer, "_get_embed_scale", lambda: None)()
     return 1.0 if scale is None else scale
 
 
 def lora_embedding(
-    layer: Any, method: Any, noise: Noise, scale: float, x: Tensor, *args: Any, **kwargs: Any
+    layer: Layer,
+    method: Call,
+    noise: Noise,
+    scale: float,
+    x: Tensor,
+    *args: object,
+    **kwargs: object,
 ) -> Tensor:
     """LoRA on `nn.Embedding`: A (rank, V) is looked up, then multiplied by B (D, rank)."""
     del method
@@ -136,11 +160,15 @@ def lora_embedding(
 
 
 def trainable_tokens(
-    layer: Any, method: Any, noise: Noise, scale: float, x: Tensor, *args: Any, **kwargs: Any
+    layer: Layer,
+    method: Call,
+    noise: Noise,
+    scale: float,
+    x: Tensor,
+    *args: object,
+    **kwargs: object,
 ) -> Tensor:
-    """Rows of an embedding, or of an output layer that is tied to it, that are trained in the
-    frozen rest: (K, D).
-    """
+    """Trainable tokens: K trained rows (K, D) of a frozen embedding, or of a tied output layer."""
     ((name, own),) = noise.items()
     out = method(x, *args, **kwargs)
     tokens = torch.as_tensor(layer.token_indices[name.split(".")[-1]], device=x.device)
@@ -155,9 +183,15 @@ def trainable_tokens(
 
 
 def prompt(
-    owner: Any, method: Any, noise: Noise, scale: float, batch_size: int, *args: Any, **kwargs: Any
+    owner: Layer,
+    method: Call,
+    noise: Noise,
+    scale: float,
+    batch_size: int,
+    *args: object,
+    **kwargs: object,
 ) -> Tensor:
-    """Prompt tuning: `get_prompt` hands out the (P, D) virtual tokens, repeated for every row."""
+    """Prompt tuning: `get_prompt` returns the (P, D) virtual tokens, repeated for every row."""
     del owner
     (shift,) = noise.values()
     prompts = method(batch_size, *args, **kwargs)
@@ -171,7 +205,7 @@ def prompt(
 
 
 _LAYERS: tuple[tuple[str, MethodRule, str], ...] = (
-    # what the layer holds, the rule, the method that it takes the place of
+    # attribute of the layer, the rule, the method that it replaces
     ("ia3_l", ia3, "forward"),
     ("vera_lambda_b", vera, "forward"),
     ("trainable_tokens_delta", trainable_tokens, "forward_adapters"),
@@ -179,9 +213,9 @@ _LAYERS: tuple[tuple[str, MethodRule, str], ...] = (
 )
 
 
-def wrapper_rule(layer: Any) -> tuple[MethodRule, str] | None:
-    """Return the rule of one of PEFT's layers and the method that it takes the place of, or None
-    where it has none.
+def wrapper_rule(layer: Layer) -> tuple[MethodRule, str] | None:
+    """Return the rule of one of PEFT's layers and the method that it replaces; None without a
+    rule.
     """
     if (
         not is_adapter_layer(layer)

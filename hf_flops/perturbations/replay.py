@@ -1,5 +1,5 @@
-"""A step's update again, from the few numbers that made it: no data, no forward pass, no noise that
-is stored or sent.
+"""Computes a step's update again from its coefficients: without data, forward passes or stored
+noise.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from .streams import NoiseKeys
 
 @dataclass(frozen=True)
 class UpdateRecord:
-    """What the update of a batch was made of, in the order in which it was summed.
+    """Rows and coefficients of the update of a batch, in the order of the sum.
 
     Attributes:
-        rows: R query rows, those first that were pulled back first.
-        coefficients: (R,) float32, what each row's noise was multiplied by.
+        rows: R query rows.
+        coefficients: (R,) float32, of the rows' noise.
         chunks: rows of each chunk.
         position: index of the batch's first sample in the global batch of the step.
-        factor: what the sum was multiplied by, because samples were dropped.
-        normalizer: N, what it was divided by then.
+        factor: of the sum, larger than 1 if samples were dropped.
+        normalizer: N, by which the sum is divided.
     """
 
     rows: Rows
@@ -60,19 +60,19 @@ def regenerate(
     groups: Tensor,
     rows_per_chunk: int | Sequence[int],
 ) -> Tensor:
-    """Return `sum_r c_r z_r` (d,) float64 for rows in any order; with the same chunks it is the
-    same bit for bit.
+    """Return `sum_r c_r z_r` (d,) float64 for rows in any order; with the same chunks it is bitwise
+    equal.
 
     Args:
-        perturbation: where noise enters; its pull-back must not need a forward.
+        perturbation: where noise enters; must not be one that `replays`.
         seed: the run's seed.
         step: optimizer steps done before this one.
         positions: (R,) int64, index of each row's sample in the global batch of the step.
         queries: (R,) int64, which query of its sample each row is.
         coefficients: (R,) float32.
-        groups: (R,) int64; rows of a group have the same noise where noise is shared.
-        rows_per_chunk: rows whose noise is there at a time, or those of each chunk, as they come
-            (no chunk may leave its group then, where noise is shared).
+        groups: (R,) int64; rows of a group have the same noise if noise is shared.
+        rows_per_chunk: rows whose noise is drawn at a time, or the size of each chunk in order
+            (then no chunk may span two groups if noise is shared).
     """
     device = perturbation.vector.device
     update = torch.zeros(perturbation.vector.size, dtype=accumulator(device), device=device)
@@ -87,9 +87,7 @@ def regenerate(
 
 
 def in_turn(groups: Tensor, rows_per_chunk: int, *, shares_noise: bool) -> list[Tensor]:
-    """Return the indices of the rows of each chunk, where groups (R,) are kept apart if noise is
-    shared.
-    """
+    """Return the row indices of each chunk; no chunk spans two groups (R,) if noise is shared."""
     order, lengths = torch.arange(len(groups)), [len(groups)]
     if shares_noise:
         order = groups.argsort(stable=True)

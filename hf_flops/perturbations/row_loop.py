@@ -1,57 +1,54 @@
-"""The rule of last resort: one layer runs once for each row, with that row's parameters, while the
-others see all rows.
+"""The rule of last resort: a layer runs once for each row, with that row's parameters, while the
+other layers run all rows together.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..base.patching import Call
 from .base import ParameterVector
 from .rules import Noise, RowMismatch
 from .shared import displaced
 
 
 def looped(
-    layer: Any, method: Any, noise: Noise, scale: float, *args: Any, **kwargs: Any
+    layer: nn.Module, method: Call, noise: Noise, scale: float, *args: object, **kwargs: object
 ) -> Tensor:
-    """Run a method of a layer row by row: right for every layer that maps rows to rows, whatever is
-    inside it.
+    """Run a method of a layer row by row: valid for every layer that maps rows to rows.
 
-    Costs the large matrix products of the layer; elsewhere in the model all rows still go through
-    together.
+    The layer loses its large matrix products; the rest of the model still runs all rows together.
 
     Args:
         layer: the layer, or the owner of a prompt.
         method: its `forward` (x (R * m, ...), ...), or its `get_prompt` (R * m, ...).
         noise: (R, *shape) by the tensor's name within the layer.
-        scale: what noise is multiplied with.
-        args: arguments of the method; tensors as long as the first, and a batch size, are cut into
-            rows.
+        scale: factor of the noise.
+        args: arguments of the method; tensors as long as the first one, and a batch size, are cut
+            into rows.
         kwargs: likewise.
     """
     rows = len(next(iter(noise.values())))
     first = args[0] if args else next(iter(kwargs.values()))
     length = len(first) if torch.is_tensor(first) and first.dim() else first
     if not isinstance(length, int) or length % rows:
-        raise RowMismatch(f"{type(layer).__name__} does not see {rows} rows")
+        raise RowMismatch(f"{type(layer).__name__} does not get {rows} rows")
     size = length // rows
 
-    def cut(value: Any, row: int) -> Any:
+    def cut(value: object, row: int) -> object:
         if torch.is_tensor(value) and value.dim() and len(value) == length:
             return value[row * size : (row + 1) * size]
         return size if value is first else value
 
     vector = ParameterVector([(name, layer.get_parameter(name)) for name in noise])
     flat = torch.cat([values.flatten(1) for values in noise.values()], 1) * scale
-    found = []
+    outputs = []
     for row in range(rows):
         with displaced(vector, flat[row]):
-            found.append(
+            outputs.append(
                 method(*(cut(v, row) for v in args), **{k: cut(v, row) for k, v in kwargs.items()})
             )
-    if not all(torch.is_tensor(piece) and piece.dim() and len(piece) == size for piece in found):
+    if not all(torch.is_tensor(piece) and piece.dim() and len(piece) == size for piece in outputs):
         raise RowMismatch(f"{type(layer).__name__} does not map rows to rows")
-    return torch.cat(found)
+    return torch.cat(outputs)

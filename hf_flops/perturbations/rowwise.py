@@ -1,5 +1,5 @@
-"""One noise per row of a forward pass, by forward hooks, so that all queries of a step fit in one
-batch.
+"""Separate noise for each row of a forward pass, added by forward hooks, so that all queries of a
+step fit in one batch.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from .streams import ALL, NoiseKeys
 
 
 def _factored(site: Site, noise: RowNoise, index: int) -> bool:
-    """Return whether the site's rule gets the factors of a parameter's noise."""
+    """Return whether the site's rule takes the factors of a parameter's noise."""
     return noise.is_rank_one(index) and site.rule in FACTORED
 
 
 def _own(site: Site, noise: RowNoise, rows: slice, device: torch.device) -> Noise:
-    """Return the noise of a site's parameters for some rows, as its rule wants it."""
+    """Return the noise of a site's parameters for some rows, in the form that its rule takes."""
     own: Noise = {}
     for name, index in site.tensors.items():
         if _factored(site, noise, index):
@@ -39,7 +39,7 @@ def _own(site: Site, noise: RowNoise, rows: slice, device: torch.device) -> Nois
 
 
 def _width(site: Site, noise: RowNoise) -> int:
-    """Return how many numbers of noise the site's rule gets for each row."""
+    """Return the number of noise entries per row that the site's rule gets."""
     return sum(
         sum(noise.layouts[index]) if _factored(site, noise, index) else noise.shapes[index].numel()
         for index in site.tensors.values()
@@ -47,16 +47,16 @@ def _width(site: Site, noise: RowNoise) -> int:
 
 
 def _split(values: Tensor, rows: int, pieces: list[slice]) -> list[Tensor]:
-    """Cut (R * m, ...) as R rows are cut."""
+    """Split (R * m, ...) into the given pieces of R rows."""
     if values.dim() == 0 or len(values) % rows:
-        raise RowMismatch(f"a tensor of shape {tuple(values.shape)} does not hold {rows} rows")
+        raise RowMismatch(f"a tensor of shape {tuple(values.shape)} does not contain {rows} rows")
     each = len(values) // rows
     return list(values.split([each * (piece.stop - piece.start) for piece in pieces]))
 
 
 def _in_pieces(site: Site, noise: RowNoise, scale: float, x: Tensor, out: Tensor) -> Tensor:
     """Apply the site's rule to (R * m, ...) a few rows at a time, so that unpacked noise stays in
-    the cache.
+    the processor's cache.
     """
     pieces = list(blocks(len(noise), _width(site, noise)))
     outs = _split(out, len(noise), pieces)
@@ -75,28 +75,28 @@ def _in_pieces(site: Site, noise: RowNoise, scale: float, x: Tensor, out: Tensor
 def _watch(
     site: Site, noise: RowNoise, scale: float, fired: Callable[[], None]
 ) -> Callable[[], None]:
-    """Install a forward hook that applies the site's rule, and return what removes it."""
+    """Install a forward hook that applies the site's rule; return the function that removes it."""
 
-    def hook(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> Any:
+    def hook(module: nn.Module, args: tuple, kwargs: dict, out: object) -> Tensor:
         x = args[0] if args else next(iter(kwargs.values()))
         if not torch.is_tensor(out) or not torch.is_tensor(x):
             raise RowMismatch(f"{type(module).__name__} does not map one tensor to one tensor")
         fired()
         return _in_pieces(site, noise, scale, x, out)
 
-    # Before other hooks: what narrows a float32 module's output must not round the noise away.
+    # Before other hooks: one that casts a float32 output to 16 bits must not round the noise away.
     return site.module.register_forward_hook(hook, with_kwargs=True, prepend=True).remove
 
 
 def _patch(
     site: Site, noise: RowNoise, scale: float, fired: Callable[[], None]
 ) -> Callable[[], None]:
-    """Let the site's rule take the place of a method of the module, and return what undoes it."""
+    """Replace a method of the module by the site's rule; return the function that restores it."""
     owner, name = site.module, str(site.method)
     original, patched_before = getattr(owner, name), owner.__dict__.get(name)
     device = next(owner.parameters()).device
 
-    def patched(*args: Any, **kwargs: Any) -> Any:
+    def patched(*args: object, **kwargs: object) -> object:
         fired()
         return site.rule(owner, original, _own(site, noise, ALL, device), scale, *args, **kwargs)
 
@@ -110,9 +110,7 @@ def _patch(
 
 
 def _fits(site: Site, noise: RowNoise) -> bool:
-    """Return whether a site is a plain linear layer whose weight every row can have a moved copy
-    of.
-    """
+    """Return whether a site is a plain linear layer, for which `moved_linear` can be used."""
     module = site.module
     plain = (
         site.rule is linear
@@ -125,15 +123,15 @@ def _fits(site: Site, noise: RowNoise) -> bool:
 def _replace(
     site: Site, noise: RowNoise, scale: float, fired: Callable[[], None]
 ) -> Callable[[], None]:
-    """Let a linear layer compute with each row's own weights at once, and return what undoes it.
+    """Let a linear layer use perturbed weights for each row; return the function that restores it.
 
-    One batched product instead of the layer's own and another for the noise: about what the layer
-    costs without noise.
+    One batched product replaces the layer's product and another one for the noise, at about the
+    cost of the layer without noise.
     """
     module: Any = site.module
     original, pieces = module.forward, list(blocks(len(noise), _width(site, noise)))
 
-    # called as that of `nn.Linear` is, by position or by name
+    # as in `nn.Linear`, the argument may be given by name
     def forward(input: Tensor) -> Tensor:
         fired()
         if input.dtype != module.weight.dtype or torch.is_autocast_enabled(input.device.type):
@@ -153,13 +151,30 @@ def _replace(
 
 
 class RowwiseNoise(Perturbation):
-    """Every row of a forward pass has noise of its own: see `Perturbation`.
+    """Separate noise for each row of a forward pass: see `Perturbation`.
 
     Args:
-        model: the model whose modules are watched.
-        vector: the parameters to move; every one must be covered by a site.
+        model: the model.
+        vector: the perturbed parameters; each must have a per-row rule.
         distribution: a name in `DISTRIBUTIONS`.
-        row_by_row: names of tensors whose layers are run row by row.
+        row_by_row: names of tensors whose layers run row by row.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from hf_flops.perturbations import NoiseKeys, ParameterVector, RowwiseNoise
+        >>> model = nn.Linear(3, 2)
+        >>> vector = ParameterVector.of(model)
+        >>> perturbation = RowwiseNoise(model, vector, "rademacher")
+        >>> keys = NoiseKeys.of(0, 0, torch.tensor([0, 1]), torch.tensor([0, 0]), 0)
+        >>> noise = perturbation.draw(keys)  # of two rows
+        >>> x = torch.ones(2, 3)
+        >>> with perturbation.applied(noise, 0.5):
+        ...     outputs = model(x)
+        >>> torch.equal(outputs[0], outputs[1])  # the same input, but noise of its own for each row
+        False
+        >>> perturbation.weighted_noise(noise, torch.tensor([1.0, 1.0])).shape
+        torch.Size([8])
     """
 
     def __init__(
@@ -182,7 +197,7 @@ class RowwiseNoise(Perturbation):
     def covered(
         model: nn.Module, vector: ParameterVector, row_by_row: Collection[str] = ()
     ) -> set[str]:
-        """Return the names of the parameters that per-row rules exist for."""
+        """Return the names of the parameters with per-row rules."""
         return {
             vector.names[i]
             for site in find_sites(model, vector, row_by_row)
@@ -197,8 +212,8 @@ class RowwiseNoise(Perturbation):
     def applied(
         self, noise: RowNoise, scale: float, fired: Counter[int] | None = None
     ) -> Iterator[None]:
-        """See `Perturbation.applied`; counts in `fired`, by index of the parameter, how often its
-        rule ran.
+        """See `Perturbation.applied`; `fired` counts, by index of the parameter, the calls of its
+        rule.
         """
         ran: Counter[int] = Counter() if fired is None else fired
         removers: list[Callable[[], None]] = []

@@ -1,14 +1,15 @@
-"""Per-row rules: what a module's output becomes when every row has weights of its own.
+"""Per-row rules: the output of a module in which every row has different weights.
 
 A rule maps `(module, input, output, noise, scale)` to the output at `theta + scale * noise`.
-`noise` holds, by attribute name, (R, *shape) for each trainable parameter of the module; the
-input's first dimension is R, or R times a whole number where a model flattens rows with something
-else, row-major. The R rows may be a part of those that go through the model.
+`noise` maps the attribute name of each trainable parameter of the module to (R, *shape). The
+input's first dimension is R, or R times an integer if the model flattens rows with another
+dimension, row-major. The R rows may be a part of those that go through the model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import UnionType
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Noise = dict[str, Tensor]
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Rule = Callable[[Any, Tensor, Tensor, Noise, float], Tensor]
 
 
@@ -27,7 +29,7 @@ def by_row(values: Tensor, noise: Noise, *tail: int) -> Tensor:
     """View (R * m, ..., *tail) as (R, -1, *tail)."""
     rows = len(next(iter(noise.values())))
     if values.dim() == 0 or len(values) % rows:
-        raise RowMismatch(f"an input of shape {tuple(values.shape)} does not hold {rows} rows")
+        raise RowMismatch(f"an input of shape {tuple(values.shape)} does not contain {rows} rows")
     return values.reshape(rows, -1, *tail)
 
 
@@ -48,7 +50,7 @@ def _product(x: Tensor, out: Tensor, noise: Noise, transposed: bool, scale: floa
     if "weight" in noise:
         weight = noise["weight"].to(out.dtype)
         weight = weight.transpose(1, 2) if transposed else weight
-        # batched products are faster where the long side of the weight is read along
+        # batched products are faster along the long side of the weight
         if weight.shape[1] < weight.shape[2]:
             result = result.add_(torch.bmm(weight, x.transpose(1, 2)).transpose(1, 2), alpha=scale)
         else:
@@ -72,14 +74,13 @@ def linear(module: nn.Linear, x: Tensor, out: Tensor, noise: Noise, scale: float
 
 
 def moved_linear(module: nn.Linear, x: Tensor, noise: Noise, scale: float) -> Tensor:
-    """Return what `nn.Linear` makes of x (R * m, .., in) where every row has weights of its own: (R
-    * m, .., out).
+    """Return the output (R * m, .., out) of `nn.Linear` for x (R * m, .., in) with perturbed
+    weights for each row.
     """
     rows = by_row(x, noise, x.shape[-1])
     weight = torch.add(module.weight, noise["weight"].to(module.weight.dtype), alpha=scale)
-    # batched products are faster where the long side of the weight is read along
+    # batched products are faster along the long side of the weight
     if weight.shape[1] < weight.shape[2]:
-        # as that of the layer itself
         out = torch.bmm(weight, rows.transpose(1, 2)).transpose(1, 2).contiguous()
     else:
         out = torch.bmm(rows, weight.transpose(1, 2))
@@ -95,17 +96,17 @@ def conv1d_gpt2(module: nn.Module, x: Tensor, out: Tensor, noise: Noise, scale: 
     return _product(x, out, noise, True, scale)
 
 
-FACTORED = (linear, conv1d_gpt2)  # rules that take the factors of an outer product instead of it
+FACTORED = (linear, conv1d_gpt2)  # rules that take the factors of rank-one noise
 
 
-def convolution(module: Any, x: Tensor, out: Tensor, noise: Noise, scale: float) -> Tensor:
+def convolution(module: Convolution, x: Tensor, out: Tensor, noise: Noise, scale: float) -> Tensor:
     """`nn.Conv1d/2d/3d`: the rows become groups of one grouped convolution."""
     batched = by_row(x, noise, *x.shape[1:])  # (R, m, C, ...)
     rows, repeats = batched.shape[:2]
     result = by_row(out, noise, *out.shape[1:])
     if "weight" in noise:
         x = batched.transpose(0, 1).reshape(repeats, rows * x.shape[1], *x.shape[2:])
-        padding = module.padding
+        padding: str | int | tuple[int, ...] = module.padding
         if module.padding_mode != "zeros":
             x = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
             padding = 0
@@ -144,12 +145,12 @@ def _affine(normalised: Tensor, out: Tensor, noise: Noise, scale: float) -> Tens
 
 
 def layer_norm(module: nn.LayerNorm, x: Tensor, out: Tensor, noise: Noise, scale: float) -> Tensor:
-    """`nn.LayerNorm`: weight and bias act on the normalised input."""
+    """`nn.LayerNorm`: weight and bias apply to the normalised input."""
     return _affine(F.layer_norm(x, module.normalized_shape, eps=module.eps), out, noise, scale)
 
 
-def rms_norm(module: Any, x: Tensor, out: Tensor, noise: Noise, scale: float) -> Tensor:
-    """RMSNorm of any maker: weight acts on `x / rms(x)`."""
+def rms_norm(module: nn.Module, x: Tensor, out: Tensor, noise: Noise, scale: float) -> Tensor:
+    """RMSNorm of any library: weight multiplies `x / rms(x)`."""
     epsilon = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
     x = x if x.dtype == torch.float64 else x.float()
     mean_square = x.square().mean(-1, keepdim=True)
@@ -159,20 +160,19 @@ def rms_norm(module: Any, x: Tensor, out: Tensor, noise: Noise, scale: float) ->
     return _affine(normalised, out, noise, scale)
 
 
-_BY_TYPE: tuple[tuple[type | tuple[type, ...], Rule], ...] = (
+_BY_TYPE: tuple[tuple[type | UnionType, Rule], ...] = (
     (nn.Linear, linear),
-    ((nn.Conv1d, nn.Conv2d, nn.Conv3d), convolution),
+    (Convolution, convolution),
     (nn.LayerNorm, layer_norm),
     (nn.RMSNorm, rms_norm),
 )
 
 
 def rule_for(module: nn.Module) -> Rule | None:
-    """Return the rule for a module's parameters, or None where it has none.
+    """Return the rule for a module's parameters, or None.
 
-    A rule found here is a proposal: the self-check of the first step compares it with an explicit
-    change of parameters, because a subclass may override `forward`, or a parent may call the module
-    in an unexpected way.
+    The self-check of the first step compares the rule with an explicit change of parameters,
+    because a subclass may override `forward`, or a parent may call the module in an unexpected way.
     """
     for kind, rule in _BY_TYPE:
         if isinstance(module, kind):

@@ -1,5 +1,5 @@
-"""One noise for all rows of a forward pass, by swapping parameters: works for every parameter of
-every module.
+"""The same noise for all rows of a forward pass, by replacing parameters: works for every
+module.
 """
 
 from __future__ import annotations
@@ -19,16 +19,26 @@ from .streams import NoiseKeys
 
 @contextmanager
 def displaced(vector: ParameterVector, flat: Tensor) -> Iterator[None]:
-    """Let the parameters be `theta + flat` (d,) for a while.
+    """Set the parameters to `theta + flat` (d,) inside the context.
 
-    The original storage is set aside, never written to: it comes back bit for bit, also after an
-    exception.
+    The original storage is never written to: it is restored bit for bit, also after an exception.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from hf_flops.perturbations import ParameterVector, displaced
+        >>> model = nn.Linear(1, 1, bias=False)
+        >>> before = model.weight.item()
+        >>> with displaced(ParameterVector.of(model), torch.ones(1)):
+        ...     moved = model.weight.item()
+        >>> round(moved - before, 4), model.weight.item() == before
+        (1.0, True)
     """
     originals = [parameter.data for parameter in vector.parameters]
     try:
         for parameter, shift in zip(vector.parameters, vector.views(flat), strict=True):
             parameter.data = (parameter.data + shift.to(parameter.device)).to(parameter.dtype)
-        torch.clear_autocast_cache()  # it may hold casts of the other values
+        torch.clear_autocast_cache()  # it may contain casts of the old values
         yield
     finally:
         for parameter, original in zip(vector.parameters, originals, strict=True):
@@ -37,8 +47,8 @@ def displaced(vector: ParameterVector, flat: Tensor) -> Iterator[None]:
 
 
 def moved(model: nn.Module, seed: np.ndarray) -> AbstractContextManager[None]:
-    """Move all trainable tensors off their starting values, which hide what others do
-    (`lora_B = 0`), for a while.
+    """Move all trainable tensors away from their initial values inside the context: initial zeros
+    (`lora_B = 0`) would hide the effect of other tensors.
     """
     everything = ParameterVector.of(model)
     offset = draw("gaussian", seed, everything.shapes, everything.device)[0]
@@ -49,8 +59,23 @@ class SharedNoise(Perturbation):
     """Simultaneous perturbation of a whole chunk (SPSA, MeZO): see `Perturbation`.
 
     Args:
-        vector: the parameters to move.
+        vector: the perturbed parameters.
         distribution: a name in `DISTRIBUTIONS`.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from hf_flops.perturbations import NoiseKeys, ParameterVector, SharedNoise
+        >>> model = nn.Linear(3, 2)
+        >>> vector = ParameterVector.of(model)
+        >>> perturbation = SharedNoise(vector, "gaussian")
+        >>> keys = NoiseKeys.of(0, 0, torch.tensor([0, 1]), torch.tensor([0, 0]), 0)
+        >>> noise = perturbation.draw(keys)  # of two rows
+        >>> x = torch.ones(2, 3)
+        >>> with perturbation.applied(noise, 0.5):
+        ...     outputs = model(x)
+        >>> torch.allclose(outputs[0], outputs[1])  # all rows share the noise
+        True
     """
 
     shares_noise = True

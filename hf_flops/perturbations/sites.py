@@ -1,13 +1,14 @@
-"""Where a model's trainable parameters act, and which per-row rule knows how."""
+"""Finds the modules that use a model's trainable parameters, and their per-row rules."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import nn
 
+from ..base.patching import Call
 from .base import ParameterVector
 from .peft_rules import is_adapter_layer, prompt, wrapper_rule
 from .row_loop import looped
@@ -16,25 +17,24 @@ from .rules import rule_for
 
 @dataclass(frozen=True)
 class Site:
-    """A module whose output depends on trainable parameters in a way that a rule knows.
+    """A module with trainable parameters that a rule covers.
 
     Attributes:
-        module: the module that is watched; for soft prompts, the model that hands them out.
+        module: the module; for soft prompts, the model that returns them.
         tensors: name of each parameter within the module → its index in the parameter vector.
-        rule: what the module's output becomes, or where `method` is given what that method returns.
-        method: the method that the rule takes the place of; None for rules that change the module's
-            output.
+        rule: computes the module's perturbed output, or the result of `method` if it is given.
+        method: the method that the rule replaces; None for rules that change the module's output.
     """
 
     module: nn.Module
     tensors: dict[str, int]
-    rule: Callable[..., Any]
+    rule: Call
     method: str | None = None
 
 
 def prompt_owner(model: nn.Module) -> nn.Module | None:
-    """Return the module that hands out soft prompts through `get_prompt`, as PEFT's prompt learning
-    does.
+    """Return the module that returns soft prompts from `get_prompt`, as in PEFT's prompt
+    learning.
     """
     for module in model.modules():
         if (
@@ -46,15 +46,15 @@ def prompt_owner(model: nn.Module) -> nn.Module | None:
 
 
 def _whole_sites(model: nn.Module, index: dict[int, int], names: Collection[int]) -> Iterator[Site]:
-    """Yield the sites whose rule takes a method's place: prompts, PEFT's layers, and those that are
-    run row by row.
+    """Yield the sites whose rule replaces a method: prompts, PEFT's layers, and layers that run row
+    by row.
     """
     owner = prompt_owner(model)
-    inside: set[int] = set()  # modules below a layer that is run row by row
+    inside: set[int] = set()  # modules inside a layer that runs row by row
     for module in model.modules():
         if id(module) in inside:
             continue
-        found: tuple[Callable[..., Any], str] | None
+        found: tuple[Call, str] | None
         prefix, layer = "", cast(Any, module)
         if module is owner:
             kind = layer.active_peft_config.peft_type
@@ -76,7 +76,7 @@ def _whole_sites(model: nn.Module, index: dict[int, int], names: Collection[int]
             )
             yield Site(module, tensors, looped, "get_prompt" if module is owner else "forward")
         elif plain and found is not None:
-            # A base layer's own tensors have rules of their own.
+            # The tensors of the base layer have their own rules.
             tensors = {name: i for name, i in tensors.items() if not name.startswith("base_layer.")}
             if tensors:
                 yield Site(module, tensors, *found)
@@ -85,13 +85,13 @@ def _whole_sites(model: nn.Module, index: dict[int, int], names: Collection[int]
 def find_sites(
     model: nn.Module, vector: ParameterVector, row_by_row: Collection[str] = ()
 ) -> list[Site]:
-    """List the sites at which rules exist; a parameter is covered only if every module that holds
-    it has one.
+    """Return the sites with rules; a parameter is covered only if every module that has it has a
+    rule.
 
     Args:
         model: the model.
-        vector: the parameters to cover.
-        row_by_row: names of those whose layers are run row by row.
+        vector: the perturbed parameters.
+        row_by_row: names of parameters whose layers run row by row.
     """
     index = {id(parameter): i for i, parameter in enumerate(vector.parameters)}
     sites = list(

@@ -15,21 +15,21 @@ from torch import Tensor
 
 from ..base.prng import seeds, words
 
-SHARED_POSITION = 2**62  # no sample has this position: the stream of noise that all samples share
+SHARED_POSITION = 2**62  # stream of shared noise; no sample has this position
 ALL = slice(None)
-_PACKED = 2**20  # bytes of bits that are drawn at once and kept until their rows are done
+_PACKED = 2**20  # bytes of bits that are drawn at once and kept
 
-# of a byte's bits
+# the signs of each byte's bits
 _SIGNS = torch.tensor([[1.0 - 2.0 * (byte >> bit & 1) for bit in range(8)] for byte in range(256)])
 
 
 @dataclass(frozen=True)
 class NoiseKeys:
-    """Where in the noise stream a chunk's rows lie.
+    """Seeds of the noise of a chunk's rows.
 
     Attributes:
         rows: (R,) uint64, one seed for each row.
-        group: the seed that the rows of one group share, for parts with shared noise.
+        group: the seed of noise that the rows of a group share.
     """
 
     rows: np.ndarray
@@ -51,14 +51,14 @@ class NoiseKeys:
 
 
 Room = Callable[[int], Tensor]
-"""Returns memory for so many float32 numbers, a flat tensor."""
+"""Returns a flat float32 tensor of a given size to write to."""
 
 
 class Numbers(Protocol):
     """R rows of independent numbers with mean 0 and variance 1, each row cut into pieces.
 
     Attributes:
-        bytes_each: what a number takes while it waits to be used.
+        bytes_each: memory of a number before it is unpacked.
     """
 
     bytes_each: float
@@ -70,29 +70,29 @@ class Numbers(Protocol):
     def piece(
         self, index: int, rows: slice = ALL, last: int | None = None, room: Room | None = None
     ) -> Tensor:
-        """Return a piece (R, size) float32 of some rows, or all from it to the last, which must
-        adjoin each other.
+        """Return a piece (R, size) float32 of some rows, or all pieces from it to `last`, which
+        must be adjacent.
 
-        If it has to be unpacked, that is done in `room` where there is one.
+        Packed numbers are unpacked into `room` if it is given.
         """
         ...
 
     @staticmethod
     def adjoins(size: int) -> bool:
-        """Return whether a piece of that size ends where the next begins."""
+        """Return whether the next piece directly follows a piece of that size."""
         ...
 
 
 class Signs:
     """Signs +1 and -1, of one random bit each.
 
-    Up to a megabyte of bits, or any number elsewhere than on the CPU, is drawn at once and stays
-    packed; more are drawn when a piece is used, and not kept.
+    On the CPU, up to a megabyte of bits is drawn at once and kept packed; more are drawn whenever a
+    piece is used. On other devices all bits are drawn at once.
 
     Args:
         row_seeds: (R,) uint64.
-        sizes: how many numbers each piece has; a piece starts at a word of its own.
-        device: where the bits are unpacked; they are drawn on the CPU.
+        sizes: number of entries of each piece; every piece starts at a new word.
+        device: where bits are unpacked; they are drawn on the CPU.
     """
 
     bytes_each: float = 1 / 8
@@ -110,7 +110,7 @@ class Signs:
         return len(self.row_seeds)
 
     def _bytes(self, start: int, stop: int, rows: slice) -> Tensor:
-        """Draw the words from one to another; returns (R, 8 words) uint8."""
+        """Draw the words `start` to `stop`; return (R, 8 words) uint8."""
         return torch.from_numpy(words(self.row_seeds[rows], stop - start, start).view(np.uint8))
 
     def piece(

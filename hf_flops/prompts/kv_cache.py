@@ -1,4 +1,4 @@
-"""Texts and answers of a batch taken apart, and a key/value cache of texts that many rows share."""
+"""A key/value cache of texts that many rows share."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..base.completion import Split
 from ..errors import ConfigurationError
+from ..objectives.base import ModelOutputs
 
 
 @dataclass(frozen=True, eq=False)
 class Ending:
-    """What R rows have after their texts.
+    """The tokens of R rows after their texts.
 
     Attributes:
         tokens: (R, S, D) embeddings.
         kept: (R, S) int64, zero on padding.
-        last: how many logits of a row are asked for, A.
+        last: A, number of logits per row.
     """
 
     tokens: Tensor
@@ -36,15 +37,15 @@ class Ending:
         return Ending(self.tokens[index], self.kept[index], self.last)
 
     def __eq__(self, other: object) -> bool:
-        """Say whether two are the same, number by number."""
+        """Return whether two endings have equal numbers."""
         if not isinstance(other, Ending) or self.last != other.last:
             return False
         return torch.equal(self.kept, other.kept) and torch.equal(self.tokens, other.tokens)
 
 
-def run(model: nn.Module, cache: DynamicCache, **inputs: Any) -> Any:
-    """Call a model on a cache, with those inputs that its forward has a name for: not every one
-    takes `position_ids`.
+def run(model: nn.Module, cache: DynamicCache, **inputs: object) -> ModelOutputs:
+    """Call a model on a cache with the inputs that its forward accepts, because some do not accept
+    `position_ids`.
     """
     names = inspect.signature(model.forward).parameters
     # transformers renamed it in 5.24
@@ -55,26 +56,29 @@ def run(model: nn.Module, cache: DynamicCache, **inputs: Any) -> Any:
 class TextCache:
     """The keys and values of U texts, of which rows that begin with them are continuations.
 
-    It holds `2 x layers x key/value heads x head size x T` numbers per text.
+    It contains `2 x layers x key/value heads x head size x T` numbers per text.
 
     Args:
         base: a causal language model of transformers.
-        texts: R rows, of which every text is run through `base` once.
-        keys: R keys, equal where texts are.
-        ending: what the R rows go on with, to be run in the same forward; left out where a layer
-            forgets its text.
+        texts: R rows; each distinct text runs through `base` once.
+        keys: R keys, equal for equal texts.
+        ending: of the R rows, to run in the same forward; ignored if a layer has a sliding window.
 
     Attributes:
         mask: (U, T) int64, zero on padding.
         ending: of the first row of each text.
-        logits: (U, A, V) that the ending's last tokens have; None where it was not run.
+        logits: (U, A, V) of the ending's last tokens; None if it was not run.
 
     Raises:
         ConfigurationError: the model keeps anything but keys and values.
     """
 
     def __init__(
-        self, base: Any, texts: Split, keys: Sequence[Hashable], ending: Ending | None = None
+        self,
+        base: PreTrainedModel,
+        texts: Split,
+        keys: Sequence[Hashable],
+        ending: Ending | None = None,
     ) -> None:
         # the first row of each text
         first = dict(zip(reversed(keys), reversed(range(len(keys))), strict=True))
@@ -82,10 +86,8 @@ class TextCache:
         rows = torch.tensor(list(first.values()), device=texts.text.device)
         ids, self.mask = texts.text[rows], texts.text_mask[rows]
         self._cache = DynamicCache(config=base.config)
-        self.ending, self.logits = (
-            None if ending is None or self.sliding else ending.rows(rows),
-            None,
-        )
+        self.ending = None if ending is None or self.sliding else ending.rows(rows)
+        self.logits = None
         mask, own = self.mask, {"input_ids": ids}
         if self.ending is not None:
             own = {
@@ -98,7 +100,7 @@ class TextCache:
                 + own["inputs_embeds"].shape[1]
             )
             mask = torch.cat([mask, self.ending.kept], 1)
-        found = run(
+        outputs = run(
             # without the head: nothing is predicted inside the text
             base if self.ending is not None else base.base_model,
             self._cache,
@@ -108,7 +110,7 @@ class TextCache:
             use_cache=True,
         )
         if self.ending is not None:
-            self.logits = found.logits[:, -self.ending.last :]
+            self.logits = outputs.logits[:, -self.ending.last :]
             self._cache.crop(-self.ending.tokens.shape[1])
         kinds = {type(layer) for layer in self._cache.layers}
         if (
@@ -116,8 +118,8 @@ class TextCache:
             or self._cache.get_seq_length() != ids.shape[1]
         ):
             raise ConfigurationError(
-                f"{type(base).__name__} does not keep its text as keys and values alone, which a "
-                "suffix prompt is a continuation of: use prompt tuning from PEFT."
+                f"{type(base).__name__} keeps more than keys and values of its text, which a "
+                "suffix prompt cannot continue: use prompt tuning from PEFT."
             )
 
     def __contains__(self, keys: Sequence[Hashable]) -> bool:
@@ -125,12 +127,12 @@ class TextCache:
 
     @property
     def sliding(self) -> bool:
-        """Whether a layer sees a window of the text only."""
+        """Whether a layer attends to a sliding window only."""
         return any(getattr(layer, "is_sliding", False) for layer in self._cache.layers)
 
     def known(self, place: Tensor, ending: Ending) -> Tensor | None:
-        """Return the logits (R, A, V) of rows that go on as those did that were run with their
-        texts, (R,), else None.
+        """Return the logits (R, A, V) of rows of the texts (R,) if their endings were run with the
+        texts, else None.
         """
         if self.logits is None or self.ending is None or torch.is_grad_enabled():
             return None
@@ -141,8 +143,8 @@ class TextCache:
         return torch.tensor([self._place[key] for key in keys], device=self.mask.device)
 
     def take(self, rows: Tensor) -> tuple[DynamicCache, Tensor]:
-        """Return what a forward of rows with the texts (R,) continues: their cache, and the mask
-        (R, T) of its slots.
+        """Return the cache for a forward of rows that continue the texts (R,), and its mask (R,
+        T).
         """
         cache = copy.copy(self._cache)
         cache.layers = [_Continued(layer, rows) for layer in self._cache.layers]
@@ -150,8 +152,8 @@ class TextCache:
 
 
 class _Continued(DynamicLayer):
-    """A layer of a cache whose rows are selected when attention asks for them, so that copies live
-    for one layer only.
+    """A layer of a cache whose rows are copied when attention needs them, so that copies exist for
+    one layer at a time.
 
     Args:
         layer: keys and values (U, heads, slots, head size) of the texts.
@@ -163,28 +165,28 @@ class _Continued(DynamicLayer):
         self.layer, self.rows, self.is_sliding = layer, rows, layer.is_sliding
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Return the texts' keys and values with the new ones (R, heads, S, head size) behind them;
-        nothing is kept.
+        """Return the texts' keys and values followed by new ones (R, heads, S, head size); nothing
+        is kept.
         """
         del args, kwargs
         rows = self.rows.to(key_states.device)
-        return _behind(self.layer.keys, rows, key_states), _behind(
+        return _extended(self.layer.keys, rows, key_states), _extended(
             self.layer.values, rows, value_states
         )
 
     def get_seq_length(self) -> int:
-        """Return how many tokens the texts have."""
+        """Return the number of tokens of the texts."""
         return self.layer.get_seq_length()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return length and offset of the slots that attention sees."""
+        """Return length and offset of the slots that attention uses."""
         return self.layer.get_mask_sizes(query_length)
 
 
-def _behind(kept: Tensor, rows: Tensor, new: Tensor) -> Tensor:
-    """Return selected rows of (U, heads, slots, size) with (R, heads, S, size) behind them, copied
+def _extended(kept: Tensor, rows: Tensor, new: Tensor) -> Tensor:
+    """Return selected rows of (U, heads, slots, size) followed by (R, heads, S, size), copied
     once.
     """
     if torch.is_grad_enabled():

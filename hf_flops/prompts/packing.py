@@ -1,31 +1,30 @@
-"""Rows that continue the same text, side by side in one sequence: its keys and values are not
+"""Packs rows that continue the same text into one sequence, so that its keys and values are not
 copied for each row.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..base.probe import Attempt, agree
 from .kv_cache import TextCache, run
 
-# rows in a line: beyond, what they compute of each other for nothing outweighs the copies
-MOST = 16
-_TOKEN = 50  # running a token costs about as much as copying so many keys and values
+MOST = 16  # rows per line; with more, masked attention between rows costs more than copies
+_TOKEN = 50  # a token costs about as much as copying this number of keys and values
 
 
 @dataclass(frozen=True)
 class Packing:
-    """R rows in L lines of N slots each; the rows of a line continue the same text.
+    """A layout of R rows in L lines of N slots; the rows of a line continue the same text.
 
     Attributes:
         texts: (L,) int64, the text of each line.
         line: (R,) int64, the line of each row.
-        slot: (R,) int64, its place there.
+        slot: (R,) int64, the slot of each row in its line.
         slots: N.
     """
 
@@ -36,7 +35,7 @@ class Packing:
 
     @classmethod
     def of(cls, rows: Tensor, slots: int) -> Packing:
-        """Put rows into lines of so many slots; rows: (R,) int64, the text of each row."""
+        """Return a layout with lines of `slots` slots; rows: (R,) int64, the text of each row."""
         counts = torch.bincount(rows)
         lines = (counts + slots - 1).div(slots, rounding_mode="floor")
         order = rows.argsort(stable=True)
@@ -50,7 +49,7 @@ class Packing:
 
     @classmethod
     def cheapest(cls, rows: Tensor, tokens: int, columns: int) -> Packing:
-        """Find the number of slots at which empty slots and copies cost least together.
+        """Return the layout with the lowest cost of empty slots and copies.
 
         Args:
             rows: (R,) int64, the text of each row.
@@ -65,7 +64,7 @@ class Packing:
         return cls.of(rows, min(range(1, min(MOST, max(counts)) + 1), key=cost))
 
     def pack(self, values: Tensor) -> Tensor:
-        """Put (R, S, ...) into lines (L, N * S, ...), zero where a slot is empty."""
+        """Put (R, S, ...) into lines (L, N * S, ...); empty slots are zero."""
         lines = values.new_zeros(len(self.texts), self.slots, *values.shape[1:])
         return lines.index_put((self.line, self.slot), values).flatten(1, 2)
 
@@ -74,8 +73,8 @@ class Packing:
         return lines.unflatten(1, (self.slots, -1))[self.line, self.slot]
 
     def mask(self, text: Tensor, kept: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return what is added to scores (L, 1, N * S, T + N * S): a token sees its text, and its
-        own row up to itself.
+        """Return the additive attention mask (L, 1, N * S, T + N * S): a token attends to its text,
+        and to its own row up to itself.
 
         Args:
             text: (L, T), zero on padding.
@@ -86,16 +85,21 @@ class Packing:
         place = torch.arange(lines.shape[1], device=text.device)
         row = place.div(own, rounding_mode="floor")
         block = (row[:, None] == row) & (place[:, None] >= place)
-        seen = torch.cat(
+        visible = torch.cat(
             [text.bool()[:, None].expand(-1, len(place), -1), lines[:, None] & block], 2
         )
-        return torch.zeros(seen.shape, dtype=dtype, device=text.device).masked_fill(
-            ~seen, torch.finfo(dtype).min
+        return torch.zeros(visible.shape, dtype=dtype, device=text.device).masked_fill(
+            ~visible, torch.finfo(dtype).min
         )[:, None]
 
 
 def continued(
-    base: Any, texts: TextCache, packing: Packing, tokens: Tensor, kept: Tensor, last: int
+    base: PreTrainedModel,
+    texts: TextCache,
+    packing: Packing,
+    tokens: Tensor,
+    kept: Tensor,
+    last: int,
 ) -> Tensor:
     """Run rows that continue texts, and return the logits (R, last, V) of their last tokens.
 
@@ -105,13 +109,12 @@ def continued(
         packing: how the rows are laid out.
         tokens: (R, S, D) embeddings.
         kept: (R, S) int64, zero on padding.
-        last: how many logits of a row are asked for.
+        last: number of logits per row.
     """
     size = tokens.shape[1]
     past, mask = texts.take(packing.texts)
     own = torch.arange(size, device=mask.device)
-    # Indices, not a number: torch is slow where a head reads a slice, whose rows are apart in
-    # memory.
+    # Indices, not a number: torch is slow if the head reads a slice, which is not contiguous.
     index = (
         torch.arange(packing.slots, device=mask.device)[:, None] * size + own[size - last :]
     ).flatten()
@@ -132,15 +135,17 @@ def continued(
 
 
 @torch.no_grad()
-def may_be_packed(base: Any, texts: TextCache, tokens: Tensor, precision: float = 1e-4) -> bool:
-    """Say whether rows have the same logits in one sequence as alone: not every model takes a mask
-    of its own.
+def may_be_packed(
+    base: PreTrainedModel, texts: TextCache, tokens: Tensor, precision: float = 1e-4
+) -> bool:
+    """Return whether packed rows have the same logits as single ones: not every model accepts a
+    custom mask.
 
     Args:
         base: a causal language model of transformers.
         texts: keys and values of U texts.
         tokens: (S, D) embeddings.
-        precision: relative error that rounding alone can cause.
+        precision: relative error due to rounding.
     """
     if texts.sliding or getattr(base.config, "_attn_implementation", None) not in ("sdpa", "eager"):
         return False

@@ -1,11 +1,11 @@
-"""A soft prompt after the text: queries run its few virtual tokens and the answer only, the text is
-run once.
+"""A soft prompt after the text: the text runs once, and queries run the virtual tokens and the
+answer only.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -14,18 +14,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils import PushToHubMixin
 
+from ..base.batch import Inputs
 from ..base.completion import Split, split
 from ..base.rounding_error import precision_of
 from ..errors import ConfigurationError
 from ..objectives.elementwise import mean_cross_entropy
+from .base_weights import drop_base, ignore_missing_base
 from .kv_cache import Ending, TextCache
 from .packing import Packing, continued, may_be_packed
 
-# the former is where Trainer puts a state dict
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "suffix_prompt.json"
 
 
@@ -33,25 +34,34 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
     """A frozen causal language model with P trainable virtual tokens between every row's text and
     its answer.
 
-    As attention is causal and the base frozen, nothing that happens to the prompt reaches the text.
-    So the keys and values of a text are computed once per call for all rows that begin with it, or
-    once per step inside `cached_texts`, where rows of the same text go side by side in one sequence
-    if the model allows it. If parameters of the base are trainable after all, every row runs its
-    own text.
+    Attention is causal and the base is frozen, so the prompt does not affect the text's keys and
+    values. They are computed once per call for all rows that begin with the text, or once per step
+    inside `cached_texts`, where rows of the same text share one sequence if the model allows it. If
+    parameters of the base are trainable, every row runs its own text.
 
     Args:
-        model: any causal language model of transformers whose memory of the past is keys and
-            values; it is frozen.
+        model: any causal language model of transformers with a cache of keys and values; it is
+            frozen.
         num_virtual_tokens: P.
-        init_text: a text whose tokens, repeated as needed, are what the prompt starts as; else it
-            is random tokens.
-        tokenizer: turns `init_text` into tokens.
-        label_words: the token that stands for each of C classes; then labels (R,) are classes, and
-            logits (R, C).
+        init_text: a text whose tokens, repeated as needed, initialise the prompt; otherwise random
+            tokens do.
+        tokenizer: encodes `init_text`.
+        label_words: the token of each of C classes; then labels (R,) are classes and logits
+            (R, C).
 
     Raises:
         ConfigurationError: not a model of transformers, fewer than one virtual token, or
             `init_text` without a tokenizer.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from hf_flops import SuffixPromptModel
+        >>> config = LlamaConfig(vocab_size=40, hidden_size=64, num_hidden_layers=1)
+        >>> model = SuffixPromptModel(LlamaForCausalLM(config), num_virtual_tokens=4)
+        >>> labels = torch.tensor([[-100, -100, 7, 8]])  # a text of two tokens, and its answer
+        >>> model(torch.tensor([[5, 6, 7, 8]]), labels=labels).logits.shape
+        torch.Size([1, 2, 40])
     """
 
     label_words: Tensor | None
@@ -59,10 +69,10 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
 
     def __init__(
         self,
-        model: Any,
+        model: PreTrainedModel,
         num_virtual_tokens: int = 8,
         init_text: str | None = None,
-        tokenizer: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         label_words: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
@@ -75,19 +85,19 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
             raise ConfigurationError(
                 f"num_virtual_tokens={num_virtual_tokens!r} must be a whole number, 1 or more."
             )
-        if init_text is not None and tokenizer is None:
-            raise ConfigurationError(f"init_text={init_text!r} needs tokenizer= to become tokens.")
-        self.base = model.requires_grad_(False)
-        words = model.get_input_embeddings().weight
+        words = model.get_input_embeddings().get_parameter("weight")
         if init_text is None:
             tokens = torch.randint(len(words), (num_virtual_tokens,), device=words.device)
+        elif tokenizer is None:
+            raise ConfigurationError(f"init_text={init_text!r} needs tokenizer= to become tokens.")
         else:
             tokens = torch.tensor(
                 tokenizer(init_text, add_special_tokens=False)["input_ids"], device=words.device
             )
             tokens = tokens.repeat(-(-num_virtual_tokens // len(tokens)))[:num_virtual_tokens]
+        self.base: Any = model.requires_grad_(False)
         start = words.detach()[tokens]
-        # An embedding, so that every rule for embeddings holds: each row looks all P entries up.
+        # An embedding, because there are per-row rules for it: each row looks up all P entries.
         self.prompt = nn.Embedding.from_pretrained(
             start if start.dtype == torch.float64 else start.float(), freeze=False
         )
@@ -96,14 +106,14 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
             None if label_words is None else torch.tensor(label_words, device=words.device),
         )
         self.model_tags: list[str] = []
-        self._texts: TextCache | None = None
-        # whether rows of a text may go in one sequence, once that was tried
-        self._packs: bool | None = None
-        self.register_state_dict_post_hook(_without_base)
-        self.register_load_state_dict_post_hook(_missing_without_base)
+        self.texts: TextCache | None = None
+        # whether rows of a text may share a sequence; None until checked
+        self.packs: bool | None = None
+        self.register_state_dict_post_hook(drop_base)
+        self.register_load_state_dict_post_hook(ignore_missing_base)
 
     @property
-    def config(self) -> Any:
+    def config(self) -> PreTrainedConfig:
         """The base model's configuration."""
         return self.base.config
 
@@ -125,7 +135,7 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
             attention_mask: (R, L), zero on padding.
             labels: (R, L), -100 on the text; the answer, at the end of a row, has labels. Or, with
                 `label_words`, (R,) classes, and all of `input_ids` is text.
-            num_items_in_batch: what the sum of the losses is divided by; else their number.
+            num_items_in_batch: divisor of the summed losses; None for their mean.
 
         Returns:
             The loss if there are labels, and logits: (R, A, V) of the answers' tokens,
@@ -146,37 +156,35 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
         return CausalLMOutput(loss=loss, logits=logits)
 
     @contextmanager
-    def cached_texts(self, inputs: Mapping[str, Any], *, clean: bool = False) -> Iterator[None]:
-        """Keep the texts of a batch as keys and values for a while, for all rows made of its
-        samples; then drop them.
+    def cached_texts(self, inputs: Inputs, *, clean: bool = False) -> Iterator[None]:
+        """Keep the keys and values of a batch's texts for all forwards inside the context.
 
         Args:
             inputs: the batch.
-            clean: its samples will be run with the prompt as it is, too: that is done in the same
-                forward.
+            clean: whether the same forward also runs the samples with the unperturbed prompt.
         """
-        before = self._texts
+        before = self.texts
         try:
             if self._shares():
                 rows = self._split(
                     inputs["input_ids"], inputs.get("attention_mask"), inputs.get("labels")
                 )
-                self._texts = self._read(rows, rows.keys(), self._ending(rows) if clean else None)
-                if self._packs is None:
+                self.texts = self._read(rows, rows.keys(), self._ending(rows) if clean else None)
+                if self.packs is None:
                     prompt = self.prompt.weight.to(self.base.dtype)
-                    self._packs = may_be_packed(
-                        self.base, self._texts, prompt, precision_of(self.base)
+                    self.packs = may_be_packed(
+                        self.base, self.texts, prompt, precision_of(self.base)
                     )
             yield
         finally:
-            self._texts = before
+            self.texts = before
 
     @torch.no_grad()
     def generate(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: object
     ) -> Tensor:
-        """Return the tokens (R, .) that the base model generates after text and prompt; options as
-        for its `generate`.
+        """Return the tokens (R, .) generated after text and prompt; options of the base's
+        `generate`.
         """
         rows = self._split(input_ids, attention_mask, None)
         embeddings = torch.cat(
@@ -185,9 +193,9 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
         mask = F.pad(rows.text_mask, (0, self.prompt.num_embeddings), value=1)
         return self.base.generate(inputs_embeds=embeddings, attention_mask=mask, **options)
 
-    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
-        """Write the prompt (safetensors) and what it belongs to (JSON) into a folder; the base is
-        not written.
+    def save_pretrained(self, save_directory: str | Path, **options: object) -> None:
+        """Write the prompt (safetensors) and its configuration (JSON) to a folder, without the
+        base.
         """
         del options
         folder = Path(save_directory)
@@ -203,8 +211,8 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod
-    def from_pretrained(cls, model: Any, folder: str | Path) -> Self:
-        """Put a prompt that `save_pretrained` or a Trainer's checkpoint holds on a base model."""
+    def from_pretrained(cls, model: PreTrainedModel, folder: str | Path) -> Self:
+        """Load a prompt from `save_pretrained` or a Trainer's checkpoint, for a base model."""
         state = load_file(Path(folder, WEIGHTS_FILE))
         words = state.get("label_words")
         loaded = cls(
@@ -218,7 +226,7 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
     def _split(
         self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None
     ) -> Split:
-        """Cut rows into texts and answers; labels (R,) are classes, and then there is no answer."""
+        """Split rows into texts and answers; with classes (R,) as labels there is no answer."""
         if labels is not None and labels.dim() == 1:
             if self.label_words is None:
                 raise ConfigurationError(
@@ -227,11 +235,8 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
                 )
             labels = None
         rows = split(input_ids, attention_mask, labels)
-        text, prompt, answer = (
-            int(rows.text_mask.sum(1).max()),
-            self.prompt.num_embeddings,
-            rows.answer.shape[1],
-        )
+        text, answer = int(rows.text_mask.sum(1).max()), rows.answer.shape[1]
+        prompt = self.prompt.num_embeddings
         most = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         if most is not None and text + prompt + answer > most:
             raise ConfigurationError(
@@ -241,19 +246,17 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
         return rows
 
     def _shares(self) -> bool:
-        """Whether rows with the same text can share its keys and values: nothing that changes them
-        is trained.
-        """
+        """Return whether rows can share keys and values of texts: no base parameter is trained."""
         return not any(parameter.requires_grad for parameter in self.base.parameters())
 
-    def _read(self, rows: Split, keys: Sequence[Any], ending: Ending | None = None) -> TextCache:
+    def _read(
+        self, rows: Split, keys: Sequence[Hashable], ending: Ending | None = None
+    ) -> TextCache:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._shares()):
             return TextCache(self.base, rows, keys, ending)
 
     def _ending(self, rows: Split) -> Ending:
-        """Return prompt and answer of each row; the last answer token predicts nothing, so it is
-        not run.
-        """
+        """Return prompt and answer of each row, without the last token, which predicts nothing."""
         answer = rows.answer[:, :-1]
         tokens = torch.cat(
             [self._prompts(len(answer)), self.base.get_input_embeddings()(answer)], 1
@@ -264,9 +267,7 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
         return Ending(tokens, kept, max(1, rows.answer.shape[1]))
 
     def _prompts(self, rows: int) -> Tensor:
-        """Return the prompt of each row, (R, P, D) in the base's dtype; noise is added before the
-        cast.
-        """
+        """Return the prompt of each row, (R, P, D), in the base's dtype; noise is added before."""
         index = torch.arange(self.prompt.num_embeddings, device=self.prompt.weight.device)
         return self.prompt(index.expand(rows, -1)).to(self.base.dtype)
 
@@ -274,30 +275,15 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
         """Return the logits (R, A or 1, V) of the answers' tokens, or of the next one."""
         keys = rows.keys() if self._shares() else range(len(rows.text))
         texts = (
-            self._texts
-            if self._texts is not None and keys in self._texts
-            else self._read(rows, keys)
+            self.texts if self.texts is not None and keys in self.texts else self._read(rows, keys)
         )
         ending, place = self._ending(rows), texts.rows(keys)
         known = texts.known(place, ending)
         if known is not None:
             return known
-        packs = texts is self._texts and self._packs
+        packs = texts is self.texts and self.packs
         size = ending.tokens.shape[1]
         packing = (
             Packing.cheapest(place, size, rows.text.shape[1]) if packs else Packing.of(place, 1)
         )
         return continued(self.base, texts, packing, ending.tokens, ending.kept, ending.last)
-
-
-def _without_base(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """Take the base model's weights out of a state dict: they are not ours to save."""
-    del module, metadata
-    for name in [name for name in state if name.startswith(f"{prefix}base.")]:
-        del state[name]
-
-
-def _missing_without_base(module: nn.Module, keys: Any) -> None:
-    """Take the base model's weights out of what a state dict lacks."""
-    del module
-    keys.missing_keys[:] = [name for name in keys.missing_keys if not name.startswith("base.")]

@@ -1,5 +1,5 @@
-"""Visual prompts: what is trained is the input of a frozen vision model, a border of pixels or
-tokens beside the patches.
+"""Visual prompts: a trained border of pixels, or tokens beside the patches, of a frozen vision
+model.
 """
 
 from __future__ import annotations
@@ -10,17 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigurationError, ObjectiveError
+from ..objectives.base import ModelOutputs
 
 KINDS = ("border", "tokens")
 
 
 class VisualPrompt(nn.Module):
-    """A frozen vision model with a trained prompt, in its place: `clip.vision_model =
+    """A frozen vision model with a trained prompt, which replaces the model: `clip.vision_model =
     VisualPrompt(clip.vision_model)`.
 
-    A border is added to the outermost pixels of every image, after whatever processing made
-    `pixel_values`. Tokens follow what the module `embeddings` makes of the patches. Either is an
-    embedding that every row looks up whole, so noise per row reaches it by the rule for embeddings.
+    A border is added to the outermost entries of `pixel_values`. Tokens are appended to the output
+    of the module `embeddings`. Both are embeddings whose entries every row looks up, so the per-row
+    rule for embeddings applies.
 
     Args:
         vision_model: any module that takes `pixel_values` (R, C, H, W), an image classifier too.
@@ -34,6 +35,17 @@ class VisualPrompt(nn.Module):
     Raises:
         ConfigurationError: an unknown kind, a border that leaves no image, or a model without
             suitable embeddings.
+
+    Example:
+        >>> import torch
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> from hf_flops import VisualPrompt
+        >>> config = ViTConfig(image_size=8, patch_size=4, hidden_size=24, num_hidden_layers=1)
+        >>> model = VisualPrompt(ViTForImageClassification(config), "border", size=2)
+        >>> model(torch.rand(4, 3, 8, 8)).logits.shape
+        torch.Size([4, 2])
+        >>> model.prompt.weight.shape  # 3 colours of 64 pixels less the 16 inside
+        torch.Size([1, 144])
 
     References:
         Bahng et al. (2022), Exploring Visual Prompts, arXiv 2203.17274; Jia et al. (2022), Visual
@@ -56,7 +68,7 @@ class VisualPrompt(nn.Module):
             )
         if kind == "tokens":
             self.prompt = nn.Embedding(size, config.hidden_size)
-            self._embeddings  # noqa: B018 - it must be there
+            self._embeddings  # noqa: B018 - raises if it is missing
             nn.init.normal_(self.prompt.weight, std=0.02)
             return
         sides = config.image_size
@@ -83,7 +95,9 @@ class VisualPrompt(nn.Module):
             "to: use kind='border'."
         )
 
-    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: object
+    ) -> ModelOutputs:
         """Run the vision model on images (R, C, H, W) with the prompt."""
         kwargs = kwargs if labels is None else {**kwargs, "labels": labels}
         if self.kind == "border":

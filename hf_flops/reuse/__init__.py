@@ -1,4 +1,4 @@
-"""What need not run once for each row."""
+"""Computations that are done once per sample, or once per token with a label, not once per row."""
 
 from __future__ import annotations
 

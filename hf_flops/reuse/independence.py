@@ -1,22 +1,21 @@
-"""Which modules the noise does not reach, found by moving the perturbed parameters and looking;
-names prove nothing.
+"""Finds the modules whose output does not depend on any perturbed parameter, by changing the
+parameters and comparing outputs; module names are not used.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
-from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from ..base.batch import batch_size, take
+from ..base.batch import Inputs, batch_size, take
 from ..base.patching import Call, replaced_forward
 from ..base.prng import seeds
 from ..base.probe import Attempt, Probe
@@ -25,50 +24,48 @@ from ..perturbations import NoiseKeys, Perturbation, displaced, moved
 from ..perturbations.noise import draw
 from .late_expansion import ReusePlan
 
-_CHECK_SEED = 20411  # any number: the check's noise has a stream of its own
-_SCALE = 0.1  # far from rounding; what the model says there does not matter
+_CHECK_SEED = 20411  # arbitrary; separates the check's noise from that of training
+_SCALE = 0.1  # far above rounding errors
 
 
 @dataclass
 class _Visit:
-    """A call of a module in a traced forward: the innermost call around it, and what it
-    returned.
-    """
+    """A call of a module in a traced forward: the innermost enclosing call, and the output."""
 
     parent: _Visit | None
-    leaves: tuple[Any, ...] = ()
+    leaves: tuple[object, ...] = ()
 
     @property
     def shapes(self) -> list[tuple[int, ...] | None]:
-        """The shapes of the output's tensors, None for other leaves."""
+        """The shapes of the output's tensors; None for other leaves."""
         return [tuple(leaf[0]) if isinstance(leaf, tuple) else None for leaf in self.leaves]
 
 
-_Visits = dict[nn.Module, list[_Visit]]  # in the order of the first calls
+_Visits = dict[nn.Module, list[_Visit]]  # in the order of first calls
 
 
-def _fingerprint(leaf: Any) -> Any:
-    """Return what is the same for two leaves only if they are equal bit for bit; tensors become
-    (shape, hash).
+def _fingerprint(leaf: object) -> object:
+    """Return a value that is equal for two leaves only if they are equal bit for bit: (shape, hash)
+    of a tensor.
     """
     if torch.is_tensor(leaf):
         content = leaf.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
         return leaf.shape, blake2b(content.data, digest_size=16).digest()
-    # equal to nothing else
+    # a new object is equal to nothing else
     return leaf if leaf is None or isinstance(leaf, (bool, int, float, str)) else object()
 
 
-def _fingerprints(output: Any) -> tuple[Any, ...]:
+def _fingerprints(output: object) -> tuple[object, ...]:
     return tuple(_fingerprint(leaf) for leaf in tree_leaves(output))
 
 
-def _trace(model: nn.Module, forward: Forward, inputs: Mapping[str, Any]) -> _Visits:
-    """Run the model and return the calls of each of its modules, in order."""
+def _trace(model: nn.Module, forward: Forward, inputs: Inputs) -> _Visits:
+    """Run the model and return the calls of each module, in order."""
     visits: _Visits = defaultdict(list)
     active: list[_Visit] = []
 
     def watched(module: nn.Module, original: Call) -> Call:
-        def run(*args: Any, **kwargs: Any) -> Any:
+        def run(*args: object, **kwargs: object) -> object:
             visit = _Visit(active[-1] if active else None)
             visits[module].append(visit)
             active.append(visit)
@@ -87,8 +84,8 @@ def _trace(model: nn.Module, forward: Forward, inputs: Mapping[str, Any]) -> _Vi
 
 
 def _layout(two: _Visit, three: _Visit) -> tuple[bool, ...] | None:
-    """Tell which leaves grow with the rows, from a run of two rows and one of three; None if any
-    does neither.
+    """Return which leaves grow with the number of rows, from a run of two rows and one of three;
+    None if a leaf neither grows nor stays the same.
     """
     flags = []
     for a, b in zip(two.shapes, three.shapes, strict=True):
@@ -104,20 +101,19 @@ def _layout(two: _Visit, three: _Visit) -> tuple[bool, ...] | None:
 def independent_modules(
     model: nn.Module,
     forward: Forward,
-    inputs: Mapping[str, Any],
+    inputs: Inputs,
     perturbation: Perturbation,
     *,
     per_row: bool,
 ) -> dict[nn.Module, tuple[bool, ...]]:
-    """Return the outermost modules whose output is bit for bit the same wherever the perturbed
-    parameters are.
+    """Return the outermost modules whose output is bitwise equal for all values of the perturbed
+    parameters.
 
-    Modules without parameters and buffers are left out, because they cost next to nothing, and so
-    are those that a forward calls more than once or that return anything but tensors and plain
-    values.
+    Modules without parameters and buffers are left out because they cost little, and so are those
+    that a forward calls more than once or that return anything but tensors and plain values.
 
     Returns:
-        For each module, in the order of the calls, which leaves of its output hold rows; see
+        For each module, in the order of calls, which leaves of its output hold rows; see
         `ReusePlan`.
     """
     last = min(1, batch_size(inputs) - 1)
@@ -161,26 +157,26 @@ def choose_reuse(
     model: nn.Module,
     objective: Objective,
     forward: Forward,
-    inputs: Mapping[str, Any],
+    inputs: Inputs,
     perturbation: Perturbation,
     precision: float = 1e-4,
     *,
     cached: bool = False,
 ) -> tuple[ReusePlan, str | None]:
-    """Return what may run once per sample from now on, maybe nothing, and why if that was not to be
-    expected.
+    """Return the plan of what runs once per sample, which may be empty, and the reason if a plan
+    was refused.
 
     Args:
         model: the model, in evaluation mode, gradients off.
         objective: what is minimised.
         forward: runs the model.
         inputs: a batch.
-        perturbation: what moves the parameters.
+        perturbation: of the parameters.
         precision: see `precision_of`.
-        cached: whether to find out, too, what a cache need not keep.
+        cached: whether to find modules that a cache can leave out.
     """
     with Attempt(None, (Exception,)) as attempt:
-        # A sample that is NaN hides what depends on what.
+        # A NaN loss would hide dependencies.
         finite = objective(forward, inputs).sums.isfinite().cpu()
         if not bool(finite.any()):
             return ReusePlan(), "not one loss of the first batch is finite"
@@ -198,7 +194,7 @@ def choose_reuse(
                 if objective.per_row
                 else inputs
             )
-            # With all outputs if need be: the objective may look at what the model does not return.
+            # The simplified plan may fail if the objective reads outputs inside the model.
             for plan in (_simplified(plain, forward, few, cached), plain):
                 unread, reason = _checked(plan, objective, forward, inputs, perturbation, precision)
                 if reason is None:
@@ -207,13 +203,11 @@ def choose_reuse(
     return ReusePlan(), attempt.reason
 
 
-def _simplified(
-    plan: ReusePlan, forward: Forward, inputs: Mapping[str, Any], cached: bool
-) -> ReusePlan:
-    """Find what need not be kept during a step, or from one epoch to the next."""
+def _simplified(plan: ReusePlan, forward: Forward, inputs: Inputs, cached: bool) -> ReusePlan:
+    """Find outputs that need not be kept during a step, or over epochs."""
     owner = torch.arange(batch_size(inputs))
 
-    def outputs() -> list[Any]:
+    def outputs() -> list[object]:
         found = _fingerprints(recording.rows(inputs, owner)(inputs))
         return [leaf for leaf in found if isinstance(leaf, tuple)]
 
@@ -247,16 +241,16 @@ def _checked(
     plan: ReusePlan,
     objective: Objective,
     forward: Forward,
-    inputs: Mapping[str, Any],
+    inputs: Inputs,
     perturbation: Perturbation,
     precision: float,
 ) -> tuple[frozenset[str], str | None]:
     """Compare row losses under noise with those of the plain forward, on three rows (the batch if
-    it is one unit).
+    its loss is not per row).
 
     Returns:
-        Inputs with NaN in place of which losses still are the same (all of real numbers, or one of
-        them), and why losses are not the same if they are not.
+        Floating-point inputs that can be NaN without changing the losses (all, one, or none), and
+        the reason if losses differ.
     """
     samples = batch_size(inputs)
     owner = (
@@ -266,10 +260,10 @@ def _checked(
     noise = perturbation.draw(NoiseKeys.of(_CHECK_SEED, 1, units, units, 0))
     tolerance = precision if precision > 1e-3 else 0.1 * precision
 
-    def noisy(run: Forward, rows: Mapping[str, Any]) -> RowLosses:
+    def noisy(run: Forward, rows: Inputs) -> RowLosses:
         with perturbation.applied(noise, _SCALE):
             losses = objective(run, rows)
-        # a user's may follow from outputs, and be rounded
+        # the counts of a user's objective may depend on outputs, and so on rounding
         return replace(losses, counts=torch.ones_like(losses.sums))
 
     def difference(unread: Collection[str] = ()) -> str | None:
@@ -282,7 +276,7 @@ def _checked(
     )
     wanted = probe.losses.sums
     choices: list[frozenset[str]] = []
-    # a loss that is NaN anyway would not show what is read
+    # a NaN loss would not show whether an input is read
     if objective.per_row and bool(wanted.isfinite().all()):
         tensors = {name: value for name, value in inputs.items() if torch.is_tensor(value)}
         real = frozenset(

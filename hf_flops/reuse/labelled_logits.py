@@ -1,19 +1,17 @@
-"""Logits only where there are labels: a causal language model's head skips the tokens whose
-predictions nobody scores.
+"""Logits only at labelled positions: the head of a causal language model skips tokens whose
+predictions do not enter the loss.
 """
 
 from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..base.batch import batch_size, take
+from ..base.batch import Inputs, batch_size, take
 from ..base.patching import Call, replaced_forward
 from ..base.probe import Probe
 from ..objectives import Forward, Objective, RowLosses, TappedLoss
@@ -22,47 +20,44 @@ logger = logging.getLogger(__name__)
 
 
 class LastLogits(TappedLoss):
-    """A causal language model's own loss, with logits from one column before the first label of any
-    row to the last.
+    """A causal language model's own loss, with logits only from the column before the first label
+    of any row to the last label.
 
-    Losses are the same: a label is predicted from the column before it, or from its own where a
-    model does not shift. A forward that is given other things than labels (R, T) by name, or
-    already told which logits to keep, runs as it is.
+    Losses are unchanged: a label is predicted from the column before it, or from its own column in
+    models that do not shift. A forward without labels (R, T) as a keyword argument, or with
+    `logits_to_keep`, is not changed.
 
     Args:
         module: the language model, whose forward takes `labels` and `logits_to_keep`.
 
     Attributes:
-        used: whether a forward was shortened so far.
+        used: whether any forward has been shortened.
     """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module, self.used = module, False
 
-    def __call__(
-        self, forward: Forward, inputs: Mapping[str, Any], *, features: bool = False
-    ) -> RowLosses:
+    def __call__(self, forward: Forward, inputs: Inputs, *, features: bool = False) -> RowLosses:
         """See `Objective`."""
         with self.installed():
             return super().__call__(forward, inputs, features=features)
 
     def installed(self) -> AbstractContextManager[None]:
-        """Shorten the module's forwards for a while; nothing is left on it."""
+        """Return a context in which the module computes fewer logits."""
         return replaced_forward(self.module, self._shortened)
 
     def _shortened(self, original: Call) -> Call:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            labels, told = kwargs.get("labels"), {"logits_to_keep", "shift_labels"} & kwargs.keys()
-            if torch.is_tensor(labels) and labels.dim() == 2 and not told:
+        def forward(*args: object, **kwargs: object) -> object:
+            labels = kwargs.get("labels")
+            fixed = {"logits_to_keep", "shift_labels"} & kwargs.keys()
+            if torch.is_tensor(labels) and labels.dim() == 2 and not fixed:
                 labelled = labels.ne(-100).any(0)
-                first, last = (
-                    int(_first(labelled)),
-                    labels.shape[1] - 1 - int(_first(labelled.flip(0))),
-                )
+                first = int(_first(labelled))
+                last = labels.shape[1] - 1 - int(_first(labelled.flip(0)))
                 if first > 1 or last < labels.shape[1] - 1:
-                    # Indices, not a number: torch is slow where a head reads a slice, whose rows
-                    # are apart in memory.
+                    # Indices, not a number: torch is slow if the head reads a slice, which is not
+                    # contiguous.
                     kept = torch.arange(max(0, first - 1), last + 1, device=labels.device)
                     kwargs |= {"labels": labels[:, kept], "logits_to_keep": kept}
                     self.used = True
@@ -72,7 +67,7 @@ class LastLogits(TappedLoss):
 
 
 def _first(labelled: Tensor) -> Tensor:
-    """Return (...) int64, the first true column of (..., T), 0 where there is none."""
+    """Return (...) int64, the first true column of (..., T); 0 if there is none."""
     return labelled.long().argmax(-1)
 
 
@@ -80,16 +75,16 @@ def with_last_logits(
     model: nn.Module,
     objective: Objective,
     forward: Forward,
-    inputs: Mapping[str, Any],
+    inputs: Inputs,
     precision: float = 1e-4,
 ) -> Objective:
-    """Return the objective with logits only where there are labels, where two samples of the batch
-    lose the same with it.
+    """Return the objective with logits only at labelled positions, if that does not change the
+    losses of two samples of the batch.
 
     Args:
         model: the model.
-        objective: what is minimised; anything but the model's own loss, which may read all logits,
-            is returned as it is.
+        objective: what is minimised; it is returned unchanged unless it is the model's own loss,
+            because others may read all logits.
         forward: runs the model.
         inputs: a batch.
         precision: see `precision_of`.

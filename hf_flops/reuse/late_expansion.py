@@ -1,10 +1,9 @@
-"""Late expansion: what the noise does not reach runs once per sample of the batch, not once per
-query row.
+"""Late expansion: modules below the first perturbed one run once per sample, not once per row.
 
-Query rows repeat samples, and a module whose output depends on no perturbed parameter computes the
-same for every repeat. Such a module runs on the batch alone; in the other forwards of the step its
-`forward` returns the recorded output, repeated for the rows. The model's inputs stay those of all
-rows, so masks, positions, labels and keywords need no care.
+Query rows repeat samples, and a module whose output depends on no perturbed parameter returns the
+same for every repeat. Such a module runs on the batch only; in the other forwards of the step its
+`forward` returns the recorded output, repeated for the rows. The model still gets the inputs of all
+rows, so masks, positions, labels and keyword arguments need no special treatment.
 """
 
 from __future__ import annotations
@@ -14,43 +13,42 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..base.batch import batch_size, hollow, take
+from ..base.batch import Inputs, batch_size, take
+from ..base.padding import columns_of
 from ..base.patching import Call, replaced_forward
-
-Output = tuple[list[Any], TreeSpec]
+from .leaves import Output, clone, joined, placeholder, repeat
 
 
 class _Recorded(Exception):
-    """Stops a forward that has nothing left to record."""
+    """Stops a forward that has recorded everything."""
 
 
 @dataclass(frozen=True, eq=False)
 class ReusePlan:
-    """Which modules run once per step and sample, and what is known about their outputs: see
+    """The modules that run once per sample in a step, and the structure of their outputs; made by
     `choose_reuse`.
 
-    By default there are none, and the model runs as it is.
+    An empty plan changes nothing.
 
     Attributes:
-        modules: each with one flag per leaf of its output: True if the leaf's first dimension holds
-            the rows (or, row-major, rows times a whole number), False if the leaf is the same for
-            any rows. A module is called once in a forward and calls none of the others.
-        pass_through: modules whose output is read by others of `modules` only; NaN is handed on in
-            its place, without memory.
-        recomputed: small modules whose output follows from those of others: what is kept over steps
-            does not include them.
-        unread_inputs: inputs that nothing but `modules` reads: rows are given NaN in their place,
-            without memory.
-        crop_padding: whether recorded outputs may be cut where a chunk has less padding than the
-            batch; None until it is known.
-        token_axes: which leaves of the modules' outputs have the batch's columns (tokens) as their
-            second dimension.
+        modules: each with one flag per leaf of its output: True if the leaf's first dimension is
+            rows (or, row-major, rows times an integer), False if the leaf does not depend on the
+            rows. Each is called once in a forward, and none calls another.
+        pass_through: modules whose output is read only by others in `modules`; they return NaN
+            placeholders, which take no memory.
+        recomputed: small modules whose output can be computed from other recorded outputs; a cache
+            over steps leaves them out.
+        unread_inputs: inputs that only `modules` read; rows get NaN placeholders in their place.
+        crop_padding: whether recorded outputs may be cropped for a chunk with less padding than the
+            batch; None if unknown.
+        token_axes: leaves whose second dimension is the batch's columns (tokens).
+        spans_steps: whether outputs are kept for later steps.
     """
 
     modules: Mapping[nn.Module, tuple[bool, ...]] = field(default_factory=dict)
@@ -59,47 +57,42 @@ class ReusePlan:
     unread_inputs: frozenset[str] = frozenset()
     crop_padding: bool | None = None
     token_axes: frozenset[tuple[nn.Module, int]] = frozenset()
-
-    @property
-    def spans_steps(self) -> bool:
-        """Whether outputs are kept from one step to the next."""
-        return False
+    spans_steps: ClassVar[bool] = False
 
     def recording(self, forward: Call) -> Recording:
-        """Return the context in which the plan is followed for one step; `forward` runs the
-        model.
-        """
+        """Return a context that applies the plan to one step; `forward` runs the model."""
         return Recording(self, forward)
 
 
 @dataclass(frozen=True)
 class _Run:
-    """A forward in progress: (R,) int64, the recorded sample of each row, None while recording; see
-    `Recording.rows`.
-    """
+    """A forward in progress; see `Recording.rows`."""
 
-    owner: Tensor | None
+    owner: Tensor | None  # (R,) int64, the recorded sample of each row; None while recording
     cut: slice | None
-    stops: bool  # once all outputs are recorded
+    stops: bool  # as soon as all outputs are recorded
 
 
 class Recording:
-    """Outputs of one step: a context in which the modules of a plan run once per sample.
+    """A context, for one step, in which the modules of a plan run once per sample.
 
-    They have another `forward` inside, and nothing is left on the model or kept outside. The batch
-    is recorded by the first forward that `batch` returns, or by `record`; forwards that `rows`
-    returns use what is recorded.
+    Inside, the modules' `forward` is replaced; afterwards the model is unchanged and no output is
+    kept. The first forward from `batch`, or `record`, records the outputs of the batch; forwards
+    from `rows` use them.
 
     Args:
-        plan: what runs once.
+        plan: the modules that run once per sample.
         forward: runs the model.
+
+    Attributes:
+        outputs: the recorded outputs by module.
     """
 
     def __init__(self, plan: ReusePlan, forward: Call) -> None:
         self.plan, self.forward = plan, forward
-        self._outputs: dict[nn.Module, Output] = {}
+        self.outputs: dict[nn.Module, Output] = {}
         self._samples = self._columns = 0
-        # (B,) where each sample of the batch is in the record; None where all are
+        # (B,) index of each sample in the record, -1 if absent; None if all are there, in order
         self._position: Tensor | None = None
         self._run: _Run | None = None
         self._patches = ExitStack()
@@ -117,35 +110,32 @@ class Recording:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._outputs.clear()
+        self.outputs.clear()
         self._patches.close()
 
     @property
     def complete(self) -> bool:
         """Whether the outputs of all modules are recorded."""
-        return len(self._outputs) == len(self.plan.modules)
+        return len(self.outputs) == len(self.plan.modules)
 
     @property
     def unread_inputs(self) -> frozenset[str]:
-        """Inputs that rows need not be given, now that all outputs are recorded."""
+        """Inputs that rows do not need, once all outputs are recorded."""
         return self.plan.unread_inputs if self.complete else frozenset()
 
-    def recall(self, inputs: Mapping[str, Any], ids: Sequence[int] | None) -> None:
-        """Take up what earlier steps recorded of the batch, its samples' ids given, if the plan
-        spans steps.
+    def recall(self, inputs: Inputs, ids: Sequence[int] | None) -> None:
+        """Restore the outputs that earlier steps recorded for the samples `ids` of the batch, if
+        the plan spans steps.
         """
 
-    def batch(
-        self, inputs: Mapping[str, Any], owner: Tensor | None = None, samples: int = 0
-    ) -> Call:
-        """Return a forward, to be called on the batch, that records; on anything else the model
-        runs as it is.
+    def batch(self, inputs: Inputs, owner: Tensor | None = None, samples: int = 0) -> Call:
+        """Return a forward that records when it is called on `inputs`; other inputs run unchanged.
 
         Args:
             inputs: the batch, or a part of it.
-            owner: (b,) int64, which samples the part has; rows may then repeat these only. None for
-                the batch itself.
-            samples: B, if it is a part.
+            owner: (b,) int64, the samples of the part, which are the only ones that rows may
+                repeat; None for the whole batch.
+            samples: B, for a part.
         """
         if owner is not None:
             self._position = torch.full((samples,), -1).index_put(
@@ -153,30 +143,28 @@ class Recording:
             )
         return self._forward_of(inputs)
 
-    def rows(self, inputs: Mapping[str, Any], owner: Tensor, cut: slice | None = None) -> Call:
-        """Return a forward, to be called on the rows of a chunk, that uses what is recorded; else
-        as `batch`.
+    def rows(self, inputs: Inputs, owner: Tensor, cut: slice | None = None) -> Call:
+        """Return a forward that uses the recorded outputs when it is called on `inputs`.
 
         Args:
-            inputs: the rows.
+            inputs: of the rows of a chunk.
             owner: (R,) int64, the sample of the batch that each row repeats.
-            cut: which of the batch's columns (tokens) the rows have, None for all.
+            cut: the columns (tokens) of the batch that the rows have; None for all.
         """
         if cut is not None and not self.plan.crop_padding:
             return self.forward
         return self._forward_of(inputs, owner, cut)
 
-    def record(self, inputs: Mapping[str, Any]) -> None:
-        """Run the batch no further than to the last module's output, where no clean forward would
-        record it.
+    def record(self, inputs: Inputs) -> None:
+        """Record the batch without a clean forward: run the model up to the last module's
+        output.
         """
         if not self.complete:
             with suppress(_Recorded):
                 self._forward_of(inputs, stops=True)(inputs)
 
-    def extend(self, inputs: Mapping[str, Any], owner: Tensor) -> None:
-        """Record what is lacking of the samples that rows repeat, where the record is of a part of
-        the batch.
+    def extend(self, inputs: Inputs, owner: Tensor) -> None:
+        """Record the missing samples that rows repeat, if only a part of the batch is recorded.
 
         Args:
             inputs: the batch.
@@ -189,39 +177,40 @@ class Recording:
         new = new[position[new] < 0]
         if not self.plan.modules or not len(new) or (self._position is None and self.complete):
             return
-        before, known = dict(self._outputs), self._samples if self.complete else 0
-        self._outputs.clear()
+        before = dict(self.outputs)
+        known = self._samples if self.complete else 0
+        self.outputs.clear()
         self._position = None
         self.record(take(inputs, new))
         if known and self.complete:
-            self._outputs.update(
+            self.outputs.update(
                 {module: self._joined(module, before[module]) for module in self.plan.modules}
             )
         self._position = position.index_put((new,), torch.arange(known, known + len(new)))
         self._samples = known + len(new)
 
     def adopt(self, plan: ReusePlan) -> None:
-        """Go on by a plan that says more about the same modules."""
+        """Continue with a plan that knows more about the same modules."""
         self.plan = plan
 
     def token_axes(self) -> frozenset[tuple[nn.Module, int]]:
-        """Return which recorded leaves have a second dimension as long as the batch has columns,
-        maybe by chance.
+        """Return the recorded leaves whose second dimension has as many entries as the batch has
+        columns, possibly by chance.
         """
         return frozenset(
             (module, i)
-            for module, (leaves, _) in self._outputs.items()
+            for module, (leaves, _) in self.outputs.items()
             for i, leaf in enumerate(leaves)
             if torch.is_tensor(leaf) and leaf.dim() > 2 and leaf.shape[1] == self._columns
         )
 
     def works_without(self, module: nn.Module, check: Callable[[], bool], *, hollow: bool) -> bool:
-        """Put NaN in place of a recorded output, or let its module run again, and leave it so where
-        a check still holds.
+        """Replace a recorded output by NaN (`hollow`), or remove it so that its module runs again;
+        keep the change if a check still holds.
 
-        Outputs of whole numbers, which know no NaN, are left in place.
+        Outputs with integer tensors, which have no NaN, are not replaced.
         """
-        output = self._outputs.get(module)
+        output = self.outputs.get(module)
         if output is None:
             return False
         leaves, spec = output
@@ -229,23 +218,23 @@ class Recording:
             torch.is_tensor(leaf) and not leaf.is_floating_point() for leaf in leaves
         ):
             return False
-        del self._outputs[module]
+        del self.outputs[module]
         if hollow:
-            self._outputs[module] = ([_hollow(leaf) for leaf in leaves], spec)
+            self.outputs[module] = ([placeholder(leaf) for leaf in leaves], spec)
         if check():
             return True
-        self._outputs[module] = output
+        self.outputs[module] = output
         return False
 
     def _forward_of(
         self,
-        inputs: Mapping[str, Any],
+        inputs: Inputs,
         owner: Tensor | None = None,
         cut: slice | None = None,
         *,
         stops: bool = False,
     ) -> Call:
-        def run(given: Mapping[str, Any]) -> Any:
+        def run(given: Inputs) -> object:
             if given is not inputs:
                 return self.forward(given)
             if owner is None:
@@ -263,8 +252,8 @@ class Recording:
         return run
 
     def _stand_in(self, module: nn.Module, original: Call) -> Call:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if self._run is not None and module in self._outputs:
+        def forward(*args: object, **kwargs: object) -> object:
+            if self._run is not None and module in self.outputs:
                 return self._repeated(module, self._run)
             output = original(*args, **kwargs)
             if self._run is not None and self._run.owner is None:
@@ -273,69 +262,30 @@ class Recording:
 
         return forward
 
-    def _keep(self, module: nn.Module, output: Any, run: _Run) -> None:
+    def _keep(self, module: nn.Module, output: object, run: _Run) -> None:
         leaves, spec = tree_flatten(output)
-        # A copy, because what follows may write into the output.
-        copy = _hollow if module in self.plan.pass_through else _clone
-        self._outputs[module] = ([copy(leaf) for leaf in leaves], spec)
+        # A copy, because later modules may write into the output.
+        copy = placeholder if module in self.plan.pass_through else clone
+        self.outputs[module] = ([copy(leaf) for leaf in leaves], spec)
         if run.stops and self.complete:
             raise _Recorded
 
-    def _repeated(self, module: nn.Module, run: _Run) -> Any:
-        leaves, spec = self._outputs[module]
+    def _repeated(self, module: nn.Module, run: _Run) -> object:
+        leaves, spec = self.outputs[module]
         owner = torch.arange(self._samples) if run.owner is None else run.owner
-        if run.cut is not None:  # down to the columns of the chunk
+        if run.cut is not None:
             axes = self.plan.token_axes
             leaves = [
                 leaf[:, run.cut] if (module, i) in axes else leaf for i, leaf in enumerate(leaves)
             ]
         pairs = zip(leaves, self.plan.modules[module], strict=True)
         return tree_unflatten(
-            [self._repeat(leaf, owner) if rows else _clone(leaf) for leaf, rows in pairs], spec
+            [repeat(leaf, self._samples, owner) if rows else clone(leaf) for leaf, rows in pairs],
+            spec,
         )
 
     def _joined(self, module: nn.Module, before: Output) -> Output:
-        """Put what was recorded of a module for further samples behind what was before."""
-        after, spec = self._outputs[module]
+        """Append a module's outputs for further samples to earlier ones."""
+        after, spec = self.outputs[module]
         pairs = zip(before[0], after, self.plan.modules[module], strict=True)
-        return [_behind(old, new) if rows else old for old, new, rows in pairs], spec
-
-    def _repeat(self, leaf: Tensor, owner: Tensor) -> Tensor:
-        """Repeat (B * m, ...) for the rows: (R * m, ...)."""
-        times, tail = len(leaf) // self._samples, leaf.shape[1:]
-        if not any(leaf.stride()):
-            return leaf[:1].expand(len(owner) * times, *tail)
-        owner = owner.to(leaf.device)
-        if times == 1:
-            return leaf.index_select(0, owner)
-        return leaf.reshape(self._samples, times, *tail).index_select(0, owner).flatten(0, 1)
-
-
-def columns_of(inputs: Mapping[str, Any]) -> int:
-    """Return how many tokens the texts of a batch have, padding included; 0 where there are
-    none.
-    """
-    mask = inputs.get("attention_mask")
-    return mask.shape[1] if torch.is_tensor(mask) and mask.dim() == 2 else 0
-
-
-def _behind(old: Tensor, new: Tensor) -> Tensor:
-    """Return (a + b, ...) for (a, ...) and (b, ...); what takes no memory still takes none."""
-    return (
-        torch.cat([old, new])
-        if any(old.stride())
-        else old[:1].expand(len(old) + len(new), *old.shape[1:])
-    )
-
-
-def _clone(leaf: Any) -> Any:
-    return leaf.clone(memory_format=torch.contiguous_format) if torch.is_tensor(leaf) else leaf
-
-
-def _hollow(leaf: Any) -> Any:
-    """Return NaN in the shape of a tensor, without its memory; whole numbers know no NaN, they are
-    copied.
-    """
-    if torch.is_tensor(leaf) and leaf.is_floating_point():
-        return hollow(leaf, leaf.shape)
-    return _clone(leaf)
+        return [joined(old, new) if rows else old for old, new, rows in pairs], spec

@@ -1,33 +1,35 @@
-"""A frozen prefix runs once per sample of the data set: what no noise reaches is kept from one
-epoch to the next.
+"""Prefix cache: outputs that no noise reaches are kept over epochs, so that frozen layers run once
+per sample of the data set.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 from weakref import finalize
 
 import torch
 from torch import Tensor, nn
 
-from ..base.batch import ROW, batch_size, take
+from ..base.batch import ROW, Inputs, batch_size, take
+from ..base.padding import columns_of
 from ..base.patching import Call
 from ..errors import ConfigurationError
-from .late_expansion import Output, Recording, ReusePlan, columns_of
+from .late_expansion import Recording, ReusePlan
+from .leaves import Leaf, Output, repeat
 
-Layout = tuple[tuple[str, Any], ...]
+Layout = tuple[tuple[str, object], ...]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample's inputs: its place in the data set, names, shapes and dtypes (padding included),
-    and a hash of all.
+    """Identity of one sample: its id in the data set, the names, shapes and dtypes of its inputs
+    (padding included), and a hash of their content.
     """
 
     id: int
@@ -35,16 +37,14 @@ class Sample:
     content: bytes
 
 
-def raw_bytes(tensor: Tensor) -> Any:
-    """Return the content of a tensor of any dtype, on any device; that of one on the CPU can be
-    written to.
-    """
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor; those of a contiguous CPU tensor are shared and writable."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data
 
 
-def identify(inputs: Mapping[str, Any], ids: Sequence[int]) -> list[Sample]:
+def identify(inputs: Inputs, ids: Sequence[int]) -> list[Sample]:
     """Identify the samples of a batch; ids: (B,)."""
-    # a place in the batch says nothing of a sample
+    # the position in the batch is not part of a sample
     inputs = {name: value for name, value in inputs.items() if name != ROW}
     per_row = {
         k: v
@@ -52,27 +52,30 @@ def identify(inputs: Mapping[str, Any], ids: Sequence[int]) -> list[Sample]:
         if isinstance(v, (list, tuple)) or (torch.is_tensor(v) and v.dim() > 0)
     }
     shared = [(name, repr(value)) for name, value in inputs.items() if name not in per_row]
-    found = []
+    samples = []
     for i, number in enumerate(ids):
-        own = [(name, values[i]) for name, values in per_row.items()]
-        layout = [
+        values_of_sample = [(name, values[i]) for name, values in per_row.items()]
+        layout: list[tuple[str, object]] = [
             (name, (tuple(value.shape), value.dtype) if torch.is_tensor(value) else None)
-            for name, value in own
+            for name, value in values_of_sample
         ]
         content = blake2b(digest_size=16)
-        for _, value in own:
+        for _, value in values_of_sample:
             content.update(raw_bytes(value) if torch.is_tensor(value) else repr(value).encode())
-        found.append(Sample(number, tuple(layout + shared), content.digest()))
-    return found
+        samples.append(Sample(number, (*layout, *shared), content.digest()))
+    return samples
 
 
 class SampleStore:
-    """Keeps tensors by sample. One that is padded to another length is another sample here.
+    """Keeps tensors by sample; a sample with other padding is a different one.
 
     Args:
-        gigabytes: what may be kept in all; samples that no longer fit are left out.
-        folder: where to put a file without a name, which is gone when the run ends; None keeps
-            everything in memory.
+        gigabytes: total size; samples that no longer fit are not kept.
+        folder: of an unnamed temporary file, which is deleted when the run ends; None for memory.
+
+    Attributes:
+        patterns: the modules' outputs for samples of a layout, with empty tensors in place of those
+            that are kept by sample.
     """
 
     def __init__(self, gigabytes: float, folder: Path | None = None) -> None:
@@ -84,13 +87,13 @@ class SampleStore:
             finalize(self, self._file.close)
         self._contents: dict[tuple[int, Layout], bytes] = {}
         self._entries: dict[tuple[int, Layout], list[Any]] = {}
-        self._patterns: dict[Layout, dict[nn.Module, Output]] = {}
+        self.patterns: dict[Layout, dict[nn.Module, Output]] = {}
 
     def get(self, sample: Sample) -> list[Tensor] | None:
-        """Return what was kept for a sample, on the CPU, or None.
+        """Return the tensors of a sample, on the CPU, or None.
 
         Raises:
-            ConfigurationError: the sample has other inputs than when it was kept.
+            ConfigurationError: the inputs of the sample have changed.
         """
         key = (sample.id, sample.layout)
         if self._contents.get(key, sample.content) != sample.content:
@@ -107,7 +110,7 @@ class SampleStore:
         )
 
     def put(self, sample: Sample, tensors: Sequence[Tensor]) -> None:
-        """Keep tensors for a sample, if there is room."""
+        """Keep the tensors of a sample, if there is room."""
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         key = (sample.id, sample.layout)
         if size <= self.room and key not in self._entries:
@@ -116,16 +119,6 @@ class SampleStore:
             self._entries[key] = [
                 self._write(t) if self._file else t.detach().to("cpu", copy=True) for t in tensors
             ]
-
-    def pattern(self, layout: Layout) -> dict[nn.Module, Output] | None:
-        """Return the modules' outputs for one sample of a layout, what is kept by sample left
-        empty; None if unknown.
-        """
-        return self._patterns.get(layout)
-
-    def put_pattern(self, layout: Layout, pattern: dict[nn.Module, Output]) -> None:
-        """Keep such outputs."""
-        self._patterns[layout] = pattern
 
     def _write(self, tensor: Tensor) -> tuple[int, torch.Size, torch.dtype]:
         start = self._file.seek(0, 2)
@@ -141,34 +134,29 @@ class SampleStore:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class CachedPlan(ReusePlan):
-    """Late expansion that starts a step with what it knows of the batch's samples from earlier
-    epochs.
+    """Late expansion with outputs of the batch's samples from earlier epochs.
 
-    Modules in `pass_through` and `recomputed` are not kept: nobody reads the former, and the latter
-    run again on what is kept. None may depend on a trainable parameter.
+    Modules in `pass_through` and `recomputed` are not kept: the former are not read, and the latter
+    run again on kept outputs. No module may depend on a trainable parameter.
 
     Attributes:
-        store: where outputs are kept.
+        store: keeps the outputs.
     """
 
     store: SampleStore
+    spans_steps: ClassVar[bool] = True
 
     @classmethod
     def of(cls, plan: ReusePlan, store: SampleStore) -> CachedPlan:
         """Return a plan with a store."""
         return cls(**vars(plan), store=store)
 
-    @property
-    def spans_steps(self) -> bool:
-        """See `ReusePlan`."""
-        return True
-
     def recording(self, forward: Call) -> CachedRecording:
         """See `ReusePlan`."""
         return CachedRecording(self, forward)
 
     def leaves(self) -> list[tuple[nn.Module, int]]:
-        """Return what is kept by sample: modules, and places among the leaves of their outputs."""
+        """Return the leaves that are kept by sample: modules, and indices of their leaves."""
         kept = [
             module
             for module in self.modules
@@ -180,9 +168,7 @@ class CachedPlan(ReusePlan):
 
 
 class CachedRecording(Recording):
-    """Outputs of one step, some of them from earlier ones; what is recorded is kept when the step
-    ends.
-    """
+    """A recording that starts from kept outputs; new ones are kept when the step ends."""
 
     plan: CachedPlan
 
@@ -202,13 +188,11 @@ class CachedRecording(Recording):
         finally:
             super().__exit__(kind, error, trace)
 
-    def recall(self, inputs: Mapping[str, Any], ids: Sequence[int] | None) -> None:
-        """Bring back the outputs of the batch; those that are not known are found by running the
-        samples that lack them.
+    def recall(self, inputs: Inputs, ids: Sequence[int] | None) -> None:
+        """Restore the outputs of the batch; samples without kept outputs are run.
 
         Raises:
-            ConfigurationError: the samples have no ids, or one has other inputs than when it was
-                kept.
+            ConfigurationError: the samples have no ids, or the inputs of one have changed.
         """
         if ids is None or len(ids) != batch_size(inputs):
             raise ConfigurationError(
@@ -231,46 +215,47 @@ class CachedRecording(Recording):
         self._restore(samples[0].layout, [entry for entry in entries if entry is not None])
 
     def _keep_samples(self, samples: Sequence[Sample]) -> list[list[Tensor]]:
-        """Keep what was recorded for these samples, all those of the record; returns it."""
+        """Keep the recorded outputs of these samples, which are all in the record; return them."""
         store, leaves, entries = self.plan.store, self.plan.leaves(), []
         for i, sample in enumerate(samples):
             owner = torch.tensor([i])
-            entry = [self._repeat(self._outputs[module][0][leaf], owner) for module, leaf in leaves]
+            entry = [
+                repeat(self.outputs[module][0][leaf], self._samples, owner)
+                for module, leaf in leaves
+            ]
             store.put(sample, entry)
             entries.append(entry)
-        if samples and store.pattern(samples[0].layout) is None:
+        if samples and samples[0].layout not in store.patterns:
             pattern = {
                 module: ([self._pattern(module, i, leaf) for i, leaf in enumerate(outputs)], spec)
-                for module, (outputs, spec) in self._outputs.items()
+                for module, (outputs, spec) in self.outputs.items()
                 if module not in self.plan.recomputed
             }
-            store.put_pattern(samples[0].layout, pattern)
+            store.patterns[samples[0].layout] = pattern
         return entries
 
-    def _pattern(self, module: nn.Module, index: int, leaf: Any) -> Any:
+    def _pattern(self, module: nn.Module, index: int, leaf: Leaf) -> Leaf:
         if not self.plan.modules[module][index]:
             return leaf
         return (
-            self._repeat(leaf, torch.tensor([0]))
+            repeat(leaf, self._samples, torch.tensor([0]))
             if module in self.plan.pass_through
             else leaf.new_empty(0)
         )
 
     def _restore(self, layout: Layout, entries: Sequence[list[Tensor]]) -> None:
-        """Fill the record of the step from what is kept of each sample."""
-        self._outputs.clear()
+        """Fill the record of the step from the kept tensors of each sample."""
+        self.outputs.clear()
         self._samples = 1
         everyone = torch.zeros(len(entries), dtype=torch.int64)
-        pattern = self.plan.store.pattern(layout)
-        assert pattern is not None
-        for module, (leaves, spec) in pattern.items():
+        for module, (leaves, spec) in self.plan.store.patterns[layout].items():
             hollow, rows = module in self.plan.pass_through, self.plan.modules[module]
             pairs = zip(leaves, rows, strict=True)
-            self._outputs[module] = (
-                [self._repeat(leaf, everyone) if hollow and row else leaf for leaf, row in pairs],
+            self.outputs[module] = (
+                [repeat(leaf, 1, everyone) if hollow and row else leaf for leaf, row in pairs],
                 spec,
             )
         for place, (module, leaf) in enumerate(self.plan.leaves()):
-            found = self._outputs[module][0]
-            found[leaf] = torch.cat([entry[place] for entry in entries]).to(found[leaf].device)
+            outputs = self.outputs[module][0]
+            outputs[leaf] = torch.cat([entry[place] for entry in entries]).to(outputs[leaf].device)
         self._samples = len(entries)

@@ -1,24 +1,22 @@
-"""Is a base model the one that a logged run was trained on?"""
+"""Checks that a base model is the one of a logged run."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 
+from ..base.state import State
 from ..errors import TrajectoryError, in_one_line
 from .start import digests
 
 
-def check_base(says: Mapping[str, Any], base: str | Path) -> int:
-    """Load a base model and compare its tensors with those of the run; returns how many were
-    compared.
+def check_base(says: State, base: str | Path) -> int:
+    """Load a base model and compare its tensors with those of the run; return their number.
 
     Args:
-        says: the log's first record.
+        says: metadata of the log's first record.
         base: a folder or an id of the Hub.
 
     Raises:

@@ -1,5 +1,5 @@
-"""An append-only file of checksummed records: a crash can only lose the last one, and a damaged one
-is named.
+"""An append-only file of checksummed records: a crash loses the last one at most, and damage is
+reported with the record.
 
     file    mark (8 bytes), then records
     record  head: "FLOP", number, step, length of the payload, CRC-32 of the payload,
@@ -51,10 +51,10 @@ class Record:
 
 
 def read(path: str | Path) -> Iterator[Record]:
-    """Yield the records of a file; one that a crash left unfinished at its end is passed over.
+    """Yield the records of a file; an incomplete one at its end is ignored.
 
     Raises:
-        TrajectoryError: the file is no log, or damaged; the message names the record.
+        TrajectoryError: the file is not a log, or is damaged; the message names the record.
     """
     with open(path, "rb") as file:
         mark = file.read(len(MARK))
@@ -102,8 +102,7 @@ class Appender:
 
     Args:
         path: the file.
-        after: the record that is kept last, everything behind it being cut off; None starts a new
-            file.
+        after: the last record to keep; later ones are removed. None starts a new file.
     """
 
     def __init__(self, path: str | Path, after: Record | None = None) -> None:
@@ -120,7 +119,7 @@ class Appender:
         """Write a record.
 
         Raises:
-            OSError: it could not be written whole, so that nothing of it was kept.
+            OSError: it could not be written completely; then no part of it is kept.
         """
         head = _HEAD.pack(_BEGIN, self.number, step, len(payload), zlib.crc32(payload))
         record = head + zlib.crc32(head).to_bytes(4, "little") + payload
@@ -136,7 +135,7 @@ class Appender:
         self.number += 1
 
     def sync(self) -> None:
-        """Wait until everything is on the disk."""
+        """Flush the file to the disk."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Which optimizers can be replayed, what is recorded of them, and how they are built again."""
+"""Records optimizers that can be replayed, and builds them again."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
+from ..base.state import State
 from ..errors import ConfigurationError
 
 _HOMES = ("torch.optim.", "transformers.optimization.")
 
 
-def bare(optimizer: Any) -> Any:
-    """Return what Accelerate wrapped."""
+def bare(optimizer: Optimizer) -> Optimizer:
+    """Return the optimizer inside Accelerate's wrapper."""
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
 
 
-def describe(optimizer: Any, names: Mapping[int, str]) -> dict[str, Any]:
-    """Return what builds an optimizer again: its class, its defaults, and the names of each group's
-    tensors.
+def describe(optimizer: Optimizer, names: Mapping[int, str]) -> State:
+    """Return the class of an optimizer, its defaults, and the names of each group's tensors.
 
     Args:
-        optimizer: as the trainer has it.
+        optimizer: of the trainer.
         names: of the trainable parameters, by id.
 
     Raises:
-        ConfigurationError: its steps cannot be replayed, because other code or a closure belongs to
-            them.
+        ConfigurationError: its steps cannot be replayed, because they need other code or a closure.
     """
     own = bare(optimizer)
     home = f"{type(own).__module__}.{type(own).__qualname__}"
@@ -47,8 +47,8 @@ def describe(optimizer: Any, names: Mapping[int, str]) -> dict[str, Any]:
     return {"class": home, "defaults": _plain(own.defaults), "groups": groups}
 
 
-def arguments(optimizer: Any) -> list[dict[str, Any]]:
-    """Return the arguments of each group as numbers and words, the learning rate among them."""
+def arguments(optimizer: Optimizer) -> list[State]:
+    """Return the arguments of each group, such as the learning rate, as plain values."""
     return [
         _plain({k: v for k, v in group.items() if k != "params"})
         for group in bare(optimizer).param_groups
@@ -56,11 +56,11 @@ def arguments(optimizer: Any) -> list[dict[str, Any]]:
 
 
 def build(
-    said: Mapping[str, Any],
-    groups: Sequence[Mapping[str, Any]],
+    said: State,
+    groups: Sequence[State],
     parameters: Mapping[str, nn.Parameter],
-) -> Any:
-    """Return an optimizer as `describe` found it, with the arguments of each group, for the
+) -> Optimizer:
+    """Return an optimizer from the result of `describe` and the arguments of each group, for
     parameters by name.
     """
     home, _, name = said["class"].rpartition(".")
@@ -78,15 +78,15 @@ def build(
     return kind(own, **options)
 
 
-def restored(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return arguments as the optimizer had them: JSON knows no tuples."""
+def restored(values: State) -> State:
+    """Return arguments with lists as tuples again, which JSON does not have."""
     return {
         name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
     }
 
 
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return arguments as JSON keeps them."""
+def _plain(values: State) -> State:
+    """Return arguments as plain values for JSON."""
 
     def one(value: Any) -> Any:
         if torch.is_tensor(value) or hasattr(value, "item"):

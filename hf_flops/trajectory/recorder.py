@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..base.state import State
 from ..core.method import FinishedBatch
 from ..errors import ConfigurationError
+from ..perturbations import Perturbation
 from ..perturbations.replay import UpdateRecord
 from . import LOG_FILE, optimizers, rules, start
 from .framing import Appender, Record, read
@@ -24,21 +26,22 @@ class TrajectoryRecorder(TrainerCallback):
 
     def __init__(self) -> None:
         self._file: Appender | None = None
-        self._own: dict[str, Any] = {}
+        self._own: State = {}
         self._traces: list[UpdateRecord] = []
-        self._seed, self._perturbation = 0, None
-        self._rules: list[list[Any]] | None = None
-        self._said: list[list[Any]] | None = None  # the rules that the log knows of
-        self._groups: list[dict[str, Any]] = []
-        self._now: list[dict[str, Any]] = []
+        self._seed = 0
+        self._perturbation: Perturbation | None = None
+        self._rules: rules.Description | None = None
+        self._said: rules.Description | None = None  # the rules in the log
+        self._groups: list[State] = []
+        self._now: list[State] = []
 
     def observe(self, finished: FinishedBatch) -> None:
-        """Take down a finished batch of a trainer."""
+        """Record a finished batch of a trainer."""
         assert finished.method is not None
         self.batch(finished.result.trace, finished.position.seed, finished.method.perturbation)
 
-    def batch(self, trace: UpdateRecord | None, seed: int, perturbation: Any) -> None:
-        """Take down what a batch adds to the gradient of the coming step."""
+    def batch(self, trace: UpdateRecord | None, seed: int, perturbation: Perturbation) -> None:
+        """Record the contribution of a batch to the gradient of the next step."""
         if perturbation is not self._perturbation:
             self._rules, self._perturbation = rules.describe(perturbation), perturbation
         self._seed = seed
@@ -47,16 +50,18 @@ class TrajectoryRecorder(TrainerCallback):
 
     @property
     def begun(self) -> bool:
-        """Whether batches of the coming step were taken down."""
+        """Whether batches of the next step have been recorded."""
         return bool(self._traces)
 
     def discard(self) -> None:
         """Forget the batches of a step that is not taken."""
         self._traces = []
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin the log, or go on with it after the step of the checkpoint."""
-        model, path = kwargs["model"], Path(args.output_dir, LOG_FILE)
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the log, or continue it after the step of the checkpoint."""
+        model, path = kwargs["model"], Path(str(args.output_dir), LOG_FILE)
         self.__init__()  # type: ignore[misc]
         self._own = start.trainable(model)
         session = {
@@ -78,9 +83,7 @@ class TrajectoryRecorder(TrainerCallback):
         self._file.append(state.global_step, pack("session", session, {}))
 
     def _last(self, path: Path, step: int) -> Record:
-        """Return the record of the step that a checkpoint was saved after, and check that it led
-        there.
-        """
+        """Return the record of the checkpoint's step, and check that it matches the checkpoint."""
         last = None
         for record in read(path) if path.is_file() else ():
             if record.step > step:
@@ -102,32 +105,40 @@ class TrajectoryRecorder(TrainerCallback):
         logger.info("The trajectory log goes on after step %d.", step)
         return last
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take down the optimizer's arguments, as the scheduler left them."""
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Record the optimizer's arguments, as set by the scheduler."""
         self._now = optimizers.arguments(kwargs["optimizer"])
         if all(parameter.grad is None for parameter in self._own.values()):
             self.discard()
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Write the step's record."""
         if self._file is None:
             return
         prints = [fingerprint(parameter) for parameter in self._own.values()]
-        told = None if self._rules == self._said else self._rules
+        changed = None if self._rules == self._said else self._rules
         shares_noise = bool(getattr(self._perturbation, "shares_noise", False))
         groups = changes(self._groups, self._now)
         record = StepRecord(
-            self._seed, state.global_step, self._traces, told, groups, prints, shares_noise
+            self._seed, state.global_step, self._traces, changed, groups, prints, shares_noise
         )
         self._file.append(state.global_step + 1, record.pack())
         self._traces, self._said, self._groups = [], self._rules, self._now
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """See to it that the log is on the disk before a checkpoint is."""
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the log to the disk before a checkpoint is saved."""
         if self._file is not None and (control.should_save or control.should_training_stop):
             self._file.sync()
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Close the log."""
         if self._file is not None:
             self._file.close()

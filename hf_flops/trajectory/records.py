@@ -1,8 +1,7 @@
-"""What the records of a trajectory log say: safetensors, with JSON in their metadata; nothing in
-them is executed.
+"""The records of a trajectory log: safetensors with JSON metadata; no code in them is executed.
 
-The first record is the start of the run, then comes one for each session (a start or a resume) and
-one for each optimizer step.
+The first record describes the start of the run; then there is one for each session (a start or a
+resume) and one for each optimizer step.
 """
 
 from __future__ import annotations
@@ -12,19 +11,20 @@ import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
 from ..base.rows import Rows
+from ..base.state import State
 from ..perturbations.replay import UpdateRecord
+from .rules import Description
 
 _WHOLE = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
-def pack(kind: str, says: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
+def pack(kind: str, says: State, tensors: Mapping[str, Tensor]) -> bytes:
     """Return a record's payload."""
     whole = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -33,8 +33,8 @@ def pack(kind: str, says: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> b
     return save(whole, {"kind": kind, "json": json.dumps(says, separators=(",", ":"), default=str)})
 
 
-def unpack(payload: bytes) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
-    """Return a record's kind, and what it says in words and in tensors."""
+def unpack(payload: bytes) -> tuple[str, State, dict[str, Tensor]]:
+    """Return a record's kind, metadata and tensors."""
     (length,) = struct.unpack("<Q", payload[:8])
     metadata = json.loads(payload[8 : 8 + length])["__metadata__"]
     return metadata["kind"], json.loads(metadata["json"]), load(payload)
@@ -46,7 +46,7 @@ def fingerprint(tensor: Tensor) -> int:
 
 
 def narrow(values: Tensor) -> Tensor:
-    """Return whole numbers, none of them negative, in the smallest type that holds them."""
+    """Return non-negative integers in the smallest dtype that fits."""
     most = int(values.max()) if len(values) else 0
     return values.to(next(kind for kind in _WHOLE if most <= torch.iinfo(kind).max))
 
@@ -58,11 +58,10 @@ class StepRecord:
     Attributes:
         seed: of the noise.
         step: optimizer steps done before it.
-        traces: of its batches; none where its gradients were dropped.
-        rules: where it changed, which tensors are perturbed and how: [rule, distribution, names]
-            for each part.
-        groups: what changed in the optimizer's arguments, by group; everything with a session's
-            first step.
+        traces: of its batches; empty if its gradients were dropped.
+        rules: of the perturbation, if they changed; see `Description`.
+        groups: changes of the optimizer's arguments, by group; all arguments in a session's first
+            step.
         fingerprints: (P,) of the trainable tensors after it.
         shares_noise: whether rows of a chunk share noise, so that their group matters.
     """
@@ -70,8 +69,8 @@ class StepRecord:
     seed: int
     step: int
     traces: list[UpdateRecord]
-    rules: list[list[Any]] | None
-    groups: list[dict[str, Any]]
+    rules: Description | None
+    groups: list[State]
     fingerprints: list[int]
     shares_noise: bool = field(default=True)
 
@@ -80,7 +79,7 @@ class StepRecord:
         rest.
         """
         traces = self.traces
-        says: dict[str, Any] = {"seed": self.seed, "step": self.step, "groups": self.groups}
+        says: State = {"seed": self.seed, "step": self.step, "groups": self.groups}
         says["batches"] = [[len(t.rows), len(t.chunks), t.normalizer, t.factor] for t in traces]
         if self.rules is not None:
             says["rules"] = self.rules
@@ -101,8 +100,8 @@ class StepRecord:
         return pack("step", says, tensors)
 
     @classmethod
-    def unpack(cls, says: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> StepRecord:
-        """Read what `pack` wrote."""
+    def unpack(cls, says: State, tensors: Mapping[str, Tensor]) -> StepRecord:
+        """Return the record from the results of `unpack`."""
         prints = [value % 2**32 for value in tensors["fingerprints"].tolist()]
         sizes = [size for size, _, _, _ in says["batches"]]
         cut = (
@@ -130,9 +129,7 @@ class StepRecord:
         )
 
 
-def changes(
-    before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
+def changes(before: Sequence[State], now: Sequence[State]) -> list[State]:
     """Return by group which of the optimizer's arguments are not what they were; everything where
     nothing was before.
     """

@@ -1,4 +1,6 @@
-"""Rebuilds an adapter from the log of its run, bit for bit: no data, no model, no forward pass."""
+"""Rebuilds an adapter from the log of its run, bit for bit, without data, model or forward
+passes.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +8,14 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from ..base.state import State
 from ..errors import TrajectoryError
 from ..perturbations import Perturbation
 from ..perturbations.replay import regenerate
@@ -24,18 +27,18 @@ TRAINABLE_FILE = "trainable.safetensors"
 
 
 class Replay:
-    """The adapter of a run on its way from the first step on.
+    """Replays the log of a run step by step.
 
     Args:
-        path: the log, or the output folder that holds it.
+        path: the log, or the output folder that contains it.
 
     Attributes:
-        says: what the log's first record says of the run.
-        parameters: the trainable tensors by name, as they are after `step`.
+        says: metadata of the run, from the log's first record.
+        parameters: the trainable tensors by name, after `step`.
         step: optimizer steps done.
 
     Raises:
-        TrajectoryError: there is no such log, or it is damaged.
+        TrajectoryError: the log does not exist or is damaged.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -52,13 +55,13 @@ class Replay:
             raise TrajectoryError(f"{path} is empty: the run was stopped before it began.")
         _, self.says, self._stored = unpack(first.payload)
         self.parameters = {name: nn.Parameter(self._first(name)) for name in self.says["trainable"]}
-        self._optimizer: Any = None
-        self._session: dict[str, Any] = {}
-        self._groups: list[dict[str, Any]] = []
+        self._optimizer: Optimizer | None = None
+        self._session: State = {}
+        self._groups: list[State] = []
         self._perturbation: Perturbation | None = None
 
     def _first(self, name: str) -> Tensor:
-        """Return a tensor as it was when the run began."""
+        """Return the initial value of a tensor."""
         shape, kind = self.says["tensors"][name]
         return (
             torch.zeros(shape, dtype=getattr(torch, kind))
@@ -67,12 +70,10 @@ class Replay:
         )
 
     def run(self, until: int | None = None) -> Iterator[StepRecord]:
-        """Take the steps one after the other, up to and with step `until`, and yield the record of
-        each.
+        """Replay the steps in order, up to and including step `until`, and yield their records.
 
         Raises:
-            TrajectoryError: the log is damaged or has no such step, or what is rebuilt is not what
-                was trained.
+            TrajectoryError: the log is damaged, or has no such step.
         """
         if until is not None and until < 0:
             raise TrajectoryError(
@@ -87,23 +88,23 @@ class Replay:
             if kind == "session":
                 self._begin(says)
                 continue
-            found = StepRecord.unpack(says, tensors)
+            step = StepRecord.unpack(says, tensors)
             with _threads(self._session["threads"]):
-                self._take(found)
+                self._take(step)
             self.step = record.step
-            yield found
+            yield step
         if until is not None and self.step < until:
             raise TrajectoryError(
                 f"{self.path} ends after step {self.step}: step {until} is not in it."
             )
 
     def departed(self, record: StepRecord) -> list[str]:
-        """Return the names of the tensors that are not what they were in training after a step."""
+        """Return the names of the tensors that differ from those of training after a step."""
         pairs = zip(self.parameters.items(), record.fingerprints, strict=True)
         return [name for (name, parameter), wanted in pairs if fingerprint(parameter) != wanted]
 
     def surroundings(self) -> str:
-        """Say under what a session trained, for a replay that departs from it."""
+        """Describe the environment of the training session, for a replay that differs from it."""
         here = f"torch {torch.__version__}"
         return (
             f"it was trained with torch {self._session['torch']} on {self._session['device']}, and "
@@ -111,8 +112,8 @@ class Replay:
             "or something else changed the adapter in training."
         )
 
-    def _begin(self, session: dict[str, Any]) -> None:
-        """Go on as a session of the run did."""
+    def _begin(self, session: State) -> None:
+        """Start a session of the run."""
         if session.get("noise") != rules.noise_print():
             raise TrajectoryError(
                 f"{self.path} was written where the same seed draws other noise (torch "
@@ -132,7 +133,7 @@ class Replay:
         self._session, self._groups = session, []
 
     def _take(self, record: StepRecord) -> None:
-        """Take one optimizer step."""
+        """Replay one optimizer step."""
         if record.rules is not None:
             self._perturbation = rules.build(record.rules, self.parameters)
         for trace in record.traces:
@@ -166,7 +167,7 @@ class Replay:
             parameter.grad = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors of the adapter's file, by the names that they have there."""
+        """Return the tensors of the adapter's file by their names in it."""
         own = {name: parameter.detach() for name, parameter in self.parameters.items()}
         if self.says["adapter"] is None:
             return own
@@ -176,11 +177,11 @@ class Replay:
         }
 
     def save(self, folder: str | Path) -> Path:
-        """Write the adapter as PEFT does, or the trainable tensors alone where there is none;
-        returns the file.
+        """Write the adapter as PEFT does, or the trainable tensors if there is no adapter; return
+        the file.
 
         Raises:
-            TrajectoryError: it cannot be written there.
+            TrajectoryError: the file cannot be written.
         """
         folder, adapter = Path(folder), self.says["adapter"]
         path = folder / (TRAINABLE_FILE if adapter is None else "adapter_model.safetensors")
@@ -199,7 +200,7 @@ class Replay:
 
 @contextmanager
 def _threads(number: int) -> Iterator[None]:
-    """Let torch use so many threads for a while: sums over parts of a tensor depend on it."""
+    """Set torch's number of threads inside the context, because parallel sums depend on it."""
     before = torch.get_num_threads()
     if before == number:
         yield
@@ -212,17 +213,42 @@ def _threads(number: int) -> Iterator[None]:
 
 
 def replay(path: str | Path, folder: str | Path | None = None, step: int | None = None) -> Replay:
-    """Rebuild the adapter of a run, as it was after a step (the last one by default), and write it
-    into a folder.
+    """Rebuild the adapter of a run after a step (by default the last one), and write it to a
+    folder.
 
     Args:
-        path: the log, or the output folder that holds it.
-        folder: where the adapter is saved; None for nowhere.
-        step: optimizer steps to be done.
+        path: the log, or the output folder that contains it.
+        folder: where the adapter is saved; None to save nothing.
+        step: the step.
 
     Raises:
-        TrajectoryError: the log is damaged or has no such step, or what is rebuilt is not what was
-            trained: then nothing is written; or it cannot be written.
+        TrajectoryError: the log is damaged or has no such step, or the rebuilt adapter differs from
+            the trained one (then nothing is written), or it cannot be written.
+
+    Example:
+        >>> import torch
+        >>> from tempfile import TemporaryDirectory
+        >>> from torch import nn
+        >>> from transformers import PrinterCallback
+        >>> from hf_flops import FlopsTrainer, FlopsTrainingArguments
+        >>> from hf_flops.trajectory.replay import replay
+        >>> class Model(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.layer = nn.Linear(1, 2)
+        ...     def forward(self, x, labels):
+        ...         logits = self.layer(x)
+        ...         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+        >>> model, data = Model(), [{"x": [i - 3.5], "labels": i // 4} for i in range(8)]
+        >>> options = {"use_cpu": True, "report_to": "none", "disable_tqdm": True}
+        >>> with TemporaryDirectory() as folder:
+        ...     args = FlopsTrainingArguments(folder, max_steps=2, trajectory_log=True, **options)
+        ...     trainer = FlopsTrainer(model=model, args=args, train_dataset=data)
+        ...     trainer.remove_callback(PrinterCallback)
+        ...     result = trainer.train()
+        ...     rebuilt = replay(folder)
+        >>> torch.equal(rebuilt.parameters["layer.weight"], model.layer.weight)
+        True
     """
     rebuilt = Replay(path)
     for record in rebuilt.run(step):

@@ -5,7 +5,7 @@ without a model.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -23,23 +23,25 @@ from ..perturbations import (
 from ..perturbations.noise import draw
 from .start import digest
 
+Description: TypeAlias = list[list[Any]]
+"""[rule, distribution, names of the tensors] of each part of a perturbation."""
 _RULES: dict[type, str] = {RowwiseNoise: "rowwise", SharedNoise: "shared"}
 
 
 class Unwatched(RowwiseNoise):
-    """The noise of `RowwiseNoise` for parameters that belong to no model: it can be drawn and
-    pulled back only.
+    """The noise of `RowwiseNoise` for parameters without a model: it can be drawn and summed, but
+    not applied.
     """
 
     def __init__(self, vector: ParameterVector, distribution: str) -> None:
         self.vector, self.distribution, self.rowwise_size = vector, distribution, vector.size
 
 
-def describe(perturbation: Perturbation) -> list[list[Any]]:
+def describe(perturbation: Perturbation) -> Description:
     """Return [rule, distribution, names] for each part of a perturbation.
 
     Raises:
-        ConfigurationError: its pull-back needs a forward pass, or it is of an unknown kind.
+        ConfigurationError: summing its noise needs a forward pass, or its type is unknown.
     """
     parts: Sequence[Any] = perturbation.parts
     for part in parts:
@@ -51,10 +53,8 @@ def describe(perturbation: Perturbation) -> list[list[Any]]:
     return [[_RULES[type(part)], part.distribution, list(part.vector.names)] for part in parts]
 
 
-def build(said: Sequence[Sequence[Any]], parameters: Mapping[str, nn.Parameter]) -> Perturbation:
-    """Return what draws the noise of a perturbation that `describe` saw, for the parameters by
-    name.
-    """
+def build(said: Description, parameters: Mapping[str, nn.Parameter]) -> Perturbation:
+    """Return a perturbation that draws the noise of a `describe`d one, for parameters by name."""
     parts: list[Perturbation] = []
     for rule, distribution, names in said:
         vector = ParameterVector([(name, parameters[name]) for name in names])
@@ -67,8 +67,8 @@ def build(said: Sequence[Sequence[Any]], parameters: Mapping[str, nn.Parameter])
 
 
 def noise_print() -> str:
-    """Return what tells the noise of a seed apart from that of another version of hf_flops or
-    torch.
+    """Return a digest of the noise of a fixed seed, to detect versions of hf_flops or torch with
+    different noise.
     """
     shapes, row = [torch.Size([13, 9])], np.ones(1, dtype=np.uint64)
     return digest(

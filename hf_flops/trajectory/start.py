@@ -1,6 +1,4 @@
-"""Where a run starts: the adapter's first values, the files that it is saved as, and what tells its
-base apart.
-"""
+"""The start of a run: the adapter's initial values, its files, and digests of its base model."""
 
 from __future__ import annotations
 
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .._version import __version__
+from ..base.state import State
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -22,10 +21,8 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def describe(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return what the first record says of a model: in words, and the tensors that nothing else
-    tells.
-    """
+def describe(model: nn.Module) -> tuple[State, dict[str, Tensor]]:
+    """Return metadata and tensors of a model for the first record; zero tensors are not stored."""
     own, base = trainable(model), getattr(model, "get_base_model", lambda: model)()
     config, files, kept = _files(model, own)
     values: dict[str, Tensor] = {**own, **{f"file:{name}": tensor for name, tensor in kept.items()}}
@@ -54,11 +51,11 @@ def describe(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _files(
     model: Any, own: Mapping[str, nn.Parameter]
-) -> tuple[dict[str, Any], dict[str, str] | None, dict[str, Tensor]]:
-    """Return PEFT's configuration, which trainable parameter each tensor of its file is (or ""),
-    and the other tensors.
+) -> tuple[State, dict[str, str] | None, dict[str, Tensor]]:
+    """Return PEFT's configuration, the trainable parameter for each tensor of its file (or ""), and
+    the other tensors.
 
-    The second is None where the model has no adapter, or saves something else than its parameters.
+    The second is None if the model has no adapter, or saves other tensors than its parameters.
     """
     if not hasattr(model, "peft_config"):
         return {}, None, {}
@@ -67,7 +64,9 @@ def _files(
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     places = {parameter.data_ptr(): name for name, parameter in own.items()}
     files = {key: places.get(tensor.data_ptr(), "") for key, tensor in state.items()}
-    for name in sorted(set(own) - set(files.values())):  # what is saved as a copy, as prompts are
+    for name in sorted(
+        set(own) - set(files.values())
+    ):  # tensors that are saved as copies, as prompts are
         alike = [
             key for key, taken in files.items() if not taken and torch.equal(state[key], own[name])
         ]
@@ -90,13 +89,13 @@ def _files(
 
 
 def digests(model: nn.Module, without: Iterable[int] = ()) -> dict[str, str]:
-    """Return a digest of each frozen tensor of a model's base by its name there.
+    """Return a digest of each frozen tensor of a model's base by its name in the base.
 
     Args:
-        model: the model; what an adapter replaced in it does not count.
+        model: the model; tensors that an adapter replaced are left out.
         without: addresses of tensors that belong to the adapter.
     """
-    found, left_out = {}, set(without)
+    result, left_out = {}, set(without)
     for name, parameter in model.named_parameters():
         kept = (
             parameter.requires_grad
@@ -109,8 +108,8 @@ def digests(model: nn.Module, without: Iterable[int] = ()) -> dict[str, str]:
                 if hasattr(model, "peft_config")
                 else name
             )
-            found[name.replace(".base_layer.", ".")] = digest(parameter)
-    return found
+            result[name.replace(".base_layer.", ".")] = digest(parameter)
+    return result
 
 
 def digest(tensor: Tensor) -> str:

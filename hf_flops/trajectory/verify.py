@@ -1,4 +1,4 @@
-"""Compares a checkpoint with what its log leads to, step by step and tensor by tensor."""
+"""Compares a checkpoint with the replay of its log, step by step and tensor by tensor."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from operator import index
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -20,18 +20,20 @@ from .replay import Replay
 
 _FILES = ("adapter_model.safetensors", "model.safetensors", "trainable.safetensors")
 
+T = TypeVar("T")
+
 
 @dataclass
 class Departure:
-    """A tensor of a checkpoint that is not what the log leads to.
+    """A tensor of a checkpoint that differs from the replay.
 
     Attributes:
         name: of the tensor, in the checkpoint's file.
-        numbers: how many of its numbers differ.
-        size: how many it has.
-        most: largest difference; NaN where it is missing, or has another shape.
-        step: the last step after which the log has the tensor as it is in the checkpoint; None if
-            it never is.
+        numbers: number of differing entries.
+        size: number of entries.
+        most: largest difference; NaN if the tensor is missing or has another shape.
+        step: the last step of the log after which the tensor equals that of the checkpoint; None if
+            there is none.
     """
 
     name: str
@@ -56,14 +58,14 @@ class Departure:
 
 @dataclass
 class Verdict:
-    """What a comparison found.
+    """The result of a comparison.
 
     Attributes:
-        step: optimizer steps that the checkpoint is compared after.
+        step: the step of the comparison.
         departures: the tensors of the checkpoint that differ.
-        first: the first step after which the replay itself is not what training had, and the
-            tensors; None if there is none.
-        surroundings: what may have made a replay differ.
+        first: the first step after which the replay itself differs from training, and the tensors;
+            None if there is none.
+        surroundings: environment that may explain a difference.
     """
 
     step: int
@@ -73,7 +75,7 @@ class Verdict:
 
     @property
     def right(self) -> bool:
-        """Whether the checkpoint is, bit for bit, what the log leads to."""
+        """Whether the checkpoint equals the replay bit for bit."""
         return not self.departures and self.first is None
 
     def __str__(self) -> str:
@@ -95,10 +97,10 @@ def verify(path: str | Path, checkpoint: str | Path, step: int | None = None) ->
     """Replay a log up to the step of a checkpoint and compare the two.
 
     Args:
-        path: the log, or the output folder that holds it.
+        path: the log, or the output folder that contains it.
         checkpoint: a folder with the weights; its trainer_state.json says after which step it was
             saved.
-        step: the step, where the folder does not say it; the log's last one by default.
+        step: the step, if the folder does not contain it; by default the log's last one.
 
     Raises:
         TrajectoryError: the log is damaged or does not reach the step, or the folder holds no
@@ -138,7 +140,7 @@ def verify(path: str | Path, checkpoint: str | Path, step: int | None = None) ->
     return Verdict(log.step, departures, first, log.surroundings() if log.step else "")
 
 
-def _read(path: Path, how: Callable[[Path], Any]) -> Any:
+def _read(path: Path, how: Callable[[Path], T]) -> T:
     try:
         return how(path)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:

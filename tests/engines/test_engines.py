@@ -31,7 +31,7 @@ from hf_flops.engines import (
     export_onnx,
 )
 from hf_flops.engines import local as engines
-from hf_flops.engines.client import _Failure, _seconds
+from hf_flops.engines.http import RetryableError, seconds_to_wait
 from hf_flops.engines.server import main
 from recipes.engines import engine_of
 from tests.helpers.tiny import SIZES, VOCABULARY, as_dataset, generator, tiny_model
@@ -391,9 +391,13 @@ def test_retry_after_is_waited_for():
 
 
 def test_retry_after_is_a_number_or_a_date():
-    assert _seconds("1.5") == 1.5
-    assert 25 < _seconds(email.utils.formatdate(time.time() + 30, usegmt=True)) < 31
-    assert [_seconds(value) for value in ("", "soon", "Wed, 99 Oct 2099 07:28:00 GMT")] == [0, 0, 0]
+    assert seconds_to_wait("1.5") == 1.5
+    assert 25 < seconds_to_wait(email.utils.formatdate(time.time() + 30, usegmt=True)) < 31
+    assert [seconds_to_wait(value) for value in ("", "soon", "Wed, 99 Oct 2099 07:28:00 GMT")] == [
+        0,
+        0,
+        0,
+    ]
 
 
 @pytest.mark.parametrize("body", [b"", b"sorry"])
@@ -429,10 +433,10 @@ def test_a_failed_call_ends_the_others(error):
 
     def post(body):
         if next(numbers) == 0:
-            raise _Failure("busy", 4.0)
+            raise RetryableError("busy", 4.0)
         raise error
 
-    asked._post = post
+    asked.post = post
     start = time.perf_counter()
     with pytest.raises(type(error)):
         asked(*rows(8))
@@ -530,13 +534,13 @@ def test_batches_go_out_together_and_come_back_in_order():
 
     with EngineServer(Slow(None, None)) as server:
         asked = client(server, batch_rows=2, concurrency=3)
-        post = asked._post
+        post = asked.post
 
         def together(body):
             gate.wait()  # passes only if three calls are under way at a time
             return post(body)
 
-        asked._post = together
+        asked.post = together
         embeds = torch.arange(6.0)[:, None, None].expand(6, 1, 2)
         assert asked(embeds, torch.ones(6, 1, dtype=torch.long)).equal(embeds[:, 0])
 
@@ -545,7 +549,7 @@ def test_a_server_refuses_what_it_does_not_understand():
     with EngineServer(Fails(None, crash)) as server:
         asked = client(server, retries=0)
         with pytest.raises(EngineError, match="refused: HTTP 400"):
-            asked._post(b"nonsense")
+            asked.post(b"nonsense")
         with pytest.raises(EngineError, match="HTTP 500: ZeroDivisionError: out of luck"):
             asked(*rows())
 

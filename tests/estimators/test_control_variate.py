@@ -13,7 +13,7 @@ from hf_flops import BatchPosition, Method, estimate_gradient
 from hf_flops.allocators import ALLOCATORS
 from hf_flops.base.prng import seeds
 from hf_flops.estimators import ESTIMATORS, Antithetic, LogitJacobian, OneSided, Prediction
-from hf_flops.estimators.control_variate import _contrasts
+from hf_flops.estimators.control_variate import contrasts
 from hf_flops.objectives import RowLosses, TappedLoss
 from hf_flops.perturbations import DISTRIBUTIONS, ParameterVector, perturb
 from hf_flops.perturbations.noise import draw
@@ -180,7 +180,7 @@ def test_a_restored_state_goes_on_alike_and_another_size_starts_anew():
 
 @pytest.mark.parametrize("classes", [1, 2, 7])
 def test_contrasts_are_orthonormal_and_sum_to_zero(classes):
-    basis = _contrasts(classes)
+    basis = contrasts(classes)
     assert basis.shape == (classes, classes - 1)
     assert torch.allclose(basis.T @ basis, torch.eye(classes - 1), atol=1e-6)
     assert (basis.sum(0).abs() < 1e-6).all()
@@ -221,7 +221,7 @@ def test_what_rows_taught_adds_up_exactly(size):
     )
     for part in parts:
         prediction.add(part, part.T, torch.ones(4).double())
-    assert prediction._innovation.is_floating_point() == (size > 1)
+    assert prediction.innovation.is_floating_point() == (size > 1)
     found, sums = prediction.statistics()
     assert found.equal(sum(parts))
     assert sums.equal(torch.full((4,), 6.0).double())

@@ -182,7 +182,7 @@ def test_processes_that_differ_are_refused(tmp_path):
             [*ACCELERATE[:-1], "--cpu", ACCELERATE[-1], "2"],
             "asked for several processes but started one",
         ),
-        ([*TORCHRUN, "2"], "2 processes were started, but each takes itself for the only one"),
+        ([*TORCHRUN, "2"], "2 processes were started, but they are not connected"),
     ],
 )
 def test_launchers_that_start_something_else_are_refused(launcher, message, tmp_path):

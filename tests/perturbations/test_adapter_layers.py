@@ -211,7 +211,7 @@ def test_nothing_is_left_behind_in_adapter_layers():
     perturbation = RowwiseNoise(model, vector, "gaussian", vector.names)
     before = {name: (value.clone(), value.data_ptr()) for name, value in model.named_parameters()}
     applied = perturbation.applied(perturbation.draw(keys(3)), 0.1)
-    with pytest.raises(RowMismatch, match="does not see 3 rows"), applied:
+    with pytest.raises(RowMismatch, match="does not get 3 rows"), applied:
         model(**tiny_batch("bert"))
     assert "get_prompt" not in vars(model)
     assert all(

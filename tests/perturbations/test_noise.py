@@ -141,7 +141,7 @@ def test_sums_after_products_have_the_same_bits(distribution, most, monkeypatch)
     coefficients = torch.randn(20, 2, generator=rng)
     fresh, used = (draw(distribution, seeds(0, np.arange(20)), own) for _ in range(2))
     used.dot(torch.randn(3, 261, generator=rng))
-    assert bool(used._kept) == (most > 0)
+    assert bool(used.unpacked) == (most > 0)
     assert used.exact_sum(coefficients).equal(fresh.exact_sum(coefficients))
 
 

@@ -291,7 +291,7 @@ def test_a_flattened_input_that_does_not_hold_whole_rows_is_refused():
     module = nn.Linear(3, 2)
     perturbation = RowwiseNoise(module, ParameterVector.of(module), "gaussian")
     applied = perturbation.applied(perturbation.draw(keys(4)), 1.0)
-    with pytest.raises(RowMismatch, match=r"\(5, [23]\) does not hold 4 rows"), applied:
+    with pytest.raises(RowMismatch, match=r"\(5, [23]\) does not contain 4 rows"), applied:
         module(randn(5, 3))
 
 

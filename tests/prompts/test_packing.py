@@ -54,7 +54,7 @@ def test_logits_are_those_of_rows_alone(kind, rows, slots, lengths, data):
     real = data.draw(st.lists(st.integers(1, 3), min_size=len(rows), max_size=len(rows)))
     kept = (torch.arange(3) < torch.tensor(real)[:, None]).long()
     with model.cached_texts(inputs):
-        texts = model._texts
+        texts = model.texts
     own = torch.tensor(rows) % len(texts.mask)  # texts may be drawn twice
     wanted = continued(model.base, texts, Packing.of(own, 1), tokens, kept, 3)[kept.bool()]
     found = continued(model.base, texts, Packing.of(own, slots), tokens, kept, 3)[kept.bool()]
@@ -76,7 +76,7 @@ def test_estimates_are_those_of_rows_alone(kind, monkeypatch):
     # as if tokens cost nothing, so that as many rows as can be share a line
     monkeypatch.setattr(packing, "_TOKEN", 0)
     for packs in (None, False):
-        model._packs = packs
+        model.packs = packs
         model.zero_grad()
         with torch.no_grad(), shared_texts(model, inputs, clean=True):
             estimate_gradient(model_forward(model), inputs, method, BatchPosition())
@@ -92,8 +92,8 @@ def test_estimates_are_those_of_rows_alone(kind, monkeypatch):
 def test_models_that_take_no_mask_of_ones_own_run_rows_alone(odd):
     model, inputs = suffix("llama"), batch(draw_rows([(5, 1), (2, 1)]))
     with model.cached_texts(inputs):
-        texts = model._texts
-    assert model._packs is True
+        texts = model.texts
+    assert model.packs is True
     original = model.base.forward
 
     def forward(

@@ -144,7 +144,7 @@ def test_rows_with_the_same_text_share_one_run_of_it(kind, cached):
         )
         assert runs == [(texts, 6), (len(chosen), answer - 1)]
         torch.testing.assert_close(found, plain_losses(model, rows)[chosen], rtol=1e-5, atol=1e-5)
-    assert model._texts is None
+    assert model.texts is None
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -182,13 +182,13 @@ def test_a_cache_of_texts_is_dropped_after_an_exception():
     model, inputs, seen = suffix("llama"), batch(draw_rows([(5, 1), (2, 1)])), []
 
     def fail():
-        seen.append(model._texts)
+        seen.append(model.texts)
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError), model.cached_texts(inputs):
         fail()
     assert len(seen[0].mask) == 2  # texts
-    assert model._texts is None
+    assert model.texts is None
 
 
 @torch.no_grad()
@@ -346,7 +346,7 @@ def test_forward_only_training_runs_each_text_once_per_step_and_resumes(tmp_path
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
     assert sum(shape[0] for shape in runs if shape[1] > 0) == 12 * 8
-    assert model._texts is None
+    assert model.texts is None
     assert model.model_tags
 
     resumed = suffix("llama", 4)
@@ -439,6 +439,6 @@ def test_bad_arguments():
         MambaConfig(vocab_size=VOCABULARY, hidden_size=8, state_size=2, num_hidden_layers=1)
     )
     with pytest.raises(
-        ConfigurationError, match="MambaForCausalLM does not keep its text as keys and values alone"
+        ConfigurationError, match="MambaForCausalLM keeps more than keys and values of its text"
     ):
         SuffixPromptModel(mamba)(**batch(draw_rows([(4, 2)])))

@@ -54,7 +54,12 @@ def test_a_border_changes_the_outermost_pixels_only():
     images = tiny_batch("vit")["pixel_values"]
     assert torch.equal(model(images).logits, model.vision_model(images).logits)  # it starts at zero
     torch.nn.init.constant_(model.prompt.weight, 3.0)
-    change = model._framed(images) - images
+    received = []
+    model.vision_model.register_forward_pre_hook(
+        lambda module, args, kwargs: received.append(kwargs["pixel_values"]), with_kwargs=True
+    )
+    model(images)
+    change = received[0] - images
     assert torch.equal(change[:, :, 2:-2, 2:-2], torch.zeros(4, 3, 4, 4))
     inside = torch.zeros(8, 8, dtype=torch.bool)
     inside[2:-2, 2:-2] = True

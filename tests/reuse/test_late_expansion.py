@@ -378,7 +378,7 @@ def test_modules_are_as_before_also_after_an_exception(failing):
     assert len(calls) == 3 if failing else len(calls) > 3
     assert [module for module in model.modules() if "forward" in vars(module)] == [embeddings]
     assert vars(embeddings)["forward"] is own
-    assert [recording._outputs for recording in recordings] == [{}]
+    assert [recording.outputs for recording in recordings] == [{}]
 
 
 @pytest.mark.parametrize("call", [1, 2, 3, 4, 6, 9])

@@ -174,7 +174,7 @@ def test_plain_arguments_are_refused(arguments):
     [
         (
             {"WORLD_SIZE": "2"},
-            "2 processes were started, but each takes itself for the only one.*use_cpu=True",
+            "2 processes were started, but they are not connected.*use_cpu=True",
         ),
         (
             {

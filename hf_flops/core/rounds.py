@@ -1,0 +1,113 @@
+"""Rounds of queries: one, or two where the allocator wants a pilot. This file lays out the rows of
+a round, runs them chunk by chunk, and adds their noise to the sum.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..allocators import SampleFeatures, TwoRoundAllocator, equal_counts
+from ..base.prng import seeds
+from ..base.rows import Rows, expand
+from ..distributed.noise_sum import NoiseSum
+from ..estimators import Chain
+from ..estimators.delta_chain import ChunkDeltas
+from ..perturbations.base import DrawnNoise
+from .clean_forward import CleanPass
+from .diagnostics import mean_squares
+from .queries import Queries, QueryResults
+
+
+def all_queries(
+    clean: CleanPass, chain: Chain, sums: NoiseSum, features: SampleFeatures
+) -> QueryResults:
+    """Run all queries, in two rounds where the allocator wants a pilot."""
+    allocator, budget = clean.method.allocator, clean.budget
+    if not clean.method.objective.per_row:
+        return run_round(clean, chain, sums, equal_counts(clean.units, budget))
+    plan = allocator.pilot(features, budget) if isinstance(allocator, TwoRoundAllocator) else None
+    if plan is None:
+        return run_round(clean, chain, sums, allocator.counts(features, budget))
+    assert isinstance(allocator, TwoRoundAllocator)
+    pilot, weights = plan
+    first = run_round(clean, chain, sums, pilot, share=weights)
+    squares = mean_squares(first.rows, first.deltas, clean.units)
+    left = budget - len(first.rows)
+    counts = allocator.second_counts(features, squares, pilot, weights, left)
+    return first.then(run_round(clean, chain, sums, counts, share=1 - weights, after=pilot))
+
+
+def lay_out(
+    clean: CleanPass, counts: Tensor, share: Tensor | float = 1.0, after: Tensor | None = None
+) -> Rows:
+    """Return the rows of `counts[i]` queries for each sample; for `share` and `after` see
+    `expand`.
+    """
+    allocator, place = clean.method.allocator, clean.place
+    # N is known only after a forward has counted the loss elements: rows are laid out with N = 1.
+    # Counts may round differently on another machine, so all processes use those of process 0.
+    counts = clean.method.exchange.group.broadcast(counts.int()).long()
+    rows = expand(counts, 1.0, weighted=allocator.weighted, share=share, after=after)
+    if not (allocator.shuffled and clean.method.objective.per_row):
+        return rows
+    order = seeds(place.seed, place.step, rows.owner.numpy(), rows.query.numpy()).argsort()
+    return replace(rows[torch.from_numpy(order)], group=torch.arange(len(rows)) // clean.units)
+
+
+def run_round(
+    clean: CleanPass,
+    chain: Chain,
+    sums: NoiseSum,
+    counts: Tensor,
+    share: Tensor | float = 1.0,
+    after: Tensor | None = None,
+) -> QueryResults:
+    """Run `counts[i]` queries of each sample and add their noise to the sum; each process runs its
+    part of them.
+    """
+    method, queries, exchange = clean.method, queries_of(clean), clean.method.exchange
+    shares_noise, rows = method.perturbation.shares_noise, lay_out(clean, counts, share, after)
+    parts = exchange.parts(rows, clean.feed, shares_noise=shares_noise, chunk=clean.planner.given)
+    own = parts[exchange.group.rank]
+    if exchange.group.world > 1 and (clean.losses is None or clean.recording.complete):
+        clean.recording.extend(clean.feed.whole, own.owner)
+    results = torch.empty(len(own), 3)  # deltas, losses, elements
+
+    def work(index: slice) -> int:
+        chunk = own[index]
+        noise = queries.noise(chunk)
+        deltas, losses, elements, columns = measure(queries, chain, chunk, noise)
+        coefficients = torch.where(deltas.values.isfinite(), deltas.values * chunk.weight, 0.0)
+        weighted, innovation = sums.weighted(noise, coefficients, deltas.errors)
+        # Memory may run out above; nothing large is allocated below.
+        results[index] = torch.stack([deltas.values, losses, elements], 1)
+        sums.add(chunk, coefficients, weighted, method.perturbation.dimension(noise))
+        chain.update(deltas, innovation)
+        return columns
+
+    queries.in_chunks(own, work, clean.planner)
+    # Without a clean forward, losses and elements of the rows replace it.
+    rows, results, mine = exchange.gathered(
+        parts, results[:, :1] if clean.losses is not None else results
+    )
+    measured = results[:, 0]
+    return QueryResults(rows, measured, chain.of_round(measured, rows), results[:, 1:], mine)
+
+
+def queries_of(clean: CleanPass) -> Queries:
+    """Return the object that runs rows of a batch under noise."""
+    return Queries(clean.recording, clean.method, clean.place, clean.feed, clean.samples)
+
+
+def measure(
+    queries: Queries, chain: Chain, chunk: Rows, noise: DrawnNoise
+) -> tuple[ChunkDeltas, Tensor, Tensor, int]:
+    """Return a chunk's deltas, losses (R,), loss elements (R,), and the number of columns of a row;
+    its logits are freed.
+    """
+    evaluation = queries.evaluate(chunk, noise)
+    deltas = chain.of_chunk(ChunkDeltas(evaluation.losses), evaluation)
+    return deltas, evaluation.losses.mean(0).float(), evaluation.elements, evaluation.columns
