@@ -18,6 +18,10 @@ class BatchPosition:
         position: index of the batch's first sample in the global batch of this optimizer step.
         epoch: epochs done, with fraction.
         ids: the samples' indices in the data set, if known; the noise does not depend on them.
+
+    Example:
+        >>> BatchPosition(seed=1, step=3) == BatchPosition(1, 3, 0, 0.0, None)
+        True
     """
 
     seed: int = 0

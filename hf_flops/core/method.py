@@ -126,6 +126,13 @@ class StepResult:
         metrics: numbers for the log.
         trace: rows and coefficients of the estimate, without the closed-form head and the control
             variate.
+
+    Example:
+        >>> import torch
+        >>> counts = torch.tensor([3, 1])
+        >>> result = StepResult(torch.tensor(0.7), 6, counts, torch.tensor([2.0, 0.5]), {})
+        >>> result.rows - int(result.counts.sum())  # clean rows
+        2
     """
 
     loss: Tensor

@@ -86,6 +86,15 @@ class Objective:
         piecewise_constant: whether small changes of the parameters do not change most row losses,
             as with an accuracy.
         generates: whether `run` generates text instead of running one forward pass.
+
+    Example:
+        >>> import torch
+        >>> class Size(Objective):
+        ...     def __call__(self, forward, inputs, *, features=False):
+        ...         sums = forward(inputs)[1].square().sum(1)
+        ...         return RowLosses(sums, torch.ones_like(sums))
+        >>> Size()(lambda inputs: (None, 2 * inputs["x"]), {"x": torch.ones(2, 3)}).sums
+        tensor([12., 12.])
     """
 
     per_row: bool = True
