@@ -439,9 +439,7 @@ def test_what_cannot_be_replayed_is_refused_when_it_is_asked_for(option, tmp_pat
 
 def test_several_processes_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(FlopsTrainingArguments, "world_size", 2)
-    with pytest.raises(
-        ConfigurationError, match="needs all numbers of a step in one process"
-    ):
+    with pytest.raises(ConfigurationError, match="needs all numbers of a step in one process"):
         arguments(tmp_path)
 
 
