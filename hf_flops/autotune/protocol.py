@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Protocol
 
 from torch import Tensor
 
 from ..base.batch import Inputs, batch_size
 from ..base.rows import BatchPosition
+from ..base.state import State
 from ..core.method import FinishedBatch, Method, StepResult
 from ..objectives import Forward, RowLossError
-
-# of a part of a run: nested dicts and lists of tensors and plain values
-State: TypeAlias = dict[str, Any]
 
 
 class RunArguments(Protocol):

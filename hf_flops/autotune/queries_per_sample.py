@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
+from ..base.state import State
 from ..core.method import Method, StepResult
-from .protocol import State
 
 MOST = 64  # rows per sample
 _KEPT = 0.95  # weight of past steps, from one step to the next

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..autotune.protocol import State
 from ..base.batch import Inputs, batch_size
+from ..base.state import State
 from ..core.method import FinishedBatch, StepResult
 from ..distributed.collectives import ProcessGroup
 from ..objectives import Forward

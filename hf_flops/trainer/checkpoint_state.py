@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ..autotune.protocol import State, Stateful
+from ..autotune.protocol import Stateful
+from ..base.state import State
 from ..errors import ConfigurationError
 
 logger = logging.getLogger("hf_flops.trainer")

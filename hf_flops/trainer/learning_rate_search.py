@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..autotune.line_search import MOST_LOOKS, SHORTER, Found, line_search
-from ..autotune.protocol import Batch, GradientSession, State
+from ..autotune.protocol import Batch, GradientSession
+from ..base.state import State
 from ..distributed.collectives import ProcessGroup
 from ..errors import ConfigurationError
 from ..perturbations import ParameterVector
