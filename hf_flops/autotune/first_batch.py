@@ -73,6 +73,9 @@ def set_up(
     objective: Objective | None,
     perturbation: Perturbation | None,
     frozen: Collection[str],
+    loss: Forward | None = None,
+    *,
+    tap: bool = True,
 ) -> Chosen:
     """Choose with the first batch what the user did not, and log what falls short of the ideal.
 
@@ -85,6 +88,8 @@ def set_up(
             `surrogate` to check with.
         perturbation: where noise enters, None for what the arguments say.
         frozen: names of trainable tensors that stay as they are for now.
+        loss: see `choose_objective`.
+        tap: see `choose_objective`.
 
     Raises:
         ObjectiveError: the arguments want noise per row, but there is no loss per row.
@@ -95,7 +100,7 @@ def set_up(
     # an objective of the user's is left as it is, unless it keeps logits itself
     if objective is not None:
         return _set_up(objective, *given, ours=objective.logits)
-    objective, reason = choose_objective(forward, inputs, precision, model)
+    objective, reason = choose_objective(forward, inputs, precision, model, loss, tap=tap)
     try:
         if reason is None:
             objective = with_last_logits(model, objective, forward, inputs, precision)

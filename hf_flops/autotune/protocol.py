@@ -81,6 +81,7 @@ class Batch:
         progress: steps done over the steps of the run.
         ids: (B,) numbers of the samples, if they have any.
         checks: runs the model for the checks of the first batch, where `forward` generates text.
+        loss: does what `forward` does without counting rows, where that is the model's own loss.
     """
 
     inputs: Inputs
@@ -89,6 +90,7 @@ class Batch:
     progress: float = 0.0
     ids: tuple[int, ...] | None = None
     checks: Forward | None = None
+    loss: Forward | None = None
 
     @property
     def samples(self) -> int:
@@ -173,7 +175,7 @@ class GradientSession(Protocol):
         ...
 
     def fall_back(self, error: RowLossError, *, recorded: bool) -> None:
-        """Continue with the loss of whole batches.
+        """Continue with losses that are computed for each row, or with the loss of whole batches.
 
         Args:
             error: why there are no losses per row any more.

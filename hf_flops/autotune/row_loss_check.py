@@ -4,43 +4,70 @@ confirms it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..base.batch import Inputs, batch_size, misaligned, take
 from ..base.prng import seeds
-from ..base.probe import agree
+from ..base.probe import FAILURES, agree
 from ..errors import NonFiniteError
-from ..objectives import BatchLoss, Forward, Objective, RowLossError, TappedLoss
+from ..objectives import (
+    BatchLoss,
+    Forward,
+    Objective,
+    RowLossError,
+    RowLosses,
+    RowwiseLoss,
+    TappedLoss,
+)
 from ..perturbations import moved
 
 CHECK_SEED = 20410  # any number: the check's noise has a stream of its own
 
 
 def two_rows(objective: Objective, forward: Forward, inputs: Inputs) -> Inputs:
-    """Return the first two samples of a batch (its only one twice) on which a check can fail.
+    """Return two samples of a batch (its only one twice) on which a check can fail.
 
-    It skips samples with a non-finite loss and, if there are others, those without a loss element.
+    They differ most in their inputs. Samples with a non-finite loss are skipped, and, if there are
+    others, those without a loss element.
 
     Raises:
         NonFiniteError: no sample has a finite loss.
     """
-    pair = take(inputs, torch.tensor([0, min(1, batch_size(inputs) - 1)]))
+    index = most_different(inputs, torch.arange(batch_size(inputs)))
+    pair = take(inputs, index)
     losses = objective(forward, pair)
     if bool((losses.sums.isfinite() & (losses.counts > 0)).all()):
         return pair
     losses = objective(forward, inputs)
     finite = losses.sums.isfinite()
     telling = finite & (losses.counts > 0)
-    index = torch.nonzero(telling if telling.any() else finite).flatten().cpu()
-    if not len(index):
+    usable = torch.nonzero(telling if telling.any() else finite).flatten().cpu()
+    if not len(usable):
         raise NonFiniteError(
             f"Not one of the first batch's {len(finite)} samples has a finite loss: look for NaN "
             "in it."
         )
-    return take(inputs, index[[0, min(1, len(index) - 1)]])
+    return take(inputs, most_different(inputs, usable))
+
+
+def most_different(inputs: Inputs, usable: Tensor) -> Tensor:
+    """Return (2,) the first of some samples, and the one whose inputs differ from it the most;
+    other numbers of negative entries, such as ignored labels, weigh more than other values.
+    """
+    score = torch.zeros(len(usable))
+    for value in inputs.values():
+        if torch.is_tensor(value) and value.dim() > 0 and len(value) == batch_size(inputs):
+            rows = value[usable.to(value.device)].reshape(len(usable), -1).float()
+            score += (rows != rows[:1]).float().mean(1).cpu()
+            negative = (rows < 0).float().mean(1).cpu()
+            score += 100 * (negative - negative[0]).abs()
+    return torch.stack([usable[0], usable[int(score.argmax())]])
 
 
 def choose_objective(
@@ -48,27 +75,86 @@ def choose_objective(
     inputs: Inputs,
     precision: float = 1e-4,
     model: nn.Module | None = None,
+    loss: Forward | None = None,
+    *,
+    tap: bool = True,
 ) -> tuple[Objective, str | None]:
     """Return the finest objective that the model's own loss allows, and the reason if it is not per
     row.
 
-    With the model given, the check moves its trainable tensors: a term of the loss may be zero
-    where they start.
+    Args:
+        forward: runs the model and computes its loss.
+        inputs: a batch.
+        precision: see `precision_of`.
+        model: if it is given, the checks move its trainable tensors: a term of the loss may be zero
+            where they start.
+        loss: the same as `forward`, without counting rows; if it is given, a loss that the tap
+            cannot split is computed for single rows.
+        tap: whether the tap is tried.
     """
     odd = misaligned(inputs)
     if odd:
         return BatchLoss(), f"its inputs {odd} are not laid out one entry per sample"
-    tapped = TappedLoss()
+    makers: list[Callable[[], Objective]] = [TappedLoss] if tap else []
+    if loss is not None:
+        pair = take(inputs, most_different(inputs, torch.arange(batch_size(inputs))))
+        makers.append(partial(RowwiseLoss, loss, forward, pair))
+    reasons = list[str]()
+    with nullcontext() if model is None else moved_parameters(model):
+        for make in makers:
+            try:
+                objective = make()
+                check_split(objective, forward, inputs, precision)
+                return objective, None
+            except RowLossError as error:
+                reasons.append(str(error))
+    return BatchLoss(), ", and ".join(dict.fromkeys(reasons))
+
+
+def check_split(objective: Objective, forward: Forward, inputs: Inputs, precision: float) -> None:
+    """Check that an objective gives samples their own losses.
+
+    Raises:
+        RowLossError: the loss of a sample depends on others, or on how many of their labels count.
+    """
+    pair = two_rows(objective, forward, inputs)
+    together = objective(forward, pair)
+    twice = objective(forward, take(pair, torch.tensor([0, 0])))
+    if not _same_first(together, twice, precision):
+        raise RowLossError("the loss of a sample depends on the other samples of its batch")
+    uneven = with_fewer_labels(pair)
+    if uneven is None:
+        return
     try:
-        pair = two_rows(tapped, forward, inputs)
-        with nullcontext() if model is None else moved_parameters(model):
-            together = tapped(forward, pair).sums
-            alone = tapped(forward, take(pair, torch.tensor([0, 0]))).sums
-    except RowLossError as error:
-        return BatchLoss(), str(error)
-    if not agree(together[:1], alone[:1], precision / 2):
-        return BatchLoss(), "the loss of a sample depends on the other samples of its batch"
-    return tapped, None
+        found = objective(forward, uneven)
+    except RowLossError:
+        raise
+    except FAILURES:
+        return  # the model knows no such label
+    if not _same_first(found, together, precision):
+        raise RowLossError("the loss of a sample depends on which labels of others are ignored")
+
+
+def _same_first(found: RowLosses, wanted: RowLosses, precision: float) -> bool:
+    """Return whether the first rows have the same mean loss."""
+    means = [losses.sums[:1] / losses.counts[:1] for losses in (found, wanted)]
+    return agree(means[0], means[1], precision / 2)
+
+
+def with_fewer_labels(pair: Inputs) -> dict[str, Any] | None:
+    """Return two samples, half the labels of the second ignored, if both have as many labels that
+    count; None if they do not, or have one label each.
+    """
+    labels = pair.get("labels")
+    if not torch.is_tensor(labels) or labels.dim() < 2 or labels.dtype != torch.int64:
+        return None
+    counted = (labels >= 0).reshape(2, -1)
+    if int(counted[0].sum()) != int(counted[1].sum()) or int(counted[0].sum()) < 2:
+        return None
+    fewer = labels.reshape(2, -1).clone()
+    own = torch.nonzero(counted[1]).flatten()
+    fewer[1, own[len(own) // 2 :]] = -100
+    return {**pair, "labels": fewer.reshape(labels.shape)}
 
 
 def moved_parameters(model: nn.Module) -> AbstractContextManager[None]:

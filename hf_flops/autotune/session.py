@@ -24,7 +24,7 @@ from ..distributed.exchange import EXCHANGES
 from ..errors import ObjectiveError
 from ..estimators import ESTIMATORS, Estimator
 from ..estimators.control_variate import control_variate
-from ..objectives import Objective, RowLossError
+from ..objectives import Objective, RowLossError, TappedLoss
 from ..perturbations import ParameterVector, Perturbation
 from ..reuse import ReusePlan
 from .first_batch import Chosen, held_back, loss_of_batch, set_up
@@ -73,7 +73,8 @@ class SampleSession:
         self.frozen: frozenset[str] = frozenset()
         self.check_rows = 0
         self._trainable: list[str] = []
-        # the objective after `fall_back`
+        # what `fall_back` leaves
+        self._tap = True
         self._whole: Objective | None = None
 
     @property
@@ -111,7 +112,15 @@ class SampleSession:
             objective = self._whole or self._default(batch) or self.objective
             forward = batch.checks or batch.forward
             self.chosen = set_up(
-                self.args, self.model, forward, batch.inputs, objective, self._given, self.frozen
+                self.args,
+                self.model,
+                forward,
+                batch.inputs,
+                objective,
+                self._given,
+                self.frozen,
+                batch.loss,
+                tap=self._tap,
             )
         precision = precision_of(self.model, autocast=self.args.bf16)
         method = self._assembled(precision, batch.step)
@@ -214,7 +223,13 @@ class SampleSession:
                 f"Cannot fall back to a batch-level loss during {where}: {error}. Resume from the "
                 "last checkpoint, or pass objective=."
             )
-        self._whole, self.chosen = loss_of_batch(self.args, error), None
+        assert self.chosen is not None
+        if isinstance(self.chosen.objective, TappedLoss):
+            logger.warning("The loss is computed for each row from now on: %s.", error)
+            self._tap = False
+        else:
+            self._whole = loss_of_batch(self.args, error)
+        self.chosen = None
 
     def discard(self) -> None:
         """See `GradientSession`."""

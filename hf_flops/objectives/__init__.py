@@ -7,6 +7,7 @@ from .generation import GeneratedMetric
 from .macro_f1 import MacroF1
 from .metrics import Metric
 from .model_loss import BatchLoss, RowLossError, TappedLoss
+from .row_loss import RowwiseLoss
 
 __all__ = [
     "BatchLoss",
@@ -18,5 +19,6 @@ __all__ = [
     "Objective",
     "RowLossError",
     "RowLosses",
+    "RowwiseLoss",
     "TappedLoss",
 ]

@@ -35,7 +35,7 @@ def element_weights(
         kept = target != ignore_index
         if weight is None:
             return kept.to(losses.dtype)
-        return torch.where(kept, weight[target.clamp(min=0)], 0.0).to(losses.dtype)
+        return torch.where(kept, weight[target.where(kept, 0).long()], 0.0).to(losses.dtype)
     if name == "mse_loss" and weight is not None:
         return weight.expand_as(losses)
     return torch.ones_like(losses)
@@ -54,9 +54,8 @@ def squared_residuals(name: str, prediction: Tensor, target: Tensor, ignore_inde
     if target.is_floating_point():
         return (probabilities - target).square().sum(dimension)
     kept = target != ignore_index
-    chosen = probabilities.gather(dimension, target.clamp(min=0).unsqueeze(dimension)).squeeze(
-        dimension
-    )
+    index = target.where(kept, 0).long().unsqueeze(dimension)
+    chosen = probabilities.gather(dimension, index).squeeze(dimension)
     # ||p - onehot||^2 = ||p||^2 - 2 p_y + 1, without building the one-hot matrix
     # (negative only by rounding)
     return torch.where(
@@ -97,8 +96,7 @@ def _wanted(logits: Tensor, target: Tensor, given: Arguments) -> Tensor:
     weights = logits.new_ones(classes).view(shape) if weight is None else weight.view(shape)
     if target.is_floating_point():
         return weights * (target * (1 - smoothing) + smoothing / classes)
-    kept = (target != given.get("ignore_index", -100)).unsqueeze(dimension)
-    chosen = torch.zeros_like(logits).scatter_(
-        dimension, target.clamp(min=0).unsqueeze(dimension), 1.0
-    )
-    return kept * weights * (chosen * (1 - smoothing) + smoothing / classes)
+    kept = target != given.get("ignore_index", -100)
+    index = target.where(kept, 0).long().unsqueeze(dimension)
+    chosen = torch.zeros_like(logits).scatter_(dimension, index, 1.0)
+    return kept.unsqueeze(dimension) * weights * (chosen * (1 - smoothing) + smoothing / classes)

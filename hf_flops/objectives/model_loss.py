@@ -199,9 +199,8 @@ def _require_same(loss: Tensor | None, mean: Tensor) -> None:
         raise RowLossError("the model returns no loss")
     loss, mean = loss.detach(), mean.detach()
     tolerance = 1e-4 if loss.dtype in (torch.float32, torch.float64) else 3e-2
-    if bool(mean.isfinite()) and abs(float(loss) - float(mean)) > tolerance * max(
-        1.0, abs(float(mean))
-    ):
+    finite = bool(mean.isfinite()) or bool(loss.isfinite())
+    if finite and not abs(float(loss) - float(mean)) <= tolerance * max(1.0, abs(float(mean))):
         raise RowLossError(
             f"the model's loss {float(loss):.6g} is not the mean {float(mean):.6g} of its elements"
         )

@@ -28,16 +28,24 @@ def forward_function(trainer: Trainer, model: nn.Module) -> Forward:
     """Return a function that runs the model and computes the loss as the stock trainer does."""
 
     def forward(inputs: Inputs) -> tuple[Tensor | None, object]:
-        items = {}
-        if trainer.compute_loss_func is not None:
-            # it may divide by the number of labels: the loss of these rows is their own mean
-            count = trainer._get_num_items_in_batch([inputs], trainer.args.device)
-            items["num_items_in_batch"] = count
-        result = trainer.compute_loss(model, dict(inputs), return_outputs=True, **items)
-        # an override may return the loss alone
-        return result if isinstance(result, tuple) else (result, None)
+        items = None
+        if reads_items(trainer):
+            # as in a stock step; a loss that divides by this number is the mean of these rows
+            items = trainer._get_num_items_in_batch([inputs], trainer.args.device)
+        result = trainer.compute_loss(model, dict(inputs), num_items_in_batch=items)
+        return (result[0] if isinstance(result, tuple) else result), None
 
     return forward
+
+
+def reads_items(trainer: Trainer) -> bool:
+    """Return whether something other than the model may divide its loss by the number of labels.
+
+    A model's own loss is the mean of its elements without that number. With it, it need not be:
+    labels that PEFT's virtual tokens make room for are not counted.
+    """
+    own = type(trainer).compute_loss is not Trainer.compute_loss
+    return own or trainer.compute_loss_func is not None or trainer.label_smoother is not None
 
 
 def averaging(

@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 def batch_of(trainer: FlopsTrainerMixin, model: nn.Module, inputs: Inputs) -> Batch:
     """Return the batch that the trainer prepared last, with the function that runs the model."""
     step, objective, checks = trainer.state.global_step, trainer.objective, None
+    loss = None
     if objective is None:
-        forward = forward_function(trainer, model)
+        forward = loss = forward_function(trainer, model)
     else:
         forward = partial(objective.run, model)
         if objective.generates:
             checks = trainer.ledger.metered(partial(objective.surrogate.run, model))
     progress = step / max(trainer.state.max_steps, 1)
-    return Batch(
-        inputs, trainer.ledger.metered(forward), step, progress, trainer.sample_ids, checks
-    )
+    metered = trainer.ledger.metered(forward)
+    return Batch(inputs, metered, step, progress, trainer.sample_ids, checks, loss)
 
 
 def estimate_batch(

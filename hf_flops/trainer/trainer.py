@@ -207,8 +207,8 @@ class FlopsTrainerMixin(StockOverrides):
         """Estimate the gradient from perturbed forwards and add it to `.grad`, in place of loss and
         backward.
 
-        If the model's own loss stops working per row, the batch is estimated again with the loss of
-        whole batches, and training continues with that.
+        If the model's own loss stops working per row, the batch is estimated again with a loss that
+        is computed for each row, or with that of whole batches, and training continues with that.
 
         Returns:
             The batch's share of the optimizer step's mean loss, a detached scalar.
@@ -224,14 +224,14 @@ class FlopsTrainerMixin(StockOverrides):
         self._lockstep.check(model, inputs, self.state.global_step)
         batch = batch_of(self, model, inputs)
         position = self.positions.place(batch, seed_of(self.args), self.state.epoch)
-        try:
-            return estimate_batch(self, model, batch, position, num_items_in_batch)
-        except RowLossError as error:
-            recorded = self.recorder is not None and self.recorder.begun
-            self.session.fall_back(error, recorded=recorded)
-        except HandOver:
-            self._session = self._new_session(whole=True)
-        return estimate_batch(self, model, batch, position, num_items_in_batch)
+        while True:
+            try:
+                return estimate_batch(self, model, batch, position, num_items_in_batch)
+            except RowLossError as error:
+                recorded = self.recorder is not None and self.recorder.begun
+                self.session.fall_back(error, recorded=recorded)
+            except HandOver:
+                self._session = self._new_session(whole=True)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log as the stock trainer does, with rows used, the averages of the estimator's metrics

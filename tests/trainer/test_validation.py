@@ -22,7 +22,7 @@ from hf_flops import (
     NonFiniteError,
     ObjectiveError,
 )
-from hf_flops.objectives import RowLossError, TappedLoss
+from hf_flops.objectives import RowLossError, RowwiseLoss, TappedLoss
 from hf_flops.trajectory.replay import replay
 from tests.helpers.tiny import (
     CLASSES,
@@ -233,11 +233,21 @@ def test_an_adapter_on_an_adapter_is_refused(arguments):
 
 
 class Auxiliary(BertForSequenceClassification):
-    """A head with a second term in its loss."""
+    """A head with a second term in its loss, which couples rows."""
 
     def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
         outputs = super().forward(input_ids, attention_mask, labels=labels, **kwargs)
-        outputs.loss = outputs.loss + 0.1 * outputs.logits.square().mean()
+        outputs.loss = outputs.loss + 0.1 * outputs.logits.std(0, unbiased=False).mean()
+        return outputs
+
+
+class Coupled(BertForQuestionAnswering):
+    """A head whose loss depends on how much the rows of a batch differ."""
+
+    def forward(self, input_ids=None, start_positions=None, end_positions=None, **kwargs):
+        positions = {"start_positions": start_positions, "end_positions": end_positions}
+        outputs = super().forward(input_ids, **positions, **kwargs)
+        outputs.loss = outputs.loss + 0.1 * outputs.start_logits.std(0, unbiased=False).mean()
         return outputs
 
 
@@ -248,9 +258,7 @@ def auxiliary():
 
 
 def questions():
-    model = adapted(
-        "bert", lambda: BertForQuestionAnswering(BertConfig(vocab_size=VOCABULARY, **SIZES))
-    )
+    model = adapted("bert", lambda: Coupled(BertConfig(vocab_size=VOCABULARY, **SIZES)))
     return model, [
         {**sample, "start_positions": 0, "end_positions": 1} for sample in unlabelled("bert")
     ]
@@ -290,7 +298,7 @@ class Penalised(FlopsTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, **options):
         outputs = model(**inputs)
-        return outputs.loss + self.term(self, outputs.logits.square().mean())
+        return outputs.loss + self.term(self, outputs.logits)
 
 
 def penalty(candidate, _):
@@ -299,16 +307,28 @@ def penalty(candidate, _):
     )
 
 
-def checked(candidate, square):
-    return (candidate.ledger.all_rows > 6) * square  # after the first checks
+def spread(logits):
+    return logits.std(0, unbiased=False).mean()  # it couples rows
 
 
-def warmup(candidate, square):
-    return candidate.state.global_step * square
+def size(logits):
+    return logits.square().mean()
 
 
-def late(candidate, square):
-    return (candidate.positions.samples > 4) * square  # the step's second batch and on
+def checked(candidate, logits):
+    return (candidate.ledger.all_rows > 6) * spread(logits)  # after the first checks
+
+
+def warmup(candidate, logits):
+    return candidate.state.global_step * spread(logits)
+
+
+def late(candidate, logits):
+    return (candidate.positions.samples > 4) * spread(logits)  # in the step's second batch
+
+
+def growing(candidate, logits):
+    return candidate.state.global_step * size(logits)
 
 
 def penalised(term, args):
@@ -326,7 +346,7 @@ LOGGED = {
 
 @pytest.mark.parametrize(
     ("term", "options"),
-    [(penalty, {}), (checked, {}), (warmup, {"preset": "mezo"}), (warmup, LOGGED)],
+    [(checked, {}), (warmup, {"preset": "mezo"}), (warmup, LOGGED)],
 )
 def test_a_loss_whose_rows_are_lost_is_taken_whole(term, options, arguments, notices, tmp_path):
     candidate = penalised(term, arguments(max_steps=3, **options))
@@ -344,6 +364,19 @@ def test_a_loss_whose_rows_are_lost_is_taken_whole(term, options, arguments, not
             for name, p in candidate.model.named_parameters()
             if p.requires_grad
         )
+
+
+@pytest.mark.parametrize("term", [penalty, growing])
+def test_a_loss_with_a_second_term_is_computed_for_each_row(term, arguments, notices):
+    candidate = penalised(term, arguments(max_steps=3))
+    assert_trains(candidate)
+    assert isinstance(candidate.session.chosen.objective, RowwiseLoss)
+    messages = notices()
+    assert not any("batch as a whole" in message for message in messages)
+    if term is growing:
+        (message,) = messages
+        assert "computed for each row from now on" in message
+        assert_sentence(message)
 
 
 def test_a_loss_whose_rows_are_lost_where_it_cannot_change_is_refused(arguments):

@@ -1,0 +1,176 @@
+"""Which modules a computation calls, and their recorded outputs in place of later calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from .patching import Call
+
+
+@dataclass(eq=False)
+class CallTree:
+    """A call of a module, with the calls that it made; the root belongs to no module.
+
+    Attributes:
+        module: that was called.
+        output: what it returned.
+        children: the calls that it made itself, in order.
+    """
+
+    module: nn.Module | None = None
+    output: object = None
+    children: list[CallTree] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, run: Callable[[], object]) -> CallTree:
+        """Return the calls of a computation."""
+        root = cls()
+        stack = [root]
+
+        def begin(module: nn.Module, args: object) -> None:
+            call = cls(module)
+            stack[-1].children.append(call)
+            stack.append(call)
+
+        def end(module: nn.Module, args: object, output: object) -> None:
+            stack.pop().output = output
+
+        with ExitStack() as hooks:
+            hooks.callback(register_module_forward_pre_hook(begin).remove)
+            hooks.callback(register_module_forward_hook(end, always_call=True).remove)
+            run()
+        return root
+
+
+def per_row_modules(first: CallTree, second: CallTree, rows: tuple[int, int]) -> list[nn.Module]:
+    """Return the outermost modules all of whose outputs have one number of entries per row.
+
+    Args:
+        first: the calls for some rows.
+        second: the same calls for another number of rows.
+        rows: both numbers.
+    """
+    found: dict[nn.Module, None] = {}
+    for one, other in zip(first.children, second.children, strict=False):
+        entries = _entries(one.output, rows[0])
+        if one.module is not None and entries and entries == _entries(other.output, rows[1]):
+            found[one.module] = None
+        else:
+            found.update(dict.fromkeys(per_row_modules(one, other, rows)))
+    return list(found)
+
+
+def _entries(output: object, rows: int) -> list[int]:
+    """Return how many entries per row each tensor of an output has; nothing if one has no rows."""
+    found = []
+    for leaf in tree_flatten(output)[0]:
+        if torch.is_tensor(leaf):
+            if leaf.dim() == 0 or len(leaf) == 0 or len(leaf) % rows:
+                return []
+            found.append(len(leaf) // rows)
+        elif not isinstance(leaf, (int, float, str, bool, type(None))):
+            return []
+    return found
+
+
+class Tape:
+    """Records the outputs of modules, and returns parts of them when the modules are called again.
+
+    Args:
+        modules: each call of which is recorded, but not the calls that it makes.
+    """
+
+    def __init__(self, modules: Collection[nn.Module]) -> None:
+        self.modules = modules
+        self._outputs: dict[nn.Module, list[tuple[list[object], TreeSpec]]] = {}
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record outputs inside the context."""
+        self._outputs = {module: [] for module in self.modules}
+        busy = False
+
+        def call(module: nn.Module, original: Call, *args: object, **kwargs: object) -> object:
+            nonlocal busy
+            if busy:
+                return original(*args, **kwargs)
+            busy = True
+            try:
+                output = original(*args, **kwargs)
+            finally:
+                busy = False
+            # another container: the caller may write into its own
+            self._outputs[module].append(tree_flatten(output))
+            return output
+
+        with self._patched(call):
+            yield
+
+    @contextmanager
+    def playing(self, rows: int, part: slice, factors: Tensor | None = None) -> Iterator[None]:
+        """Return recorded outputs in place of calls inside the context.
+
+        Args:
+            rows: that were recorded.
+            part: those whose outputs are returned.
+            factors: (r,) by which the outputs of these rows are multiplied.
+        """
+        used = dict.fromkeys(self.modules, 0)
+
+        def call(module: nn.Module, original: Call, *args: object, **kwargs: object) -> object:
+            number = used[module]
+            used[module] += 1
+            if number >= len(self._outputs[module]):
+                raise ValueError(f"{type(module).__name__} is called more often for one row")
+            leaves, spec = self._outputs[module][number]
+            return tree_unflatten([_rows_of(leaf, rows, part, factors) for leaf in leaves], spec)
+
+        with self._patched(call):
+            yield
+
+    @contextmanager
+    def _patched(self, call: Call) -> Iterator[None]:
+        """Replace what calling a module does, hooks included."""
+        with ExitStack() as stack:
+            for module in self.modules:
+                before, original = module.__dict__.get("_call_impl"), module._call_impl
+                module._call_impl = partial(call, module, original)  # type: ignore[method-assign]
+                stack.callback(_restore, module, before)
+            yield
+
+
+def _restore(module: nn.Module, before: Call | None) -> None:
+    del module._call_impl
+    if before is not None:
+        module._call_impl = before  # type: ignore[method-assign]
+
+
+def is_half(value: object) -> bool:
+    """Return whether something is a tensor of 16-bit floats."""
+    return torch.is_tensor(value) and value.dtype in (torch.float16, torch.bfloat16)
+
+
+def _rows_of(leaf: object, rows: int, part: slice, factors: Tensor | None) -> object:
+    """Return a copy of some rows of a tensor, 16-bit floats in float32; others as they are."""
+    if not torch.is_tensor(leaf):
+        return leaf
+    entries = len(leaf) // rows
+    values = leaf[part.start * entries : part.stop * entries]
+    if not leaf.is_floating_point():
+        return values.clone()
+    values = values.float() if is_half(values) else values
+    if factors is None:
+        return values.clone()
+    shape = (-1, *[1] * (leaf.dim() - 1))
+    return values * factors.to(values).repeat_interleave(entries).view(shape)

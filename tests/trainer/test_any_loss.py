@@ -1,0 +1,318 @@
+"""Losses of any form have losses of their own for rows, and the gradient of the stock trainer."""
+
+import copy
+
+import pytest
+import torch
+from helpers.coordinates import use_coordinates
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import SequentialSampler
+from transformers import PretrainedConfig, Trainer, TrainerCallback, TrainingArguments
+
+from hf_flops import FlopsTrainerMixin, FlopsTrainingArguments
+from hf_flops.objectives import BatchLoss, RowwiseLoss, TappedLoss
+
+CLASSES, TOKENS, WIDTH = 3, 6, 2
+
+
+class Net(nn.Module):
+    """Classifies tokens, or their mean, with two layers."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.first, self.last = nn.Linear(WIDTH, 2), nn.Linear(2, CLASSES)
+        self.config = PretrainedConfig()
+
+    def logits(self, x):
+        return self.last(torch.tanh(self.first(x)))
+
+    def forward(self, x):
+        return {"logits": self.logits(x)}
+
+
+class Counting(Net):
+    """Takes the stock trainer's count of labels, so that this is computed, and ignores it."""
+
+    def forward(self, x, **options):
+        return super().forward(x)
+
+
+class Classifier(Net):
+    def forward(self, x, labels):
+        return {"loss": F.cross_entropy(self.logits(x.mean(1)), labels)}
+
+
+class Ignoring(Net):
+    def forward(self, x, labels):
+        return {"loss": F.cross_entropy(self.logits(x.mean(1)), labels, ignore_index=255)}
+
+
+class Selecting(Net):
+    """Only looks at tokens that have a label, as ModernBERT's sparse prediction does."""
+
+    def forward(self, x, labels):
+        kept = labels >= 0
+        return {"loss": F.cross_entropy(self.logits(x)[kept], labels[kept])}
+
+
+class SelectingFirst(Net):
+    def forward(self, x, labels):
+        kept = labels >= 0
+        return {"loss": F.cross_entropy(self.logits(x[kept]), labels[kept])}
+
+
+class Gaps(Net):
+    def forward(self, x, labels):
+        known = labels.isfinite()
+        return {"loss": F.mse_loss(self.logits(x)[..., 0][known], labels[known])}
+
+
+class Masked(Net):
+    def forward(self, x, labels):
+        known = labels.isfinite()
+        errors = F.mse_loss(self.logits(x)[..., 0], labels.nan_to_num(), reduction="none")
+        return {"loss": errors[known].mean()}
+
+
+class Questions(Net):
+    """Points at the first and the last token of an answer, as question answering does."""
+
+    def forward(self, x, start, end):
+        begins, ends, _ = self.logits(x).unbind(-1)
+        return {"loss": (F.cross_entropy(begins, start) + F.cross_entropy(ends, end)) / 2}
+
+
+class Weighted(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, **options):
+        logits = model(x=inputs["x"].mean(1))["logits"]
+        losses = F.cross_entropy(logits, inputs["labels"], reduction="none")
+        return (losses * inputs["weight"]).sum() / inputs["weight"].sum()
+
+
+class Focal(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, **options):
+        labels = inputs["labels"]
+        kept = labels != -100
+        logs = model(x=inputs["x"])["logits"].log_softmax(-1)
+        logs = logs.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+        return -((1 - logs.exp()) ** 2 * logs)[kept].mean()
+
+
+class Distilled(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, **options):
+        self.teacher = self.teacher.to(inputs["x"])
+        logits, x = model(x=inputs["x"])["logits"][:, 0], inputs["x"]
+        with torch.no_grad():
+            wanted = self.teacher(x[:, 0])
+        soft = F.kl_div(logits.log_softmax(-1), wanted.softmax(-1), reduction="batchmean")
+        return 0.3 * soft + F.cross_entropy(logits, inputs["labels"])
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        teacher = nn.Linear(WIDTH, CLASSES)
+
+
+class Preferring(Trainer):
+    """Prefers one text to another, compared with a reference, as DPO does."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **options):
+        margins = []
+        for each in (model, self.reference.to(inputs["x"])):
+            chosen, rejected = (each(x=inputs[name])["logits"].log_softmax(-1) for name in "xy")
+            margins.append(chosen[..., 0].sum(1) - rejected[..., 1].sum(1))
+        return -F.logsigmoid(0.5 * (margins[0] - margins[1])).mean()
+
+    reference = Net()
+    nn.init.zeros_(reference.last.weight)
+
+
+class Dividing(Trainer):
+    """Divides by the number of labels of the optimizer step, which is never None."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        assert not return_outputs
+        logits = model(x=inputs["x"])["logits"].transpose(1, 2)
+        return F.cross_entropy(logits, inputs["labels"], reduction="sum") / num_items_in_batch
+
+
+class Penalised(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, **options):
+        logits = model(x=inputs["x"].mean(1))["logits"]
+        penalty = sum(p.square().sum() for p in self.model.parameters())
+        return F.cross_entropy(logits, inputs["labels"]) + 0.1 * penalty
+
+
+class Contrasting(Trainer):
+    """A loss that is no sum over rows."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **options):
+        x = model(x=inputs["x"].mean(1))["logits"]
+        return F.cross_entropy(x @ x.T, torch.arange(len(x)))
+
+
+def divided(outputs, labels, num_items_in_batch=None):
+    logits = outputs["logits"].transpose(1, 2)
+    return F.cross_entropy(logits, labels, reduction="sum") / num_items_in_batch
+
+
+def generator():
+    return torch.Generator().manual_seed(3)
+
+
+def xs():
+    x = torch.randn(4, TOKENS, WIDTH, generator=generator(), dtype=torch.float64)
+    return 2 * x * torch.tensor([1.0, 3.0, 0.5, 2.0])[:, None, None]
+
+
+def rows(**columns):
+    return [{name: column[i] for name, column in columns.items()} for i in range(4)]
+
+
+def tokens(ignored=-100, lengths=(1, 3, 6, 2)):
+    labels = torch.full((4, TOKENS), ignored)
+    for row, length in enumerate(lengths):
+        labels[row, TOKENS - length :] = (torch.arange(length) + row) % CLASSES
+    return labels
+
+
+def gaps():
+    return torch.where(tokens() < 0, torch.nan, tokens().double())
+
+
+LABELS = torch.tensor([0, 1, 2, 1])
+SMOOTH = {"label_smoothing_factor": 0.2}
+CASES = {
+    "classes": (Classifier, rows(x=xs(), labels=LABELS), Trainer, {}, TappedLoss),
+    "ignored class": (
+        Ignoring,
+        rows(x=xs(), labels=torch.tensor([0, 255, 2, 1], dtype=torch.uint8)),
+        Trainer,
+        {},
+        TappedLoss,
+    ),
+    "selected tokens": (Selecting, rows(x=xs(), labels=tokens(-1)), Trainer, {}, RowwiseLoss),
+    "selected, even": (
+        Selecting,
+        rows(x=xs(), labels=tokens(-1, (2, 2, 4, 4))),
+        Trainer,
+        {},
+        RowwiseLoss,
+    ),
+    "selected, alike": (
+        Selecting,
+        rows(x=xs(), labels=tokens(-1, (2, 2, 2, 2))),
+        Trainer,
+        {},
+        RowwiseLoss,
+    ),
+    "gaps": (Gaps, rows(x=xs(), labels=gaps()), Trainer, {}, RowwiseLoss),
+    "masked": (Masked, rows(x=xs(), labels=gaps()), Trainer, {}, RowwiseLoss),
+    "questions": (
+        Questions,
+        rows(x=xs(), start=LABELS, end=LABELS + 2),
+        Trainer,
+        {},
+        RowwiseLoss,
+    ),
+    "label smoothing": (Net, rows(x=xs(), labels=tokens()), Trainer, SMOOTH, RowwiseLoss),
+    "label smoothing, counted": (
+        Counting,
+        rows(x=xs(), labels=tokens()),
+        Trainer,
+        SMOOTH,
+        RowwiseLoss,
+    ),
+    "sample weights": (
+        Net,
+        rows(x=xs(), labels=LABELS, weight=torch.tensor([0.1, 1.0, 2.0, 0.5])),
+        Weighted,
+        {},
+        RowwiseLoss,
+    ),
+    "focal": (Net, rows(x=xs(), labels=tokens()), Focal, {}, RowwiseLoss),
+    "distillation": (Net, rows(x=xs(), labels=LABELS), Distilled, {}, RowwiseLoss),
+    "preferences": (Net, rows(x=xs(), y=xs().flip(0)), Preferring, {}, RowwiseLoss),
+    "divided": (Counting, rows(x=xs(), labels=tokens()), Dividing, {}, TappedLoss),
+    "compute_loss_func": (
+        Net,
+        rows(x=xs(), labels=tokens()),
+        Trainer,
+        {"compute_loss_func": divided},
+        TappedLoss,
+    ),
+    "penalty": (Net, rows(x=xs(), labels=LABELS), Penalised, {}, RowwiseLoss),
+    "contrast": (Net, rows(x=xs()), Contrasting, {}, BatchLoss),
+}
+
+
+class Gradient(TrainerCallback):
+    """Keeps the gradient of the first optimizer step."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **options):
+        self.value = torch.cat([p.grad.flatten().clone() for p in model.parameters()])
+
+
+def first_step(trainer_class, arguments_class, model, data, folder, micro, options, **own):
+    """Return the gradient and the loss of an optimizer step of four samples, and the trainer."""
+    names = [name for name in options if name != "compute_loss_func"]
+    args = arguments_class(
+        str(folder),
+        max_steps=1,
+        learning_rate=0.0,
+        max_grad_norm=0.0,
+        optim="sgd",
+        report_to="none",
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_steps=1,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=4 // micro,
+        **{name: options[name] for name in names},
+        **own,
+    )
+    given = {name: options[name] for name in options if name not in names}
+    trainer = trainer_class(model=model, args=args, train_dataset=data, **given)
+    trainer._get_train_sampler = lambda dataset=None: SequentialSampler(trainer.train_dataset)
+    gradient = Gradient()
+    trainer.add_callback(gradient)
+    trainer.train()
+    loss = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+    return gradient.value, loss, trainer
+
+
+@pytest.mark.parametrize("micro", [4, 2])
+@pytest.mark.parametrize("name", CASES)
+def test_the_gradient_is_that_of_the_stock_trainer(name, micro, tmp_path, monkeypatch):
+    model_class, data, stock, options, objective = CASES[name]
+    model = model_class().double()
+    wanted, loss, _ = first_step(
+        stock, TrainingArguments, copy.deepcopy(model), data, tmp_path, micro, options
+    )
+    use_coordinates(monkeypatch)
+    forward_only = type("ForwardOnly", (FlopsTrainerMixin, stock), {})
+    found, found_loss, trainer = first_step(
+        forward_only,
+        FlopsTrainingArguments,
+        model,
+        data,
+        tmp_path,
+        micro,
+        options,
+        estimator="antithetic",
+        allocator="uniform",
+        control_variate="none",
+        closed_form_head=False,
+        queries_per_sample=2 * len(wanted),
+        perturbation="shared" if objective is BatchLoss or name == "penalty" else "rowwise",
+        pictures=False,
+    )
+    assert type(trainer.session.chosen.objective) is objective
+    assert torch.cosine_similarity(found, wanted, dim=0) > 0.999
+    assert float(found.norm() / wanted.norm()) == pytest.approx(1, abs=0.01)
+    assert found_loss == pytest.approx(loss, rel=1e-3)
