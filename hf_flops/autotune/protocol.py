@@ -104,10 +104,13 @@ class Averaging:
 
     Attributes:
         batches: how many batches like this one the optimizer step has.
+        elements: the number of loss elements to divide by, in place of `batches` times the batch's
+            own.
         last: whether the batch is the last of its optimizer step.
     """
 
     batches: float = 1.0
+    elements: float | None = None
     last: bool = True
 
 
@@ -126,7 +129,14 @@ class GradientSession(Protocol):
 
     @property
     def counts_labels(self) -> bool:
-        """Whether batches weigh by the stock trainer's count of labels; else they weigh alike."""
+        """Whether batches weigh by the stock trainer's count of labels."""
+        ...
+
+    @property
+    def counts_elements(self) -> bool:
+        """Whether batches weigh by the number of loss elements that an objective of the user's
+        counts; they weigh alike if by neither.
+        """
         ...
 
     @property

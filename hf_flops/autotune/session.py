@@ -80,7 +80,12 @@ class SampleSession:
     @property
     def counts_labels(self) -> bool:
         """See `GradientSession`."""
-        return self.objective is None and self.chosen is not None and self.chosen.objective.per_row
+        return self.objective is None
+
+    @property
+    def counts_elements(self) -> bool:
+        """See `GradientSession`."""
+        return self.objective is not None and self.objective.per_row
 
     @property
     def needs_clean(self) -> bool:
@@ -204,7 +209,8 @@ class SampleSession:
             batch.inputs,
             self._method,
             position,
-            batches=averaging.batches,
+            averaging.elements,
+            averaging.batches,
             last=averaging.last,
         )
 

@@ -61,7 +61,7 @@ class ContrastiveSession:
         estimator: an instance, in place of the name in `args`.
     """
 
-    counts_labels = False
+    counts_labels = counts_elements = False
     needs_clean = True
     method = None
 

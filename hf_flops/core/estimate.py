@@ -121,6 +121,7 @@ def estimate_from(
         normalizer,
         *sums.shared_facts(method.exchange.group, replayed),
         trace,
+        float(lengths.sum()),
     )
     method.allocator.update(features, result.counts, result.mean_squares)
     return result
@@ -214,6 +215,7 @@ def report(
     dimension: int,
     replayed: int,
     trace: UpdateRecord | None,
+    elements: float,
 ) -> StepResult:
     """Return the result of the step: loss, cost, counts and metrics."""
     method, rows, units = clean.method, results.rows, clean.units
@@ -226,4 +228,4 @@ def report(
     used += clean.samples * method.needs_clean
     losses = results.losses(units) / counts if clean.losses is None else clean.losses.sums
     total = losses[losses.isfinite()].sum() / normalizer
-    return StepResult(total.float(), used, counts, squares, metrics, trace)
+    return StepResult(total.float(), used, counts, squares, metrics, trace, elements)

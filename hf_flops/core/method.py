@@ -126,6 +126,7 @@ class StepResult:
         metrics: numbers for the log.
         trace: rows and coefficients of the estimate, without the closed-form head and the control
             variate.
+        elements: the batch's own number of loss elements.
 
     Example:
         >>> import torch
@@ -141,6 +142,7 @@ class StepResult:
     mean_squares: Tensor
     metrics: dict[str, float]
     trace: UpdateRecord | None = None
+    elements: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from ..autotune.protocol import Averaging, Batch
+from ..autotune.protocol import Averaging, Batch, GradientSession
 from ..base.batch import Inputs
 from ..base.rows import BatchPosition
+from ..core.method import StepResult
+from ..errors import ObjectiveError
 from ..objectives import Forward
 
 SAMPLE_ID = "sample_id"
@@ -65,6 +68,59 @@ def averaging(
         count = trainer._get_num_items_in_batch([batch.inputs], trainer.args.device)
         batches = float(items) / float(count) if count else batches
     return Averaging(batches, last=trainer.accelerator.sync_gradients)
+
+
+class ElementMean:
+    """Averages over the loss elements of all batches of an optimizer step, whose number is known
+    only at its end.
+
+    Until then batches are divided by the number of the first one.
+
+    Args:
+        model: its gradients are rescaled with the last batch.
+        logged: whether a trajectory log records batches, which then cannot be rescaled.
+    """
+
+    def __init__(self, model: nn.Module, *, logged: bool) -> None:
+        self.model, self.logged = model, logged
+        self._first = self._elements = self._loss = 0.0
+
+    def estimate(
+        self,
+        session: GradientSession,
+        batch: Batch,
+        position: BatchPosition,
+        weight: Averaging,
+    ) -> StepResult:
+        """Estimate a batch's gradient; losses of a step's results sum to its mean loss."""
+        if self.logged:
+            return self._alike(session.estimate(batch, position, weight), position)
+        fresh = position.position == 0
+        result = session.estimate(
+            batch, position, replace(weight, batches=1.0, elements=None if fresh else self._first)
+        )
+        if fresh:
+            self._first, self._elements, self._loss = result.elements or 1.0, 0.0, 0.0
+        self._elements += result.elements
+        before, self._loss = self._loss, self._loss + float(result.loss)
+        if not weight.last:
+            return result
+        factor = self._first / (self._elements or 1.0)
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
+        return replace(result, loss=result.loss.new_tensor(self._loss * factor - before))
+
+    def _alike(self, result: StepResult, position: BatchPosition) -> StepResult:
+        """Refuse batches with different numbers of elements."""
+        if position.position > 0 and result.elements != self._first:
+            raise ObjectiveError(
+                f"trajectory_log=True records batches of an optimizer step with {self._first:g} "
+                f"and {result.elements:g} loss elements as if they had equal numbers: use "
+                "gradient_accumulation_steps=1, or switch the log off."
+            )
+        self._first = result.elements
+        return result
 
 
 class PositionCounter:

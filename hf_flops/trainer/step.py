@@ -66,7 +66,10 @@ def estimate_batch(
             return _refuse_step(trainer, model)
         weight = averaging(trainer, batch, items, counts_labels=session.counts_labels)
         before = ledger.all_rows, ledger.tokens
-        result = session.estimate(batch, position, weight)
+        if session.counts_elements and trainer.current_gradient_accumulation_steps > 1:
+            result = trainer.element_mean.estimate(session, batch, position, weight)
+        else:
+            result = session.estimate(batch, position, weight)
         ledger.reconcile(before, result.rows, trainer.group)
     finished = FinishedBatch(result, batch.inputs, position, session.method)
     observers: list[Observer | None] = [ledger, trainer.recorder, *session.observers]

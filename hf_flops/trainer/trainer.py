@@ -26,7 +26,7 @@ from ..reporting.ledger import Ledger
 from ..reporting.model_card import TAGS, complete_card
 from ..trajectory.recorder import TrajectoryRecorder
 from .args import FlopsTrainingArguments
-from .batches import PositionCounter
+from .batches import ElementMean, PositionCounter
 from .checkpoint_state import save_state
 from .checkpoints import CheckpointWriter, SaveOnSigterm, chosen_checkpoint
 from .learning_rate_search import RateSearch
@@ -172,6 +172,7 @@ class FlopsTrainerMixin(StockOverrides):
         self._lockstep = Lockstep(self.group, self.args, self._sigterm)
         self.ledger: Ledger = Ledger()
         self.positions = PositionCounter()
+        self.element_mean = ElementMean(self.model, logged=self.recorder is not None)
         self._session: GradientSession | None = None
 
     def _new_search(self) -> RateSearch:

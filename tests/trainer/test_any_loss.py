@@ -1,6 +1,7 @@
 """Losses of any form have losses of their own for rows, and the gradient of the stock trainer."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import SequentialSampler
 from transformers import PretrainedConfig, Trainer, TrainerCallback, TrainingArguments
 
-from hf_flops import FlopsTrainerMixin, FlopsTrainingArguments
+from hf_flops import FlopsTrainer, FlopsTrainerMixin, FlopsTrainingArguments
 from hf_flops.objectives import BatchLoss, RowwiseLoss, TappedLoss
 
 CLASSES, TOKENS, WIDTH = 3, 6, 2
@@ -248,6 +249,13 @@ CASES = {
 }
 
 
+def counted(outputs, inputs):
+    """An objective of the user's own that counts tokens."""
+    labels = inputs["labels"]
+    losses = F.cross_entropy(outputs["logits"].transpose(1, 2), labels, reduction="none")
+    return losses.sum(1), (labels != -100).sum(1)
+
+
 class Gradient(TrainerCallback):
     """Keeps the gradient of the first optimizer step."""
 
@@ -286,33 +294,59 @@ def first_step(trainer_class, arguments_class, model, data, folder, micro, optio
     return gradient.value, loss, trainer
 
 
+# with these and two rows per entry, a step is a gradient
+EXACT = {
+    "estimator": "antithetic",
+    "allocator": "uniform",
+    "control_variate": "none",
+    "closed_form_head": False,
+    "pictures": False,
+}
+
+
 @pytest.mark.parametrize("micro", [4, 2])
 @pytest.mark.parametrize("name", CASES)
 def test_the_gradient_is_that_of_the_stock_trainer(name, micro, tmp_path, monkeypatch):
     model_class, data, stock, options, objective = CASES[name]
     model = model_class().double()
-    wanted, loss, _ = first_step(
-        stock, TrainingArguments, copy.deepcopy(model), data, tmp_path, micro, options
-    )
+    where = data, tmp_path, micro, options
+    wanted, loss, _ = first_step(stock, TrainingArguments, copy.deepcopy(model), *where)
     use_coordinates(monkeypatch)
     forward_only = type("ForwardOnly", (FlopsTrainerMixin, stock), {})
+    shared = objective is BatchLoss or name == "penalty"
     found, found_loss, trainer = first_step(
         forward_only,
         FlopsTrainingArguments,
         model,
-        data,
-        tmp_path,
-        micro,
-        options,
-        estimator="antithetic",
-        allocator="uniform",
-        control_variate="none",
-        closed_form_head=False,
+        *where,
         queries_per_sample=2 * len(wanted),
-        perturbation="shared" if objective is BatchLoss or name == "penalty" else "rowwise",
-        pictures=False,
+        perturbation="shared" if shared else "rowwise",
+        **EXACT,
     )
     assert type(trainer.session.chosen.objective) is objective
+    assert_same(found, wanted)
+    assert found_loss == pytest.approx(loss, rel=1e-3)
+
+
+def assert_same(found, wanted):
     assert torch.cosine_similarity(found, wanted, dim=0) > 0.999
     assert float(found.norm() / wanted.norm()) == pytest.approx(1, abs=0.01)
-    assert found_loss == pytest.approx(loss, rel=1e-3)
+
+
+@pytest.mark.parametrize("micro", [4, 2, 1])
+@pytest.mark.parametrize("lengths", [(1, 1, 6, 6), (0, 0, 3, 2)])
+def test_own_objectives_weigh_batches_by_the_elements_they_count(
+    lengths, micro, tmp_path, monkeypatch
+):
+    labels, model = tokens(lengths=lengths), Counting().double()
+    sums, counts = counted(model(xs()), {"labels": labels})
+    loss = sums.sum() / counts.sum()
+    wanted = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+    use_coordinates(monkeypatch)
+    where = rows(x=xs(), labels=labels), tmp_path, micro, {}
+    own = {"queries_per_sample": 2 * len(wanted), **EXACT}
+    found, found_loss, _ = first_step(
+        partial(FlopsTrainer, objective=counted), FlopsTrainingArguments, model, *where, **own
+    )
+    assert_same(found, wanted)
+    assert found_loss == pytest.approx(loss.item(), rel=1e-3)
