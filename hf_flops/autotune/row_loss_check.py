@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..base.batch import Inputs, batch_size, misaligned, take
 from ..base.prng import seeds
 from ..base.probe import FAILURES, agree
-from ..errors import NonFiniteError
+from ..errors import NonFiniteError, ObjectiveError
 from ..objectives import (
     BatchLoss,
     Forward,
@@ -95,6 +95,8 @@ def choose_objective(
     odd = misaligned(inputs)
     if odd:
         return BatchLoss(), f"its inputs {odd} are not laid out one entry per sample"
+    if model is not None:
+        check_moves(forward, inputs, model)
     makers: list[Callable[[], Objective]] = [TappedLoss] if tap else []
     if loss is not None:
         pair = take(inputs, most_different(inputs, torch.arange(batch_size(inputs))))
@@ -109,6 +111,25 @@ def choose_objective(
             except RowLossError as error:
                 reasons.append(str(error))
     return BatchLoss(), ", and ".join(dict.fromkeys(reasons))
+
+
+def check_moves(forward: Forward, inputs: Inputs, model: nn.Module) -> None:
+    """Refuse a loss whose value is the same wherever the parameters are.
+
+    Raises:
+        ObjectiveError: it does not move.
+    """
+    pair = take(inputs, most_different(inputs, torch.arange(batch_size(inputs))))
+    start, _ = forward(pair)
+    with moved_parameters(model):
+        end, _ = forward(pair)
+    if start is not None and end is not None and torch.equal(start, end) and start.isfinite():
+        raise ObjectiveError(
+            f"The loss stays {float(start):.6g} when the trainable parameters move, so forward "
+            "passes cannot train it: it may compare the model with a detached copy of itself, as "
+            "GRPO, RLOO and PPO do on policy; pass what is to be improved as objective=, such as "
+            "GeneratedMetric with the reward."
+        )
 
 
 def check_split(objective: Objective, forward: Forward, inputs: Inputs, precision: float) -> None:

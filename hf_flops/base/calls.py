@@ -114,7 +114,7 @@ class Tape:
             self._outputs[module].append(tree_flatten(output))
             return output
 
-        with self._patched(call):
+        with replaced_calls(self.modules, call):
             yield
 
     @contextmanager
@@ -136,18 +136,19 @@ class Tape:
             leaves, spec = self._outputs[module][number]
             return tree_unflatten([_rows_of(leaf, rows, part, factors) for leaf in leaves], spec)
 
-        with self._patched(call):
+        with replaced_calls(self.modules, call):
             yield
 
-    @contextmanager
-    def _patched(self, call: Call) -> Iterator[None]:
-        """Replace what calling a module does, hooks included."""
-        with ExitStack() as stack:
-            for module in self.modules:
-                before, original = module.__dict__.get("_call_impl"), module._call_impl
-                module._call_impl = partial(call, module, original)  # type: ignore[method-assign]
-                stack.callback(_restore, module, before)
-            yield
+
+@contextmanager
+def replaced_calls(modules: Collection[nn.Module], call: Call) -> Iterator[None]:
+    """Replace what calling a module does, hooks included, by `call(module, original, ...)`."""
+    with ExitStack() as stack:
+        for module in modules:
+            before, original = module.__dict__.get("_call_impl"), module._call_impl
+            module._call_impl = partial(call, module, original)  # type: ignore[method-assign]
+            stack.callback(_restore, module, before)
+        yield
 
 
 def _restore(module: nn.Module, before: Call | None) -> None:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
 from ..autotune.protocol import Averaging, Batch, GradientSession
-from ..base.batch import Inputs
+from ..base.batch import Inputs, batch_size
 from ..base.rows import BatchPosition
 from ..core.method import StepResult
 from ..errors import ObjectiveError
 from ..objectives import Forward
+
+if TYPE_CHECKING:
+    from .trainer import FlopsTrainerMixin
 
 SAMPLE_ID = "sample_id"
 
@@ -27,15 +31,24 @@ def without_ids(inputs: Inputs) -> tuple[Inputs, tuple[int, ...] | None]:
     return {name: value for name, value in inputs.items() if name != SAMPLE_ID}, ids
 
 
-def forward_function(trainer: Trainer, model: nn.Module) -> Forward:
+def forward_function(trainer: FlopsTrainerMixin, model: nn.Module) -> Forward:
     """Return a function that runs the model and computes the loss as the stock trainer does."""
+    modules = {model, *(value for value in vars(trainer).values() if isinstance(value, nn.Module))}
+    pairs = trainer.pairs
 
     def forward(inputs: Inputs) -> tuple[Tensor | None, object]:
+        if pairs is None:
+            return whole(inputs)
+        with pairs.beside_each_other(modules, batch_size(inputs)):
+            return whole(pairs.restored(inputs))
+
+    def whole(inputs: Inputs) -> tuple[Tensor | None, object]:
         items = None
         if reads_items(trainer):
             # as in a stock step; a loss that divides by this number is the mean of these rows
             items = trainer._get_num_items_in_batch([inputs], trainer.args.device)
         result = trainer.compute_loss(model, dict(inputs), num_items_in_batch=items)
+        trainer.gathered.forward_ended()
         return (result[0] if isinstance(result, tuple) else result), None
 
     return forward

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence, Sized
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, cast
 
 from torch import nn
@@ -140,14 +140,30 @@ def quantised_base_allowed(model: nn.Module | None) -> Iterator[None]:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch dropout and batch-norm updates off inside the context, and restore them after it."""
+    """Switch dropout and batch-norm updates off inside the context, and restore them after it.
+
+    Between forwards the outermost module says that it is training, because trainers sort their
+    metrics by that.
+    """
     training = [module for module in model.modules() if module.training]
     model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+
+    def say(flag: bool) -> Callable[..., None]:
+        return lambda module, *call: setattr(module, "training", flag)
+
+    with ExitStack() as stack:
+        if training and training[0] is model:
+            before = model.register_forward_pre_hook(say(False), prepend=True)
+            after = model.register_forward_hook(say(True), prepend=True, always_call=True)
+            stack.callback(before.remove)
+            stack.callback(after.remove)
+            model.training = True
+        try:
+            yield
+        finally:
+            model.training = False
+            for module in training:
+                module.training = True
 
 
 def without_cache(model: nn.Module, inputs: Inputs) -> Inputs:

@@ -54,6 +54,17 @@ def estimate_batch(
     Returns:
         The batch's share of the optimizer step's mean loss.
     """
+    with trainer.gathered.of_one_forward():
+        return _estimate(trainer, model, batch, position, items)
+
+
+def _estimate(
+    trainer: FlopsTrainerMixin,
+    model: nn.Module,
+    batch: Batch,
+    position: BatchPosition,
+    items: Tensor | int | None,
+) -> Tensor:
     session, ledger = trainer.session, trainer.ledger
     texts = shared_texts(trainer.model, batch.inputs, session.needs_clean)
     autocast = trainer.compute_loss_context_manager()
@@ -66,6 +77,7 @@ def estimate_batch(
             return _refuse_step(trainer, model)
         weight = averaging(trainer, batch, items, counts_labels=session.counts_labels)
         before = ledger.all_rows, ledger.tokens
+        trainer.gathered.begin()
         if session.counts_elements and trainer.current_gradient_accumulation_steps > 1:
             result = trainer.element_mean.estimate(session, batch, position, weight)
         else:

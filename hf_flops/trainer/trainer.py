@@ -5,7 +5,7 @@ Wiring only: every method overrides one of the stock trainer's, or serves those 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -29,6 +29,8 @@ from .args import FlopsTrainingArguments
 from .batches import ElementMean, PositionCounter
 from .checkpoint_state import save_state
 from .checkpoints import CheckpointWriter, SaveOnSigterm, chosen_checkpoint
+from .gathered import GatheredMetrics
+from .layout import Pairs, is_packed, unpacked
 from .learning_rate_search import RateSearch
 from .multiprocess import BatchSize, Lockstep, start_group
 from .preparation import (
@@ -67,6 +69,7 @@ class FlopsTrainerMixin(StockOverrides):
 
     Args:
         model: a model with trainable parameters, or a plain one together with `peft_config`.
+        positional: further arguments in the order of the stock trainer, mostly `args`.
         args: `FlopsTrainingArguments`, or any arguments class with `FlopsArgumentsMixin`.
         peft_config: a PEFT configuration to wrap the model with.
         objective: what to minimise instead of the model's own loss: a function that maps (outputs,
@@ -98,8 +101,8 @@ class FlopsTrainerMixin(StockOverrides):
     def __init__(
         self,
         model: nn.Module | None = None,
-        args: TrainingArguments | None = None,
         *positional: Any,
+        args: TrainingArguments | None = None,
         peft_config: PeftConfig | None = None,
         objective: Objective | Callable[..., Tensor] | None = None,
         allocator: Allocator | None = None,
@@ -107,7 +110,11 @@ class FlopsTrainerMixin(StockOverrides):
         perturbation: Perturbation | None = None,
         **kwargs: Any,
     ) -> None:
-        checked = check_arguments(FlopsTrainingArguments() if args is None else args)
+        # DPOTrainer and others have another second argument
+        given = [each for each in (args, *positional) if isinstance(each, TrainingArguments)]
+        checked = check_arguments(given[0] if given else FlopsTrainingArguments())
+        if args is not None or not given:
+            kwargs["args"] = checked
         self._peft_config = peft_config
         if peft_config is not None and isinstance(model, nn.Module):
             model = wrap_with_adapter(model, peft_config)
@@ -121,7 +128,7 @@ class FlopsTrainerMixin(StockOverrides):
         self.checkpoint_writer, self._sigterm = CheckpointWriter(), SaveOnSigterm()
         self.recorder = TrajectoryRecorder() if checked.trajectory_log else None
         with quantised_base_allowed(model):
-            super().__init__(model, checked, *positional, **kwargs)
+            super().__init__(model, *positional, **kwargs)
         self._begin()
         self.query_budget = QueryBudget(
             lambda: self.args.max_queries,
@@ -171,7 +178,9 @@ class FlopsTrainerMixin(StockOverrides):
         self._group = start_group(self.args, self._group)
         self._lockstep = Lockstep(self.group, self.args, self._sigterm)
         self.ledger: Ledger = Ledger()
-        self.positions = PositionCounter()
+        self.positions, self.gathered = PositionCounter(), GatheredMetrics(self)
+        self.pairs: Pairs | None = None
+        self._laid_out = False
         self.element_mean = ElementMean(self.model, logged=self.recorder is not None)
         self._session: GradientSession | None = None
 
@@ -223,6 +232,7 @@ class FlopsTrainerMixin(StockOverrides):
             optimizer.train()  # it is schedule-free
         inputs = without_cache(self.model, with_plain_flag(self._prepare_inputs(inputs)))
         self._lockstep.check(model, inputs, self.state.global_step)
+        inputs = self._by_sample(inputs)
         batch = batch_of(self, model, inputs)
         position = self.positions.place(batch, seed_of(self.args), self.state.epoch)
         while True:
@@ -233,6 +243,17 @@ class FlopsTrainerMixin(StockOverrides):
                 self.session.fall_back(error, recorded=recorded)
             except HandOver:
                 self._session = self._new_session(whole=True)
+
+    def _by_sample(self, inputs: Inputs) -> Inputs:
+        """Return a batch with one entry per sample."""
+        if is_packed(inputs):
+            return unpacked(inputs)
+        if not self._laid_out:
+            samples = self._train_batch_size * self.args.world_size
+            if isinstance(self.train_dataset, Sized):
+                samples = min(samples, len(self.train_dataset))
+            self.pairs, self._laid_out = Pairs.of(inputs, samples), True
+        return inputs if self.pairs is None else self.pairs.by_sample(inputs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log as the stock trainer does, with rows used, the averages of the estimator's metrics

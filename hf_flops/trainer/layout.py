@@ -1,0 +1,113 @@
+"""Batches that are not laid out one entry per sample: pairs, and packed texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from ..base.batch import Inputs, batch_size
+from ..base.calls import replaced_calls
+from ..base.patching import Call
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Batches whose second half belongs to the samples of the first, as chosen and rejected texts
+    do in TRL.
+
+    Attributes:
+        names: of the inputs with two entries per sample.
+    """
+
+    names: frozenset[str]
+
+    @classmethod
+    def of(cls, inputs: Inputs, samples: int) -> Pairs | None:
+        """Return the layout of a batch of so many samples, if it has two entries for each."""
+        if batch_size(inputs) != 2 * samples:
+            return None
+        return cls(
+            frozenset(
+                name
+                for name, value in inputs.items()
+                if torch.is_tensor(value) and value.dim() > 0 and len(value) == 2 * samples
+            )
+        )
+
+    def by_sample(self, inputs: Inputs) -> dict[str, Any]:
+        """Return inputs of (B, 2, ...) for (2 B, ...)."""
+        return {
+            name: value.unflatten(0, (2, -1)).transpose(0, 1).contiguous()
+            if name in self.names
+            else value
+            for name, value in inputs.items()
+        }
+
+    def restored(self, inputs: Inputs) -> dict[str, Any]:
+        """Return inputs of (2 R, ...) for (R, 2, ...)."""
+        return {
+            name: value.transpose(0, 1).flatten(0, 1) if name in self.names else value
+            for name, value in inputs.items()
+        }
+
+    @contextmanager
+    def beside_each_other(self, modules: set[nn.Module], rows: int) -> Iterator[None]:
+        """Let modules see both entries of a sample one after the other, as noise per row needs."""
+
+        def call(module: nn.Module, original: Call, *args: object, **kwargs: object) -> object:
+            args, kwargs = tree_map(partial(_reordered, 2, rows), (args, kwargs))
+            return tree_map(partial(_reordered, rows, 2), original(*args, **kwargs))
+
+        with replaced_calls(modules, call):
+            yield
+
+
+def _reordered(outer: int, inner: int, value: object) -> object:
+    """Exchange the two dimensions that the first one of a tensor consists of."""
+    if not torch.is_tensor(value) or value.dim() == 0 or len(value) != outer * inner:
+        return value
+    return value.unflatten(0, (outer, inner)).transpose(0, 1).flatten(0, 1)
+
+
+def is_packed(inputs: Inputs) -> bool:
+    """Return whether rows of a batch consist of several texts, whose positions start at 0."""
+    positions, tokens = inputs.get("position_ids"), inputs.get("input_ids")
+    mask = inputs.get("attention_mask")
+    return (
+        torch.is_tensor(positions)
+        and torch.is_tensor(tokens)
+        and positions.shape == tokens.shape
+        and (mask is None or (mask.shape == tokens.shape and bool(mask.all())))
+        and int((positions == 0).sum()) > len(positions)
+    )
+
+
+def unpacked(inputs: Inputs) -> dict[str, Any]:
+    """Return a packed batch with one text in each row, padded at the right.
+
+    Each text is a sample then, with queries of its own.
+    """
+    positions: Tensor = inputs["position_ids"]
+    starts = torch.nonzero(positions.flatten() == 0).flatten().tolist()
+    lengths = [b - a for a, b in zip(starts, [*starts[1:], positions.numel()], strict=True)]
+    found: dict[str, Any] = {}
+    for name, value in inputs.items():
+        if torch.is_tensor(value) and value.shape[:2] == positions.shape:
+            fill = -100 if "labels" in name else 0
+            texts = value.flatten(0, 1).split(lengths)
+            found[name] = nn.utils.rnn.pad_sequence(texts, True, fill)
+        elif not name.startswith(_PACKED):
+            found[name] = value
+    columns = torch.arange(max(lengths), device=positions.device)
+    own = torch.tensor(lengths, device=positions.device)[:, None]
+    return {**found, "attention_mask": (columns < own).long()}
+
+
+_PACKED = ("cu_seq_lens", "max_length_", "seq_idx", "attention_mask")

@@ -1,0 +1,192 @@
+"""Trainers of the ecosystem with the mixin: TRL, sentence-transformers, and Seq2SeqTrainer."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    DataCollatorForSeq2Seq,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+)
+
+from hf_flops import FlopsArgumentsMixin, FlopsTrainerMixin
+from hf_flops.objectives import RowwiseLoss
+from hf_flops.perturbations import SharedNoise
+from tests.helpers.tiny import SIZES, tiny_model
+
+WORDS = ["<pad>", "<eos>", "<unk>", *"abcdefghijklmnopqrstuvwxyz"]
+TEXTS = [("a b c", "d e f g"), ("h i", "j"), ("k", "l m n o p"), ("q r s t", "u v")]
+
+
+def trl():
+    return pytest.importorskip("trl", reason="the extra trl is not installed")
+
+
+def tokenizer():
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, "<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=words, **special)
+
+
+def options(folder, **more):
+    return {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "max_steps": 2,
+        "queries_per_sample": 6,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "pictures": False,
+        **more,
+    }
+
+
+def forward_only(trainer_class, arguments_class):
+    """Return the two classes that it takes."""
+
+    class Trainer(FlopsTrainerMixin, trainer_class):
+        pass
+
+    @dataclass
+    class Arguments(FlopsArgumentsMixin, arguments_class):
+        pass
+
+    return Trainer, Arguments
+
+
+def lora(task="CAUSAL_LM"):
+    return LoraConfig(target_modules=["q_proj", "v_proj"], task_type=task)
+
+
+def assert_rowwise(trainer, *metrics):
+    """Train; the noise must be per row, and the trainer's own metrics in its training log."""
+    trainer.train()
+    chosen = trainer.session.chosen
+    assert isinstance(chosen.objective, RowwiseLoss)
+    assert not any(isinstance(part, SharedNoise) for part in chosen.perturbation.parts)
+    assert any(
+        float(p.detach().abs().sum()) > 0
+        for name, p in trainer.model.named_parameters()
+        if "lora_B" in name
+    )
+    first = trainer.state.log_history[0]
+    assert set(metrics) <= first.keys()
+    assert not any(name.startswith("eval_") for entry in trainer.state.log_history for name in entry)
+    return first
+
+
+SFT = {
+    "default": {},
+    "completion only": {"completion_only_loss": True},
+    "packing": {"packing": True, "max_length": 12},
+    "padding-free": {"padding_free": True},
+}
+
+
+@pytest.mark.parametrize("name", SFT)
+@pytest.mark.filterwarnings("ignore")
+def test_sft(name, tmp_path):
+    library = trl()
+    trainer_class, arguments_class = forward_only(library.SFTTrainer, library.SFTConfig)
+    trainer = trainer_class(
+        tiny_model("llama"),
+        arguments_class(**options(tmp_path, **SFT[name])),
+        train_dataset=Dataset.from_list(
+            [{"prompt": prompt, "completion": f" {answer}"} for prompt, answer in TEXTS * 2]
+        ),
+        processing_class=tokenizer(),
+        peft_config=lora(),
+    )
+    first = assert_rowwise(trainer, "entropy", "mean_token_accuracy", "num_tokens")
+    assert first["num_tokens"] < 100  # those of the batch, not of its queries
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_dpo(tmp_path):
+    library = trl()
+    trainer_class, arguments_class = forward_only(library.DPOTrainer, library.DPOConfig)
+    trainer = trainer_class(
+        model=tiny_model("llama"),
+        args=arguments_class(**options(tmp_path)),
+        train_dataset=Dataset.from_list(
+            [
+                {"prompt": prompt, "chosen": f" {answer}", "rejected": " x y"}
+                for prompt, answer in TEXTS * 2
+            ]
+        ),
+        processing_class=tokenizer(),
+        peft_config=lora(),
+    )
+    assert_rowwise(trainer, "rewards/chosen", "rewards/margins", "logps/rejected")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_kto(tmp_path):
+    library = trl()
+    trainer_class, arguments_class = forward_only(library.KTOTrainer, library.KTOConfig)
+    trainer = trainer_class(
+        model=tiny_model("llama"),
+        args=arguments_class(**options(tmp_path, loss_type="apo_zero_unpaired")),
+        train_dataset=Dataset.from_list(
+            [
+                {"prompt": prompt, "completion": f" {answer}", "label": i % 2 == 0}
+                for i, (prompt, answer) in enumerate(TEXTS * 2)
+            ]
+        ),
+        processing_class=tokenizer(),
+        peft_config=lora(),
+    )
+    assert_rowwise(trainer, "rewards/chosen", "kl")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_reward(tmp_path):
+    library = trl()
+    trainer_class, arguments_class = forward_only(library.RewardTrainer, library.RewardConfig)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = LlamaConfig(vocab_size=40, num_labels=1, pad_token_id=0, **SIZES)
+        model = LlamaForSequenceClassification(config)
+    trainer = trainer_class(
+        model=model,
+        args=arguments_class(**options(tmp_path)),
+        train_dataset=Dataset.from_list(
+            [
+                {"chosen": f"{prompt} {answer}", "rejected": f"{prompt} x y"}
+                for prompt, answer in TEXTS * 2
+            ]
+        ),
+        processing_class=tokenizer(),
+        peft_config=lora("SEQ_CLS"),
+    )
+    assert_rowwise(trainer, "accuracy", "margin")
+
+
+def test_seq2seq_with_label_smoothing(tmp_path):
+    trainer_class, arguments_class = forward_only(Seq2SeqTrainer, Seq2SeqTrainingArguments)
+    words, model = tokenizer(), tiny_model("t5")
+    data = [
+        {"input_ids": words(prompt)["input_ids"], "labels": words(answer)["input_ids"]}
+        for prompt, answer in TEXTS
+    ]
+    trainer = trainer_class(
+        model,
+        arguments_class(**options(tmp_path, label_smoothing_factor=0.1)),
+        train_dataset=data,
+        data_collator=DataCollatorForSeq2Seq(words, model),
+        peft_config=LoraConfig(target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM"),
+    )
+    assert_rowwise(trainer, "loss")
