@@ -14,11 +14,13 @@ from transformers import (
     PreTrainedTokenizerFast,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
+    TrainerCallback,
 )
 
 from hf_flops import FlopsArgumentsMixin, FlopsTrainerMixin
 from hf_flops.objectives import RowwiseLoss
 from hf_flops.perturbations import SharedNoise
+from tests.helpers.coordinates import use_coordinates
 from tests.helpers.tiny import SIZES, tiny_model
 
 WORDS = ["<pad>", "<eos>", "<unk>", *"abcdefghijklmnopqrstuvwxyz"]
@@ -84,7 +86,9 @@ def assert_rowwise(trainer, *metrics):
     )
     first = trainer.state.log_history[0]
     assert set(metrics) <= first.keys()
-    assert not any(name.startswith("eval_") for entry in trainer.state.log_history for name in entry)
+    assert not any(
+        name.startswith("eval_") for entry in trainer.state.log_history for name in entry
+    )
     return first
 
 
@@ -92,8 +96,20 @@ SFT = {
     "default": {},
     "completion only": {"completion_only_loss": True},
     "packing": {"packing": True, "max_length": 12},
-    "padding-free": {"padding_free": True},
+    "padding-free": {"padding_free": True, "max_length": None},
 }
+
+
+def sft(trainer_class, args, **own):
+    return trainer_class(
+        tiny_model("llama"),
+        args,
+        train_dataset=Dataset.from_list(
+            [{"prompt": prompt, "completion": f" {answer}"} for prompt, answer in TEXTS * 2]
+        ),
+        processing_class=tokenizer(),
+        **{"peft_config": lora(), **own},
+    )
 
 
 @pytest.mark.parametrize("name", SFT)
@@ -101,26 +117,15 @@ SFT = {
 def test_sft(name, tmp_path):
     library = trl()
     trainer_class, arguments_class = forward_only(library.SFTTrainer, library.SFTConfig)
-    trainer = trainer_class(
-        tiny_model("llama"),
-        arguments_class(**options(tmp_path, **SFT[name])),
-        train_dataset=Dataset.from_list(
-            [{"prompt": prompt, "completion": f" {answer}"} for prompt, answer in TEXTS * 2]
-        ),
-        processing_class=tokenizer(),
-        peft_config=lora(),
-    )
+    trainer = sft(trainer_class, arguments_class(**options(tmp_path, **SFT[name])))
     first = assert_rowwise(trainer, "entropy", "mean_token_accuracy", "num_tokens")
     assert first["num_tokens"] < 100  # those of the batch, not of its queries
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_dpo(tmp_path):
-    library = trl()
-    trainer_class, arguments_class = forward_only(library.DPOTrainer, library.DPOConfig)
-    trainer = trainer_class(
+def dpo(trainer_class, args, **own):
+    return trainer_class(
         model=tiny_model("llama"),
-        args=arguments_class(**options(tmp_path)),
+        args=args,
         train_dataset=Dataset.from_list(
             [
                 {"prompt": prompt, "chosen": f" {answer}", "rejected": " x y"}
@@ -128,9 +133,68 @@ def test_dpo(tmp_path):
             ]
         ),
         processing_class=tokenizer(),
-        peft_config=lora(),
+        **{"peft_config": lora(), **own},
     )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_dpo(tmp_path):
+    library = trl()
+    trainer_class, arguments_class = forward_only(library.DPOTrainer, library.DPOConfig)
+    trainer = dpo(trainer_class, arguments_class(**options(tmp_path)))
     assert_rowwise(trainer, "rewards/chosen", "rewards/margins", "logps/rejected")
+
+
+class Gradient(TrainerCallback):
+    """Keeps the gradient of the first optimizer step."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **options):
+        own = [p for p in model.parameters() if p.requires_grad]
+        self.value = torch.cat([p.grad.flatten().clone() for p in own])
+
+
+@pytest.mark.parametrize("micro", [4, 2])
+@pytest.mark.parametrize(("make", "kind"), [(sft, "SFT"), (dpo, "DPO")])
+@pytest.mark.filterwarnings("ignore")
+def test_the_gradient_is_that_of_trl(make, kind, micro, tmp_path, monkeypatch):
+    library = trl()
+    stock = getattr(library, f"{kind}Trainer"), getattr(library, f"{kind}Config")
+    small = LoraConfig(r=1, target_modules=["v_proj"], layers_to_transform=[0])
+    small.task_type = "CAUSAL_LM"
+    step = {
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": 4 // micro,
+        "max_steps": 1,
+        "learning_rate": 0.0,
+        "max_grad_norm": 0.0,
+        "gradient_checkpointing": False,
+    }
+    exact = {
+        "estimator": "antithetic",
+        "allocator": "uniform",
+        "control_variate": "none",
+        "perturbation": "rowwise",
+        "perturbation_scale": 0.01,
+        "queries_per_sample": 64,
+    }
+    found = []
+    for (trainer_class, arguments_class), own in ((stock, {}), (forward_only(*stock), exact)):
+        if own:
+            use_coordinates(monkeypatch)
+        given = {**options(tmp_path), **step, **own}
+        if not own:
+            del given["pictures"], given["queries_per_sample"]
+        trainer = make(trainer_class, arguments_class(**given), peft_config=small)
+        values = torch.Generator().manual_seed(0)
+        for parameter in (p for p in trainer.model.parameters() if p.requires_grad):
+            parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=values))
+        gradient = Gradient()
+        trainer.add_callback(gradient)
+        trainer.train()
+        found.append(gradient.value)
+    assert len(found[0]) == 32  # a pair of rows for each number
+    assert torch.cosine_similarity(found[1], found[0], dim=0) > 0.99
+    assert float(found[1].norm() / found[0].norm()) == pytest.approx(1, abs=0.02)
 
 
 @pytest.mark.filterwarnings("ignore")
