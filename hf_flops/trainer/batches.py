@@ -27,8 +27,10 @@ def without_ids(inputs: Inputs) -> tuple[Inputs, tuple[int, ...] | None]:
     """Return the inputs of the model and the numbers of the samples, if there are any."""
     if not isinstance(inputs, Mapping) or SAMPLE_ID not in inputs:
         return inputs, None
-    ids = tuple(torch.as_tensor(inputs[SAMPLE_ID]).tolist())
-    return {name: value for name, value in inputs.items() if name != SAMPLE_ID}, ids
+    ids, rest = inputs[SAMPLE_ID], {k: v for k, v in inputs.items() if k != SAMPLE_ID}
+    if not torch.is_tensor(ids) and any(isinstance(value, str) for value in ids):
+        return rest, None  # a text column of the same name
+    return rest, tuple(torch.as_tensor(ids).tolist())
 
 
 def forward_function(trainer: FlopsTrainerMixin, model: nn.Module) -> Forward:

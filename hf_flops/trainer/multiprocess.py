@@ -116,7 +116,8 @@ def undivided_loader(
     given, world = inspect.signature(stock).bind(*args, **kwargs), trainer.args.world_size
     if world == 1 or not given.arguments.get("is_training"):
         return stock(*args, **kwargs)
-    given.arguments["batch_size"] *= world
+    if not trainer.accelerator.split_batches:
+        given.arguments["batch_size"] *= world
     accelerator, trainer.accelerator = trainer.accelerator, _Undivided(trainer.accelerator)
     try:
         return stock(*given.args, **given.kwargs)

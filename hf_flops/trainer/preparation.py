@@ -6,8 +6,9 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
+from accelerate import Accelerator
 from torch import nn
 from transformers import TrainingArguments
 
@@ -45,6 +46,41 @@ def check_arguments(args: TrainingArguments) -> FlopsTrainingArguments:
         args.average_tokens_across_devices = False
     args.enable_jit_checkpoint = False  # `SaveOnSigterm` saves on SIGTERM, in all processes alike
     return cast(FlopsTrainingArguments, args)
+
+
+def follow_accelerator(accelerator: Accelerator, args: TrainingArguments) -> None:
+    """Take over what an accelerator has from its launcher or the environment, not from arguments.
+
+    Raises:
+        ConfigurationError: forward-only training cannot follow it.
+    """
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise ConfigurationError(
+            f"accelerate's configuration says mixed_precision={accelerator.mixed_precision!r}, in "
+            "which forward differences lose their digits: use bf16 or no."
+        )
+    args.bf16 = accelerator.mixed_precision == "bf16"
+    backend = accelerator.state.dynamo_plugin.backend.value
+    if backend != "NO":
+        raise ConfigurationError(
+            f"accelerate's configuration says dynamo_backend={backend!r}, but a compiled model "
+            "hides its layers and its loss, which must be seen row by row: set it to no."
+        )
+
+
+def uncompiled(model: Any) -> Any:
+    """Return the model that `torch.compile` has wrapped; it trains without being compiled."""
+    if not isinstance(model, nn.Module):
+        return model
+    inner = getattr(model, "_orig_mod", model)
+    compiled = [module for module in inner.modules() if module._compiled_call_impl is not None]
+    for module in compiled:
+        module._compiled_call_impl = None  # type: ignore[assignment]
+    if inner is not model or compiled:
+        logger.warning(
+            "The model trains without torch.compile, which would hide its layers and its loss."
+        )
+    return inner
 
 
 def check_ready(model: nn.Module, data: object, needs_clean: bool, samples: int) -> None:

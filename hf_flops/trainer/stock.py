@@ -65,7 +65,9 @@ class StockOverrides(_Base):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns: list[str] = self._signature_columns or []
-        if SAMPLE_ID not in columns:
+        features = getattr(self.train_dataset, "features", None) or {}
+        text = getattr(features.get(SAMPLE_ID), "dtype", None) in ("string", "large_string")
+        if SAMPLE_ID not in columns and not text:
             columns.append(SAMPLE_ID)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

@@ -38,7 +38,9 @@ from .preparation import (
     check_arguments,
     check_labels,
     check_ready,
+    follow_accelerator,
     quantised_base_allowed,
+    uncompiled,
     widen_trainable,
     without_cache,
     wrap_with_adapter,
@@ -115,6 +117,7 @@ class FlopsTrainerMixin(StockOverrides):
         checked = check_arguments(given[0] if given else FlopsTrainingArguments())
         if args is not None or not given:
             kwargs["args"] = checked
+        model = uncompiled(model)
         self._peft_config = peft_config
         if peft_config is not None and isinstance(model, nn.Module):
             model = wrap_with_adapter(model, peft_config)
@@ -129,6 +132,7 @@ class FlopsTrainerMixin(StockOverrides):
         self.recorder = TrajectoryRecorder() if checked.trajectory_log else None
         with quantised_base_allowed(model):
             super().__init__(model, *positional, **kwargs)
+        follow_accelerator(self.accelerator, self.args)
         self._begin()
         self.query_budget = QueryBudget(
             lambda: self.args.max_queries,
@@ -249,7 +253,9 @@ class FlopsTrainerMixin(StockOverrides):
         if is_packed(inputs):
             return unpacked(inputs)
         if not self._laid_out:
-            samples = self._train_batch_size * self.args.world_size
+            samples = self._train_batch_size
+            if not self.accelerator.split_batches:
+                samples *= self.args.world_size
             if isinstance(self.train_dataset, Sized):
                 samples = min(samples, len(self.train_dataset))
             self.pairs, self._laid_out = Pairs.of(inputs, samples), True
