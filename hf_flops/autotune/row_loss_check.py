@@ -158,7 +158,10 @@ def check_split(objective: Objective, forward: Forward, inputs: Inputs, precisio
 
 def _same_first(found: RowLosses, wanted: RowLosses, precision: float) -> bool:
     """Return whether the first rows have the same mean loss."""
-    means = [losses.sums[:1] / losses.counts[:1] for losses in (found, wanted)]
+    means = [
+        torch.where(losses.counts > 0, losses.sums / losses.counts, losses.sums)[:1]
+        for losses in (found, wanted)
+    ]
     return agree(means[0], means[1], precision / 2)
 
 

@@ -124,7 +124,8 @@ class Tape:
         Args:
             rows: that were recorded.
             part: those whose outputs are returned.
-            factors: (r,) by which the outputs of these rows are multiplied.
+            factors: (r,) by which the outputs of these rows are multiplied, small ones after
+                division by their standard deviation.
         """
         used = dict.fromkeys(self.modules, 0)
 
@@ -163,15 +164,16 @@ def is_half(value: object) -> bool:
 
 
 def _rows_of(leaf: object, rows: int, part: slice, factors: Tensor | None) -> object:
-    """Return a copy of some rows of a tensor, 16-bit floats in float32; others as they are."""
+    """Return some rows of a tensor, 16-bit floats in float32; others as they are."""
     if not torch.is_tensor(leaf):
         return leaf
     entries = len(leaf) // rows
     values = leaf[part.start * entries : part.stop * entries]
     if not leaf.is_floating_point():
-        return values.clone()
+        return values
     values = values.float() if is_half(values) else values
     if factors is None:
-        return values.clone()
+        return values
     shape = (-1, *[1] * (leaf.dim() - 1))
+    values = values / leaf.to(values).std(unbiased=False).clamp(1e-6, 1.0)
     return values * factors.to(values).repeat_interleave(entries).view(shape)

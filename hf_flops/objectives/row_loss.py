@@ -115,7 +115,7 @@ class RowwiseLoss(Objective):
         Losses that hardly differ, as before the first step, have the same mean with any weights.
         """
         rows = len(parts)
-        factors = torch.linspace(0.5, 2.0, rows).roll(rows // 2)
+        factors = torch.linspace(0.5, 4.0, rows).roll(rows // 2)
         with (
             row_failures("the loss cannot be computed from recorded outputs"),
             tape.playing(rows, slice(0, rows), factors),

@@ -152,10 +152,10 @@ class Coupled(BertForQuestionAnswering):
         return outputs
 
 
-def question_answerer():
+def question_answerer(kind=BertForQuestionAnswering):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return adapted("bert", Coupled(BertConfig(vocab_size=VOCABULARY, **SIZES)))
+        return adapted("bert", kind(BertConfig(vocab_size=VOCABULARY, **SIZES)))
 
 
 # --- drop-in ---
@@ -755,7 +755,7 @@ def test_every_row_is_counted_and_the_budget_is_kept(
     original = hf_flops.autotune.session.estimate_gradient
     monkeypatch.setattr(hf_flops.autotune.session, "estimate_gradient", estimate_gradient)
     model, dataset = (
-        (adapted(), data(samples=10)) if per_row else (question_answerer(), questions(10))
+        (adapted(), data(samples=10)) if per_row else (question_answerer(Coupled), questions(10))
     )
     # batches of 4, 4 and 2
     args = arguments(preset=preset, queries_per_sample=queries, max_steps=3)
