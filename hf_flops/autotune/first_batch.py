@@ -19,10 +19,10 @@ from ..errors import ConfigurationError, ObjectiveError
 from ..estimators import ClosedFormHead, find_head
 from ..estimators.control_variate import MOST_LOGITS
 from ..objectives import BatchLoss, Forward, Objective, RowLossError, TappedLoss
-from ..perturbations import Perturbation
+from ..perturbations import ParameterVector, Perturbation
 from ..reuse import CachedPlan, ReusePlan, SampleStore, choose_reuse, with_last_logits
 from .protocol import RunArguments
-from .row_loss_check import choose_objective
+from .row_loss_check import check_moves, choose_objective
 from .rule_check import choose_perturbation
 
 logger = logging.getLogger("hf_flops.trainer")
@@ -100,6 +100,8 @@ def set_up(
     # an objective of the user's is left as it is, unless it keeps logits itself
     if objective is not None:
         return _set_up(objective, *given, ours=objective.logits)
+    if not set(ParameterVector.of(model).names) <= set(frozen):
+        check_moves(forward, inputs, model)
     objective, reason = choose_objective(forward, inputs, precision, model, loss, tap=tap)
     try:
         if reason is None:

@@ -4,6 +4,7 @@ confirms it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -27,6 +28,7 @@ from ..objectives import (
 )
 from ..perturbations import moved
 
+logger = logging.getLogger("hf_flops.trainer")
 CHECK_SEED = 20410  # any number: the check's noise has a stream of its own
 
 
@@ -95,11 +97,14 @@ def choose_objective(
     odd = misaligned(inputs)
     if odd:
         return BatchLoss(), f"its inputs {odd} are not laid out one entry per sample"
-    if model is not None:
-        check_moves(forward, inputs, model)
     makers: list[Callable[[], Objective]] = [TappedLoss] if tap else []
+    pair = take(inputs, most_different(inputs, torch.arange(batch_size(inputs))))
+    if same_rows(pair) and batch_size(inputs) > 1:
+        logger.warning(
+            "All samples of the first batch are equal, so nothing could be checked of how its "
+            "loss is split into rows: begin with a batch of different samples."
+        )
     if loss is not None:
-        pair = take(inputs, most_different(inputs, torch.arange(batch_size(inputs))))
         makers.append(partial(RowwiseLoss, loss, forward, pair))
     reasons = list[str]()
     with nullcontext() if model is None else moved_parameters(model):
@@ -130,6 +135,16 @@ def check_moves(forward: Forward, inputs: Inputs, model: nn.Module) -> None:
             "GRPO, RLOO and PPO do on policy; pass what is to be improved as objective=, such as "
             "GeneratedMetric with the reward."
         )
+
+
+def same_rows(pair: Inputs) -> bool:
+    """Return whether two samples have equal inputs."""
+    return all(
+        torch.equal(value[0], value[1])
+        if torch.is_tensor(value) and value.dim() > 0
+        else not isinstance(value, (list, tuple)) or value[0] == value[1]
+        for value in pair.values()
+    )
 
 
 def check_split(objective: Objective, forward: Forward, inputs: Inputs, precision: float) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from ..base.rows import BatchPosition
 from ..core.method import StepResult
 from ..errors import ObjectiveError
 from ..objectives import Forward
+from .layout import rows_together
 
 if TYPE_CHECKING:
     from .trainer import FlopsTrainerMixin
@@ -36,20 +38,20 @@ def without_ids(inputs: Inputs) -> tuple[Inputs, tuple[int, ...] | None]:
 def forward_function(trainer: FlopsTrainerMixin, model: nn.Module) -> Forward:
     """Return a function that runs the model and computes the loss as the stock trainer does."""
     modules = {model, *(value for value in vars(trainer).values() if isinstance(value, nn.Module))}
-    pairs = trainer.pairs
+    own, pairs = type(trainer).compute_loss is not Trainer.compute_loss, trainer.pairs
 
     def forward(inputs: Inputs) -> tuple[Tensor | None, object]:
-        if pairs is None:
-            return whole(inputs)
-        with pairs.beside_each_other(modules, batch_size(inputs)):
-            return whole(pairs.restored(inputs))
+        rows = batch_size(inputs)
+        given = dict(inputs) if pairs is None else pairs.restored(inputs)
+        with rows_together(modules, rows) if own and rows > 1 else nullcontext():
+            return whole(given)
 
-    def whole(inputs: Inputs) -> tuple[Tensor | None, object]:
+    def whole(inputs: dict[str, Any]) -> tuple[Tensor | None, object]:
         items = None
         if reads_items(trainer):
             # as in a stock step; a loss that divides by this number is the mean of these rows
             items = trainer._get_num_items_in_batch([inputs], trainer.args.device)
-        result = trainer.compute_loss(model, dict(inputs), num_items_in_batch=items)
+        result = trainer.compute_loss(model, inputs, num_items_in_batch=items)
         trainer.gathered.forward_ended()
         return (result[0] if isinstance(result, tuple) else result), None
 

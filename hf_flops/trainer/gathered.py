@@ -20,7 +20,9 @@ class GatheredMetrics:
     """
 
     def __init__(self, trainer: object) -> None:
-        self.trainer, self._start, self._first, self._waits = trainer, {}, None, False
+        self.trainer, self._waits = trainer, False
+        self._start: dict[str, Any] = {}
+        self._first: dict[str, Any] | None = None
 
     @contextmanager
     def of_one_forward(self) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..base.batch import Inputs, batch_size
 from ..base.calls import replaced_calls
@@ -57,16 +57,28 @@ class Pairs:
             for name, value in inputs.items()
         }
 
-    @contextmanager
-    def beside_each_other(self, modules: set[nn.Module], rows: int) -> Iterator[None]:
-        """Let modules see both entries of a sample one after the other, as noise per row needs."""
 
-        def call(module: nn.Module, original: Call, *args: object, **kwargs: object) -> object:
-            args, kwargs = tree_map(partial(_reordered, 2, rows), (args, kwargs))
-            return tree_map(partial(_reordered, rows, 2), original(*args, **kwargs))
+@contextmanager
+def rows_together(modules: Collection[nn.Module], rows: int) -> Iterator[None]:
+    """Let modules that are called with several texts of each row, all first ones before all second
+    ones, see those of a row one after the other, as noise per row needs; outputs are put back.
+    """
 
-        with replaced_calls(modules, call):
-            yield
+    def call(module: nn.Module, original: Call, *args: object, **kwargs: object) -> object:
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if has_rows(leaf)]
+        entries = len(given[0]) // rows if given else 1
+        if entries < 2 or {len(leaf) for leaf in given} != {entries * rows}:
+            return original(*args, **kwargs)
+        args, kwargs = tree_map(partial(_reordered, entries, rows), (args, kwargs))
+        return tree_map(partial(_reordered, rows, entries), original(*args, **kwargs))
+
+    with replaced_calls(modules, call):
+        yield
+
+
+def has_rows(value: object) -> bool:
+    """Return whether something is a tensor with a first dimension."""
+    return torch.is_tensor(value) and value.dim() > 0
 
 
 def _reordered(outer: int, inner: int, value: object) -> object:

@@ -75,7 +75,7 @@ def uncompiled(model: Any) -> Any:
     inner = getattr(model, "_orig_mod", model)
     compiled = [module for module in inner.modules() if module._compiled_call_impl is not None]
     for module in compiled:
-        module._compiled_call_impl = None  # type: ignore[assignment]
+        module._compiled_call_impl = None
     if inner is not model or compiled:
         logger.warning(
             "The model trains without torch.compile, which would hide its layers and its loss."

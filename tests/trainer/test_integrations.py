@@ -8,6 +8,9 @@ from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
     DataCollatorForSeq2Seq,
     LlamaConfig,
     LlamaForSequenceClassification,
@@ -18,7 +21,7 @@ from transformers import (
 )
 
 from hf_flops import FlopsArgumentsMixin, FlopsTrainerMixin
-from hf_flops.objectives import RowwiseLoss
+from hf_flops.objectives import BatchLoss, RowwiseLoss, TappedLoss
 from hf_flops.perturbations import SharedNoise
 from tests.helpers.coordinates import use_coordinates
 from tests.helpers.tiny import SIZES, tiny_model
@@ -254,3 +257,84 @@ def test_seq2seq_with_label_smoothing(tmp_path):
         peft_config=LoraConfig(target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM"),
     )
     assert_rowwise(trainer, "loss")
+
+
+def library_of_sentences():
+    return pytest.importorskip("sentence_transformers", reason="the extra trl is not installed")
+
+
+def saved(model, folder):
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def bert(kind, **options):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return kind(BertConfig(vocab_size=40, pad_token_id=0, **SIZES, **options))
+
+
+def biases(model):
+    """Train biases only, all of which have rules."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith("dense.bias") and "pooler" not in name)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("loss", "columns", "objective"),
+    [
+        ("CosineSimilarityLoss", ("sentence1", "sentence2", "score"), TappedLoss),
+        ("TripletLoss", ("anchor", "positive", "negative"), RowwiseLoss),
+        ("MultipleNegativesRankingLoss", ("anchor", "positive"), BatchLoss),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_sentence_transformers(loss, columns, objective, tmp_path):
+    library = library_of_sentences()
+    trainer_class, arguments_class = forward_only(
+        library.SentenceTransformerTrainer, library.SentenceTransformerTrainingArguments
+    )
+    model = library.SentenceTransformer(saved(bert(BertModel), tmp_path / "base"), device="cpu")
+    values = {"score": [0.1, 0.9, 0.3, 0.5] * 2, "negative": ["x y", "z", "w w", "v"] * 2}
+    texts = {name: [pair[i % 2] for pair in TEXTS * 2] for i, name in enumerate(columns)}
+    trainer = trainer_class(
+        model=biases(model),
+        args=arguments_class(**options(tmp_path)),
+        train_dataset=Dataset.from_dict(
+            {**texts, **{k: values[k] for k in columns if k in values}}
+        ),
+        loss=getattr(library.sentence_transformer.losses, loss)(model),
+    )
+    trainer.train()
+    chosen = trainer.session.chosen
+    assert type(chosen.objective) is objective
+    shared = any(isinstance(part, SharedNoise) for part in chosen.perturbation.parts)
+    assert shared == (objective is BatchLoss)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_cross_encoder(tmp_path):
+    library = library_of_sentences()
+    trainer_class, arguments_class = forward_only(
+        library.CrossEncoderTrainer, library.CrossEncoderTrainingArguments
+    )
+    base = saved(bert(BertForSequenceClassification, num_labels=1), tmp_path / "base")
+    model = library.CrossEncoder(base, device="cpu")
+    trainer = trainer_class(
+        model=biases(model),
+        args=arguments_class(**options(tmp_path)),
+        train_dataset=Dataset.from_dict(
+            {
+                "query": [pair[0] for pair in TEXTS * 2],
+                "answer": [pair[1] for pair in TEXTS * 2],
+                "label": [1.0, 0.0, 1.0, 1.0] * 2,
+            }
+        ),
+        loss=library.cross_encoder.losses.BinaryCrossEntropyLoss(model),
+    )
+    trainer.train()
+    chosen = trainer.session.chosen
+    assert chosen.objective.per_row
+    assert not any(isinstance(part, SharedNoise) for part in chosen.perturbation.parts)
