@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
+from transformers import Trainer
 
 from ..base.batch import Inputs, batch_size
 from ..base.calls import replaced_calls
@@ -56,6 +57,31 @@ class Pairs:
             name: value.transpose(0, 1).flatten(0, 1) if name in self.names else value
             for name, value in inputs.items()
         }
+
+
+class Layout:
+    """How the batches of a run are laid out, which the first one shows.
+
+    Attributes:
+        pairs: of samples; None if they have one entry each.
+    """
+
+    def __init__(self) -> None:
+        self.pairs: Pairs | None = None
+        self._known = False
+
+    def by_sample(self, trainer: Trainer, inputs: Inputs) -> Inputs:
+        """Return a batch with one entry per sample."""
+        if is_packed(inputs):
+            return unpacked(inputs)
+        if not self._known:
+            samples = trainer._train_batch_size
+            if not trainer.accelerator.split_batches:
+                samples *= trainer.args.world_size
+            if isinstance(trainer.train_dataset, Sized):
+                samples = min(samples, len(trainer.train_dataset))
+            self.pairs, self._known = Pairs.of(inputs, samples), True
+        return inputs if self.pairs is None else self.pairs.by_sample(inputs)
 
 
 @contextmanager

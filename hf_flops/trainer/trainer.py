@@ -5,7 +5,7 @@ Wiring only: every method overrides one of the stock trainer's, or serves those 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sized
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -30,7 +30,7 @@ from .batches import ElementMean, PositionCounter
 from .checkpoint_state import save_state
 from .checkpoints import CheckpointWriter, SaveOnSigterm, chosen_checkpoint
 from .gathered import GatheredMetrics
-from .layout import Pairs, is_packed, unpacked
+from .layout import Layout
 from .learning_rate_search import RateSearch
 from .multiprocess import BatchSize, Lockstep, start_group
 from .preparation import (
@@ -113,10 +113,10 @@ class FlopsTrainerMixin(StockOverrides):
         **kwargs: Any,
     ) -> None:
         # DPOTrainer and others have another second argument
-        given = [each for each in (args, *positional) if isinstance(each, TrainingArguments)]
-        checked = check_arguments(given[0] if given else FlopsTrainingArguments())
-        if args is not None or not given:
-            kwargs["args"] = checked
+        given = [each for each in positional if isinstance(each, TrainingArguments)]
+        if not given:
+            kwargs["args"] = FlopsTrainingArguments() if args is None else args
+        checked = check_arguments(given[0] if given else kwargs["args"])
         model = uncompiled(model)
         self._peft_config = peft_config
         if peft_config is not None and isinstance(model, nn.Module):
@@ -183,8 +183,7 @@ class FlopsTrainerMixin(StockOverrides):
         self._lockstep = Lockstep(self.group, self.args, self._sigterm)
         self.ledger: Ledger = Ledger()
         self.positions, self.gathered = PositionCounter(), GatheredMetrics(self)
-        self.pairs: Pairs | None = None
-        self._laid_out = False
+        self.layout = Layout()
         self.element_mean = ElementMean(self.model, logged=self.recorder is not None)
         self._session: GradientSession | None = None
 
@@ -236,8 +235,7 @@ class FlopsTrainerMixin(StockOverrides):
             optimizer.train()  # it is schedule-free
         inputs = without_cache(self.model, with_plain_flag(self._prepare_inputs(inputs)))
         self._lockstep.check(model, inputs, self.state.global_step)
-        inputs = self._by_sample(inputs)
-        batch = batch_of(self, model, inputs)
+        batch = batch_of(self, model, self.layout.by_sample(self, inputs))
         position = self.positions.place(batch, seed_of(self.args), self.state.epoch)
         while True:
             try:
@@ -247,19 +245,6 @@ class FlopsTrainerMixin(StockOverrides):
                 self.session.fall_back(error, recorded=recorded)
             except HandOver:
                 self._session = self._new_session(whole=True)
-
-    def _by_sample(self, inputs: Inputs) -> Inputs:
-        """Return a batch with one entry per sample."""
-        if is_packed(inputs):
-            return unpacked(inputs)
-        if not self._laid_out:
-            samples = self._train_batch_size
-            if not self.accelerator.split_batches:
-                samples *= self.args.world_size
-            if isinstance(self.train_dataset, Sized):
-                samples = min(samples, len(self.train_dataset))
-            self.pairs, self._laid_out = Pairs.of(inputs, samples), True
-        return inputs if self.pairs is None else self.pairs.by_sample(inputs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log as the stock trainer does, with rows used, the averages of the estimator's metrics
