@@ -200,13 +200,14 @@ def test_the_gradient_is_that_of_trl(make, kind, micro, tmp_path, monkeypatch):
     assert float(found[1].norm() / found[0].norm()) == pytest.approx(1, abs=0.02)
 
 
+@pytest.mark.parametrize("loss", ["apo_zero_unpaired", "kto"])
 @pytest.mark.filterwarnings("ignore")
-def test_kto(tmp_path):
+def test_kto(loss, tmp_path):
     library = trl()
     trainer_class, arguments_class = forward_only(library.KTOTrainer, library.KTOConfig)
     trainer = trainer_class(
         model=tiny_model("llama"),
-        args=arguments_class(**options(tmp_path, loss_type="apo_zero_unpaired")),
+        args=arguments_class(**options(tmp_path, loss_type=loss)),
         train_dataset=Dataset.from_list(
             [
                 {"prompt": prompt, "completion": f" {answer}", "label": i % 2 == 0}
@@ -216,7 +217,12 @@ def test_kto(tmp_path):
         processing_class=tokenizer(),
         peft_config=lora(),
     )
-    assert_rowwise(trainer, "rewards/chosen", "kl")
+    if loss == "kto":  # its samples are coupled
+        trainer.train()
+        assert type(trainer.session.chosen.objective) is BatchLoss
+        assert "rewards/chosen" in trainer.state.log_history[0]
+    else:
+        assert_rowwise(trainer, "rewards/chosen", "kl")
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -289,6 +295,7 @@ def biases(model):
         ("TripletLoss", ("anchor", "positive", "negative"), RowwiseLoss),
         ("MultipleNegativesRankingLoss", ("anchor", "positive"), BatchLoss),
     ],
+    ids=["CosineSimilarityLoss", "TripletLoss", "MultipleNegativesRankingLoss"],
 )
 @pytest.mark.filterwarnings("ignore")
 def test_sentence_transformers(loss, columns, objective, tmp_path):
