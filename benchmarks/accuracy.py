@@ -1,34 +1,26 @@
-"""Rows and seconds to a target accuracy, and accuracy at a fixed budget: ours, each ingredient
-removed, tuned opponents.
+"""Short runs that are watched by their accuracy, for benchmarks/doctor.py and studies.py.
 
-Every method trains the same adapter from the same start on the same batches. Its learning rate, and
-the number of queries per sample of the forward-only ones, come from one grid, by the mean
-validation accuracy along the run with seed 0. The best is then run with other seeds; their curves
-are of the test split. The target is 90 % of the way from the untrained adapter to the best accuracy
-of backprop with the same adapter. Every row through the model counts, clean ones too; seconds are
-of the processor, summed over threads, in training without evaluations.
-
-    python benchmarks/learning.py --task fashion
-    python benchmarks/learning.py --quick
+The tasks of accuracy_tasks.py measure a linear head more than an adapter: what a method is worth is
+in learning.py. Every row through the model counts, clean ones too; seconds are of the processor,
+summed over threads, in training without evaluations.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from records import ROOT, Record, quiet  # isort: skip
+from records import ROOT  # isort: skip
 
 sys.path.insert(0, str(ROOT))
 
-from learning_tasks import TASKS, LearningTask  # isort: skip
+from accuracy_tasks import LearningTask  # isort: skip
 
 from hf_flops import FlopsTrainer, FlopsTrainingArguments
 
@@ -52,7 +44,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "backprop": {},
 }
 GRID = [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
-QUERIES = [4, 16]
 
 
 @dataclass
@@ -198,97 +189,3 @@ def train(
         flush=True,
     )
     return run
-
-
-def tuned(
-    method: str, task: LearningTask, budget: int, grid: list[float], queries: list[int], points: int
-) -> tuple[Run, dict[str, float]]:
-    """Return the best run of the grid, and the mean validation accuracy of all; a grid of one is
-    not run.
-    """
-    queries = [1] if method == "backprop" else queries
-    if len(grid) == len(queries) == 1:
-        return Run(grid[0], queries[0], 0), {}
-    runs = [
-        train(method, task, Run(rate, q, 0), budget, "validation", points)
-        for q in queries
-        for rate in grid
-    ]
-    return max(runs, key=lambda run: run.mean), {
-        f"lr {run.rate:g}, q {run.queries}": run.mean for run in runs
-    }
-
-
-def main() -> None:
-    """Tune, run, and write results/learning_<task>.json."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--task", choices=TASKS, default="fashion")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--budget", type=int, help="rows of each run")
-    parser.add_argument(
-        "--tuning_budget", type=int, help="rows of each run of the grid; by default as many"
-    )
-    parser.add_argument(
-        "--again", action="store_true", help="take what an earlier run's grid found best"
-    )
-    parser.add_argument(
-        "--like", choices=METHODS, help="take what an earlier run's grid found best for this method"
-    )
-    parser.add_argument("--label", default="", help="put behind the methods' names in the record")
-    parser.add_argument("--points", type=int, default=16, help="evaluations of a run")
-    parser.add_argument("--grid", nargs="+", type=float, default=GRID)
-    parser.add_argument("--queries", nargs="+", type=int, default=QUERIES)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument(
-        "--quick", action="store_true", help="three methods, two rates, one seed: the shape of it"
-    )
-    options = parser.parse_args()
-    if options.quick:
-        options.methods, options.grid, options.seeds = (
-            ["flops", "mezo", "backprop"],
-            [1e-2, 3e-2],
-            [1],
-        )
-        options.queries, options.budget = [4], 20_000
-    quiet()
-    task = TASKS[options.task]()
-    budget = options.budget or task.budget
-    record = Record(f"learning_{options.task}{'_quick' if options.quick else ''}", indent=None)
-    wanted = {options.like} if options.like else set(options.methods) if options.again else set()
-    if unknown := wanted - set(record.entries):
-        option = "--like" if options.like else "--again"
-        parser.error(
-            f"{option}: benchmarks/results holds no run of {', '.join(sorted(unknown))} on "
-            f"{options.task} yet"
-        )
-    for method in options.methods:
-        share = 8 if method == "backprop" else 1
-        first, limit = (options.tuning_budget or budget) // share, budget // share
-        if wanted:
-            found = record.entries[options.like or method]
-            best, grid = (
-                Run(found["rate"], found["queries"], 0),
-                {} if options.like else found["validation"],
-            )
-        else:
-            best, grid = tuned(method, task, first, options.grid, options.queries, options.points)
-        anew = [replace(best, seed=seed, curve=[]) for seed in options.seeds]
-        runs = [train(method, task, run, limit, "test", options.points) for run in anew]
-        curves = {str(run.seed): run.curve for run in runs}
-        name = method + options.label
-        before = record.entries.get(name, {}) if wanted else {}
-        # other seeds of the same length stay
-        if (best.rate, best.queries) == (before.get("rate"), before.get("queries")):
-            kept = {
-                seed: curve
-                for seed, curve in before["curves"].items()
-                if curve[-1][0] == runs[0].curve[-1][0]
-            }
-            curves = kept | curves
-        record.keep(
-            name, {"rate": best.rate, "queries": best.queries, "validation": grid, "curves": curves}
-        )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Tasks of benchmarks/learning.py: a model with an adapter, and data in three splits."""
+"""Small tasks of several benchmarks: a model with an adapter, and data in three splits."""
 
 from __future__ import annotations
 

@@ -41,9 +41,11 @@ SEEDS = [1, 2, 3]
 # Middle of the first three learning rates, in halves of powers of ten.
 MIDDLE = {
     "MeZO + head, SGD": -3,
-    "FZOO + head": -7,
-    "ZO-Muon + head": -5,
-    "backprop": -4,
+    "MeZO + head, Adam": -4,
+    "shared one-sided + head": -3,
+    "FZOO + head": -3,
+    "ZO-Muon + head": -4,
+    "backprop": -3,
 }
 EXTENSIONS = 4
 
@@ -149,9 +151,8 @@ class Benchmark:
     def method(self, method: str) -> None:
         """Tune a method, and run it with fresh seeds."""
         if method == RANDOM_SIGN:
-            try:
-                best = self.record.read()["flops"]["best"]
-            except KeyError:
+            best = self.record.read().get("flops", {}).get("best")
+            if best is None:
                 raise SystemExit(f"{RANDOM_SIGN!r} takes the rate of 'flops': run that first.")
             rate, queries = best["rate"], best["queries"]
         else:
@@ -200,12 +201,13 @@ def main() -> None:
     options = parser.parse_args()
     quiet()
     task = TASKS[options.task]()
-    options.budget = options.budget or (8_000 if options.quick else task.budget)
-    options.tuning_budget = options.tuning_budget or (4_000 if options.quick else task.tuning_budget)
     if options.quick:
+        options.budget, options.tuning_budget = 8_000, 4_000
         options.seeds, options.points = [1], 6
-    record = SharedRecord(f"learning_{options.task}{'_quick' if options.quick else ''}", indent=None)
-    benchmark = Benchmark(task, record, options)
+    options.budget = options.budget or task.budget
+    options.tuning_budget = options.tuning_budget or task.tuning_budget
+    name = f"learning_{options.task}{'_quick' if options.quick else ''}"
+    benchmark = Benchmark(task, SharedRecord(name, indent=None), options)
     if options.gap:
         return benchmark.gap()
     benchmark.frozen()

@@ -14,10 +14,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-
 from learning_head import SolvedHead
 from learning_tasks import Task, adapter_of, head_of
+from torch import Tensor, nn
 
 HEAD_ROWS = 512  # clean rows before the first step
 RANK, RESAMPLE_EVERY = 4, 100  # ZO-Muon: its 64 of 768 rows is our 4 of 48
@@ -53,9 +52,7 @@ class Runner:
     def parts(self, vectors: Tensor) -> list[Tensor]:
         """Cut vectors (K, P) into the B matrices (K, out, r) of the layers."""
         pieces = vectors.split([shape.numel() for shape in self.shapes], -1)
-        return [
-            piece.view(-1, *shape) for piece, shape in zip(pieces, self.shapes, strict=True)
-        ]
+        return [piece.view(-1, *shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
 
     def features(self, vectors: Tensor, index: Tensor) -> Tensor:
         """Return the head's inputs (K, B, H) of training samples (B,) under vectors (K, P)."""
@@ -98,9 +95,7 @@ class Runner:
     def keep(self, found: Tensor, index: Tensor) -> None:
         """Put features (B, H) of samples (B,) into the buffer, and solve the head anew."""
         self.buffer[index], self.known[index] = found.detach(), True
-        self.head.solve(
-            self.buffer[self.known], self.task.train["labels"][self.known], iterations=3
-        )
+        self.head.solve(self.buffer[self.known], self.task.train["labels"][self.known], hessians=1)
 
     def install(self, vector: Tensor) -> None:
         """Write a vector (P,) into the model."""
@@ -130,9 +125,7 @@ def pairs(runner: Runner, theta: Tensor, index: Tensor, queries: int, step: int)
     return ((plus - minus) / (2 * scale)).float() @ z / len(z)
 
 
-def _differences(
-    runner: Runner, theta: Tensor, index: Tensor, z: Tensor
-) -> tuple[Tensor, Tensor]:
+def _differences(runner: Runner, theta: Tensor, index: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     """Return batch losses (K,) along noise (K, P) less the clean one, and all K + 1."""
     vectors = torch.cat([theta[None], theta + runner.task.scale * z])
     found = runner.features(vectors, index)

@@ -11,11 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from learning_tasks import ROOT, Task
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
-
-from learning_tasks import ROOT, Task
 
 sys.path.insert(0, str(ROOT))
 

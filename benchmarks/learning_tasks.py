@@ -154,7 +154,61 @@ def noisy(dataset: str = "digits", draws: int = 4, **budgets: int) -> Task:
     return Task("noisy", model, train, test, 5, **budgets)
 
 
+class _Given(nn.Module):
+    """Stands where embeddings were, of a model that is given hidden states."""
+
+    def forward(self, input_ids: Any = None, inputs_embeds: Any = None, **kwargs: Any) -> Tensor:
+        return inputs_embeds
+
+
+@torch.no_grad()
+def _hidden(model: Any, layer: int, texts: list[str], tokens: int) -> dict[str, Tensor]:
+    """Return what goes into a layer of MiniLM for texts cut or filled to so many tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(minilm())
+    cut = {"truncation": True, "max_length": tokens, "padding": "max_length"}
+    found = tokenizer(texts, return_tensors="pt", **cut)
+    kept: list[Tensor] = []
+    hook = model.bert.encoder.layer[layer].register_forward_pre_hook(
+        lambda module, args: kept.append(args[0])
+    )
+    for index in torch.arange(len(texts)).split(100):
+        model(input_ids=found["input_ids"][index], attention_mask=found["attention_mask"][index])
+    hook.remove()
+    return {"inputs_embeds": torch.cat(kept), "attention_mask": found["attention_mask"]}
+
+
+def reviews(layers: int = 1, tokens: int = 24, number: int = 1000, **budgets: int) -> Task:
+    """MiniLM with LoRA's B matrices (rank 2; queries and values) in its last layers, on the
+    sentiment of movie reviews.
+
+    The layers below are frozen whatever the method, so they have run once, for all.
+    """
+    base = AutoModelForSequenceClassification.from_pretrained(minilm(), num_labels=2).eval()
+
+    def model(seed: int) -> nn.Module:
+        set_seed(seed)
+        own = copy.deepcopy(base)
+        own.bert.embeddings = _Given()
+        own.bert.encoder.layer = own.bert.encoder.layer[-layers:]
+        for parameter in own.classifier.parameters():
+            nn.init.zeros_(parameter)
+        lora = {"target_modules": ["query", "value"], "modules_to_save": ["classifier"]}
+        adapted = get_peft_model(own, LoraConfig(r=2, lora_alpha=4, **lora))
+        for name, parameter in adapted.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and "lora_A" not in name)
+        return adapted
+
+    found = sentences()
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0)).tolist()
+    splits = []
+    for index in (order[:number], order[-2000:]):
+        hidden = _hidden(base, -layers, [found[i][0] for i in index], tokens)
+        splits.append({**hidden, "labels": torch.tensor([found[i][1] for i in index])})
+    return Task("reviews", model, *splits, classes=2, **budgets)
+
+
 TASKS: dict[str, Callable[[], Task]] = {
-    "permuted": partial(permuted, budget=200_000, tuning_budget=60_000),
-    "noisy": partial(noisy, budget=200_000, tuning_budget=60_000),
+    "permuted": partial(permuted, budget=300_000, tuning_budget=100_000),
+    "noisy": partial(noisy, budget=300_000, tuning_budget=100_000),
+    "reviews": partial(reviews, budget=60_000, tuning_budget=20_000),
 }
