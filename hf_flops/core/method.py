@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ..allocators import Allocator
+from ..allocators import Allocator, RandomisedAllocator
 from ..base.batch import Inputs
 from ..base.rows import BatchPosition
 from ..distributed.exchange import Exchange, SingleProcess
@@ -100,11 +100,14 @@ class Method:
     def budget(self, samples: int) -> int:
         """Return the number of queries of `samples` samples, after their clean rows are paid."""
         rows = samples * (self.queries_per_sample - self.needs_clean)
-        budget = rows // len(self.estimator.signs)
-        if budget < samples:
-            least = len(self.estimator.signs) + self.needs_clean
+        signs = len(self.estimator.signs)
+        budget = rows // signs
+        zeros = isinstance(self.allocator, RandomisedAllocator) and self.objective.per_row
+        fewest = 1 if zeros else samples
+        if budget < fewest:
+            least = self.needs_clean - (-signs * fewest // samples)
             raise ConfigurationError(
-                f"queries_per_sample={self.queries_per_sample} leaves no query for every sample: "
+                f"queries_per_sample={self.queries_per_sample} leaves too few queries: "
                 f"{type(self.estimator).__name__} with {type(self.allocator).__name__} needs at "
                 f"least {least} rows per sample, the clean one included."
             )
