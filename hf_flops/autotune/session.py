@@ -137,6 +137,7 @@ class SampleSession:
             reuse=self.chosen.reuse,
             head=self.chosen.head,
             control=self.control if self.chosen.objective.predictable else None,
+            delta_clip=self.args.delta_clip,
             exchange=self.exchange,
         )
 

@@ -25,7 +25,7 @@ from ..base.batch import Inputs
 from ..base.rows import BatchPosition, Rows
 from ..distributed.noise_sum import NoiseSum
 from ..errors import NonFiniteError
-from ..estimators import Chain, DeltaTransform, FiniteDifference, LeaveOneOut, Residual
+from ..estimators import Chain, Clipping, DeltaTransform, FiniteDifference, LeaveOneOut, Residual
 from ..objectives import Forward
 from ..perturbations.replay import UpdateRecord
 from .chunking import ChunkPlanner
@@ -144,6 +144,8 @@ def transforms(clean: CleanPass) -> Chain:
             )
     if method.centred:
         chain.append(LeaveOneOut(clean.units))
+    if method.delta_clip is not None:
+        chain.append(Clipping(method.delta_clip))
     return Chain(chain)
 
 

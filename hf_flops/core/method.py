@@ -36,9 +36,12 @@ class Method:
         head: the layer whose exact gradient the clean forward gives; it is not perturbed.
         control: the control variate, which predicts deltas from past steps; None for none.
         exchange: how the processes of the run share results.
+        delta_clip: bound of a delta in robust standard deviations of the batch's, which biases the
+            estimate; None for none.
 
     Raises:
-        ConfigurationError: processes exchange scalars only, and another argument needs more.
+        ConfigurationError: processes exchange scalars only, and another argument needs more; or
+            `delta_clip` would run rows again.
 
     Example:
         >>> from torch import nn
@@ -69,9 +72,16 @@ class Method:
     head: ClosedFormHead | None = None
     control: ControlVariate | None = None
     exchange: Exchange = field(default_factory=SingleProcess)
+    delta_clip: float | None = None
 
     def __post_init__(self) -> None:
         self.exchange.check(control=self.control is not None, replays=self.perturbation.replays)
+        if self.delta_clip is not None and self.perturbation.replays:
+            raise ConfigurationError(
+                f"delta_clip={self.delta_clip:g} changes rows that have run, and noise on outputs "
+                'would have to run them again: use perturbation="rowwise" or "shared", or '
+                "delta_clip=None."
+            )
 
     @property
     def needs_clean(self) -> bool:

@@ -145,6 +145,14 @@ class FlopsArgumentsMixin:
             "up to 32 logits per row) or 'none'."
         },
     )
+    delta_clip: float | None = field(
+        default=None,
+        metadata={
+            "help": "Limit deltas to so many robust standard deviations of their batch's (1.5, "
+            "say). The estimate is then biased; it helps early in training, if at all. Not with "
+            "noise on outputs. Default: no limit."
+        },
+    )
     lora_parts: str = field(
         default="both",
         metadata={

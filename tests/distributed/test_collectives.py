@@ -161,6 +161,8 @@ WITH_ZEROS = {"allocator": "optimal_with_zeros", "estimator": "antithetic", "que
         # three pairs for six samples, and one pair for two
         ("gradient", {**WITH_ZEROS, "head": True, "control": LogitJacobian, "steps": 3}),
         ("scalars", {**WITH_ZEROS, "samples": 2}),
+        ("gradient", {"delta_clip": lambda: 1.0}),
+        ("scalars", {"delta_clip": lambda: 1.0}),
         ("gradient", {"noise": "activation"}),
         ("gradient", {"objective": Spoiled}),
         ("scalars", {"objective": Spoiled}),

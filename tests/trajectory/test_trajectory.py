@@ -168,6 +168,7 @@ def test_an_update_is_the_sum_of_coefficients_times_noise(rows, size, shared, se
     rows=st.sampled_from(["auto", 5]),
     parts=st.sampled_from(["both", "B_then_A"]),
     allocator=st.sampled_from(["optimal", "two_stage", "uniform"]),
+    limit=st.sampled_from([None, 1.0]),
 )
 def test_a_replay_is_the_training_bit_for_bit(
     tmp_path,
@@ -181,6 +182,7 @@ def test_a_replay_is_the_training_bit_for_bit(
     rows,
     parts,
     allocator,
+    limit,
 ):
     options = {
         "optim": optim,
@@ -193,6 +195,7 @@ def test_a_replay_is_the_training_bit_for_bit(
         "rows_per_forward": rows,
         "lora_parts": parts,
         "allocator": allocator,
+        "delta_clip": limit,
         "queries_per_sample": 6,
     }
     trainer = trained(tmp_path, options=options)
