@@ -25,6 +25,7 @@ class RunArguments(Protocol):
     bf16: bool
     closed_form_head: str
     control_variate: str
+    delta_clip: float | None
     estimator: str
     late_expansion: bool
     learning_rate_search: bool

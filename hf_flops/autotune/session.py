@@ -145,6 +145,7 @@ class SampleSession:
             solver=self._solver(),
             clean_only=self.chosen.solved and self.solver.primes(step, self._steps),
             control=self.control if self.chosen.objective.predictable else None,
+            delta_clip=self.args.delta_clip,
             exchange=self.exchange,
         )
 

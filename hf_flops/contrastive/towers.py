@@ -80,5 +80,6 @@ def build_tower(
         reuse=late_expansion(args, model, loss.surrogate, forward, inputs, perturbation, precision),
         head=head,
         control=control,
+        delta_clip=args.delta_clip,
     )
     return Tower(loss, forward, method, head)

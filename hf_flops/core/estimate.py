@@ -20,12 +20,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..allocators import SampleFeatures
 from ..base.batch import Inputs
 from ..base.rows import BatchPosition, Rows
 from ..distributed.noise_sum import NoiseSum
 from ..errors import NonFiniteError
 from ..estimators import (
     Chain,
+    Clipping,
     DeltaTransform,
     FiniteDifference,
     HeadSolver,
@@ -36,7 +38,7 @@ from ..objectives import Forward
 from ..perturbations.replay import UpdateRecord
 from .chunking import ChunkPlanner
 from .clean_forward import CleanPass, clean_pass
-from .diagnostics import mean_squares, summarise
+from .diagnostics import gain_metrics, mean_squares, summarise
 from .method import Method, StepResult
 from .queries import QueryResults
 from .rounds import all_queries, queries_of
@@ -56,7 +58,7 @@ def estimate_gradient(
 
     The loss is `(1/N) sum_i s_i`, s_i a sample's loss sum; the estimate is
     `(1/N) sum_i (1/n_i) sum_k delta_ik z_ik`, unbiased for any counts n_i that are fixed before the
-    noise.
+    noise. Random counts, which may be 0, have their mean in the place of n_i in the weight.
 
     Args:
         forward: runs the model, in evaluation mode, and returns its loss and outputs.
@@ -128,6 +130,7 @@ def estimate_from(
     trace = method.exchange.trace(sums.parts, clean.place, factor, normalizer)
     result = report(
         clean,
+        features,
         results,
         applied,
         normalizer,
@@ -176,6 +179,8 @@ def transforms(clean: CleanPass) -> Chain:
             )
     if method.centred:
         chain.append(LeaveOneOut(clean.units))
+    if method.delta_clip is not None:
+        chain.append(Clipping(method.delta_clip))
     return Chain(chain)
 
 
@@ -197,7 +202,9 @@ def complete(
             f"non-finite loss: lower perturbation_scale (now {method.scale:g}) or the learning "
             "rate, and look at the batch for NaN."
         )
-    kept = torch.bincount(rows.owner[finite], minlength=clean.units) > 0
+    # A sample without queries is not a dropped one: its share of the mean is added back.
+    kept = torch.bincount(rows.owner[~finite], minlength=clean.units) == 0
+    kept |= torch.bincount(rows.owner[finite], minlength=clean.units) > 0
     if method.exchange.group.rank == 0:
         for mean in chain.means(kept.float()):
             sums.add_back(mean)
@@ -243,6 +250,7 @@ def apply(
 
 def report(
     clean: CleanPass,
+    features: SampleFeatures,
     results: QueryResults,
     applied: tuple[Tensor, Tensor] | None,
     normalizer: float,
@@ -257,6 +265,7 @@ def report(
     metrics = summarise(
         applied, squares / normalizer**2, counts, rows, results.deltas / normalizer, *facts
     )
+    metrics |= gain_metrics(method.allocator, features)
     used = (len(rows) + replayed) * len(method.estimator.signs) * (clean.samples // units)
     used += clean.samples * method.needs_clean
     losses = results.losses(units) / counts if clean.losses is None else clean.losses.sums

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .clipping import Clipping
 from .closed_form_head import ClosedFormHead, find_head
 from .control_variate import CONTROL_VARIATES, ControlVariate, LogitJacobian, Prediction
 from .delta_chain import Chain, DeltaTransform, FiniteDifference, LeaveOneOut, Residual
@@ -13,6 +14,7 @@ __all__ = [
     "ESTIMATORS",
     "Antithetic",
     "Chain",
+    "Clipping",
     "ClosedFormHead",
     "ControlVariate",
     "DeltaTransform",

@@ -149,6 +149,14 @@ class FlopsArgumentsMixin:
             "'logit_jacobian' (the same Jacobian for all samples) or 'none'."
         },
     )
+    delta_clip: float | None = field(
+        default=None,
+        metadata={
+            "help": "Limit deltas to so many robust standard deviations of their batch's (1.5, "
+            "say). The estimate is then biased; it helps early in training, if at all. Not with "
+            "noise on outputs. Default: no limit."
+        },
+    )
     lora_parts: str = field(
         default="both",
         metadata={

@@ -229,6 +229,11 @@ def _check_numbers(args: FlopsArgumentsMixin) -> None:
         rows == "auto" or _is_count(rows),
         f"rows_per_forward={rows!r} must be a whole number, 1 or more, or 'auto'.",
     )
+    clip = args.delta_clip
+    _require(
+        clip is None or _is_positive(clip),
+        f"delta_clip={clip!r} must be positive and finite, or None.",
+    )
     limit = args.memory_limit_gb
     _require(
         limit is None or _is_positive(limit),
