@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 from learning_head import SolvedHead
 from learning_opponents import OPPONENTS, train_opponent
-from learning_ours import OURS, QUERIES, RANDOM_SIGN, available, train_ours
+from learning_ours import OURS, QUERIES, RANDOM_SIGN, train_ours
 from learning_tasks import TASKS, Task, features
 
 Curve = list[tuple[int, float, float, float]]  # rows, J, test accuracy, seconds
@@ -134,7 +134,7 @@ class Benchmark:
         at its edge, at most `EXTENSIONS` times.
         """
         known = QUERIES[method] if method in OURS else OPPONENTS[method].queries
-        middle, scores = MIDDLE.get(method, -5), dict[tuple[int, int], float]()
+        middle, scores = MIDDLE.get(method, -4), dict[tuple[int, int], float]()
         for queries in self.options.queries or known:
             own = dict[int, float]()
             wanted = [middle - 1, middle, middle + 1]
@@ -212,7 +212,7 @@ def main() -> None:
     if options.gap:
         return benchmark.gap()
     benchmark.frozen()
-    for method in filter(available, options.methods):
+    for method in options.methods:
         benchmark.method(method)
 
 

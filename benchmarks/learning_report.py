@@ -27,6 +27,7 @@ COLOURS = {
     "flops, equal counts": "#f59e0b",
     "flops, no control variate": "#84cc16",
     "flops, mean control variate": "#15803d",
+    "own noise, equal counts": "#fb7185",
     "flops, head by exact gradient": "#be185d",
     "random sign": "#a1a1aa",
     "MeZO + head, SGD": "#2563eb",
