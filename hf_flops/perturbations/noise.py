@@ -77,8 +77,9 @@ class RowNoise:
         """Return the noise of one row as a flat vector (d,)."""
         if not 0 <= row < len(self):
             raise IndexError(f"there is no row {row} among {len(self)} rows of noise")
-        own = slice(row, row + 1)
-        return torch.cat([self.tensor(index, own).flatten() for index in range(len(self.shapes))])
+        return torch.cat(
+            [self.tensor(index, slice(row, row + 1)).flatten() for index in range(len(self.shapes))]
+        )
 
     def is_rank_one(self, index: int) -> bool:
         """Return whether a parameter's noise is an outer product."""

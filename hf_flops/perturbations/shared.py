@@ -86,8 +86,12 @@ class SharedNoise(Perturbation):
 
     def draw(self, keys: NoiseKeys) -> Tensor:
         """Draw (d,) from the group's seed."""
-        seed = np.array([keys.group], dtype=np.uint64)
-        return draw(self.distribution, seed, self.vector.shapes, self.vector.device)[0]
+        return draw(
+            self.distribution,
+            np.array([keys.group], dtype=np.uint64),
+            self.vector.shapes,
+            self.vector.device,
+        )[0]
 
     def applied(self, noise: Tensor, scale: float) -> AbstractContextManager[None]:
         """See `Perturbation.applied`."""

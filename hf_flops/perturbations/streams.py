@@ -46,8 +46,10 @@ class NoiseKeys:
             queries: (R,) int64, which query of its sample each row is.
             group: the rows' common group.
         """
-        rows = seeds(seed, step, positions.numpy(), queries.numpy())
-        return cls(rows, int(seeds(seed, step, SHARED_POSITION, group)[0]))
+        return cls(
+            seeds(seed, step, positions.numpy(), queries.numpy()),
+            int(seeds(seed, step, SHARED_POSITION, group)[0]),
+        )
 
 
 Room = Callable[[int], Tensor]
@@ -65,7 +67,6 @@ class Numbers(Protocol):
 
     def __len__(self) -> int:
         """Return R."""
-        ...
 
     def piece(
         self, index: int, rows: slice = ALL, last: int | None = None, room: Room | None = None
@@ -75,12 +76,10 @@ class Numbers(Protocol):
 
         Packed numbers are unpacked into `room` if it is given.
         """
-        ...
 
     @staticmethod
     def adjoins(size: int) -> bool:
         """Return whether the next piece directly follows a piece of that size."""
-        ...
 
 
 class Signs:
@@ -103,8 +102,8 @@ class Signs:
         self.row_seeds, self.sizes, self.signs = row_seeds, sizes, _SIGNS.to(device)
         self.starts = list(accumulate((-(-size // 64) for size in sizes), initial=0))  # words
         self.host = torch.device(device).type == "cpu"
-        drawn = self.host and 8 * self.starts[-1] * len(row_seeds) > _PACKED
-        self.kept = None if drawn else self._bytes(0, self.starts[-1], ALL).to(device)
+        large = self.host and 8 * self.starts[-1] * len(row_seeds) > _PACKED
+        self.packed = None if large else self._bytes(0, self.starts[-1], ALL).to(device)
 
     def __len__(self) -> int:
         return len(self.row_seeds)
@@ -119,14 +118,14 @@ class Signs:
         """See `Numbers.piece`: eight signs are looked up at a time."""
         last = index if last is None else last
         start, stop = self.starts[index], self.starts[last + 1]
-        own = (
+        packed = (
             self._bytes(start, stop, rows)
-            if self.kept is None
-            else self.kept[rows, 8 * start : 8 * stop]
+            if self.packed is None
+            else self.packed[rows, 8 * start : 8 * stop]
         )
-        out = room(8 * own.numel()).view(-1, 8) if room is not None and self.host else None
-        signs = torch.index_select(self.signs, 0, own.int().flatten(), out=out)
-        return signs.view(len(own), -1)[:, : sum(self.sizes[index : last + 1])]
+        out = room(8 * packed.numel()).view(-1, 8) if room is not None and self.host else None
+        signs = torch.index_select(self.signs, 0, packed.int().flatten(), out=out)
+        return signs.view(len(packed), -1)[:, : sum(self.sizes[index : last + 1])]
 
     @staticmethod
     def adjoins(size: int) -> bool:

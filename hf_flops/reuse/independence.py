@@ -19,6 +19,7 @@ from ..base.batch import Inputs, batch_size, take
 from ..base.patching import Call, replaced_forward
 from ..base.prng import seeds
 from ..base.probe import Attempt, Probe
+from ..base.state import raw_bytes
 from ..objectives import Forward, Objective, RowLosses
 from ..perturbations import NoiseKeys, Perturbation, displaced, moved
 from ..perturbations.noise import draw
@@ -49,8 +50,7 @@ def _fingerprint(leaf: object) -> object:
     of a tensor.
     """
     if torch.is_tensor(leaf):
-        content = leaf.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
-        return leaf.shape, blake2b(content.data, digest_size=16).digest()
+        return leaf.shape, blake2b(raw_bytes(leaf), digest_size=16).digest()
     # a new object is equal to nothing else
     return leaf if leaf is None or isinstance(leaf, (bool, int, float, str)) else object()
 
@@ -87,15 +87,10 @@ def _layout(two: _Visit, three: _Visit) -> tuple[bool, ...] | None:
     """Return which leaves grow with the number of rows, from a run of two rows and one of three;
     None if a leaf neither grows nor stays the same.
     """
-    flags = []
-    for a, b in zip(two.shapes, three.shapes, strict=True):
-        if a == b:
-            flags.append(False)
-        elif a and b and a[1:] == b[1:] and 3 * a[0] == 2 * b[0]:
-            flags.append(True)
-        else:
-            return None
-    return tuple(flags)
+    pairs = list(zip(two.shapes, three.shapes, strict=True))
+    if all(a == b or (a and b and a[1:] == b[1:] and 3 * a[0] == 2 * b[0]) for a, b in pairs):
+        return tuple(a != b for a, b in pairs)
+    return None
 
 
 def independent_modules(
@@ -130,7 +125,7 @@ def independent_modules(
 
 
 def _outermost(here: _Visits, moved: _Visits, wider: _Visits) -> dict[nn.Module, tuple[bool, ...]]:
-    found: dict[nn.Module, tuple[bool, ...]] = {}
+    independent: dict[nn.Module, tuple[bool, ...]] = {}
     inside: set[int] = set()  # calls that are part of an independent one
     for module, visits in here.items():
         if id(visits[0].parent) in inside:
@@ -144,9 +139,9 @@ def _outermost(here: _Visits, moved: _Visits, wider: _Visits) -> dict[nn.Module,
                 and any(visits[0].shapes)
                 and visits[0].leaves == moved[module][0].leaves
             ):
-                found[module] = flags
+                independent[module] = flags
                 inside.add(id(visits[0]))
-    return found
+    return independent
 
 
 def _holds_numbers(module: nn.Module) -> bool:
@@ -208,8 +203,8 @@ def _simplified(plan: ReusePlan, forward: Forward, inputs: Inputs, cached: bool)
     owner = torch.arange(batch_size(inputs))
 
     def outputs() -> list[object]:
-        found = _fingerprints(recording.rows(inputs, owner)(inputs))
-        return [leaf for leaf in found if isinstance(leaf, tuple)]
+        leaves = _fingerprints(recording.rows(inputs, owner)(inputs))
+        return [leaf for leaf in leaves if isinstance(leaf, tuple)]
 
     def unnoticed() -> bool:
         with Attempt(None, (Exception,)):
@@ -228,12 +223,14 @@ def _simplified(plan: ReusePlan, forward: Forward, inputs: Inputs, cached: bool)
             module: sum(parameter.numel() for parameter in module.parameters())
             for module in plan.modules
         }
-        small = [
+        again = frozenset(
             m
             for m in plan.modules
-            if cached and m not in idle and 10 * size[m] < sum(size.values())
-        ]
-        again = frozenset(m for m in small if recording.works_without(m, unnoticed, hollow=False))
+            if cached
+            and m not in idle
+            and 10 * size[m] < sum(size.values())
+            and recording.works_without(m, unnoticed, hollow=False)
+        )
     return replace(plan, pass_through=idle, recomputed=again)
 
 
@@ -278,15 +275,13 @@ def _checked(
     choices: list[frozenset[str]] = []
     # a NaN loss would not show whether an input is read
     if objective.per_row and bool(wanted.isfinite().all()):
-        tensors = {name: value for name, value in inputs.items() if torch.is_tensor(value)}
         real = frozenset(
-            name for name, value in tensors.items() if value.is_floating_point() and value.dim() > 1
+            name
+            for name, value in inputs.items()
+            if torch.is_tensor(value) and value.is_floating_point() and value.dim() > 1
         )
-        choices = (
-            [real, *(frozenset([name]) for name in sorted(real))]
-            if len(real) > 1
-            else [real] * len(real)
-        )
+        singles = [frozenset([name]) for name in sorted(real) if len(real) > 1]
+        choices = [real, *singles] if real else []
     with plan.recording(forward) as recording:
         recording.record(inputs)
         for unread in choices:

@@ -111,7 +111,8 @@ def with_last_logits(
 
 def _language_model(model: nn.Module) -> nn.Module | None:
     """Return the outermost module whose forward takes labels and the number of logits to keep."""
-    for module in model.modules():
-        if {"labels", "logits_to_keep"} <= inspect.signature(module.forward).parameters.keys():
-            return module
-    return None
+    wanted = {"labels", "logits_to_keep"}
+    takers = (
+        m for m in model.modules() if wanted <= inspect.signature(m.forward).parameters.keys()
+    )
+    return next(takers, None)

@@ -274,9 +274,9 @@ class Recording:
         leaves, spec = self.outputs[module]
         owner = torch.arange(self._samples) if run.owner is None else run.owner
         if run.cut is not None:
-            axes = self.plan.token_axes
             leaves = [
-                leaf[:, run.cut] if (module, i) in axes else leaf for i, leaf in enumerate(leaves)
+                leaf[:, run.cut] if (module, i) in self.plan.token_axes else leaf
+                for i, leaf in enumerate(leaves)
             ]
         pairs = zip(leaves, self.plan.modules[module], strict=True)
         return tree_unflatten(

@@ -34,17 +34,18 @@ def describe(optimizer: Optimizer, names: Mapping[int, str]) -> State:
     Raises:
         ConfigurationError: its steps cannot be replayed, because they need other code or a closure.
     """
-    own = bare(optimizer)
-    home = f"{type(own).__module__}.{type(own).__qualname__}"
-    if not home.startswith(_HOMES) or isinstance(own, torch.optim.LBFGS):
+    optimizer = bare(optimizer)
+    home = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+    if not home.startswith(_HOMES) or isinstance(optimizer, torch.optim.LBFGS):
         raise ConfigurationError(
             f"trajectory_log cannot replay the optimizer {home}: use one of torch.optim (not "
             "LBFGS) or transformers' Adafactor, such as optim='adamw_torch'."
         )
     groups = [
-        [names[id(p)] for p in group["params"] if id(p) in names] for group in own.param_groups
+        [names[id(p)] for p in group["params"] if id(p) in names]
+        for group in optimizer.param_groups
     ]
-    return {"class": home, "defaults": _plain(own.defaults), "groups": groups}
+    return {"class": home, "defaults": _plain(optimizer.defaults), "groups": groups}
 
 
 def arguments(optimizer: Optimizer) -> list[State]:
@@ -71,11 +72,11 @@ def build(
     kind = getattr(import_module(home), name)
     known = inspect.signature(kind).parameters
     options = {key: value for key, value in restored(said["defaults"]).items() if key in known}
-    own = [
+    filled = [
         {**restored(group), "params": [parameters[key] for key in keys]}
         for group, keys in zip(groups, said["groups"], strict=True)
     ]
-    return kind(own, **options)
+    return kind(filled, **options)
 
 
 def restored(values: State) -> State:

@@ -65,15 +65,17 @@ def test_noise_is_standardised_and_uncorrelated(distribution):
 def test_signs_are_signs_and_take_a_bit_each(distribution):
     noise = draw(distribution, seeds(1, np.arange(5)), shapes((26, 100), (70,)))
     assert flat(noise).abs().eq(1).all()
-    kept = draw(distribution, seeds(1, np.arange(5)), shapes((26, 100), (70,)), "meta").numbers.kept
-    assert noise.numbers.kept.numel() == kept.numel() <= 5 * ((26 * 100 + 70) / 8 + 3 * 8)
+    kept = draw(
+        distribution, seeds(1, np.arange(5)), shapes((26, 100), (70,)), "meta"
+    ).numbers.packed
+    assert noise.numbers.packed.numel() == kept.numel() <= 5 * ((26 * 100 + 70) / 8 + 3 * 8)
 
 
 def test_many_bits_are_drawn_when_they_are_used_and_are_the_same(monkeypatch):
     kept = draw("rademacher", seeds(1, np.arange(5)), shapes((26, 100), (70,)))
-    monkeypatch.setattr("hf_flops.perturbations.streams._PACKED", kept.numbers.kept.numel() - 1)
+    monkeypatch.setattr("hf_flops.perturbations.streams._PACKED", kept.numbers.packed.numel() - 1)
     drawn = draw("rademacher", seeds(1, np.arange(5)), shapes((26, 100), (70,)))
-    assert drawn.numbers.kept is None
+    assert drawn.numbers.packed is None
     assert torch.equal(flat(drawn), flat(kept))
     assert torch.equal(drawn.weighted_sum(torch.arange(5.0)), kept.weighted_sum(torch.arange(5.0)))
 
