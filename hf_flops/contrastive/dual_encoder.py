@@ -28,13 +28,11 @@ def base_of(model: nn.Module) -> nn.Module:
 
 
 def contrastive_base(model: nn.Module) -> DualEncoder | None:
-    """Return a model, without its adapter, if it has two towers as CLIP and SigLIP have, or else
-    None.
-    """
+    """Return a model, without its adapter, if it has two towers as CLIP and SigLIP; else None."""
     base = base_of(model)
-    towers = all(hasattr(base, f"get_{side}_features") for side in SIDES)
-    scaled = towers and torch.is_tensor(getattr(base, "logit_scale", None))
-    return cast(DualEncoder, base) if scaled else None
+    dual = all(hasattr(base, f"get_{side}_features") for side in SIDES)
+    scaled = torch.is_tensor(getattr(base, "logit_scale", None))
+    return cast(DualEncoder, base) if dual and scaled else None
 
 
 def _accepted(base: DualEncoder, side: str) -> tuple[Callable[..., Any], list[str]]:

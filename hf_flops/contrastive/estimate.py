@@ -70,18 +70,16 @@ class TowerLoss(Objective):
         return self.batch.replaced(self.side, inputs[ROW], embeddings)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Tower:
     """One of the two encoders.
 
     Attributes:
-        loss: the objective of one embedding at a time.
         forward: maps its inputs to (None, embeddings (R, D)).
-        method: how its gradient is estimated; None where no noise enters it.
+        method: how its gradient is estimated, the loss left open; None where no noise enters it.
         head: what projects its embeddings, where that is trained and has its exact gradient.
     """
 
-    loss: TowerLoss
     forward: Forward
     method: Method | None = None
     head: ClosedFormHead | None = None
@@ -129,8 +127,8 @@ def estimate_alignment(
                 clean[side] = tower.embeddings(inputs[side])
                 continue
             recording = stack.enter_context(tower.method.reuse.recording(tower.forward))
-            own = place if side == "image" else replace(place, position=place.position + _TEXTS)
-            passes[side] = clean_pass(recording, inputs[side], tower.method, own)
+            apart = replace(place, position=place.position + _TEXTS * (side == "text"))
+            passes[side] = clean_pass(recording, inputs[side], tower.method, apart)
             losses = passes[side].losses
             assert losses is not None
             assert losses.logits is not None

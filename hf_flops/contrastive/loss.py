@@ -114,8 +114,7 @@ class ContrastiveBatch:
             terms, logits, other = terms.T, logits.T, "image"
         moved = F.normalize(embeddings, dim=1, eps=1e-30) - self.units[side][owner]
         changes = terms.changes(logits, owner, self.scale * moved @ self.units[other].T)
-        each = len(self.embeddings[side])
-        sums = each * (terms.elements(logits).sum(0)[owner] + changes)
+        sums = len(self.units[side]) * (terms.elements(logits).sum(0)[owner] + changes)
         return RowLosses(sums, torch.ones_like(sums), logits=embeddings)
 
 
@@ -223,11 +222,11 @@ class ContrastiveLoss(Objective):
             bias: its `logit_bias`, if it has one.
         """
         texts, images = (widen(values) for values in (outputs.text_embeds, outputs.image_embeds))
-        labels, kept = self.pairing(inputs, len(texts), len(images))
+        labels, distinct = self.pairing(inputs, len(texts), len(images))
         terms = self.terms(
-            len(kept), len(images), labels, sigmoid=bias is not None, given="labels" in inputs
+            len(distinct), len(images), labels, sigmoid=bias is not None, given="labels" in inputs
         )
-        texts = F.normalize(texts[kept.to(texts.device)], dim=1)
+        texts = F.normalize(texts[distinct.to(texts.device)], dim=1)
         cosines = (texts @ F.normalize(images, dim=1).T).double().cpu()
         logits = scale.double().cpu().exp() * cosines
         return terms.elements(logits if bias is None else logits + bias.double().cpu()).sum()
@@ -263,10 +262,8 @@ class BatchContrast(Objective):
     def __call__(self, forward: Forward, inputs: Inputs, *, features: bool = False) -> RowLosses:
         """See `Objective`."""
         del features
-        _, outputs = forward(inputs)
-        loss = self.contrast.loss(
-            outputs, inputs, self.model.logit_scale, getattr(self.model, "logit_bias", None)
-        )
+        scale, bias = self.model.logit_scale, getattr(self.model, "logit_bias", None)
+        loss = self.contrast.loss(forward(inputs)[1], inputs, scale, bias)
         return RowLosses(loss.reshape(1), torch.ones(1, dtype=torch.float64))
 
 

@@ -17,21 +17,15 @@ class Terms(Protocol):
     @property
     def T(self) -> Terms:
         """Return the same loss of the transposed similarities."""
-        ...
 
     def elements(self, logits: Tensor) -> Tensor:
         """Return (C, B) what each pair contributes to the loss."""
-        ...
 
     def slopes(self, logits: Tensor) -> Tensor:
         """Return (C, B) the derivative of the loss."""
-        ...
 
     def changes(self, logits: Tensor, columns: Tensor, shifts: Tensor) -> Tensor:
-        """Return (R,) how the loss changes where a column changes: columns (R,) int64, shifts
-        (R, C).
-        """
-        ...
+        """Return (R,) how the loss changes with a column: columns (R,) int64, shifts (R, C)."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +58,10 @@ class SoftmaxTerms:
 
     def slopes(self, logits: Tensor) -> Tensor:
         """See `Terms`."""
-        wanted = self.by_text + self.by_image
         return (
             self.by_text.sum(1, keepdim=True) * logits.softmax(1)
             + self.by_image.sum(0) * logits.softmax(0)
-            - wanted
+            - (self.by_text + self.by_image)
         )
 
     def changes(self, logits: Tensor, columns: Tensor, shifts: Tensor) -> Tensor:
@@ -76,13 +69,13 @@ class SoftmaxTerms:
         of small shifts.
         """
         factors = shifts.expm1()
-        rows = self.by_text.sum(1) * (logits.softmax(1)[:, columns].T * factors).log1p()  # (R, C)
-        own = (
+        by_text = self.by_text.sum(1) * (logits.softmax(1)[:, columns].T * factors).log1p()
+        by_image = (
             self.by_image.sum(0)[columns]
             * (logits.softmax(0)[:, columns].T * factors).sum(1).log1p()
         )
-        wanted = (self.by_text + self.by_image)[:, columns].T
-        return rows.sum(1) + own - (wanted * shifts).sum(1)
+        targets = (self.by_text + self.by_image)[:, columns].T
+        return by_text.sum(1) + by_image - (targets * shifts).sum(1)
 
 
 @dataclass(frozen=True)

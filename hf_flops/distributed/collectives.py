@@ -113,14 +113,13 @@ class TorchProcessGroup(ProcessGroup):
 
     def all_gather(self, piece: Tensor, sizes: Sequence[int]) -> Tensor:
         """See `ProcessGroup.all_gather`."""
-        own = piece.detach().to(self.device).contiguous()
-        self.sent += own.numel() * own.element_size()
-        most = max(sizes)
-        if len(own) < most:
-            own = torch.cat([own, own.new_zeros(most - len(own), *own.shape[1:])])
-        padded = [torch.empty_like(own) for _ in sizes]
-        self._run(lambda: dist.all_gather(padded, own, async_op=True))
-        pieces = [values[:size] for values, size in zip(padded, sizes, strict=True)]
+        sent = piece.detach().to(self.device).contiguous()
+        self.sent += sent.numel() * sent.element_size()
+        # all processes send as much as the one with the most
+        sent = torch.cat([sent, sent.new_zeros(max(sizes) - len(sent), *sent.shape[1:])])
+        received = [torch.empty_like(sent) for _ in sizes]
+        self._run(lambda: dist.all_gather(received, sent, async_op=True))
+        pieces = [values[:size] for values, size in zip(received, sizes, strict=True)]
         return torch.cat(pieces).to(piece.device)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:

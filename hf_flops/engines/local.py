@@ -163,12 +163,12 @@ class OnnxEngine:
 
     def __call__(self, inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
         """See `Engine`."""
-        given = {
+        rows = {
             "inputs_embeds": inputs_embeds.cpu().numpy(),
             "attention_mask": attention_mask.cpu().numpy(),
         }
         try:
-            (logits,) = self.session.run(["logits"], given)
+            (logits,) = self.session.run(["logits"], rows)
         except Exception as error:  # ONNX Runtime has no common base class
             raise EngineError(f"{self!r} failed: {error}") from error
         return torch.from_numpy(logits)

@@ -24,7 +24,6 @@ class Engine(Protocol):
             inputs_embeds: (R, T, D) float32.
             attention_mask: (R, T) int64, zero on padding, which is at the right.
         """
-        ...
 
 
 def _tokens(name: str, given: Iterable[SupportsIndex], size: int) -> list[int]:

@@ -46,12 +46,12 @@ def last_checkpoint(folder: str | Path) -> str | None:
     for old in Path(folder, UNFINISHED).glob("*.old"):  # its replacement was interrupted
         if not Path(folder, old.stem).exists():
             old.rename(Path(folder, old.stem))
-    checkpoints = [
-        path
+    checkpoints = {
+        int(path.name.split("-")[1]): path
         for path in Path(folder).glob("checkpoint-*")
         if re.fullmatch(r"checkpoint-\d+", path.name)
-    ]
-    for path in sorted(checkpoints, key=lambda path: int(path.name.split("-")[1]), reverse=True):
+    }
+    for _, path in sorted(checkpoints.items(), reverse=True):
         if is_whole(path):
             return str(path)
         logger.warning("%s is not a whole checkpoint and is skipped.", path)
@@ -91,8 +91,7 @@ class CheckpointWriter:
         saving: whether a checkpoint is being saved.
     """
 
-    def __init__(self) -> None:
-        self.saving = False
+    saving = False
 
     def folder(self, run: str) -> str:
         """Return the folder in which the stock trainer saves, for a run's output folder."""
@@ -177,16 +176,16 @@ def generator_states(checkpoint: str | None, args: TrainingArguments) -> Iterato
     number of processes: all processes of a run have the same states.
     """
     wanted = f"rng_state_{args.process_index}.pth" if args.world_size > 1 else "rng_state.pth"
+    paths = [Path(checkpoint or "", name) for name in ("rng_state.pth", "rng_state_0.pth")]
+    others = [path for path in paths if path.is_file()]
     if checkpoint is None or Path(checkpoint, wanted).is_file():
         yield checkpoint
-        return
-    for name in ("rng_state.pth", "rng_state_0.pth"):
-        if (path := Path(checkpoint, name)).is_file():
-            with tempfile.TemporaryDirectory() as folder:
-                shutil.copy(path, Path(folder, wanted))
-                yield folder
-            return
-    yield None
+    elif others:
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copy(others[0], Path(folder, wanted))
+            yield folder
+    else:
+        yield None
 
 
 class SaveOnSigterm(TrainerCallback):
@@ -198,9 +197,8 @@ class SaveOnSigterm(TrainerCallback):
         left: whether the run has saved and ends.
     """
 
-    def __init__(self) -> None:
-        self.asked, self.agreed, self.left = False, False, False
-        self.alone = True
+    asked = agreed = left = False
+    alone = True
 
     @contextmanager
     def listening(self, *, alone: bool) -> Iterator[None]:
@@ -225,8 +223,7 @@ class SaveOnSigterm(TrainerCallback):
         if self.left:
             raise SystemExit(128 + signal.SIGTERM)
 
-    def _heard(self, number: int, frame: object) -> None:
-        del number, frame
+    def _heard(self, *_: object) -> None:
         self.asked = True
 
     def on_step_end(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence, Sized
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, cast
 
 from torch import nn
@@ -76,15 +76,13 @@ def check_labels(forward: Forward, inputs: Inputs, names: Sequence[str]) -> None
     """
     if any(name in inputs for name in names):
         return
-    try:
-        loss = forward(inputs)[0]
-    except (AttributeError, KeyError, TypeError, ValueError):
-        loss = None
-    if loss is None:
-        raise ObjectiveError(
-            f"The batch has no labels: its keys are {sorted(inputs)}, and none of {names} is "
-            "among them."
-        )
+    with suppress(AttributeError, KeyError, TypeError, ValueError):
+        if forward(inputs)[0] is not None:
+            return
+    raise ObjectiveError(
+        f"The batch has no labels: its keys are {sorted(inputs)}, and none of {names} is among "
+        "them."
+    )
 
 
 def wrap_with_adapter(model: nn.Module, peft_config: PeftConfig) -> nn.Module:
@@ -98,8 +96,7 @@ def wrap_with_adapter(model: nn.Module, peft_config: PeftConfig) -> nn.Module:
 
 def widen_trainable(model: nn.Module) -> None:
     """Keep trainable parameters of a 16-bit model in float32, and say so."""
-    names = keep_masters(model)
-    if names:
+    if names := keep_masters(model):
         logger.warning(
             "%d trainable tensors are kept in float32, as 16 bits would round small updates away "
             "(%s, ...).",

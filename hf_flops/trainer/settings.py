@@ -59,10 +59,9 @@ def changed_settings(args: FlopsTrainingArguments) -> dict[str, object]:
 
 def as_code(args: FlopsTrainingArguments) -> str:
     """Return a call of the arguments' class that sets what differs from the defaults."""
-    changed = changed_settings(args).items()
     lines = [
         f"    {name}={json.dumps(value) if isinstance(value, str) else repr(value)},"
-        for name, value in changed
+        for name, value in changed_settings(args).items()
     ]
     return "\n".join([f"{type(args).__name__}(", '    output_dir="outputs",', *lines, ")"])
 
