@@ -59,13 +59,13 @@ def trim(inputs: Inputs, columns: slice) -> Inputs:
     """Crop every input with one column per token to some columns; the results are contiguous, as
     some models require.
     """
-    wide = inputs["attention_mask"].shape[1]
-    cut = {
-        name: inputs[name]
+    width = inputs["attention_mask"].shape[1]
+    cropped = {
+        name: inputs[name][:, columns].contiguous()
         for name in _PADDED
-        if torch.is_tensor(inputs.get(name)) and inputs[name].shape[1:] == (wide,)
+        if torch.is_tensor(inputs.get(name)) and inputs[name].shape[1:] == (width,)
     }
-    return {**inputs, **{name: value[:, columns].contiguous() for name, value in cut.items()}}
+    return {**inputs, **cropped}
 
 
 class TrimmedBatch:

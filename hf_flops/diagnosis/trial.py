@@ -126,10 +126,10 @@ class PlannedSearch(RateSearch):
     ) -> Found:
         """Search as `RateSearch` does, and decide whether the trial may end."""
         self._searches += 1
-        found = super().search(losses, vector, optimizer, agree)
+        result = super().search(losses, vector, optimizer, agree)
         left = len(self._windows) - self._searches
-        self.settled = left <= 0 or (left <= 2 and found.clear)
-        return found
+        self.settled = left <= 0 or (left <= 2 and result.clear)
+        return result
 
     def _bounds(self) -> tuple[float, float]:
         return 1 / 8, MOST

@@ -15,25 +15,11 @@ import torch
 from torch import Tensor
 
 from .exact_sums import DIGIT, ROWS, accumulator, cut
-from .streams import ALL, Normals, Numbers, Room, Signs
+from .streams import ALL, Normals, Numbers, Signs
 
 BLOCK = 2**18  # numbers of noise that are unpacked at a time; they fit in a processor's cache
 _RUN = 2**13  # largest number of noise entries of a run of parameters
 _WIDE = 2**20  # numbers that are unpacked at a time for sums
-_UNPACKED = 2**21  # numbers that are kept between a product and the following sum
-
-
-class _Scratch:
-    """Memory that is reused, and overwritten, so that it stays in the processor's cache."""
-
-    def __init__(self) -> None:
-        self._memory = torch.empty(0)
-
-    def __call__(self, size: int) -> Tensor:
-        """Return uninitialised (size,) float32 on the CPU."""
-        if len(self._memory) < size:
-            self._memory = torch.empty(size)
-        return self._memory[:size]
 
 
 def blocks(rows: int, numbers: int, most: int = BLOCK) -> Iterator[slice]:
@@ -67,8 +53,6 @@ class RowNoise:
     def __init__(self, numbers: Numbers, shapes: Sequence[torch.Size], rank_one: bool) -> None:
         self.numbers, self.shapes = numbers, shapes
         self.layouts, self.first, self._runs = _plan(tuple(shapes), rank_one, type(numbers), _RUN)
-        # unpacked noise, by first parameter and row
-        self.unpacked: dict[tuple[int, int], Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -114,15 +98,13 @@ class RowNoise:
     def _summed(self, columns: Tensor, among: slice = ALL) -> Tensor:
         """Return (M, d) for (R, M) coefficients of some rows."""
         total = columns.new_zeros(columns.shape[1], sum(shape.numel() for shape in self.shapes))
-        start, room = among.start or 0, _Scratch()
-        for run, own in self._runs:
-            part, first = total[:, own], run[0]
+        start = among.start or 0
+        for run, where in self._runs:
+            part, first = total[:, where], run[0]
             if not self.is_rank_one(first):
                 for rows in blocks(len(columns), part.shape[1], _WIDE):
-                    part.addmm_(
-                        columns[rows].T,
-                        self._flat(run, slice(rows.start + start, rows.stop + start), room),
-                    )
+                    numbers = self._flat(run, slice(rows.start + start, rows.stop + start))
+                    part.addmm_(columns[rows].T, numbers)
                 continue
             for rows in blocks(len(columns), sum(self.layouts[first])):
                 left, right = self.factors(first, slice(rows.start + start, rows.stop + start))
@@ -140,7 +122,7 @@ class RowNoise:
         sums are exact in float32.
         """
         wide, columns = accumulator(coefficients.device), coefficients.view(len(self), -1)
-        if not isinstance(self.numbers, Signs) or any(len(own) == 2 for own in self.layouts):
+        if not isinstance(self.numbers, Signs) or any(len(pieces) == 2 for pieces in self.layouts):
             return self.weighted_sum(coefficients).to(wide)
         digits, sums = cut(columns).float(), columns.shape[1]
         used = digits.any(0).nonzero().flatten()  # small coefficients have zero digits
@@ -154,20 +136,14 @@ class RowNoise:
         return total.view(*coefficients.shape[1:], -1)
 
     def dot(self, vectors: Tensor) -> Tensor:
-        """Return the products (R, M) of every row's noise with vectors (M, d); unpacked noise is
-        kept for a following sum.
-        """
+        """Return the products (R, M) of every row's noise with vectors (M, d)."""
         # twice as fast as its transpose
-        products, room = vectors.new_zeros(len(vectors), len(self)), _Scratch()
-        few = len(self) * vectors.shape[1] <= _UNPACKED
-        for run, own in self._runs:
-            part, first = vectors[:, own], run[0]
+        products = vectors.new_zeros(len(vectors), len(self))
+        for run, where in self._runs:
+            part, first = vectors[:, where], run[0]
             if not self.is_rank_one(first):
                 for rows in blocks(len(self), part.shape[1], _WIDE):
-                    numbers = self._flat(run, rows, None if few else room)
-                    products[:, rows].addmm_(part, numbers.T)
-                    if few:
-                        self.unpacked[first, rows.start] = numbers
+                    products[:, rows].addmm_(part, self._flat(run, rows).T)
                 continue
             for rows in blocks(len(self), sum(self.layouts[first])):
                 left, right = self.factors(first, rows)
@@ -177,14 +153,9 @@ class RowNoise:
                 )
         return products.T
 
-    def _flat(self, run: range, rows: slice, room: Room | None) -> Tensor:
-        """Return the noise (R, numbers) of a run of parameters; it is unpacked into `room` if
-        given.
-        """
-        kept = self.unpacked.get((run[0], rows.start))
-        if kept is not None and len(kept) == rows.stop - rows.start:
-            return kept
-        return self.numbers.piece(self.first[run[0]], rows, self.first[run[-1]], room)
+    def _flat(self, run: range, rows: slice) -> Tensor:
+        """Return the noise (R, numbers) of a run of parameters."""
+        return self.numbers.piece(self.first[run[0]], rows, self.first[run[-1]])
 
 
 @cache

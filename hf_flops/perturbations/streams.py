@@ -4,7 +4,7 @@ query).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Protocol
@@ -52,10 +52,6 @@ class NoiseKeys:
         )
 
 
-Room = Callable[[int], Tensor]
-"""Returns a flat float32 tensor of a given size to write to."""
-
-
 class Numbers(Protocol):
     """R rows of independent numbers with mean 0 and variance 1, each row cut into pieces.
 
@@ -68,13 +64,9 @@ class Numbers(Protocol):
     def __len__(self) -> int:
         """Return R."""
 
-    def piece(
-        self, index: int, rows: slice = ALL, last: int | None = None, room: Room | None = None
-    ) -> Tensor:
+    def piece(self, index: int, rows: slice = ALL, last: int | None = None) -> Tensor:
         """Return a piece (R, size) float32 of some rows, or all pieces from it to `last`, which
         must be adjacent.
-
-        Packed numbers are unpacked into `room` if it is given.
         """
 
     @staticmethod
@@ -112,9 +104,7 @@ class Signs:
         """Draw the words `start` to `stop`; return (R, 8 words) uint8."""
         return torch.from_numpy(words(self.row_seeds[rows], stop - start, start).view(np.uint8))
 
-    def piece(
-        self, index: int, rows: slice = ALL, last: int | None = None, room: Room | None = None
-    ) -> Tensor:
+    def piece(self, index: int, rows: slice = ALL, last: int | None = None) -> Tensor:
         """See `Numbers.piece`: eight signs are looked up at a time."""
         last = index if last is None else last
         start, stop = self.starts[index], self.starts[last + 1]
@@ -123,8 +113,7 @@ class Signs:
             if self.packed is None
             else self.packed[rows, 8 * start : 8 * stop]
         )
-        out = room(8 * packed.numel()).view(-1, 8) if room is not None and self.host else None
-        signs = torch.index_select(self.signs, 0, packed.int().flatten(), out=out)
+        signs = self.signs.index_select(0, packed.int().flatten())
         return signs.view(len(packed), -1)[:, : sum(self.sizes[index : last + 1])]
 
     @staticmethod
@@ -153,11 +142,8 @@ class Normals:
     def __len__(self) -> int:
         return self.rows
 
-    def piece(
-        self, index: int, rows: slice = ALL, last: int | None = None, room: Room | None = None
-    ) -> Tensor:
+    def piece(self, index: int, rows: slice = ALL, last: int | None = None) -> Tensor:
         """See `Numbers.piece`."""
-        del room
         return self.values[
             rows, self.starts[index] : self.starts[(index if last is None else last) + 1]
         ]

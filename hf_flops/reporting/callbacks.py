@@ -84,9 +84,12 @@ class RowProgress(ProgressCallback):
         """Open the bar, at the rows that a resumed run has used."""
         self.most = getattr(args, "max_queries", None)
         if state.is_world_process_zero:
-            done = self.ledger().all_rows
             self.training_bar = tqdm(
-                initial=done, total=self.most, unit=" rows", unit_scale=True, dynamic_ncols=True
+                initial=self.ledger().all_rows,
+                total=self.most,
+                unit=" rows",
+                unit_scale=True,
+                dynamic_ncols=True,
             )
 
     def on_step_end(

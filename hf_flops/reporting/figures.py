@@ -52,9 +52,6 @@ def draw_seeds(path: str | Path, folders: Sequence[str | Path]) -> None:
         folders: each holds `trainer_state.json`: a checkpoint, or an output folder after
             `trainer.save_state()`.
     """
-    histories = [
-        json.loads(Path(folder, "trainer_state.json").read_text())["log_history"]
-        for folder in folders
-    ]
-    curves = [curve_of(history) for history in histories]
+    states = [json.loads(Path(folder, "trainer_state.json").read_text()) for folder in folders]
+    curves = [curve_of(state["log_history"]) for state in states]
     save_learning_curve(path, [points for _, points in curves], curves[0][0])

@@ -41,10 +41,15 @@ def complete_card(
     path = Path(folder, "README.md")
     if not path.is_file():
         return
-    card, own = ModelCard.load(path), [tags] if isinstance(tags, str) else tags or []
-    stock = ["generated_from_trainer"]
+    card = ModelCard.load(path)
     card.data.tags = sorted(
-        {*(card.data.tags or []), *own, *stock, *(getattr(model, "model_tags", None) or []), *TAGS}
+        {
+            *(card.data.tags or []),
+            *([tags] if isinstance(tags, str) else tags or []),
+            *(getattr(model, "model_tags", None) or []),
+            *TAGS,
+            "generated_from_trainer",
+        }
     )
     # an empty name, of a model made from its configuration, is refused by the Hub
     if not card.data.get("base_model"):
