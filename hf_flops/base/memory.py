@@ -35,8 +35,8 @@ def _number(path: str, name: str = "") -> float:
 def free_memory(device: torch.device) -> float:
     """Return the free bytes of a device, or NaN if unknown."""
     if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return float(torch.cuda.mem_get_info(device)[0] + kept)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return float(torch.cuda.mem_get_info(device)[0] + unused)
     if device.type != "cpu":
         return float("nan")
     free = 1024 * _number("/proc/meminfo", "MemAvailable:")

@@ -235,8 +235,8 @@ class ContrastiveSession:
         precision = self.precision
         shares = self.shares.share(self.towers, _sizes(parts), queries)
         measured = all(self.tunings[side].found for side in shares)
-        unknown = self.args.perturbation_scale == "auto" and not measured
-        batch = self._loss_of(parts, contrast) if unknown else None
+        calibrates = self.args.perturbation_scale == "auto" and not measured
+        batch = self._loss_of(parts, contrast) if calibrates else None
         for side, count in shares.items():
             tower = self.towers[side]
             assert tower.method is not None

@@ -82,10 +82,10 @@ class Diagnosis:
     Example:
         >>> rule = Rule("lora_B", 64, "per row", "gave the loss that moving it explicitly gives")
         >>> fact = Fact("learning_rate", 1e-3, "from line searches")
-        >>> found = Diagnosis([rule], {fact.name: fact}, [])
-        >>> found["learning_rate"]
+        >>> diagnosis = Diagnosis([rule], {fact.name: fact}, [])
+        >>> diagnosis["learning_rate"]
         0.001
-        >>> print(found)
+        >>> print(diagnosis)
         noise        tensors   numbers  reason
         per row            1        64  gave the loss that moving it explicitly gives
                                         lora_B
@@ -162,8 +162,8 @@ def doctor(
         >>> model = ViTForImageClassification(config)
         >>> images = [{"pixel_values": torch.rand(3, 4, 4), "labels": i % 2} for i in range(8)]
         >>> adapter = LoraConfig(target_modules="all-linear", modules_to_save=["classifier"])
-        >>> found = doctor(model, images, peft_config=adapter, steps=2)
-        >>> [rule.tensor.split(".")[-2] for rule in found.rules if rule.way == "exact"]
+        >>> diagnosis = doctor(model, images, peft_config=adapter, steps=2)
+        >>> [rule.tensor.split(".")[-2] for rule in diagnosis.rules if rule.way == "exact"]
         ['default', 'default']
     """
     with tempfile.TemporaryDirectory() as folder, generators_kept(), listening() as records:

@@ -104,7 +104,7 @@ class PlannedSearch(RateSearch):
         self.steps, self.seed = steps, seed
         quarter = steps // 4
         windows = (quarter, quarter, steps - 2 * quarter, steps, 2 * steps)
-        self._windows = [window for window in windows if window]
+        self._windows = list(filter(None, windows))
         self._searches, self.settled = 0, False
         self.searched: int | None = None
         self.calibration = Calibration(None, 0.0, 0)

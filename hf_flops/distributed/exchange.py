@@ -244,8 +244,9 @@ class ScalarExchange(Exchange):
 
 def gradient_exchange(group: ProcessGroup | None = None, *, every_batch: bool = False) -> Exchange:
     """Return the all-reduce of gradients, or the exchange of a single process."""
-    alone = group is None or group.world == 1
-    return SingleProcess(group) if alone else GradientAllReduce(group, every_batch=every_batch)
+    if group is None or group.world == 1:
+        return SingleProcess(group)
+    return GradientAllReduce(group, every_batch=every_batch)
 
 
 EXCHANGES: dict[str, Callable[..., Exchange]] = {

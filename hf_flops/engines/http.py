@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from http.client import IncompleteRead
 from typing import Any
@@ -70,11 +71,8 @@ def read_body(response: Any, deadline: float, most: float = float("inf")) -> byt
 
 def seconds_to_wait(retry_after: str) -> float:
     """Return the seconds to wait that a Retry-After header, a number or a date, asks for."""
-    try:
+    with suppress(ValueError):
         return float(retry_after)
-    except ValueError:
-        pass
-    try:
+    with suppress(ValueError, TypeError, OverflowError):
         return parsedate_to_datetime(retry_after).timestamp() - time.time()
-    except (ValueError, TypeError, OverflowError):
-        return 0.0
+    return 0.0

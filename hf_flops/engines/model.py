@@ -26,15 +26,15 @@ class Engine(Protocol):
         """
 
 
-def _tokens(name: str, given: Iterable[SupportsIndex], size: int) -> list[int]:
+def _tokens(name: str, values: Iterable[SupportsIndex], size: int) -> list[int]:
     """Return tokens, if each is a row of a table of that size."""
     try:
-        tokens = [operator.index(token) for token in given]
+        tokens = [operator.index(token) for token in values]
     except TypeError:  # not a sequence, or not of whole numbers
         tokens = [-1]
     if not all(0 <= token < size for token in tokens):
         raise ConfigurationError(
-            f"{name}={given!r} must be tokens, whole numbers from 0 to {size - 1}."
+            f"{name}={values!r} must be tokens, whole numbers from 0 to {size - 1}."
         )
     return tokens
 

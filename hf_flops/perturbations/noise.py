@@ -6,7 +6,7 @@ another rank, or after a resume, and does not depend on how rows are cut into ch
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import accumulate
 
@@ -52,7 +52,7 @@ class RowNoise:
 
     def __init__(self, numbers: Numbers, shapes: Sequence[torch.Size], rank_one: bool) -> None:
         self.numbers, self.shapes = numbers, shapes
-        self.layouts, self.first, self._runs = _plan(tuple(shapes), rank_one, type(numbers), _RUN)
+        self.layouts, self.first, self._runs = _plan(tuple(shapes), rank_one, numbers.adjoins, _RUN)
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -160,7 +160,7 @@ class RowNoise:
 
 @cache
 def _plan(
-    shapes: tuple[torch.Size, ...], rank_one: bool, kind: type[Numbers], most: int
+    shapes: tuple[torch.Size, ...], rank_one: bool, adjoins: Callable[[int], bool], most: int
 ) -> tuple[list[tuple[int, ...]], list[int], list[tuple[range, slice]]]:
     """Return the layouts of parameters' noise, the first piece of each, and runs of parameters to
     be summed together.
@@ -174,7 +174,7 @@ def _plan(
         stop += shape.numel()
         if index + 1 < len(shapes) and len(layouts[index]) == len(layouts[index + 1]) == 1:
             wide = stop + shapes[index + 1].numel() - start > most
-            if kind.adjoins(shape.numel()) and not wide:
+            if adjoins(shape.numel()) and not wide:
                 continue
         runs.append((range(first, index + 1), slice(start, stop)))
         first, start = index + 1, stop
@@ -186,7 +186,7 @@ def layout(shape: torch.Size, rank_one: bool) -> tuple[int, ...]:
     return tuple(shape) if rank_one and len(shape) == 2 else (shape.numel(),)
 
 
-DISTRIBUTIONS: dict[str, tuple[type[Signs] | type[Normals], bool]] = {
+DISTRIBUTIONS: dict[str, tuple[type[Numbers], bool]] = {
     "gaussian": (Normals, False),
     "rademacher": (Signs, False),
     "rank_one": (Signs, True),

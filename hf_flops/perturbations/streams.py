@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Protocol
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -52,30 +52,8 @@ class NoiseKeys:
         )
 
 
-class Numbers(Protocol):
-    """R rows of independent numbers with mean 0 and variance 1, each row cut into pieces.
-
-    Attributes:
-        bytes_each: memory of a number before it is unpacked.
-    """
-
-    bytes_each: float
-
-    def __len__(self) -> int:
-        """Return R."""
-
-    def piece(self, index: int, rows: slice = ALL, last: int | None = None) -> Tensor:
-        """Return a piece (R, size) float32 of some rows, or all pieces from it to `last`, which
-        must be adjacent.
-        """
-
-    @staticmethod
-    def adjoins(size: int) -> bool:
-        """Return whether the next piece directly follows a piece of that size."""
-
-
 class Signs:
-    """Signs +1 and -1, of one random bit each.
+    """R rows of independent signs +1 and -1, of one random bit each, cut into pieces.
 
     On the CPU, up to a megabyte of bits is drawn at once and kept packed; more are drawn whenever a
     piece is used. On other devices all bits are drawn at once.
@@ -84,6 +62,9 @@ class Signs:
         row_seeds: (R,) uint64.
         sizes: number of entries of each piece; every piece starts at a new word.
         device: where bits are unpacked; they are drawn on the CPU.
+
+    Attributes:
+        bytes_each: memory of a number before it is unpacked.
     """
 
     bytes_each: float = 1 / 8
@@ -105,7 +86,9 @@ class Signs:
         return torch.from_numpy(words(self.row_seeds[rows], stop - start, start).view(np.uint8))
 
     def piece(self, index: int, rows: slice = ALL, last: int | None = None) -> Tensor:
-        """See `Numbers.piece`: eight signs are looked up at a time."""
+        """Return a piece (R, size) float32 of some rows, or all pieces from it to `last`, which
+        must be adjacent; eight signs are looked up at a time.
+        """
         last = index if last is None else last
         start, stop = self.starts[index], self.starts[last + 1]
         packed = (
@@ -118,12 +101,12 @@ class Signs:
 
     @staticmethod
     def adjoins(size: int) -> bool:
-        """See `Numbers.adjoins`."""
+        """Return whether the next piece directly follows a piece of that size."""
         return size % 64 == 0
 
 
 class Normals:
-    """Standard normal numbers, four bytes each; for the arguments see `Signs`.
+    """Rows of standard normal numbers, four bytes each; for the arguments see `Signs`.
 
     They come from torch's CPU generator, re-seeded for each row; it uses 32 bits of its seed.
     """
@@ -143,12 +126,16 @@ class Normals:
         return self.rows
 
     def piece(self, index: int, rows: slice = ALL, last: int | None = None) -> Tensor:
-        """See `Numbers.piece`."""
+        """See `Signs.piece`."""
         return self.values[
             rows, self.starts[index] : self.starts[(index if last is None else last) + 1]
         ]
 
     @staticmethod
     def adjoins(size: int) -> bool:
-        """See `Numbers.adjoins`."""
+        """See `Signs.adjoins`."""
         return True
+
+
+Numbers: TypeAlias = Signs | Normals
+"""Rows of independent numbers with mean 0 and variance 1, cut into pieces."""

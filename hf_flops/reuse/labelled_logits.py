@@ -58,8 +58,8 @@ class LastLogits(TappedLoss):
                 if first > 1 or last < labels.shape[1] - 1:
                     # Indices, not a number: torch is slow if the head reads a slice, which is not
                     # contiguous.
-                    kept = torch.arange(max(0, first - 1), last + 1, device=labels.device)
-                    kwargs |= {"labels": labels[:, kept], "logits_to_keep": kept}
+                    columns = torch.arange(max(0, first - 1), last + 1, device=labels.device)
+                    kwargs |= {"labels": labels[:, columns], "logits_to_keep": columns}
                     self.used = True
             return original(*args, **kwargs)
 

@@ -234,9 +234,9 @@ class Recording:
         *,
         stops: bool = False,
     ) -> Call:
-        def run(given: Inputs) -> object:
-            if given is not inputs:
-                return self.forward(given)
+        def run(batch: Inputs) -> object:
+            if batch is not inputs:
+                return self.forward(batch)
             if owner is None:
                 self._samples, self._columns = batch_size(inputs), columns_of(inputs)
             self._run = _Run(
@@ -245,7 +245,7 @@ class Recording:
                 stops,
             )
             try:
-                return self.forward(given)
+                return self.forward(batch)
             finally:
                 self._run = None
 
@@ -287,5 +287,5 @@ class Recording:
     def _joined(self, module: nn.Module, before: Output) -> Output:
         """Append a module's outputs for further samples to earlier ones."""
         after, spec = self.outputs[module]
-        pairs = zip(before[0], after, self.plan.modules[module], strict=True)
-        return [joined(old, new) if rows else old for old, new, rows in pairs], spec
+        triples = zip(before[0], after, self.plan.modules[module], strict=True)
+        return [joined(old, new) if rows else old for old, new, rows in triples], spec

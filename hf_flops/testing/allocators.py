@@ -81,15 +81,15 @@ class AllocatorContract:
         left alone.
         """
         before = torch.get_rng_state()
-        found: list[list[list[int]]] = []
+        histories: list[list[list[int]]] = []
         for _ in range(2):
             allocator = self.make()
-            found.append([])
+            histories.append([])
             for features, budget in self.batches():
                 counts = allocator.counts(features, budget)
-                found[-1].append(counts.tolist())
+                histories[-1].append(counts.tolist())
                 allocator.update(features, counts, self.squares(features))
-        assert found[0] == found[1], "two new allocators gave other counts for the same past"
+        assert histories[0] == histories[1], "two new allocators differ after the same past"
         assert torch.equal(before, torch.get_rng_state()), "the global generator has moved"
 
     def test_a_resumed_allocator_goes_on_as_the_old_one(self) -> None:

@@ -37,15 +37,15 @@ class ObjectiveContract:
         bits or more.
         """
         objective, forward, inputs = self.make()
-        found = objective(forward, inputs)
+        losses = objective(forward, inputs)
         entries = batch_size(inputs) if objective.per_row else 1
-        assert found.sums.shape == found.counts.shape == (entries,), (
-            f"{tuple(found.sums.shape)} sums, {entries} wanted"
+        assert losses.sums.shape == losses.counts.shape == (entries,), (
+            f"{tuple(losses.sums.shape)} sums, {entries} wanted"
         )
-        assert found.sums.dtype in (torch.float32, torch.float64), (
-            f"16-bit losses have no digits left: {found.sums.dtype}"
+        assert losses.sums.dtype in (torch.float32, torch.float64), (
+            f"16-bit losses have no digits left: {losses.sums.dtype}"
         )
-        assert bool((found.counts >= 0).all()), "a row has a negative number of loss elements"
+        assert bool((losses.counts >= 0).all()), "a row has a negative number of loss elements"
 
     @torch.no_grad()
     def test_rows_do_not_depend_on_each_other(self) -> None:
@@ -58,10 +58,9 @@ class ObjectiveContract:
         whole = objective(forward, inputs)
         for index in ([2, 0, 1], [0, 0, 2, 0], [1]):
             rows = torch.tensor(index)
-            found = objective(forward, take(inputs, rows))
-            self.assert_close(
-                found.sums, whole.sums[rows.to(whole.sums.device)], f"the losses of samples {index}"
-            )
+            losses = objective(forward, take(inputs, rows))
+            wanted = whole.sums[rows.to(whole.sums.device)]
+            self.assert_close(losses.sums, wanted, f"the losses of samples {index}")
 
     @torch.no_grad()
     def test_inputs_and_the_global_generator_are_left_alone(self) -> None:
@@ -96,13 +95,13 @@ class ObjectiveContract:
         assert isinstance(losses, RowLosses)
         assert losses.sums.shape == clean.sums.shape
 
-    def assert_close(self, found: torch.Tensor, wanted: torch.Tensor, what: str) -> None:
+    def assert_close(self, losses: torch.Tensor, wanted: torch.Tensor, what: str) -> None:
         """Compare losses (R,); rows that are not finite must be so in both."""
         same = torch.allclose(
-            found.double(),
+            losses.double(),
             wanted.double(),
             rtol=self.tolerance,
             atol=self.tolerance,
             equal_nan=True,
         )
-        assert same, f"{what} are {found.tolist()}, not {wanted.tolist()}"
+        assert same, f"{what} are {losses.tolist()}, not {wanted.tolist()}"

@@ -114,13 +114,13 @@ def undivided_loader(
         args: for `stock`.
         kwargs: for `stock`.
     """
-    given, world = inspect.signature(stock).bind(*args, **kwargs), trainer.args.world_size
-    if world == 1 or not given.arguments.get("is_training"):
+    bound, world = inspect.signature(stock).bind(*args, **kwargs), trainer.args.world_size
+    if world == 1 or not bound.arguments.get("is_training"):
         return stock(*args, **kwargs)
-    given.arguments["batch_size"] *= world
+    bound.arguments["batch_size"] *= world
     accelerator, trainer.accelerator = trainer.accelerator, _Undivided(trainer.accelerator)
     try:
-        return stock(*given.args, **given.kwargs)
+        return stock(*bound.args, **bound.kwargs)
     finally:
         trainer.accelerator = accelerator
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
 
 from ..base.state import State
 from ..errors import ConfigurationError
@@ -87,11 +87,5 @@ def restored(values: State) -> State:
 
 
 def _plain(values: State) -> State:
-    """Return arguments as plain values for JSON."""
-
-    def one(value: Any) -> Any:
-        if torch.is_tensor(value) or hasattr(value, "item"):
-            return value.item()
-        return [one(part) for part in value] if isinstance(value, (list, tuple)) else value
-
-    return {name: one(value) for name, value in values.items()}
+    """Return arguments with plain numbers in place of tensors."""
+    return tree_map(lambda value: value.item() if hasattr(value, "item") else value, values)

@@ -26,11 +26,11 @@ _WHOLE = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
 def pack(kind: str, says: State, tensors: Mapping[str, Tensor]) -> bytes:
     """Return a record's payload."""
-    own = {
+    plain = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
     }
-    return save(own, {"kind": kind, "json": json.dumps(says, separators=(",", ":"), default=str)})
+    return save(plain, {"kind": kind, "json": json.dumps(says, separators=(",", ":"), default=str)})
 
 
 def unpack(payload: bytes) -> tuple[str, State, dict[str, Tensor]]:
@@ -107,18 +107,18 @@ class StepRecord:
         """Return the record from the results of `unpack`."""
         traces, row, chunk = [], 0, 0
         for size, count, normalizer, factor in says["batches"]:
-            own, chunks = slice(row, row + size), slice(chunk, chunk + count)
+            batch, chunks = slice(row, row + size), slice(chunk, chunk + count)
             lengths = tensors["chunks"][chunks].long()
             groups = tensors["groups"][chunks].long() if "groups" in tensors else 0 * lengths
             rows = Rows(
-                tensors["positions"][own].long(),
-                tensors["queries"][own].long(),
+                tensors["positions"][batch].long(),
+                tensors["queries"][batch].long(),
                 groups.repeat_interleave(lengths),
                 torch.ones(size),
             )
-            coefficients = tensors["coefficients"][own]
+            coefficients = tensors["coefficients"][batch]
             traces.append(UpdateRecord(rows, coefficients, lengths.tolist(), 0, factor, normalizer))
-            row, chunk = own.stop, chunks.stop
+            row, chunk = batch.stop, chunks.stop
         return cls(
             says["seed"],
             says["step"],

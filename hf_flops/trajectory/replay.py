@@ -148,8 +148,12 @@ class Replay:
                 trace.chunks,
             )
             self._perturbation.vector.add_to_gradients(update * trace.factor / trace.normalizer)
-        known = self._groups or [{}] * len(record.groups)
-        self._groups = [{**old, **new} for old, new in zip(known, record.groups, strict=True)]
+        self._groups = [
+            {**old, **new}
+            for old, new in zip(
+                self._groups or [{}] * len(record.groups), record.groups, strict=True
+            )
+        ]
         if self._optimizer is None:
             self._optimizer = optimizers.build(
                 self._session["optimizer"], self._groups, self.parameters
