@@ -1,6 +1,4 @@
-"""Measures the step of the finite difference, epsilon: rounding dominates differences if it is too
-small, curvature if it is too large.
-"""
+"""Measures epsilon, the step of the difference: too small rounds, too large curves."""
 
 from __future__ import annotations
 
@@ -48,8 +46,7 @@ class Calibration:
 def choose_scale(
     deltas: Tensor, scales: tuple[float, ...] = GRID, order: int = 1
 ) -> tuple[float | None, float]:
-    """Return the scale of the grid at which deltas have the least error, and their signal-to-noise
-    ratio there.
+    """Return the scale at which deltas have the least error, and their signal-to-noise ratio there.
 
     Deltas of the same queries at neighbouring scales have independent errors from rounding,
     `rounding / epsilon`, and from curvature errors that grow as `epsilon ** order`. So their mean
@@ -117,8 +114,7 @@ def calibrate(forward: Forward, inputs: Inputs, method: Method, seed: int = 0) -
 def choose_step_scale(
     deltas: Tensor, scales: tuple[float, ...] = STEP_GRID
 ) -> tuple[float | None, float]:
-    """Return the least scale at which a quarter of the queries sees a step, or else that at which
-    most do, and their share.
+    """Return the least scale at which enough queries see a step, and their share.
 
     Differences estimate the gradient of the objective averaged over the noise. Below this scale
     most queries see no difference and are wasted; far above it the noise destroys the model.

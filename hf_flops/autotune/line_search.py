@@ -51,8 +51,7 @@ def line_search(losses: Callable[[float], Tensor]) -> Found:
 
 
 def thorough_search(losses: Callable[[float], Tensor]) -> Found:
-    """Find the best power of 2: by factors of 8 for as long as the loss falls, then by factors of 2
-    around the best of them.
+    """Find the best power of 2: by factors of 8 while the loss falls, then by factors of 2.
 
     It is clear if the line leads down, or if the updates did harm, by over two standard errors.
 
@@ -80,9 +79,7 @@ def _mean(losses: Tensor) -> float:
 
 
 def _clear(one: Tensor, two: Tensor, errors: float = _CLEAR) -> bool:
-    """Return whether losses (B,) are less than others (B,) of the same samples by so many standard
-    errors.
-    """
+    """Return whether losses (B,) are less than others (B,) by so many standard errors."""
     if not bool(two.isfinite().all()):
         return True
     gain = (two - one).double()

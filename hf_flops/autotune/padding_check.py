@@ -22,8 +22,7 @@ def padding_is_idle(
     *,
     known: Collection[str] = (),
 ) -> dict[str, bool]:
-    """Return, for each side at which a sample of the batch is padded, whether its loss is the same
-    without that padding.
+    """Return for each padded side whether a sample's loss is the same without that padding.
 
     With padding at the left it is not where a model counts positions from the first column, as
     GPT-2 does.

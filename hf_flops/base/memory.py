@@ -20,9 +20,7 @@ def _trim() -> None:
 
 
 def _number(path: str, name: str = "") -> float:
-    """Return the number in a system file, or in its line that starts with `name`; NaN if there is
-    none.
-    """
+    """Return the number in a system file, or in its line that starts with `name`, or NaN."""
     try:
         lines = Path(path).read_text().splitlines()
         return float(
@@ -55,8 +53,7 @@ def peak_memory() -> int | None:
 
 
 class PeakMemory:
-    """Measures the peak of a process's memory above the level at the start:
-    `with PeakMemory() as memory: ...`.
+    """Measures peak memory above the start: `with PeakMemory() as memory: ...`.
 
     On a GPU this is torch's own count; elsewhere Linux's high-water mark of the resident set, reset
     at the start.

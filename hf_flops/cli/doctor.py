@@ -1,6 +1,4 @@
-"""`hf-flops doctor`: what training would do with a model, a PEFT method and data, before any
-run.
-"""
+"""`hf-flops doctor`: what training would do with a model, a PEFT method and data."""
 
 from __future__ import annotations
 
@@ -148,9 +146,7 @@ def images(name: str, data: str | None) -> tuple[Any, Any, Any, None]:
 
 
 def texts(name: str, data: str | None, *, causal: bool) -> tuple[Any, Any, Any, str]:
-    """Return a classifier of texts or a language model, samples, what collates them, and PEFT's
-    name for the task.
-    """
+    """Return a model of texts, samples, what collates them, and PEFT's name for the task."""
     import transformers
 
     source = "movies" if data in (None, "reviews") else data

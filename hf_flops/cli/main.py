@@ -1,6 +1,4 @@
-"""The command `hf-flops`: a table of subcommands, each of which is imported only when it is asked
-for.
-"""
+"""The command `hf-flops`: a table of subcommands, which are imported when they are called."""
 
 from __future__ import annotations
 
@@ -60,9 +58,7 @@ def function(command: str) -> Callable[[list[str]], int]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a subcommand; returns the exit code: 0 for success, 1 for an error that the message
-    explains.
-    """
+    """Run a subcommand; returns 0 for success, 1 for an error that the message explains."""
     options = parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:

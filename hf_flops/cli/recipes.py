@@ -1,6 +1,4 @@
-"""`hf-flops vit`, `prompt` and `align`: the recipes, found beside the package in a checkout or
-inside an installed one.
-"""
+"""`hf-flops vit`, `prompt` and `align`: the recipes of a checkout or of an installed package."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""`hf-flops replay`: an adapter from the log of its run, and whether a checkpoint is what the log
-leads to.
-"""
+"""`hf-flops replay`: rebuild an adapter from the log of its run, or verify a checkpoint."""
 
 from __future__ import annotations
 

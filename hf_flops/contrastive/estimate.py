@@ -1,6 +1,4 @@
-"""One step of a contrastive loss: an estimate from each tower's noisy rows, plus the gradients that
-the clean forward gives exactly.
-"""
+"""One step of a contrastive loss: estimates from noisy rows, and gradients that are exact."""
 
 from __future__ import annotations
 
@@ -33,9 +31,7 @@ Contrast: TypeAlias = Callable[[Tensor, Tensor], ContrastiveBatch]
 
 
 class TowerSurrogate(Objective):
-    """A number per row that depends smoothly on all of its embedding, for the checks of the first
-    batch.
-    """
+    """A number per row that depends smoothly on its embedding, for checks of the first batch."""
 
     def __call__(self, forward: Forward, inputs: Inputs, *, features: bool = False) -> RowLosses:
         """See `Objective`."""
@@ -105,8 +101,7 @@ def estimate_alignment(
     place: BatchPosition,
     batches: float = 1.0,
 ) -> tuple[dict[str, StepResult], ContrastiveBatch]:
-    """Add an estimate of a contrastive loss's gradient to `.grad`; return the results of the noisy
-    towers and the loss.
+    """Add an estimate of a contrastive loss's gradient to `.grad`; return results and loss.
 
     With u_i all embeddings, `dL = sum_i dL/du_i du_i`: the queries of an embedding, with the others
     of the batch fixed, estimate its term, and the sum is unbiased for any counts that are fixed
@@ -167,8 +162,7 @@ def add_scale_gradients(base: DualEncoder, loss: ContrastiveBatch, batches: floa
 def join_results(
     results: Mapping[str, StepResult], sizes: Mapping[str, int], loss: float
 ) -> StepResult:
-    """Join what the towers' estimates report; counts are those of the images, plus those of the
-    texts where there are as many.
+    """Join the towers' results; counts are those of the images, plus as many texts'.
 
     Args:
         results: of the towers with noise.

@@ -1,5 +1,4 @@
-"""Contrastive losses of images and texts: a batch's loss, its derivatives, and its value with one
-embedding replaced.
+"""Contrastive losses: of a batch, their derivatives, and with one embedding replaced.
 
 Such a loss is no sum over samples: it compares every embedding with all of the other tower's. But
 its gradient is a sum over embeddings, so a query is one row through one tower, and its loss is that
@@ -28,9 +27,7 @@ KINDS = ("auto", "softmax", "sigmoid")
 
 
 class DualEncoder(Protocol):
-    """A model with an image and a text tower, such as CLIP and SigLIP; the latter has a
-    `logit_bias` too.
-    """
+    """A model of images and texts, such as CLIP and SigLIP, which also has a `logit_bias`."""
 
     logit_scale: Tensor
     get_image_features: Callable[..., Any]
@@ -82,8 +79,7 @@ class ContrastiveBatch:
         return float(self.slopes.sum())
 
     def clean(self, side: str) -> RowLosses:
-        """Return the clean losses of the images or texts, scaled so that their mean is the loss of
-        the batch.
+        """Return the clean losses of the images or texts; their mean is the loss of the batch.
 
         `slopes` are by the embeddings before they are normalised: for `u = a / ||a||` and h the
         derivative by u, that by a is `(h - (h . u) u) / ||a||`.
@@ -100,8 +96,7 @@ class ContrastiveBatch:
         return RowLosses(sums, ones, norms, embeddings, by_embedding)
 
     def replaced(self, side: str, owner: Tensor, embeddings: Tensor) -> RowLosses:
-        """Return the losses of rows that each replace one embedding, in place of its own for itself
-        alone.
+        """Return the losses of rows that each replace one embedding, for itself alone.
 
         Args:
             side: whose embeddings, of "image" or "text".
@@ -119,8 +114,7 @@ class ContrastiveBatch:
 
 
 class ContrastiveLoss(Objective):
-    """The loss that aligns images with texts, of models that return `image_embeds` and
-    `text_embeds`, as CLIP and SigLIP do.
+    """The loss that aligns `image_embeds` with `text_embeds` of a model, as of CLIP and SigLIP.
 
     Image i of a batch belongs to text i. Where the batch has `labels`, image i belongs to text
     `labels[i]` instead; there may be any number of texts then, as the names of all classes, and for
@@ -188,8 +182,7 @@ class ContrastiveLoss(Objective):
         return SoftmaxTerms(wanted / (2 * images), wanted / (2 * images))
 
     def pairing(self, inputs: Inputs, texts: int, images: int) -> tuple[Tensor | None, Tensor]:
-        """Return the text (B,) of each image, None for its own, and which of the batch's texts are
-        looked at (C,).
+        """Return the text (B,) of each image, None for its own, and the distinct texts (C,).
 
         Raises:
             ObjectiveError: there are no labels, and not as many texts as images.

@@ -203,9 +203,7 @@ class ContrastiveSession:
         return {}
 
     def split(self, inputs: Inputs) -> tuple[TowerInputs, Tensor | None]:
-        """Return the towers' inputs, rows numbered, and the number (B,) of each image's text; None
-        where image i belongs to text i.
-        """
+        """Return the towers' inputs, numbered, and each image's text (B,), None for its own."""
         parts = tower_inputs(self.base, inputs)
         texts = batch_size(parts["text"])
         labels, distinct = self.contrast.pairing(inputs, texts, batch_size(parts["image"]))

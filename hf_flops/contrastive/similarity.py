@@ -1,6 +1,4 @@
-"""Losses of the similarities of images and texts: their elements, derivatives, and what a change of
-one column does.
-"""
+"""Losses of similarities of images and texts: elements, derivatives, changes of a column."""
 
 from __future__ import annotations
 
@@ -30,8 +28,7 @@ class Terms(Protocol):
 
 @dataclass(frozen=True)
 class SoftmaxTerms:
-    """Cross-entropy of each text over the images, and of each image over the texts, with weighted
-    targets.
+    """Cross-entropy of texts over images, and of images over texts, with weighted targets.
 
     A text with weights w over its images contributes `sum_i w_i (logsumexp of its row - similarity
     to i)`.
@@ -65,9 +62,7 @@ class SoftmaxTerms:
         )
 
     def changes(self, logits: Tensor, columns: Tensor, shifts: Tensor) -> Tensor:
-        """See `Terms`: a row's logsumexp changes by `log1p(p expm1(shift))`, which keeps the digits
-        of small shifts.
-        """
+        """See `Terms`: logsumexp changes by `log1p(p expm1(shift))`, exact for small shifts."""
         factors = shifts.expm1()
         by_text = self.by_text.sum(1) * (logits.softmax(1)[:, columns].T * factors).log1p()
         by_image = (

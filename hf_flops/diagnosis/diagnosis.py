@@ -1,6 +1,4 @@
-"""What training would do with a model, a method and data, and what it would cost: measured in a
-short trial on a copy.
-"""
+"""What training would do, and what it would cost: measured in a short trial on a copy."""
 
 from __future__ import annotations
 

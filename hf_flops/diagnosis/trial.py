@@ -81,8 +81,7 @@ class Trial(FlopsTrainer):
 
 
 class PlannedSearch(RateSearch):
-    """Thorough searches after a quarter, another quarter and the rest of a trial's steps; epsilon
-    is measured with the last.
+    """Thorough searches after two quarters and the rest of a trial, and then epsilon.
 
     If the last of them is not clear, the trial continues until one is, up to four times as long.
 
@@ -141,9 +140,7 @@ class PlannedSearch(RateSearch):
 
 
 def some_of(dataset: Any, most: int) -> Any:
-    """Return at most so many samples of a dataset, drawn at random if it has a length; the global
-    generators do not change.
-    """
+    """Return at most so many samples, drawn at random without the global generators."""
     if not isinstance(dataset, Sized):
         return list(islice(dataset, most))
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))

@@ -1,6 +1,4 @@
-"""Collectives of the processes of a run: all sent bytes are counted, and a process that has ended
-is reported instead of waited for.
-"""
+"""Collectives that count sent bytes, and report a process that ended instead of waiting."""
 
 from __future__ import annotations
 
@@ -41,9 +39,7 @@ class ProcessGroup:
         self.sent = 0
 
     def partition(self, number: int, least: int = 1) -> list[slice]:
-        """Split `number` items into one even slice per process; each has `least` or more items, or
-        none.
-        """
+        """Split `number` items into an even slice per process, of `least` or more, or none."""
         busy = max(1, min(self.world, number // least))
         edges = [number * min(rank, busy) // busy for rank in range(self.world + 1)]
         return [slice(start, stop) for start, stop in pairwise(edges)]
@@ -176,9 +172,7 @@ class TorchProcessGroup(ProcessGroup):
             raise ProcessError(self._blame(error)) from error
 
     def _part(self) -> None:
-        """Close the connections before the interpreter exits: otherwise gloo's threads may abort
-        the process.
-        """
+        """Close the connections before the interpreter exits: gloo's threads may abort it."""
         if not self._troubled and dist.is_initialized():
             dist.destroy_process_group()
 

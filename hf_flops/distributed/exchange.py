@@ -1,6 +1,4 @@
-"""How the processes of a run compute the same update: alone, by an all-reduce of gradients, or by
-exchanging scalars.
-"""
+"""How the processes of a run compute the same update: alone, by all-reduce, or by scalars."""
 
 from __future__ import annotations
 
@@ -62,9 +60,7 @@ class Exchange:
         return self.group.partition(samples, 2) if samples >= 4 else [slice(0, samples)]
 
     def counts_exact(self, pieces: Sequence[slice]) -> bool:
-        """Return whether this process adds the exact gradient of its samples, for these slices of
-        `clean_pieces`.
-        """
+        """Return whether this process adds its samples' exact gradient, given `clean_pieces`."""
         del pieces
         return True
 
@@ -101,8 +97,7 @@ class Exchange:
         return [ordered[torch.cat(indices)] for indices in dealt]
 
     def gathered(self, parts: Sequence[Rows], results: Tensor) -> tuple[Rows, Tensor, Tensor]:
-        """Gather the results of all rows, in an order that does not depend on the number of
-        processes.
+        """Gather the results of all rows, in an order that is the same for any number of processes.
 
         Args:
             parts: the rows of each process.
@@ -210,8 +205,7 @@ class GradientAllReduce(Exchange):
 
 
 class ScalarExchange(Exchange):
-    """Every process computes the update from the coefficients of all rows: only scalars are sent,
-    but all noise is drawn twice.
+    """Every process computes the update from all coefficients: scalars are sent, noise drawn twice.
 
     References:
         Malladi et al. (2023), MeZO, arXiv 2305.17333, section 2.1, on updates that are seeds and
@@ -232,9 +226,7 @@ class ScalarExchange(Exchange):
             )
 
     def clean_pieces(self, samples: int, *, head: bool) -> list[slice]:
-        """See `Exchange`: with a head every process runs all samples, since gradients are not
-        sent.
-        """
+        """See `Exchange`: with a head every process runs all samples; gradients are not sent."""
         return [slice(0, samples)] if head else super().clean_pieces(samples, head=head)
 
     def noise_sum(self, perturbation: Perturbation, place: BatchPosition) -> NoiseSum:

@@ -93,9 +93,7 @@ class NoiseSum:
         again(rows[index], corrections[index])
 
     def shared_facts(self, group: ProcessGroup, replayed: int) -> tuple[int, int]:
-        """Return the dimension of a row's noise, and the number of replayed rows of all
-        processes.
-        """
+        """Return the dimension of a row's noise, and how many rows all processes replayed."""
         if not self.perturbation.replays:
             return self.perturbation.vector.size, replayed
         facts = group.all_gather(torch.tensor([[self.dimension, replayed]]), [1] * group.world)

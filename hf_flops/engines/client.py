@@ -1,6 +1,4 @@
-"""An engine behind HTTP: batches, concurrent calls, time limits, bounded retries, and an account of
-costs.
-"""
+"""An engine behind HTTP: concurrent calls, time limits, bounded retries, a count of costs."""
 
 from __future__ import annotations
 

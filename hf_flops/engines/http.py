@@ -1,6 +1,4 @@
-"""HTTP helpers of the client: checks of a URL and headers, bodies within a time limit, and
-`Retry-After`.
-"""
+"""HTTP for the client: checks of a URL and headers, bodies within a time limit, `Retry-After`."""
 
 from __future__ import annotations
 
@@ -56,9 +54,7 @@ def check_headers(headers: Mapping[str, str]) -> None:
 
 
 def read_body(response: Any, deadline: float, most: float = float("inf")) -> bytes:
-    """Return the body of an answer, or its first `most` bytes; raises TimeoutError at the
-    deadline.
-    """
+    """Return the body of an answer, or its first bytes; raises TimeoutError at the deadline."""
     content = bytearray()
     while len(content) < most and (chunk := response.read1(1 << 16)):
         content += chunk

@@ -40,8 +40,7 @@ def _tokens(name: str, values: Iterable[SupportsIndex], size: int) -> list[int]:
 
 
 class BlackBoxPromptModel(nn.Module):
-    """P trainable virtual tokens before or after texts that an engine continues; only forward
-    passes can train them.
+    """P trainable virtual tokens before or after texts that an engine continues.
 
     Args:
         engine: the model; see `Engine`.
@@ -149,9 +148,7 @@ class BlackBoxPromptModel(nn.Module):
         )
 
     def _classes(self, labels: Tensor, rows: int) -> Tensor:
-        """Return labels as `cross_entropy` takes them: (R,) classes, -100 for none, or (R, C)
-        probabilities.
-        """
+        """Return labels as `cross_entropy` takes them: classes (R,), or probabilities (R, C)."""
         count = len(self.label_words)
         if labels.is_floating_point() and labels.shape == (rows, count):
             return labels

@@ -1,6 +1,4 @@
-"""A reference server for engines, from the standard library: for experiments, not for the
-internet.
-"""
+"""A reference server for engines, for experiments and not for the internet."""
 
 from __future__ import annotations
 
@@ -53,8 +51,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class EngineServer:
-    """Serves an engine over HTTP in a thread: `with EngineServer(engine) as server:
-    HttpEngine(server.url)`.
+    """Serves an engine over HTTP in a thread, inside a context.
 
     Args:
         engine: the served engine; it runs one request at a time.

@@ -1,6 +1,4 @@
-"""Noise on the outputs of linear layers: likelihood-ratio gradients as products with the known
-inputs.
-"""
+"""Noise on the outputs of linear layers: gradients as products with the known inputs."""
 
 from __future__ import annotations
 
@@ -64,8 +62,7 @@ class Drawn:
 
 
 def correlated(gram: Tensor) -> Tensor:
-    """Return L (R, T, T) with `L L^T = G + ridge`: the covariance that noise on the weights would
-    cause.
+    """Return L (R, T, T), `L L^T = G + ridge`: the covariance that noise on weights would cause.
 
     Args:
         gram: G (R, T, T), inner products of a row's inputs.
@@ -79,9 +76,7 @@ def correlated(gram: Tensor) -> Tensor:
 
 
 def independent(gram: Tensor) -> Tensor:
-    """Return the diagonal L (R, T, T) with the lengths of the inputs: independent noise for every
-    token, as published.
-    """
+    """Return the diagonal L (R, T, T) of the inputs' lengths: independent noise, as published."""
     tiny = torch.finfo(gram.dtype).tiny ** 0.5
     return torch.diag_embed((gram.diagonal(dim1=1, dim2=2) + tiny).sqrt())
 

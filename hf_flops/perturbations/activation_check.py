@@ -1,6 +1,4 @@
-"""The self-check of activation noise: a linear layer's weights must affect the loss only through
-the outputs of one call, row by row.
-"""
+"""The self-check of activation noise: weights affect the loss through one output, row by row."""
 
 from __future__ import annotations
 

@@ -14,8 +14,7 @@ from .streams import NoiseKeys
 
 
 class CombinedNoise(Perturbation):
-    """Several perturbations at once, such as row-wise noise where rules exist and shared noise
-    elsewhere: see `Perturbation`.
+    """Several perturbations at once, such as noise per row and shared noise: see `Perturbation`.
 
     The parts' noises are independent, so a row's delta times a part's noise is an unbiased estimate
     of that part of the gradient.

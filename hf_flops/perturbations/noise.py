@@ -23,9 +23,7 @@ _WIDE = 2**20  # numbers that are unpacked at a time for sums
 
 
 def blocks(rows: int, numbers: int, most: int = BLOCK) -> Iterator[slice]:
-    """Split `rows` rows of `numbers` numbers into blocks of at most `most` numbers, or of one
-    row.
-    """
+    """Split rows of `numbers` numbers into blocks of at most `most` numbers, or of one row."""
     step = max(1, most // max(1, numbers))
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
@@ -70,9 +68,7 @@ class RowNoise:
         return len(self.layouts[index]) == 2
 
     def factors(self, index: int, rows: slice = ALL) -> tuple[Tensor, ...]:
-        """Return the factors of a parameter's noise: (R, numel), or (R, out) and (R, in) of an
-        outer product.
-        """
+        """Return a parameter's noise (R, numel), or its factors (R, out) and (R, in)."""
         return tuple(
             self.numbers.piece(self.first[index] + i, rows) for i in range(len(self.layouts[index]))
         )
@@ -115,8 +111,7 @@ class RowNoise:
         return total
 
     def exact_sum(self, coefficients: Tensor) -> Tensor:
-        """Return `weighted_sum` in float64; for independent signs it is bitwise equal in any order
-        of rows.
+        """Return `weighted_sum` in float64; for independent signs it is equal in any order of rows.
 
         Coefficients are rounded to multiples of 2^-30 and cut into three digits of 15 bits, whose
         sums are exact in float32.
@@ -162,8 +157,7 @@ class RowNoise:
 def _plan(
     shapes: tuple[torch.Size, ...], rank_one: bool, adjoins: Callable[[int], bool], most: int
 ) -> tuple[list[tuple[int, ...]], list[int], list[tuple[range, slice]]]:
-    """Return the layouts of parameters' noise, the first piece of each, and runs of parameters to
-    be summed together.
+    """Return the layouts of parameters' noise, the first piece of each, and runs to sum together.
 
     The noise of a run is contiguous, and has at most `most` numbers unless it is that of one
     parameter; a run comes with its slice of the flat vector.

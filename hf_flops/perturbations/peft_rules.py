@@ -45,8 +45,7 @@ def ia3(
     *args: object,
     **kwargs: object,
 ) -> Tensor:
-    """IA3: one factor per input feature (feed-forward layers) or per output feature, (R, 1, C, 1,
-    ...) for convolutions.
+    """IA3: a factor per input feature (feed-forward) or output feature, (R, 1, C, ...).
 
     References:
         Liu et al. (2022), T-Few, arXiv 2205.05638, section 3.3.
@@ -105,8 +104,7 @@ def vera(layer: Layer, noise: Noise, scale: float, x: Tensor, out: Tensor) -> Te
 
 @added_to_base
 def dora(layer: Layer, noise: Noise, scale: float, x: Tensor, out: Tensor) -> Tensor:
-    """DoRA on a linear layer: `m / ||W + s B A|| * (W + s B A) x + bias`, the norm taken of each
-    row of the matrix.
+    """DoRA on a linear layer: `m / ||W + s B A|| * (W + s B A) x + bias`, norms of matrix rows.
 
     No row's W + s B A is ever formed: `||W_o + s b_o A||^2 = ||W_o||^2 + 2 s b_o (A W^T)_o + s^2
     b_o A A^T b_o` for output o, which costs what `rank` more tokens in each row would. The norm
@@ -207,9 +205,7 @@ _LAYERS: tuple[tuple[str, MethodRule, str], ...] = (
 
 
 def wrapper_rule(layer: Layer) -> tuple[MethodRule, str] | None:
-    """Return the rule of one of PEFT's layers and the method that it replaces; None without a
-    rule.
-    """
+    """Return the rule of one of PEFT's layers and the method that it replaces, or None."""
     if (
         not is_adapter_layer(layer)
         or len(layer.active_adapters) != 1

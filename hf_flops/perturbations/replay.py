@@ -1,6 +1,4 @@
-"""Computes a step's update again from its coefficients: without data, forward passes or stored
-noise.
-"""
+"""Computes a step's update again from its coefficients, without data or forward passes."""
 
 from __future__ import annotations
 
@@ -60,8 +58,7 @@ def regenerate(
     groups: Tensor,
     rows_per_chunk: int | Sequence[int],
 ) -> Tensor:
-    """Return `sum_r c_r z_r` (d,) float64 for rows in any order; with the same chunks it is bitwise
-    equal.
+    """Return `sum_r c_r z_r` (d,) float64 for rows in any order; equal for the same chunks.
 
     Args:
         perturbation: where noise enters; must not be one that `replays`.

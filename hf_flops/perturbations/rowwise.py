@@ -1,6 +1,4 @@
-"""Separate noise for each row of a forward pass, added by forward hooks, so that all queries of a
-step fit in one batch.
-"""
+"""Separate noise for each row of a forward pass, so that all queries fit in one batch."""
 
 from __future__ import annotations
 
@@ -55,9 +53,7 @@ def _split(values: Tensor, rows: int, pieces: list[slice]) -> list[Tensor]:
 
 
 def _in_pieces(site: Site, noise: RowNoise, scale: float, x: Tensor, out: Tensor) -> Tensor:
-    """Apply the site's rule to (R * m, ...) a few rows at a time, so that unpacked noise stays in
-    the processor's cache.
-    """
+    """Apply the site's rule to (R * m, ...), a few rows at a time to stay in the cache."""
     pieces = list(blocks(len(noise), _width(site, noise)))
     outs = _split(out, len(noise), pieces)
     results = [
@@ -200,9 +196,7 @@ class RowwiseNoise(Perturbation):
     def applied(
         self, noise: RowNoise, scale: float, fired: Counter[int] | None = None
     ) -> Iterator[None]:
-        """See `Perturbation.applied`; `fired` counts, by index of the parameter, the calls of its
-        rule.
-        """
+        """See `Perturbation.applied`; `fired` counts calls of rules by index of the parameter."""
         ran: Counter[int] = Counter() if fired is None else fired
         with ExitStack() as stack:
             for site in self.sites:

@@ -43,8 +43,7 @@ def linear(
     *,
     transposed: bool = False,
 ) -> Tensor:
-    """`nn.Linear`: add `scale * (x @ weight.T + bias)` per row, in place, because a linear layer's
-    output is a new tensor.
+    """`nn.Linear`: add `scale * (x @ weight.T + bias)` per row in place, as the output is new.
 
     Args:
         module: the layer.
@@ -84,9 +83,7 @@ FACTORED = (linear, conv1d_gpt2)  # rules that take the factors of rank-one nois
 
 
 def moved_linear(module: nn.Linear, x: Tensor, noise: Noise, scale: float) -> Tensor:
-    """Return the output (R * m, .., out) of `nn.Linear` for x (R * m, .., in) with perturbed
-    weights for each row.
-    """
+    """Return `nn.Linear`'s output for x (R * m, .., in) with perturbed weights for each row."""
     rows = by_row(x, noise, x.shape[-1])
     weight = torch.add(module.weight, noise["weight"].to(module.weight.dtype), alpha=scale)
     # batched products are faster along the long side of the weight

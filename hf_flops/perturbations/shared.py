@@ -1,6 +1,4 @@
-"""The same noise for all rows of a forward pass, by replacing parameters: works for every
-module.
-"""
+"""The same noise for all rows of a forward, by replacing parameters: for every module."""
 
 from __future__ import annotations
 
@@ -47,9 +45,7 @@ def displaced(vector: ParameterVector, flat: Tensor) -> Iterator[None]:
 
 
 def moved(model: nn.Module, seed: np.ndarray) -> AbstractContextManager[None]:
-    """Move all trainable tensors away from their initial values inside the context: initial zeros
-    (`lora_B = 0`) would hide the effect of other tensors.
-    """
+    """Move all trainable tensors inside the context: zeros (`lora_B`) hide effects of others."""
     everything = ParameterVector.of(model)
     offset = draw("gaussian", seed, everything.shapes, everything.device)[0]
     return displaced(everything, offset.mul_(0.05))

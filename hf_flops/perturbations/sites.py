@@ -76,8 +76,7 @@ def _whole_sites(model: nn.Module, index: dict[int, int], names: Collection[int]
 def find_sites(
     model: nn.Module, vector: ParameterVector, row_by_row: Collection[str] = ()
 ) -> list[Site]:
-    """Return the sites with rules; a parameter is covered only if every module that has it has a
-    rule.
+    """Return the sites of the parameters for which every module that has them has a rule.
 
     Args:
         model: the model.

@@ -1,6 +1,4 @@
-"""Streams of random numbers: a pure function of (seed, optimizer step, global sample position,
-query).
-"""
+"""Streams of random numbers, functions of (seed, optimizer step, sample position, query)."""
 
 from __future__ import annotations
 
@@ -86,9 +84,7 @@ class Signs:
         return torch.from_numpy(words(self.row_seeds[rows], stop - start, start).view(np.uint8))
 
     def piece(self, index: int, rows: slice = ALL, last: int | None = None) -> Tensor:
-        """Return a piece (R, size) float32 of some rows, or all pieces from it to `last`, which
-        must be adjacent; eight signs are looked up at a time.
-        """
+        """Return a piece (R, size) float32 of some rows, or the adjacent ones from it to `last`."""
         last = index if last is None else last
         start, stop = self.starts[index], self.starts[last + 1]
         packed = (

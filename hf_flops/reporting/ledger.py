@@ -1,6 +1,4 @@
-"""The ledger of a run: every row that went through the model, who got queries, and what the log
-says of it.
-"""
+"""The ledger of a run: rows that went through the model, and the queries of each sample."""
 
 from __future__ import annotations
 
@@ -24,9 +22,7 @@ def columns(inputs: Inputs) -> int:
 
 
 def class_labels(inputs: Inputs) -> list[int] | None:
-    """Return the class of each sample of a batch; None where labels are not one whole number per
-    sample.
-    """
+    """Return the class of each sample; None if labels are not one whole number per sample."""
     labels = inputs.get("labels")
     if not torch.is_tensor(labels) or labels.dim() != 1 or labels.is_floating_point():
         return None
@@ -79,8 +75,7 @@ class Ledger:
         self.record(finished.result, finished.position.ids, class_labels(finished.inputs))
 
     def reconcile(self, before: tuple[int, int], ran: int, group: ProcessGroup) -> None:
-        """Enter the rows that all processes ran since the ledger said `before`; what each ran alike
-        counts once.
+        """Enter the rows that all processes ran since `before`; rows that all ran count once.
 
         Args:
             before: `all_rows` and `tokens` of then.
@@ -126,9 +121,7 @@ class Ledger:
             )
 
     def summary(self) -> dict[str, float]:
-        """Average what was recorded since the last call; a ratio is taken between averages, as
-        single steps are noisy.
-        """
+        """Return averages since the last call; ratios are of averages: single steps are noisy."""
         if not self._window:
             return {}
         mean = {name: sum(values) / len(values) for name, values in self._window.items()}

@@ -28,8 +28,7 @@ def complete_card(
     costs: Mapping[str, float],
     tags: str | Iterable[str] | None,
 ) -> None:
-    """Add our tags, beside those of the model and the caller, and our sections to the stock card of
-    an output folder.
+    """Add our tags and our sections to the stock card of an output folder.
 
     Args:
         folder: the output folder.

@@ -1,6 +1,4 @@
-"""Finds the modules whose output does not depend on any perturbed parameter, by changing the
-parameters and comparing outputs; module names are not used.
-"""
+"""Finds modules whose output no perturbed parameter changes, by comparing their outputs."""
 
 from __future__ import annotations
 
@@ -46,9 +44,7 @@ _Visits = dict[nn.Module, list[_Visit]]  # in the order of first calls
 
 
 def _fingerprint(leaf: object) -> object:
-    """Return a value that is equal for two leaves only if they are equal bit for bit: (shape, hash)
-    of a tensor.
-    """
+    """Return a value that is equal only for equal leaves: (shape, hash) of a tensor."""
     if torch.is_tensor(leaf):
         return leaf.shape, blake2b(raw_bytes(leaf), digest_size=16).digest()
     # a new object is equal to nothing else
@@ -84,9 +80,7 @@ def _trace(model: nn.Module, forward: Forward, inputs: Inputs) -> _Visits:
 
 
 def _layout(two: _Visit, three: _Visit) -> tuple[bool, ...] | None:
-    """Return which leaves grow with the number of rows, from a run of two rows and one of three;
-    None if a leaf neither grows nor stays the same.
-    """
+    """Return which leaves grow from two rows to three; None if one does anything else."""
     pairs = list(zip(two.shapes, three.shapes, strict=True))
     if all(a == b or (a and b and a[1:] == b[1:] and 3 * a[0] == 2 * b[0]) for a, b in pairs):
         return tuple(a != b for a, b in pairs)
@@ -101,8 +95,7 @@ def independent_modules(
     *,
     per_row: bool,
 ) -> dict[nn.Module, tuple[bool, ...]]:
-    """Return the outermost modules whose output is bitwise equal for all values of the perturbed
-    parameters.
+    """Return the outermost modules whose output no value of the perturbed parameters changes.
 
     Modules without parameters and buffers are left out because they cost little, and so are those
     that a forward calls more than once or that return anything but tensors and plain values.
@@ -158,8 +151,7 @@ def choose_reuse(
     *,
     cached: bool = False,
 ) -> tuple[ReusePlan, str | None]:
-    """Return the plan of what runs once per sample, which may be empty, and the reason if a plan
-    was refused.
+    """Return the plan of what runs once per sample, and the reason if a plan was refused.
 
     Args:
         model: the model, in evaluation mode, gradients off.
@@ -242,8 +234,7 @@ def _checked(
     perturbation: Perturbation,
     precision: float,
 ) -> tuple[frozenset[str], str | None]:
-    """Compare row losses under noise with those of the plain forward, on three rows (the batch if
-    its loss is not per row).
+    """Compare losses of three rows (or the batch) under noise with those of the plain forward.
 
     Returns:
         Floating-point inputs that can be NaN without changing the losses (all, one, or none), and

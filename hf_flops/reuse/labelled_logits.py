@@ -1,6 +1,4 @@
-"""Logits only at labelled positions: the head of a causal language model skips tokens whose
-predictions do not enter the loss.
-"""
+"""Logits only where tokens have labels: a language model's head skips the other positions."""
 
 from __future__ import annotations
 
@@ -20,8 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class LastLogits(TappedLoss):
-    """A causal language model's own loss, with logits only from the column before the first label
-    of any row to the last label.
+    """A language model's own loss, with logits only where any row of the batch has labels.
 
     Losses are unchanged: a label is predicted from the column before it, or from its own column in
     models that do not shift. A forward without labels (R, T) as a keyword argument, or with
@@ -78,8 +75,7 @@ def with_last_logits(
     inputs: Inputs,
     precision: float = 1e-4,
 ) -> Objective:
-    """Return the objective with logits only at labelled positions, if that does not change the
-    losses of two samples of the batch.
+    """Return the objective with logits at labels only, if two samples keep their losses.
 
     Args:
         model: the model.

@@ -1,6 +1,4 @@
-"""Prefix cache: outputs that no noise reaches are kept over epochs, so that frozen layers run once
-per sample of the data set.
-"""
+"""Prefix cache: frozen layers run once per sample, and their outputs are kept over epochs."""
 
 from __future__ import annotations
 

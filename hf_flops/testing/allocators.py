@@ -13,8 +13,7 @@ from ..errors import ConfigurationError
 
 
 class AllocatorContract:
-    """Derive a class whose name begins with `Test` and define `make`; pytest then runs the
-    contract.
+    """Derive a class `Test...` that defines `make`; pytest then runs the contract.
 
     Counts that follow these rules leave the gradient estimate unbiased, whatever else an allocator
     does.
@@ -45,9 +44,7 @@ class AllocatorContract:
         yield SampleFeatures(torch.ones(4), step=6), 10**6 + 7
 
     def features(self, losses: Tensor, step: int) -> SampleFeatures:
-        """Return the features of a batch with losses (B,), as a trainer's clean forward shows
-        them.
-        """
+        """Return the features of a batch with losses (B,), as after a clean forward."""
         ids, lengths = tuple(range(len(losses))), torch.ones(len(losses))
         return SampleFeatures(
             losses, losses.abs().sqrt(), step=step, seed=7, lengths=lengths, ids=ids
@@ -58,9 +55,7 @@ class AllocatorContract:
         return features.losses.nan_to_num(1.0, 1.0, 0.0).clamp(0, 100).square() + 0.1
 
     def test_counts_spend_the_budget(self) -> None:
-        """Counts are (B,) int64, at least 1 each, and sum to the budget, whatever the losses
-        are.
-        """
+        """Counts are (B,) int64, at least 1 each, and sum to the budget, for any losses."""
         allocator = self.make()
         for features, budget in self.batches():
             counts = allocator.counts(features, budget)
@@ -77,9 +72,7 @@ class AllocatorContract:
             allocator.update(features, counts, self.squares(features))
 
     def test_counts_do_not_depend_on_global_state(self) -> None:
-        """The same features and the same past give the same counts, and the global generator is
-        left alone.
-        """
+        """Counts are a function of features and past, and the global generator is not used."""
         before = torch.get_rng_state()
         histories: list[list[list[int]]] = []
         for _ in range(2):

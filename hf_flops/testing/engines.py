@@ -9,8 +9,7 @@ from torch import Tensor
 
 
 class EngineContract:
-    """Derive a class whose name begins with `Test` and define `make`; pytest then runs the
-    contract.
+    """Derive a class `Test...` that defines `make`; pytest then runs the contract.
 
     An engine maps `inputs_embeds` (R, T, D) float32 and `attention_mask` (R, T) int64, padded at
     the right, to the logits (R, V) of what follows each row's last real token.

@@ -12,8 +12,7 @@ from ..objectives import Forward, Objective, RowLosses
 
 
 class ObjectiveContract:
-    """Derive a class whose name begins with `Test` and define `make`; pytest then runs the
-    contract.
+    """Derive a class `Test...` that defines `make`; pytest then runs the contract.
 
     Example:
         >>> from hf_flops.objectives import CallableObjective
@@ -33,9 +32,7 @@ class ObjectiveContract:
 
     @torch.no_grad()
     def test_losses_have_an_entry_per_row(self) -> None:
-        """Sums and counts are (R,), or (1,) for an objective of the batch as a whole; sums in 32
-        bits or more.
-        """
+        """Sums, in 32 bits or more, and counts are (R,), or (1,) for the batch as a whole."""
         objective, forward, inputs = self.make()
         losses = objective(forward, inputs)
         entries = batch_size(inputs) if objective.per_row else 1
@@ -49,9 +46,7 @@ class ObjectiveContract:
 
     @torch.no_grad()
     def test_rows_do_not_depend_on_each_other(self) -> None:
-        """A sample's loss is the same in any order, repeated, or alone: query rows of a step are
-        chunked freely.
-        """
+        """A sample's loss is the same in any order, repeated, or alone: rows are chunked freely."""
         objective, forward, inputs = self.make()
         if not objective.per_row or objective.needs_clean:
             return

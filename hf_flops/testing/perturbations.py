@@ -13,8 +13,7 @@ Losses = Callable[[], Tensor]
 
 
 class PerturbationContract:
-    """Derive a class whose name begins with `Test` and define `make`; pytest then runs the
-    contract.
+    """Derive a class `Test...` that defines `make`; pytest then runs the contract.
 
     Example:
         >>> from hf_flops.perturbations import ParameterVector, SharedNoise
@@ -29,9 +28,7 @@ class PerturbationContract:
     draws = 1000  # for the mean of the estimate
 
     def make(self) -> tuple[Perturbation, nn.Module, Losses]:
-        """Return the perturbation, the model in float64, and what gives its losses (R,) of R rows
-        as it is by then.
-        """
+        """Return the perturbation, the model in float64, and what computes R rows' losses (R,)."""
         raise NotImplementedError("Define make(self), which returns (perturbation, model, losses).")
 
     def keys(self, rows: int, step: int = 0) -> NoiseKeys:
@@ -59,9 +56,7 @@ class PerturbationContract:
 
     @torch.no_grad()
     def test_noise_is_a_function_of_its_keys(self) -> None:
-        """The same keys draw the same noise, others another, and the global generator is left
-        alone.
-        """
+        """Keys fix the noise, other keys draw other noise, and the global generator is not used."""
         perturbation, _, losses = self.make()
         rows, state, by_step = len(losses()), torch.get_rng_state(), []
         for step in (0, 0, 1):
@@ -86,9 +81,7 @@ class PerturbationContract:
                 torch.testing.assert_close(noisy[row], losses()[row], rtol=1e-6, atol=1e-9)
 
     def test_the_mean_of_the_estimate_is_the_gradient(self) -> None:
-        """The sum over rows of delta times noise averages to autograd's gradient of the summed
-        losses.
-        """
+        """The sum of delta times noise averages to autograd's gradient of the summed losses."""
         perturbation, _, losses = self.make()
         wanted = torch.cat(
             [

@@ -26,8 +26,7 @@ _TENSOR = "__tensor__"  # {"__tensor__": key} stands for a tensor of the other f
 
 
 def save_state(folder: str, parts: Mapping[str, Stateful]) -> None:
-    """Write the state of the parts into a folder: plain values as JSON, tensors in a file beside
-    it.
+    """Write the state of the parts: plain values as JSON, tensors in a file beside it.
 
     Args:
         folder: of the checkpoint.
@@ -44,8 +43,7 @@ def save_state(folder: str, parts: Mapping[str, Stateful]) -> None:
 
 
 def load_state(folder: str | None, parts: Mapping[str, Stateful]) -> None:
-    """Load the states that `save_state` wrote into the parts, if the folder has any; a part of
-    another class than the saved one starts afresh.
+    """Load the states that `save_state` wrote; a part of another class starts afresh.
 
     Raises:
         ConfigurationError: a file cannot be read.

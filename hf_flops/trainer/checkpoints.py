@@ -24,13 +24,11 @@ UNFINISHED, MANIFEST, STATE = ".unfinished", "flops_files.json", "trainer_state.
 
 
 def is_whole(folder: str | Path) -> bool:
-    """Return whether a checkpoint has all files that it was saved with; for a stock trainer's,
-    whether the file that is written last exists.
-    """
+    """Return whether a checkpoint has all files that it was saved with."""
     state, manifest = Path(folder, STATE), Path(folder, MANIFEST)
     if not state.is_file():
         return False
-    if not manifest.is_file():
+    if not manifest.is_file():  # of a stock trainer, which writes its state last
         return True
     try:
         files = [
@@ -84,8 +82,7 @@ def _flush(path: Path) -> None:
 
 
 class CheckpointWriter:
-    """Lets the stock trainer save in another folder, and moves the checkpoint to its place once it
-    is complete.
+    """Lets the stock trainer save elsewhere, and moves a complete checkpoint to its place.
 
     Attributes:
         saving: whether a checkpoint is being saved.
@@ -172,9 +169,7 @@ def chosen_checkpoint(
 
 @contextmanager
 def generator_states(checkpoint: str | None, args: TrainingArguments) -> Iterator[str | None]:
-    """Yield a folder with the states of this process's generators, even if the run had another
-    number of processes: all processes of a run have the same states.
-    """
+    """Yield a folder with the states of this process's generators: all processes have the same."""
     wanted = f"rng_state_{args.process_index}.pth" if args.world_size > 1 else "rng_state.pth"
     paths = [Path(checkpoint or "", name) for name in ("rng_state.pth", "rng_state_0.pth")]
     others = [path for path in paths if path.is_file()]

@@ -1,6 +1,4 @@
-"""A search for the learning rate while training: it multiplies the schedule's rates, and undoes
-steps that were far too long.
-"""
+"""A search for the learning rate while training, which undoes steps that were far too long."""
 
 from __future__ import annotations
 
@@ -99,9 +97,7 @@ class RateSearch(TrainerCallback):
         return {**logs, "learning_rate": rate, "learning_rate_multiplier": self.multiplier}
 
     def due(self, step: int, vector: ParameterVector, optimizer: Optimizer) -> bool:
-        """Return whether a search is due before an optimizer step; begin a window if the trained
-        parameters are new.
-        """
+        """Return whether a search is due before a step; new parameters begin a new window."""
         if step == self._last_step:
             return False
         self._last_step = step
@@ -120,8 +116,7 @@ class RateSearch(TrainerCallback):
         planned: int,
         left: float,
     ) -> int:
-        """Search before an optimizer step, if that is due and the budget allows it; return the rows
-        that it took.
+        """Search before an optimizer step, if due and affordable; return the rows that it took.
 
         Args:
             session: computes the losses.

@@ -1,6 +1,4 @@
-"""Training by several processes: all read the same batches, no model is wrapped for a backward
-pass, and they agree or stop.
-"""
+"""Training by several processes: all read the same batches, and agree or stop."""
 
 from __future__ import annotations
 
@@ -126,8 +124,7 @@ def undivided_loader(
 
 
 class BatchSize:
-    """The number of samples of an optimizer step: a resumed run with another number differs from
-    an uninterrupted one.
+    """The samples of an optimizer step: with another number, a resumed run differs.
 
     Args:
         samples: of all processes and micro-batches.
@@ -153,9 +150,7 @@ class BatchSize:
 
 
 class _Undivided:
-    """Replaces an accelerator while it prepares a data loader, and gives every process whole
-    batches.
-    """
+    """Replaces an accelerator that prepares a data loader: each process gets whole batches."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator

@@ -34,8 +34,7 @@ _ASIDE_PREFIXES = (
 
 
 def changed_settings(args: FlopsTrainingArguments) -> dict[str, object]:
-    """Return the arguments of a run that differ from the defaults, the preset's values being
-    defaults too.
+    """Return the arguments of a run that differ from the defaults and from the preset.
 
     Leaves out tokens, folders, display options, and values that cannot be written as a literal.
     """

@@ -1,6 +1,4 @@
-"""Overrides of the stock trainer's private methods: sample ids, whole checkpoints, and processes
-without DistributedDataParallel.
-"""
+"""Overrides of the stock trainer's private methods, for ids, checkpoints and processes."""
 
 from __future__ import annotations
 
@@ -28,8 +26,7 @@ else:
 
 
 class StockOverrides(_Base):
-    """Takes sample ids out of the inputs, saves and loads our parts beside those of the stock
-    trainer, and lets every process read the whole batch.
+    """Takes sample ids out of the inputs, saves our parts, and divides no batch.
 
     Attributes:
         checkpoint_writer: publishes checkpoints.

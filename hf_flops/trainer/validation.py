@@ -53,8 +53,7 @@ def check_own_options(args: FlopsArgumentsMixin) -> None:
 
 
 def check_stock_options(args: TrainingArguments) -> None:
-    """Refuse, or quietly switch off, options of `TrainingArguments` that belong to the backward
-    pass; check what the search for a learning rate allows.
+    """Refuse, or switch off, options of `TrainingArguments` that belong to the backward pass.
 
     Raises:
         ConfigurationError: an option needs a backward pass, or a fixed learning rate.
@@ -124,9 +123,7 @@ def _fill_in(args: FlopsArgumentsMixin) -> None:
 
 
 def _replayable(args: FlopsArgumentsMixin) -> dict[str, object]:
-    """Return the defaults of a logged run that replace the preset's: everything that is not a
-    number per query is off.
-    """
+    """Return the defaults of a logged run: everything that is not a number per query is off."""
     for name, (value, reason) in _DENSE.items():
         wanted = getattr(args, name)
         _require(

@@ -1,5 +1,4 @@
-"""An append-only file of checksummed records: a crash loses the last one at most, and damage is
-reported with the record.
+"""An append-only file of checksummed records: a crash loses the last one at most.
 
     file    mark (8 bytes), then records
     record  head: "FLOP", number, step, length of the payload, CRC-32 of the payload,

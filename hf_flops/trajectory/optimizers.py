@@ -61,9 +61,7 @@ def build(
     groups: Sequence[State],
     parameters: Mapping[str, nn.Parameter],
 ) -> Optimizer:
-    """Return an optimizer from the result of `describe` and the arguments of each group, for
-    parameters by name.
-    """
+    """Return an optimizer from `describe`, the groups' arguments, and parameters by name."""
     home, _, name = said["class"].rpartition(".")
     if not said["class"].startswith(_HOMES):
         raise ConfigurationError(

@@ -75,9 +75,7 @@ class StepRecord:
     shares_noise: bool = field(default=True)
 
     def pack(self) -> bytes:
-        """Return the record's payload: 6 to 12 bytes per query, 4 per tensor, and about 600 for the
-        rest.
-        """
+        """Return the payload: 6 to 12 bytes per query, 4 per tensor, and about 600 more."""
         traces = self.traces
         says = {
             "seed": self.seed,
@@ -131,9 +129,7 @@ class StepRecord:
 
 
 def changes(before: Sequence[State], now: Sequence[State]) -> list[State]:
-    """Return by group which of the optimizer's arguments are not what they were; everything where
-    nothing was before.
-    """
+    """Return the optimizer's arguments that changed, by group; all where there were none."""
     if len(before) != len(now):
         return [dict(group) for group in now]
     return [

@@ -1,6 +1,4 @@
-"""Rebuilds an adapter from the log of its run, bit for bit, without data, model or forward
-passes.
-"""
+"""Rebuilds an adapter from the log of its run, bit for bit, without data or forward passes."""
 
 from __future__ import annotations
 
@@ -179,8 +177,7 @@ class Replay:
         }
 
     def save(self, folder: str | Path) -> Path:
-        """Write the adapter as PEFT does, or the trainable tensors if there is no adapter; return
-        the file.
+        """Write the adapter as PEFT does, or the trainable tensors; return the file.
 
         Raises:
             TrajectoryError: the file cannot be written.
@@ -214,8 +211,7 @@ def _threads(number: int) -> Iterator[None]:
 
 
 def replay(path: str | Path, folder: str | Path | None = None, step: int | None = None) -> Replay:
-    """Rebuild the adapter of a run after a step (by default the last one), and write it to a
-    folder.
+    """Rebuild the adapter after a step (by default the last one), and write it to a folder.
 
     Args:
         path: the log, or the output folder that contains it.

@@ -54,8 +54,7 @@ def describe(model: nn.Module) -> tuple[State, dict[str, Tensor]]:
 def _files(
     model: Any, trained: Mapping[str, nn.Parameter]
 ) -> tuple[State, dict[str, str] | None, dict[str, Tensor]]:
-    """Return PEFT's configuration, the trainable parameter for each tensor of its file (or ""), and
-    the other tensors.
+    """Return PEFT's configuration, the parameter of each saved tensor (or ""), and the others.
 
     The second is None if the model has no adapter, or saves other tensors than its parameters.
     """
