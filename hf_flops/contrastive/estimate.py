@@ -16,7 +16,7 @@ from ..core.clean_forward import CleanPass, clean_pass
 from ..core.estimate import estimate_from
 from ..core.method import Method, StepResult
 from ..estimators import ClosedFormHead
-from ..objectives import Forward, Objective, RowLosses
+from ..objectives import CallableObjective, Forward, Objective, RowLosses
 from ..objectives.elementwise import widen
 from .loss import SIDES, ContrastiveBatch, DualEncoder
 
@@ -30,15 +30,10 @@ TowerInputs: TypeAlias = Mapping[str, Inputs]  # by side, rows numbered
 Contrast: TypeAlias = Callable[[Tensor, Tensor], ContrastiveBatch]
 
 
-class TowerSurrogate(Objective):
-    """A number per row that depends smoothly on its embedding, for checks of the first batch."""
-
-    def __call__(self, forward: Forward, inputs: Inputs, *, features: bool = False) -> RowLosses:
-        """See `Objective`."""
-        del features
-        values = widen(forward(inputs)[1])
-        sums = values @ torch.arange(values.shape[1], device=values.device).to(values).cos()
-        return RowLosses(sums, torch.ones_like(sums))
+def projected(embeddings: Tensor, inputs: Inputs) -> Tensor:
+    """Return a number per row that depends smoothly on all of its embedding (R, D)."""
+    values = widen(embeddings)
+    return values @ torch.arange(values.shape[1], device=values.device).to(values).cos()
 
 
 class TowerLoss(Objective):
@@ -51,7 +46,7 @@ class TowerLoss(Objective):
     """
 
     logits = needs_clean = True
-    surrogate = TowerSurrogate()
+    surrogate = CallableObjective(projected)
 
     def __init__(self, side: str, batch: ContrastiveBatch | None = None) -> None:
         self.side, self.batch = side, batch

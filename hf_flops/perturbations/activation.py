@@ -138,13 +138,11 @@ class ActivationNoise(Perturbation):
     ) -> None:
         self.vector, self.distribution, self.mixing = vector, distribution, mixing
         self.sites = find_sites(model, vector)
-        covered = {
-            index for site in self.sites if is_linear(site) for index in site.tensors.values()
-        }
-        others = {
-            index for site in self.sites if not is_linear(site) for index in site.tensors.values()
-        }
-        missing = [name for index, name in enumerate(vector.names) if index not in covered - others]
+        missing = [
+            name
+            for index, name in enumerate(vector.names)
+            if {is_linear(s) for s in self.sites if index in s.tensors.values()} != {True}
+        ]
         if missing:
             raise RowMismatch(f"{missing} do not belong to linear layers")
 

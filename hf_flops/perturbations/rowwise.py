@@ -173,20 +173,8 @@ class RowwiseNoise(Perturbation):
         self.row_bytes = bytes_per_row(distribution, vector.shapes)
         self.sites = find_sites(model, vector, row_by_row)
         covered = {index for site in self.sites for index in site.tensors.values()}
-        missing = [name for index, name in enumerate(vector.names) if index not in covered]
-        if missing:
+        if missing := [name for i, name in enumerate(vector.names) if i not in covered]:
             raise RowMismatch(f"no per-row rule covers {missing}")
-
-    @staticmethod
-    def covered(
-        model: nn.Module, vector: ParameterVector, row_by_row: Collection[str] = ()
-    ) -> set[str]:
-        """Return the names of the parameters with per-row rules."""
-        return {
-            vector.names[i]
-            for site in find_sites(model, vector, row_by_row)
-            for i in site.tensors.values()
-        }
 
     def draw(self, keys: NoiseKeys) -> RowNoise:
         """Draw from the rows' seeds."""

@@ -25,18 +25,15 @@ UNFINISHED, MANIFEST, STATE = ".unfinished", "flops_files.json", "trainer_state.
 
 def is_whole(folder: str | Path) -> bool:
     """Return whether a checkpoint has all files that it was saved with."""
-    state, manifest = Path(folder, STATE), Path(folder, MANIFEST)
-    if not state.is_file():
-        return False
-    if not manifest.is_file():  # of a stock trainer, which writes its state last
-        return True
-    try:
-        files = [
-            (Path(folder, name), size) for name, size in json.loads(manifest.read_text()).items()
-        ]
+    manifest = Path(folder, MANIFEST)
+    try:  # a stock trainer writes no manifest, and its state last
+        sizes = json.loads(manifest.read_text()) if manifest.is_file() else {}
+        files = {Path(folder, name): size for name, size in sizes.items()}
     except (OSError, ValueError, AttributeError):  # the manifest itself was cut off
         return False
-    return all(path.is_file() and path.stat().st_size == size for path, size in files)
+    return Path(folder, STATE).is_file() and all(
+        path.is_file() and path.stat().st_size == size for path, size in files.items()
+    )
 
 
 def last_checkpoint(folder: str | Path) -> str | None:

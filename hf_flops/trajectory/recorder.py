@@ -36,15 +36,12 @@ class TrajectoryRecorder(TrainerCallback):
         self._now: list[State] = []
 
     def observe(self, finished: FinishedBatch) -> None:
-        """Record a finished batch of a trainer."""
-        assert finished.method is not None
-        self.batch(finished.result.trace, finished.position.seed, finished.method.perturbation)
-
-    def batch(self, trace: UpdateRecord | None, seed: int, perturbation: Perturbation) -> None:
         """Record the contribution of a batch to the gradient of the next step."""
+        assert finished.method is not None
+        perturbation, trace = finished.method.perturbation, finished.result.trace
         if perturbation is not self._perturbation:
             self._rules, self._perturbation = rules.describe(perturbation), perturbation
-        self._seed = seed
+        self._seed = finished.position.seed
         if trace is not None:
             self._traces.append(trace)
 
