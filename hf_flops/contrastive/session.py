@@ -189,14 +189,18 @@ class ContrastiveSession:
 
     def parts(self) -> Mapping[str, Stateful]:
         """See `GradientSession`."""
-        parts: dict[str, Stateful] = {"rows of the towers": self.shares}
-        for side in SIDES:
-            parts[f"{side} allocator"] = self.allocators[side]
-            parts[f"{side} tuning"] = self.tunings[side]
-            control = self.controls[side]
-            if control is not None:
-                parts[f"{side} control variate"] = control
-        return parts
+        by_side: dict[str, Mapping[str, Stateful | None]] = {
+            "allocator": self.allocators,
+            "tuning": self.tunings,
+            "control variate": self.controls,
+        }
+        parts = {
+            f"{side} {name}": part
+            for side in SIDES
+            for name, both in by_side.items()
+            if (part := both[side]) is not None
+        }
+        return {"rows of the towers": self.shares, **parts}
 
     def log(self) -> dict[str, float]:
         """See `GradientSession`."""

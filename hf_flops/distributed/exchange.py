@@ -161,19 +161,7 @@ class Exchange:
 
 
 class SingleProcess(Exchange):
-    """A run with one process."""
-
-    def clean_pieces(self, samples: int, *, head: bool) -> list[slice]:
-        """See `Exchange`."""
-        del head
-        return [slice(0, samples)]
-
-    def parts(
-        self, rows: Rows, feed: TrimmedBatch, *, shares_noise: bool, chunk: int | None = None
-    ) -> list[Rows]:
-        """See `Exchange`."""
-        del chunk
-        return [feed.ordered(rows if shares_noise else rows.sorted(), within_groups=shares_noise)]
+    """A run with one process, which gets all rows: the defaults."""
 
 
 class GradientAllReduce(Exchange):

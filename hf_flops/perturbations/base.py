@@ -72,7 +72,7 @@ class ParameterVector:
 
 
 class Perturbation:
-    """A way for noise to enter a model; a subclass defines the methods that raise an error here.
+    """A way for noise to enter a model; a subclass defines `draw`, `applied`, `weighted_noise`.
 
     Attributes:
         vector: the perturbed parameters.
@@ -103,8 +103,10 @@ class Perturbation:
         raise NotImplementedError
 
     def dimension(self, noise: DrawnNoise) -> int:
-        """Return the number of random numbers of unit variance in a row's noise."""
-        raise NotImplementedError
+        """Return the number of random numbers of unit variance in a row's noise: by default one
+        for each parameter.
+        """
+        return self.vector.size
 
     def row_noise(self, noise: DrawnNoise) -> RowNoise | None:
         """Return the noise of the first `rowwise_size` entries, of identity covariance."""

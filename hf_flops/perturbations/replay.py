@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -39,12 +40,14 @@ class UpdateRecord:
         cls, parts: Sequence[tuple[Rows, Tensor]], position: int, factor: float, normalizer: float
     ) -> UpdateRecord:
         """Join the rows and coefficients of chunks."""
-        (rows, coefficients), *others = parts
-        for more, _ in others:
-            rows = rows.then(more)
-        coefficients = torch.cat([coefficients, *(more for _, more in others)])
+        rows, coefficients = zip(*parts, strict=True)
         return cls(
-            rows, coefficients, [len(part) for part, _ in parts], position, factor, normalizer
+            reduce(Rows.then, rows),
+            torch.cat(coefficients),
+            [len(chunk) for chunk in rows],
+            position,
+            factor,
+            normalizer,
         )
 
 

@@ -194,10 +194,6 @@ class RowwiseNoise(Perturbation):
                 )
             yield
 
-    def dimension(self, noise: RowNoise) -> int:
-        """See `Perturbation.dimension`."""
-        return self.vector.size
-
     def row_noise(self, noise: RowNoise) -> RowNoise:
         """See `Perturbation.row_noise`."""
         return noise

@@ -93,10 +93,6 @@ class SharedNoise(Perturbation):
         """See `Perturbation.applied`."""
         return displaced(self.vector, noise * scale)
 
-    def dimension(self, noise: Tensor) -> int:
-        """See `Perturbation.dimension`."""
-        return self.vector.size
-
     def weighted_noise(self, noise: Tensor, coefficients: Tensor) -> Tensor:
         """See `Perturbation.weighted_noise`."""
         return noise.to(accumulator(noise.device)) * rounded(coefficients).sum().to(noise.device)

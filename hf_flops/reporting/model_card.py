@@ -96,12 +96,10 @@ def sections(
 
 def cost_table(costs: Mapping[str, float]) -> str:
     """Return what a run cost as a table in Markdown; see `RunCosts.so_far`."""
-    rows = f"{costs['rows']:,}"
-    if costs["check_rows"]:
-        rows += f" ({costs['check_rows']:,} of them to check the first batch)"
-    lines = {"rows through the model": rows, "tokens, padding included": f"{costs['tokens']:,}"}
-    if not costs["tokens"]:
-        del lines["tokens, padding included"]
+    checks = f" ({costs['check_rows']:,} of them to check the first batch)"
+    lines = {"rows through the model": f"{costs['rows']:,}{checks if costs['check_rows'] else ''}"}
+    if costs["tokens"]:
+        lines["tokens, padding included"] = f"{costs['tokens']:,}"
     lines["seconds"] = f"{costs['seconds']:,.1f}"
     if "peak_memory" in costs:
         lines["peak memory of the process"] = f"{costs['peak_memory'] / 2**20:,.0f} MB"
