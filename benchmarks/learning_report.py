@@ -19,7 +19,7 @@ import numpy as np
 
 from records import ROOT  # isort: skip
 
-SHARES = (0.5, 0.8, 0.9)  # of backprop's gain in J
+SHARES = (0.25, 0.5, 0.8, 0.9)  # of backprop's gain in J
 FROZEN, BACKPROP = "frozen adapter", "backprop"
 MEZO = ("MeZO + head, SGD", "MeZO + head, Adam")
 COLOURS = {
@@ -122,7 +122,7 @@ def table(entries: dict[str, Any]) -> str:
     columns = ["method", "rate", "rows per sample", *heads, "rows", "J at the end", "accuracy"]
     cells = [columns, ["---"] * len(columns)]
     untrained = [f"{frozen['J']:.3f}", f"{frozen['accuracy']:.1%}"]
-    cells.append([FROZEN, *[""] * 6, *untrained])
+    cells.append([FROZEN, *[""] * (3 + len(SHARES)), *untrained])
     for name, line in lines.items():
         reached = [line.rows_to(level) for level in levels]
         others = [[other.rows_to(level) for other in mezo] for level in levels]
