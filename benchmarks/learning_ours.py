@@ -22,13 +22,12 @@ from hf_flops import FlopsTrainer, FlopsTrainingArguments
 from hf_flops.estimators import OneSided
 
 RANDOM_SIGN = "random sign"
-SAME = "the learning rate"
 OURS: dict[str, dict[str, Any]] = {
     "flops": {},
     "flops, equal counts": {"allocator": "uniform"},
     "flops, no control variate": {"control_variate": "none"},
     "flops, mean control variate": {"control_variate": "logit_jacobian"},
-    "flops, head by exact gradient": {"head_learning_rate": SAME},
+    "flops, head by exact gradient": {"closed_form_head": "gradient"},
     RANDOM_SIGN: {"control_variate": "none"},
 }
 QUERIES = {
@@ -94,7 +93,7 @@ def train_ours(
         logging_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        **{key: rate if value == SAME else value for key, value in OURS[name].items()},
+        **OURS[name],
     )
     estimator = RandomSign(seed) if name == RANDOM_SIGN else None
     trainer = FlopsTrainer(
