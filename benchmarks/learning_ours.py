@@ -58,7 +58,8 @@ class Watch(TrainerCallback):
     """Reports rows and seconds after each step, and stops at the budget."""
 
     def __init__(self, budget: int, look: Look) -> None:
-        self.budget, self.look, self.trainer = budget, look, Any
+        self.budget, self.look = budget, look
+        self.trainer: Any = None
         self.start = time.process_time()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -1,6 +1,4 @@
-"""Losses of the similarities of images and texts: their elements, derivatives, and what a change of
-one column does.
-"""
+"""Losses of similarities of images and texts: elements, derivatives, changes of a column."""
 
 from __future__ import annotations
 
@@ -17,27 +15,20 @@ class Terms(Protocol):
     @property
     def T(self) -> Terms:
         """Return the same loss of the transposed similarities."""
-        ...
 
     def elements(self, logits: Tensor) -> Tensor:
         """Return (C, B) what each pair contributes to the loss."""
-        ...
 
     def slopes(self, logits: Tensor) -> Tensor:
         """Return (C, B) the derivative of the loss."""
-        ...
 
     def changes(self, logits: Tensor, columns: Tensor, shifts: Tensor) -> Tensor:
-        """Return (R,) how the loss changes where a column changes: columns (R,) int64, shifts
-        (R, C).
-        """
-        ...
+        """Return (R,) how the loss changes with a column: columns (R,) int64, shifts (R, C)."""
 
 
 @dataclass(frozen=True)
 class SoftmaxTerms:
-    """Cross-entropy of each text over the images, and of each image over the texts, with weighted
-    targets.
+    """Cross-entropy of texts over images, and of images over texts, with weighted targets.
 
     A text with weights w over its images contributes `sum_i w_i (logsumexp of its row - similarity
     to i)`.
@@ -64,25 +55,22 @@ class SoftmaxTerms:
 
     def slopes(self, logits: Tensor) -> Tensor:
         """See `Terms`."""
-        wanted = self.by_text + self.by_image
         return (
             self.by_text.sum(1, keepdim=True) * logits.softmax(1)
             + self.by_image.sum(0) * logits.softmax(0)
-            - wanted
+            - (self.by_text + self.by_image)
         )
 
     def changes(self, logits: Tensor, columns: Tensor, shifts: Tensor) -> Tensor:
-        """See `Terms`: a row's logsumexp changes by `log1p(p expm1(shift))`, which keeps the digits
-        of small shifts.
-        """
+        """See `Terms`: logsumexp changes by `log1p(p expm1(shift))`, exact for small shifts."""
         factors = shifts.expm1()
-        rows = self.by_text.sum(1) * (logits.softmax(1)[:, columns].T * factors).log1p()  # (R, C)
-        own = (
+        by_text = self.by_text.sum(1) * (logits.softmax(1)[:, columns].T * factors).log1p()
+        by_image = (
             self.by_image.sum(0)[columns]
             * (logits.softmax(0)[:, columns].T * factors).sum(1).log1p()
         )
-        wanted = (self.by_text + self.by_image)[:, columns].T
-        return rows.sum(1) + own - (wanted * shifts).sum(1)
+        targets = (self.by_text + self.by_image)[:, columns].T
+        return by_text.sum(1) + by_image - (targets * shifts).sum(1)
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,7 @@ def clone(leaf: Leaf) -> Leaf:
 
 
 def placeholder(leaf: Leaf) -> Leaf:
-    """Return NaN in the shape of a tensor, without its memory; integers, which have no NaN, are
-    copied.
-    """
+    """Return NaN in the shape of a tensor, without its memory; integers are copied."""
     if torch.is_tensor(leaf) and leaf.is_floating_point():
         return hollow(leaf, leaf.shape)
     return clone(leaf)

@@ -1,6 +1,4 @@
-"""Prefix cache: outputs that no noise reaches are kept over epochs, so that frozen layers run once
-per sample of the data set.
-"""
+"""Prefix cache: frozen layers run once per sample, and their outputs are kept over epochs."""
 
 from __future__ import annotations
 
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 from ..base.batch import ROW, Inputs, batch_size, take
 from ..base.padding import columns_of
 from ..base.patching import Call
+from ..base.state import raw_bytes
 from ..errors import ConfigurationError
 from .late_expansion import Recording, ReusePlan
 from .leaves import Leaf, Output, repeat
@@ -35,11 +34,6 @@ class Sample:
     id: int
     layout: Layout
     content: bytes
-
-
-def raw_bytes(tensor: Tensor) -> memoryview:
-    """Return the bytes of a tensor; those of a contiguous CPU tensor are shared and writable."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data
 
 
 def identify(inputs: Inputs, ids: Sequence[int]) -> list[Sample]:
@@ -83,7 +77,8 @@ class SampleStore:
         self._file: Any = None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - it lives as long as the store
+            # it lives as long as the store
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
             finalize(self, self._file.close)
         self._contents: dict[tuple[int, Layout], bytes] = {}
         self._entries: dict[tuple[int, Layout], list[Any]] = {}
@@ -157,13 +152,12 @@ class CachedPlan(ReusePlan):
 
     def leaves(self) -> list[tuple[nn.Module, int]]:
         """Return the leaves that are kept by sample: modules, and indices of their leaves."""
-        kept = [
-            module
-            for module in self.modules
-            if module not in self.pass_through and module not in self.recomputed
-        ]
         return [
-            (module, i) for module in kept for i, rows in enumerate(self.modules[module]) if rows
+            (module, i)
+            for module, flags in self.modules.items()
+            if module not in self.pass_through | self.recomputed
+            for i, rows in enumerate(flags)
+            if rows
         ]
 
 
@@ -218,20 +212,18 @@ class CachedRecording(Recording):
         """Keep the recorded outputs of these samples, which are all in the record; return them."""
         store, leaves, entries = self.plan.store, self.plan.leaves(), []
         for i, sample in enumerate(samples):
-            owner = torch.tensor([i])
             entry = [
-                repeat(self.outputs[module][0][leaf], self._samples, owner)
+                repeat(self.outputs[module][0][leaf], self._samples, torch.tensor([i]))
                 for module, leaf in leaves
             ]
             store.put(sample, entry)
             entries.append(entry)
         if samples and samples[0].layout not in store.patterns:
-            pattern = {
+            store.patterns[samples[0].layout] = {
                 module: ([self._pattern(module, i, leaf) for i, leaf in enumerate(outputs)], spec)
                 for module, (outputs, spec) in self.outputs.items()
                 if module not in self.plan.recomputed
             }
-            store.patterns[samples[0].layout] = pattern
         return entries
 
     def _pattern(self, module: nn.Module, index: int, leaf: Leaf) -> Leaf:
@@ -250,11 +242,11 @@ class CachedRecording(Recording):
         everyone = torch.zeros(len(entries), dtype=torch.int64)
         for module, (leaves, spec) in self.plan.store.patterns[layout].items():
             hollow, rows = module in self.plan.pass_through, self.plan.modules[module]
-            pairs = zip(leaves, rows, strict=True)
-            self.outputs[module] = (
-                [repeat(leaf, 1, everyone) if hollow and row else leaf for leaf, row in pairs],
-                spec,
-            )
+            outputs = [
+                repeat(leaf, 1, everyone) if hollow and row else leaf
+                for leaf, row in zip(leaves, rows, strict=True)
+            ]
+            self.outputs[module] = outputs, spec
         for place, (module, leaf) in enumerate(self.plan.leaves()):
             outputs = self.outputs[module][0]
             outputs[leaf] = torch.cat([entry[place] for entry in entries]).to(outputs[leaf].device)

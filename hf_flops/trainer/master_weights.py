@@ -12,8 +12,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def keep_masters(model: nn.Module) -> list[str]:
-    """Convert trainable 16-bit parameters to float32 if the rest of the model stays in 16 bits;
-    return their names.
+    """Convert trainable 16-bit parameters of a frozen 16-bit model to float32; return names.
 
     Their modules compute in float32 from then on: a hook widens their inputs, and another narrows
     their outputs, unless nothing in 16 bits follows, as after a head. The other parameters of these
