@@ -115,6 +115,7 @@ class Exchange:
     def losses(self, losses: RowLosses, sizes: Sequence[int], *, logits: bool) -> RowLosses:
         """Gather the clean losses of all processes; with logits and slopes only if `logits`."""
         names = ["sums", "counts", "residuals"] + ["logits", "slopes"] * logits
+        names += ["targets", "weights"]
         fields = {name: values for name in names if (values := getattr(losses, name)) is not None}
         columns = [
             (values if values.dim() > 1 else values[:, None]).to(losses.sums)
@@ -124,10 +125,11 @@ class Exchange:
             [part.shape[1] for part in columns], 1
         )
         return RowLosses(
+            mean=losses.mean,
             **{
-                name: part if name in ("logits", "slopes") else part[:, 0]
+                name: part if fields[name].dim() > 1 else part[:, 0]
                 for name, part in zip(fields, gathered, strict=True)
-            }
+            },
         )
 
     def noise_sum(self, perturbation: Perturbation, place: BatchPosition) -> NoiseSum:

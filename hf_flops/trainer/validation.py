@@ -33,7 +33,7 @@ _UNSUPPORTED = {
 # Terms of the gradient that are dense, so that a trajectory log cannot hold them: value without
 # the term, and what is dense.
 _DENSE: dict[str, tuple[object, str]] = {
-    "closed_form_head": (False, "its gradient is dense"),
+    "closed_form_head": ("none", "its gradient is dense"),
     "control_variate": ("none", "its predictions are dense"),
 }
 
@@ -97,6 +97,8 @@ def _require(condition: object, message: str) -> None:
 
 
 def _check_choices(args: FlopsArgumentsMixin) -> None:
+    if isinstance(args.closed_form_head, bool):
+        args.closed_form_head = "solve" if args.closed_form_head else "none"
     for name, choices in CHOICES.items():
         value = getattr(args, name)
         _require(
@@ -120,6 +122,13 @@ def _fill_in(args: FlopsArgumentsMixin) -> None:
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    searched = args.learning_rate_search or args.learning_rate == "auto"
+    if searched and args.closed_form_head == "solve":
+        logger.info(
+            "closed_form_head='gradient' is used in a run with a learning rate search: a solved "
+            "head fits the parameters of the moment, which a line search would then find best."
+        )
+        args.closed_form_head = "gradient"
 
 
 def _replayable(args: FlopsArgumentsMixin) -> dict[str, object]:
@@ -196,6 +205,7 @@ def _check_numbers(args: FlopsArgumentsMixin) -> None:
             args.rows_per_forward == "auto" or _is_count(args.rows_per_forward),
             f"{count}, or 'auto'",
         ),
+        ("delta_clip", args.delta_clip is None or _is_positive(args.delta_clip), positive),
         ("memory_limit_gb", limit is None or _is_positive(limit), positive),
     ):
         _require(fine, f"{name}={getattr(args, name)!r} must be {wanted}.")

@@ -19,6 +19,7 @@ from hf_flops.allocators import ALLOCATORS, Optimal, TwoStage, Uniform
 from hf_flops.estimators import ESTIMATORS, Antithetic, OneSided
 from hf_flops.objectives import BatchLoss, TappedLoss
 from hf_flops.perturbations import ParameterVector, perturb
+from tests.allocators.test_allocators import following
 from tests.helpers.quadratic import (
     SAMPLES,
     WIDTH,
@@ -206,7 +207,7 @@ def test_counts_do_not_depend_on_the_steps_own_noise(name):
     options["rows_per_forward"] = 99
     found = []
     for distribution in ("gaussian", "rademacher"):
-        allocator = ALLOCATORS[name]()
+        allocator = following(name)
         for step in range(12):
             one_estimate(model, inputs, step=step, allocator=allocator, **options)
         # Three micro-batches of one step: the noise of the first must not reach the counts of the
