@@ -99,7 +99,7 @@ class SampleStore:
             )
         if entry is None or self._file is None:
             return entry
-        return [self._read(*place) for place in entry]
+        return [self._read(*where) for where in entry]
 
     def put(self, sample: Sample, tensors: Sequence[Tensor]) -> None:
         """Keep the tensors of a sample, if there is room."""
@@ -244,7 +244,7 @@ class CachedRecording(Recording):
                 for leaf, row in zip(leaves, rows, strict=True)
             ]
             self.outputs[module] = outputs, spec
-        for place, (module, leaf) in enumerate(self.plan.leaves()):
+        for index, (module, leaf) in enumerate(self.plan.leaves()):
             outputs = self.outputs[module][0]
-            outputs[leaf] = torch.cat([entry[place] for entry in entries]).to(outputs[leaf].device)
+            outputs[leaf] = torch.cat([entry[index] for entry in entries]).to(outputs[leaf].device)
         self._samples = len(entries)
