@@ -158,8 +158,10 @@ class RuleCheck:
         noise = draw("gaussian", seeds(CHECK_SEED, 2), vector.shapes, vector.device)[0]
         start = self.sums()
         floor = self.precision * float(start.abs().max())
-        changes = (self._shifted(vector, scale * noise) - start for scale in _SCALES)
-        return any(float(change.abs().max()) > floor for change in changes)
+        return any(
+            float((self._shifted(vector, scale * noise) - start).abs().max()) > floor
+            for scale in _SCALES
+        )
 
 
 def _some(names: Iterable[str], most: int = 3) -> str:

@@ -13,12 +13,6 @@ import torch
 _MEGABYTE = 2**20
 
 
-def _trim() -> None:
-    """Return freed memory to the system, so that it does not count as used (glibc only)."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
 def _number(path: str, name: str = "") -> float:
     """Return the number in a system file, or in its line that starts with `name`, or NaN."""
     try:
@@ -72,7 +66,9 @@ class PeakMemory:
 
     def __enter__(self) -> PeakMemory:
         gc.collect()
-        _trim()
+        with contextlib.suppress(OSError, AttributeError):  # of glibc only
+            # freed memory that the system does not have back would count as used
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
         if self._cuda:
             torch.cuda.reset_peak_memory_stats()
             self._start = torch.cuda.memory_allocated()

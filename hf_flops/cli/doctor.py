@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
         help="lora, dora, ia3, vera, prompt, prefix, ln or most other PEFT types",
     )
     command.add_argument(
-        "--adapter", metavar="DIR", help="an adapter that was saved, in place of --peft"
+        "--adapter", metavar="DIR", help="an adapter that was saved, instead of --peft"
     )
     command.add_argument(
         "--data",
@@ -181,12 +181,12 @@ def loaded(name: str, data: str | None) -> tuple[Any, Any, Any, str | None]:
     try:
         if name == "vit":
             return images(name, data)
-        place = getattr(recipe("assets"), name)() if name in ("minilm", "smollm2") else name
-        config = AutoConfig.from_pretrained(place)
+        source = getattr(recipe("assets"), name)() if name in ("minilm", "smollm2") else name
+        config = AutoConfig.from_pretrained(source)
         if hasattr(config, "image_size"):
-            return images(place, data)
+            return images(source, data)
         return texts(
-            place, data, causal=any("CausalLM" in kind for kind in config.architectures or [])
+            source, data, causal=any("CausalLM" in kind for kind in config.architectures or [])
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigurationError(

@@ -63,15 +63,15 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     from ..reporting.run_plots import curve_of, series_of
     from ..trainer.checkpoint_state import STATE_FILE, read_json
 
-    place = newest(Path(folder))
-    history = read_json(place / STEP_FILE, "log_history")
+    latest = newest(Path(folder))
+    history = read_json(latest / STEP_FILE, "log_history")
     if not any("rows" in entry for entry in history):
         raise ConfigurationError(
-            f"{place} has no log of rows: it is not of a FlopsTrainer, or logging_steps was never "
+            f"{latest} has no log of rows: it is not of a FlopsTrainer, or logging_steps was never "
             "reached."
         )
     measure, curve = curve_of(history)
-    state = place / STATE_FILE
+    state = latest / STATE_FILE
     samples = read_json(state, "ledger", "samples") if state.is_file() else []
     return {
         "curve": curve,

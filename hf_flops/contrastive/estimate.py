@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,9 +24,9 @@ _TEXTS = 2**40
 KEPT = 0.95  # weight of past steps in the towers' shares, from one step to the next
 # metrics that are sums over towers; the others are averaged
 _SUMS = ("gradient_variance", "gradient_signal", "sample_signal", "head_signal", "dropped_rows")
-TowerInputs: TypeAlias = Mapping[str, Inputs]  # by side, rows numbered
+TowerInputs = Mapping[str, Inputs]  # by side, rows numbered
 # maps embeddings of texts (C, D) and images (B, D) to the loss of the batch
-Contrast: TypeAlias = Callable[[Tensor, Tensor], ContrastiveBatch]
+Contrast = Callable[[Tensor, Tensor], ContrastiveBatch]
 
 
 def projected(embeddings: Tensor, inputs: Inputs) -> Tensor:

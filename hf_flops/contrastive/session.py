@@ -151,9 +151,12 @@ class ContrastiveSession:
         with Attempt("The towers' embeddings make no loss"):
             contrastive = self._loss_of(parts, self._contrast(None, given=False)).loss
             loss = batch.forward(batch.inputs)[0]
-            if loss is not None:
-                losses = torch.tensor([float(loss), contrastive], dtype=torch.float64)
-                return agree(losses[0], losses[1], 10 * self.precision, 1.0)
+            return loss is not None and agree(
+                torch.tensor(float(loss), dtype=torch.float64),
+                torch.tensor(contrastive, dtype=torch.float64),
+                10 * self.precision,
+                1.0,
+            )
         return False
 
     def unperturbed(self, batches: Sequence[Batch]) -> AbstractContextManager[Callable[[], Tensor]]:

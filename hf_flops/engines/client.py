@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 
@@ -212,12 +213,10 @@ class HttpEngine:
             with urllib.request.urlopen(request, timeout=self.timeout) as response:
                 content = read_body(response, start + self.timeout)
         except urllib.error.HTTPError as error:
-            with error:
-                try:
-                    body_of_error = read_body(error, start + self.timeout, 300)
-                except (OSError, HTTPException):  # the code says enough
-                    body_of_error = b""
-            message = f"HTTP {error.code}: {body_of_error[:300].decode(errors='replace')}"
+            reason = b""
+            with error, suppress(OSError, HTTPException):  # the code says enough
+                reason = read_body(error, start + self.timeout, 300)[:300]
+            message = f"HTTP {error.code}: {reason.decode(errors='replace')}"
             if error.code != 429 and error.code < 500:
                 raise EngineError(f"{self.url} refused: {message}") from error
             raise RetryableError(

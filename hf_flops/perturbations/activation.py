@@ -178,7 +178,7 @@ class ActivationNoise(Perturbation):
         x = x.reshape(rows, -1, x.shape[-1])
         x = x if x.dtype == torch.float64 else x.float()
         size = x.shape[1], out.shape[-1]
-        call = (index, sum(place == index for place, _ in noise.calls))
+        call = (index, sum(site == index for site, _ in noise.calls))
         if call not in noise.noise:
             keys = seeds(_STREAM, noise.keys.rows, *call)
             noise.noise[call] = (

@@ -166,12 +166,15 @@ def _plan(
     runs, first, start, stop = list[tuple[range, slice]](), 0, 0, 0
     for index, shape in enumerate(shapes):
         stop += shape.numel()
-        if index + 1 < len(shapes) and len(layouts[index]) == len(layouts[index + 1]) == 1:
-            wide = stop + shapes[index + 1].numel() - start > most
-            if adjoins(shape.numel()) and not wide:
-                continue
-        runs.append((range(first, index + 1), slice(start, stop)))
-        first, start = index + 1, stop
+        joins_next = (
+            index + 1 < len(shapes)
+            and len(layouts[index]) == len(layouts[index + 1]) == 1
+            and adjoins(shape.numel())
+            and stop + shapes[index + 1].numel() - start <= most
+        )
+        if not joins_next:
+            runs.append((range(first, index + 1), slice(start, stop)))
+            first, start = index + 1, stop
     return layouts, list(accumulate(map(len, layouts), initial=0)), runs
 
 

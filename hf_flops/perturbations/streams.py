@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -133,5 +132,5 @@ class Normals:
         return True
 
 
-Numbers: TypeAlias = Signs | Normals
+Numbers = Signs | Normals
 """Rows of independent numbers with mean 0 and variance 1, cut into pieces."""

@@ -57,8 +57,8 @@ def draw_seeds(
 
     Args:
         axes: where to draw.
-        curves: (place, value) pairs of each run.
-        xlabel: what the place is.
+        curves: (x, value) pairs of each run.
+        xlabel: what x is.
         measure: what the value is.
     """
     runs = [np.array(curve, dtype=float).T for curve in curves]
@@ -167,12 +167,12 @@ def save_learning_curve(
 def _draw_both(
     panels: Iterable[Axes], curves: Sequence[Sequence[tuple[float, float, float]]], measure: str
 ) -> None:
-    for axes, place, xlabel in zip(
+    for axes, column, xlabel in zip(
         panels, (0, 1), ("rows through the model", "seconds"), strict=True
     ):
         draw_seeds(
             axes,
-            [[(point[place], point[2]) for point in curve] for curve in curves],
+            [[(point[column], point[2]) for point in curve] for curve in curves],
             xlabel,
             measure,
         )

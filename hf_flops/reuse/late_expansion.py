@@ -270,11 +270,11 @@ class Recording:
                 leaf[:, run.cut] if (module, i) in self.plan.token_axes else leaf
                 for i, leaf in enumerate(leaves)
             ]
-        pairs = zip(leaves, self.plan.modules[module], strict=True)
-        return tree_unflatten(
-            [repeat(leaf, self._samples, owner) if rows else clone(leaf) for leaf, rows in pairs],
-            spec,
-        )
+        rows = [
+            repeat(leaf, self._samples, owner) if repeats else clone(leaf)
+            for leaf, repeats in zip(leaves, self.plan.modules[module], strict=True)
+        ]
+        return tree_unflatten(rows, spec)
 
     def _joined(self, module: nn.Module, before: Output) -> Output:
         """Append a module's outputs for further samples to earlier ones."""

@@ -45,7 +45,5 @@ def repeat(leaf: Tensor, samples: int, owner: Tensor) -> Tensor:
     times, tail = len(leaf) // samples, leaf.shape[1:]
     if not any(leaf.stride()):
         return leaf[:1].expand(len(owner) * times, *tail)
-    owner = owner.to(leaf.device)
-    if times == 1:
-        return leaf.index_select(0, owner)
-    return leaf.reshape(samples, times, *tail).index_select(0, owner).flatten(0, 1)
+    rows = leaf.reshape(samples, times, *tail).index_select(0, owner.to(leaf.device))
+    return rows.flatten(0, 1)

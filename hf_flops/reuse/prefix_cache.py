@@ -80,8 +80,8 @@ class SampleStore:
             # it lives as long as the store
             self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
             finalize(self, self._file.close)
-        self._contents: dict[tuple[int, Layout], bytes] = {}
-        self._entries: dict[tuple[int, Layout], list[Any]] = {}
+        # content of the inputs, and the tensors or their places in the file
+        self._entries: dict[tuple[int, Layout], tuple[bytes, list[Any] | None]] = {}
         self.patterns: dict[Layout, dict[nn.Module, Output]] = {}
 
     def get(self, sample: Sample) -> list[Tensor] | None:
@@ -90,19 +90,16 @@ class SampleStore:
         Raises:
             ConfigurationError: the inputs of the sample have changed.
         """
-        key = (sample.id, sample.layout)
-        if self._contents.get(key, sample.content) != sample.content:
+        content, entry = self._entries.get((sample.id, sample.layout), (sample.content, None))
+        if content != sample.content:
             raise ConfigurationError(
                 f"The inputs of sample {sample.id} have changed since they were kept: "
                 "prefix_cache cannot be used with data augmentation, random masks or ids that are "
                 "not unique; set prefix_cache=None."
             )
-        entry = self._entries.get(key)
-        return (
-            entry
-            if entry is None or self._file is None
-            else [self._read(*place) for place in entry]
-        )
+        if entry is None or self._file is None:
+            return entry
+        return [self._read(*where) for where in entry]
 
     def put(self, sample: Sample, tensors: Sequence[Tensor]) -> None:
         """Keep the tensors of a sample, if there is room."""
@@ -110,10 +107,10 @@ class SampleStore:
         key = (sample.id, sample.layout)
         if size <= self.room and key not in self._entries:
             self.room -= size
-            self._contents[key] = sample.content
-            self._entries[key] = [
+            entry = [
                 self._write(t) if self._file else t.detach().to("cpu", copy=True) for t in tensors
             ]
+            self._entries[key] = sample.content, entry
 
     def _write(self, tensor: Tensor) -> tuple[int, torch.Size, torch.dtype]:
         start = self._file.seek(0, 2)
@@ -247,7 +244,7 @@ class CachedRecording(Recording):
                 for leaf, row in zip(leaves, rows, strict=True)
             ]
             self.outputs[module] = outputs, spec
-        for place, (module, leaf) in enumerate(self.plan.leaves()):
+        for index, (module, leaf) in enumerate(self.plan.leaves()):
             outputs = self.outputs[module][0]
-            outputs[leaf] = torch.cat([entry[place] for entry in entries]).to(outputs[leaf].device)
+            outputs[leaf] = torch.cat([entry[index] for entry in entries]).to(outputs[leaf].device)
         self._samples = len(entries)

@@ -51,12 +51,27 @@ def load_state(folder: str | None, parts: Mapping[str, Stateful]) -> None:
     path = Path(folder or "", STATE_FILE)
     if folder is None or not path.is_file():
         return
-    state, path = read_json(path), path.with_name(TENSOR_FILE)
+    tensor_path = path.with_name(TENSOR_FILE)
+    with _damage_named(tensor_path):
+        tensors = load(tensor_path.read_bytes()) if tensor_path.is_file() else {}
+
+    def with_tensors(value: State) -> Any:
+        if value.keys() != {_TENSOR}:
+            return value
+        if value[_TENSOR] not in tensors:
+            raise KeyError(f"{TENSOR_FILE} lacks {value[_TENSOR]}")
+        return tensors[value[_TENSOR]]
+
     with _damage_named(path):
-        tensors = load(path.read_bytes()) if path.is_file() else {}
+        state = json.loads(path.read_text(), object_hook=with_tensors)
     for name, part in parts.items():
-        if name in state and _same_kind(name, part, state):
-            part.load_state_dict(_with_tensors(state[name], tensors))
+        kind = type(part).__name__
+        saved = state.get("kinds", {}).get(name, kind)
+        if saved != kind:
+            message = "The %s of the checkpoint's run was %s, this one's is %s and starts afresh."
+            logger.warning(message, name, saved, kind)
+        elif name in state:
+            part.load_state_dict(state[name])
 
 
 def read_json(path: Path, *keys: str) -> Any:
@@ -90,29 +105,6 @@ def _without_tensors(state: Any, key: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(state, (list, tuple)):
         return [_without_tensors(value, f"{key}.{i}", tensors) for i, value in enumerate(state)]
     return state
-
-
-def _with_tensors(state: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Undo `_without_tensors`."""
-    if isinstance(state, dict) and state.keys() == {_TENSOR}:
-        if state[_TENSOR] not in tensors:
-            raise ConfigurationError(f"The checkpoint's {TENSOR_FILE} lacks {state[_TENSOR]}.")
-        return tensors[state[_TENSOR]]
-    if isinstance(state, dict):
-        return {name: _with_tensors(value, tensors) for name, value in state.items()}
-    if isinstance(state, list):
-        return [_with_tensors(value, tensors) for value in state]
-    return state
-
-
-def _same_kind(name: str, part: Stateful, state: State) -> bool:
-    """Return whether a part is of the class that was saved, if that is known; warn if it is not."""
-    now = type(part).__name__
-    saved = state.get("kinds", {}).get(name, now)
-    if saved != now:
-        message = "The %s of the checkpoint's run was %s, this one's is %s and starts afresh."
-        logger.warning(message, name, saved, now)
-    return bool(saved == now)
 
 
 def _replace(path: Path, content: bytes) -> None:

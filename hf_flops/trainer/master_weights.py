@@ -34,11 +34,11 @@ def keep_masters(model: nn.Module) -> list[str]:
     ):
         wide |= more
     last_frozen = max(i for i, module in enumerate(modules) if _holds(module, set(frozen)))
-    for place, module in enumerate(modules):
+    for index, module in enumerate(modules):
         if _holds(module, wide):
             narrow = _halves(module)[0].dtype
             module.register_forward_pre_hook(_widen_inputs, with_kwargs=True)
-            if place < last_frozen:
+            if index < last_frozen:
                 module.register_forward_hook(partial(_narrow_output, narrow))
     for parameter in model.parameters():
         if id(parameter) in wide:

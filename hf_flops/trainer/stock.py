@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,18 +37,14 @@ class StockOverrides(_Base):
     checkpoint_writer: CheckpointWriter
     sample_ids: tuple[int, ...] | None = None
     _group: ProcessGroup | None = None
+    _parts: Callable[[], Mapping[str, Stateful]]
+    _begin: Callable[[], None]
 
     @property
     def group(self) -> ProcessGroup:
         """The processes of the run."""
         assert self._group is not None
         return self._group
-
-    def _parts(self) -> Mapping[str, Stateful]:
-        raise NotImplementedError
-
-    def _begin(self) -> None:
-        raise NotImplementedError
 
     def _hp_search_setup(self, trial: Any) -> None:
         super()._hp_search_setup(trial)

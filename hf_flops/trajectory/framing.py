@@ -32,7 +32,7 @@ class Record:
     """A record of the file.
 
     Attributes:
-        number: its place among the records, from 0.
+        number: its position among the records, from 0.
         step: optimizer steps that were done when it was written.
         offset: its first byte in the file.
         payload: what it says.

@@ -57,22 +57,24 @@ def arguments(optimizer: Optimizer) -> list[State]:
 
 
 def build(
-    said: State,
+    description: State,
     groups: Sequence[State],
     parameters: Mapping[str, nn.Parameter],
 ) -> Optimizer:
     """Return an optimizer from `describe`, the groups' arguments, and parameters by name."""
-    home, _, name = said["class"].rpartition(".")
-    if not said["class"].startswith(_HOMES):
+    home, _, name = description["class"].rpartition(".")
+    if not description["class"].startswith(_HOMES):
         raise ConfigurationError(
-            f"The log's optimizer {said['class']} is not one that can be replayed."
+            f"The log's optimizer {description['class']} is not one that can be replayed."
         )
     kind = getattr(import_module(home), name)
     known = inspect.signature(kind).parameters
-    options = {key: value for key, value in restored(said["defaults"]).items() if key in known}
+    options = {
+        key: value for key, value in restored(description["defaults"]).items() if key in known
+    }
     filled = [
         {**restored(group), "params": [parameters[key] for key in keys]}
-        for group, keys in zip(groups, said["groups"], strict=True)
+        for group, keys in zip(groups, description["groups"], strict=True)
     ]
     return kind(filled, **options)
 

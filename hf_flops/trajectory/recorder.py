@@ -31,7 +31,7 @@ class TrajectoryRecorder(TrainerCallback):
         self._seed = 0
         self._perturbation: Perturbation | None = None
         self._rules: rules.Description | None = None
-        self._said: rules.Description | None = None  # the rules in the log
+        self._logged_rules: rules.Description | None = None  # the rules in the log
         self._groups: list[State] = []
         self._now: list[State] = []
 
@@ -122,13 +122,13 @@ class TrajectoryRecorder(TrainerCallback):
             self._seed,
             state.global_step,
             self._traces,
-            None if self._rules == self._said else self._rules,
+            None if self._rules == self._logged_rules else self._rules,
             changes(self._groups, self._now),
             self._prints(),
             self._perturbation is not None and self._perturbation.shares_noise,
         )
         self._file.append(state.global_step + 1, record.pack())
-        self._traces, self._said, self._groups = [], self._rules, self._now
+        self._traces, self._logged_rules, self._groups = [], self._rules, self._now
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -98,8 +98,13 @@ class Replay:
 
     def departed(self, record: StepRecord) -> list[str]:
         """Return the names of the tensors that differ from those of training after a step."""
-        pairs = zip(self.parameters.items(), record.fingerprints, strict=True)
-        return [name for (name, parameter), wanted in pairs if fingerprint(parameter) != wanted]
+        return [
+            name
+            for (name, tensor), wanted in zip(
+                self.parameters.items(), record.fingerprints, strict=True
+            )
+            if fingerprint(tensor) != wanted
+        ]
 
     def surroundings(self) -> str:
         """Describe the environment of the training session, for a replay that differs from it."""

@@ -49,10 +49,10 @@ def describe(perturbation: Perturbation) -> Description:
     return [[_RULES[type(part)], part.distribution, list(part.vector.names)] for part in parts]
 
 
-def build(said: Description, parameters: Mapping[str, nn.Parameter]) -> Perturbation:
+def build(description: Description, parameters: Mapping[str, nn.Parameter]) -> Perturbation:
     """Return a perturbation that draws the noise of a `describe`d one, for parameters by name."""
     parts: list[Perturbation] = []
-    for rule, distribution, names in said:
+    for rule, distribution, names in description:
         vector = ParameterVector([(name, parameters[name]) for name in names])
         parts.append(
             Unwatched(vector, distribution)

@@ -77,17 +77,17 @@ def _files(
         files[alike[0]] = name
     config = copy.copy(model.peft_config[model.active_adapter])
     config.inference_mode = True
-    said = {
+    settings = {
         key: sorted(value) if isinstance(value, set) else value
         for key, value in config.to_dict().items()
     }
     if config.task_type is None:  # as PEFT does, for loading without a class
         base = type(model.get_base_model())
-        said["auto_mapping"] = {
+        settings["auto_mapping"] = {
             "base_model_class": base.__name__,
             "parent_library": base.__module__,
         }
-    return said, files, {key: state[key] for key, name in files.items() if not name}
+    return settings, files, {key: state[key] for key, name in files.items() if not name}
 
 
 def digests(model: nn.Module, without: Iterable[int] = ()) -> dict[str, str]:
