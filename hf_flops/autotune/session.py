@@ -255,4 +255,6 @@ class SampleSession:
     def log(self) -> dict[str, float]:
         """See `GradientSession`."""
         scale = {} if self.tuning.scale is None else {"perturbation_scale": self.tuning.scale}
-        return {**self.tuning.found, **scale}
+        solved = self.solver.objective
+        objective = {} if solved is None else {"solved_head_loss": solved}
+        return {**self.tuning.found, **scale, **objective}

@@ -16,7 +16,7 @@ from .closed_form_head import ClosedFormHead
 
 MOST_NUMBERS = 2**24  # of the kept samples, 64 MiB; the oldest samples are dropped
 MOST_PER_SAMPLE = 2**16  # a head with more numbers per sample is stepped, not solved
-PRIMING_SAMPLES = 1024  # at most so many clean rows are run before the first query
+PRIMING_SAMPLES = 4096  # at most so many clean rows are run before the first query
 PRIMING_SHARE = 0.1  # of the run's optimizer steps, at most
 _ITERATIONS = 10  # of L-BFGS per optimizer step, from the weights of the step before
 _KEPT = 0.5  # weight of a sample after as many others as there are kept samples
@@ -41,10 +41,15 @@ class HeadSolver:
 
     While the kept samples are few, queries would be wasted on the gradient of a head that is about
     to move. So a run begins with *priming*: optimizer steps that run clean rows only, until the
-    first epoch ends, 1,024 samples are known, or a tenth of the run is over.
+    first epoch ends, 4,096 samples are known, or a tenth of the run is over.
 
     Args:
         agree: returns the tensor of process 0.
+
+    Attributes:
+        seen: samples that were added so far.
+        objective: mean loss of the kept samples' elements under the solved head; None before the
+            first solution.
 
     Example:
         >>> import torch
@@ -65,12 +70,13 @@ class HeadSolver:
     def __init__(self, agree: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:
         self.agree = agree
         self.head: ClosedFormHead | None = None
+        self.objective: float | None = None
         self._mean = "softmax"
         self._samples: dict[int, Sample] = {}  # the sample's id, or a negative number → sample
         self._numbers = self._unnamed = 0
         self._prior: Tensor | None = None
         self._collecting, self._repeated = True, False
-        self._seen = 0
+        self.seen = 0
         self._new = False  # whether samples were added since the last step
 
     def bind(self, head: ClosedFormHead) -> None:
@@ -113,8 +119,8 @@ class HeadSolver:
             self._repeated = self._repeated or key in self._samples
             self._drop(key)
             inputs_of, targets, weights = (part[i][counted] for part in (x, *parts))
-            self._samples[key] = (inputs_of, targets, weights, self._seen)
-            self._seen += 1
+            self._samples[key] = (inputs_of, targets, weights, self.seen)
+            self.seen += 1
             self._numbers += _size(self._samples[key])
         while self._numbers > MOST_NUMBERS:
             self._drop(next(iter(self._samples)))
@@ -122,6 +128,11 @@ class HeadSolver:
     def _drop(self, key: int) -> None:
         if key in self._samples:
             self._numbers -= _size(self._samples.pop(key))
+
+    @property
+    def samples(self) -> int:
+        """The number of kept samples."""
+        return len(self._samples)
 
     def discard(self) -> None:
         """Do not solve after this optimizer step, which is not taken."""
@@ -148,7 +159,7 @@ class HeadSolver:
             return
         *parts, numbers = zip(*self._samples.values(), strict=True)
         x, targets, weights = (torch.cat(part).double() for part in parts)
-        ages = (self._seen - torch.tensor(numbers).double()) / len(numbers)
+        ages = (self.seen - torch.tensor(numbers).double()) / len(numbers)
         sizes = torch.tensor([len(part) for part in parts[0]])
         weights = weights * (_KEPT**ages).repeat_interleave(sizes)[:, None]
         design, fixed = self._design(x)
@@ -170,6 +181,10 @@ class HeadSolver:
         optimizer.step(closure)
         if bool(theta.isfinite().all()):
             self._write(self.agree(theta))
+            logits = design @ theta.detach().T + fixed
+            elements = weights[:, :1] if self._mean == "softmax" else weights
+            loss = _loss(logits, targets, weights, self._mean)[0]
+            self.objective = float(loss / elements.sum().clamp(min=1e-12))
 
     def _design(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return (N, D), what the trained tensors multiply, and (N, C), the rest of the logits."""
@@ -218,7 +233,7 @@ class HeadSolver:
             "ids": torch.tensor(list(self._samples)),
             "elements": torch.tensor([len(part) for part in parts[0]]),
             "numbers": torch.tensor(numbers),
-            "seen": self._seen,
+            "seen": self.seen,
             "inputs": inputs,
             "targets": targets,
             "weights": weights,
@@ -236,7 +251,7 @@ class HeadSolver:
         self._samples = dict(zip(ids, samples, strict=True))
         self._numbers = sum(_size(sample) for sample in self._samples.values())
         self._unnamed = min([0, *ids])
-        self._mean, self._prior, self._seen = state["mean"], state["prior"], state["seen"]
+        self._mean, self._prior, self.seen = state["mean"], state["prior"], state["seen"]
 
 
 def _size(sample: Sample) -> int:
