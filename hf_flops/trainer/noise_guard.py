@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,14 +51,13 @@ class NoiseGuard(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        *,
-        optimizer: torch.optim.Optimizer,
-        **kwargs: object,
+        **kwargs: Any,
     ) -> None:
         """Multiply the rates."""
-        self._stock = [group["lr"] for group in optimizer.param_groups]
+        groups = kwargs["optimizer"].param_groups
+        self._stock = [group["lr"] for group in groups]
         if self.multiplier != 1:
-            for group in optimizer.param_groups:
+            for group in groups:
                 group["lr"] = group["lr"] * self.multiplier
 
     def on_optimizer_step(
@@ -65,12 +65,10 @@ class NoiseGuard(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        *,
-        optimizer: torch.optim.Optimizer,
-        **kwargs: object,
+        **kwargs: Any,
     ) -> None:
         """Restore the schedule's rates."""
-        for group, rate in zip(optimizer.param_groups, self._stock, strict=True):
+        for group, rate in zip(kwargs["optimizer"].param_groups, self._stock, strict=True):
             group["lr"] = rate
 
     def on_step_end(
@@ -122,7 +120,7 @@ class NoiseGuard(TrainerCallback):
                 for name, parameter in parameters.items():
                     parameter.copy_(self._best[name])
 
-    def _keep(self, loss: float, parameters: dict[str, Tensor]) -> None:
+    def _keep(self, loss: float, parameters: Mapping[str, Tensor]) -> None:
         self.lowest = loss
         self._best = {name: value.detach().clone() for name, value in parameters.items()}
 

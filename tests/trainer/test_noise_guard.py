@@ -1,4 +1,4 @@
-"""The guard against noise: it undoes what a far too large rate does, and leaves a good run alone."""
+"""The guard against noise undoes what a far too large rate does, and leaves a good run alone."""
 
 import pytest
 import torch
