@@ -117,8 +117,9 @@ class Tuning:
 
     def observe(self, finished: FinishedBatch) -> None:
         """Learn from a finished batch how many queries are worth their rows."""
-        if self.queries is not None and finished.method is not None:
-            self.queries.update(finished.result, finished.method)
+        method = finished.method
+        if self.queries is not None and method is not None and not method.clean_only:
+            self.queries.update(finished.result, method)
 
     def agree(self, scale: float) -> None:
         """Take another process's epsilon for the measured one."""

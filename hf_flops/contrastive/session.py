@@ -184,6 +184,9 @@ class ContrastiveSession:
             tuning.rows = 0
         return replace(result, rows=result.rows + searched)
 
+    def finish_step(self, epoch: float) -> None:
+        """See `GradientSession`; nothing is solved."""
+
     def fall_back(self, error: RowLossError, *, recorded: bool) -> None:
         """See `GradientSession`; embeddings always have losses of their own."""
         raise error

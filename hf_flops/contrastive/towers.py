@@ -52,7 +52,7 @@ def build_tower(
     loss, precision = TowerLoss(side), precision_of(model, autocast=args.bf16)
     trained = set(ParameterVector.of(model).names)
     names = used_tensors(model, forward, take(inputs, torch.tensor([0]))) - set(frozen)
-    exact = bool(names) and args.closed_form_head
+    exact = bool(names) and args.closed_form_head != "none"
     head = find_head(model, loss, forward, inputs, trained - names) if exact else None
     if head is not None:
         names -= set(head.vector.names)

@@ -25,7 +25,15 @@ from ..base.batch import Inputs
 from ..base.rows import BatchPosition, Rows
 from ..distributed.noise_sum import NoiseSum
 from ..errors import NonFiniteError
-from ..estimators import Chain, Clipping, DeltaTransform, FiniteDifference, LeaveOneOut, Residual
+from ..estimators import (
+    Chain,
+    Clipping,
+    DeltaTransform,
+    FiniteDifference,
+    HeadSolver,
+    LeaveOneOut,
+    Residual,
+)
 from ..objectives import Forward
 from ..perturbations.replay import UpdateRecord
 from .chunking import ChunkPlanner
@@ -104,7 +112,12 @@ def estimate_from(
     """Run the queries and add the estimate to the gradients; for the arguments see
     `estimate_gradient`.
     """
-    method, features, chain = clean.method, clean.features(), transforms(clean)
+    method = clean.method
+    if method.solver is not None:
+        keep_samples(clean, method.solver)
+    if method.clean_only:
+        return primed(clean, elements, batches)
+    features, chain = clean.features(), transforms(clean)
     sums = method.exchange.noise_sum(method.perturbation, clean.place)
     results = all_queries(clean, chain, sums, features)
     lengths = (
@@ -128,6 +141,25 @@ def estimate_from(
     return result
 
 
+def keep_samples(clean: CleanPass, solver: HeadSolver) -> None:
+    """Keep what the head's solver needs of a batch."""
+    assert clean.found is not None
+    assert clean.found.features is not None
+    solver.add(clean.found.features, clean.found.losses, clean.place.ids)
+
+
+def primed(clean: CleanPass, elements: float | None, batches: float) -> StepResult:
+    """Return the result of a batch without queries: only its clean rows have run."""
+    assert clean.losses is not None
+    sums, counts = clean.losses.sums, clean.losses.counts
+    normalizer = (float(counts.sum()) * batches if elements is None else elements) or 1.0
+    loss = sums[sums.isfinite()].sum() / normalizer
+    queries = torch.zeros(clean.units, dtype=torch.int64)
+    unknown = torch.full((clean.units,), torch.nan)
+    dropped = {"dropped_rows": float((~sums.isfinite()).sum())}
+    return StepResult(loss.float(), clean.samples, queries, unknown, dropped)
+
+
 def transforms(clean: CleanPass) -> Chain:
     """Return the chain of transforms from losses to deltas: see `estimators/delta_chain.py`."""
     method, losses = clean.method, clean.losses
@@ -135,7 +167,10 @@ def transforms(clean: CleanPass) -> Chain:
     chain: list[DeltaTransform] = [FiniteDifference(*difference)]
     if method.control is not None and losses is not None and method.allocator.weighted:
         vector, size = method.perturbation.vector, getattr(method.perturbation, "rowwise_size", 0)
-        prediction = method.control.start(losses, size, vector.device, clean.place.step)
+        reference = None if method.solver is None else method.solver.features()
+        prediction = method.control.start(
+            losses, size, vector.device, clean.place.step, clean.head_features, reference
+        )
         if prediction is not None:
             chain.append(
                 Residual(
@@ -198,7 +233,8 @@ def apply(
         Both, or None if only their sum over several batches is known, now or later.
     """
     method, head, exact, found = clean.method, clean.method.head, torch.zeros(1), clean.found
-    if head is not None and found is not None:
+    solved = method.solver is not None
+    if head is not None and found is not None and not solved:
         exact = head.gradient(found.head_inputs, found.own, found.losses) / normalizer
     put_off = method.exchange.pending
     reduced = method.exchange.reduce([update, exact, *chain.statistics()], last=last)
@@ -206,7 +242,7 @@ def apply(
         return None
     update, exact, *statistics = reduced
     method.perturbation.vector.add_to_gradients(update)
-    if head is not None:
+    if head is not None and not solved:
         head.vector.add_to_gradients(exact)
     chain.finish(iter(statistics))
     return None if put_off else (update, exact)

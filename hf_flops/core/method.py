@@ -11,7 +11,7 @@ from ..base.batch import Inputs
 from ..base.rows import BatchPosition
 from ..distributed.exchange import Exchange, SingleProcess
 from ..errors import ConfigurationError
-from ..estimators import ClosedFormHead, ControlVariate, Estimator
+from ..estimators import ClosedFormHead, ControlVariate, Estimator, HeadSolver
 from ..objectives import Objective
 from ..perturbations import Perturbation
 from ..perturbations.replay import UpdateRecord
@@ -34,6 +34,9 @@ class Method:
         trimmed: sides ("left", "right") where padding that no row of a forward needs is cut off.
         reuse: modules that run once per sample because no noise reaches them; see `choose_reuse`.
         head: the layer whose exact gradient the clean forward gives; it is not perturbed.
+        solver: solves for the head's weights at the end of optimizer steps; None for its exact
+            gradient instead.
+        clean_only: whether batches run without queries, to know more samples of the solver first.
         control: the control variate, which predicts deltas from past steps; None for none.
         exchange: how the processes of the run share results.
         delta_clip: bound of a delta in robust standard deviations of the batch's, which biases the
@@ -70,6 +73,8 @@ class Method:
     trimmed: frozenset[str] = frozenset()
     reuse: ReusePlan = field(default_factory=ReusePlan)
     head: ClosedFormHead | None = None
+    solver: HeadSolver | None = None
+    clean_only: bool = False
     control: ControlVariate | None = None
     exchange: Exchange = field(default_factory=SingleProcess)
     delta_clip: float | None = None

@@ -120,6 +120,7 @@ class Exchange:
     def losses(self, own: RowLosses, sizes: Sequence[int], *, logits: bool) -> RowLosses:
         """Gather the clean losses of all processes; with logits and slopes only if `logits`."""
         names = ["sums", "counts", "residuals"] + ["logits", "slopes"] * logits
+        names += ["targets", "weights"]
         fields = {name: values for name in names if (values := getattr(own, name)) is not None}
         flat = [
             (values if values.dim() > 1 else values[:, None]).to(own.sums)
@@ -128,10 +129,11 @@ class Exchange:
         widths = [part.shape[1] for part in flat]
         gathered = self.group.all_gather(torch.cat(flat, 1), sizes).split(widths, 1)
         return RowLosses(
+            mean=own.mean,
             **{
-                name: part if name in ("logits", "slopes") else part[:, 0]
+                name: part if fields[name].dim() > 1 else part[:, 0]
                 for name, part in zip(fields, gathered, strict=True)
-            }
+            },
         )
 
     def noise_sum(self, perturbation: Perturbation, place: BatchPosition) -> NoiseSum:

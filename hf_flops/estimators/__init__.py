@@ -7,6 +7,7 @@ from .closed_form_head import ClosedFormHead, find_head
 from .control_variate import CONTROL_VARIATES, ControlVariate, LogitJacobian, Prediction
 from .delta_chain import Chain, DeltaTransform, FiniteDifference, LeaveOneOut, Residual
 from .differences import Antithetic, Estimator, OneSided
+from .head_solver import HeadSolver
 
 __all__ = [
     "CONTROL_VARIATES",
@@ -19,6 +20,7 @@ __all__ = [
     "DeltaTransform",
     "Estimator",
     "FiniteDifference",
+    "HeadSolver",
     "LeaveOneOut",
     "LogitJacobian",
     "OneSided",

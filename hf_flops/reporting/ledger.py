@@ -138,8 +138,8 @@ class Ledger:
         if not self._window:
             return {}
         mean = {name: sum(values) / len(values) for name, values in self._window.items()}
-        signal, variance = mean.pop("gradient_signal", None), mean.pop("gradient_variance")
-        sample_signal, _ = mean.pop("sample_signal"), mean.pop("head_signal", None)
+        signal, variance = mean.pop("gradient_signal", None), mean.pop("gradient_variance", 0.0)
+        sample_signal, _ = mean.pop("sample_signal", 0.0), mean.pop("head_signal", None)
         summary = {**mean, "dropped_rows": sum(self._window["dropped_rows"])}
         if signal is not None:  # else processes sum gradients less often than there are batches
             summary["signal_to_noise"] = max(signal, 0.0) / variance if variance > 0 else 0.0

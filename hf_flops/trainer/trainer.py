@@ -43,7 +43,7 @@ from .preparation import (
 )
 from .query_budget import QueryBudget
 from .settings import as_code
-from .step import batch_of, estimate_batch
+from .step import AfterStep, batch_of, estimate_batch
 from .stock import StockOverrides
 
 if TYPE_CHECKING:
@@ -123,6 +123,7 @@ class FlopsTrainerMixin(StockOverrides):
         with quantised_base_allowed(model):
             super().__init__(model, checked, *positional, **kwargs)
         self._begin()
+        self.add_callback(AfterStep(lambda: self.session))
         self.query_budget = QueryBudget(
             lambda: self.args.max_queries,
             lambda step: self.session.rows(1, step),

@@ -32,7 +32,7 @@ _UNSUPPORTED = {
 # Terms of the gradient that are dense, so that a trajectory log cannot hold them: value without
 # the term, and what is dense.
 _DENSE: dict[str, tuple[object, str]] = {
-    "closed_form_head": (False, "its gradient is dense"),
+    "closed_form_head": ("none", "its gradient is dense"),
     "control_variate": ("none", "its predictions are dense"),
 }
 
@@ -98,6 +98,8 @@ def _require(condition: object, message: str) -> None:
 
 
 def _check_choices(args: FlopsArgumentsMixin) -> None:
+    if isinstance(args.closed_form_head, bool):
+        args.closed_form_head = "solve" if args.closed_form_head else "none"
     for name, choices in CHOICES.items():
         value = getattr(args, name)
         _require(
@@ -121,6 +123,13 @@ def _fill_in(args: FlopsArgumentsMixin) -> None:
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    searched = args.learning_rate_search or args.learning_rate == "auto"
+    if searched and args.closed_form_head == "solve":
+        logger.info(
+            "closed_form_head='gradient' is used in a run with a learning rate search: a solved "
+            "head fits the parameters of the moment, which a line search would then find best."
+        )
+        args.closed_form_head = "gradient"
 
 
 def _replayable(args: FlopsArgumentsMixin) -> dict[str, object]:

@@ -246,7 +246,13 @@ def test_optimizers_and_schedules_are_the_stock_ones(options, arguments):
 
 
 def test_gradients_are_clipped(arguments):
-    args = arguments(max_steps=1, optim="sgd", learning_rate=1.0, max_grad_norm=0.01)
+    args = arguments(
+        max_steps=1,
+        optim="sgd",
+        learning_rate=1.0,
+        max_grad_norm=0.01,
+        closed_form_head="gradient",
+    )
     trainer = FlopsTrainer(adapted(), args, train_dataset=data())
     before = flat(trainer)
     trainer.train()
@@ -600,7 +606,8 @@ def state(model):
     ("kind", "build"), [("vit", adapted), ("llama", prompted)], ids=["lora", "prompt"]
 )
 def test_a_step_changes_gradients_only(kind, build, perturbation, arguments):
-    trainer = FlopsTrainer(build(), arguments(perturbation=perturbation), train_dataset=data(kind))
+    args = arguments(perturbation=perturbation, closed_form_head="gradient")
+    trainer = FlopsTrainer(build(), args, train_dataset=data(kind))
     trainer.model.train()
     next(module for module in trainer.model.modules() if isinstance(module, nn.Linear)).eval()
     before = state(trainer.model)
@@ -759,7 +766,8 @@ def test_every_row_is_counted_and_the_budget_is_kept(
 
 def test_queries_are_counted_by_sample_id(arguments):
     samples = [{**sample, "sample_id": 10 * i} for i, sample in enumerate(data())]
-    options = {"max_steps": 4, "allocator": "loss_rank"}  # one that makes nothing of ids
+    # those that make nothing of ids
+    options = {"max_steps": 4, "allocator": "loss_rank", "closed_form_head": "gradient"}
     with_ids = FlopsTrainer(adapted(), arguments(**options), train_dataset=samples)
     without = FlopsTrainer(adapted(), arguments(**options), train_dataset=data())
     with_ids.train()
@@ -819,7 +827,7 @@ class Watch(TrainerCallback):
 def test_lora_a_is_held_back_as_asked(parts, joins, arguments):
     model = adapted()
     watch = Watch(model)
-    args = arguments(lora_parts=parts, max_steps=4, learning_rate=0.1, weight_decay=0.1)
+    args = arguments(lora_parts=parts, max_steps=4, learning_rate=0.1, closed_form_head="gradient")
     FlopsTrainer(model, args, train_dataset=data(), callbacks=[watch]).train()
     late = [{"lora_A"} if step >= joins else set() for step in range(4)]
     assert watch.moved == [{"lora_B", "classifier"} | own for own in late]

@@ -454,7 +454,7 @@ def test_another_base_is_noticed(tmp_path):
 @pytest.mark.parametrize(
     "option",
     [
-        {"closed_form_head": True},
+        {"closed_form_head": "solve"},
         {"control_variate": "logit_jacobian"},
         {"perturbation": "activation"},
     ],
@@ -472,9 +472,9 @@ def test_several_processes_are_refused(tmp_path, monkeypatch):
 
 def test_it_is_off_where_nobody_asked_for_it(tmp_path, caplog):
     args = arguments(tmp_path)
-    assert (args.closed_form_head, args.control_variate) == (False, "none")
+    assert (args.closed_form_head, args.control_variate) == ("none", "none")
     assert "closed_form_head, control_variate" in caplog.text
-    assert arguments(tmp_path, trajectory_log=False).closed_form_head
+    assert arguments(tmp_path, trajectory_log=False).closed_form_head == "solve"
 
 
 def test_optimizers_and_perturbations_that_cannot_be_replayed_are_refused(tmp_path):
