@@ -28,12 +28,12 @@ OURS: dict[str, Any] = {"preset": "flops"}
 SHARED = {
     "perturbation": "shared",
     "allocator": "uniform",
-    "closed_form_head": False,
+    "closed_form_head": "none",
     "control_variate": "none",
 }
 METHODS: dict[str, dict[str, Any]] = {
     "flops": OURS,
-    "flops, noise on the head": {**OURS, "closed_form_head": False},
+    "flops, noise on the head": {**OURS, "closed_form_head": "none"},
     "flops, no control variate": {**OURS, "control_variate": "none"},
     "flops, equal counts": {**OURS, "allocator": "uniform"},
     "mezo": {"preset": "mezo"},

@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 from learning_head import SolvedHead
 from learning_opponents import OPPONENTS, train_opponent
-from learning_ours import OURS, QUERIES, RANDOM_SIGN, available, train_ours
+from learning_ours import OURS, QUERIES, RANDOM_SIGN, train_ours
 from learning_tasks import TASKS, Task, features
 
 Curve = list[tuple[int, float, float, float]]  # rows, J, test accuracy, seconds
@@ -134,7 +134,7 @@ class Benchmark:
         at its edge, at most `EXTENSIONS` times.
         """
         known = QUERIES[method] if method in OURS else OPPONENTS[method].queries
-        middle, scores = MIDDLE.get(method, -5), dict[tuple[int, int], float]()
+        middle, scores = MIDDLE.get(method, -4), dict[tuple[int, int], float]()
         for queries in self.options.queries or known:
             own = dict[int, float]()
             wanted = [middle - 1, middle, middle + 1]
@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--budget", type=int, help="rows of a final run")
     parser.add_argument("--tuning_budget", type=int, help="rows of each run of the grid")
     parser.add_argument("--queries", nargs="+", type=int, help="rows per sample to try")
-    parser.add_argument("--points", type=int, default=18, help="evaluations of a run")
+    parser.add_argument("--points", type=int, help="evaluations of a run")
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--force", action="store_true", help="repeat runs that are in the file")
     parser.add_argument("--quick", action="store_true", help="few rows, one seed: the shape of it")
@@ -205,13 +205,14 @@ def main() -> None:
         options.budget, options.tuning_budget = 8_000, 4_000
         options.seeds, options.points = [1], 6
     options.budget = options.budget or task.budget
+    options.points = options.points or task.points
     options.tuning_budget = options.tuning_budget or task.tuning_budget
     name = f"learning_{options.task}{'_quick' if options.quick else ''}"
     benchmark = Benchmark(task, SharedRecord(name, indent=None), options)
     if options.gap:
         return benchmark.gap()
     benchmark.frozen()
-    for method in filter(available, options.methods):
+    for method in options.methods:
         benchmark.method(method)
 
 

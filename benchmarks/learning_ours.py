@@ -4,7 +4,6 @@ control whose signal is destroyed.
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import time
 from collections.abc import Callable
@@ -22,13 +21,13 @@ from hf_flops import FlopsTrainer, FlopsTrainingArguments
 from hf_flops.estimators import OneSided
 
 RANDOM_SIGN = "random sign"
-SAME = "the learning rate"
 OURS: dict[str, dict[str, Any]] = {
     "flops": {},
     "flops, equal counts": {"allocator": "uniform"},
     "flops, no control variate": {"control_variate": "none"},
     "flops, mean control variate": {"control_variate": "logit_jacobian"},
-    "flops, head by exact gradient": {"head_learning_rate": SAME},
+    "own noise, equal counts": {"allocator": "uniform", "control_variate": "none"},
+    "flops, head by exact gradient": {"closed_form_head": "gradient"},
     RANDOM_SIGN: {"control_variate": "none"},
 }
 QUERIES = {
@@ -36,6 +35,7 @@ QUERIES = {
     "flops, equal counts": (8, 4, 16),
     "flops, no control variate": (8, 16),
     "flops, mean control variate": (8,),
+    "own noise, equal counts": (8, 16),
     "flops, head by exact gradient": (8,),
 }
 
@@ -58,7 +58,8 @@ class Watch(TrainerCallback):
     """Reports rows and seconds after each step, and stops at the budget."""
 
     def __init__(self, budget: int, look: Look) -> None:
-        self.budget, self.look, self.trainer = budget, look, Any
+        self.budget, self.look = budget, look
+        self.trainer: Any = None
         self.start = time.process_time()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -66,12 +67,6 @@ class Watch(TrainerCallback):
         self.look(rows, seconds, self.trainer.model)
         self.start = time.process_time() - seconds
         control.should_training_stop = rows >= self.budget
-
-
-def available(method: str) -> bool:
-    """Return whether this version of the library has a method's options."""
-    fields = {field.name for field in dataclasses.fields(FlopsTrainingArguments)}
-    return OURS.get(method, {}).keys() <= fields
 
 
 def train_ours(
@@ -94,7 +89,7 @@ def train_ours(
         logging_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        **{key: rate if value == SAME else value for key, value in OURS[name].items()},
+        **OURS[name],
     )
     estimator = RandomSign(seed) if name == RANDOM_SIGN else None
     trainer = FlopsTrainer(

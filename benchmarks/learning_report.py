@@ -19,7 +19,7 @@ import numpy as np
 
 from records import ROOT  # isort: skip
 
-SHARES = (0.5, 0.8, 0.9)  # of backprop's gain in J
+SHARES = (0.25, 0.5, 0.8, 0.9)  # of backprop's gain in J
 FROZEN, BACKPROP = "frozen adapter", "backprop"
 MEZO = ("MeZO + head, SGD", "MeZO + head, Adam")
 COLOURS = {
@@ -27,6 +27,7 @@ COLOURS = {
     "flops, equal counts": "#f59e0b",
     "flops, no control variate": "#84cc16",
     "flops, mean control variate": "#15803d",
+    "own noise, equal counts": "#fb7185",
     "flops, head by exact gradient": "#be185d",
     "random sign": "#a1a1aa",
     "MeZO + head, SGD": "#2563eb",
@@ -122,7 +123,7 @@ def table(entries: dict[str, Any]) -> str:
     columns = ["method", "rate", "rows per sample", *heads, "rows", "J at the end", "accuracy"]
     cells = [columns, ["---"] * len(columns)]
     untrained = [f"{frozen['J']:.3f}", f"{frozen['accuracy']:.1%}"]
-    cells.append([FROZEN, *[""] * 6, *untrained])
+    cells.append([FROZEN, *[""] * (3 + len(SHARES)), *untrained])
     for name, line in lines.items():
         reached = [line.rows_to(level) for level in levels]
         others = [[other.rows_to(level) for other in mezo] for level in levels]

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from recipes.assets import minilm, sentences
-from recipes.images import few, load_images, load_vit, pixel_parts, pretrained_vit
+from recipes.images import load_images, load_vit, pixel_parts, pretrained_vit
 from recipes.vit import RecipeArguments, adapter_model
 
 PERMUTATION_SEED, NOISE_SEED = 0, 0
@@ -42,6 +42,7 @@ class Task:
         batch: samples of a step.
         scale: epsilon of every forward-only method.
         forward_rows: rows of the model's fastest forward.
+        points: evaluations of a run, log-spaced.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Task:
     batch: int = 32
     scale: float = 1e-3
     forward_rows: int = 128
+    points: int = 18
 
     @property
     def backprop_budget(self) -> int:
@@ -103,11 +105,11 @@ def features(model: nn.Module, data: dict[str, Tensor]) -> Tensor:
     return torch.cat(found)
 
 
-def _images(dataset: str) -> tuple[Callable[[int], nn.Module], list[dict[str, Tensor]]]:
+def _digits() -> tuple[Callable[[int], nn.Module], list[dict[str, Tensor]]]:
     """Return the small ViT with LoRA's B matrices (rank 2; queries and values of all layers), and
     the splits; validation images are added to the test split.
     """
-    task = few(load_images(dataset, seed=0), None)
+    task = load_images("digits", seed=0)
     path = pretrained_vit(task)
     parts = pixel_parts(task, load_vit(path, task)[1])
     pixels = {
@@ -115,7 +117,7 @@ def _images(dataset: str) -> tuple[Callable[[int], nn.Module], list[dict[str, Te
         for name, part in parts.items()
     }
     held_out = {
-        key: torch.cat([pixels["validation"][key][:500], pixels["test"][key][:1000]])
+        key: torch.cat([pixels["validation"][key], pixels["test"][key]])
         for key in ("pixel_values", "labels")
     }
     return partial(adapter_model, RecipeArguments(), path, task), [pixels["train"], held_out]
@@ -127,9 +129,9 @@ def _patches_in_order(pixels: Tensor, size: int, order: Tensor) -> Tensor:
     return nn.functional.fold(patches, pixels.shape[-2:], size, stride=size)
 
 
-def permuted(dataset: str = "digits", size: int = 2, **budgets: int) -> Task:
-    """Images whose patches are in one fixed random order."""
-    model, splits = _images(dataset)
+def permuted(size: int = 2, **budgets: int) -> Task:
+    """Digits whose patches are in one fixed random order."""
+    model, splits = _digits()
     patches = (splits[0]["pixel_values"].shape[-1] // size) ** 2
     generator = torch.Generator().manual_seed(PERMUTATION_SEED)
     order = torch.randperm(patches, generator=generator)
@@ -140,9 +142,9 @@ def permuted(dataset: str = "digits", size: int = 2, **budgets: int) -> Task:
     return Task("permuted", model, train, test, 5, **budgets)
 
 
-def noisy(dataset: str = "digits", draws: int = 4, **budgets: int) -> Task:
-    """Half of an image plus Gaussian noise of standard deviation 0.6, four draws per image."""
-    model, splits = _images(dataset)
+def noisy(draws: int = 4, **budgets: int) -> Task:
+    """Half of a digit plus Gaussian noise of standard deviation 0.6, four draws per image."""
+    model, splits = _digits()
     generator = torch.Generator().manual_seed(NOISE_SEED)
     train, test = (
         {name: value.repeat_interleave(draws, 0) for name, value in split.items()}
@@ -177,7 +179,7 @@ def _hidden(model: Any, layer: int, texts: list[str], tokens: int) -> dict[str, 
     return {"inputs_embeds": torch.cat(kept), "attention_mask": found["attention_mask"]}
 
 
-def reviews(layers: int = 1, tokens: int = 24, number: int = 1000, **budgets: int) -> Task:
+def reviews(layers: int = 1, tokens: int = 24, number: int = 2000, **budgets: int) -> Task:
     """MiniLM with LoRA's B matrices (rank 2; queries and values) in its last layers, on the
     sentiment of movie reviews.
 
@@ -204,11 +206,11 @@ def reviews(layers: int = 1, tokens: int = 24, number: int = 1000, **budgets: in
     for index in (order[:number], order[-2000:]):
         hidden = _hidden(base, -layers, [found[i][0] for i in index], tokens)
         splits.append({**hidden, "labels": torch.tensor([found[i][1] for i in index])})
-    return Task("reviews", model, *splits, classes=2, **budgets)
+    return Task("reviews", model, *splits, classes=2, points=10, **budgets)
 
 
 TASKS: dict[str, Callable[[], Task]] = {
     "permuted": partial(permuted, budget=300_000, tuning_budget=100_000),
     "noisy": partial(noisy, budget=300_000, tuning_budget=100_000),
-    "reviews": partial(reviews, budget=60_000, tuning_budget=20_000),
+    "reviews": partial(reviews, budget=100_000, tuning_budget=30_000),
 }

@@ -70,7 +70,8 @@ class SharedRecord(Record):
     def changed(self, name: str) -> Iterator[dict[str, Any]]:
         """Yield an entry to be changed, and write the file when the context ends."""
         self.path.parent.mkdir(exist_ok=True)
-        with open(self.path.parent / ".lock", "w") as lock:
+        lock = os.open(self.path.parent, os.O_RDONLY)
+        try:
             fcntl.flock(lock, fcntl.LOCK_EX)
             self.entries = self.read()
             entry = self.entries.setdefault(name, {})
@@ -79,3 +80,5 @@ class SharedRecord(Record):
             new = self.path.with_suffix(f".{os.getpid()}")
             new.write_text(json.dumps(self.entries, indent=self.indent))
             new.replace(self.path)
+        finally:
+            os.close(lock)  # which unlocks

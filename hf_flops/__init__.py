@@ -96,9 +96,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import public names when they are first used, so that the engine can be used without
-    transformers.
-    """
+    """Import public names when they are first used: the engine works without transformers."""
     if name in _HOMES:
         return getattr(import_module(f".{_HOMES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -62,13 +62,14 @@ def build_tower(
             ", ".join(head.vector.names),
         )
     if not names:
-        return Tower(loss, forward, None, head)
+        return Tower(forward, None, head)
     perturbation = noise_for(
         args, model, loss.surrogate, forward, inputs, trained - names, precision=precision
     )
     if side == "text" and args.prefix_cache is not None:
         args = copy(args)
         args.prefix_cache = None  # texts have no ids of their own
+    reuse = late_expansion(args, model, loss.surrogate, forward, inputs, perturbation, precision)
     method = Method(
         objective=loss,
         perturbation=perturbation,
@@ -77,9 +78,9 @@ def build_tower(
         queries_per_sample=0,
         scale=1e-3,
         rows_per_forward=1,
-        reuse=late_expansion(args, model, loss.surrogate, forward, inputs, perturbation, precision),
+        reuse=reuse,
         head=head,
         control=control,
         delta_clip=args.delta_clip,
     )
-    return Tower(loss, forward, method, head)
+    return Tower(forward, method, head)

@@ -14,8 +14,7 @@ from ..errors import ConfigurationError
 
 
 class AllocatorContract:
-    """Derive a class whose name begins with `Test` and define `make`; pytest then runs the
-    contract.
+    """Derive a class `Test...` that defines `make`; pytest then runs the contract.
 
     Counts that follow these rules leave the gradient estimate unbiased, whatever else an allocator
     does.
@@ -46,9 +45,7 @@ class AllocatorContract:
         yield SampleFeatures(torch.ones(4), step=6), 10**6 + 7
 
     def features(self, losses: Tensor, step: int) -> SampleFeatures:
-        """Return the features of a batch with losses (B,), as a trainer's clean forward shows
-        them.
-        """
+        """Return the features of a batch with losses (B,), as after a clean forward."""
         ids, lengths = tuple(range(len(losses))), torch.ones(len(losses))
         return SampleFeatures(
             losses, losses.abs().sqrt(), step=step, seed=7, lengths=lengths, ids=ids
@@ -79,19 +76,17 @@ class AllocatorContract:
             allocator.update(features, counts, self.squares(features))
 
     def test_counts_do_not_depend_on_global_state(self) -> None:
-        """The same features and the same past give the same counts, and the global generator is
-        left alone.
-        """
+        """Counts are a function of features and past, and the global generator is not used."""
         before = torch.get_rng_state()
-        found: list[list[list[int]]] = []
+        histories: list[list[list[int]]] = []
         for _ in range(2):
             allocator = self.make()
-            found.append([])
+            histories.append([])
             for features, budget in self.batches():
                 counts = allocator.counts(features, budget)
-                found[-1].append(counts.tolist())
+                histories[-1].append(counts.tolist())
                 allocator.update(features, counts, self.squares(features))
-        assert found[0] == found[1], "two new allocators gave other counts for the same past"
+        assert histories[0] == histories[1], "two new allocators differ after the same past"
         assert torch.equal(before, torch.get_rng_state()), "the global generator has moved"
 
     def test_a_resumed_allocator_goes_on_as_the_old_one(self) -> None:

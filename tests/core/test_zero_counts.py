@@ -7,9 +7,10 @@ import torch
 
 from hf_flops.allocators import OptimalWithZeros
 from hf_flops.estimators import ESTIMATORS, Antithetic, LogitJacobian
-from tests.core.test_estimate import Poisoned, Quadratic, quadratic_batch, repeated, run
-from tests.core.test_estimate import true_gradient as quadratic_gradient
+from tests.core.test_estimate import Poisoned
 from tests.estimators.test_control_variate import Softmax, Wrong, batch, estimate, true_gradient
+from tests.helpers.quadratic import Quadratic, one_estimate, quadratic_batch, repeated
+from tests.helpers.quadratic import true_gradient as quadratic_gradient
 
 
 def assert_unbiased(estimates, wanted, *, most=0.2):
@@ -26,7 +27,7 @@ def test_the_mean_of_many_estimates_is_autograds_gradient(kind, estimator):
     steps, copies = (100, 10) if kind == "rowwise" else (1500, 1)
     inputs, zeros, estimates = repeated(inputs, copies), 0, []
     for step in range(steps):
-        gradient, result = run(
+        gradient, result = one_estimate(
             model,
             inputs,
             step=step,
@@ -62,7 +63,10 @@ def test_unbiased_with_a_control_variate_that_is_wrong(control):
 def test_predicted_variance_and_gain_count_samples_without_queries():
     model, inputs, allocator = Quadratic(), repeated(quadratic_batch(), 4), OptimalWithZeros()
     options = {"queries_per_sample": 2, "rows_per_forward": 999}
-    found = [run(model, inputs, step=step, allocator=allocator, **options) for step in range(650)]
+    found = [
+        one_estimate(model, inputs, step=step, allocator=allocator, **options)
+        for step in range(650)
+    ]
     found = found[50:]
     metrics = {
         name: sum(result.metrics[name] for _, result in found) / len(found)
@@ -70,7 +74,7 @@ def test_predicted_variance_and_gain_count_samples_without_queries():
     }
     variance = float(torch.stack([gradient for gradient, _ in found]).var(0).sum())
     assert variance == pytest.approx(metrics["gradient_variance"], rel=0.3)
-    equal = [run(model, inputs, step=step, **options)[0] for step in range(600)]
+    equal = [one_estimate(model, inputs, step=step, **options)[0] for step in range(600)]
     gain = float(torch.stack(equal).var(0).sum()) / variance
     assert metrics["allocation_gain"] == pytest.approx(gain, rel=0.3)
     assert gain > 1.3
@@ -92,9 +96,9 @@ class Chosen(OptimalWithZeros):
 def test_a_sample_whose_rows_failed_is_dropped_and_one_without_rows_is_not():
     """The mean is over the four samples that are left, the one without rows among them."""
     inputs, options = quadratic_batch(), {"allocator": Chosen(), "queries_per_sample": 2}
-    gradient, result = run(Poisoned([4], always=True), inputs, **options)
+    gradient, result = one_estimate(Poisoned([4], always=True), inputs, **options)
     assert result.metrics["dropped_rows"] == 1
     assert result.mean_squares.isnan().tolist() == [True, False, False, False, True]
     good = {name: value[:4] for name, value in inputs.items()}
-    expected, _ = run(Quadratic(), good, **options)
+    expected, _ = one_estimate(Quadratic(), good, **options)
     torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)

@@ -10,7 +10,7 @@ from hf_flops.base.rows import expand
 from hf_flops.estimators.clipping import Clipping
 from hf_flops.perturbations import ParameterVector, perturb
 from hf_flops.perturbations.replay import regenerate
-from tests.core.test_estimate import Quadratic, quadratic_batch, run
+from tests.helpers.quadratic import Quadratic, one_estimate, quadratic_batch
 
 ODD = st.sampled_from([0.0, float("nan"), float("inf"), -float("inf")])
 DELTAS = st.lists(st.floats(-1e4, 1e4, width=32) | ODD, min_size=1, max_size=20).map(torch.tensor)
@@ -44,8 +44,8 @@ def test_zeros_of_a_piecewise_constant_loss_do_not_stop_everything():
 
 def test_the_estimate_is_the_noise_of_rows_times_their_clipped_deltas():
     model, inputs = Quadratic(), quadratic_batch()
-    _, plain = run(model, inputs)
-    gradient, result = run(model, inputs, delta_clip=1.0)
+    _, plain = one_estimate(model, inputs)
+    gradient, result = one_estimate(model, inputs, delta_clip=1.0)
     assert result.rows == plain.rows
     record = plain.trace
     clipped = Clipping(1.0).of_round(record.coefficients / record.rows.weight, record.rows)
@@ -66,4 +66,4 @@ def test_the_estimate_is_the_noise_of_rows_times_their_clipped_deltas():
 
 def test_rows_that_would_run_again_are_refused():
     with pytest.raises(ConfigurationError, match=r"delta_clip=1\.5 changes rows that have run"):
-        run(Quadratic(), quadratic_batch(), kind="activation", delta_clip=1.5)
+        one_estimate(Quadratic(), quadratic_batch(), kind="activation", delta_clip=1.5)

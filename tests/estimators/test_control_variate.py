@@ -17,7 +17,7 @@ from hf_flops.estimators.control_variate import contrasts
 from hf_flops.objectives import RowLosses, TappedLoss
 from hf_flops.perturbations import DISTRIBUTIONS, ParameterVector, perturb
 from hf_flops.perturbations.noise import draw
-from tests.core.test_estimate import Fixed, repeated
+from tests.helpers.quadratic import Fixed, repeated
 from tests.helpers.tiny import generator, model_forward
 
 SAMPLES, WIDTH, CLASSES = 5, 3, 4

@@ -6,8 +6,8 @@ import torch
 
 from hf_flops import FlopsTrainer
 from hf_flops.allocators import OptimalWithZeros
+from tests.helpers.runs import adapted, data, flat
 from tests.helpers.tiny import training_arguments
-from tests.trainer.test_trainer import adapted, data, flat
 from tests.trajectory.test_trajectory import Steep
 
 

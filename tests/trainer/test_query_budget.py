@@ -9,8 +9,8 @@ import torch
 from peft import PeftModel
 
 from hf_flops import ConfigurationError, FlopsTrainer
+from tests.helpers.runs import adapted, data, flat, logged
 from tests.helpers.tiny import tiny_model, training_arguments
-from tests.trainer.test_trainer import adapted, data, flat, logged
 
 
 def arguments(folder, **options):

@@ -29,8 +29,8 @@ from hf_flops.trajectory.base import check_base
 from hf_flops.trajectory.framing import Appender, read
 from hf_flops.trajectory.replay import Replay, replay
 from hf_flops.trajectory.verify import verify
+from tests.helpers.runs import adapted, data, flat, parameters
 from tests.helpers.tiny import tiny_model, training_arguments
-from tests.trainer.test_trainer import adapted, data, flat, parameters
 
 QUIET = {
     "max_examples": 5,
