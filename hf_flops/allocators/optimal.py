@@ -74,7 +74,7 @@ class Optimal(Learner):
     def _counts(self, features: SampleFeatures, budget: int) -> Tensor:
         return optimal_counts(self._shares(features), budget)
 
-    def _see(self, features: SampleFeatures) -> None:
+    def _learn_features(self, features: SampleFeatures) -> None:
         self._gain.update(predicted_gain(self.predict(features)))
 
     def _calibrate(self, features: SampleFeatures, counts: Tensor, squares: Tensor) -> None:

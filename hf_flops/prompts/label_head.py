@@ -77,7 +77,7 @@ class LabelHeadModel(nn.Module, PushToHubMixin):
     are `head.weight h + head.bias`. The head starts as the output layer's rows of the label words,
     so it starts with the model's own preference among these words (of models that cap their
     logits, nearly). The output layer, with a row for each of the vocabulary's words, does not
-    run. `FlopsTrainer` knows the head's exact gradient.
+    run. `FlopsTrainer` solves the head on what clean rows show, so it gets no noise.
 
     Args:
         model: a causal language model of transformers, which is then frozen; or of PEFT.
