@@ -9,6 +9,7 @@ autograd's gradient stands beside the variance that was computed.
 
     python benchmarks/allocation.py            # both tasks, three seeds
     python benchmarks/allocation.py --quick    # the shape of it in minutes
+    python benchmarks/allocation.py --queries 2  # few rows: counts of zero pay
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from tasks import TASKS, Task  # isort: skip
 from hf_flops import BatchPosition, Method, estimate_gradient
 from hf_flops.allocators import (
     ALLOCATORS,
+    Optimal,
+    RandomisedAllocator,
     SampleFeatures,
     TwoRoundAllocator,
     equal_counts,
@@ -45,6 +48,7 @@ from hf_flops.reporting.comparison_plots import pyplot
 
 BATCH, QUERIES = 32, 16
 ORACLE, SHARED, MEZO = "oracle (true norms)", "shared noise", "shared noise, pairs (MeZO)"
+ALWAYS = "optimal, whatever its gain"
 WINDOWS = {"at initialisation": (0, 1), "steps 1-20": (1, 21), "after step 100": (100, None)}
 
 
@@ -57,23 +61,27 @@ class Race:
     """
 
     seed: int
+    queries: int = QUERIES
     allocators: dict[str, Any] = field(
-        default_factory=lambda: {name: kind() for name, kind in ALLOCATORS.items()}
+        default_factory=lambda: {
+            ALWAYS: Optimal(least_gain=1.0),
+            **{name: kind() for name, kind in ALLOCATORS.items()},
+        }
     )
     curves: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
     def step(self, features: SampleFeatures, gradients: Tensor) -> None:
         """Add a batch; gradients: (B, d) of its samples."""
         generator = torch.Generator().manual_seed(self.seed * 100_003 + features.step)
-        squares, budget = gradients.double().square().sum(1), BATCH * (QUERIES - 1)
+        squares, budget = gradients.double().square().sum(1), BATCH * (self.queries - 1)
         equal = float(proxy(squares, equal_counts(BATCH, budget)))
         whole = float(gradients.double().sum(0).square().sum())
         self.curves[ORACLE].append(
             float(proxy(squares, optimal_counts(squares.sqrt(), budget))) / equal
         )
         # Differences to the clean row leave 15 directions of 16 rows, pairs leave 8.
-        self.curves[SHARED].append(whole / (QUERIES - 1) / equal)
-        self.curves[MEZO].append(whole / (QUERIES // 2) / equal)
+        self.curves[SHARED].append(whole / (self.queries - 1) / equal)
+        self.curves[MEZO].append(whole / (self.queries // 2) / equal)
         for name, allocator in self.allocators.items():
             self.curves[name].append(
                 self._variance(allocator, features, gradients, squares, budget, generator) / equal
@@ -93,7 +101,9 @@ class Race:
         )
         if plan is None:
             counts = allocator.counts(features, budget)
-            found = proxy(squares, counts)
+            randomised = isinstance(allocator, RandomisedAllocator)
+            mean = allocator.expected_counts(features, budget) if randomised else counts
+            found = proxy(squares, mean)
             if not allocator.weighted:  # the mean square error of a biased estimate
                 weight = counts.double() * BATCH / budget
                 bias = ((weight - 1)[:, None] * gradients.double()).sum(0).square().sum()
@@ -131,7 +141,8 @@ def measured(
     gradient.
     """
     names, found = ParameterVector.of(task.model).names, {}
-    for name in ("uniform", "optimal", "gaussian", "two_stage", SHARED):
+    names_of = ("uniform", "optimal", "optimal_with_zeros", "gaussian", "two_stage", SHARED)
+    for name in names_of:
         kind, allocator = (
             ({"shared": names}, "uniform") if name == SHARED else ({"rowwise": names}, name)
         )
@@ -146,7 +157,7 @@ def measured(
                 perturb(task.model, **kind),
                 ESTIMATORS["one_sided"](),
                 own,
-                QUERIES,
+                race.queries,
                 1e-3,
                 rows_per_forward=128,
             )
@@ -165,9 +176,11 @@ def measured(
     return found
 
 
-def run(task: Task, seed: int, steps: int, check: set[int], draws: int) -> dict[str, Any]:
+def run(
+    task: Task, seed: int, steps: int, check: set[int], draws: int, queries: int
+) -> dict[str, Any]:
     """Fine-tune by backprop with the race beside it."""
-    gradients_of, race, checks = SampleGradients(task.model), Race(seed), []
+    gradients_of, race, checks = SampleGradients(task.model), Race(seed, queries), []
     optimizer = torch.optim.AdamW(gradients_of.vector.parameters, task.learning_rate)
     for step, (inputs, ids) in zip(range(steps), task.batches(seed, BATCH), strict=False):
         optimizer.zero_grad()
@@ -185,7 +198,7 @@ def run(task: Task, seed: int, steps: int, check: set[int], draws: int) -> dict[
         if step in check:
             equal = float(
                 proxy(
-                    gradients.double().square().sum(1), equal_counts(BATCH, BATCH * (QUERIES - 1))
+                    gradients.double().square().sum(1), equal_counts(BATCH, BATCH * (queries - 1))
                 )
             )
             computed = {name: curve[-1] for name, curve in race.curves.items()}
@@ -276,6 +289,7 @@ def main() -> None:
         default=4,
         help="real estimates per allocator at the steps that are checked",
     )
+    parser.add_argument("--queries", type=int, default=QUERIES, help="rows per sample")
     parser.add_argument("--quick", action="store_true", help="one seed, fewer draws")
     options = parser.parse_args()
     if options.quick:
@@ -286,17 +300,20 @@ def main() -> None:
         runs = []
         for seed in options.seeds:
             check = {0, options.steps - 1} if seed == options.seeds[0] else set()
-            runs.append(run(TASKS[name](seed), seed, options.steps, check, options.draws))
+            task = TASKS[name](seed)
+            runs.append(run(task, seed, options.steps, check, options.draws, options.queries))
         found = {
             "summary": summary(runs),
             "costs": costs(TASKS[name](0)),
             "runs": runs,
             "batch": BATCH,
-            "queries_per_sample": QUERIES,
+            "queries_per_sample": options.queries,
         }
-        record.keep(name, found)
+        few = options.queries != QUERIES
+        record.keep(f"{name}, {options.queries} rows per sample" if few else name, found)
         report(name, found)
-    draw(record.entries, ROOT / "docs" / "allocation.png")
+    whole = {name: found for name, found in record.entries.items() if name in TASKS}
+    draw(whole, ROOT / "docs" / "allocation.png")
 
 
 def report(name: str, record: dict[str, Any]) -> None:

@@ -1,9 +1,9 @@
 """Is what the doctor suggests as good as a grid? Five learning rates by three epsilons, beside its
 own, at the same rows.
 
-The tasks of learning.py. The best of the grid is that of the mean validation accuracy along the run
-with seed 0; it and the doctor's suggestion are then run with other seeds and judged on the test
-split. The doctor looks at the training split, and nothing is tuned afterwards.
+The tasks of accuracy_tasks.py. The best of the grid is that of the mean validation accuracy along
+the run with seed 0; it and the doctor's suggestion are then run with other seeds and judged on the
+test split. The doctor looks at the training split, and nothing is tuned afterwards.
 
     python benchmarks/doctor.py --task digits
     python benchmarks/doctor.py --task fashion
@@ -24,8 +24,8 @@ from records import ROOT, Record, quiet  # isort: skip
 
 sys.path.insert(0, str(ROOT))
 
-from learning import GRID, Run, train  # isort: skip
-from learning_tasks import TASKS, LearningTask
+from accuracy import GRID, Run, train  # isort: skip
+from accuracy_tasks import TASKS, LearningTask
 
 from hf_flops import FlopsTrainingArguments, doctor
 

@@ -1,293 +1,219 @@
-"""Rows and seconds to a target accuracy, and accuracy at a fixed budget: ours, each ingredient
-removed, tuned opponents.
+"""The training objective against rows, on tasks that leave an adapter something to gain: ours,
+each ingredient removed, opponents with the same head.
 
-Every method trains the same adapter from the same start on the same batches. Its learning rate, and
-the number of queries per sample of the forward-only ones, come from one grid, by the mean
-validation accuracy along the run with seed 0. The best is then run with other seeds; their curves
-are of the test split. The target is 90 % of the way from the untrained adapter to the best accuracy
-of backprop with the same adapter. Every row through the model counts, clean ones too; seconds are
-of the processor, summed over threads, in training without evaluations.
+Every method trains the same LoRA matrices from the same start. J is the mean cross-entropy of all
+training samples under a head that is solved for the adapter of the moment, whatever head the method
+trained. Learning rates come from a grid (seed 0; mean of J over the second half of the logarithm of
+rows), which grows until its best is not at its edge; so do the rows per sample. The best is run
+with fresh seeds. Every row is charged, clean ones too; evaluations are not.
 
-    python benchmarks/learning.py --task fashion
-    python benchmarks/learning.py --quick
+    python benchmarks/learning.py --task permuted --gap
+    python benchmarks/learning.py --task permuted --methods flops "MeZO + head, Adam"
+    python benchmarks/learning.py --task permuted --quick
+
+Each run is kept in results/learning_<task>.json when it ends, and not repeated (unless --force), so
+that a benchmark can be stopped, and two processes can share a task.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
-import time
-from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
-import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from torch import nn
 
-from records import ROOT, Record, quiet  # isort: skip
+from records import ROOT, SharedRecord, quiet  # isort: skip
 
 sys.path.insert(0, str(ROOT))
 
-from learning_tasks import TASKS, LearningTask  # isort: skip
+from learning_head import SolvedHead
+from learning_opponents import OPPONENTS, train_opponent
+from learning_ours import OURS, QUERIES, RANDOM_SIGN, train_ours
+from learning_tasks import TASKS, Task, features
 
-from hf_flops import FlopsTrainer, FlopsTrainingArguments
+Curve = list[tuple[int, float, float, float]]  # rows, J, test accuracy, seconds
 
-OURS: dict[str, Any] = {"preset": "flops"}
-SHARED = {
-    "perturbation": "shared",
-    "allocator": "uniform",
-    "closed_form_head": False,
-    "control_variate": "none",
+METHODS = [*OURS, *OPPONENTS]
+FROZEN = "frozen adapter"
+SEEDS = [1, 2, 3]
+# Middle of the first three learning rates, in halves of powers of ten.
+MIDDLE = {
+    "MeZO + head, SGD": -3,
+    "MeZO + head, Adam": -4,
+    "shared one-sided + head": -3,
+    "FZOO + head": -3,
+    "ZO-Muon + head": -4,
+    "backprop": -3,
 }
-METHODS: dict[str, dict[str, Any]] = {
-    "flops": OURS,
-    "flops, noise on the head": {**OURS, "closed_form_head": False},
-    "flops, no control variate": {**OURS, "control_variate": "none"},
-    "flops, equal counts": {**OURS, "allocator": "uniform"},
-    "mezo": {"preset": "mezo"},
-    "flops-authors": {"preset": "flops-authors"},
-    # One-sided differences of Rademacher noise, and steps divided by the spread of the losses:
-    # FZOO, arXiv 2506.09034.
-    "fzoo": {**OURS, **SHARED, "estimator": "one_sided", "noise": "rademacher"},
-    "backprop": {},
-}
-GRID = [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
-QUERIES = [4, 16]
+EXTENSIONS = 4
 
 
-@dataclass
-class Run:
-    """One training run.
+def rate_of(exponent: int) -> float:
+    """Return a learning rate of the grid: halves of powers of ten."""
+    return float(f"{10 ** (exponent / 2):.2g}")
 
-    Attributes:
-        curve: (rows, seconds, accuracy) at the start and at each evaluation.
+
+def measure(task: Task, model: nn.Module, accuracy: bool = True) -> tuple[float, float]:
+    """Return J, and the accuracy on the test split with the same head (nan if not asked for)."""
+    found, labels = features(model, task.train), task.train["labels"]
+    found = found.nan_to_num(0.0, 0.0, 0.0)
+    head = SolvedHead(task.classes, found.shape[1])
+    head.solve(found, labels)
+    objective = float(head.losses(found, labels).mean())
+    if not accuracy:
+        return objective, math.nan
+    answers = head.logits(features(model, task.test).nan_to_num(0.0, 0.0, 0.0)).argmax(-1)
+    return objective, float((answers == task.test["labels"]).double().mean())
+
+
+def score(curve: Curve) -> float:
+    """Return the mean of J over the second half of a curve's points, which are log-spaced."""
+    return float(np.mean([objective for _, objective, *_ in curve[len(curve) // 2 :]]))
+
+
+def run(
+    method: str, task: Task, rate: float, queries: int, seed: int, budget: int, points: int
+) -> Curve:
+    """Train once; returns what was measured at so many log-spaced numbers of rows.
+
+    Accuracy is measured with fresh seeds only, as seed 0 is for the grid.
     """
+    first = min(2000 if budget > 40_000 else 640, budget / 2)
+    wanted = np.geomspace(first, budget, points).round()
+    curve: Curve = []
 
-    rate: float
-    queries: int
-    seed: int
-    curve: list[tuple[int, float, float]] = field(default_factory=list)
+    def look(rows: int, seconds: float, model: nn.Module) -> None:
+        reached = int((rows >= wanted).sum()) - len(curve)
+        if reached > 0:
+            point = rows, *measure(task, model, seed != 0), round(seconds, 3)
+            curve.extend([point] * reached)
 
-    @property
-    def mean(self) -> float:
-        """Mean accuracy along the run."""
-        return float(np.mean([accuracy for _, _, accuracy in self.curve[1:]]))
-
-    @property
-    def end(self) -> float:
-        """Mean accuracy of the last two evaluations."""
-        return float(np.mean([accuracy for _, _, accuracy in self.curve[-2:]]))
-
-    def to(self, target: float) -> tuple[int, float] | None:
-        """Return rows and seconds to the first point from which the mean of two evaluations is at
-        the target or above.
-        """
-        for (rows, seconds, one), (_, _, two) in zip(
-            self.curve, self.curve[1:] + self.curve[-1:], strict=True
-        ):
-            if (one + two) / 2 >= target and one >= target:
-                return rows, seconds
-        return None
-
-
-class Watch(TrainerCallback):
-    """Evaluates as training goes on, and stops the clock meanwhile."""
-
-    def __init__(self, task: LearningTask, part: str, every: int, run: Run) -> None:
-        self.task, self.part, self.every, self.run = task, part, every, run
-        self.trainer: Any = None
-        self.seconds, self.start = 0.0, 0.0
-
-    def look(self, step: int) -> None:
-        """Add a point to the curve."""
-        rows = (
-            self.trainer.ledger.rows if hasattr(self.trainer, "ledger") else step * self.task.batch
-        )
-        self.run.curve.append(
-            (rows, self.seconds, self.task.accuracy(self.trainer.model, self.part))
-        )
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.look(0)
-        self.start = time.process_time()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step % self.every == 0:
-            self.seconds += time.process_time() - self.start
-            self.look(state.global_step)
-            self.start = time.process_time()
-
-
-class LossSpread(TrainerCallback):
-    """Scales a step as FZOO's division by the spread of the losses does, up to a constant that the
-    learning rate takes up.
-
-    With K directions `||estimate||^2 ~ (d / K) mean(delta^2)`, and the mean of the estimate is
-    small against it.
-    """
-
-    def on_pre_optimizer_step(
-        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
-    ) -> None:
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        norm = torch.stack([gradient.norm() for gradient in gradients]).norm().clamp(min=1e-12)
-        for gradient in gradients:
-            gradient.div_(norm)
-
-
-def train(
-    method: str,
-    task: LearningTask,
-    run: Run,
-    budget: int,
-    part: str,
-    points: int,
-    name: str = "",
-    **changes: Any,
-) -> Run:
-    """Train once, to so many rows, and watch one split at so many points.
-
-    Args:
-        method: one of `METHODS`.
-        task: what is trained.
-        run: learning rate, queries and seed; its curve is filled.
-        budget: rows, of backprop too.
-        part: the split to watch.
-        points: how often.
-        name: what to print in place of the method.
-        changes: of the trainer's arguments; `callbacks` are added.
-    """
-    rows = task.batch if method == "backprop" else task.batch * run.queries
-    steps = max(points, budget // rows)
-    watch, normalised = Watch(task, part, max(1, steps // points), run), method == "fzoo"
-    callbacks = [watch, *([LossSpread()] if normalised else []), *changes.pop("callbacks", [])]
-    options: dict[str, Any] = {
-        "output_dir": "outputs/learning",
-        "per_device_train_batch_size": task.batch,
-        "max_steps": steps,
-        "learning_rate": run.rate,
-        "seed": run.seed,
-        "lr_scheduler_type": task.schedule,
-        "warmup_steps": 0.05,
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        **({"optim": "sgd", "max_grad_norm": 0.0} if normalised else {}),
-        **changes,
-    }
-    common: dict[str, Any] = {"train_dataset": task.train, "callbacks": callbacks}
-    model = task.model(run.seed)
-    trainer: Any
-    if method == "backprop":
-        trainer = Trainer(model, TrainingArguments(**options), **common)
-    else:
-        own = {
-            "perturbation_scale": task.scale,
-            "queries_per_sample": run.queries,
-            "rows_per_forward": 64,
-        }
-        args = FlopsTrainingArguments(**{**own, **METHODS[method], **options})
-        trainer = FlopsTrainer(model, args, **common)
-    watch.trainer = trainer
-    trainer.train()
+    train = train_ours if method in OURS else train_opponent
+    train(method, task, rate, queries, seed, budget, look)
+    rows, objective, accuracy, seconds = curve[-1]
     print(
-        f"{task.name:8} {name or method:26} lr {run.rate:<6g} q {run.queries:<3} seed {run.seed} "
-        f"{part:10} mean {run.mean:.3f}, last {run.curve[-1][2]:.3f}, {run.curve[-1][0]:,} rows, "
-        f"{run.curve[-1][1]:.0f} s",
+        f"{task.name:9} {method:30} lr {rate:<8g} q {queries:<3} seed {seed}  J {objective:.4f}, "
+        f"accuracy {accuracy:.3f}, {rows:,} rows, {rows / max(seconds, 1e-9):,.0f} rows/s",
         flush=True,
     )
-    return run
+    return curve
 
 
-def tuned(
-    method: str, task: LearningTask, budget: int, grid: list[float], queries: list[int], points: int
-) -> tuple[Run, dict[str, float]]:
-    """Return the best run of the grid, and the mean validation accuracy of all; a grid of one is
-    not run.
+class Benchmark:
+    """The runs of a task, kept in its file.
+
+    Args:
+        task: what is trained.
+        record: the file.
+        options: of the command line.
     """
-    queries = [1] if method == "backprop" else queries
-    if len(grid) == len(queries) == 1:
-        return Run(grid[0], queries[0], 0), {}
-    runs = [
-        train(method, task, Run(rate, q, 0), budget, "validation", points)
-        for q in queries
-        for rate in grid
-    ]
-    return max(runs, key=lambda run: run.mean), {
-        f"lr {run.rate:g}, q {run.queries}": run.mean for run in runs
-    }
+
+    def __init__(self, task: Task, record: SharedRecord, options: argparse.Namespace) -> None:
+        self.task, self.record, self.options = task, record, options
+
+    def curve(self, method: str, rate: float, queries: int, seed: int) -> Curve:
+        """Return a run, from the file if it is there."""
+        if method == "backprop":
+            budget, points = self.task.backprop_budget, self.options.points
+        elif seed == 0:
+            budget, points = self.options.tuning_budget, self.options.points // 2
+        else:
+            budget, points = self.options.budget, self.options.points
+        name = f"lr {rate:g}, q {queries}, seed {seed}, {budget} rows"
+        found = self.record.read().get(method, {}).get("runs", {}).get(name)
+        if found is None or self.options.force:
+            found = run(method, self.task, rate, queries, seed, budget, points)
+            with self.record.changed(method) as entry:
+                entry.setdefault("runs", {})[name] = found
+        return found
+
+    def tune(self, method: str) -> tuple[float, int]:
+        """Return the best rate and rows per sample; each grid of rates grows until its best is not
+        at its edge, at most `EXTENSIONS` times.
+        """
+        known = QUERIES[method] if method in OURS else OPPONENTS[method].queries
+        middle, scores = MIDDLE.get(method, -4), dict[tuple[int, int], float]()
+        for queries in self.options.queries or known:
+            own = dict[int, float]()
+            wanted = [middle - 1, middle, middle + 1]
+            while wanted and len(own) < 3 + EXTENSIONS:
+                for exponent in wanted:
+                    own[exponent] = score(self.curve(method, rate_of(exponent), queries, 0))
+                middle = min(own, key=own.__getitem__)
+                wanted = [e for e in (middle - 1, middle + 1) if e not in own]
+            scores |= {(exponent, queries): found for exponent, found in own.items()}
+            middle = min(scores, key=scores.__getitem__)[0]
+        exponent, queries = min(scores, key=scores.__getitem__)
+        return rate_of(exponent), queries
+
+    def method(self, method: str) -> None:
+        """Tune a method, and run it with fresh seeds."""
+        if method == RANDOM_SIGN:
+            best = self.record.read().get("flops", {}).get("best")
+            if best is None:
+                raise SystemExit(f"{RANDOM_SIGN!r} takes the rate of 'flops': run that first.")
+            rate, queries = best["rate"], best["queries"]
+        else:
+            rate, queries = self.tune(method)
+        with self.record.changed(method) as entry:
+            entry["best"] = {"rate": rate, "queries": queries}
+        for seed in self.options.seeds:
+            self.curve(method, rate, queries, seed)
+
+    def frozen(self) -> tuple[float, float]:
+        """Return J and accuracy of the converged head on the frozen backbone."""
+        objective, accuracy = measure(self.task, self.task.model(0))
+        with self.record.changed(FROZEN) as entry:
+            entry.update(J=objective, accuracy=accuracy)
+        return objective, accuracy
+
+    def gap(self) -> None:
+        """Print what there is to gain."""
+        before = self.frozen()
+        self.method("backprop")
+        best = self.record.read()["backprop"]["best"]
+        ends = [self.curve("backprop", best["rate"], 1, seed)[-1] for seed in self.options.seeds]
+        after = [float(np.mean([end[i] for end in ends])) for i in (1, 2)]
+        spread = [float(np.std([end[i] for end in ends])) for i in (1, 2)]
+        print(
+            f"{self.task.name}: converged head on the frozen backbone J {before[0]:.3f}, accuracy "
+            f"{before[1]:.1%}; backprop J {after[0]:.3f} ± {spread[0]:.3f}, accuracy "
+            f"{after[1]:.1%} ± {spread[1]:.1%} ({len(ends)} seeds, {ends[0][0]:,} rows, lr "
+            f"{best['rate']:g})"
+        )
 
 
 def main() -> None:
-    """Tune, run, and write results/learning_<task>.json."""
+    """Tune, run, and fill results/learning_<task>.json."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--task", choices=TASKS, default="fashion")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--budget", type=int, help="rows of each run")
-    parser.add_argument(
-        "--tuning_budget", type=int, help="rows of each run of the grid; by default as many"
-    )
-    parser.add_argument(
-        "--again", action="store_true", help="take what an earlier run's grid found best"
-    )
-    parser.add_argument(
-        "--like", choices=METHODS, help="take what an earlier run's grid found best for this method"
-    )
-    parser.add_argument("--label", default="", help="put behind the methods' names in the record")
-    parser.add_argument("--points", type=int, default=16, help="evaluations of a run")
-    parser.add_argument("--grid", nargs="+", type=float, default=GRID)
-    parser.add_argument("--queries", nargs="+", type=int, default=QUERIES)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument(
-        "--quick", action="store_true", help="three methods, two rates, one seed: the shape of it"
-    )
+    parser.add_argument("--task", choices=TASKS, default="permuted")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--gap", action="store_true", help="print what a task has to gain, and end")
+    parser.add_argument("--budget", type=int, help="rows of a final run")
+    parser.add_argument("--tuning_budget", type=int, help="rows of each run of the grid")
+    parser.add_argument("--queries", nargs="+", type=int, help="rows per sample to try")
+    parser.add_argument("--points", type=int, help="evaluations of a run")
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("--force", action="store_true", help="repeat runs that are in the file")
+    parser.add_argument("--quick", action="store_true", help="few rows, one seed: the shape of it")
     options = parser.parse_args()
-    if options.quick:
-        options.methods, options.grid, options.seeds = (
-            ["flops", "mezo", "backprop"],
-            [1e-2, 3e-2],
-            [1],
-        )
-        options.queries, options.budget = [4], 20_000
     quiet()
     task = TASKS[options.task]()
-    budget = options.budget or task.budget
-    record = Record(f"learning_{options.task}{'_quick' if options.quick else ''}", indent=None)
-    wanted = {options.like} if options.like else set(options.methods) if options.again else set()
-    if unknown := wanted - set(record.entries):
-        option = "--like" if options.like else "--again"
-        parser.error(
-            f"{option}: benchmarks/results holds no run of {', '.join(sorted(unknown))} on "
-            f"{options.task} yet"
-        )
+    if options.quick:
+        options.budget, options.tuning_budget = 8_000, 4_000
+        options.seeds, options.points = [1], 6
+    options.budget = options.budget or task.budget
+    options.points = options.points or task.points
+    options.tuning_budget = options.tuning_budget or task.tuning_budget
+    name = f"learning_{options.task}{'_quick' if options.quick else ''}"
+    benchmark = Benchmark(task, SharedRecord(name, indent=None), options)
+    if options.gap:
+        return benchmark.gap()
+    benchmark.frozen()
     for method in options.methods:
-        share = 8 if method == "backprop" else 1
-        first, limit = (options.tuning_budget or budget) // share, budget // share
-        if wanted:
-            found = record.entries[options.like or method]
-            best, grid = (
-                Run(found["rate"], found["queries"], 0),
-                {} if options.like else found["validation"],
-            )
-        else:
-            best, grid = tuned(method, task, first, options.grid, options.queries, options.points)
-        anew = [replace(best, seed=seed, curve=[]) for seed in options.seeds]
-        runs = [train(method, task, run, limit, "test", options.points) for run in anew]
-        curves = {str(run.seed): run.curve for run in runs}
-        name = method + options.label
-        before = record.entries.get(name, {}) if wanted else {}
-        # other seeds of the same length stay
-        if (best.rate, best.queries) == (before.get("rate"), before.get("queries")):
-            kept = {
-                seed: curve
-                for seed, curve in before["curves"].items()
-                if curve[-1][0] == runs[0].curve[-1][0]
-            }
-            curves = kept | curves
-        record.keep(
-            name, {"rate": best.rate, "queries": best.queries, "validation": grid, "curves": curves}
-        )
+        benchmark.method(method)
 
 
 if __name__ == "__main__":

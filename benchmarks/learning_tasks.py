@@ -1,17 +1,17 @@
-"""Tasks of benchmarks/learning.py: a model with an adapter, and data in three splits."""
+"""Tasks of benchmarks/learning.py: each leaves an adapter something to gain beyond a converged
+head on the frozen backbone; `learning.py --gap` measures how much.
+"""
 
 from __future__ import annotations
 
 import copy
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -20,78 +20,140 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from hf_flops import SuffixPromptModel
 from recipes.assets import minilm, sentences
-from recipes.images import load_images, load_vit, pixel_dataset, pretrained_vit
-from recipes.prompts import Template, label_tokens, load_model, load_texts
+from recipes.images import load_images, load_vit, pixel_parts, pretrained_vit
 from recipes.vit import RecipeArguments, adapter_model
+
+PERMUTATION_SEED, NOISE_SEED = 0, 0
 
 
 @dataclass(frozen=True)
-class LearningTask:
-    """A model with an adapter, and its data.
+class Task:
+    """A model with LoRA's B matrices and a linear head, and its data.
 
     Attributes:
-        name: in tables.
-        model: seed → a new model with an untrained adapter.
-        splits: "train", "validation", "test" → tensors (M, ...) by name.
-        budget: rows of a run.
+        name: on the command line.
+        model: seed → a new model; lora_A and nothing else depends on the seed.
+        train: tensors (N, ...) by name.
+        test: tensors (M, ...) by name.
+        classes: how many.
+        budget: rows of a forward-only run.
+        tuning_budget: rows of each run of the grid.
         batch: samples of a step.
-        scale: epsilon of every forward-only method; None for their default.
-        schedule: of every method's learning rate.
+        scale: epsilon of every forward-only method.
+        forward_rows: rows of the model's fastest forward.
+        points: evaluations of a run, log-spaced.
     """
 
     name: str
     model: Callable[[int], nn.Module]
-    splits: dict[str, dict[str, Tensor]]
+    train: dict[str, Tensor]
+    test: dict[str, Tensor]
+    classes: int
     budget: int
+    tuning_budget: int
     batch: int = 32
-    scale: float | None = None
-    schedule: str = "constant_with_warmup"
+    scale: float = 1e-3
+    forward_rows: int = 128
+    points: int = 18
 
     @property
-    def train(self) -> list[dict[str, Any]]:
+    def backprop_budget(self) -> int:
+        """Rows of a run by backprop, which defines what there is to gain: eight epochs."""
+        return 8 * len(self.train["labels"])
+
+    @property
+    def samples(self) -> list[dict[str, Any]]:
         """The training samples, one by one, with their numbers."""
-        data = self.splits["train"]
         return [
-            {**{name: value[i] for name, value in data.items()}, "sample_id": i}
-            for i in range(len(data["labels"]))
+            {**{name: value[i] for name, value in self.train.items()}, "sample_id": i}
+            for i in range(len(self.train["labels"]))
         ]
 
-    @torch.no_grad()
-    def accuracy(self, model: nn.Module, part: str) -> float:
-        """Return the share of right answers on a split."""
-        was, right, data = model.training, 0, self.splits[part]
-        model.eval()
-        for index in torch.arange(len(data["labels"])).split(100):
-            batch = {name: value[index] for name, value in data.items()}
-            right += int((model(**batch).logits.argmax(-1) == batch["labels"]).sum())
-        model.train(was)
-        return right / len(data["labels"])
 
-
-def fashion() -> LearningTask:
-    """The small ViT with LoRA's B matrices and a new head, on five new classes of Fashion-MNIST,
-    100 images each.
-    """
-    task = load_images("fashion_mnist", seed=0)
-    path = pretrained_vit(task)
-    labels = np.asarray(task.train["label"])
-    kept = np.concatenate([np.flatnonzero(labels == c)[:100] for c in range(len(task.class_names))])
-    _, processor = load_vit(path, task)
-    splits = {}
-    for part, data in (
-        ("train", task.train.select(kept)),
-        ("validation", task.validation),
-        ("test", task.test),
-    ):
-        data = data.select(range(min(1000, len(data))))
-        splits[part] = dict(
-            zip(("pixel_values", "labels"), pixel_dataset(data, processor).tensors, strict=True)
-        )
-    return LearningTask(
-        "Fashion", lambda seed: adapter_model(RecipeArguments(), path, task, seed), splits, 60_000
+def head_of(model: nn.Module) -> nn.Linear:
+    """Return the layer that computes the logits."""
+    return next(
+        module
+        for name, module in model.named_modules()
+        if name.endswith("classifier.modules_to_save.default")
     )
+
+
+def adapter_of(model: nn.Module) -> list[nn.Linear]:
+    """Return LoRA's B layers, which are all that is trained beside the head."""
+    return [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and ".lora_B." in name
+    ]
+
+
+@torch.no_grad()
+def features(model: nn.Module, data: dict[str, Tensor]) -> Tensor:
+    """Return the inputs (N, H) of the head for all samples of a split."""
+    found: list[Tensor] = []
+    hook = head_of(model).register_forward_pre_hook(lambda module, args: found.append(args[0]))
+    was = model.training
+    model.eval()
+    try:
+        for index in torch.arange(len(data["labels"])).split(128):
+            model(**{name: value[index] for name, value in data.items() if name != "labels"})
+    finally:
+        hook.remove()
+        model.train(was)
+    return torch.cat(found)
+
+
+def _digits() -> tuple[Callable[[int], nn.Module], list[dict[str, Tensor]]]:
+    """Return the small ViT with LoRA's B matrices (rank 2; queries and values of all layers), and
+    the splits; validation images are added to the test split.
+    """
+    task = load_images("digits", seed=0)
+    path = pretrained_vit(task)
+    parts = pixel_parts(task, load_vit(path, task)[1])
+    pixels = {
+        name: dict(zip(("pixel_values", "labels"), part.tensors, strict=True))
+        for name, part in parts.items()
+    }
+    held_out = {
+        key: torch.cat([pixels["validation"][key], pixels["test"][key]])
+        for key in ("pixel_values", "labels")
+    }
+    return partial(adapter_model, RecipeArguments(), path, task), [pixels["train"], held_out]
+
+
+def _patches_in_order(pixels: Tensor, size: int, order: Tensor) -> Tensor:
+    """Put the patches (size × size) of images (N, C, H, W) in another order."""
+    patches = nn.functional.unfold(pixels, size, stride=size)[:, :, order]
+    return nn.functional.fold(patches, pixels.shape[-2:], size, stride=size)
+
+
+def permuted(size: int = 2, **budgets: int) -> Task:
+    """Digits whose patches are in one fixed random order."""
+    model, splits = _digits()
+    patches = (splits[0]["pixel_values"].shape[-1] // size) ** 2
+    generator = torch.Generator().manual_seed(PERMUTATION_SEED)
+    order = torch.randperm(patches, generator=generator)
+    train, test = (
+        {**split, "pixel_values": _patches_in_order(split["pixel_values"], size, order)}
+        for split in splits
+    )
+    return Task("permuted", model, train, test, 5, **budgets)
+
+
+def noisy(draws: int = 4, **budgets: int) -> Task:
+    """Half of a digit plus Gaussian noise of standard deviation 0.6, four draws per image."""
+    model, splits = _digits()
+    generator = torch.Generator().manual_seed(NOISE_SEED)
+    train, test = (
+        {name: value.repeat_interleave(draws, 0) for name, value in split.items()}
+        for split in splits
+    )
+    for split in (train, test):
+        pixels = split["pixel_values"]
+        split["pixel_values"] = 0.5 * pixels + 0.6 * torch.randn(pixels.shape, generator=generator)
+    return Task("noisy", model, train, test, 5, **budgets)
 
 
 class _Given(nn.Module):
@@ -101,133 +163,54 @@ class _Given(nn.Module):
         return inputs_embeds
 
 
-def reviews() -> LearningTask:
-    """MiniLM with LoRA's B matrices in the last layer and a new head, on the sentiment of movie
-    reviews.
+@torch.no_grad()
+def _hidden(model: Any, layer: int, texts: list[str], tokens: int) -> dict[str, Tensor]:
+    """Return what goes into a layer of MiniLM for texts cut or filled to so many tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(minilm())
+    cut = {"truncation": True, "max_length": tokens, "padding": "max_length"}
+    found = tokenizer(texts, return_tensors="pt", **cut)
+    kept: list[Tensor] = []
+    hook = model.bert.encoder.layer[layer].register_forward_pre_hook(
+        lambda module, args: kept.append(args[0])
+    )
+    for index in torch.arange(len(texts)).split(100):
+        model(input_ids=found["input_ids"][index], attention_mask=found["attention_mask"][index])
+    hook.remove()
+    return {"inputs_embeds": torch.cat(kept), "attention_mask": found["attention_mask"]}
 
-    The five layers below are frozen whatever the method, so they have run once, for all: rows cost
-    the last layer.
+
+def reviews(layers: int = 1, tokens: int = 24, number: int = 2000, **budgets: int) -> Task:
+    """MiniLM with LoRA's B matrices (rank 2; queries and values) in its last layers, on the
+    sentiment of movie reviews.
+
+    The layers below are frozen whatever the method, so they have run once, for all.
     """
     base = AutoModelForSequenceClassification.from_pretrained(minilm(), num_labels=2).eval()
-    tokenizer = AutoTokenizer.from_pretrained(minilm())
 
     def model(seed: int) -> nn.Module:
         set_seed(seed)
         own = copy.deepcopy(base)
         own.bert.embeddings = _Given()
-        own.bert.encoder.layer = own.bert.encoder.layer[-1:]
-        own.classifier.reset_parameters()
-        names = ["query", "value"]
-        config = LoraConfig(
-            r=8, lora_alpha=16, target_modules=names, modules_to_save=["classifier"]
-        )
-        adapted = get_peft_model(own, config)
+        own.bert.encoder.layer = own.bert.encoder.layer[-layers:]
+        for parameter in own.classifier.parameters():
+            nn.init.zeros_(parameter)
+        lora = {"target_modules": ["query", "value"], "modules_to_save": ["classifier"]}
+        adapted = get_peft_model(own, LoraConfig(r=2, lora_alpha=4, **lora))
         for name, parameter in adapted.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and "lora_A" not in name)
         return adapted
 
-    @torch.no_grad()
-    def hidden(texts: list[str]) -> dict[str, Tensor]:
-        tokens = tokenizer(
-            texts, truncation=True, max_length=32, padding="max_length", return_tensors="pt"
-        )
-        layer, found = base.bert.encoder.layer[-1], list[Tensor]()
-        hook = layer.register_forward_pre_hook(lambda module, args: found.append(args[0]))
-        for index in torch.arange(len(texts)).split(100):
-            base(
-                input_ids=tokens["input_ids"][index], attention_mask=tokens["attention_mask"][index]
-            )
-        hook.remove()
-        return {"inputs_embeds": torch.cat(found), "attention_mask": tokens["attention_mask"]}
-
-    pairs = sentences()
-    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()
-    bounds = {"train": order[:2000], "validation": order[2000:2400], "test": order[2400:2900]}
-    splits = {
-        part: {
-            **hidden([pairs[i][0] for i in index]),
-            "labels": torch.tensor([pairs[i][1] for i in index]),
-        }
-        for part, index in bounds.items()
-    }
-    return LearningTask("reviews", model, splits, 24_000)
+    found = sentences()
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0)).tolist()
+    splits = []
+    for index in (order[:number], order[-2000:]):
+        hidden = _hidden(base, -layers, [found[i][0] for i in index], tokens)
+        splits.append({**hidden, "labels": torch.tensor([found[i][1] for i in index])})
+    return Task("reviews", model, *splits, classes=2, points=10, **budgets)
 
 
-class _KeptTexts(SuffixPromptModel):
-    """A suffix prompt that finds keys and values of its texts computed: rows cost prompt and
-    answer.
-    """
-
-    def cached_texts(self, inputs: Any, *, clean: bool = False) -> AbstractContextManager[None]:
-        return nullcontext()
-
-
-def prompts(tokens: int = 2, start: str = " movie was", name: str = "prompts") -> LearningTask:
-    """SmolLM2-135M with a few virtual tokens behind movie reviews; " terrible" or " great" is to
-    follow.
-
-    All layers of a text are frozen whatever the method, so texts have run once, for all: rows cost
-    the prompt.
-    """
-    base, tokenizer = load_model(None, "float32")
-    words = label_tokens(tokenizer, [" terrible", " great"], 2)
-    task = load_texts("movies", validation=200, test=400, seed=0)
-    parts = {"train": task.train[:512], "validation": task.validation, "test": task.test}
-    rows = [
-        row
-        for part in parts.values()
-        for row in Template(tokenizer, "{text} It was", 32).rows(part, tail=False)
-    ]
-    found = tokenizer.pad([{"input_ids": row["input_ids"]} for row in rows], return_tensors="pt")
-    data = {**found, "labels": torch.tensor([row["labels"] for row in rows])}
-    cut = {
-        name: values.split([len(part) for part in parts.values()]) for name, values in data.items()
-    }
-    splits = {
-        part: {name: pieces[i] for name, pieces in cut.items()} for i, part in enumerate(parts)
-    }
-    first = SuffixPromptModel(base, tokens, start, tokenizer, label_words=words)
-    with torch.no_grad():
-        whole = first._split(data["input_ids"], data["attention_mask"], None)
-        kept = first._read(whole, whole.keys())
-        with first.cached_texts({name: value[:8] for name, value in data.items()}):
-            pass
-
-    def model(seed: int) -> nn.Module:
-        set_seed(seed)
-        own = _KeptTexts(base, tokens, start, tokenizer, label_words=words)
-        own.texts, own.packs = kept, first.packs
-        return own
-
-    return LearningTask(name, model, splits, 16_000, batch=8, scale=1e-2, schedule="linear")
-
-
-def digits() -> LearningTask:
-    """The small ViT with LoRA's B matrices and a new head, on five new classes of scikit-learn's
-    digits.
-    """
-    task = load_images("digits", seed=0)
-    path = pretrained_vit(task)
-    _, processor = load_vit(path, task)
-    splits = {
-        part: dict(
-            zip(
-                ("pixel_values", "labels"),
-                pixel_dataset(getattr(task, part), processor).tensors,
-                strict=True,
-            )
-        )
-        for part in ("train", "validation", "test")
-    }
-    return LearningTask(
-        "digits", lambda seed: adapter_model(RecipeArguments(), path, task, seed), splits, 60_000
-    )
-
-
-TASKS: dict[str, Callable[[], LearningTask]] = {
-    "fashion": fashion,
-    "reviews": reviews,
-    "digits": digits,
-    "prompts": prompts,
-    "prompts8": partial(prompts, 8, " All in all, the movie was just", "prompts8"),
+TASKS: dict[str, Callable[[], Task]] = {
+    "permuted": partial(permuted, budget=300_000, tuning_budget=100_000),
+    "noisy": partial(noisy, budget=300_000, tuning_budget=100_000),
+    "reviews": partial(reviews, budget=100_000, tuning_budget=30_000),
 }

@@ -33,7 +33,7 @@ from recipes import prompt_tuning
 from recipes.prompts import load_task
 
 # what training begins with lacks them
-AFTERWARDS = ("objective", "compare", "per_class", "validation_texts", "lora_rank")
+AFTERWARDS = ("label_head", "objective", "compare", "per_class", "validation_texts", "lora_rank")
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's, two-sided, by the number of seeds
 
 

@@ -4,9 +4,13 @@ its environment.
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import subprocess
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,3 +57,28 @@ class Record:
             self.entries = json.loads(self.path.read_text())
         self.entries[name] = {**found, **self.environment}
         self.path.write_text(json.dumps(self.entries, indent=self.indent))
+
+
+class SharedRecord(Record):
+    """Results that several processes fill at once."""
+
+    def read(self) -> dict[str, Any]:
+        """Return the entries as they are in the file now."""
+        return json.loads(self.path.read_text()) if self.path.is_file() else {}
+
+    @contextmanager
+    def changed(self, name: str) -> Iterator[dict[str, Any]]:
+        """Yield an entry to be changed, and write the file when the context ends."""
+        self.path.parent.mkdir(exist_ok=True)
+        lock = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self.entries = self.read()
+            entry = self.entries.setdefault(name, {})
+            yield entry
+            entry.update(self.environment)
+            new = self.path.with_suffix(f".{os.getpid()}")
+            new.write_text(json.dumps(self.entries, indent=self.indent))
+            new.replace(self.path)
+        finally:
+            os.close(lock)  # which unlocks

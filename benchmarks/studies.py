@@ -2,7 +2,7 @@
 
 Each tuned on a grid of rates, at the same rows.
 
-As in learning.py: the rate by the mean validation accuracy along the run with seed 0, then three
+The rate by the mean validation accuracy along the run with seed 0, then three
 other seeds on the test split, whose last two evaluations are averaged. Adapters are trained by
 backprop too, with an eighth of the rows.
 
@@ -38,8 +38,8 @@ from records import ROOT, Record, quiet  # isort: skip
 
 sys.path.insert(0, str(ROOT))
 
-from learning import GRID, LossSpread, Run, train  # isort: skip
-from learning_tasks import TASKS, LearningTask
+from accuracy import GRID, LossSpread, Run, train  # isort: skip
+from accuracy_tasks import TASKS, LearningTask
 
 from recipes.images import load_images, load_vit, pretrained_vit
 

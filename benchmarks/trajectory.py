@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 
-from benchmarks.learning_tasks import TASKS
+from benchmarks.accuracy_tasks import TASKS
 from benchmarks.records import Record, quiet
 from hf_flops import FlopsTrainer, FlopsTrainingArguments
 from hf_flops.base.padding import TrimmedBatch

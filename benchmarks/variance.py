@@ -2,9 +2,9 @@
 MeZO.
 
 On MiniLM the adapter is LoRA's B matrices in the last two layers and a new head, after 150 steps
-with batches of 32; `--task prompts` takes the prompt of SmolLM2 from learning.py, after 90 steps
-with batches of 8. For batches that come after, the gradient by backprop and estimates from real
-forwards at equal rows (16 per sample, the clean one included) are compared: `sum ||estimate -
+with batches of 32; `--task prompts` takes the prompt of SmolLM2 from accuracy_tasks.py, after 90
+steps with batches of 8. For batches that come after, the gradient by backprop and estimates from
+real forwards at equal rows (16 per sample, the clean one included) are compared: `sum ||estimate -
 gradient||^2 / sum ||gradient||^2`. What learns from past steps learns on other batches before.
 
     python benchmarks/variance.py
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from learning_tasks import prompts  # isort: skip
+from accuracy_tasks import prompts  # isort: skip
 from records import Record, quiet  # isort: skip
 from tasks import reviews  # isort: skip
 

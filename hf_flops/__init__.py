@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         TrajectoryError,
     )
     from .objectives import CallableObjective, GeneratedMetric, MacroF1, Metric, Objective
+    from .prompts.label_head import LabelHeadModel
     from .prompts.suffix_prompt import SuffixPromptModel
     from .prompts.visual_prompt import VisualPrompt
     from .trainer import (
@@ -47,6 +48,7 @@ _HOMES = {
     "FlopsTrainerMixin": "trainer.trainer",
     "FlopsTrainingArguments": "trainer.args",
     "GeneratedMetric": "objectives.generation",
+    "LabelHeadModel": "prompts.label_head",
     "MacroF1": "objectives.macro_f1",
     "Method": "core.method",
     "Metric": "objectives.metrics",
@@ -75,6 +77,7 @@ __all__ = [
     "FlopsTrainerMixin",
     "FlopsTrainingArguments",
     "GeneratedMetric",
+    "LabelHeadModel",
     "MacroF1",
     "Method",
     "Metric",
@@ -93,9 +96,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import public names when they are first used, so that the engine can be used without
-    transformers.
-    """
+    """Import public names when they are first used: the engine works without transformers."""
     if name in _HOMES:
         return getattr(import_module(f".{_HOMES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

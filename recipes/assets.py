@@ -152,7 +152,9 @@ def sentences(domain: str = "movieReviewSnippets") -> list[tuple[str, int]]:
             for m in archive
             if Path(m.name).name == f"{domain}_GroundTruth.txt" and "._" not in m.name
         )
-        lines = archive.extractfile(member).read().decode("utf-8", "replace").splitlines()  # type: ignore[union-attr]
+        file = archive.extractfile(member)
+        assert file is not None
+        lines = file.read().decode("utf-8", "replace").splitlines()
     rows = [line.split("\t", 2) for line in lines if line.count("\t") >= 2]
     return [
         (text.strip(), int(float(score) > 0)) for _, score, text in rows if abs(float(score)) > 0.5

@@ -39,9 +39,11 @@ def check(recipe: Any) -> None:
         SystemExit: the recipe asks for such.
     """
     if recipe.engine and (
-        recipe.adapter not in ("suffix", "prompt") or "backprop" in recipe.compare
+        recipe.adapter not in ("suffix", "prompt")
+        or "backprop" in recipe.compare
+        or recipe.label_head
     ):
-        wants = "--adapter suffix or prompt, and no --compare backprop"
+        wants = "--adapter suffix or prompt, no --label_head, and no --compare backprop"
         raise SystemExit(f"--engine {recipe.engine} only answers: it needs {wants}.")
 
 
@@ -53,7 +55,8 @@ def adapter_of(
     """
     if not recipe.engine:
         sizes = {
-            name: getattr(recipe, name) for name in ("virtual_tokens", "init_text", "lora_rank")
+            name: getattr(recipe, name)
+            for name in ("virtual_tokens", "init_text", "lora_rank", "label_head")
         }
         return adapted(recipe.adapter, base, template, words, **sizes)
     tokens = template.tokenizer(recipe.init_text, add_special_tokens=False)["input_ids"] or None

@@ -45,14 +45,18 @@ class PromptOutcome(runs.Outcome):
 
 def report(recipe: Any, args: Any, task: TextTask, outcomes: Sequence[PromptOutcome]) -> None:
     """Write the report."""
+    head = (
+        "Lines that end in -head train a linear head that starts as the label words' rows of the "
+        "output layer; the others read the words' logits. "
+    )
     notes = (
         f"Texts: {task.name}, {len(task.train):,} for training, accuracy on {outcomes[0].texts:,} "
         f"held-out ones. Adapter: {recipe.adapter}; objective: {recipe.objective}. Zero-shot is "
         f"the model without the adapter, asked with `{recipe.template}` for "
-        f"{', '.join(map(repr, recipe.label_words))}; untrained is the adapter as it starts. Rows "
-        "and tokens are what went through the model in training, checks included, as if every row "
-        "ran whole; a row of backprop also costs a backward pass. Seconds include the evaluations "
-        "for the curve."
+        f"{', '.join(map(repr, recipe.label_words))}; untrained is the adapter as it starts. "
+        f"{head if recipe.label_head else ''}Rows and tokens are what went through the model in "
+        "training, checks included, as if every row ran whole; a row of backprop also costs a "
+        "backward pass. Seconds include the evaluations for the curve."
     )
     curves = {o.method: o.curve for o in outcomes if o.curve}
     draw = (lambda path: save_report(path, curves, outcomes[0].before)) if curves else None

@@ -6,6 +6,7 @@ review is good, without a backward pass. With a connection, any causal language 
 of the Hub take their place:
 
     python recipes/prompt_tuning.py --domain products --compare backprop
+    python recipes/prompt_tuning.py --label_head True
     python recipes/prompt_tuning.py --objective accuracy
     python recipes/prompt_tuning.py --engine onnx-int8
     python recipes/prompt_tuning.py --model Qwen/Qwen2.5-0.5B-Instruct \\
@@ -16,7 +17,7 @@ It ends with a table (report.md, results.json), a picture (report.png) and the a
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,9 @@ class RecipeArguments(common.Recipe):
         "suffix",
         "A prompt after the text (cheapest) or before it, a prefix, or LoRA.",
         prompts.ADAPTERS,
+    )
+    label_head: bool = option(
+        False, "Also train a head that starts as the label words; each method runs without it too."
     )
     virtual_tokens: int = option(8, "Length of the prompt or prefix.", least=1)
     init_text: str = option(
@@ -103,7 +107,8 @@ def run(
         part: template.rows(getattr(task, part), tail=recipe.adapter != "suffix")
         for part in prompts.PARTS
     }
-    folder, args = args.output_dir, runs.method_arguments(args, method)
+    name = f"{method}-head" if recipe.label_head else method
+    folder, args = args.output_dir, runs.method_arguments(args, name)
     if not known:
         asked, plain = template.rows(task.test, tail=True), prompts.WordClassifier(base, words)
         before = runs.accuracy_of(plain, args, prompts.by_length(asked), collate)
@@ -124,7 +129,7 @@ def run(
     if args.process_index == 0:
         getattr(model, "save_pretrained", trainer.save_model)(args.output_dir)
     return PromptOutcome(
-        method=method, before=before, start=start, after=after, texts=len(test), **found
+        method=name, before=before, start=start, after=after, texts=len(test), **found
     ), trainer
 
 
@@ -136,7 +141,10 @@ def main(arguments: list[str] | None = None) -> list[PromptOutcome]:
     with args.main_process_first(), common.usable(f"--domain {recipe.domain}"):
         task = prompts.load_task(recipe, args.seed)
     for method in runs.announced(methods, args, task):
-        found.append(run(method, recipe, args, task, *found[:1])[0])
+        both = recipe.label_head and not args.resume_from_checkpoint
+        for head in [True, False] if both else [recipe.label_head]:
+            own = replace(recipe, label_head=head)
+            found.append(run(method, own, args, task, *found[:1])[0])
     if args.process_index == 0:
         report(recipe, args, task, found)
     return found

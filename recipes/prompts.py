@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_outputs import CausalLMOutput
 
-from hf_flops import ConfigurationError, SuffixPromptModel
+from hf_flops import ConfigurationError, LabelHeadModel, SuffixPromptModel
 from hf_flops.objectives.elementwise import mean_cross_entropy
 from recipes.assets import sentences, smollm2
 from recipes.common import load_hub
@@ -276,12 +276,14 @@ def adapted(
     virtual_tokens: int,
     init_text: str | None,
     lora_rank: int,
+    label_head: bool = False,
 ) -> nn.Module:
     """Put an adapter on a model: a prompt after or before the text, a prefix in every layer, or
     LoRA.
 
     A prompt starts as the first tokens of `init_text`, repeated as needed; an empty text leaves
-    random tokens. One after the text replaces what the template has there.
+    random tokens. One after the text replaces what the template has there. With `label_head`, a
+    trainable head that starts as the label words gives the logits.
 
     Raises:
         ConfigurationError: the kind is unknown.
@@ -292,7 +294,12 @@ def adapted(
         )
     if kind == "suffix":
         return SuffixPromptModel(
-            model, virtual_tokens, init_text or None, template.tokenizer, label_words=words
+            model,
+            virtual_tokens,
+            init_text or None,
+            template.tokenizer,
+            label_words=words,
+            label_head=label_head,
         )
     config: Any
     if kind == "prompt":
@@ -316,4 +323,4 @@ def adapted(
         with torch.no_grad():
             start = model.get_input_embeddings().weight[tokens[:virtual_tokens]]
             adapter.prompt_encoder["default"].embedding.weight.copy_(start)
-    return WordClassifier(adapter, words)
+    return LabelHeadModel(adapter, words) if label_head else WordClassifier(adapter, words)

@@ -37,7 +37,15 @@ def pytest_report_header(config):
 
 
 # Whoever imports one of these trains, and so feels how the processor rounds.
-TRAINERS = {"FlopsTrainer", "FlopsTrainerMixin", "build", "doctor", "estimate_gradient"}
+TRAINERS = {
+    "FlopsTrainer",
+    "FlopsTrainerMixin",
+    "build",
+    "doctor",
+    "estimate_gradient",
+    "one_estimate",
+    "short_run",
+}
 
 
 @pytest.hookimpl(tryfirst=True)

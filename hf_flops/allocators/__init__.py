@@ -3,12 +3,15 @@
 from .base import (
     Allocator,
     Memoryless,
+    PredictingAllocator,
+    RandomisedAllocator,
     SampleFeatures,
     TwoRoundAllocator,
     check_budget,
     equal_counts,
 )
 from .bernoulli import Bernoulli
+from .gain import predicted_gain
 from .gaussian import Gaussian
 from .loss import LossProportional, LossRank
 from .optimal import Optimal
@@ -16,6 +19,7 @@ from .published import AuthorsBernoulli
 from .rounding import optimal_counts, proxy
 from .two_stage import TwoStage
 from .uniform import Uniform
+from .with_zeros import OptimalWithZeros
 
 __all__ = [
     "ALLOCATORS",
@@ -27,6 +31,9 @@ __all__ = [
     "LossRank",
     "Memoryless",
     "Optimal",
+    "OptimalWithZeros",
+    "PredictingAllocator",
+    "RandomisedAllocator",
     "SampleFeatures",
     "TwoRoundAllocator",
     "TwoStage",
@@ -34,11 +41,13 @@ __all__ = [
     "check_budget",
     "equal_counts",
     "optimal_counts",
+    "predicted_gain",
     "proxy",
 ]
 
 ALLOCATORS: dict[str, type[Allocator]] = {
     "optimal": Optimal,
+    "optimal_with_zeros": OptimalWithZeros,
     "two_stage": TwoStage,
     "gaussian": Gaussian,
     "bernoulli": Bernoulli,

@@ -64,12 +64,14 @@ class Allocator(Protocol):
     shuffled: bool
 
     def counts(self, features: SampleFeatures, budget: int) -> Tensor:
-        """Return (B,) int64, each at least 1, summing to `budget`."""
+        """Return (B,) int64, summing to `budget`; each at least 1, but 0 for a
+        `RandomisedAllocator`.
+        """
         ...
 
     def update(self, features: SampleFeatures, counts: Tensor, mean_squares: Tensor) -> None:
         """Update with a finished step; mean_squares: (B,) mean of each sample's squared deltas, NaN
-        if none is finite.
+        if there is no finite one.
         """
         ...
 
@@ -104,6 +106,30 @@ class TwoRoundAllocator(Protocol):
             shares: (B,) the pilot's weights.
             budget: remaining queries.
         """
+        ...
+
+
+@runtime_checkable
+class RandomisedAllocator(Protocol):
+    """Additional method of an allocator with random counts, which may be 0.
+
+    Counts are a function of features and past steps, the seed among them. `needs_clean` is
+    True: the loss of a sample without queries is known from the clean forward alone.
+    """
+
+    def expected_counts(self, features: SampleFeatures, budget: int) -> Tensor:
+        """Return (B,) float64, all positive, the mean of `counts` over seeds; each row of sample i
+        has the weight `1 / expected_counts[i]`.
+        """
+        ...
+
+
+@runtime_checkable
+class PredictingAllocator(Protocol):
+    """Additional method of an allocator that predicts sigmas; their gain is logged."""
+
+    def predict(self, features: SampleFeatures) -> Tensor:
+        """Return (B,) float64, predicted sigmas up to a common factor."""
         ...
 
 

@@ -50,10 +50,14 @@ class Learner(ABC):
         if self._pending and self._pending[0][0].step != step:
             pending, self._pending = self._pending, []
             for features, counts, mean_squares in pending:
+                self._learn_features(features)
                 squares = mean_squares.detach().cpu().double()
-                known = squares.isfinite()  # False for samples without a finite row
+                known = squares.isfinite() & (counts > 0)
                 if int(known.sum()) > 1 and float(squares[known].sum()) > 0:
                     self._learn(_chosen(features, known), counts[known].long(), squares[known])
+
+    def _learn_features(self, features: SampleFeatures) -> None:  # noqa: B027
+        """Learn from the clean forward of a finished batch, before `_learn`; by default nothing."""
 
     @abstractmethod
     def _counts(self, features: SampleFeatures, budget: int) -> Tensor:

@@ -41,7 +41,7 @@ class TwoStage(Optimal):
     """
 
     def __init__(self, pilot: int = 2, decay: float = 0.95) -> None:
-        super().__init__(decay)
+        super().__init__(decay, least_gain=1.0)
         self.queries = pilot
 
     def pilot(self, features: SampleFeatures, budget: int) -> tuple[Tensor, Tensor] | None:

@@ -1,6 +1,4 @@
-"""Measures the step of the finite difference, epsilon: rounding dominates differences if it is too
-small, curvature if it is too large.
-"""
+"""Measures epsilon, the step of the difference: too small rounds, too large curves."""
 
 from __future__ import annotations
 
@@ -48,8 +46,7 @@ class Calibration:
 def choose_scale(
     deltas: Tensor, scales: tuple[float, ...] = GRID, order: int = 1
 ) -> tuple[float | None, float]:
-    """Return the scale of the grid at which deltas have the least error, and their signal-to-noise
-    ratio there.
+    """Return the scale at which deltas have the least error, and their signal-to-noise ratio there.
 
     Deltas of the same queries at neighbouring scales have independent errors from rounding,
     `rounding / epsilon`, and from curvature errors that grow as `epsilon ** order`. So their mean
@@ -71,30 +68,28 @@ def choose_scale(
     low, high = deltas[:-1].double(), deltas[1:].double()
     steps = torch.tensor(scales, dtype=torch.float64)
     difference, signal = (high - low).square().mean(1), (high * low).mean(1)
-    seen = difference.isfinite() & (difference > 0) & ((low != 0).double().mean(1) >= 0.5)
-    if not bool(seen.any()):
+    visible = difference.isfinite() & (difference > 0) & ((low != 0).double().mean(1) >= 0.5)
+    if not bool(visible.any()):
         return None, 0.0
-    rounding, curvature = (
-        steps[:-1] ** -2 + steps[1:] ** -2,
-        (steps[1:] ** order - steps[:-1] ** order) ** 2,
-    )
-    shares = torch.stack([rounding[seen] / difference[seen], curvature[seen] / difference[seen]], 1)
+    rounding = steps[:-1] ** -2 + steps[1:] ** -2
+    curvature = (steps[1:] ** order - steps[:-1] ** order) ** 2
+    shares = torch.stack([rounding / difference, curvature / difference], 1)[visible]
     sizes = shares.norm(dim=0)
     a, b = (
         torch.linalg.lstsq(shares / sizes, torch.ones(len(shares), 1).double()).solution.flatten()
         / sizes
     ).tolist()
     if a > 0 and b > 0:
-        visible = torch.nonzero(seen).flatten().tolist()
+        pairs = torch.nonzero(visible).flatten().tolist()
         errors = {
             k: a / scales[k] ** 2 + b * scales[k] ** (2 * order)
-            for p in visible
-            for k in (p, p + 1)
+            for pair in pairs
+            for k in (pair, pair + 1)
         }
         best = min(errors, key=lambda k: (errors[k], -k))
-        pair, error = min(visible, key=lambda k: abs(2 * (k - best) + 1)), errors[best]
+        pair, error = min(pairs, key=lambda k: abs(2 * (k - best) + 1)), errors[best]
     else:
-        pair = int((signal / difference).masked_fill(~seen, -math.inf).argmax())
+        pair = int((signal / difference).masked_fill(~visible, -math.inf).argmax())
         best, error = (pair if b > 0 else pair + 1), float(difference[pair] / 2)
     squared = float(signal[pair])
     return (scales[best], (squared / error) ** 0.5) if squared > 1e-2 * error else (None, 0.0)
@@ -109,21 +104,17 @@ def calibrate(forward: Forward, inputs: Inputs, method: Method, seed: int = 0) -
         method: how gradients are estimated; its own scale is not looked at.
         seed: the run's seed.
     """
-    steps = method.objective.piecewise_constant
-    deltas, used = _evaluated(forward, inputs, method, seed, STEP_GRID if steps else GRID)
-    found = (
-        choose_step_scale(deltas)
-        if steps
-        else choose_scale(deltas, order=len(method.estimator.signs))
-    )
-    return Calibration(*found, used)
+    if method.objective.piecewise_constant:
+        deltas, rows = _evaluated(forward, inputs, method, seed, STEP_GRID)
+        return Calibration(*choose_step_scale(deltas), rows)
+    deltas, rows = _evaluated(forward, inputs, method, seed, GRID)
+    return Calibration(*choose_scale(deltas, order=len(method.estimator.signs)), rows)
 
 
 def choose_step_scale(
     deltas: Tensor, scales: tuple[float, ...] = STEP_GRID
 ) -> tuple[float | None, float]:
-    """Return the least scale at which a quarter of the queries sees a step, or else that at which
-    most do, and their share.
+    """Return the least scale at which enough queries see a step, and their share.
 
     Differences estimate the gradient of the objective averaged over the noise. Below this scale
     most queries see no difference and are wasted; far above it the noise destroys the model.
@@ -148,10 +139,10 @@ def _evaluated(
     clean = None
     used = len(rows) * len(grid) * len(method.estimator.signs) * (samples // units)
     if method.estimator.baseline:
-        seen = int(rows.owner.max()) + 1
-        part = take(inputs, torch.arange(seen)) if method.objective.per_row else inputs
-        clean = method.objective(forward, part).sums.double().cpu()
-        used += seen if method.objective.per_row else samples
+        if method.objective.per_row:
+            inputs = take(inputs, torch.arange(int(rows.owner.max()) + 1))
+        clean = method.objective(forward, inputs).sums.double().cpu()
+        used += batch_size(inputs)
     return _deltas(forward, inputs, method, rows, clean, seed, grid), used
 
 
@@ -170,17 +161,15 @@ def _deltas(
 
     def work(index: slice) -> int:
         chunk = rows[index]
-        own = take(inputs, chunk.owner) if per_row else inputs
+        chunk_inputs = take(inputs, chunk.owner) if per_row else inputs
         keys = NoiseKeys.of(seed, _STEP, chunk.owner, chunk.query, int(chunk.group[0]))
         noise, start = perturbation.draw(keys), None if clean is None else clean[chunk.owner]
-        found = []
-        for scale in grid:
+        for scale, results in zip(grid, deltas, strict=True):
             losses = []
             for sign in method.estimator.signs:
                 with perturbation.applied(noise, sign * scale):
-                    losses.append(method.objective(forward, own).sums.double().cpu())
-            found.append(method.estimator.deltas(torch.stack(losses), start, scale))
-        deltas[:, index] = torch.stack(found)
+                    losses.append(method.objective(forward, chunk_inputs).sums.double().cpu())
+            results[index] = method.estimator.deltas(torch.stack(losses), start, scale)
         return 1
 
     lengths = (

@@ -16,7 +16,7 @@ from torch import nn
 from ..base.batch import Inputs, take
 from ..base.rounding_error import precision_of
 from ..errors import ConfigurationError, ObjectiveError
-from ..estimators import ClosedFormHead, find_head
+from ..estimators import ClosedFormHead, HeadSolver, find_head
 from ..estimators.control_variate import MOST_LOGITS
 from ..objectives import BatchLoss, Forward, Objective, RowLossError, TappedLoss
 from ..perturbations import ParameterVector, Perturbation
@@ -37,12 +37,14 @@ class Chosen:
         perturbation: where noise enters.
         reuse: what runs once per sample.
         head: the layer whose gradient is exact, if there is one.
+        solved: whether its weights are solved for.
     """
 
     objective: Objective
     perturbation: Perturbation
     reuse: ReusePlan
     head: ClosedFormHead | None
+    solved: bool = False
 
 
 def held_back(model: nn.Module, parts: str, progress: float) -> frozenset[str]:
@@ -141,9 +143,9 @@ def _set_up(
     """Do what `set_up` does once the objective is known; `ours` tells that we chose it."""
     if ours:
         prepare_tap(model, objective, forward, inputs, control=args.control_variate != "none")
-    head, surrogate = None, objective.surrogate
+    head, solved, surrogate = None, False, objective.surrogate
     if perturbation is None:
-        if ours and args.closed_form_head:
+        if ours and args.closed_form_head != "none":
             head = find_head(model, objective, forward, inputs, frozen)
         choose = partial(
             noise_for,
@@ -164,14 +166,26 @@ def _set_up(
             perturbation = choose(frozen)
         if head is not None:
             objective.logits = True
+            solved = args.closed_form_head == "solve" and solvable(head, objective, forward, inputs)
             logger.info(
-                "Noise leaves the head alone, whose gradient is exact: %s.",
+                "The head gets no noise, because its %s exact: %s.",
+                "weights are" if solved else "gradient is",
                 ", ".join(head.vector.names),
             )
     if objective.generates:  # the checks saw other forwards than those that generate
-        return Chosen(objective, perturbation, ReusePlan(), head)
+        return Chosen(objective, perturbation, ReusePlan(), head, solved)
     reuse = late_expansion(args, model, surrogate, forward, inputs, perturbation, precision)
-    return Chosen(objective, perturbation, reuse, head)
+    return Chosen(objective, perturbation, reuse, head, solved)
+
+
+def solvable(head: ClosedFormHead, objective: Objective, forward: Forward, inputs: Inputs) -> bool:
+    """Return whether a head's weights can be solved for, and let the objective keep what that
+    needs.
+    """
+    objective.targets = True
+    losses = objective(forward, take(inputs, torch.tensor([0])), features=True)
+    objective.targets = HeadSolver.solves(head, losses)
+    return objective.targets
 
 
 def noise_for(

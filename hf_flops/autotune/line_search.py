@@ -37,40 +37,39 @@ def line_search(losses: Callable[[float], Tensor]) -> Found:
         losses: returns the losses (B,) of the same B samples at a length; 0 is where the updates
             began.
     """
-    best, seen = 1.0, {1.0: losses(1.0)}
+    best, at = 1.0, {1.0: losses(1.0)}
     for lengths in (LONGER, SHORTER):
         for length in lengths:
-            seen[length] = losses(length)
-            if _mean(seen[length]) < _mean(seen[best]):
+            at[length] = losses(length)
+            if _mean(at[length]) < _mean(at[best]):
                 best = length
-            elif lengths is LONGER or _mean(seen[best]) < math.inf:
+            elif lengths is LONGER or _mean(at[best]) < math.inf:
                 break
         if best != 1.0:
             break
-    return Found(best, best != 1.0 and _clear(seen[best], seen[1.0]), len(seen))
+    return Found(best, best != 1.0 and _clear(at[best], at[1.0]), len(at))
 
 
 def thorough_search(losses: Callable[[float], Tensor]) -> Found:
-    """Find the best power of 2: by factors of 8 for as long as the loss falls, then by factors of 2
-    around the best of them.
+    """Find the best power of 2: by factors of 8 while the loss falls, then by factors of 2.
 
     It is clear if the line leads down, or if the updates did harm, by over two standard errors.
 
     Args:
         losses: as for `line_search`, but of many samples, as their least mean is trusted.
     """
-    start, seen = losses(0.0), {1.0: losses(1.0)}
+    start, at = losses(0.0), {1.0: losses(1.0)}
     for factor in (8.0, 2.0):
         before = None
-        while before != (best := min(seen, key=lambda length: _mean(seen[length]))):
+        while before != (best := min(at, key=lambda length: _mean(at[length]))):
             before = best
             for length in (best * factor, best / factor):
-                if length not in seen and LEAST < length < MOST:
-                    seen[length] = losses(length)
-                    if _mean(seen[length]) < _mean(seen[best]):
+                if length not in at and LEAST < length < MOST:
+                    at[length] = losses(length)
+                    if _mean(at[length]) < _mean(at[best]):
                         break
-    down = any(_clear(own, start, _SURE) for own in seen.values())
-    return Found(best, down or _clear(start, seen[1.0], _SURE), 1 + len(seen))
+    down = any(_clear(moved, start, _SURE) for moved in at.values())
+    return Found(best, down or _clear(start, at[1.0], _SURE), 1 + len(at))
 
 
 def _mean(losses: Tensor) -> float:
@@ -80,9 +79,7 @@ def _mean(losses: Tensor) -> float:
 
 
 def _clear(one: Tensor, two: Tensor, errors: float = _CLEAR) -> bool:
-    """Return whether losses (B,) are less than others (B,) of the same samples by so many standard
-    errors.
-    """
+    """Return whether losses (B,) are less than others (B,) by so many standard errors."""
     if not bool(two.isfinite().all()):
         return True
     gain = (two - one).double()

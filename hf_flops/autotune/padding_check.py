@@ -22,8 +22,7 @@ def padding_is_idle(
     *,
     known: Collection[str] = (),
 ) -> dict[str, bool]:
-    """Return, for each side at which a sample of the batch is padded, whether its loss is the same
-    without that padding.
+    """Return for each padded side whether a sample's loss is the same without that padding.
 
     With padding at the left it is not where a model counts positions from the first column, as
     GPT-2 does.
@@ -35,17 +34,18 @@ def padding_is_idle(
         precision: see `precision_of`.
         known: sides that need no check.
     """
-    real, found = real_tokens(inputs), {}
-    for side in [side for side in SIDES if real is not None and side not in known]:
-        cut = [window(row[None], frozenset([side])) for row in real]  # type: ignore[union-attr]
-        row = min(range(len(cut)), key=lambda i: cut[i].stop - cut[i].start)
-        if cut[row].stop - cut[row].start == real.shape[1]:  # type: ignore[union-attr]
+    real, idle = real_tokens(inputs), dict[str, bool]()
+    for side in SIDES:
+        if real is None or side in known:
             continue
+        cut = [window(row[None], frozenset([side])) for row in real]
+        row = min(range(len(cut)), key=lambda i: cut[i].stop - cut[i].start)
         probe = Probe(objective, forward, take(inputs, torch.tensor([row])), precision / 20)
-        if bool(probe.losses.sums.isfinite()):
+        padded = cut[row].stop - cut[row].start < real.shape[1]
+        if padded and bool(probe.losses.sums.isfinite()):
             short = trim(probe.inputs, cut[row])
-            found[side] = probe.difference(f"Padding at the {side} is kept", inputs=short) is None
-    return found
+            idle[side] = probe.difference(f"Padding at the {side} is kept", inputs=short) is None
+    return idle
 
 
 def with_cropping(
@@ -75,17 +75,17 @@ def with_cropping(
     feed = TrimmedBatch(inputs, sides)
     rows = [feed.of(torch.tensor([i, i])) for i in range(batch_size(inputs))]
     short = min(range(len(rows)), key=lambda i: rows[i][1])
-    own, _, cut = rows[short]
+    pair, _, cut = rows[short]
     if cut is None:
         return plan
     with Attempt("Chunks with less padding run through the whole model"):
         with Recording(plan, forward) as recording:
-            wanted, axes = objective(recording.batch(own), own).sums, recording.token_axes()
+            wanted, axes = objective(recording.batch(pair), pair).sums, recording.token_axes()
         with Recording(plan, forward) as recording:
             objective(recording.batch(feed.whole), feed.whole)
             cropping = replace(plan, crop_padding=True, token_axes=axes & recording.token_axes())
             recording.adopt(cropping)
-            found = objective(recording.rows(own, torch.tensor([short, short]), cut), own).sums
-        if agree(found, wanted, precision / 20, 1.0):
+            sums = objective(recording.rows(pair, torch.tensor([short, short]), cut), pair).sums
+        if agree(sums, wanted, precision / 20, 1.0):
             return cropping
     return replace(plan, crop_padding=False)

@@ -23,8 +23,9 @@ class RunArguments(Protocol):
 
     allocator: str
     bf16: bool
-    closed_form_head: bool
+    closed_form_head: str
     control_variate: str
+    delta_clip: float | None
     estimator: str
     late_expansion: bool
     learning_rate_search: bool
@@ -81,6 +82,7 @@ class Batch:
         progress: steps done over the steps of the run.
         ids: (B,) numbers of the samples, if they have any.
         checks: runs the model for the checks of the first batch, where `forward` generates text.
+        steps: optimizer steps of the run; 0 if unknown.
         loss: does what `forward` does without counting rows, where that is the model's own loss.
     """
 
@@ -90,6 +92,7 @@ class Batch:
     progress: float = 0.0
     ids: tuple[int, ...] | None = None
     checks: Forward | None = None
+    steps: int = 0
     loss: Forward | None = None
 
     @property
@@ -181,6 +184,14 @@ class GradientSession(Protocol):
 
         Raises:
             NonFiniteError: not one perturbed row has a finite loss.
+        """
+        ...
+
+    def finish_step(self, epoch: float) -> None:
+        """Solve what needs no gradient, after an optimizer step.
+
+        Args:
+            epoch: epochs that are done, with fraction.
         """
         ...
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Container, Iterable, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -25,6 +25,7 @@ from ..perturbations import (
     ParameterVector,
     Perturbation,
     PinCheck,
+    RowMismatch,
     RowwiseNoise,
     displaced,
     perturb,
@@ -52,6 +53,23 @@ class Verdict:
     row_by_row: set[str] = field(default_factory=set)
     wrong: set[str] = field(default_factory=set)
     idle: set[str] = field(default_factory=set)
+
+    def notes(self, names: Sequence[str]) -> Iterator[str]:
+        """Yield messages for the user about the trainable tensors `names`."""
+        if self.wrong:
+            yield (
+                f"{len(self.wrong)} of {len(names)} trainable tensors get noise that is shared by "
+                "the batch, because no per-row rule is right for them: "
+                f"{_some(self.wrong)}."
+            )
+        if self.row_by_row:
+            yield (
+                f"The layers of {_some(self.row_by_row)} run once for each row, because no rule "
+                "for all rows at once is right for them; where that takes too long, "
+                'perturbation="shared" avoids it.'
+            )
+        if self.idle:
+            yield f"The loss does not depend on {_some(self.idle)}; left as they are."
 
 
 class RuleCheck:
@@ -107,9 +125,10 @@ class RuleCheck:
 
     def _agrees(self, names: Sequence[str], fired: set[str], row_by_row: Collection[str]) -> bool:
         vector = ParameterVector.of(self.model, set(names))
-        if RowwiseNoise.covered(self.model, vector, row_by_row) != set(names):
+        try:
+            rowwise = RowwiseNoise(self.model, vector, "gaussian", row_by_row)
+        except RowMismatch:  # a tensor without a rule
             return False
-        rowwise = RowwiseNoise(self.model, vector, "gaussian", row_by_row)
         noise = rowwise.draw(NoiseKeys(seeds(CHECK_SEED, 1, torch.arange(2).numpy()), 0))
         start = self.sums()
         for scale in _SCALES:
@@ -118,7 +137,7 @@ class RuleCheck:
                 Attempt(f"Noise per row does not fit {_some(names)}") as attempt,
                 rowwise.applied(noise, scale, ran),
             ):
-                found = self.sums()
+                losses = self.sums()
             if attempt.reason is not None:
                 return False
             wanted = torch.stack(
@@ -129,7 +148,7 @@ class RuleCheck:
             if change > 10 * floor:
                 break
         fired.update(vector.names[index] for index in ran)
-        error, exact = float((found - wanted).abs().max()), self.precision < 1e-3
+        error, exact = float((losses - wanted).abs().max()), self.precision < 1e-3
         if any(times > 1 for times in ran.values()) and (not exact or change <= 10 * floor):
             return False  # a module that is called more than once is trusted only on clear evidence
         return error <= (0.05 * floor + 1e-3 * change if exact else floor + 0.1 * change)
@@ -140,7 +159,8 @@ class RuleCheck:
         start = self.sums()
         floor = self.precision * float(start.abs().max())
         return any(
-            float((self._shifted(vector, s * noise) - start).abs().max()) > floor for s in _SCALES
+            float((self._shifted(vector, scale * noise) - start).abs().max()) > floor
+            for scale in _SCALES
         )
 
 
@@ -199,40 +219,25 @@ def choose_perturbation(
     def sums() -> Tensor:
         return objective(forward, pair).sums
 
-    found = RuleCheck(model, sums, precision).run(names)
-    shared = [name for name in names if name in found.wrong]
-    notes = []
+    verdict = RuleCheck(model, sums, precision).run(names)
+    shared = [name for name in names if name in verdict.wrong]
     if shared and mode == "rowwise":
         raise ConfigurationError(
             f'perturbation="rowwise" has no rule that is right for {_some(shared)}: use "auto" or '
             '"shared".'
         )
-    if shared:
-        notes.append(
-            f"{len(shared)} of {len(names)} trainable tensors get noise that is shared by the "
-            f"batch, because no per-row rule is right for them: {_some(shared)}."
-        )
-    if found.row_by_row:
-        notes.append(
-            f"The layers of {_some(found.row_by_row)} run once for each row, because no rule for "
-            'all rows at once is right for them; where that takes too long, perturbation="shared" '
-            "avoids it."
-        )
-    if found.idle:
-        notes.append(f"The loss does not depend on {_some(found.idle)}; left as they are.")
-    rowwise = [name for name in names if name in found.rowwise | found.row_by_row]
+    rowwise = [name for name in names if name in verdict.rowwise | verdict.row_by_row]
     if not rowwise and not shared:
         raise ConfigurationError("The loss depends on none of the trainable parameters.")
     activation: list[str] = []
-    if mode in ("auto", "activation") and found.rowwise and replayed:
-        activation = PinCheck(model, sums, precision).run(found.rowwise, smaller=mode == "auto")
-    rowwise = [name for name in rowwise if name not in activation]
-    chosen = perturb(
+    if mode in ("auto", "activation") and verdict.rowwise and replayed:
+        activation = PinCheck(model, sums, precision).run(verdict.rowwise, smaller=mode == "auto")
+    perturbation = perturb(
         model,
-        rowwise=rowwise,
+        rowwise=[name for name in rowwise if name not in activation],
         shared=shared,
         activation=activation,
-        row_by_row=found.row_by_row,
+        row_by_row=verdict.row_by_row,
         distribution=distribution,
     )
-    return chosen, notes
+    return perturbation, list(verdict.notes(names))

@@ -22,7 +22,7 @@ from ..core.method import Method, StepResult
 from ..distributed.collectives import ProcessGroup
 from ..distributed.exchange import EXCHANGES
 from ..errors import ObjectiveError
-from ..estimators import ESTIMATORS, Estimator
+from ..estimators import ESTIMATORS, Estimator, HeadSolver
 from ..estimators.control_variate import control_variate
 from ..objectives import Objective, RowLossError, TappedLoss
 from ..perturbations import ParameterVector, Perturbation
@@ -66,6 +66,7 @@ class SampleSession:
         self.allocator: Allocator = allocator or ALLOCATORS[args.allocator]()
         self.estimator: Estimator = estimator or ESTIMATORS[args.estimator]()
         self.control = control_variate(args.control_variate)
+        self.solver = HeadSolver(group.broadcast)
         self.exchange = EXCHANGES[args.reduce](group, every_batch=args.queries_per_sample == "auto")
         self.tuning = Tuning.of(args, objective)
         self.chosen: Chosen | None = None
@@ -73,6 +74,7 @@ class SampleSession:
         self.frozen: frozenset[str] = frozenset()
         self.check_rows = 0
         self._trainable: list[str] = []
+        self._steps = 0
         # what `fall_back` leaves
         self._tap = True
         self._whole: Objective | None = None
@@ -104,10 +106,14 @@ class SampleSession:
 
     def rows(self, samples: int, step: int) -> int:
         """See `GradientSession`."""
+        solved = self.chosen is not None and self.chosen.solved
+        if solved and self.solver.primes(step, self._steps):
+            return samples
         return samples * self.tuning.queries_at(step, self.args)
 
     def prepare(self, batch: Batch) -> None:
         """See `GradientSession`."""
+        self._steps = batch.steps
         frozen = held_back(self.model, self.args.lora_parts, batch.progress)
         trainable = ParameterVector.of(self.model).names
         if (frozen, trainable) != (self.frozen, self._trainable):
@@ -150,9 +156,21 @@ class SampleSession:
             rows_per_forward=1,
             reuse=self.chosen.reuse,
             head=self.chosen.head,
+            solver=self._solver(),
+            clean_only=self.chosen.solved and self.solver.primes(step, self._steps),
             control=self.control if self.chosen.objective.predictable else None,
+            delta_clip=self.args.delta_clip,
             exchange=self.exchange,
         )
+
+    def _solver(self) -> HeadSolver | None:
+        """Return the solver for the head's weights, if they are solved for."""
+        assert self.chosen is not None
+        if not self.chosen.solved:
+            return None
+        assert self.chosen.head is not None
+        self.solver.bind(self.chosen.head)
+        return self.solver
 
     def _agreed(self, method: Method) -> Method:
         """Require that the first batch led all processes to the same method; return it with the
@@ -214,6 +232,11 @@ class SampleSession:
             last=averaging.last,
         )
 
+    def finish_step(self, epoch: float) -> None:
+        """See `GradientSession`."""
+        if self._method is not None and self._method.solver is not None:
+            self._method.solver.finish_step(epoch)
+
     def fall_back(self, error: RowLossError, *, recorded: bool) -> None:
         """See `GradientSession`.
 
@@ -240,15 +263,19 @@ class SampleSession:
     def discard(self) -> None:
         """See `GradientSession`."""
         self.exchange.discard()
+        self.solver.discard()
 
     def parts(self) -> Mapping[str, Stateful]:
         """See `GradientSession`."""
         parts: dict[str, Stateful] = {"allocator": self.allocator, "tuning": self.tuning}
         if self.control is not None:
             parts["control variate"] = self.control
+        parts["head"] = self.solver
         return parts
 
     def log(self) -> dict[str, float]:
         """See `GradientSession`."""
         scale = {} if self.tuning.scale is None else {"perturbation_scale": self.tuning.scale}
-        return {**self.tuning.found, **scale}
+        solved = self.solver.objective
+        objective = {} if solved is None else {"solved_head_loss": solved}
+        return {**self.tuning.found, **scale, **objective}

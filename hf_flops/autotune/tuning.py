@@ -104,8 +104,8 @@ class Tuning:
         sides = frozenset(side for side, idle in self.idle.items() if idle)
         method = replace(method, rows_per_forward=self.planner, trimmed=sides)
         if sides and method.reuse.modules and method.reuse.crop_padding is None:
-            plan = with_cropping(method.reuse, surrogate, forward, inputs, sides, precision)
-            method = replace(method, reuse=plan)
+            reuse = with_cropping(method.reuse, surrogate, forward, inputs, sides, precision)
+            method = replace(method, reuse=reuse)
         if self._calibrating and not self.found:
             self._calibrate(method, forward, inputs, seed)
         self.scale = self.found.get("perturbation_scale", method.scale)
@@ -117,8 +117,9 @@ class Tuning:
 
     def observe(self, finished: FinishedBatch) -> None:
         """Learn from a finished batch how many queries are worth their rows."""
-        if self.queries is not None and finished.method is not None:
-            self.queries.update(finished.result, finished.method)
+        method = finished.method
+        if self.queries is not None and method is not None and not method.clean_only:
+            self.queries.update(finished.result, method)
 
     def agree(self, scale: float) -> None:
         """Take another process's epsilon for the measured one."""

@@ -49,12 +49,11 @@ def split(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | Non
     real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     answer = torch.zeros_like(input_ids, dtype=torch.bool) if labels is None else labels != -100
     text = real.bool() & ~answer
-    late = text & (answer.cumsum(1) > 0)
     for fine, what in (
         (text.any(1), "has no text before its answer, where a suffix prompt needs some to follow"),
         (answer.any(1) | (labels is None), "has no answer: all its labels are -100"),
         (
-            ~late.any(1),
+            ~(text & (answer.cumsum(1) > 0)).any(1),
             "has labels in the middle of its text: label the tokens at its end only, all others "
             "with -100",
         ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import math
 from pathlib import Path
 
 import torch
@@ -12,25 +13,8 @@ import torch
 _MEGABYTE = 2**20
 
 
-def _status(name: str) -> int | None:
-    """Return a line of /proc/self/status in bytes, or None if there is none."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
-    except (OSError, StopIteration):
-        return None
-
-
-def _trim() -> None:
-    """Return freed memory to the system, so that it does not count as used (glibc only)."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
 def _number(path: str, name: str = "") -> float:
-    """Return the number in a system file, or in its line that starts with `name`; NaN if there is
-    none.
-    """
+    """Return the number in a system file, or in its line that starts with `name`, or NaN."""
     try:
         lines = Path(path).read_text().splitlines()
         return float(
@@ -43,8 +27,8 @@ def _number(path: str, name: str = "") -> float:
 def free_memory(device: torch.device) -> float:
     """Return the free bytes of a device, or NaN if unknown."""
     if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return float(torch.cuda.mem_get_info(device)[0] + kept)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return float(torch.cuda.mem_get_info(device)[0] + unused)
     if device.type != "cpu":
         return float("nan")
     free = 1024 * _number("/proc/meminfo", "MemAvailable:")
@@ -55,15 +39,15 @@ def free_memory(device: torch.device) -> float:
 
 
 def peak_memory() -> int | None:
-    """Return the peak memory of the process in bytes, on the GPU if there is one; None if
-    unknown.
-    """
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status("VmHWM")
+    """Return the peak memory of the process in bytes, on the GPU if any; None if unknown."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = 1024 * _number("/proc/self/status", "VmHWM:")
+    return None if math.isnan(peak) else int(peak)
 
 
 class PeakMemory:
-    """Measures the peak of a process's memory above the level at the start:
-    `with PeakMemory() as memory: ...`.
+    """Measures peak memory above the start: `with PeakMemory() as memory: ...`.
 
     On a GPU this is torch's own count; elsewhere Linux's high-water mark of the resident set, reset
     at the start.
@@ -75,30 +59,26 @@ class PeakMemory:
         megabytes: the peak above the start; NaN if unknown.
     """
 
-    megabytes = float("nan")
-    _start: int | None = None
+    megabytes = _start = float("nan")
 
     def __init__(self, device: torch.device | None = None) -> None:
         self._cuda = torch.cuda.is_available() if device is None else device.type == "cuda"
 
     def __enter__(self) -> PeakMemory:
         gc.collect()
-        _trim()
+        with contextlib.suppress(OSError, AttributeError):  # of glibc only
+            # freed memory that the system does not have back would count as used
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
         if self._cuda:
             torch.cuda.reset_peak_memory_stats()
             self._start = torch.cuda.memory_allocated()
             return self
-        try:
+        with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # forget the high-water mark
-            self._start = _status("VmRSS")
-        except OSError:
-            self._start = None
+            self._start = 1024 * _number("/proc/self/status", "VmRSS:")
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._cuda:
-            self.megabytes = (torch.cuda.max_memory_allocated() - int(self._start or 0)) / _MEGABYTE
-            return
-        peak = _status("VmHWM")
-        if peak is not None and self._start is not None:
-            self.megabytes = (peak - self._start) / _MEGABYTE
+        in_use = 1024 * _number("/proc/self/status", "VmHWM:")
+        peak = torch.cuda.max_memory_allocated() if self._cuda else in_use
+        self.megabytes = (peak - self._start) / _MEGABYTE

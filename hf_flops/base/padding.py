@@ -37,17 +37,13 @@ def real_tokens(inputs: Inputs) -> Tensor | None:
 
 
 def columns_of(inputs: Inputs) -> int:
-    """Return how many columns (tokens) the texts of a batch have, padding included; 0 without
-    texts.
-    """
+    """Return how many columns (tokens) a batch has, padding included; 0 without texts."""
     mask = inputs.get("attention_mask")
     return mask.shape[1] if torch.is_tensor(mask) and mask.dim() == 2 else 0
 
 
 def window(real: Tensor, sides: frozenset[str]) -> slice:
-    """Return the columns that any of the rows needs, cropped at the given sides only; real: (R, T)
-    bool.
-    """
+    """Return the columns that any of the rows (R, T) needs, cropped at the given sides only."""
     needed = torch.nonzero(real.any(0)).flatten()
     if not len(needed):
         return slice(0, real.shape[1])
@@ -56,16 +52,14 @@ def window(real: Tensor, sides: frozenset[str]) -> slice:
 
 
 def trim(inputs: Inputs, columns: slice) -> Inputs:
-    """Crop every input with one column per token to some columns; the results are contiguous, as
-    some models require.
-    """
-    wide = inputs["attention_mask"].shape[1]
-    cut = {
-        name: inputs[name]
+    """Crop every input with one column per token; some models require contiguous results."""
+    width = inputs["attention_mask"].shape[1]
+    cropped = {
+        name: inputs[name][:, columns].contiguous()
         for name in _PADDED
-        if torch.is_tensor(inputs.get(name)) and inputs[name].shape[1:] == (wide,)
+        if torch.is_tensor(inputs.get(name)) and inputs[name].shape[1:] == (width,)
     }
-    return {**inputs, **{name: value[:, columns].contiguous() for name, value in cut.items()}}
+    return {**inputs, **cropped}
 
 
 class TrimmedBatch:

@@ -1,9 +1,9 @@
-"""A context that replaces a module's `forward`."""
+"""Contexts that replace a method of a module."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
 from typing import Any
 
@@ -13,14 +13,20 @@ Call = Callable[..., Any]
 
 
 @contextmanager
-def replaced_forward(module: nn.Module, make: Callable[[Call], Call]) -> Iterator[None]:
-    """Replace `module.forward` of this instance by `make(module.forward)` inside the context."""
-    before, original = module.__dict__.get("forward"), module.forward
-    # callers that inspect the signature get the original one
-    module.forward = wraps(original)(make(original))
+def replaced_method(module: nn.Module, name: str, method: Call) -> Iterator[None]:
+    """Replace a method of this instance inside the context."""
+    before = module.__dict__.get(name)
+    setattr(module, name, method)
     try:
         yield
     finally:
-        del module.forward
+        delattr(module, name)
         if before is not None:
-            module.forward = before
+            setattr(module, name, before)
+
+
+def replaced_forward(
+    module: nn.Module, make: Callable[[Call], Call]
+) -> AbstractContextManager[None]:
+    """Return a context in which `module.forward` is `make(module.forward)`, with its signature."""
+    return replaced_method(module, "forward", wraps(module.forward)(make(module.forward)))

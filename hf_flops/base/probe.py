@@ -19,13 +19,13 @@ logger = logging.getLogger(__name__)
 FAILURES = (ValueError, RuntimeError, IndexError, TypeError, AttributeError)
 
 
-def agree(found: Tensor, wanted: Tensor, tolerance: float, size: float | None = None) -> bool:
-    """Return whether `|found - wanted| <= tolerance * (size + |wanted|)` for each number.
+def agree(values: Tensor, wanted: Tensor, tolerance: float, size: float | None = None) -> bool:
+    """Return whether `|values - wanted| <= tolerance * (size + |wanted|)` for each number.
 
     NaN agrees with NaN, if there is at least one finite number to compare.
 
     Args:
-        found: numbers of any shape.
+        values: numbers of any shape.
         wanted: the expected numbers.
         tolerance: relative error due to rounding.
         size: magnitude of the numbers in the computation, 1 for losses; None for the largest of
@@ -35,7 +35,7 @@ def agree(found: Tensor, wanted: Tensor, tolerance: float, size: float | None = 
     if not len(finite):
         return False
     atol = tolerance * (float(finite.abs().max()) if size is None else size)
-    return torch.allclose(found, wanted, rtol=tolerance, atol=atol, equal_nan=True)
+    return torch.allclose(values, wanted, rtol=tolerance, atol=atol, equal_nan=True)
 
 
 class Attempt:

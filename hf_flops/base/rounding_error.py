@@ -8,9 +8,8 @@ from torch import nn
 
 def precision_of(model: nn.Module, *, autocast: bool = False) -> float:
     """Return the relative error of a loss due to rounding; a model can set it as `precision`."""
-    own = getattr(model, "precision", None)
-    if isinstance(own, float):
-        return own
+    if isinstance(precision := getattr(model, "precision", None), float):
+        return precision
     half = any(
         parameter.dtype in (torch.float16, torch.bfloat16) for parameter in model.parameters()
     )

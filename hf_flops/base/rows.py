@@ -109,19 +109,24 @@ def expand(
 
     Query k of every sample forms group k: with shared noise this is the simultaneous perturbation
     of the whole batch (SPSA). The weight `1 / n_i` keeps the estimate unbiased whatever the counts.
+    Where counts are random and may be 0, the share `n_i / E n_i` makes it `1 / E n_i`, which keeps
+    the estimate unbiased over the draw.
 
     Args:
-        counts: (B,) int64, queries per sample, each at least 1.
+        counts: (B,) int64, queries per sample.
         normalizer: N, the number of loss elements that the objective averages over.
         weighted: False gives every row the same weight, as the published code does, which is
             biased.
-        share: (B,) weight of these rows in their sample's estimate; other rounds have the rest.
+        share: (B,) total weight of these rows in their sample's estimate; with two rounds, the
+            other has the rest.
         after: (B,) queries of each sample in earlier rounds.
     """
     samples = len(counts)
     owner = torch.repeat_interleave(torch.arange(samples), counts)
     query = torch.arange(len(owner)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-    per_sample = counts.float() if weighted else torch.full((samples,), len(owner) / samples)
+    per_sample = (
+        counts.clamp(min=1).float() if weighted else torch.full((samples,), len(owner) / samples)
+    )
     weight = (share / (normalizer * per_sample)).float()[owner]
     if after is not None:
         query = query + after[owner]

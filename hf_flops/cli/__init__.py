@@ -1,3 +1,1 @@
-"""The command `hf-flops`: a module for each subcommand with `main(arguments)`, which returns the
-exit code.
-"""
+"""The command `hf-flops`: each subcommand is a module with `main(arguments) -> exit code`."""

@@ -11,7 +11,7 @@ PRESETS = ("flops", "mezo", "flops-authors")
 
 def parser() -> argparse.ArgumentParser:
     """Return what reads the arguments; those that it does not know are the recipe's."""
-    own = argparse.ArgumentParser(
+    command = argparse.ArgumentParser(
         prog="hf-flops compare",
         description="Train the same adapter on the same images with several presets, each with "
         "the same number of rows through the model, and write a table (report.md, results.json) "
@@ -19,45 +19,45 @@ def parser() -> argparse.ArgumentParser:
         epilog="Other options go to the recipe, such as --dataset, --model or --seed: see "
         "hf-flops vit --help.",
     )
-    own.add_argument(
+    command.add_argument(
         "--presets",
         nargs="+",
         default=list(PRESETS),
         help="what to compare (%(default)s); 'backprop' too",
     )
-    own.add_argument(
+    command.add_argument(
         "--rows", type=int, help="rows of each run, checks included; default: all of the epochs"
     )
-    own.add_argument("--output_dir", default="outputs/compare", help="default: %(default)s")
-    return own
+    command.add_argument("--output_dir", default="outputs/compare", help="default: %(default)s")
+    return command
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the recipe once for each preset."""
-    own = parser()
-    given, others = own.parse_known_args(arguments)
-    if wrong := [preset for preset in given.presets if preset not in (*PRESETS, "backprop")]:
-        own.error(
+    command = parser()
+    options, others = command.parse_known_args(arguments)
+    if wrong := [preset for preset in options.presets if preset not in (*PRESETS, "backprop")]:
+        command.error(
             f"--presets {wrong[0]} is unknown: choose among {', '.join((*PRESETS, 'backprop'))}"
         )
-    if given.rows is not None and "backprop" in given.presets:
-        own.error(
+    if options.rows is not None and "backprop" in options.presets:
+        command.error(
             "--rows bounds forward-only runs; leave 'backprop' out, or give --num_train_epochs "
             "instead"
         )
     for option in others:
         name = option.partition("=")[0].replace("-", "_")
         if len(name) > 3 and any(
-            own_name.startswith(name) for own_name in ("__compare", "__method", "__max_queries")
+            taken.startswith(name) for taken in ("__compare", "__method", "__max_queries")
         ):
-            own.error(f"{option} is what --presets and --rows stand for: give those")
+            command.error(f"{option} is set by --presets and --rows: give those")
     if others and not others[0].startswith("-"):
-        own.error(
+        command.error(
             f"{others[0]} is not understood: options begin with --, and a YAML file is for "
             "hf-flops vit"
         )
-    first, *more = given.presets
-    options = ["--method", first, "--output_dir", given.output_dir]
-    options += ["--compare", *more] if more else []
-    options += [] if given.rows is None else ["--max_queries", str(given.rows)]
-    return run("vit", "compare", [*options, *others])
+    first, *more = options.presets
+    recipe_options = ["--method", first, "--output_dir", options.output_dir]
+    recipe_options += ["--compare", *more] if more else []
+    recipe_options += [] if options.rows is None else ["--max_queries", str(options.rows)]
+    return run("vit", "compare", [*recipe_options, *others])

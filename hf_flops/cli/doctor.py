@@ -1,6 +1,4 @@
-"""`hf-flops doctor`: what training would do with a model, a PEFT method and data, before any
-run.
-"""
+"""`hf-flops doctor`: what training would do with a model, a PEFT method and data."""
 
 from __future__ import annotations
 
@@ -36,49 +34,49 @@ NEEDS = {  # what no option here gives
 
 def parser() -> argparse.ArgumentParser:
     """Return what reads the arguments."""
-    own = argparse.ArgumentParser(
+    command = argparse.ArgumentParser(
         prog="hf-flops doctor",
         description="Take a few steps on a copy of an adapter and say, with reasons: which noise "
         "each tensor gets, epsilon, rows per second, memory, signal to noise, and a learning rate "
         "and queries per sample to begin with.",
     )
-    own.add_argument(
+    command.add_argument(
         "--model",
         default="vit",
         help="vit, minilm, smollm2 (embedded), a folder or a Hub id; default: vit",
     )
-    own.add_argument(
+    command.add_argument(
         "--peft",
         default="lora",
         help="lora, dora, ia3, vera, prompt, prefix, ln or most other PEFT types",
     )
-    own.add_argument(
-        "--adapter", metavar="DIR", help="an adapter that was saved, in place of --peft"
+    command.add_argument(
+        "--adapter", metavar="DIR", help="an adapter that was saved, instead of --peft"
     )
-    own.add_argument(
+    command.add_argument(
         "--data",
         help="images or reviews (embedded), or a Hub id or folder; default: what suits the model",
     )
-    own.add_argument(
+    command.add_argument(
         "--rank",
         type=int,
         default=8,
         help="of LoRA and its kin, or virtual tokens; default: %(default)s",
     )
-    own.add_argument(
+    command.add_argument(
         "--batch_size", type=int, default=32, help="samples of a step; default: %(default)s"
     )
-    own.add_argument(
+    command.add_argument(
         "--queries_per_sample", type=int, default=4, help="rows of each; default: %(default)s"
     )
-    own.add_argument(
+    command.add_argument(
         "--steps",
         type=int,
         default=32,
         help="of the trial, or up to 4 times as many; default: %(default)s",
     )
-    own.add_argument("--json", action="store_true", help="print everything as JSON")
-    return own
+    command.add_argument("--json", action="store_true", help="print everything as JSON")
+    return command
 
 
 def kind_of(name: str) -> str:
@@ -92,9 +90,9 @@ def kind_of(name: str) -> str:
     kind = SHORT.get(name.upper(), name.upper())
     if kind not in PeftType.__members__:
         members = [member.lower() for member in PeftType.__members__ if member not in NEEDS]
-        known = ", ".join(["dora", "prompt", "prefix", "ln", *members])
         raise ConfigurationError(
-            f"--peft {name} is no method of the installed PEFT: choose one of {known}."
+            f"--peft {name} is no method of the installed PEFT: choose one of "
+            f"{', '.join(['dora', 'prompt', 'prefix', 'ln', *members])}."
         )
     if kind in NEEDS:
         raise ConfigurationError(
@@ -118,66 +116,58 @@ def configured(name: str, model: Any, task_type: str | None, rank: int) -> Any:
     config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[kind]]
     if task_type is None and (kind == "SHADOW" or issubclass(config, PromptLearningConfig)):
         raise ConfigurationError(f"--peft {name} is for models of text.")
-    options: dict[str, Any] = {"task_type": task_type}
     fields: Any = config.__dataclass_fields__
-    modules = [module for module, _ in model.named_modules()]
-    last = {module.rpartition(".")[2] for module in modules}
-    if "target_modules" in fields and kind != "LN_TUNING":
-        options["target_modules"] = next(
-            (list(pair) for pair in TARGETS if set(pair) <= last), "all-linear"
-        )
-    elif kind == "LN_TUNING":
-        norms = sorted(
-            {
-                module.rpartition(".")[2]
-                for module in modules
-                if "norm" in module.rpartition(".")[2].lower()
-            }
-        )
-        options["target_modules"] = norms
-    sizes: dict[str, Any] = {"r": rank, "num_virtual_tokens": rank, "feedforward_modules": []}
-    options |= {
-        name: value
-        for name, value in sizes.items()
-        if name in fields and (name, kind) != ("r", "OFT")
+    last = {module.rpartition(".")[2] for module, _ in model.named_modules()}
+    targets: Any = next((list(pair) for pair in TARGETS if set(pair) <= last), "all-linear")
+    if kind == "LN_TUNING":
+        targets = sorted(module for module in last if "norm" in module.lower())
+    options: dict[str, Any] = {
+        "target_modules": targets,
+        "r": rank,
+        "num_virtual_tokens": rank,
+        "feedforward_modules": [],
     }
+    if kind == "OFT":
+        del options["r"]
     if name.upper() == "DORA":
         options["use_dora"] = True
-    if "modules_to_save" in fields and "classifier" in last and task_type is None:
+    if "classifier" in last and task_type is None:
         options["modules_to_save"] = ["classifier"]
-    return config(**options)
+    suitable = {option: value for option, value in options.items() if option in fields}
+    return config(task_type=task_type, **suitable)
 
 
 def images(name: str, data: str | None) -> tuple[Any, Any, Any, None]:
     """Return an image classifier, samples, and what collates them."""
-    own = recipe("images")
-    task = own.load_images("auto" if data in (None, "images") else data)
-    model, processor = own.load_vit(own.pretrained_vit(task) if name == "vit" else name, task)
-    return model, own.pixel_dataset(task.train, processor), own.collate, None
+    loader = recipe("images")
+    task = loader.load_images("auto" if data in (None, "images") else data)
+    model, processor = loader.load_vit(loader.pretrained_vit(task) if name == "vit" else name, task)
+    return model, loader.pixel_dataset(task.train, processor), loader.collate, None
 
 
 def texts(name: str, data: str | None, *, causal: bool) -> tuple[Any, Any, Any, str]:
-    """Return a classifier of texts or a language model, samples, what collates them, and PEFT's
-    name for the task.
-    """
+    """Return a model of texts, samples, what collates them, and PEFT's name for the task."""
     import transformers
 
-    own = recipe("prompts")
-    task = own.load_texts("movies" if data in (None, "reviews") else data, validation=0, test=0)
+    source = "movies" if data in (None, "reviews") else data
+    task = recipe("prompts").load_texts(source, validation=0, test=0)
     tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    found = [tokenizer(text, truncation=True, max_length=WIDTH) for text, _ in task.train[:2000]]
-    rows = [{key: row[key] for key in ("input_ids", "attention_mask")} for row in found]
-    if (empty := next((i for i, row in enumerate(rows) if not row["input_ids"]), None)) is not None:
-        raise ConfigurationError(f"text {task.train[empty][0]!r} has no tokens")
+    rows = []
+    for text, label in task.train[:2000]:
+        row = tokenizer(text, truncation=True, max_length=WIDTH)
+        if not row["input_ids"]:
+            raise ConfigurationError(f"text {text!r} has no tokens")
+        rows.append({key: row[key] for key in ("input_ids", "attention_mask")} | {"labels": label})
     if causal:
+        rows = [{key: row[key] for key in row if key != "labels"} for row in rows]
         collate: Any = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)
         return transformers.AutoModelForCausalLM.from_pretrained(name), rows, collate, "CAUSAL_LM"
-    kind = transformers.AutoModelForSequenceClassification
-    model = kind.from_pretrained(name, num_labels=task.classes, ignore_mismatched_sizes=True)
-    labelled = [{**row, "labels": label} for row, (_, label) in zip(rows, task.train, strict=False)]
-    return model, labelled, transformers.DataCollatorWithPadding(tokenizer), "SEQ_CLS"
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        name, num_labels=task.classes, ignore_mismatched_sizes=True
+    )
+    return model, rows, transformers.DataCollatorWithPadding(tokenizer), "SEQ_CLS"
 
 
 def loaded(name: str, data: str | None) -> tuple[Any, Any, Any, str | None]:
@@ -191,12 +181,12 @@ def loaded(name: str, data: str | None) -> tuple[Any, Any, Any, str | None]:
     try:
         if name == "vit":
             return images(name, data)
-        place = getattr(recipe("assets"), name)() if name in ("minilm", "smollm2") else name
-        config = AutoConfig.from_pretrained(place)
+        source = getattr(recipe("assets"), name)() if name in ("minilm", "smollm2") else name
+        config = AutoConfig.from_pretrained(source)
         if hasattr(config, "image_size"):
-            return images(place, data)
+            return images(source, data)
         return texts(
-            place, data, causal=any("CausalLM" in kind for kind in config.architectures or [])
+            source, data, causal=any("CausalLM" in kind for kind in config.architectures or [])
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigurationError(
@@ -205,7 +195,7 @@ def loaded(name: str, data: str | None) -> tuple[Any, Any, Any, str | None]:
         ) from error
 
 
-def adapted(given: argparse.Namespace, model: Any, task_type: str | None) -> Any:
+def adapted(options: argparse.Namespace, model: Any, task_type: str | None) -> Any:
     """Return a model with the adapter of --adapter or a new one of --peft.
 
     Raises:
@@ -215,19 +205,19 @@ def adapted(given: argparse.Namespace, model: Any, task_type: str | None) -> Any
 
     from ..diagnosis.sandbox import copied
 
-    option = f"--peft {given.peft}" if given.adapter is None else f"--adapter {given.adapter}"
+    option = f"--peft {options.peft}" if options.adapter is None else f"--adapter {options.adapter}"
     try:
-        if given.adapter is None:
-            return copied(model, configured(given.peft, model, task_type, given.rank))
+        if options.adapter is None:
+            return copied(model, configured(options.peft, model, task_type, options.rank))
         with warnings.catch_warnings():
             # else they would stay random
             warnings.filterwarnings("error", "Found missing adapter keys")
-            return PeftModel.from_pretrained(model, given.adapter, is_trainable=True)
+            return PeftModel.from_pretrained(model, options.adapter, is_trainable=True)
     except (ConfigurationError, ImportError):
         raise
-    except Exception as error:  # every method of PEFT has its own
+    except Exception as error:  # every method of PEFT has its command
         raise ConfigurationError(
-            f"{option} does not suit --model {given.model}: {_reason(error)}."
+            f"{option} does not suit --model {options.model}: {_reason(error)}."
         ) from error
 
 
@@ -239,17 +229,17 @@ def _reason(error: Exception) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Take the trial's steps and print what they show."""
-    given = parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     for name, least in LEAST.items():
-        if getattr(given, name) < least:
+        if getattr(options, name) < least:
             raise ConfigurationError(
-                f"--{name} {getattr(given, name)} is too small: give {least} or more."
+                f"--{name} {getattr(options, name)} is too small: give {least} or more."
             )
-    if given.adapter is None:
-        kind_of(given.peft)
-    elif not Path(given.adapter, "adapter_config.json").is_file():
+    if options.adapter is None:
+        kind_of(options.peft)
+    elif not Path(options.adapter, "adapter_config.json").is_file():
         raise ConfigurationError(
-            f"--adapter {given.adapter} holds no adapter_config.json: name a folder that PEFT "
+            f"--adapter {options.adapter} holds no adapter_config.json: name a folder that PEFT "
             "saved."
         )
     import tempfile
@@ -261,16 +251,16 @@ def main(arguments: list[str] | None = None) -> int:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    model, samples, collate, task_type = loaded(given.model, given.data)
-    model = adapted(given, model, task_type)
+    model, samples, collate, task_type = loaded(options.model, options.data)
+    model = adapted(options, model, task_type)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of other libraries, beside a table
         args = FlopsTrainingArguments(
             folder,
-            per_device_train_batch_size=given.batch_size,
-            queries_per_sample=given.queries_per_sample,
+            per_device_train_batch_size=options.batch_size,
+            queries_per_sample=options.queries_per_sample,
             report_to="none",
         )
-        found = doctor(model, samples, args=args, steps=given.steps, data_collator=collate)
-    print(json.dumps(found.as_dict(), indent=1) if given.json else found)
+        diagnosis = doctor(model, samples, args=args, steps=options.steps, data_collator=collate)
+    print(json.dumps(diagnosis.as_dict(), indent=1) if options.json else diagnosis)
     return 0

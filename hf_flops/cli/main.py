@@ -1,6 +1,4 @@
-"""The command `hf-flops`: a table of subcommands, each of which is imported only when it is asked
-for.
-"""
+"""The command `hf-flops`: a table of subcommands, which are imported when they are called."""
 
 from __future__ import annotations
 
@@ -41,16 +39,16 @@ def parser() -> argparse.ArgumentParser:
     """Return what reads the name of the subcommand; the subcommand reads the rest."""
     width = max(map(len, COMMANDS)) + 2
     table = "\n".join(f"  {name:<{width}}{what}" for name, (_, what) in COMMANDS.items())
-    own = argparse.ArgumentParser(
+    command = argparse.ArgumentParser(
         prog="hf-flops",
         description="Fine-tune PEFT adapters with forward passes only.",
         epilog=f"commands:\n{table}\n\n`hf-flops COMMAND --help` tells more of each.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    own.add_argument("--version", action="version", version=__version__)
-    own.add_argument("command", choices=list(COMMANDS), metavar="COMMAND", help="what to do")
-    own.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="its arguments")
-    return own
+    command.add_argument("--version", action="version", version=__version__)
+    command.add_argument("command", choices=list(COMMANDS), metavar="COMMAND", help="what to do")
+    command.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="its arguments")
+    return command
 
 
 def function(command: str) -> Callable[[list[str]], int]:
@@ -60,23 +58,19 @@ def function(command: str) -> Callable[[list[str]], int]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a subcommand; returns the exit code: 0 for success, 1 for an error that the message
-    explains.
-    """
-    given = parser().parse_args(arguments)
+    """Run a subcommand; returns 0 for success, 1 for an error that the message explains."""
+    options = parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        return function(given.command)(given.arguments)
-    except FlopsError as error:
-        reason = str(error)
+        return function(options.command)(options.arguments)
     except ModuleNotFoundError as error:
         reason = (
-            f"{error.name} is not installed: pip install 'hf_flops[recipes]' brings all that the "
-            "commands want."
+            f"{error.name} is not installed: pip install 'hf_flops[recipes]' installs all that the "
+            "commands need."
         )
-    except ImportError as error:  # of the library's own, which names the extra
+    except (FlopsError, ImportError) as error:  # an ImportError of ours names the extra
         reason = str(error)
-    print(f"hf-flops {given.command}: {reason}", file=sys.stderr)
+    print(f"hf-flops {options.command}: {reason}", file=sys.stderr)
     return 1
 
 

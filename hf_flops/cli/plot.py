@@ -13,19 +13,19 @@ STEP_FILE = "trainer_state.json"
 
 def parser() -> argparse.ArgumentParser:
     """Return what reads the arguments."""
-    own = argparse.ArgumentParser(
+    command = argparse.ArgumentParser(
         prog="hf-flops plot",
         description="Draw a run from its output folder: the learning curve against rows and "
         "against seconds, the signal to noise of the estimates, and where the queries went (for "
         "data with a column sample_id).",
     )
-    own.add_argument("run", help="output folder, or a checkpoint in it")
-    own.add_argument(
+    command.add_argument("run", help="output folder, or a checkpoint in it")
+    command.add_argument(
         "--output",
         metavar="FILE",
         help="the picture, or a folder for run.png; default: run.png in RUN",
     )
-    return own
+    return command
 
 
 def newest(folder: Path) -> Path:
@@ -34,20 +34,19 @@ def newest(folder: Path) -> Path:
     Raises:
         ConfigurationError: there is none.
     """
-    folders = [path.parent for path in folder.glob(f"checkpoint-*/{STEP_FILE}")]
-    steps = {
-        int(number): path
-        for path in folders
-        if (number := path.name.removeprefix("checkpoint-")).isdecimal()
-    }
     if (folder / STEP_FILE).is_file():
         return folder
-    if not steps:
+    checkpoints = {
+        int(number): path.parent
+        for path in folder.glob(f"checkpoint-*/{STEP_FILE}")
+        if (number := path.parent.name.removeprefix("checkpoint-")).isdecimal()
+    }
+    if not checkpoints:
         raise ConfigurationError(
             f"{folder} holds no {STEP_FILE}: save checkpoints (save_strategy), or call "
             "trainer.save_state() after training."
         )
-    return steps[max(steps)]
+    return checkpoints[max(checkpoints)]
 
 
 def read_run(folder: str | Path) -> dict[str, Any]:
@@ -64,17 +63,16 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     from ..reporting.run_plots import curve_of, series_of
     from ..trainer.checkpoint_state import STATE_FILE, read_json
 
-    place = newest(Path(folder))
-    history = read_json(place / STEP_FILE, "log_history")
+    latest = newest(Path(folder))
+    history = read_json(latest / STEP_FILE, "log_history")
     if not any("rows" in entry for entry in history):
         raise ConfigurationError(
-            f"{place} has no log of rows: it is not of a FlopsTrainer, or logging_steps was never "
+            f"{latest} has no log of rows: it is not of a FlopsTrainer, or logging_steps was never "
             "reached."
         )
     measure, curve = curve_of(history)
-    samples = []
-    if (place / STATE_FILE).is_file():
-        samples = read_json(place / STATE_FILE, "ledger", "samples")
+    state = latest / STATE_FILE
+    samples = read_json(state, "ledger", "samples") if state.is_file() else []
     return {
         "curve": curve,
         "measure": measure,
@@ -85,10 +83,10 @@ def read_run(folder: str | Path) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Draw the run and say where the picture is."""
-    given = parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     from ..reporting.run_plots import save_run
 
-    run, path = read_run(given.run), Path(given.output or Path(given.run, "run.png"))
+    run, path = read_run(options.run), Path(options.output or Path(options.run, "run.png"))
     if path.is_dir():
         path /= "run.png"
     elif not path.suffix:

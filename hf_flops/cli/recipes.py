@@ -1,6 +1,4 @@
-"""`hf-flops vit`, `prompt` and `align`: the recipes, found beside the package in a checkout or
-inside an installed one.
-"""
+"""`hf-flops vit`, `prompt` and `align`: the recipes of a checkout or of an installed package."""
 
 from __future__ import annotations
 
@@ -21,18 +19,14 @@ def recipe(name: str) -> Any:
     Raises:
         ConfigurationError: it was not installed.
     """
-    places = [
-        folder
-        for folder in (PACKAGE / "bundled", PACKAGE.parent)
-        if (folder / "recipes" / f"{name}.py").is_file()
-    ]
-    if not places:
-        raise ConfigurationError(
-            f"The recipe {name} is not installed: install hf_flops anew, or run it from a checkout."
-        )
-    if str(places[0]) not in sys.path:
-        sys.path.insert(0, str(places[0]))
-    return import_module(f"recipes.{name}")
+    for folder in (PACKAGE / "bundled", PACKAGE.parent):
+        if (folder / "recipes" / f"{name}.py").is_file():
+            if str(folder) not in sys.path:
+                sys.path.insert(0, str(folder))
+            return import_module(f"recipes.{name}")
+    raise ConfigurationError(
+        f"The recipe {name} is not installed: install hf_flops again, or run it from a checkout."
+    )
 
 
 def run(name: str, command: str, arguments: list[str] | None = None) -> int:

@@ -1,6 +1,4 @@
-"""Models with an image and a text tower: which inputs of a batch each tower takes, and checks of
-the batch.
-"""
+"""Models with an image and a text tower: the inputs of each, and checks of a batch."""
 
 from __future__ import annotations
 
@@ -28,13 +26,11 @@ def base_of(model: nn.Module) -> nn.Module:
 
 
 def contrastive_base(model: nn.Module) -> DualEncoder | None:
-    """Return a model, without its adapter, if it has two towers as CLIP and SigLIP have, or else
-    None.
-    """
+    """Return a model, without its adapter, if it has two towers as CLIP and SigLIP; else None."""
     base = base_of(model)
-    towers = all(hasattr(base, f"get_{side}_features") for side in SIDES)
-    scaled = towers and torch.is_tensor(getattr(base, "logit_scale", None))
-    return cast(DualEncoder, base) if scaled else None
+    dual = all(hasattr(base, f"get_{side}_features") for side in SIDES)
+    scaled = torch.is_tensor(getattr(base, "logit_scale", None))
+    return cast(DualEncoder, base) if dual and scaled else None
 
 
 def _accepted(base: DualEncoder, side: str) -> tuple[Callable[..., Any], list[str]]:
@@ -46,9 +42,7 @@ def _accepted(base: DualEncoder, side: str) -> tuple[Callable[..., Any], list[st
 
 
 def tower_forward(base: DualEncoder, side: str) -> Forward:
-    """Return the function from a tower's inputs of R rows to (None, embeddings (R, D), not
-    normalised).
-    """
+    """Return the function from a tower's inputs to (None, embeddings (R, D), not normalised)."""
     method, names = _accepted(base, side)
 
     def run(inputs: Inputs) -> tuple[None, Tensor]:
@@ -108,8 +102,7 @@ def require_return_loss(base: DualEncoder, inputs: Inputs) -> None:
 def whole_batch(
     model: nn.Module, inputs: Inputs, contrast: ContrastiveLoss | None
 ) -> BatchLoss | BatchContrast:
-    """Return the loss of a batch as a whole, for noise that all its rows share; None stands for
-    the model's own loss.
+    """Return the loss of a batch as a whole; without `contrast` it is the model's own.
 
     Raises:
         ObjectiveError: the batch asks for no loss, lacks images or texts, or does not pair them as

@@ -1,13 +1,10 @@
-"""One step of a contrastive loss: an estimate from each tower's noisy rows, plus the gradients that
-the clean forward gives exactly.
-"""
+"""One step of a contrastive loss: estimates from noisy rows, and gradients that are exact."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,7 +15,7 @@ from ..core.clean_forward import CleanPass, clean_pass
 from ..core.estimate import estimate_from
 from ..core.method import Method, StepResult
 from ..estimators import ClosedFormHead
-from ..objectives import Forward, Objective, RowLosses
+from ..objectives import CallableObjective, Forward, Objective, RowLosses
 from ..objectives.elementwise import widen
 from .loss import SIDES, ContrastiveBatch, DualEncoder
 
@@ -27,22 +24,15 @@ _TEXTS = 2**40
 KEPT = 0.95  # weight of past steps in the towers' shares, from one step to the next
 # metrics that are sums over towers; the others are averaged
 _SUMS = ("gradient_variance", "gradient_signal", "sample_signal", "head_signal", "dropped_rows")
-TowerInputs: TypeAlias = Mapping[str, Inputs]  # by side, rows numbered
+TowerInputs = Mapping[str, Inputs]  # by side, rows numbered
 # maps embeddings of texts (C, D) and images (B, D) to the loss of the batch
-Contrast: TypeAlias = Callable[[Tensor, Tensor], ContrastiveBatch]
+Contrast = Callable[[Tensor, Tensor], ContrastiveBatch]
 
 
-class TowerSurrogate(Objective):
-    """A number per row that depends smoothly on all of its embedding, for the checks of the first
-    batch.
-    """
-
-    def __call__(self, forward: Forward, inputs: Inputs, *, features: bool = False) -> RowLosses:
-        """See `Objective`."""
-        del features
-        values = widen(forward(inputs)[1])
-        sums = values @ torch.arange(values.shape[1], device=values.device).to(values).cos()
-        return RowLosses(sums, torch.ones_like(sums))
+def projected(embeddings: Tensor, inputs: Inputs) -> Tensor:
+    """Return a number per row that depends smoothly on all of its embedding (R, D)."""
+    values = widen(embeddings)
+    return values @ torch.arange(values.shape[1], device=values.device).to(values).cos()
 
 
 class TowerLoss(Objective):
@@ -55,7 +45,7 @@ class TowerLoss(Objective):
     """
 
     logits = needs_clean = True
-    surrogate = TowerSurrogate()
+    surrogate = CallableObjective(projected)
 
     def __init__(self, side: str, batch: ContrastiveBatch | None = None) -> None:
         self.side, self.batch = side, batch
@@ -70,18 +60,16 @@ class TowerLoss(Objective):
         return self.batch.replaced(self.side, inputs[ROW], embeddings)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Tower:
     """One of the two encoders.
 
     Attributes:
-        loss: the objective of one embedding at a time.
         forward: maps its inputs to (None, embeddings (R, D)).
-        method: how its gradient is estimated; None where no noise enters it.
+        method: how its gradient is estimated, the loss left open; None where no noise enters it.
         head: what projects its embeddings, where that is trained and has its exact gradient.
     """
 
-    loss: TowerLoss
     forward: Forward
     method: Method | None = None
     head: ClosedFormHead | None = None
@@ -107,8 +95,7 @@ def estimate_alignment(
     place: BatchPosition,
     batches: float = 1.0,
 ) -> tuple[dict[str, StepResult], ContrastiveBatch]:
-    """Add an estimate of a contrastive loss's gradient to `.grad`; return the results of the noisy
-    towers and the loss.
+    """Add an estimate of a contrastive loss's gradient to `.grad`; return results and loss.
 
     With u_i all embeddings, `dL = sum_i dL/du_i du_i`: the queries of an embedding, with the others
     of the batch fixed, estimate its term, and the sum is unbiased for any counts that are fixed
@@ -129,8 +116,8 @@ def estimate_alignment(
                 clean[side] = tower.embeddings(inputs[side])
                 continue
             recording = stack.enter_context(tower.method.reuse.recording(tower.forward))
-            own = place if side == "image" else replace(place, position=place.position + _TEXTS)
-            passes[side] = clean_pass(recording, inputs[side], tower.method, own)
+            apart = replace(place, position=place.position + _TEXTS * (side == "text"))
+            passes[side] = clean_pass(recording, inputs[side], tower.method, apart)
             losses = passes[side].losses
             assert losses is not None
             assert losses.logits is not None
@@ -169,8 +156,7 @@ def add_scale_gradients(base: DualEncoder, loss: ContrastiveBatch, batches: floa
 def join_results(
     results: Mapping[str, StepResult], sizes: Mapping[str, int], loss: float
 ) -> StepResult:
-    """Join what the towers' estimates report; counts are those of the images, plus those of the
-    texts where there are as many.
+    """Join the towers' results; counts are those of the images, plus as many texts'.
 
     Args:
         results: of the towers with noise.

@@ -1,5 +1,4 @@
-"""Contrastive losses of images and texts: a batch's loss, its derivatives, and its value with one
-embedding replaced.
+"""Contrastive losses: of a batch, their derivatives, and with one embedding replaced.
 
 Such a loss is no sum over samples: it compares every embedding with all of the other tower's. But
 its gradient is a sum over embeddings, so a query is one row through one tower, and its loss is that
@@ -28,9 +27,7 @@ KINDS = ("auto", "softmax", "sigmoid")
 
 
 class DualEncoder(Protocol):
-    """A model with an image and a text tower, such as CLIP and SigLIP; the latter has a
-    `logit_bias` too.
-    """
+    """A model of images and texts, such as CLIP and SigLIP, which also has a `logit_bias`."""
 
     logit_scale: Tensor
     get_image_features: Callable[..., Any]
@@ -82,8 +79,7 @@ class ContrastiveBatch:
         return float(self.slopes.sum())
 
     def clean(self, side: str) -> RowLosses:
-        """Return the clean losses of the images or texts, scaled so that their mean is the loss of
-        the batch.
+        """Return the clean losses of the images or texts; their mean is the loss of the batch.
 
         `slopes` are by the embeddings before they are normalised: for `u = a / ||a||` and h the
         derivative by u, that by a is `(h - (h . u) u) / ||a||`.
@@ -100,8 +96,7 @@ class ContrastiveBatch:
         return RowLosses(sums, ones, norms, embeddings, by_embedding)
 
     def replaced(self, side: str, owner: Tensor, embeddings: Tensor) -> RowLosses:
-        """Return the losses of rows that each replace one embedding, in place of its own for itself
-        alone.
+        """Return the losses of rows that each replace one embedding, for itself alone.
 
         Args:
             side: whose embeddings, of "image" or "text".
@@ -114,14 +109,12 @@ class ContrastiveBatch:
             terms, logits, other = terms.T, logits.T, "image"
         moved = F.normalize(embeddings, dim=1, eps=1e-30) - self.units[side][owner]
         changes = terms.changes(logits, owner, self.scale * moved @ self.units[other].T)
-        each = len(self.embeddings[side])
-        sums = each * (terms.elements(logits).sum(0)[owner] + changes)
+        sums = len(self.units[side]) * (terms.elements(logits).sum(0)[owner] + changes)
         return RowLosses(sums, torch.ones_like(sums), logits=embeddings)
 
 
 class ContrastiveLoss(Objective):
-    """The loss that aligns images with texts, of models that return `image_embeds` and
-    `text_embeds`, as CLIP and SigLIP do.
+    """The loss that aligns `image_embeds` with `text_embeds` of a model, as of CLIP and SigLIP.
 
     Image i of a batch belongs to text i. Where the batch has `labels`, image i belongs to text
     `labels[i]` instead; there may be any number of texts then, as the names of all classes, and for
@@ -189,8 +182,7 @@ class ContrastiveLoss(Objective):
         return SoftmaxTerms(wanted / (2 * images), wanted / (2 * images))
 
     def pairing(self, inputs: Inputs, texts: int, images: int) -> tuple[Tensor | None, Tensor]:
-        """Return the text (B,) of each image, None for its own, and which of the batch's texts are
-        looked at (C,).
+        """Return the text (B,) of each image, None for its own, and the distinct texts (C,).
 
         Raises:
             ObjectiveError: there are no labels, and not as many texts as images.
@@ -223,11 +215,11 @@ class ContrastiveLoss(Objective):
             bias: its `logit_bias`, if it has one.
         """
         texts, images = (widen(values) for values in (outputs.text_embeds, outputs.image_embeds))
-        labels, kept = self.pairing(inputs, len(texts), len(images))
+        labels, distinct = self.pairing(inputs, len(texts), len(images))
         terms = self.terms(
-            len(kept), len(images), labels, sigmoid=bias is not None, given="labels" in inputs
+            len(distinct), len(images), labels, sigmoid=bias is not None, given="labels" in inputs
         )
-        texts = F.normalize(texts[kept.to(texts.device)], dim=1)
+        texts = F.normalize(texts[distinct.to(texts.device)], dim=1)
         cosines = (texts @ F.normalize(images, dim=1).T).double().cpu()
         logits = scale.double().cpu().exp() * cosines
         return terms.elements(logits if bias is None else logits + bias.double().cpu()).sum()
@@ -263,10 +255,8 @@ class BatchContrast(Objective):
     def __call__(self, forward: Forward, inputs: Inputs, *, features: bool = False) -> RowLosses:
         """See `Objective`."""
         del features
-        _, outputs = forward(inputs)
-        loss = self.contrast.loss(
-            outputs, inputs, self.model.logit_scale, getattr(self.model, "logit_bias", None)
-        )
+        scale, bias = self.model.logit_scale, getattr(self.model, "logit_bias", None)
+        loss = self.contrast.loss(forward(inputs)[1], inputs, scale, bias)
         return RowLosses(loss.reshape(1), torch.ones(1, dtype=torch.float64))
 
 

@@ -80,22 +80,26 @@ def start_session(
 
 def _check_contrastive(args: RunArguments) -> None:
     """Refuse arguments that need a loss per batch."""
-    if args.trajectory_log:
-        raise ConfigurationError(
+    for refused, message in (
+        (
+            args.trajectory_log,
             "trajectory_log=True does not distinguish queries of images from those of texts: use "
-            'perturbation="shared".'
-        )
-    if args.queries_per_sample == "auto":
-        raise ConfigurationError(
-            "queries_per_sample='auto' does not support rows of images and texts: give a number."
-        )
-    if args.world_size > 1:
-        raise ConfigurationError(
+            'perturbation="shared".',
+        ),
+        (
+            args.queries_per_sample == "auto",
+            "queries_per_sample='auto' does not support rows of images and texts: give a number.",
+        ),
+        (
+            args.world_size > 1,
             f"{args.world_size} processes cannot share the queries of single images and texts: "
-            'use one, or perturbation="shared".'
-        )
-    if args.learning_rate_search:
-        raise ConfigurationError(
+            'use one, or perturbation="shared".',
+        ),
+        (
+            args.learning_rate_search,
             "learning_rate_search needs a loss per batch, not queries of single images and texts: "
-            'give learning_rate a number, or use perturbation="shared".'
-        )
+            'give learning_rate a number, or use perturbation="shared".',
+        ),
+    ):
+        if refused:
+            raise ConfigurationError(message)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import replace
 
@@ -36,6 +36,7 @@ from .estimate import (
     Contrast,
     Tower,
     TowerInputs,
+    TowerLoss,
     add_scale_gradients,
     estimate_alignment,
     join_results,
@@ -64,6 +65,7 @@ class ContrastiveSession:
     counts_labels = counts_elements = False
     needs_clean = True
     method = None
+    observers: Sequence[Observer] = ()
 
     def __init__(
         self,
@@ -92,11 +94,6 @@ class ContrastiveSession:
         self.check_rows, self._warned = 0, False
         # names of the frozen and of the trainable tensors for which the towers were built
         self._built_for: tuple[Collection[str], Collection[str]] | None = None
-
-    @property
-    def observers(self) -> Sequence[Observer]:
-        """See `GradientSession`."""
-        return []
 
     @property
     def precision(self) -> float:
@@ -152,11 +149,14 @@ class ContrastiveSession:
     def _matches(self, batch: Batch, parts: TowerInputs) -> bool:
         """Return whether the model's own loss of a batch is that of its towers' embeddings."""
         with Attempt("The towers' embeddings make no loss"):
-            with self._linked(parts, self._contrast(None, given=False)) as linked:
-                loss = batch.forward(batch.inputs)[0]
-            if loss is not None:
-                losses = torch.tensor([float(loss), linked.loss], dtype=torch.float64)
-                return agree(losses[0], losses[1], 10 * self.precision, 1.0)
+            contrastive = self._loss_of(parts, self._contrast(None, given=False)).loss
+            loss = batch.forward(batch.inputs)[0]
+            return loss is not None and agree(
+                torch.tensor(float(loss), dtype=torch.float64),
+                torch.tensor(contrastive, dtype=torch.float64),
+                10 * self.precision,
+                1.0,
+            )
         return False
 
     def unperturbed(self, batches: Sequence[Batch]) -> AbstractContextManager[Callable[[], Tensor]]:
@@ -177,12 +177,14 @@ class ContrastiveSession:
         results, loss = estimate_alignment(self.towers, parts, contrast, position, batches)
         add_scale_gradients(self.base, loss, batches)
         self.shares.update(self.towers, results)
-        sizes = {side: batch_size(part) for side, part in parts.items()}
-        result = join_results(results, sizes, loss.loss / batches)
+        result = join_results(results, _sizes(parts), loss.loss / batches)
         searched = sum(tuning.rows for tuning in self.tunings.values())  # for epsilon
         for tuning in self.tunings.values():
             tuning.rows = 0
         return replace(result, rows=result.rows + searched)
+
+    def finish_step(self, epoch: float) -> None:
+        """See `GradientSession`; nothing is solved."""
 
     def fall_back(self, error: RowLossError, *, recorded: bool) -> None:
         """See `GradientSession`; embeddings always have losses of their own."""
@@ -193,23 +195,25 @@ class ContrastiveSession:
 
     def parts(self) -> Mapping[str, Stateful]:
         """See `GradientSession`."""
-        parts: dict[str, Stateful] = {"rows of the towers": self.shares}
-        for side in SIDES:
-            parts[f"{side} allocator"] = self.allocators[side]
-            parts[f"{side} tuning"] = self.tunings[side]
-            control = self.controls[side]
-            if control is not None:
-                parts[f"{side} control variate"] = control
-        return parts
+        by_side: dict[str, Mapping[str, Stateful | None]] = {
+            "allocator": self.allocators,
+            "tuning": self.tunings,
+            "control variate": self.controls,
+        }
+        parts = {
+            f"{side} {name}": part
+            for side in SIDES
+            for name, both in by_side.items()
+            if (part := both[side]) is not None
+        }
+        return {"rows of the towers": self.shares, **parts}
 
     def log(self) -> dict[str, float]:
         """See `GradientSession`."""
         return {}
 
     def split(self, inputs: Inputs) -> tuple[TowerInputs, Tensor | None]:
-        """Return the towers' inputs, rows numbered, and the number (B,) of each image's text; None
-        where image i belongs to text i.
-        """
+        """Return the towers' inputs, numbered, and each image's text (B,), None for its own."""
         parts = tower_inputs(self.base, inputs)
         texts = batch_size(parts["text"])
         labels, distinct = self.contrast.pairing(inputs, texts, batch_size(parts["image"]))
@@ -227,8 +231,9 @@ class ContrastiveSession:
         shift = 0.0 if bias is None else float(bias)
 
         def batch(texts: Tensor, images: Tensor) -> ContrastiveBatch:
-            sizes = len(texts), len(images)
-            terms = self.contrast.terms(*sizes, labels, sigmoid=bias is not None, given=given)
+            terms = self.contrast.terms(
+                len(texts), len(images), labels, sigmoid=bias is not None, given=given
+            )
             return ContrastiveBatch(texts, images, terms, scale, shift)
 
         return batch
@@ -236,28 +241,30 @@ class ContrastiveSession:
     def _complete(self, parts: TowerInputs, queries: int, contrast: Contrast, seed: int) -> None:
         """Fill in the step's queries, epsilon and rows per forward."""
         precision = self.precision
-        scale = first_scale(self.args, precision)
-        sizes = {side: batch_size(part) for side, part in parts.items()}
-        shares = self.shares.share(self.towers, sizes, queries)
+        shares = self.shares.share(self.towers, _sizes(parts), queries)
         measured = all(self.tunings[side].found for side in shares)
-        unknown = self.args.perturbation_scale == "auto" and not measured
-        with self._linked(parts, contrast) if unknown else nullcontext():
-            for side, count in shares.items():
-                tower = self.towers[side]
-                assert tower.method is not None
-                method = replace(tower.method, queries_per_sample=1 + count, scale=scale)
-                tower.method = self.tunings[side].complete(
-                    method, tower.forward, parts[side], precision=precision, seed=seed
-                )
+        calibrates = self.args.perturbation_scale == "auto" and not measured
+        batch = self._loss_of(parts, contrast) if calibrates else None
+        for side, count in shares.items():
+            tower = self.towers[side]
+            assert tower.method is not None
+            method = replace(
+                tower.method,
+                objective=TowerLoss(side, batch),
+                queries_per_sample=1 + count,
+                scale=first_scale(self.args, precision),
+            )
+            method = self.tunings[side].complete(
+                method, tower.forward, parts[side], precision=precision, seed=seed
+            )
+            method = replace(method, objective=TowerLoss(side))  # the step's is not known yet
+            self.towers[side] = replace(tower, method=method)
 
-    @contextmanager
-    def _linked(self, parts: TowerInputs, contrast: Contrast) -> Iterator[ContrastiveBatch]:
-        """Make the batch's loss that of the towers inside the context."""
-        batch = contrast(*(self.forwards[side](parts[side])[1] for side in ("text", "image")))
-        for tower in self.towers.values():
-            tower.loss.batch = batch
-        try:
-            yield batch
-        finally:
-            for tower in self.towers.values():
-                tower.loss.batch = None
+    def _loss_of(self, parts: TowerInputs, contrast: Contrast) -> ContrastiveBatch:
+        """Return the loss of a batch's embeddings."""
+        return contrast(*(self.forwards[side](parts[side])[1] for side in ("text", "image")))
+
+
+def _sizes(parts: TowerInputs) -> dict[str, int]:
+    """Return the number of images and of texts."""
+    return {side: batch_size(part) for side, part in parts.items()}

@@ -27,12 +27,12 @@ class TowerShares:
 
     def update(self, towers: Mapping[str, Tower], results: Mapping[str, StepResult]) -> None:
         """Learn from a finished batch."""
-        for side, found in results.items():
+        for side, result in results.items():
             method = towers[side].method
             assert method is not None
             # deltas are those of U times the loss
             weight = math.sqrt(method.perturbation.vector.size) * float(
-                found.mean_squares.nan_to_num(0.0).sqrt().mean()
+                result.mean_squares.nan_to_num(0.0).sqrt().mean()
             )
             self.weights[side] = KEPT * self.weights.get(side, weight) + (1 - KEPT) * weight
 
@@ -65,8 +65,8 @@ class TowerShares:
         weights = weights if noisy.keys() <= weights.keys() else dict.fromkeys(noisy, 1.0)
         total, shares = sum(weights[side] for side in noisy), {}
         for side in [side for side in SIDES if side in noisy]:
-            others = sum(needed.values()) - needed[side]
-            wanted = min(max(rows * weights[side] / total, needed[side]), rows - others)
+            most = rows - sum(needed.values()) + needed[side]
+            wanted = min(max(rows * weights[side] / total, needed[side]), most)
             shares[side] = int(wanted) // sizes[side]
         return shares
 

@@ -1,43 +1,16 @@
-"""Losses of the similarities of images and texts: their elements, derivatives, and what a change of
-one column does.
-"""
+"""Losses of similarities of images and texts: elements, derivatives, changes of a column."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 from torch import Tensor
 from torch.nn import functional as F
 
 
-class Terms(Protocol):
-    """A loss of the similarities (C, B) of C texts and B images, as a sum over their elements."""
-
-    @property
-    def T(self) -> Terms:
-        """Return the same loss of the transposed similarities."""
-        ...
-
-    def elements(self, logits: Tensor) -> Tensor:
-        """Return (C, B) what each pair contributes to the loss."""
-        ...
-
-    def slopes(self, logits: Tensor) -> Tensor:
-        """Return (C, B) the derivative of the loss."""
-        ...
-
-    def changes(self, logits: Tensor, columns: Tensor, shifts: Tensor) -> Tensor:
-        """Return (R,) how the loss changes where a column changes: columns (R,) int64, shifts
-        (R, C).
-        """
-        ...
-
-
 @dataclass(frozen=True)
 class SoftmaxTerms:
-    """Cross-entropy of each text over the images, and of each image over the texts, with weighted
-    targets.
+    """Cross-entropy of texts over images, and of images over texts, with weighted targets.
 
     A text with weights w over its images contributes `sum_i w_i (logsumexp of its row - similarity
     to i)`.
@@ -55,34 +28,34 @@ class SoftmaxTerms:
 
     @property
     def T(self) -> SoftmaxTerms:
-        """See `Terms`."""
+        """The same loss of the transposed similarities."""
         return SoftmaxTerms(self.by_image.T, self.by_text.T)
 
     def elements(self, logits: Tensor) -> Tensor:
-        """See `Terms`."""
+        """Return (C, B) what each pair contributes to the loss."""
         return -self.by_text * logits.log_softmax(1) - self.by_image * logits.log_softmax(0)
 
     def slopes(self, logits: Tensor) -> Tensor:
-        """See `Terms`."""
-        wanted = self.by_text + self.by_image
+        """Return (C, B) the derivative of the loss."""
         return (
             self.by_text.sum(1, keepdim=True) * logits.softmax(1)
             + self.by_image.sum(0) * logits.softmax(0)
-            - wanted
+            - (self.by_text + self.by_image)
         )
 
     def changes(self, logits: Tensor, columns: Tensor, shifts: Tensor) -> Tensor:
-        """See `Terms`: a row's logsumexp changes by `log1p(p expm1(shift))`, which keeps the digits
-        of small shifts.
+        """Return (R,) how the loss changes with a column: columns (R,) int64, shifts (R, C).
+
+        A row's logsumexp changes by `log1p(p expm1(shift))`, which is exact for small shifts.
         """
         factors = shifts.expm1()
-        rows = self.by_text.sum(1) * (logits.softmax(1)[:, columns].T * factors).log1p()  # (R, C)
-        own = (
+        by_text = self.by_text.sum(1) * (logits.softmax(1)[:, columns].T * factors).log1p()
+        by_image = (
             self.by_image.sum(0)[columns]
             * (logits.softmax(0)[:, columns].T * factors).sum(1).log1p()
         )
-        wanted = (self.by_text + self.by_image)[:, columns].T
-        return rows.sum(1) + own - (wanted * shifts).sum(1)
+        targets = (self.by_text + self.by_image)[:, columns].T
+        return by_text.sum(1) + by_image - (targets * shifts).sum(1)
 
 
 @dataclass(frozen=True)
@@ -102,20 +75,24 @@ class SigmoidTerms:
 
     @property
     def T(self) -> SigmoidTerms:
-        """See `Terms`."""
+        """See `SoftmaxTerms`."""
         return SigmoidTerms(self.signs.T, self.weight)
 
     def elements(self, logits: Tensor) -> Tensor:
-        """See `Terms`."""
+        """See `SoftmaxTerms`."""
         return self.weight * F.softplus(-self.signs * logits)
 
     def slopes(self, logits: Tensor) -> Tensor:
-        """See `Terms`."""
+        """See `SoftmaxTerms`."""
         return -self.weight * self.signs * (-self.signs * logits).sigmoid()
 
     def changes(self, logits: Tensor, columns: Tensor, shifts: Tensor) -> Tensor:
-        """See `Terms`: `softplus(x + s) - softplus(x) = log1p(sigmoid(x) expm1(s))`."""
+        """See `SoftmaxTerms`: `softplus(x + s) - softplus(x) = log1p(sigmoid(x) expm1(s))`."""
         signs, before = self.signs[:, columns].T, logits[:, columns].T
         return self.weight * ((-signs * before).sigmoid() * (-signs * shifts).expm1()).log1p().sum(
             1
         )
+
+
+Terms = SoftmaxTerms | SigmoidTerms
+"""A loss of the similarities (C, B) of C texts and B images, as a sum over their elements."""

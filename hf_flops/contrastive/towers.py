@@ -52,7 +52,7 @@ def build_tower(
     loss, precision = TowerLoss(side), precision_of(model, autocast=args.bf16)
     trained = set(ParameterVector.of(model).names)
     names = used_tensors(model, forward, take(inputs, torch.tensor([0]))) - set(frozen)
-    exact = bool(names) and args.closed_form_head
+    exact = bool(names) and args.closed_form_head != "none"
     head = find_head(model, loss, forward, inputs, trained - names) if exact else None
     if head is not None:
         names -= set(head.vector.names)
@@ -62,13 +62,14 @@ def build_tower(
             ", ".join(head.vector.names),
         )
     if not names:
-        return Tower(loss, forward, None, head)
+        return Tower(forward, None, head)
     perturbation = noise_for(
         args, model, loss.surrogate, forward, inputs, trained - names, precision=precision
     )
     if side == "text" and args.prefix_cache is not None:
         args = copy(args)
         args.prefix_cache = None  # texts have no ids of their own
+    reuse = late_expansion(args, model, loss.surrogate, forward, inputs, perturbation, precision)
     method = Method(
         objective=loss,
         perturbation=perturbation,
@@ -77,8 +78,9 @@ def build_tower(
         queries_per_sample=0,
         scale=1e-3,
         rows_per_forward=1,
-        reuse=late_expansion(args, model, loss.surrogate, forward, inputs, perturbation, precision),
+        reuse=reuse,
         head=head,
         control=control,
+        delta_clip=args.delta_clip,
     )
-    return Tower(loss, forward, method, head)
+    return Tower(forward, method, head)

@@ -31,12 +31,14 @@ class Clean:
         own: losses of the samples that this process ran, with slopes if they were requested.
         head_inputs: (b, ...) inputs of the closed-form head for these; empty without a head.
         objective: the objective of the queries, which may depend on the clean losses.
+        features: (B, ...) inputs of the head for all samples; None without a head.
     """
 
     losses: RowLosses
     own: RowLosses
     head_inputs: Tensor
     objective: Objective
+    features: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,15 @@ class CleanPass:
         assert self.found is not None
         found = replace(self.found, losses=losses, own=losses, objective=objective)
         return replace(self, method=replace(self.method, objective=objective), found=found)
+
+    @property
+    def head_features(self) -> Tensor | None:
+        """(B, H) of the head, if its loss has one element per sample and all are known here."""
+        features = None if self.found is None else self.found.features
+        head = self.method.head
+        if features is None or head is None or len(features) != self.samples:
+            return None
+        return features if features[0].numel() == head.module.in_features else None
 
     def features(self) -> SampleFeatures:
         """Return the features that the allocator may use."""
@@ -164,18 +175,27 @@ def clean_forward(
     given = torch.cat(seen) if seen else torch.zeros(0)
     if idle:
         own, given = own.without_rows(), given[:0]
-    losses = own if len(pieces) == 1 else gathered(method, own, pieces)
+    losses, all_inputs = own, given
+    if len(pieces) > 1:
+        losses, all_inputs = gathered(method, own, given, pieces)
     if not exchange.counts_exact(pieces):
         own, given = own.without_rows(), given[:0]
     objective, losses = objective.bind_batch(losses, whole)
-    return Clean(losses, own, given, objective)
+    return Clean(losses, own, given, objective, all_inputs if head is not None else None)
 
 
-def gathered(method: Method, own: RowLosses, pieces: Sequence[slice]) -> RowLosses:
-    """Gather the clean losses of all processes, each of which ran a piece of the batch."""
+def gathered(
+    method: Method, own: RowLosses, head_inputs: Tensor, pieces: Sequence[slice]
+) -> tuple[RowLosses, Tensor]:
+    """Gather the clean losses and the head's inputs of all processes, each of which ran a piece of
+    the batch.
+    """
     # With more logits there is no control variate, so they need not be sent.
     few = (
         method.control is not None and own.logits is not None and own.logits.shape[1] <= MOST_LOGITS
     )
     sizes = [piece.stop - piece.start for piece in pieces]
-    return method.exchange.losses(own, sizes, logits=few or method.objective.needs_clean)
+    losses = method.exchange.losses(own, sizes, logits=few or method.objective.needs_clean)
+    if method.head is None or (method.solver is None and not few):
+        return losses, head_inputs
+    return losses, method.exchange.group.all_gather(head_inputs, sizes)

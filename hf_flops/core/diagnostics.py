@@ -7,16 +7,26 @@ import math
 import torch
 from torch import Tensor
 
+from ..allocators import Allocator, PredictingAllocator, SampleFeatures, predicted_gain
 from ..base.rows import Rows
 
 
 def mean_squares(rows: Rows, deltas: Tensor, units: int) -> Tensor:
     """Return (B,) mean of each sample's finite squared deltas (R,), an estimate of
-    `||grad s_i||^2`; NaN for samples without a finite delta.
+    `||grad s_i||^2`; NaN for samples without a finite delta, such as those without queries.
     """
     finite = deltas.isfinite()
     squares = torch.zeros(units).index_add_(0, rows.owner[finite], deltas[finite].square())
     return squares / torch.bincount(rows.owner[finite], minlength=units)
+
+
+def gain_metrics(allocator: Allocator, features: SampleFeatures) -> dict[str, float]:
+    """Return `predicted_gain`, the gain over equal counts that the allocator's predicted sigmas
+    promise before they are calibrated; nothing if it predicts none or there is one sample.
+    """
+    if not isinstance(allocator, PredictingAllocator) or len(features.losses) < 2:
+        return {}
+    return {"predicted_gain": predicted_gain(allocator.predict(features))}
 
 
 def summarise(
@@ -57,12 +67,14 @@ def summarise(
     variance = (dimension + 1) * spread
     share = counts.double() / counts.sum()
     entropy = (
-        float(-(share * share.log()).sum()) / math.log(len(counts)) if len(counts) > 1 else 1.0
+        float(torch.special.entr(share).sum()) / math.log(len(counts)) if len(counts) > 1 else 1.0
     )
-    gain = float(squares.sum() * len(counts) / counts.sum()) / inverse if inverse > 0 else 1.0
+    standing = represented(rows, counts)
+    equal = float((standing * squares).sum() * len(counts) / counts.sum())
+    gain = equal / inverse if inverse > 0 else 1.0
     metrics = {
         "gradient_variance": variance,
-        "sample_signal": float(squares.sqrt().mean()) ** 2 * len(counts),
+        "sample_signal": float((standing * squares.sqrt()).mean()) ** 2 * len(counts),
         "allocation_entropy": entropy,
         "allocation_gain": gain,
         "effective_queries": gain * float(counts.sum()) / len(counts),
@@ -73,3 +85,14 @@ def summarise(
         metrics["gradient_signal"] = float(estimate.double().square().sum()) - variance
         metrics["head_signal"] = float(exact.square().sum())
     return metrics
+
+
+def represented(rows: Rows, counts: Tensor) -> Tensor:
+    """Return (B,) float64, how many samples each sample stands for in a sum over all: 1, or the
+    total weight of its rows where others have no queries.
+    """
+    samples = len(counts)
+    if bool((counts > 0).all()):
+        return torch.ones(samples, dtype=torch.float64)
+    totals = torch.zeros(samples, dtype=torch.float64)
+    return totals.index_add_(0, rows.owner, rows.weight.double())

@@ -20,16 +20,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..allocators import SampleFeatures
 from ..base.batch import Inputs
 from ..base.rows import BatchPosition, Rows
 from ..distributed.noise_sum import NoiseSum
 from ..errors import NonFiniteError
-from ..estimators import Chain, DeltaTransform, FiniteDifference, LeaveOneOut, Residual
+from ..estimators import (
+    Chain,
+    Clipping,
+    DeltaTransform,
+    FiniteDifference,
+    HeadSolver,
+    LeaveOneOut,
+    Residual,
+)
 from ..objectives import Forward
 from ..perturbations.replay import UpdateRecord
 from .chunking import ChunkPlanner
 from .clean_forward import CleanPass, clean_pass
-from .diagnostics import mean_squares, summarise
+from .diagnostics import gain_metrics, mean_squares, summarise
 from .method import Method, StepResult
 from .queries import QueryResults
 from .rounds import all_queries, queries_of
@@ -49,7 +58,7 @@ def estimate_gradient(
 
     The loss is `(1/N) sum_i s_i`, s_i a sample's loss sum; the estimate is
     `(1/N) sum_i (1/n_i) sum_k delta_ik z_ik`, unbiased for any counts n_i that are fixed before the
-    noise.
+    noise. Random counts, which may be 0, have their mean in the place of n_i in the weight.
 
     Args:
         forward: runs the model, in evaluation mode, and returns its loss and outputs.
@@ -103,7 +112,12 @@ def estimate_from(
     """Run the queries and add the estimate to the gradients; for the arguments see
     `estimate_gradient`.
     """
-    method, features, chain = clean.method, clean.features(), transforms(clean)
+    method = clean.method
+    if method.solver is not None:
+        keep_samples(clean, method.solver)
+    if method.clean_only:
+        return primed(clean, elements, batches)
+    features, chain = clean.features(), transforms(clean)
     sums = method.exchange.noise_sum(method.perturbation, clean.place)
     results = all_queries(clean, chain, sums, features)
     lengths = (
@@ -116,6 +130,7 @@ def estimate_from(
     trace = method.exchange.trace(sums.parts, clean.place, factor, normalizer)
     result = report(
         clean,
+        features,
         results,
         applied,
         normalizer,
@@ -127,6 +142,25 @@ def estimate_from(
     return result
 
 
+def keep_samples(clean: CleanPass, solver: HeadSolver) -> None:
+    """Keep what the head's solver needs of a batch."""
+    assert clean.found is not None
+    assert clean.found.features is not None
+    solver.add(clean.found.features, clean.found.losses, clean.place.ids)
+
+
+def primed(clean: CleanPass, elements: float | None, batches: float) -> StepResult:
+    """Return the result of a batch without queries: only its clean rows have run."""
+    assert clean.losses is not None
+    sums, counts = clean.losses.sums, clean.losses.counts
+    normalizer = (float(counts.sum()) * batches if elements is None else elements) or 1.0
+    loss = sums[sums.isfinite()].sum() / normalizer
+    queries = torch.zeros(clean.units, dtype=torch.int64)
+    unknown = torch.full((clean.units,), torch.nan)
+    dropped = {"dropped_rows": float((~sums.isfinite()).sum())}
+    return StepResult(loss.float(), clean.samples, queries, unknown, dropped)
+
+
 def transforms(clean: CleanPass) -> Chain:
     """Return the chain of transforms from losses to deltas: see `estimators/delta_chain.py`."""
     method, losses = clean.method, clean.losses
@@ -134,7 +168,10 @@ def transforms(clean: CleanPass) -> Chain:
     chain: list[DeltaTransform] = [FiniteDifference(*difference)]
     if method.control is not None and losses is not None and method.allocator.weighted:
         vector, size = method.perturbation.vector, getattr(method.perturbation, "rowwise_size", 0)
-        prediction = method.control.start(losses, size, vector.device, clean.place.step)
+        reference = None if method.solver is None else method.solver.features()
+        prediction = method.control.start(
+            losses, size, vector.device, clean.place.step, clean.head_features, reference
+        )
         if prediction is not None:
             chain.append(
                 Residual(
@@ -143,6 +180,8 @@ def transforms(clean: CleanPass) -> Chain:
             )
     if method.centred:
         chain.append(LeaveOneOut(clean.units))
+    if method.delta_clip is not None:
+        chain.append(Clipping(method.delta_clip))
     return Chain(chain)
 
 
@@ -164,7 +203,9 @@ def complete(
             f"non-finite loss: lower perturbation_scale (now {method.scale:g}) or the learning "
             "rate, and look at the batch for NaN."
         )
-    kept = torch.bincount(rows.owner[finite], minlength=clean.units) > 0
+    # A sample without queries is not a dropped one: its share of the mean is added back.
+    kept = torch.bincount(rows.owner[~finite], minlength=clean.units) == 0
+    kept |= torch.bincount(rows.owner[finite], minlength=clean.units) > 0
     if method.exchange.group.rank == 0:
         for mean in chain.means(kept.float()):
             sums.add_back(mean)
@@ -193,7 +234,8 @@ def apply(
         Both, or None if only their sum over several batches is known, now or later.
     """
     method, head, exact, found = clean.method, clean.method.head, torch.zeros(1), clean.found
-    if head is not None and found is not None:
+    solved = method.solver is not None
+    if head is not None and found is not None and not solved:
         exact = head.gradient(found.head_inputs, found.own, found.losses) / normalizer
     put_off = method.exchange.pending
     reduced = method.exchange.reduce([update, exact, *chain.statistics()], last=last)
@@ -201,7 +243,7 @@ def apply(
         return None
     update, exact, *statistics = reduced
     method.perturbation.vector.add_to_gradients(update)
-    if head is not None:
+    if head is not None and not solved:
         head.vector.add_to_gradients(exact)
     chain.finish(iter(statistics))
     return None if put_off else (update, exact)
@@ -209,6 +251,7 @@ def apply(
 
 def report(
     clean: CleanPass,
+    features: SampleFeatures,
     results: QueryResults,
     applied: tuple[Tensor, Tensor] | None,
     normalizer: float,
@@ -224,6 +267,7 @@ def report(
     metrics = summarise(
         applied, squares / normalizer**2, counts, rows, results.deltas / normalizer, *facts
     )
+    metrics |= gain_metrics(method.allocator, features)
     used = (len(rows) + replayed) * len(method.estimator.signs) * (clean.samples // units)
     used += clean.samples * method.needs_clean
     losses = results.losses(units) / counts if clean.losses is None else clean.losses.sums

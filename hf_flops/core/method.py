@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ..allocators import Allocator
+from ..allocators import Allocator, RandomisedAllocator
 from ..base.batch import Inputs
 from ..base.rows import BatchPosition
 from ..distributed.exchange import Exchange, SingleProcess
 from ..errors import ConfigurationError
-from ..estimators import ClosedFormHead, ControlVariate, Estimator
+from ..estimators import ClosedFormHead, ControlVariate, Estimator, HeadSolver
 from ..objectives import Objective
 from ..perturbations import Perturbation
 from ..perturbations.replay import UpdateRecord
@@ -34,11 +34,17 @@ class Method:
         trimmed: sides ("left", "right") where padding that no row of a forward needs is cut off.
         reuse: modules that run once per sample because no noise reaches them; see `choose_reuse`.
         head: the layer whose exact gradient the clean forward gives; it is not perturbed.
+        solver: solves for the head's weights at the end of optimizer steps; None for its exact
+            gradient instead.
+        clean_only: whether batches run without queries, to know more samples of the solver first.
         control: the control variate, which predicts deltas from past steps; None for none.
         exchange: how the processes of the run share results.
+        delta_clip: bound of a delta in robust standard deviations of the batch's, which biases the
+            estimate; None for none.
 
     Raises:
-        ConfigurationError: processes exchange scalars only, and another argument needs more.
+        ConfigurationError: processes exchange scalars only, and another argument needs more; or
+            `delta_clip` would run rows again.
 
     Example:
         >>> from torch import nn
@@ -67,11 +73,20 @@ class Method:
     trimmed: frozenset[str] = frozenset()
     reuse: ReusePlan = field(default_factory=ReusePlan)
     head: ClosedFormHead | None = None
+    solver: HeadSolver | None = None
+    clean_only: bool = False
     control: ControlVariate | None = None
     exchange: Exchange = field(default_factory=SingleProcess)
+    delta_clip: float | None = None
 
     def __post_init__(self) -> None:
         self.exchange.check(control=self.control is not None, replays=self.perturbation.replays)
+        if self.delta_clip is not None and self.perturbation.replays:
+            raise ConfigurationError(
+                f"delta_clip={self.delta_clip:g} changes rows that have run, and noise on outputs "
+                'would have to run them again: use perturbation="rowwise" or "shared", or '
+                "delta_clip=None."
+            )
 
     @property
     def needs_clean(self) -> bool:
@@ -100,11 +115,14 @@ class Method:
     def budget(self, samples: int) -> int:
         """Return the number of queries of `samples` samples, after their clean rows are paid."""
         rows = samples * (self.queries_per_sample - self.needs_clean)
-        budget = rows // len(self.estimator.signs)
-        if budget < samples:
-            least = len(self.estimator.signs) + self.needs_clean
+        signs = len(self.estimator.signs)
+        budget = rows // signs
+        zeros = isinstance(self.allocator, RandomisedAllocator) and self.objective.per_row
+        fewest = 1 if zeros else samples
+        if budget < fewest:
+            least = self.needs_clean - (-signs * fewest // samples)
             raise ConfigurationError(
-                f"queries_per_sample={self.queries_per_sample} leaves no query for every sample: "
+                f"queries_per_sample={self.queries_per_sample} leaves too few queries: "
                 f"{type(self.estimator).__name__} with {type(self.allocator).__name__} needs at "
                 f"least {least} rows per sample, the clean one included."
             )

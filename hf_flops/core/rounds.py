@@ -9,7 +9,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..allocators import SampleFeatures, TwoRoundAllocator, equal_counts
+from ..allocators import (
+    Allocator,
+    RandomisedAllocator,
+    SampleFeatures,
+    TwoRoundAllocator,
+    equal_counts,
+)
 from ..base.prng import seeds
 from ..base.rows import Rows, expand
 from ..distributed.noise_sum import NoiseSum
@@ -30,7 +36,7 @@ def all_queries(
         return run_round(clean, chain, sums, equal_counts(clean.units, budget))
     plan = allocator.pilot(features, budget) if isinstance(allocator, TwoRoundAllocator) else None
     if plan is None:
-        return run_round(clean, chain, sums, allocator.counts(features, budget))
+        return run_round(clean, chain, sums, *counts_and_shares(allocator, features, budget))
     assert isinstance(allocator, TwoRoundAllocator)
     pilot, weights = plan
     first = run_round(clean, chain, sums, pilot, share=weights)
@@ -38,6 +44,18 @@ def all_queries(
     left = budget - len(first.rows)
     counts = allocator.second_counts(features, squares, pilot, weights, left)
     return first.then(run_round(clean, chain, sums, counts, share=1 - weights, after=pilot))
+
+
+def counts_and_shares(
+    allocator: Allocator, features: SampleFeatures, budget: int
+) -> tuple[Tensor, Tensor | float]:
+    """Return the counts (B,) of a single round and the total weight of each sample's rows, which is
+    1 in expectation if counts are random.
+    """
+    counts = allocator.counts(features, budget)
+    if not isinstance(allocator, RandomisedAllocator):
+        return counts, 1.0
+    return counts, counts / allocator.expected_counts(features, budget)
 
 
 def lay_out(
@@ -49,7 +67,9 @@ def lay_out(
     allocator, place = clean.method.allocator, clean.place
     # N is known only after a forward has counted the loss elements: rows are laid out with N = 1.
     # Counts may round differently on another machine, so all processes use those of process 0.
-    counts = clean.method.exchange.group.broadcast(counts.int()).long()
+    group = clean.method.exchange.group
+    counts = group.broadcast(counts.int()).long()
+    share = group.broadcast(share) if isinstance(share, Tensor) else share
     rows = expand(counts, 1.0, weighted=allocator.weighted, share=share, after=after)
     if not (allocator.shuffled and clean.method.objective.per_row):
         return rows

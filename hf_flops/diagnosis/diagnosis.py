@@ -1,6 +1,4 @@
-"""What training would do with a model, a method and data, and what it would cost: measured in a
-short trial on a copy.
-"""
+"""What training would do, and what it would cost: measured in a short trial on a copy."""
 
 from __future__ import annotations
 
@@ -16,7 +14,8 @@ from transformers.trainer_callback import PrinterCallback
 
 from ..autotune.session import SampleSession
 from ..base.rounding_error import precision_of
-from ..perturbations import ActivationNoise, ParameterVector, Perturbation
+from ..perturbations import ActivationNoise, ParameterVector, Perturbation, RowwiseNoise
+from ..perturbations.row_loop import looped
 from ..trainer import FlopsTrainer, FlopsTrainingArguments
 from .sandbox import copied, generators_kept, listening
 from .trial import LONGEST, Trial
@@ -81,10 +80,10 @@ class Diagnosis:
     Example:
         >>> rule = Rule("lora_B", 64, "per row", "gave the loss that moving it explicitly gives")
         >>> fact = Fact("learning_rate", 1e-3, "from line searches")
-        >>> found = Diagnosis([rule], {fact.name: fact}, [])
-        >>> found["learning_rate"]
+        >>> diagnosis = Diagnosis([rule], {fact.name: fact}, [])
+        >>> diagnosis["learning_rate"]
         0.001
-        >>> print(found)
+        >>> print(diagnosis)
         noise        tensors   numbers  reason
         per row            1        64  gave the loss that moving it explicitly gives
                                         lora_B
@@ -161,28 +160,28 @@ def doctor(
         >>> model = ViTForImageClassification(config)
         >>> images = [{"pixel_values": torch.rand(3, 4, 4), "labels": i % 2} for i in range(8)]
         >>> adapter = LoraConfig(target_modules="all-linear", modules_to_save=["classifier"])
-        >>> found = doctor(model, images, peft_config=adapter, steps=2)
-        >>> [rule.tensor.split(".")[-2] for rule in found.rules if rule.way == "exact"]
+        >>> diagnosis = doctor(model, images, peft_config=adapter, steps=2)
+        >>> [rule.tensor.split(".")[-2] for rule in diagnosis.rules if rule.way == "exact"]
         ['default', 'default']
     """
-    with tempfile.TemporaryDirectory() as folder, generators_kept(), listening() as notes:
+    with tempfile.TemporaryDirectory() as folder, generators_kept(), listening() as records:
         if args is None:
             args = FlopsTrainingArguments(
                 folder, per_device_train_batch_size=32, queries_per_sample=4, report_to="none"
             )
-        queries = 4 if args.queries_per_sample == "auto" else args.queries_per_sample
-        batch = args.per_device_train_batch_size
-        changes = {
+        quiet = replace(
+            args,
             **_QUIET,
-            "output_dir": folder,
-            "queries_per_sample": queries,
-            "per_device_eval_batch_size": batch,
-        }
-        trial = replace(args, max_steps=LONGEST * max(2, steps) + 1, **changes)
-        trainer = Trial(copied(model, peft_config), trial, train_dataset=train_dataset, **kwargs)
+            output_dir=folder,
+            max_steps=LONGEST * max(2, steps) + 1,
+            queries_per_sample=4 if args.queries_per_sample == "auto" else args.queries_per_sample,
+            per_device_eval_batch_size=args.per_device_train_batch_size,
+        )
+        trainer = Trial(copied(model, peft_config), quiet, train_dataset=train_dataset, **kwargs)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         facts = {fact.name: fact for fact in _facts(trainer, target)}
+        notes = [record.getMessage() for record in records]
         return Diagnosis(rules_of(trainer), facts, notes)
 
 
@@ -193,25 +192,21 @@ def rules_of(trainer: FlopsTrainer) -> list[Rule]:
     assert isinstance(session, SampleSession)
     assert session.chosen is not None
     for part in session.chosen.perturbation.parts:
-        for site in getattr(part, "sites", []) if not isinstance(part, ActivationNoise) else []:
-            if getattr(site.rule, "__name__", "") == "looped":
-                names = [part.vector.names[index] for index in site.tensors.values()]
-                ways.update(
-                    dict.fromkeys(
-                        names, ("row by row", "no rule for all rows at once agrees with moving it")
-                    )
-                )
-        for name in part.vector.names:
-            ways.setdefault(name, _way(part, session))
+        ways |= dict.fromkeys(part.vector.names, _way(part, session))
+        for site in part.sites if isinstance(part, RowwiseNoise) else ():
+            if site.rule is looped:
+                way = "row by row", "no rule for all rows at once agrees with moving it"
+                ways |= dict.fromkeys([part.vector.names[i] for i in site.tensors.values()], way)
     if session.chosen.head is not None:
-        reason = "it outputs the logits: residual times input, from the clean forward"
-        ways.update(dict.fromkeys(session.chosen.head.vector.names, ("exact", reason)))
-    ways.update(
-        dict.fromkeys(session.frozen, ("held back", f"lora_parts={trainer.args.lora_parts!r}"))
-    )
+        way = "exact", "it outputs the logits: residual times input, from the clean forward"
+        ways |= dict.fromkeys(session.chosen.head.vector.names, way)
+    way = "held back", f"lora_parts={trainer.args.lora_parts!r}"
+    ways |= dict.fromkeys(session.frozen, way)
     vector, idle = ParameterVector.of(trainer.model), ("none", "the loss does not depend on it")
-    pairs = zip(vector.names, vector.parameters, strict=True)
-    return [Rule(name, parameter.numel(), *ways.get(name, idle)) for name, parameter in pairs]
+    return [
+        Rule(name, parameter.numel(), *ways.get(name, idle))
+        for name, parameter in zip(vector.names, vector.parameters, strict=True)
+    ]
 
 
 def _way(part: Perturbation, session: SampleSession) -> tuple[str, str]:
@@ -248,32 +243,34 @@ def _facts(trainer: Trial, target: float) -> Iterator[Fact]:
         reason = f"differences have the least error: signal to noise {signal_to_noise:.3g}"
     scale = method.scale if calibration.scale is None else calibration.scale
     yield Fact("epsilon", scale, f"{reason}; training would take {method.scale:.3g}")
-    speed = float(np.median(trainer.speeds[1:] or trainer.speeds))
-    yield Fact("rows per second", speed, f"median of {len(trainer.speeds[1:]) or 1} steps")
+    speeds = trainer.speeds[1:] or trainer.speeds
+    yield Fact("rows per second", float(np.median(speeds)), f"median of {len(speeds)} steps")
     yield Fact(
         "peak memory (MB)", trainer.megabytes, "of one step, above what the process held before"
     )
     signal, variance = np.array(trainer.signals or [(0.0, 1.0)]).mean(0).tolist()
     ratio = max(signal, 0.0) / max(variance, 1e-30)
-    each = f"{method.queries_per_sample} rows for each of {trainer.args.train_batch_size} samples"
     yield Fact(
         "signal to noise of a step",
         ratio,
-        f"squared gradient over variance, an exact head left out, {each}",
+        "squared gradient over variance, an exact head left out, "
+        f"{method.queries_per_sample} rows for each of {trainer.args.train_batch_size} samples",
     )
-    wanted = math.ceil(target / ratio) if ratio > 0 else None
-    reason = "until their mean has it" if ratio > 0 else f"no signal in {steps} steps"
-    yield Fact(f"steps to signal to noise {target:g}", wanted, reason)
+    yield Fact(
+        f"steps to signal to noise {target:g}",
+        math.ceil(target / ratio) if ratio > 0 else None,
+        "until their mean has it" if ratio > 0 else f"no signal in {steps} steps",
+    )
     rate = _OF_A_RUN * trainer.args.learning_rate * search.multiplier
-    reason = (
+    yield Fact(
+        "learning_rate",
+        float(f"{rate:.2g}"),
         f"{_OF_A_RUN:g} times the result of line searches in {search.searched} steps: the best "
-        "rate for few steps is too small for a run"
+        "rate for few steps is too small for a run",
     )
-    yield Fact("learning_rate", float(f"{rate:.2g}"), reason)
-    queries = trainer.auto.at(steps)
     yield Fact(
         "queries_per_sample",
-        queries,
+        trainer.auto.at(steps),
         "most progress per row at this signal and noise, the exact head's included",
     )
 

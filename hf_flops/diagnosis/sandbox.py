@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import logging
 import random
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging.handlers import BufferingHandler
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,12 +23,10 @@ if TYPE_CHECKING:
 
 def copied(model: nn.Module, peft_config: PeftConfig | None = None) -> nn.Module:
     """Return a copy of a model that shares the frozen tensors and has trained ones of its own."""
-    memo: dict[int, object] = {}
-    for parameter in model.parameters():
-        plain = type(parameter) is nn.Parameter
-        memo[id(parameter)] = (
-            nn.Parameter(parameter.data, parameter.requires_grad) if plain else parameter
-        )
+    memo: dict[int, object] = {
+        id(p): nn.Parameter(p.data, p.requires_grad) if type(p) is nn.Parameter else p
+        for p in model.parameters()
+    }
     copied_model = copy.deepcopy(model, memo)
     if peft_config is not None:
         copied_model = wrap_with_adapter(copied_model, copy.deepcopy(peft_config))
@@ -49,16 +49,14 @@ def generators_kept() -> Iterator[None]:
 
 
 @contextmanager
-def listening() -> Iterator[list[str]]:
+def listening() -> Iterator[list[logging.LogRecord]]:
     """Yield a list that collects the library's warnings, which other handlers do not see."""
-    warnings: list[str] = []
-    logger = logging.getLogger("hf_flops")
-    handler, propagate = logging.Handler(logging.WARNING), logger.propagate
-    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
+    logger, handler = logging.getLogger("hf_flops"), BufferingHandler(capacity=sys.maxsize)
+    handler.setLevel(logging.WARNING)
+    propagate, logger.propagate = logger.propagate, False
     logger.addHandler(handler)
-    logger.propagate = False
     try:
-        yield warnings
+        yield handler.buffer
     finally:
         logger.removeHandler(handler)
         logger.propagate = propagate

@@ -81,8 +81,7 @@ class Trial(FlopsTrainer):
 
 
 class PlannedSearch(RateSearch):
-    """Thorough searches after a quarter, another quarter and the rest of a trial's steps; epsilon
-    is measured with the last.
+    """Thorough searches after two quarters and the rest of a trial, and then epsilon.
 
     If the last of them is not clear, the trial continues until one is, up to four times as long.
 
@@ -104,7 +103,7 @@ class PlannedSearch(RateSearch):
         self.steps, self.seed = steps, seed
         quarter = steps // 4
         windows = (quarter, quarter, steps - 2 * quarter, steps, 2 * steps)
-        self._windows = [window for window in windows if window]
+        self._windows = list(filter(None, windows))
         self._searches, self.settled = 0, False
         self.searched: int | None = None
         self.calibration = Calibration(None, 0.0, 0)
@@ -126,10 +125,10 @@ class PlannedSearch(RateSearch):
     ) -> Found:
         """Search as `RateSearch` does, and decide whether the trial may end."""
         self._searches += 1
-        found = super().search(losses, vector, optimizer, agree)
+        result = super().search(losses, vector, optimizer, agree)
         left = len(self._windows) - self._searches
-        self.settled = left <= 0 or (left <= 2 and found.clear)
-        return found
+        self.settled = left <= 0 or (left <= 2 and result.clear)
+        return result
 
     def _bounds(self) -> tuple[float, float]:
         return 1 / 8, MOST
@@ -141,9 +140,7 @@ class PlannedSearch(RateSearch):
 
 
 def some_of(dataset: Any, most: int) -> Any:
-    """Return at most so many samples of a dataset, drawn at random if it has a length; the global
-    generators do not change.
-    """
+    """Return at most so many samples, drawn at random without the global generators."""
     if not isinstance(dataset, Sized):
         return list(islice(dataset, most))
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))

@@ -1,6 +1,4 @@
-"""Collectives of the processes of a run: all sent bytes are counted, and a process that has ended
-is reported instead of waited for.
-"""
+"""Collectives that count sent bytes, and report a process that ended instead of waiting."""
 
 from __future__ import annotations
 
@@ -41,9 +39,7 @@ class ProcessGroup:
         self.sent = 0
 
     def partition(self, number: int, least: int = 1) -> list[slice]:
-        """Split `number` items into one even slice per process; each has `least` or more items, or
-        none.
-        """
+        """Split `number` items into an even slice per process, of `least` or more, or none."""
         busy = max(1, min(self.world, number // least))
         edges = [number * min(rank, busy) // busy for rank in range(self.world + 1)]
         return [slice(start, stop) for start, stop in pairwise(edges)]
@@ -113,14 +109,13 @@ class TorchProcessGroup(ProcessGroup):
 
     def all_gather(self, piece: Tensor, sizes: Sequence[int]) -> Tensor:
         """See `ProcessGroup.all_gather`."""
-        own = piece.detach().to(self.device).contiguous()
-        self.sent += own.numel() * own.element_size()
-        most = max(sizes)
-        if len(own) < most:
-            own = torch.cat([own, own.new_zeros(most - len(own), *own.shape[1:])])
-        padded = [torch.empty_like(own) for _ in sizes]
-        self._run(lambda: dist.all_gather(padded, own, async_op=True))
-        pieces = [values[:size] for values, size in zip(padded, sizes, strict=True)]
+        sent = piece.detach().to(self.device).contiguous()
+        self.sent += sent.numel() * sent.element_size()
+        # all processes send as much as the one with the most
+        sent = torch.cat([sent, sent.new_zeros(max(sizes) - len(sent), *sent.shape[1:])])
+        received = [torch.empty_like(sent) for _ in sizes]
+        self._run(lambda: dist.all_gather(received, sent, async_op=True))
+        pieces = [values[:size] for values, size in zip(received, sizes, strict=True)]
         return torch.cat(pieces).to(piece.device)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
@@ -177,9 +172,7 @@ class TorchProcessGroup(ProcessGroup):
             raise ProcessError(self._blame(error)) from error
 
     def _part(self) -> None:
-        """Close the connections before the interpreter exits: otherwise gloo's threads may abort
-        the process.
-        """
+        """Close the connections before the interpreter exits: gloo's threads may abort it."""
         if not self._troubled and dist.is_initialized():
             dist.destroy_process_group()
 

@@ -1,10 +1,9 @@
-"""How the processes of a run compute the same update: alone, by an all-reduce of gradients, or by
-exchanging scalars.
-"""
+"""How the processes of a run compute the same update: alone, by all-reduce, or by scalars."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -28,15 +27,19 @@ class Exchange:
 
     Args:
         group: the other processes.
-
-    Attributes:
-        pending: whether earlier batches of the optimizer step wait for their reduction.
+        every_batch: whether to reduce after every batch, for features that need each batch's
+            signal.
     """
 
-    pending = False
+    _pending: list[Tensor] | None = None
 
-    def __init__(self, group: ProcessGroup | None = None) -> None:
-        self.group = group or ProcessGroup()
+    def __init__(self, group: ProcessGroup | None = None, *, every_batch: bool = False) -> None:
+        self.group, self.every_batch = group or ProcessGroup(), every_batch
+
+    @property
+    def pending(self) -> bool:
+        """Whether earlier batches of the optimizer step wait for their reduction."""
+        return self._pending is not None
 
     def check(self, *, control: bool, replays: bool) -> None:
         """Raise an error for methods that this exchange does not support.
@@ -57,9 +60,7 @@ class Exchange:
         return self.group.partition(samples, 2) if samples >= 4 else [slice(0, samples)]
 
     def counts_exact(self, pieces: Sequence[slice]) -> bool:
-        """Return whether this process adds the exact gradient of its samples, for these slices of
-        `clean_pieces`.
-        """
+        """Return whether this process adds its samples' exact gradient, given `clean_pieces`."""
         del pieces
         return True
 
@@ -84,8 +85,8 @@ class Exchange:
         fair = chunks >= world and (chunks % world == 0 or chunks >= 4 * world)
         if shares_noise or not fair:
             return [
-                feed.ordered(rows[own], within_groups=shares_noise)
-                for own in self.group.partition(len(rows))
+                feed.ordered(rows[part], within_groups=shares_noise)
+                for part in self.group.partition(len(rows))
             ]
         ordered = feed.ordered(rows, within_groups=False)
         dealt: list[list[Tensor]] = [[] for _ in range(world)]
@@ -93,45 +94,42 @@ class Exchange:
             # 0, 1, 2, 2, 1, 0, 0, ...: the first chunks have the widest rows
             turn = number % (2 * world)
             dealt[min(turn, 2 * world - 1 - turn)].append(index)
-        return [ordered[torch.cat(own)] for own in dealt]
+        return [ordered[torch.cat(indices)] for indices in dealt]
 
-    def gathered(self, parts: Sequence[Rows], own: Tensor) -> tuple[Rows, Tensor, Tensor]:
-        """Gather the results of all rows, in an order that does not depend on the number of
-        processes.
+    def gathered(self, parts: Sequence[Rows], results: Tensor) -> tuple[Rows, Tensor, Tensor]:
+        """Gather the results of all rows, in an order that is the same for any number of processes.
 
         Args:
             parts: the rows of each process.
-            own: (r, C) results of this process's rows.
+            results: (r, C) of this process's rows.
 
         Returns:
             All rows, (R, C) their results, and (R,) whether this process ran them.
         """
-        sizes = [len(part) for part in parts]
-        results, rows = self.group.all_gather(own, sizes), parts[0]
-        for part in parts[1:]:
-            rows = rows.then(part)
-        mine = (
-            torch.repeat_interleave(torch.arange(self.group.world), torch.tensor(sizes))
-            == self.group.rank
-        )
+        sizes, rows = [len(part) for part in parts], reduce(Rows.then, parts)
+        rank = torch.arange(self.group.world).repeat_interleave(torch.tensor(sizes))
         order = rows.order()
-        return rows[order], results[order], mine[order]
+        everything = self.group.all_gather(results, sizes)
+        return rows[order], everything[order], (rank == self.group.rank)[order]
 
-    def losses(self, own: RowLosses, sizes: Sequence[int], *, logits: bool) -> RowLosses:
+    def losses(self, losses: RowLosses, sizes: Sequence[int], *, logits: bool) -> RowLosses:
         """Gather the clean losses of all processes; with logits and slopes only if `logits`."""
         names = ["sums", "counts", "residuals"] + ["logits", "slopes"] * logits
-        fields = {name: values for name in names if (values := getattr(own, name)) is not None}
-        flat = [
-            (values if values.dim() > 1 else values[:, None]).to(own.sums)
+        names += ["targets", "weights"]
+        fields = {name: values for name in names if (values := getattr(losses, name)) is not None}
+        columns = [
+            (values if values.dim() > 1 else values[:, None]).to(losses.sums)
             for values in fields.values()
         ]
-        widths = [part.shape[1] for part in flat]
-        gathered = self.group.all_gather(torch.cat(flat, 1), sizes).split(widths, 1)
+        gathered = self.group.all_gather(torch.cat(columns, 1), sizes).split(
+            [part.shape[1] for part in columns], 1
+        )
         return RowLosses(
+            mean=losses.mean,
             **{
-                name: part if name in ("logits", "slopes") else part[:, 0]
+                name: part if fields[name].dim() > 1 else part[:, 0]
                 for name, part in zip(fields, gathered, strict=True)
-            }
+            },
         )
 
     def noise_sum(self, perturbation: Perturbation, place: BatchPosition) -> NoiseSum:
@@ -149,55 +147,27 @@ class Exchange:
         """Return the record of the update; None if no process has all chunks."""
         return UpdateRecord.of(parts, place.position, factor, normalizer)
 
-    def reduce(self, own: list[Tensor], *, last: bool) -> list[Tensor] | None:
-        """Return the sums over all processes and pending batches; None if the batch becomes
-        pending.
+    def reduce(self, terms: list[Tensor], *, last: bool) -> list[Tensor] | None:
+        """Return the sums over all processes and pending batches; None if the batch is put off.
 
         Args:
-            own: this process's terms.
+            terms: of this process.
             last: whether the batch is the last of its optimizer step.
         """
         del last
-        return own
+        return terms
 
     def discard(self) -> None:
         """Drop the pending batches of a step that is not taken."""
+        self._pending = None
 
 
 class SingleProcess(Exchange):
-    """A run with one process."""
-
-    def clean_pieces(self, samples: int, *, head: bool) -> list[slice]:
-        """See `Exchange`."""
-        del head
-        return [slice(0, samples)]
-
-    def parts(
-        self, rows: Rows, feed: TrimmedBatch, *, shares_noise: bool, chunk: int | None = None
-    ) -> list[Rows]:
-        """See `Exchange`."""
-        del chunk
-        return [feed.ordered(rows if shares_noise else rows.sorted(), within_groups=shares_noise)]
+    """A run with one process, which gets all rows: the defaults."""
 
 
 class GradientAllReduce(Exchange):
-    """Sums the processes' gradients with an all-reduce, once per optimizer step.
-
-    Args:
-        group: the other processes.
-        every_batch: whether to reduce after every batch, for features that need each batch's
-            signal.
-    """
-
-    def __init__(self, group: ProcessGroup | None = None, *, every_batch: bool = False) -> None:
-        super().__init__(group)
-        self.every_batch = every_batch
-        self._pending: list[Tensor] | None = None
-
-    @property
-    def pending(self) -> bool:  # type: ignore[override]
-        """See `Exchange`."""
-        return self._pending is not None
+    """Sums the processes' gradients with an all-reduce, once per optimizer step or batch."""
 
     def counts_exact(self, pieces: Sequence[slice]) -> bool:
         """See `Exchange`: if all processes have the same samples, only the first adds them."""
@@ -214,23 +184,18 @@ class GradientAllReduce(Exchange):
         del parts, place, factor, normalizer
         return None
 
-    def reduce(self, own: list[Tensor], *, last: bool) -> list[Tensor] | None:
+    def reduce(self, terms: list[Tensor], *, last: bool) -> list[Tensor] | None:
         """See `Exchange`."""
         pending, self._pending = self._pending, None
-        sums = own if pending is None else [a + b for a, b in zip(pending, own, strict=True)]
+        sums = terms if pending is None else [a + b for a, b in zip(pending, terms, strict=True)]
         if last or self.every_batch:
             return [self.group.all_reduce(part) if part.numel() else part for part in sums]
         self._pending = sums
         return None
 
-    def discard(self) -> None:
-        """See `Exchange`."""
-        self._pending = None
-
 
 class ScalarExchange(Exchange):
-    """Every process computes the update from the coefficients of all rows: only scalars are sent,
-    but all noise is drawn twice.
+    """Every process computes the update from all coefficients: scalars are sent, noise drawn twice.
 
     References:
         Malladi et al. (2023), MeZO, arXiv 2305.17333, section 2.1, on updates that are seeds and
@@ -251,9 +216,7 @@ class ScalarExchange(Exchange):
             )
 
     def clean_pieces(self, samples: int, *, head: bool) -> list[slice]:
-        """See `Exchange`: with a head every process runs all samples, since gradients are not
-        sent.
-        """
+        """See `Exchange`: with a head every process runs all samples; gradients are not sent."""
         return [slice(0, samples)] if head else super().clean_pieces(samples, head=head)
 
     def noise_sum(self, perturbation: Perturbation, place: BatchPosition) -> NoiseSum:
@@ -263,18 +226,13 @@ class ScalarExchange(Exchange):
 
 def gradient_exchange(group: ProcessGroup | None = None, *, every_batch: bool = False) -> Exchange:
     """Return the all-reduce of gradients, or the exchange of a single process."""
-    alone = group is None or group.world == 1
-    return SingleProcess(group) if alone else GradientAllReduce(group, every_batch=every_batch)
-
-
-def scalar_exchange(group: ProcessGroup | None = None, *, every_batch: bool = False) -> Exchange:
-    """Return the exchange of scalars, which reduces after every batch in any case."""
-    del every_batch
-    return ScalarExchange(group)
+    if group is None or group.world == 1:
+        return SingleProcess(group)
+    return GradientAllReduce(group, every_batch=every_batch)
 
 
 EXCHANGES: dict[str, Callable[..., Exchange]] = {
     "gradient": gradient_exchange,
-    "scalars": scalar_exchange,
+    "scalars": ScalarExchange,
 }
 REDUCE = tuple(EXCHANGES)

@@ -15,8 +15,7 @@ _MPI = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def check_environment() -> None:
-    """Raise an error if one process was started instead of several, or if the model is to be
-    sharded.
+    """Raise an error if one process was started instead of several, or the model is sharded.
 
     Raises:
         ConfigurationError: environment variables say so.

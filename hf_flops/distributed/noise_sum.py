@@ -47,11 +47,12 @@ class NoiseSum:
         Nothing is added yet, so that a chunk can be repeated if memory runs out.
         """
         perturbation = self.perturbation
-        own: Any = None if errors is None else perturbation.row_noise(noise)
-        if errors is None or perturbation.rowwise_size < perturbation.vector.size:
-            innovation = None if own is None else own.exact_sum(errors)
-            return perturbation.weighted_noise(noise, coefficients), innovation
-        both = own.exact_sum(torch.cat([coefficients[:, None].to(errors), errors], 1))
+        if errors is None:
+            return perturbation.weighted_noise(noise, coefficients), None
+        row_noise: Any = perturbation.row_noise(noise)
+        if perturbation.rowwise_size < perturbation.vector.size:
+            return perturbation.weighted_noise(noise, coefficients), row_noise.exact_sum(errors)
+        both = row_noise.exact_sum(torch.cat([coefficients[:, None].to(errors), errors], 1))
         return both[0], both[1:]
 
     def add(
@@ -92,9 +93,7 @@ class NoiseSum:
         again(rows[index], corrections[index])
 
     def shared_facts(self, group: ProcessGroup, replayed: int) -> tuple[int, int]:
-        """Return the dimension of a row's noise, and the number of replayed rows of all
-        processes.
-        """
+        """Return the dimension of a row's noise, and how many rows all processes replayed."""
         if not self.perturbation.replays:
             return self.perturbation.vector.size, replayed
         facts = group.all_gather(torch.tensor([[self.dimension, replayed]]), [1] * group.world)
@@ -125,9 +124,17 @@ class RegeneratedSum(NoiseSum):
         del corrections, again
         perturbation, place = self.perturbation, self.place
         size = max(1, min(4096, int(_NOISE // max(1.0, perturbation.row_bytes))))
-        where = rows.owner + place.position, rows.query
         self.update = regenerate(
-            perturbation, place.seed, place.step, *where, coefficients, rows.group, size
+            perturbation,
+            place.seed,
+            place.step,
+            rows.owner + place.position,
+            rows.query,
+            coefficients,
+            rows.group,
+            size,
         )
-        chunks = in_turn(rows.group, size, shares_noise=perturbation.shares_noise)
-        self.parts = [(rows[chunk], coefficients[chunk]) for chunk in chunks]
+        self.parts = [
+            (rows[chunk], coefficients[chunk])
+            for chunk in in_turn(rows.group, size, shares_noise=perturbation.shares_noise)
+        ]

@@ -1,6 +1,4 @@
-"""An engine behind HTTP: batches, concurrent calls, time limits, bounded retries, and an account of
-costs.
-"""
+"""An engine behind HTTP: concurrent calls, time limits, bounded retries, a count of costs."""
 
 from __future__ import annotations
 
@@ -11,6 +9,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 
@@ -101,12 +100,12 @@ class HttpEngine:
     ) -> None:
         check_url(url)
         check_headers({} if headers is None else headers)
-        whole: dict[str, tuple[object, int]] = {
-            "batch_rows": (batch_rows, 1),
-            "concurrency": (concurrency, 1),
-        }
-        whole |= {"retries": (retries, 0), "max_calls": (0 if max_calls is None else max_calls, 0)}
-        for name, (value, least) in whole.items():
+        for name, value, least in (
+            ("batch_rows", batch_rows, 1),
+            ("concurrency", concurrency, 1),
+            ("retries", retries, 0),
+            ("max_calls", 0 if max_calls is None else max_calls, 0),
+        ):
             if type(value) is not int or value < least:
                 raise ConfigurationError(
                     f"{name}={value!r} must be a whole number, {least} or more."
@@ -131,12 +130,10 @@ class HttpEngine:
 
     def __call__(self, inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
         """See `Engine`."""
-        parts = list(
-            zip(
-                inputs_embeds.cpu().split(self.batch_rows),
-                attention_mask.cpu().split(self.batch_rows),
-                strict=True,
-            )
+        parts = zip(
+            inputs_embeds.cpu().split(self.batch_rows),
+            attention_mask.cpu().split(self.batch_rows),
+            strict=True,
         )
         pool, stop = ThreadPoolExecutor(self.concurrency), threading.Event()
 
@@ -216,14 +213,10 @@ class HttpEngine:
             with urllib.request.urlopen(request, timeout=self.timeout) as response:
                 content = read_body(response, start + self.timeout)
         except urllib.error.HTTPError as error:
-            with error:
-                try:
-                    said = read_body(error, start + self.timeout, 300)[:300].decode(
-                        errors="replace"
-                    )
-                except (OSError, HTTPException):  # the code says enough
-                    said = ""
-            message = f"HTTP {error.code}: {said}"
+            reason = b""
+            with error, suppress(OSError, HTTPException):  # the code says enough
+                reason = read_body(error, start + self.timeout, 300)[:300]
+            message = f"HTTP {error.code}: {reason.decode(errors='replace')}"
             if error.code != 429 and error.code < 500:
                 raise EngineError(f"{self.url} refused: {message}") from error
             raise RetryableError(

@@ -1,12 +1,11 @@
-"""HTTP helpers of the client: checks of a URL and headers, bodies within a time limit, and
-`Retry-After`.
-"""
+"""HTTP for the client: checks of a URL and headers, bodies within a time limit, `Retry-After`."""
 
 from __future__ import annotations
 
 import re
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from http.client import IncompleteRead
 from typing import Any
@@ -55,9 +54,7 @@ def check_headers(headers: Mapping[str, str]) -> None:
 
 
 def read_body(response: Any, deadline: float, most: float = float("inf")) -> bytes:
-    """Return the body of an answer, or its first `most` bytes; raises TimeoutError at the
-    deadline.
-    """
+    """Return the body of an answer, or its first bytes; raises TimeoutError at the deadline."""
     content = bytearray()
     while len(content) < most and (chunk := response.read1(1 << 16)):
         content += chunk
@@ -70,11 +67,8 @@ def read_body(response: Any, deadline: float, most: float = float("inf")) -> byt
 
 def seconds_to_wait(retry_after: str) -> float:
     """Return the seconds to wait that a Retry-After header, a number or a date, asks for."""
-    try:
+    with suppress(ValueError):
         return float(retry_after)
-    except ValueError:
-        pass
-    try:
+    with suppress(ValueError, TypeError, OverflowError):
         return parsedate_to_datetime(retry_after).timestamp() - time.time()
-    except (ValueError, TypeError, OverflowError):
-        return 0.0
+    return 0.0

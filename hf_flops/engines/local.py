@@ -1,6 +1,4 @@
-"""Engines in this process: a model of transformers, and a session of ONNX Runtime, which has no
-autograd.
-"""
+"""Engines in this process: a model of transformers, and a session of ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -21,9 +19,7 @@ from ..errors import ConfigurationError, EngineError
 
 
 class _Next(nn.Module):
-    """The logits (R, V) after each row's last real token, of a causal language model of
-    transformers.
-    """
+    """The logits (R, V) after each row's last real token, of a causal language model."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -72,8 +68,7 @@ def _onnxruntime() -> ModuleType:
 
 
 def export_onnx(model: PreTrainedModel, path: str | Path, *, int8: bool = False) -> Path:
-    """Write a causal language model as an ONNX file with `inputs_embeds` as its input, for
-    `OnnxEngine`.
+    """Write a causal language model as an ONNX file that takes `inputs_embeds`: see `OnnxEngine`.
 
     Args:
         model: the model, in float32.
@@ -163,12 +158,12 @@ class OnnxEngine:
 
     def __call__(self, inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
         """See `Engine`."""
-        given = {
+        rows = {
             "inputs_embeds": inputs_embeds.cpu().numpy(),
             "attention_mask": attention_mask.cpu().numpy(),
         }
         try:
-            (logits,) = self.session.run(["logits"], given)
+            (logits,) = self.session.run(["logits"], rows)
         except Exception as error:  # ONNX Runtime has no common base class
             raise EngineError(f"{self!r} failed: {error}") from error
         return torch.from_numpy(logits)

@@ -24,25 +24,23 @@ class Engine(Protocol):
             inputs_embeds: (R, T, D) float32.
             attention_mask: (R, T) int64, zero on padding, which is at the right.
         """
-        ...
 
 
-def _tokens(name: str, given: Iterable[SupportsIndex], size: int) -> list[int]:
+def _tokens(name: str, values: Iterable[SupportsIndex], size: int) -> list[int]:
     """Return tokens, if each is a row of a table of that size."""
     try:
-        tokens = [operator.index(token) for token in given]
+        tokens = [operator.index(token) for token in values]
     except TypeError:  # not a sequence, or not of whole numbers
         tokens = [-1]
     if not all(0 <= token < size for token in tokens):
         raise ConfigurationError(
-            f"{name}={given!r} must be tokens, whole numbers from 0 to {size - 1}."
+            f"{name}={values!r} must be tokens, whole numbers from 0 to {size - 1}."
         )
     return tokens
 
 
 class BlackBoxPromptModel(nn.Module):
-    """P trainable virtual tokens before or after texts that an engine continues; only forward
-    passes can train them.
+    """P trainable virtual tokens before or after texts that an engine continues.
 
     Args:
         engine: the model; see `Engine`.
@@ -150,9 +148,7 @@ class BlackBoxPromptModel(nn.Module):
         )
 
     def _classes(self, labels: Tensor, rows: int) -> Tensor:
-        """Return labels as `cross_entropy` takes them: (R,) classes, -100 for none, or (R, C)
-        probabilities.
-        """
+        """Return labels as `cross_entropy` takes them: classes (R,), or probabilities (R, C)."""
         count = len(self.label_words)
         if labels.is_floating_point() and labels.shape == (rows, count):
             return labels

@@ -1,6 +1,4 @@
-"""A reference server for engines, from the standard library: for experiments, not for the
-internet.
-"""
+"""A reference server for engines, for experiments and not for the internet."""
 
 from __future__ import annotations
 
@@ -10,18 +8,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from safetensors.torch import load, save
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, in_one_line
 from .local import TorchEngine
 from .model import Engine
 
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
-    engine: Engine
 
-    def __init__(self, address: tuple[str, int]) -> None:
+    def __init__(self, address: tuple[str, int], engine: Engine) -> None:
         super().__init__(address, _Handler)
-        self.engine_lock = threading.Lock()
+        self.engine, self.engine_lock = engine, threading.Lock()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -32,8 +29,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         """Run the engine on the rows of the request."""
         try:
-            given = load(self.rfile.read(int(self.headers["Content-Length"])))
-            rows = given["inputs_embeds"], given["attention_mask"]
+            tensors = load(self.rfile.read(int(self.headers["Content-Length"])))
+            rows = tensors["inputs_embeds"], tensors["attention_mask"]
         except Exception as error:
             return self._answer(400, f"{type(error).__name__}: {error}".encode())
         try:
@@ -54,8 +51,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class EngineServer:
-    """Serves an engine over HTTP in a thread: `with EngineServer(engine) as server:
-    HttpEngine(server.url)`.
+    """Serves an engine over HTTP in a thread, inside a context.
 
     Args:
         engine: the served engine; it runs one request at a time.
@@ -81,12 +77,12 @@ class EngineServer:
 
     def __init__(self, engine: Engine, host: str = "127.0.0.1", port: int = 0) -> None:
         try:
-            self._server = _Server((host, port))
+            self._server = _Server((host, port), engine)
         except (OSError, OverflowError, UnicodeError) as error:
             raise ConfigurationError(
                 f"host={host!r} with port={port} cannot be listened at: {error}."
             ) from error
-        self._server.engine, self._host = engine, host
+        self._host = host
         self._thread = threading.Thread(
             target=self._server.serve_forever, args=(0.05,), daemon=True
         )
@@ -118,8 +114,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         model = AutoModelForCausalLM.from_pretrained(options.model, dtype="float32")
     except Exception as error:  # transformers has no common base class
-        reason = str(error).strip() or type(error).__name__
-        parser.exit(1, f"{options.model} cannot be loaded: {reason.splitlines()[0]}\n")
+        parser.exit(1, f"{options.model} cannot be loaded: {in_one_line(error)}.\n")
     try:
         ready = EngineServer(TorchEngine(model), options.host, options.port)
     except ConfigurationError as error:

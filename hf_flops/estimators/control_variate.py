@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -18,9 +19,8 @@ from ..perturbations.noise import RowNoise
 
 MOST_LOGITS = 32  # per row; with more, the Jacobian is too large to learn and to keep
 _MOST_NUMBERS = 2**27  # of the Jacobian
-# prior share of the logits' changes that the Jacobian explains
-_START = 0.5
-_DRIFT = 0.01  # share of them that a training step changes
+_RATE = 0.3  # of the least mean squares
+_CONSTANT_SHARE = 0.25  # of a sample's mean squared loading: that of the constant
 _KEPT = 0.95  # decay per step of the statistics behind `trust`
 _LARGEST = 8.0  # bound on a number of noise
 _WIDTH = 16.0  # root mean squares of the errors that fit in one digit of 15 bits
@@ -30,7 +30,13 @@ class ControlVariate(Protocol):
     """Predicts deltas from the noise of their rows, using past steps only."""
 
     def start(
-        self, clean: RowLosses, size: int, device: torch.device, step: int
+        self,
+        clean: RowLosses,
+        size: int,
+        device: torch.device,
+        step: int,
+        features: Tensor | None = None,
+        reference: Tensor | None = None,
     ) -> Prediction | None:
         """Return the predictions for a batch, or None if there are none.
 
@@ -39,6 +45,10 @@ class ControlVariate(Protocol):
             size: d, random numbers in a row's noise, independent and of variance 1.
             device: of the noise.
             step: the optimizer step; all its batches are predicted from earlier steps.
+            features: (B, H) what the samples' Jacobians may depend on, from the clean forward;
+                None for the logits.
+            reference: (N, H) the same of many samples, to choose principal components from; None
+                for the batch.
         """
         ...
 
@@ -58,18 +68,20 @@ class ControlVariate(Protocol):
 
 
 class Prediction:
-    """One step's predictions: `delta_ik ~ weights_i . J z_ik`, with J fixed before the noise.
+    """One step's predictions: `delta_ik ~ weights_i . J_i z_ik`, with J_i fixed before the noise.
 
-    Since `E[(h . z) z] = h`, the remainder `delta_ik - h_i . z_ik` with `h_i = J^T weights_i` put
-    in the place of delta, and h_i added, has the same expectation for every J.
+    A sample's Jacobian is `J_i = sum_e e_ie S_e`, with its loadings e_i. Since `E[(h . z) z] = h`,
+    the remainder `delta_ik - h_i . z_ik` with `h_i = J_i^T weights_i` put in the place of delta,
+    and h_i added, has the same expectation for every S.
 
     Args:
-        jacobian: (M, d) J.
+        jacobian: (E M, d) S, one block of M rows for each loading.
         slopes: (B, M) derivative of each sample's loss by its M logits.
         logits: (B, M) of the clean forward.
         trust: factor of the predictions.
         basis: (K, M) the directions of the K logits that are tracked.
         unit: a power of two above nearly all errors, so that one digit holds each.
+        loadings: (B, E) e of each sample; None for E = 1 and ones.
     """
 
     def __init__(
@@ -80,9 +92,11 @@ class Prediction:
         trust: float,
         basis: Tensor,
         unit: float = 1.0,
+        loadings: Tensor | None = None,
     ) -> None:
         self.jacobian, self.slopes, self.logits = jacobian, slopes, logits
         self.trust, self.basis, self.unit = trust, basis, unit
+        self.loadings = torch.ones(len(slopes), 1) if loadings is None else loadings
         # The sum over rows of (change - J z) z^T, in digits of units: 32-bit integers while they
         # fit.
         self.innovation, self._most = torch.zeros_like(jacobian, dtype=torch.int32), 0.0
@@ -92,8 +106,8 @@ class Prediction:
     def remainder(
         self, noise: RowNoise, owner: Tensor, deltas: Tensor, changes: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the residual deltas (R,), the errors of the changes in units (R, M), and sums for
-        `add`.
+        """Return the residual deltas (R,), coefficients (R, E M) in units with which `add` gets the
+        noise, and sums for it.
 
         Args:
             noise: of the rows.
@@ -101,9 +115,11 @@ class Prediction:
             deltas: (R,) float32.
             changes: (R, K) changes of the rows' logits, over epsilon.
         """
-        wanted = noise.dot(self.jacobian)
-        predicted = (self.slopes[owner] * wanted.cpu()).sum(1)
-        errors = changes @ self.basis - wanted.cpu()
+        loadings = self.loadings[owner]
+        blocks = noise.dot(self.jacobian).cpu().unflatten(1, (loadings.shape[1], -1))
+        wanted = (loadings[:, :, None] * blocks).sum(1)
+        predicted = (self.slopes[owner] * wanted).sum(1)
+        errors = changes @ self.basis - wanted
         fine = errors.isfinite().all(1) & deltas.isfinite()
         errors = rounded(torch.where(fine[:, None], errors, 0.0) / self.unit, DIGIT)
         measured = torch.where(fine, deltas, 0.0).double()
@@ -114,15 +130,17 @@ class Prediction:
             measured @ expected,
             expected @ expected,
         ]
+        directions = loadings / loadings.square().sum(1, keepdim=True)
+        coefficients = rounded((directions[:, :, None] * errors[:, None]).flatten(1), DIGIT)
         return (
             deltas - self.trust * predicted,
-            errors.to(self.jacobian),
+            coefficients.to(self.jacobian),
             torch.stack([x.double() for x in sums]),
         )
 
     def add(self, innovation: Tensor, errors: Tensor, sums: Tensor) -> None:
-        """Add the statistics of rows: `sum error z^T` (M, d) in units, and the errors and sums from
-        `remainder`.
+        """Add the statistics of rows: their noise summed with coefficients (E M, d), in units, and
+        the coefficients and sums from `remainder`.
         """
         self._most += _LARGEST / DIGIT * float(errors.abs().sum(0).max())
         if self._most >= 2**31 - 2**10:
@@ -131,7 +149,7 @@ class Prediction:
         self.sums += sums
 
     def statistics(self) -> tuple[Tensor, Tensor]:
-        """Return `sum error z^T` (M, d) and the sums of all rows that were added."""
+        """Return the sums of noise (E M, d) and the other sums of all rows that were added."""
         return self.innovation.to(accumulator(self.innovation.device)) * (
             DIGIT * self.unit
         ), self.sums
@@ -140,22 +158,26 @@ class Prediction:
         """Return `sum_i weights[i] h_i` (d,), the mean of the subtracted predictions for samples of
         total weight (B,).
         """
-        return self.trust * (
-            (weights[:, None] * self.slopes).sum(0).to(self.jacobian) @ self.jacobian
-        )
+        slopes = (weights[:, None] * self.loadings).T @ self.slopes
+        return self.trust * (slopes.flatten().to(self.jacobian) @ self.jacobian)
 
 
 class LogitJacobian:
-    """The mean Jacobian J of the logits by the noise, tracked by least mean squares.
+    """A Jacobian of the logits by the noise that depends on the sample, tracked by least mean
+    squares.
 
     Every query shows the changes of all logits, not only of the loss: `changes_ik = J_i z_ik`. The
-    mean of the J_i needs no labels and changes slowly, while gradients `J_i^T r_i` change sign with
-    the residuals r_i. The rows of a step give `(1/R) sum (change - J z) z^T`, an unbiased estimate
-    of the error of J, whose own error is `d / R` times the squared error of the predictions; the
-    gain of the update is that of a scalar Kalman filter. Predictions are scaled by the factor that
-    would have been best in past steps.
+    J_i need no labels and change slowly, while gradients `J_i^T r_i` change sign with the residuals
+    r_i. J_i is taken as linear in a few principal components of the sample's features:
+    `J_i = sum_e e_ie S_e`, the last e being a constant. A row moves S by a share of its error,
+    `S_e += rate min(1, d / n) / d sum e_ie / |e_i|^2 (change - J_i z) z^T` over a step's n rows.
+    Predictions are scaled by the factor that would have been best in past steps.
 
     A softmax ignores a constant added to all logits, so K - 1 directions of K logits are tracked.
+
+    Args:
+        components: principal components of the features; 0 for a mean Jacobian, the same for all
+            samples.
 
     Example:
         >>> import torch
@@ -164,17 +186,17 @@ class LogitJacobian:
         >>> clean = RowLosses(
         ...     torch.ones(2), torch.ones(2), logits=torch.zeros(2, 3), slopes=torch.rand(2, 3)
         ... )
-        >>> control = LogitJacobian()
+        >>> control = LogitJacobian(components=0)
         >>> prediction = control.start(clean, 50, torch.device("cpu"), 0)
         >>> prediction.jacobian.shape
         torch.Size([3, 50])
     """
 
-    def __init__(self) -> None:
+    def __init__(self, components: int = 8) -> None:
+        self.components = components
         self.jacobian: Tensor | None = None
         self._basis = torch.zeros(0, 0)
-        # squared error of J, a sum over its numbers; negative before the first step
-        self._unknown = -1.0
+        self._loader = Loader(torch.zeros(0), torch.zeros(0, 0))
         # mean over the last step's rows of the squared error of the changes, a sum over the logits
         self._error = 0.0
         self._use = torch.zeros(2, dtype=torch.float64)  # delta x prediction, squared predictions
@@ -182,7 +204,13 @@ class LogitJacobian:
         self._step = -1
 
     def start(
-        self, clean: RowLosses, size: int, device: torch.device, step: int
+        self,
+        clean: RowLosses,
+        size: int,
+        device: torch.device,
+        step: int,
+        features: Tensor | None = None,
+        reference: Tensor | None = None,
     ) -> Prediction | None:
         """See `ControlVariate.start`."""
         if step != self._step:
@@ -192,18 +220,30 @@ class LogitJacobian:
             return None
         slopes = clean.slopes.cpu().float().nan_to_num(0.0, 0.0, 0.0)
         logits = clean.logits.cpu().float()
-        classes = slopes.shape[1]
-        if classes > MOST_LOGITS or classes * size > _MOST_NUMBERS:
+        classes, blocks = slopes.shape[1], self.components + 1
+        if classes > MOST_LOGITS or classes * size * blocks > _MOST_NUMBERS:
             return None
+        values = (logits if features is None else features.cpu().float()).nan_to_num(0.0, 0.0, 0.0)
         if self.jacobian is None or self.jacobian.shape[1] != size or len(self._basis) != classes:
             self._begin(slopes, size)
         assert self.jacobian is not None
+        if not self._loader.fits(values):
+            known = values if features is None or reference is None else reference
+            loader = Loader.of(known, self.components)
+            if len(loader.centre) != len(self._loader.centre) or bool(loader.axes.any()):
+                self._loader, self.jacobian = loader, torch.zeros_like(self.jacobian)
         self.jacobian = self.jacobian.to(device)
         trust = float(self._use[0] / self._use[1]) if self._use[1] > 0 else 0.0
-        spread = (self._error / len(self.jacobian)) ** 0.5
+        spread = (self._error / self._basis.shape[1]) ** 0.5
         unit = 2.0 ** math.ceil(math.log2(_WIDTH * spread)) if spread > 0 else 1.0
         return Prediction(
-            self.jacobian, slopes @ self._basis, logits, max(trust, 0.0), self._basis, unit
+            self.jacobian,
+            slopes @ self._basis,
+            logits,
+            max(trust, 0.0),
+            self._basis,
+            unit,
+            self._loader.loadings(values),
         )
 
     def _begin(self, slopes: Tensor, size: int) -> None:
@@ -211,8 +251,8 @@ class LogitJacobian:
         self._basis = torch.eye(classes)
         if classes > 1 and bool((slopes.sum(1).abs() <= 1e-4 * slopes.abs().sum(1) + 1e-12).all()):
             self._basis = contrasts(classes)
-        self.jacobian = torch.zeros(self._basis.shape[1], size)
-        self._unknown, self._error, self._use = -1.0, 0.0, torch.zeros(2, dtype=torch.float64)
+        self.jacobian = torch.zeros((self.components + 1) * self._basis.shape[1], size)
+        self._error, self._use = 0.0, torch.zeros(2, dtype=torch.float64)
 
     def finish(self, innovation: Tensor, sums: Tensor) -> None:
         """See `ControlVariate.finish`."""
@@ -229,11 +269,9 @@ class LogitJacobian:
         rows, errors, used, squares = sums.tolist()
         if rows == 0 or errors == 0:
             return
-        error = self._error = errors / rows
-        unknown = _START * error if self._unknown < 0 else self._unknown
-        gain = unknown / (unknown + self.jacobian.shape[1] * error / rows)
-        self.jacobian = self.jacobian + (gain / rows * innovation).to(self.jacobian)
-        self._unknown = min((1 - gain) * unknown + _DRIFT * error, error)
+        self._error = errors / rows
+        share = _RATE * min(1.0, self.jacobian.shape[1] / rows) / self.jacobian.shape[1]
+        self.jacobian = self.jacobian + (share * innovation).to(self.jacobian)
         self._use = _KEPT * self._use + torch.tensor([used, squares], dtype=torch.float64)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -241,17 +279,57 @@ class LogitJacobian:
         self._update()
         if self.jacobian is None:
             return {}
-        facts = torch.tensor([self._unknown, *self._use.tolist(), self._error], dtype=torch.float64)
-        return {"jacobian": self.jacobian, "basis": self._basis, "facts": facts}
+        facts = torch.tensor([self._error, *self._use.tolist()], dtype=torch.float64)
+        loader = {"centre": self._loader.centre, "axes": self._loader.axes}
+        return {"jacobian": self.jacobian, "basis": self._basis, "facts": facts, **loader}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """See `ControlVariate.load_state_dict`."""
-        self.__init__()  # type: ignore[misc]
+        self.__init__(self.components)  # type: ignore[misc]
         if state:
             self.jacobian, self._basis = state["jacobian"], state["basis"]
-            self._unknown, self._use = float(state["facts"][0]), state["facts"][1:3].clone()
-            # older states have three facts
-            self._error = float(state["facts"][3]) if len(state["facts"]) > 3 else 0.0
+            self._loader = Loader(state["centre"], state["axes"])
+            self._error, self._use = float(state["facts"][0]), state["facts"][1:].clone()
+
+
+@dataclass(frozen=True)
+class Loader:
+    """Maps features (B, H) to loadings (B, E + 1): coordinates along principal components, and 1.
+
+    Attributes:
+        centre: (H,) mean of the features.
+        axes: (H, E) scaled so that the constant is a quarter of a mean squared loading.
+    """
+
+    centre: Tensor
+    axes: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor, components: int) -> Loader:
+        """Return the map to the first principal components of features (N, H)."""
+        values = features.double()
+        centre = values.mean(0)
+        axes = torch.zeros(values.shape[1], components, dtype=torch.float64)
+        _, sizes, directions = torch.linalg.svd(values - centre, full_matrices=False)
+        kept = directions[:components].T
+        variance = float(sizes[:components].square().sum()) / len(values)
+        if variance > 0:
+            scale = ((1 - _CONSTANT_SHARE) / _CONSTANT_SHARE / variance) ** 0.5
+            axes[:, : kept.shape[1]] = scale * kept
+        return cls(centre.float(), axes.float().contiguous())
+
+    def fits(self, features: Tensor) -> bool:
+        """Return whether the map is for features of this width, and not of features that were all
+        the same.
+        """
+        known = self.axes.shape[1] == 0 or bool(self.axes.any())
+        return len(self.centre) == features.shape[1] and known
+
+    def loadings(self, features: Tensor) -> Tensor:
+        """Return (B, E + 1)."""
+        return torch.cat(
+            [(features - self.centre) @ self.axes, torch.ones(len(features), 1)], dim=1
+        )
 
 
 def contrasts(classes: int) -> Tensor:
@@ -261,9 +339,14 @@ def contrasts(classes: int) -> Tensor:
     return torch.linalg.qr(torch.eye(classes)[:, :-1] - 1 / classes)[0].contiguous()
 
 
-CONTROL_VARIATES = ("none", "logit_jacobian")
+CONTROL_VARIATES = {
+    "none": lambda: None,
+    "logit_jacobian": lambda: LogitJacobian(components=0),
+    "feature_jacobian": LogitJacobian,
+}
+"""The control variates by their names; each value returns a new one, or None."""
 
 
 def control_variate(name: str) -> LogitJacobian | None:
     """Return a new control variate by its name."""
-    return LogitJacobian() if name == "logit_jacobian" else None
+    return CONTROL_VARIATES[name]()

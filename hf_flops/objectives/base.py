@@ -50,6 +50,9 @@ class RowLosses:
     residuals: Tensor | None = None
     logits: Tensor | None = None
     slopes: Tensor | None = None
+    targets: Tensor | None = None
+    weights: Tensor | None = None
+    mean: str | None = None
 
     @classmethod
     def joined(cls, parts: list[RowLosses]) -> RowLosses:
@@ -61,15 +64,15 @@ class RowLosses:
             values = [getattr(part, name) for part in parts]
             return None if any(value is None for value in values) else torch.cat(values)
 
-        sums = torch.cat([part.sums for part in parts])
-        counts = torch.cat([part.counts for part in parts])
-        return cls(sums, counts, *(together(name) for name in ("residuals", "logits", "slopes")))
+        names = ("sums", "counts", "residuals", "logits", "slopes", "targets", "weights")
+        joined = {name: together(name) for name in names}
+        return cls(**joined, mean=parts[0].mean)  # type: ignore[arg-type]
 
     def without_rows(self) -> RowLosses:
         """Return the same fields with zero rows."""
-        return replace(
-            self, **{name: values[:0] for name, values in vars(self).items() if values is not None}
-        )
+        tensors = {name: values for name, values in vars(self).items() if torch.is_tensor(values)}
+        empty: dict[str, Any] = {name: values[:0] for name, values in tensors.items()}
+        return replace(self, **empty)
 
 
 class Objective:
@@ -81,6 +84,7 @@ class Objective:
             one entry.
         logits: whether row losses have logits, and slopes if features are requested.
         predictable: whether a control variate may use these logits.
+        targets: whether row losses have targets and weights too, where they are known.
         needs_clean: whether clean (unperturbed) rows always run, because row losses depend on the
             rest of the batch.
         piecewise_constant: whether small changes of the parameters do not change most row losses,
@@ -100,6 +104,7 @@ class Objective:
     per_row: bool = True
     logits: bool = False
     predictable: bool = True
+    targets: bool = False
     needs_clean: bool = False
     piecewise_constant: bool = False
     generates: bool = False

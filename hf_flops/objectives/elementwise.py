@@ -86,6 +86,43 @@ def slopes(name: str, given: Arguments) -> Tensor:
     return logits.softmax(dimension) * wanted.sum(dimension, keepdim=True) - wanted
 
 
+def linear_targets(name: str, given: Arguments) -> tuple[Tensor, Tensor] | None:
+    """Return (targets, weights) in the logits' shape, with `slopes = weights * (mean(logits) -
+    targets)` for the loss's mean function (`MEANS`); None for a loss that is not of this form.
+
+    A loss of this form is that of a generalised linear model with its canonical link, so it is
+    convex in the weights of a linear layer that outputs the logits.
+
+    Args:
+        name: of the loss function.
+        given: its arguments by name.
+
+    References:
+        McCullagh and Nelder (1989), Generalized Linear Models, section 2.2.
+    """
+    logits, target, weight = given["input"], given["target"], given.get("weight")
+    if name == "mse_loss":
+        weights = torch.full_like(logits, 2.0) * (1 if weight is None else weight)
+        return target.to(logits).expand_as(logits), weights
+    if name == "binary_cross_entropy_with_logits":
+        positive = target if given.get("pos_weight") is None else target * given["pos_weight"]
+        total = positive + 1 - target
+        return positive / total, total if weight is None else total * weight
+    if name != "cross_entropy":
+        return None
+    wanted = _wanted(logits, target, given)
+    total = wanted.sum(1 if logits.dim() > 1 else 0, keepdim=True)
+    return wanted / torch.where(total > 0, total, 1.0), total.expand_as(wanted)
+
+
+MEANS = {
+    "cross_entropy": "softmax",
+    "binary_cross_entropy_with_logits": "sigmoid",
+    "mse_loss": "identity",
+}
+"""The mean function of each loss that has the form of `linear_targets`."""
+
+
 def _wanted(logits: Tensor, target: Tensor, given: Arguments) -> Tensor:
     """Return a in `loss = -sum_c a_c log p_c`, the target weight of each class in cross-entropy, in
     the shape of the logits.

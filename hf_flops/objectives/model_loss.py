@@ -17,7 +17,15 @@ from ..base.batch import Inputs, batch_size
 from ..base.patching import Call
 from ..errors import ObjectiveError
 from .base import Forward, Objective, RowLosses
-from .elementwise import Arguments, element_weights, slopes, squared_residuals, widen
+from .elementwise import (
+    MEANS,
+    Arguments,
+    element_weights,
+    linear_targets,
+    slopes,
+    squared_residuals,
+    widen,
+)
 
 
 class RowLossError(ObjectiveError):
@@ -35,6 +43,8 @@ class _Caught:
     squared_residuals: Tensor | None
     logits: Tensor | None
     slopes: Tensor | None
+    targets: tuple[Tensor, Tensor] | None
+    mean: str | None
 
 
 class _WideLosses(TorchFunctionMode):
@@ -74,9 +84,9 @@ class _WideLosses(TorchFunctionMode):
 class _Tap(_WideLosses):
     """Intercepts calls of the standard loss functions and keeps their unreduced values."""
 
-    def __init__(self, features: bool, logits: bool) -> None:
+    def __init__(self, features: bool, logits: bool, targets: bool = False) -> None:
         super().__init__()
-        self.features, self.logits = features, logits
+        self.features, self.logits, self.targets = features, logits, targets
         self.caught: list[_Caught] = []
 
     def loss(self, function: Call, given: Arguments) -> Tensor:
@@ -91,7 +101,10 @@ class _Tap(_WideLosses):
         )
         logits = given["input"] if self.logits else None
         slope = slopes(name, given) if self.logits and self.features else None
-        self.caught.append(_Caught(losses, weights, squared, logits, slope))
+        targets = linear_targets(name, given) if self.targets and self.features else None
+        self.caught.append(
+            _Caught(losses, weights, squared, logits, slope, targets, MEANS.get(name))
+        )
         if reduction == "none":
             return losses
         return losses.sum() if reduction == "sum" else losses.sum() / weights.sum()
@@ -148,7 +161,7 @@ class TappedLoss(Objective):
     def _listen(
         self, forward: Forward, inputs: Inputs, features: bool
     ) -> tuple[_Tap, Tensor | None]:
-        tap, heard = _Tap(features, self.logits), list[_Tap]()
+        tap, heard = _Tap(features, self.logits, self.targets), list[_Tap]()
         with ExitStack() as stack:
 
             def begin(*ended: object) -> None:
@@ -186,11 +199,12 @@ class TappedLoss(Objective):
         _require_same(loss, sums.sum() / counts.sum())
         squared = caught.squared_residuals
         residuals = None if squared is None else squared.reshape(rows, -1).sum(1).sqrt()
-        flat = (
+        targets, weights = caught.targets or (None, None)
+        logits, slope, targets, weights = (
             None if values is None else values.reshape(rows, -1)
-            for values in (caught.logits, caught.slopes)
+            for values in (caught.logits, caught.slopes, targets, weights)
         )
-        return RowLosses(sums, counts, residuals, *flat)
+        return RowLosses(sums, counts, residuals, logits, slope, targets, weights, caught.mean)
 
 
 def _require_same(loss: Tensor | None, mean: Tensor) -> None:

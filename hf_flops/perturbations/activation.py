@@ -1,11 +1,9 @@
-"""Noise on the outputs of linear layers: likelihood-ratio gradients as products with the known
-inputs.
-"""
+"""Noise on the outputs of linear layers: gradients as products with the known inputs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -40,12 +38,12 @@ class _Call:
         """Return (in, out) and (out,), weight and bias summed over rows with coefficients (R,)."""
         # a dropped row may hold NaN, and 0 times NaN is NaN
         rows = coefficients.nonzero().flatten()
-        own = coefficients[rows]
-        bias = own @ self.bias[rows]
+        coefficients = coefficients[rows]
+        bias = coefficients @ self.bias[rows]
         if isinstance(self.weight, tuple):
             x, sources = (values[rows] for values in self.weight)
-            return torch.einsum("rti,rto->io", x, sources * own[:, None, None]), bias
-        return torch.einsum("r,rio->io", own, self.weight[rows]), bias
+            return torch.einsum("rti,rto->io", x, sources * coefficients[:, None, None]), bias
+        return torch.einsum("r,rio->io", coefficients, self.weight[rows]), bias
 
 
 @dataclass
@@ -64,8 +62,7 @@ class Drawn:
 
 
 def correlated(gram: Tensor) -> Tensor:
-    """Return L (R, T, T) with `L L^T = G + ridge`: the covariance that noise on the weights would
-    cause.
+    """Return L (R, T, T), `L L^T = G + ridge`: the covariance that noise on weights would cause.
 
     Args:
         gram: G (R, T, T), inner products of a row's inputs.
@@ -79,11 +76,9 @@ def correlated(gram: Tensor) -> Tensor:
 
 
 def independent(gram: Tensor) -> Tensor:
-    """Return the diagonal L (R, T, T) with the lengths of the inputs: independent noise for every
-    token, as published.
-    """
-    size = gram.diagonal(dim1=1, dim2=2)
-    return torch.diag_embed((size + torch.finfo(gram.dtype).tiny ** 0.5).sqrt())
+    """Return the diagonal L (R, T, T) of the inputs' lengths: independent noise, as published."""
+    tiny = torch.finfo(gram.dtype).tiny ** 0.5
+    return torch.diag_embed((gram.diagonal(dim1=1, dim2=2) + tiny).sqrt())
 
 
 class ActivationNoise(Perturbation):
@@ -143,13 +138,11 @@ class ActivationNoise(Perturbation):
     ) -> None:
         self.vector, self.distribution, self.mixing = vector, distribution, mixing
         self.sites = find_sites(model, vector)
-        covered = {
-            index for site in self.sites if is_linear(site) for index in site.tensors.values()
-        }
-        others = {
-            index for site in self.sites if not is_linear(site) for index in site.tensors.values()
-        }
-        missing = [name for index, name in enumerate(vector.names) if index not in covered - others]
+        missing = [
+            name
+            for index, name in enumerate(vector.names)
+            if {is_linear(s) for s in self.sites if index in s.tensors.values()} != {True}
+        ]
         if missing:
             raise RowMismatch(f"{missing} do not belong to linear layers")
 
@@ -161,15 +154,11 @@ class ActivationNoise(Perturbation):
     def applied(self, noise: Drawn, scale: float) -> Iterator[None]:
         """See `Perturbation.applied`."""
         noise.calls.clear()
-        handles = []
-        try:
+        with ExitStack() as stack:
             for index, site in enumerate(self.sites):
                 hook = partial(self._hook, noise, scale, index)
-                handles.append(site.module.register_forward_hook(hook, with_kwargs=True))
+                stack.enter_context(site.module.register_forward_hook(hook, with_kwargs=True))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _hook(
         self,
@@ -189,7 +178,7 @@ class ActivationNoise(Perturbation):
         x = x.reshape(rows, -1, x.shape[-1])
         x = x if x.dtype == torch.float64 else x.float()
         size = x.shape[1], out.shape[-1]
-        call = (index, sum(place == index for place, _ in noise.calls))
+        call = (index, sum(site == index for site, _ in noise.calls))
         if call not in noise.noise:
             keys = seeds(_STREAM, noise.keys.rows, *call)
             noise.noise[call] = (

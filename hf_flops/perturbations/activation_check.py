@@ -1,6 +1,4 @@
-"""The self-check of activation noise: a linear layer's weights must affect the loss only through
-the outputs of one call, row by row.
-"""
+"""The self-check of activation noise: weights affect the loss through one output, row by row."""
 
 from __future__ import annotations
 
@@ -45,34 +43,30 @@ class PinCheck:
                 noise on the weights. With more tokens it costs a factorisation per row, and the
                 noise depends on the row's padding.
         """
-        with moved(self.model, seeds(_SEED, 1)):
-            return self._choose(names, smaller)
-
-    def _choose(self, names: Collection[str], smaller: bool) -> list[str]:
         vector = ParameterVector.of(self.model, set(names))
         sites = find_sites(self.model, vector)
-        start, outputs = self._record(sites)
-        fit = [
-            site
-            for site, calls in zip(sites, outputs, strict=True)
-            if self._fits(site, calls, smaller)
-        ]
-        while True:  # a tensor that belongs to several sites must fit at all of them
-            others = {i for site in sites if site not in fit for i in site.tensors.values()}
-            kept = [site for site in fit if others.isdisjoint(site.tensors.values())]
-            if len(kept) == len(fit):
-                break
-            fit = kept
-        chosen = {vector.names[i] for site in fit for i in site.tensors.values()}
-        pinned = [
-            out
-            for site, calls in zip(sites, outputs, strict=True)
-            for out in calls
-            if site in fit and torch.is_tensor(out)
-        ]
-        with Attempt("Noise is added to the weights, not to outputs"):
-            if chosen and self._pinned(fit, pinned, chosen, start) and self._apart(fit, start):
-                return [name for name in names if name in chosen]
+        with moved(self.model, seeds(_SEED, 1)):
+            start, outputs = self._record(sites)
+            fit = [
+                site
+                for site, calls in zip(sites, outputs, strict=True)
+                if self._fits(site, calls, smaller)
+            ]
+            number = -1
+            while len(fit) != number:  # a tensor of several sites must fit at all of them
+                number = len(fit)
+                others = {i for site in sites if site not in fit for i in site.tensors.values()}
+                fit = [site for site in fit if others.isdisjoint(site.tensors.values())]
+            chosen = {vector.names[i] for site in fit for i in site.tensors.values()}
+            pinned = [
+                out
+                for site, calls in zip(sites, outputs, strict=True)
+                for out in calls
+                if site in fit and torch.is_tensor(out)
+            ]
+            with Attempt("Noise is added to the weights, not to outputs"):
+                if chosen and self._pinned(fit, pinned, chosen, start) and self._apart(fit, start):
+                    return [name for name in names if name in chosen]
         return []
 
     def _fits(self, site: Site, calls: Sequence[object], smaller: bool) -> bool:
@@ -94,7 +88,7 @@ class PinCheck:
     def _run(self, sites: Sequence[Site], hooks: Sequence[Call]) -> Tensor:
         with ExitStack() as stack:
             for site, hook in zip(sites, hooks, strict=True):
-                stack.callback(site.module.register_forward_hook(hook).remove)
+                stack.enter_context(site.module.register_forward_hook(hook))
             return self.sums()
 
     def _record(self, sites: Sequence[Site]) -> tuple[Tensor, list[list[object]]]:
@@ -106,21 +100,18 @@ class PinCheck:
 
         return self._run(sites, [partial(keep, calls) for calls in outputs]), outputs
 
-    def _same(self, found: Tensor, wanted: Tensor) -> bool:
-        return agree(found, wanted, self.precision / 2)
+    def _same(self, losses: Tensor, wanted: Tensor) -> bool:
+        return agree(losses, wanted, self.precision / 2)
 
     def _pinned(
         self, sites: Sequence[Site], outputs: Sequence[Tensor], names: set[str], start: Tensor
     ) -> bool:
         """Return whether changed weights do not change the losses while the outputs are fixed."""
-
-        def hold(value: Tensor, module: nn.Module, args: object, out: object) -> Tensor:
-            return value
-
         vector = ParameterVector.of(self.model, names)
         shift = draw("gaussian", seeds(_SEED, 0), vector.shapes, vector.device)[0]
+        fixed = [lambda *_, value=value: value for value in outputs]
         with displaced(vector, shift):
-            return self._same(self._run(sites, [partial(hold, value) for value in outputs]), start)
+            return self._same(self._run(sites, fixed), start)
 
     def _apart(self, sites: Sequence[Site], start: Tensor) -> bool:
         """Return whether noise on the outputs of one row does not change the other row's loss."""
@@ -131,5 +122,5 @@ class PinCheck:
             half += out.float().std() * torch.linspace(-1, 1, half.numel()).to(out)
             return out
 
-        found = [self._run(sites, [partial(disturb, row)] * len(sites)) for row in range(2)]
-        return self._same(found[0][1], start[1]) and self._same(found[1][0], start[0])
+        losses = [self._run(sites, [partial(disturb, row)] * len(sites)) for row in range(2)]
+        return self._same(losses[0][1], start[1]) and self._same(losses[1][0], start[0])

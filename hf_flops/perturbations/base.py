@@ -72,8 +72,7 @@ class ParameterVector:
 
 
 class Perturbation:
-    """A way for noise to enter a model; a subclass defines `draw`, `applied`, `dimension` and
-    `weighted_noise`.
+    """A way for noise to enter a model; a subclass defines `draw`, `applied`, `weighted_noise`.
 
     Attributes:
         vector: the perturbed parameters.
@@ -100,23 +99,19 @@ class Perturbation:
         raise NotImplementedError
 
     def applied(self, noise: DrawnNoise, scale: float) -> AbstractContextManager[None]:
-        """Return a context in which the model runs at `theta + scale * noise`; afterwards it is
-        unchanged.
-        """
+        """Return a context with the model at `theta + scale * noise`, and as it was afterwards."""
         raise NotImplementedError
 
     def dimension(self, noise: DrawnNoise) -> int:
-        """Return the number of random numbers of unit variance in a row's noise."""
-        raise NotImplementedError
+        """Return the number of random numbers of unit variance in a row's noise: by default one
+        for each parameter.
+        """
+        return self.vector.size
 
     def row_noise(self, noise: DrawnNoise) -> RowNoise | None:
-        """Return the noise of the first `rowwise_size` entries, which is independent between rows
-        and has identity covariance.
-        """
+        """Return the noise of the first `rowwise_size` entries, of identity covariance."""
         return None
 
     def weighted_noise(self, noise: DrawnNoise, coefficients: Tensor) -> Tensor:
-        """Return `sum_r coefficients[r] * noise[r]` as a flat vector (d,), in float64 if it is
-        exact; coefficients: (R,).
-        """
+        """Return `sum_r coefficients[r] * noise[r]` (d,), float64 if exact; coefficients: (R,)."""
         raise NotImplementedError

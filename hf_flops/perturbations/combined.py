@@ -14,8 +14,7 @@ from .streams import NoiseKeys
 
 
 class CombinedNoise(Perturbation):
-    """Several perturbations at once, such as row-wise noise where rules exist and shared noise
-    elsewhere: see `Perturbation`.
+    """Several perturbations at once, such as noise per row and shared noise: see `Perturbation`.
 
     The parts' noises are independent, so a row's delta times a part's noise is an unbiased estimate
     of that part of the gradient.
@@ -59,13 +58,13 @@ class CombinedNoise(Perturbation):
     def applied(self, noise: list[DrawnNoise], scale: float) -> Iterator[None]:
         """See `Perturbation.applied`."""
         with ExitStack() as stack:
-            for part, own in zip(self.parts, noise, strict=True):
-                stack.enter_context(part.applied(own, scale))
+            for part, drawn in zip(self.parts, noise, strict=True):
+                stack.enter_context(part.applied(drawn, scale))
             yield
 
     def dimension(self, noise: list[DrawnNoise]) -> int:
         """See `Perturbation.dimension`."""
-        return sum(part.dimension(own) for part, own in zip(self.parts, noise, strict=True))
+        return sum(part.dimension(drawn) for part, drawn in zip(self.parts, noise, strict=True))
 
     def row_noise(self, noise: list[DrawnNoise]) -> RowNoise | None:
         """See `Perturbation.row_noise`."""
@@ -74,7 +73,7 @@ class CombinedNoise(Perturbation):
     def weighted_noise(self, noise: list[DrawnNoise], coefficients: Tensor) -> Tensor:
         """See `Perturbation.weighted_noise`."""
         sums = [
-            part.weighted_noise(own, coefficients)
-            for part, own in zip(self.parts, noise, strict=True)
+            part.weighted_noise(drawn, coefficients)
+            for part, drawn in zip(self.parts, noise, strict=True)
         ]
         return torch.cat([part.to(sums[0].device) for part in sums])

@@ -1,6 +1,4 @@
-"""Sums that are bitwise equal in any order: coefficients are multiples of 2^-30, cut into three
-digits.
-"""
+"""Sums that are bitwise equal in any order: multiples of 2^-30, cut into three digits."""
 
 from __future__ import annotations
 

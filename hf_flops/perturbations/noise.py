@@ -6,7 +6,7 @@ another rank, or after a resume, and does not depend on how rows are cut into ch
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import accumulate
 
@@ -15,31 +15,15 @@ import torch
 from torch import Tensor
 
 from .exact_sums import DIGIT, ROWS, accumulator, cut
-from .streams import ALL, Normals, Numbers, Room, Signs
+from .streams import ALL, Normals, Numbers, Signs
 
 BLOCK = 2**18  # numbers of noise that are unpacked at a time; they fit in a processor's cache
 _RUN = 2**13  # largest number of noise entries of a run of parameters
 _WIDE = 2**20  # numbers that are unpacked at a time for sums
-_UNPACKED = 2**21  # numbers that are kept between a product and the following sum
-
-
-class _Scratch:
-    """Memory that is reused, and overwritten, so that it stays in the processor's cache."""
-
-    def __init__(self) -> None:
-        self._memory = torch.empty(0)
-
-    def __call__(self, size: int) -> Tensor:
-        """Return uninitialised (size,) float32 on the CPU."""
-        if len(self._memory) < size:
-            self._memory = torch.empty(size)
-        return self._memory[:size]
 
 
 def blocks(rows: int, numbers: int, most: int = BLOCK) -> Iterator[slice]:
-    """Split `rows` rows of `numbers` numbers into blocks of at most `most` numbers, or of one
-    row.
-    """
+    """Split rows of `numbers` numbers into blocks of at most `most` numbers, or of one row."""
     step = max(1, most // max(1, numbers))
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
@@ -66,9 +50,7 @@ class RowNoise:
 
     def __init__(self, numbers: Numbers, shapes: Sequence[torch.Size], rank_one: bool) -> None:
         self.numbers, self.shapes = numbers, shapes
-        self.layouts, self.first, self._runs = _plan(tuple(shapes), rank_one, type(numbers), _RUN)
-        # unpacked noise, by first parameter and row
-        self.unpacked: dict[tuple[int, int], Tensor] = {}
+        self.layouts, self.first, self._runs = _plan(tuple(shapes), rank_one, numbers.adjoins, _RUN)
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -77,17 +59,16 @@ class RowNoise:
         """Return the noise of one row as a flat vector (d,)."""
         if not 0 <= row < len(self):
             raise IndexError(f"there is no row {row} among {len(self)} rows of noise")
-        own = slice(row, row + 1)
-        return torch.cat([self.tensor(index, own).flatten() for index in range(len(self.shapes))])
+        return torch.cat(
+            [self.tensor(index, slice(row, row + 1)).flatten() for index in range(len(self.shapes))]
+        )
 
     def is_rank_one(self, index: int) -> bool:
         """Return whether a parameter's noise is an outer product."""
         return len(self.layouts[index]) == 2
 
     def factors(self, index: int, rows: slice = ALL) -> tuple[Tensor, ...]:
-        """Return the factors of a parameter's noise: (R, numel), or (R, out) and (R, in) of an
-        outer product.
-        """
+        """Return a parameter's noise (R, numel), or its factors (R, out) and (R, in)."""
         return tuple(
             self.numbers.piece(self.first[index] + i, rows) for i in range(len(self.layouts[index]))
         )
@@ -113,15 +94,13 @@ class RowNoise:
     def _summed(self, columns: Tensor, among: slice = ALL) -> Tensor:
         """Return (M, d) for (R, M) coefficients of some rows."""
         total = columns.new_zeros(columns.shape[1], sum(shape.numel() for shape in self.shapes))
-        start, room = among.start or 0, _Scratch()
-        for run, own in self._runs:
-            part, first = total[:, own], run[0]
+        start = among.start or 0
+        for run, where in self._runs:
+            part, first = total[:, where], run[0]
             if not self.is_rank_one(first):
                 for rows in blocks(len(columns), part.shape[1], _WIDE):
-                    part.addmm_(
-                        columns[rows].T,
-                        self._flat(run, slice(rows.start + start, rows.stop + start), room),
-                    )
+                    numbers = self._flat(run, slice(rows.start + start, rows.stop + start))
+                    part.addmm_(columns[rows].T, numbers)
                 continue
             for rows in blocks(len(columns), sum(self.layouts[first])):
                 left, right = self.factors(first, slice(rows.start + start, rows.stop + start))
@@ -132,14 +111,13 @@ class RowNoise:
         return total
 
     def exact_sum(self, coefficients: Tensor) -> Tensor:
-        """Return `weighted_sum` in float64; for independent signs it is bitwise equal in any order
-        of rows.
+        """Return `weighted_sum` in float64; for independent signs it is equal in any order of rows.
 
         Coefficients are rounded to multiples of 2^-30 and cut into three digits of 15 bits, whose
         sums are exact in float32.
         """
         wide, columns = accumulator(coefficients.device), coefficients.view(len(self), -1)
-        if not isinstance(self.numbers, Signs) or any(len(own) == 2 for own in self.layouts):
+        if not isinstance(self.numbers, Signs) or any(len(pieces) == 2 for pieces in self.layouts):
             return self.weighted_sum(coefficients).to(wide)
         digits, sums = cut(columns).float(), columns.shape[1]
         used = digits.any(0).nonzero().flatten()  # small coefficients have zero digits
@@ -153,20 +131,14 @@ class RowNoise:
         return total.view(*coefficients.shape[1:], -1)
 
     def dot(self, vectors: Tensor) -> Tensor:
-        """Return the products (R, M) of every row's noise with vectors (M, d); unpacked noise is
-        kept for a following sum.
-        """
+        """Return the products (R, M) of every row's noise with vectors (M, d)."""
         # twice as fast as its transpose
-        products, room = vectors.new_zeros(len(vectors), len(self)), _Scratch()
-        few = len(self) * vectors.shape[1] <= _UNPACKED
-        for run, own in self._runs:
-            part, first = vectors[:, own], run[0]
+        products = vectors.new_zeros(len(vectors), len(self))
+        for run, where in self._runs:
+            part, first = vectors[:, where], run[0]
             if not self.is_rank_one(first):
                 for rows in blocks(len(self), part.shape[1], _WIDE):
-                    numbers = self._flat(run, rows, None if few else room)
-                    products[:, rows].addmm_(part, numbers.T)
-                    if few:
-                        self.unpacked[first, rows.start] = numbers
+                    products[:, rows].addmm_(part, self._flat(run, rows).T)
                 continue
             for rows in blocks(len(self), sum(self.layouts[first])):
                 left, right = self.factors(first, rows)
@@ -176,22 +148,16 @@ class RowNoise:
                 )
         return products.T
 
-    def _flat(self, run: range, rows: slice, room: Room | None) -> Tensor:
-        """Return the noise (R, numbers) of a run of parameters; it is unpacked into `room` if
-        given.
-        """
-        kept = self.unpacked.get((run[0], rows.start))
-        if kept is not None and len(kept) == rows.stop - rows.start:
-            return kept
-        return self.numbers.piece(self.first[run[0]], rows, self.first[run[-1]], room)
+    def _flat(self, run: range, rows: slice) -> Tensor:
+        """Return the noise (R, numbers) of a run of parameters."""
+        return self.numbers.piece(self.first[run[0]], rows, self.first[run[-1]])
 
 
 @cache
 def _plan(
-    shapes: tuple[torch.Size, ...], rank_one: bool, kind: type[Numbers], most: int
+    shapes: tuple[torch.Size, ...], rank_one: bool, adjoins: Callable[[int], bool], most: int
 ) -> tuple[list[tuple[int, ...]], list[int], list[tuple[range, slice]]]:
-    """Return the layouts of parameters' noise, the first piece of each, and runs of parameters to
-    be summed together.
+    """Return the layouts of parameters' noise, the first piece of each, and runs to sum together.
 
     The noise of a run is contiguous, and has at most `most` numbers unless it is that of one
     parameter; a run comes with its slice of the flat vector.
@@ -200,12 +166,15 @@ def _plan(
     runs, first, start, stop = list[tuple[range, slice]](), 0, 0, 0
     for index, shape in enumerate(shapes):
         stop += shape.numel()
-        if index + 1 < len(shapes) and len(layouts[index]) == len(layouts[index + 1]) == 1:
-            wide = stop + shapes[index + 1].numel() - start > most
-            if kind.adjoins(shape.numel()) and not wide:
-                continue
-        runs.append((range(first, index + 1), slice(start, stop)))
-        first, start = index + 1, stop
+        joins_next = (
+            index + 1 < len(shapes)
+            and len(layouts[index]) == len(layouts[index + 1]) == 1
+            and adjoins(shape.numel())
+            and stop + shapes[index + 1].numel() - start <= most
+        )
+        if not joins_next:
+            runs.append((range(first, index + 1), slice(start, stop)))
+            first, start = index + 1, stop
     return layouts, list(accumulate(map(len, layouts), initial=0)), runs
 
 
@@ -214,7 +183,7 @@ def layout(shape: torch.Size, rank_one: bool) -> tuple[int, ...]:
     return tuple(shape) if rank_one and len(shape) == 2 else (shape.numel(),)
 
 
-DISTRIBUTIONS: dict[str, tuple[type[Signs] | type[Normals], bool]] = {
+DISTRIBUTIONS: dict[str, tuple[type[Numbers], bool]] = {
     "gaussian": (Normals, False),
     "rademacher": (Signs, False),
     "rank_one": (Signs, True),

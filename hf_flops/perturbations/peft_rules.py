@@ -8,6 +8,7 @@ these are used only if the self-check confirms them.
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import Any, TypeAlias
 
 import torch
@@ -44,8 +45,7 @@ def ia3(
     *args: object,
     **kwargs: object,
 ) -> Tensor:
-    """IA3: one factor per input feature (feed-forward layers) or per output feature, (R, 1, C, 1,
-    ...) for convolutions.
+    """IA3: a factor per input feature (feed-forward) or output feature, (R, 1, C, ...).
 
     References:
         Liu et al. (2022), T-Few, arXiv 2205.05638, section 3.3.
@@ -64,42 +64,47 @@ def ia3(
     return scaled(layer.base_layer(x, *args, **kwargs))
 
 
-def vera(
-    layer: Layer,
-    method: Call,
-    noise: Noise,
-    scale: float,
-    x: Tensor,
-    *args: object,
-    **kwargs: object,
-) -> Tensor:
+def added_to_base(shift: Call) -> MethodRule:
+    """Return the rule that adds a shift (R, tokens, out) to the output of the layer underneath.
+
+    Args:
+        shift: maps (layer, noise, scale, input, the output underneath) to the shift.
+    """
+
+    @wraps(shift)
+    def rule(
+        layer: Layer,
+        method: Call,
+        noise: Noise,
+        scale: float,
+        x: Tensor,
+        *args: object,
+        **kwargs: object,
+    ) -> Tensor:
+        out = layer.base_layer(x, *args, **kwargs)
+        return (out + shift(layer, noise, scale, x, out).reshape(out.shape)).to(out.dtype)
+
+    return rule
+
+
+@added_to_base
+def vera(layer: Layer, noise: Noise, scale: float, x: Tensor, out: Tensor) -> Tensor:
     """VeRA: `out + b * (B (d * (A x)))` with vectors b (out,) and d (rank,) beside frozen A and B.
 
     References:
         Kopiczko et al. (2024), VeRA, arXiv 2310.11454, equation 2.
     """
-    del method
     adapter = layer.active_adapters[0]
     b = _moved(layer, f"vera_lambda_b.{adapter}", noise, scale).unsqueeze(1)
     d = _moved(layer, f"vera_lambda_d.{adapter}", noise, scale).unsqueeze(1)
-    out = layer.base_layer(x, *args, **kwargs)
     inner = F.linear(x.to(d.dtype), layer.vera_A[adapter][:, : layer.in_features].to(x.device))
     inner = by_row(inner, noise, inner.shape[-1]) * d
-    shift = F.linear(inner, layer.vera_B[adapter][: layer.out_features].to(x.device)) * b
-    return (out + shift.reshape(out.shape)).to(out.dtype)
+    return F.linear(inner, layer.vera_B[adapter][: layer.out_features].to(x.device)) * b
 
 
-def dora(
-    layer: Layer,
-    method: Call,
-    noise: Noise,
-    scale: float,
-    x: Tensor,
-    *args: object,
-    **kwargs: object,
-) -> Tensor:
-    """DoRA on a linear layer: `m / ||W + s B A|| * (W + s B A) x + bias`, the norm taken of each
-    row of the matrix.
+@added_to_base
+def dora(layer: Layer, noise: Noise, scale: float, x: Tensor, out: Tensor) -> Tensor:
+    """DoRA on a linear layer: `m / ||W + s B A|| * (W + s B A) x + bias`, norms of matrix rows.
 
     No row's W + s B A is ever formed: `||W_o + s b_o A||^2 = ||W_o||^2 + 2 s b_o (A W^T)_o + s^2
     b_o A A^T b_o` for output o, which costs what `rank` more tokens in each row would. The norm
@@ -108,7 +113,6 @@ def dora(
     References:
         Liu et al. (2024), DoRA, arXiv 2402.09353, equation 5 and section 4.3.
     """
-    del method
     adapter, base = layer.active_adapters[0], layer.base_layer
     a = _moved(layer, f"lora_A.{adapter}.weight", noise, scale)  # (R, rank, in)
     b = _moved(layer, f"lora_B.{adapter}.weight", noise, scale)  # (R, out, rank)
@@ -120,11 +124,9 @@ def dora(
         b * (2 * factor * cross + factor**2 * b @ (a @ a.transpose(1, 2)))
     ).sum(2)
     ratio = (magnitude / square.clamp(min=0).sqrt()).unsqueeze(1)
-    out = base(x, *args, **kwargs)
     plain = by_row(out if base.bias is None else out - base.bias, noise, out.shape[-1])
     low = by_row(x.to(a.dtype), noise, x.shape[-1]) @ a.transpose(1, 2)
-    shift = (ratio - 1) * plain + ratio * (factor * (low @ b.transpose(1, 2)))
-    return (out + shift.reshape(out.shape)).to(out.dtype)
+    return (ratio - 1) * plain + ratio * (factor * (low @ b.transpose(1, 2)))
 
 
 def _embedding_scale(layer: Layer) -> Tensor | float:
@@ -133,17 +135,9 @@ def _embedding_scale(layer: Layer) -> Tensor | float:
     return 1.0 if scale is None else scale
 
 
-def lora_embedding(
-    layer: Layer,
-    method: Call,
-    noise: Noise,
-    scale: float,
-    x: Tensor,
-    *args: object,
-    **kwargs: object,
-) -> Tensor:
+@added_to_base
+def lora_embedding(layer: Layer, noise: Noise, scale: float, x: Tensor, out: Tensor) -> Tensor:
     """LoRA on `nn.Embedding`: A (rank, V) is looked up, then multiplied by B (D, rank)."""
-    del method
     adapter = layer.active_adapters[0]
     b = _moved(layer, f"lora_embedding_B.{adapter}", noise, scale)
     name = f"lora_embedding_A.{adapter}"
@@ -152,11 +146,9 @@ def lora_embedding(
     low = F.embedding(indices, table.T)
     if name in noise:
         # (R, rank, tokens)
-        own = noise[name].gather(2, indices.unsqueeze(1).expand(-1, len(table), -1))
-        low = torch.add(low, own.transpose(1, 2).to(low.dtype), alpha=scale)
-    out = layer.base_layer(x, *args, **kwargs)
-    shift = low @ b.transpose(1, 2) * (layer.scaling[adapter] * _embedding_scale(layer))
-    return (out + shift.reshape(out.shape)).to(out.dtype)
+        shift = noise[name].gather(2, indices.unsqueeze(1).expand(-1, len(table), -1))
+        low = torch.add(low, shift.transpose(1, 2).to(low.dtype), alpha=scale)
+    return low @ b.transpose(1, 2) * (layer.scaling[adapter] * _embedding_scale(layer))
 
 
 def trainable_tokens(
@@ -169,16 +161,15 @@ def trainable_tokens(
     **kwargs: object,
 ) -> Tensor:
     """Trainable tokens: K trained rows (K, D) of a frozen embedding, or of a tied output layer."""
-    ((name, own),) = noise.items()
+    ((name, rows),) = noise.items()
     out = method(x, *args, **kwargs)
     tokens = torch.as_tensor(layer.token_indices[name.split(".")[-1]], device=x.device)
-    own = own.to(out.dtype)
+    rows = rows.to(out.dtype)
     if isinstance(layer.base_layer, nn.Embedding):
-        shift = (
-            (by_row(x, noise).unsqueeze(-1) == tokens).to(out.dtype) @ own * _embedding_scale(layer)
-        )
+        chosen = (by_row(x, noise).unsqueeze(-1) == tokens).to(out.dtype)
+        shift = chosen @ rows * _embedding_scale(layer)
         return torch.add(out, shift.reshape(out.shape), alpha=scale)
-    logits = by_row(x, noise, x.shape[-1]).to(out.dtype) @ own.transpose(1, 2)
+    logits = by_row(x, noise, x.shape[-1]).to(out.dtype) @ rows.transpose(1, 2)
     return out.index_add(-1, tokens, logits.reshape(*out.shape[:-1], -1), alpha=scale)
 
 
@@ -214,9 +205,7 @@ _LAYERS: tuple[tuple[str, MethodRule, str], ...] = (
 
 
 def wrapper_rule(layer: Layer) -> tuple[MethodRule, str] | None:
-    """Return the rule of one of PEFT's layers and the method that it replaces; None without a
-    rule.
-    """
+    """Return the rule of one of PEFT's layers and the method that it replaces, or None."""
     if (
         not is_adapter_layer(layer)
         or len(layer.active_adapters) != 1

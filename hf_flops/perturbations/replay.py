@@ -1,11 +1,10 @@
-"""Computes a step's update again from its coefficients: without data, forward passes or stored
-noise.
-"""
+"""Computes a step's update again from its coefficients, without data or forward passes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -41,12 +40,14 @@ class UpdateRecord:
         cls, parts: Sequence[tuple[Rows, Tensor]], position: int, factor: float, normalizer: float
     ) -> UpdateRecord:
         """Join the rows and coefficients of chunks."""
-        (rows, coefficients), *others = parts
-        for more, _ in others:
-            rows = rows.then(more)
-        coefficients = torch.cat([coefficients, *(more for _, more in others)])
+        rows, coefficients = zip(*parts, strict=True)
         return cls(
-            rows, coefficients, [len(part) for part, _ in parts], position, factor, normalizer
+            reduce(Rows.then, rows),
+            torch.cat(coefficients),
+            [len(chunk) for chunk in rows],
+            position,
+            factor,
+            normalizer,
         )
 
 
@@ -60,8 +61,7 @@ def regenerate(
     groups: Tensor,
     rows_per_chunk: int | Sequence[int],
 ) -> Tensor:
-    """Return `sum_r c_r z_r` (d,) float64 for rows in any order; with the same chunks it is bitwise
-    equal.
+    """Return `sum_r c_r z_r` (d,) float64 for rows in any order; equal for the same chunks.
 
     Args:
         perturbation: where noise enters; must not be one that `replays`.

@@ -1,6 +1,4 @@
-"""The rule of last resort: a layer runs once for each row, with that row's parameters, while the
-other layers run all rows together.
-"""
+"""The rule of last resort: a layer runs once for each row, with that row's parameters."""
 
 from __future__ import annotations
 

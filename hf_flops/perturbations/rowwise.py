@@ -1,18 +1,17 @@
-"""Separate noise for each row of a forward pass, added by forward hooks, so that all queries of a
-step fit in one batch.
-"""
+"""Separate noise for each row of a forward pass, so that all queries fit in one batch."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..base.patching import replaced_method
 from .base import ParameterVector, Perturbation
 from .noise import RowNoise, blocks, bytes_per_row, draw
 from .rules import FACTORED, Noise, RowMismatch, linear, moved_linear
@@ -25,17 +24,17 @@ def _factored(site: Site, noise: RowNoise, index: int) -> bool:
     return noise.is_rank_one(index) and site.rule in FACTORED
 
 
-def _own(site: Site, noise: RowNoise, rows: slice, device: torch.device) -> Noise:
+def _noise_of(site: Site, noise: RowNoise, rows: slice, device: torch.device) -> Noise:
     """Return the noise of a site's parameters for some rows, in the form that its rule takes."""
-    own: Noise = {}
+    by_name: Noise = {}
     for name, index in site.tensors.items():
         if _factored(site, noise, index):
-            own[f"{name}.left"], own[f"{name}.right"] = (
+            by_name[f"{name}.left"], by_name[f"{name}.right"] = (
                 factor.to(device) for factor in noise.factors(index, rows)
             )
         else:
-            own[name] = noise.tensor(index, rows).to(device)
-    return own
+            by_name[name] = noise.tensor(index, rows).to(device)
+    return by_name
 
 
 def _width(site: Site, noise: RowNoise) -> int:
@@ -50,32 +49,28 @@ def _split(values: Tensor, rows: int, pieces: list[slice]) -> list[Tensor]:
     """Split (R * m, ...) into the given pieces of R rows."""
     if values.dim() == 0 or len(values) % rows:
         raise RowMismatch(f"a tensor of shape {tuple(values.shape)} does not contain {rows} rows")
-    each = len(values) // rows
-    return list(values.split([each * (piece.stop - piece.start) for piece in pieces]))
+    return list(values.split([len(values) // rows * (cut.stop - cut.start) for cut in pieces]))
 
 
 def _in_pieces(site: Site, noise: RowNoise, scale: float, x: Tensor, out: Tensor) -> Tensor:
-    """Apply the site's rule to (R * m, ...) a few rows at a time, so that unpacked noise stays in
-    the processor's cache.
-    """
+    """Apply the site's rule to (R * m, ...), a few rows at a time to stay in the cache."""
     pieces = list(blocks(len(noise), _width(site, noise)))
     outs = _split(out, len(noise), pieces)
     results = [
-        site.rule(site.module, own_x, own_out, _own(site, noise, piece, out.device), scale)
-        for own_x, own_out, piece in zip(_split(x, len(noise), pieces), outs, pieces, strict=True)
+        site.rule(site.module, x_part, out_part, _noise_of(site, noise, piece, out.device), scale)
+        for x_part, out_part, piece in zip(_split(x, len(noise), pieces), outs, pieces, strict=True)
     ]
     if len(results) == 1:
         return results[0]
-    in_place = all(
-        result.data_ptr() == own.data_ptr() for result, own in zip(results, outs, strict=True)
-    )
-    return out if in_place else torch.cat(results)
+    if all(a.data_ptr() == b.data_ptr() for a, b in zip(results, outs, strict=True)):
+        return out  # changed in place
+    return torch.cat(results)
 
 
-def _watch(
+def _watched(
     site: Site, noise: RowNoise, scale: float, fired: Callable[[], None]
-) -> Callable[[], None]:
-    """Install a forward hook that applies the site's rule; return the function that removes it."""
+) -> AbstractContextManager[object]:
+    """Return a context with a forward hook that applies the site's rule."""
 
     def hook(module: nn.Module, args: tuple, kwargs: dict, out: object) -> Tensor:
         x = args[0] if args else next(iter(kwargs.values()))
@@ -85,45 +80,39 @@ def _watch(
         return _in_pieces(site, noise, scale, x, out)
 
     # Before other hooks: one that casts a float32 output to 16 bits must not round the noise away.
-    return site.module.register_forward_hook(hook, with_kwargs=True, prepend=True).remove
+    return site.module.register_forward_hook(hook, with_kwargs=True, prepend=True)
 
 
-def _patch(
+def _patched(
     site: Site, noise: RowNoise, scale: float, fired: Callable[[], None]
-) -> Callable[[], None]:
-    """Replace a method of the module by the site's rule; return the function that restores it."""
-    owner, name = site.module, str(site.method)
-    original, patched_before = getattr(owner, name), owner.__dict__.get(name)
-    device = next(owner.parameters()).device
+) -> AbstractContextManager[object]:
+    """Return a context in which the site's rule replaces a method of the module."""
+    original = getattr(site.module, str(site.method))
+    device = next(site.module.parameters()).device
 
-    def patched(*args: object, **kwargs: object) -> object:
+    def method(*args: object, **kwargs: object) -> object:
         fired()
-        return site.rule(owner, original, _own(site, noise, ALL, device), scale, *args, **kwargs)
+        own_noise = _noise_of(site, noise, ALL, device)
+        return site.rule(site.module, original, own_noise, scale, *args, **kwargs)
 
-    def restore() -> None:
-        delattr(owner, name)
-        if patched_before is not None:
-            setattr(owner, name, patched_before)
-
-    setattr(owner, name, patched)
-    return restore
+    return replaced_method(site.module, str(site.method), method)
 
 
 def _fits(site: Site, noise: RowNoise) -> bool:
     """Return whether a site is a plain linear layer, for which `moved_linear` can be used."""
-    module = site.module
-    plain = (
+    return (
         site.rule is linear
-        and type(module).forward is nn.Linear.forward
-        and "forward" not in module.__dict__
+        and type(site.module).forward is nn.Linear.forward
+        and "forward" not in site.module.__dict__
+        and "weight" in site.tensors
+        and not noise.is_rank_one(site.tensors["weight"])
     )
-    return plain and "weight" in site.tensors and not noise.is_rank_one(site.tensors["weight"])
 
 
-def _replace(
+def _replaced(
     site: Site, noise: RowNoise, scale: float, fired: Callable[[], None]
-) -> Callable[[], None]:
-    """Let a linear layer use perturbed weights for each row; return the function that restores it.
+) -> AbstractContextManager[object]:
+    """Return a context in which a linear layer uses perturbed weights for each row.
 
     One batched product replaces the layer's product and another one for the noise, at about the
     cost of the layer without noise.
@@ -137,17 +126,12 @@ def _replace(
         if input.dtype != module.weight.dtype or torch.is_autocast_enabled(input.device.type):
             return _in_pieces(site, noise, scale, input, original(input))
         results = [
-            moved_linear(module, own, _own(site, noise, piece, input.device), scale)
-            for own, piece in zip(_split(input, len(noise), pieces), pieces, strict=True)
+            moved_linear(module, x, _noise_of(site, noise, piece, input.device), scale)
+            for x, piece in zip(_split(input, len(noise), pieces), pieces, strict=True)
         ]
         return results[0] if len(results) == 1 else torch.cat(results)
 
-    module.forward = forward
-
-    def restore() -> None:
-        del module.forward
-
-    return restore
+    return replaced_method(module, "forward", forward)
 
 
 class RowwiseNoise(Perturbation):
@@ -189,20 +173,8 @@ class RowwiseNoise(Perturbation):
         self.row_bytes = bytes_per_row(distribution, vector.shapes)
         self.sites = find_sites(model, vector, row_by_row)
         covered = {index for site in self.sites for index in site.tensors.values()}
-        missing = [name for index, name in enumerate(vector.names) if index not in covered]
-        if missing:
+        if missing := [name for i, name in enumerate(vector.names) if i not in covered]:
             raise RowMismatch(f"no per-row rule covers {missing}")
-
-    @staticmethod
-    def covered(
-        model: nn.Module, vector: ParameterVector, row_by_row: Collection[str] = ()
-    ) -> set[str]:
-        """Return the names of the parameters with per-row rules."""
-        return {
-            vector.names[i]
-            for site in find_sites(model, vector, row_by_row)
-            for i in site.tensors.values()
-        }
 
     def draw(self, keys: NoiseKeys) -> RowNoise:
         """Draw from the rows' seeds."""
@@ -212,25 +184,15 @@ class RowwiseNoise(Perturbation):
     def applied(
         self, noise: RowNoise, scale: float, fired: Counter[int] | None = None
     ) -> Iterator[None]:
-        """See `Perturbation.applied`; `fired` counts, by index of the parameter, the calls of its
-        rule.
-        """
+        """See `Perturbation.applied`; `fired` counts calls of rules by index of the parameter."""
         ran: Counter[int] = Counter() if fired is None else fired
-        removers: list[Callable[[], None]] = []
-        try:
+        with ExitStack() as stack:
             for site in self.sites:
-                install = _patch if site.method else _replace if _fits(site, noise) else _watch
-                removers.append(
-                    install(site, noise, scale, partial(ran.update, site.tensors.values()))
+                way = _patched if site.method else _replaced if _fits(site, noise) else _watched
+                stack.enter_context(
+                    way(site, noise, scale, partial(ran.update, site.tensors.values()))
                 )
             yield
-        finally:
-            for remove in reversed(removers):
-                remove()
-
-    def dimension(self, noise: RowNoise) -> int:
-        """See `Perturbation.dimension`."""
-        return self.vector.size
 
     def row_noise(self, noise: RowNoise) -> RowNoise:
         """See `Perturbation.row_noise`."""

@@ -9,6 +9,7 @@ dimension, row-major. The R rows may be a part of those that go through the mode
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import UnionType
 from typing import Any
 
@@ -33,17 +34,25 @@ def by_row(values: Tensor, noise: Noise, *tail: int) -> Tensor:
     return values.reshape(rows, -1, *tail)
 
 
-def _product(x: Tensor, out: Tensor, noise: Noise, transposed: bool, scale: float) -> Tensor:
-    """Add `scale * (x @ weight.T + bias)` per row, in place: a linear layer's output is a new
-    tensor.
+def linear(
+    module: nn.Module,
+    x: Tensor,
+    out: Tensor,
+    noise: Noise,
+    scale: float,
+    *,
+    transposed: bool = False,
+) -> Tensor:
+    """`nn.Linear`: add `scale * (x @ weight.T + bias)` per row in place, as the output is new.
 
     Args:
+        module: the layer.
         x: (R * m, .., in).
         out: (R * m, .., out).
         noise: weight (R, out, in), or its factors `weight.left` (R, out) and `weight.right`
             (R, in); bias (R, out).
-        transposed: whether a weight is (in, out) instead.
         scale: epsilon.
+        transposed: whether a weight is (in, out) instead.
     """
     result = by_row(out, noise, out.shape[-1])
     x = by_row(x, noise, x.shape[-1]).to(out.dtype)
@@ -68,15 +77,13 @@ def _product(x: Tensor, out: Tensor, noise: Noise, transposed: bool, scale: floa
     return result.reshape(out.shape)
 
 
-def linear(module: nn.Linear, x: Tensor, out: Tensor, noise: Noise, scale: float) -> Tensor:
-    """`nn.Linear`: weight (out, in), bias (out,)."""
-    return _product(x, out, noise, False, scale)
+conv1d_gpt2 = partial(linear, transposed=True)
+"""The `Conv1D` of GPT-2, a linear layer with its weight transposed: weight (in, out)."""
+FACTORED = (linear, conv1d_gpt2)  # rules that take the factors of rank-one noise
 
 
 def moved_linear(module: nn.Linear, x: Tensor, noise: Noise, scale: float) -> Tensor:
-    """Return the output (R * m, .., out) of `nn.Linear` for x (R * m, .., in) with perturbed
-    weights for each row.
-    """
+    """Return `nn.Linear`'s output for x (R * m, .., in) with perturbed weights for each row."""
     rows = by_row(x, noise, x.shape[-1])
     weight = torch.add(module.weight, noise["weight"].to(module.weight.dtype), alpha=scale)
     # batched products are faster along the long side of the weight
@@ -89,14 +96,6 @@ def moved_linear(module: nn.Linear, x: Tensor, noise: Noise, scale: float) -> Te
     if "bias" in noise:
         out = out.add_(noise["bias"].unsqueeze(1).to(out.dtype), alpha=scale)
     return out.reshape(*x.shape[:-1], out.shape[-1])
-
-
-def conv1d_gpt2(module: nn.Module, x: Tensor, out: Tensor, noise: Noise, scale: float) -> Tensor:
-    """The `Conv1D` of GPT-2, a linear layer with its weight transposed: weight (in, out)."""
-    return _product(x, out, noise, True, scale)
-
-
-FACTORED = (linear, conv1d_gpt2)  # rules that take the factors of rank-one noise
 
 
 def convolution(module: Convolution, x: Tensor, out: Tensor, noise: Noise, scale: float) -> Tensor:
@@ -126,8 +125,8 @@ def convolution(module: Convolution, x: Tensor, out: Tensor, noise: Noise, scale
 def embedding(module: nn.Embedding, x: Tensor, out: Tensor, noise: Noise, scale: float) -> Tensor:
     """`nn.Embedding`: weight (V, D), input any shape of indices."""
     indices = by_row(x, noise).unsqueeze(-1).expand(-1, -1, out.shape[-1])
-    shift = noise["weight"].gather(1, indices).reshape(out.shape)
-    return torch.add(out, shift.to(out.dtype), alpha=scale)
+    shift = noise["weight"].gather(1, indices).reshape(out.shape).to(out.dtype)
+    return torch.add(out, shift, alpha=scale)
 
 
 def _affine(normalised: Tensor, out: Tensor, noise: Noise, scale: float) -> Tensor:
@@ -139,9 +138,8 @@ def _affine(normalised: Tensor, out: Tensor, noise: Noise, scale: float) -> Tens
             shift = noise[name].reshape(-1, 1, size)
             if factor is not None:
                 shift = by_row(factor, noise, size) * shift
-            shift = shift.to(out.dtype)
-            result = torch.add(by_row(result, noise, size), shift, alpha=scale).reshape(out.shape)
-    return result
+            result = by_row(result, noise, size).add(shift.to(out.dtype), alpha=scale)
+    return result.reshape(out.shape)
 
 
 def layer_norm(module: nn.LayerNorm, x: Tensor, out: Tensor, noise: Noise, scale: float) -> Tensor:

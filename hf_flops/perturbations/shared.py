@@ -1,6 +1,4 @@
-"""The same noise for all rows of a forward pass, by replacing parameters: works for every
-module.
-"""
+"""The same noise for all rows of a forward, by replacing parameters: for every module."""
 
 from __future__ import annotations
 
@@ -47,9 +45,7 @@ def displaced(vector: ParameterVector, flat: Tensor) -> Iterator[None]:
 
 
 def moved(model: nn.Module, seed: np.ndarray) -> AbstractContextManager[None]:
-    """Move all trainable tensors away from their initial values inside the context: initial zeros
-    (`lora_B = 0`) would hide the effect of other tensors.
-    """
+    """Move all trainable tensors inside the context: zeros (`lora_B`) hide effects of others."""
     everything = ParameterVector.of(model)
     offset = draw("gaussian", seed, everything.shapes, everything.device)[0]
     return displaced(everything, offset.mul_(0.05))
@@ -86,16 +82,16 @@ class SharedNoise(Perturbation):
 
     def draw(self, keys: NoiseKeys) -> Tensor:
         """Draw (d,) from the group's seed."""
-        seed = np.array([keys.group], dtype=np.uint64)
-        return draw(self.distribution, seed, self.vector.shapes, self.vector.device)[0]
+        return draw(
+            self.distribution,
+            np.array([keys.group], dtype=np.uint64),
+            self.vector.shapes,
+            self.vector.device,
+        )[0]
 
     def applied(self, noise: Tensor, scale: float) -> AbstractContextManager[None]:
         """See `Perturbation.applied`."""
         return displaced(self.vector, noise * scale)
-
-    def dimension(self, noise: Tensor) -> int:
-        """See `Perturbation.dimension`."""
-        return self.vector.size
 
     def weighted_noise(self, noise: Tensor, coefficients: Tensor) -> Tensor:
         """See `Perturbation.weighted_noise`."""

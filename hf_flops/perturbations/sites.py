@@ -33,60 +33,50 @@ class Site:
 
 
 def prompt_owner(model: nn.Module) -> nn.Module | None:
-    """Return the module that returns soft prompts from `get_prompt`, as in PEFT's prompt
-    learning.
-    """
-    for module in model.modules():
-        if (
-            hasattr(module, "prompt_encoder")
-            and getattr(module, "active_peft_config", None) is not None
-        ):
-            return module
-    return None
+    """Return the module whose `get_prompt` returns soft prompts, as in PEFT's prompt learning."""
+    owners = (
+        module
+        for module in model.modules()
+        if hasattr(module, "prompt_encoder") and getattr(module, "active_peft_config", None)
+    )
+    return next(owners, None)
 
 
 def _whole_sites(model: nn.Module, index: dict[int, int], names: Collection[int]) -> Iterator[Site]:
-    """Yield the sites whose rule replaces a method: prompts, PEFT's layers, and layers that run row
-    by row.
-    """
+    """Yield the sites whose rule replaces a method: prompts, PEFT's layers, layers run by row."""
     owner = prompt_owner(model)
     inside: set[int] = set()  # modules inside a layer that runs row by row
     for module in model.modules():
-        if id(module) in inside:
+        if id(module) in inside or not (module is owner or is_adapter_layer(module)):
             continue
-        found: tuple[Call, str] | None
-        prefix, layer = "", cast(Any, module)
+        whole, prefix, method, rule = module, "", "forward", wrapper_rule(module)
         if module is owner:
-            kind = layer.active_peft_config.peft_type
-            found, prefix = (prompt, "get_prompt"), "prompt_encoder."
-            plain = str(getattr(kind, "value", kind)) == "PROMPT_TUNING"
-        else:
-            found = wrapper_rule(module)
-            plain = found is not None
-        if not plain and module is not owner and not is_adapter_layer(module):
-            continue
+            whole, prefix, method = (
+                cast(Any, module).prompt_encoder,
+                "prompt_encoder.",
+                "get_prompt",
+            )
+            plain = cast(Any, module).active_peft_config.peft_type == "PROMPT_TUNING"
+            rule = (prompt, method) if plain else None
         tensors = {
             name: index[id(parameter)]
             for name, parameter in module.named_parameters()
             if id(parameter) in index and name.startswith(prefix)
         }
         if any(i in names for i in tensors.values()):
-            inside.update(
-                map(id, layer.prompt_encoder.modules() if module is owner else module.modules())
-            )
-            yield Site(module, tensors, looped, "get_prompt" if module is owner else "forward")
-        elif plain and found is not None:
+            inside.update(map(id, whole.modules()))
+            yield Site(module, tensors, looped, method)
+        elif rule is not None:
             # The tensors of the base layer have their own rules.
             tensors = {name: i for name, i in tensors.items() if not name.startswith("base_layer.")}
             if tensors:
-                yield Site(module, tensors, *found)
+                yield Site(module, tensors, *rule)
 
 
 def find_sites(
     model: nn.Module, vector: ParameterVector, row_by_row: Collection[str] = ()
 ) -> list[Site]:
-    """Return the sites with rules; a parameter is covered only if every module that has it has a
-    rule.
+    """Return the sites of the parameters for which every module that has them has a rule.
 
     Args:
         model: the model.

@@ -1,13 +1,10 @@
-"""Streams of random numbers: a pure function of (seed, optimizer step, global sample position,
-query).
-"""
+"""Streams of random numbers, functions of (seed, optimizer step, sample position, query)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -46,45 +43,14 @@ class NoiseKeys:
             queries: (R,) int64, which query of its sample each row is.
             group: the rows' common group.
         """
-        rows = seeds(seed, step, positions.numpy(), queries.numpy())
-        return cls(rows, int(seeds(seed, step, SHARED_POSITION, group)[0]))
-
-
-Room = Callable[[int], Tensor]
-"""Returns a flat float32 tensor of a given size to write to."""
-
-
-class Numbers(Protocol):
-    """R rows of independent numbers with mean 0 and variance 1, each row cut into pieces.
-
-    Attributes:
-        bytes_each: memory of a number before it is unpacked.
-    """
-
-    bytes_each: float
-
-    def __len__(self) -> int:
-        """Return R."""
-        ...
-
-    def piece(
-        self, index: int, rows: slice = ALL, last: int | None = None, room: Room | None = None
-    ) -> Tensor:
-        """Return a piece (R, size) float32 of some rows, or all pieces from it to `last`, which
-        must be adjacent.
-
-        Packed numbers are unpacked into `room` if it is given.
-        """
-        ...
-
-    @staticmethod
-    def adjoins(size: int) -> bool:
-        """Return whether the next piece directly follows a piece of that size."""
-        ...
+        return cls(
+            seeds(seed, step, positions.numpy(), queries.numpy()),
+            int(seeds(seed, step, SHARED_POSITION, group)[0]),
+        )
 
 
 class Signs:
-    """Signs +1 and -1, of one random bit each.
+    """R rows of independent signs +1 and -1, of one random bit each, cut into pieces.
 
     On the CPU, up to a megabyte of bits is drawn at once and kept packed; more are drawn whenever a
     piece is used. On other devices all bits are drawn at once.
@@ -93,6 +59,9 @@ class Signs:
         row_seeds: (R,) uint64.
         sizes: number of entries of each piece; every piece starts at a new word.
         device: where bits are unpacked; they are drawn on the CPU.
+
+    Attributes:
+        bytes_each: memory of a number before it is unpacked.
     """
 
     bytes_each: float = 1 / 8
@@ -103,8 +72,8 @@ class Signs:
         self.row_seeds, self.sizes, self.signs = row_seeds, sizes, _SIGNS.to(device)
         self.starts = list(accumulate((-(-size // 64) for size in sizes), initial=0))  # words
         self.host = torch.device(device).type == "cpu"
-        drawn = self.host and 8 * self.starts[-1] * len(row_seeds) > _PACKED
-        self.kept = None if drawn else self._bytes(0, self.starts[-1], ALL).to(device)
+        large = self.host and 8 * self.starts[-1] * len(row_seeds) > _PACKED
+        self.packed = None if large else self._bytes(0, self.starts[-1], ALL).to(device)
 
     def __len__(self) -> int:
         return len(self.row_seeds)
@@ -113,29 +82,26 @@ class Signs:
         """Draw the words `start` to `stop`; return (R, 8 words) uint8."""
         return torch.from_numpy(words(self.row_seeds[rows], stop - start, start).view(np.uint8))
 
-    def piece(
-        self, index: int, rows: slice = ALL, last: int | None = None, room: Room | None = None
-    ) -> Tensor:
-        """See `Numbers.piece`: eight signs are looked up at a time."""
+    def piece(self, index: int, rows: slice = ALL, last: int | None = None) -> Tensor:
+        """Return a piece (R, size) float32 of some rows, or the adjacent ones from it to `last`."""
         last = index if last is None else last
         start, stop = self.starts[index], self.starts[last + 1]
-        own = (
+        packed = (
             self._bytes(start, stop, rows)
-            if self.kept is None
-            else self.kept[rows, 8 * start : 8 * stop]
+            if self.packed is None
+            else self.packed[rows, 8 * start : 8 * stop]
         )
-        out = room(8 * own.numel()).view(-1, 8) if room is not None and self.host else None
-        signs = torch.index_select(self.signs, 0, own.int().flatten(), out=out)
-        return signs.view(len(own), -1)[:, : sum(self.sizes[index : last + 1])]
+        signs = self.signs.index_select(0, packed.int().flatten())
+        return signs.view(len(packed), -1)[:, : sum(self.sizes[index : last + 1])]
 
     @staticmethod
     def adjoins(size: int) -> bool:
-        """See `Numbers.adjoins`."""
+        """Return whether the next piece directly follows a piece of that size."""
         return size % 64 == 0
 
 
 class Normals:
-    """Standard normal numbers, four bytes each; for the arguments see `Signs`.
+    """Rows of standard normal numbers, four bytes each; for the arguments see `Signs`.
 
     They come from torch's CPU generator, re-seeded for each row; it uses 32 bits of its seed.
     """
@@ -154,16 +120,17 @@ class Normals:
     def __len__(self) -> int:
         return self.rows
 
-    def piece(
-        self, index: int, rows: slice = ALL, last: int | None = None, room: Room | None = None
-    ) -> Tensor:
-        """See `Numbers.piece`."""
-        del room
+    def piece(self, index: int, rows: slice = ALL, last: int | None = None) -> Tensor:
+        """See `Signs.piece`."""
         return self.values[
             rows, self.starts[index] : self.starts[(index if last is None else last) + 1]
         ]
 
     @staticmethod
     def adjoins(size: int) -> bool:
-        """See `Numbers.adjoins`."""
+        """See `Signs.adjoins`."""
         return True
+
+
+Numbers = Signs | Normals
+"""Rows of independent numbers with mean 0 and variance 1, cut into pieces."""

@@ -24,7 +24,9 @@ from ..base.rounding_error import precision_of
 from ..errors import ConfigurationError
 from ..objectives.elementwise import mean_cross_entropy
 from .base_weights import drop_base, ignore_missing_base
+from .initial import initial_embeddings
 from .kv_cache import Ending, TextCache
+from .label_head import hidden_states, label_head_of
 from .packing import Packing, continued, may_be_packed
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "suffix_prompt.json"
@@ -48,10 +50,12 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
         tokenizer: encodes `init_text`.
         label_words: the token of each of C classes; then labels (R,) are classes and logits
             (R, C).
+        label_head: whether these logits are those of a trainable linear head, which starts as the
+            output layer's rows of `label_words`; see `LabelHeadModel`.
 
     Raises:
-        ConfigurationError: not a model of transformers, fewer than one virtual token, or
-            `init_text` without a tokenizer.
+        ConfigurationError: not a model of transformers, fewer than one virtual token, `init_text`
+            without a tokenizer, or `label_head` without `label_words`.
 
     Example:
         >>> import torch
@@ -74,6 +78,7 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
         init_text: str | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         label_words: Sequence[int] | None = None,
+        label_head: bool = False,
     ) -> None:
         super().__init__()
         if not issubclass(type(model), PreTrainedModel):
@@ -85,26 +90,18 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
             raise ConfigurationError(
                 f"num_virtual_tokens={num_virtual_tokens!r} must be a whole number, 1 or more."
             )
+        if label_head and label_words is None:
+            raise ConfigurationError("label_head=True needs label_words=, a token per class.")
         words = model.get_input_embeddings().get_parameter("weight")
-        if init_text is None:
-            tokens = torch.randint(len(words), (num_virtual_tokens,), device=words.device)
-        elif tokenizer is None:
-            raise ConfigurationError(f"init_text={init_text!r} needs tokenizer= to become tokens.")
-        else:
-            tokens = torch.tensor(
-                tokenizer(init_text, add_special_tokens=False)["input_ids"], device=words.device
-            )
-            tokens = tokens.repeat(-(-num_virtual_tokens // len(tokens)))[:num_virtual_tokens]
+        start = initial_embeddings(words, num_virtual_tokens, init_text, tokenizer)
         self.base: Any = model.requires_grad_(False)
-        start = words.detach()[tokens]
         # An embedding, because there are per-row rules for it: each row looks up all P entries.
-        self.prompt = nn.Embedding.from_pretrained(
-            start if start.dtype == torch.float64 else start.float(), freeze=False
-        )
+        self.prompt = nn.Embedding.from_pretrained(start, freeze=False)
         self.register_buffer(
             "label_words",
             None if label_words is None else torch.tensor(label_words, device=words.device),
         )
+        self.head = label_head_of(model, label_words) if label_head and label_words else None
         self.model_tags: list[str] = []
         self.texts: TextCache | None = None
         # whether rows of a text may share a sequence; None until checked
@@ -146,8 +143,12 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
                 than the model takes.
         """
         rows = self._split(input_ids, attention_mask, labels)
-        logits = self._logits(rows)
-        if self.label_words is not None and rows.answer.shape[1] == 0:
+        head = self._head(rows)
+        with hidden_states(self.base, when=head is not None):
+            logits = self._logits(rows)
+        if head is not None:
+            logits = head(logits[:, -1].to(head.weight.dtype))
+        elif self.label_words is not None and rows.answer.shape[1] == 0:
             logits = logits[:, -1, self.label_words]
         if labels is None:
             return CausalLMOutput(logits=logits)
@@ -169,7 +170,9 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
                 rows = self._split(
                     inputs["input_ids"], inputs.get("attention_mask"), inputs.get("labels")
                 )
-                self.texts = self._read(rows, rows.keys(), self._ending(rows) if clean else None)
+                ending = self._ending(rows) if clean else None
+                with hidden_states(self.base, when=self._head(rows) is not None):
+                    self.texts = self._read(rows, rows.keys(), ending)
                 if self.packs is None:
                     prompt = self.prompt.weight.to(self.base.dtype)
                     self.packs = may_be_packed(
@@ -194,8 +197,8 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
         return self.base.generate(inputs_embeds=embeddings, attention_mask=mask, **options)
 
     def save_pretrained(self, save_directory: str | Path, **options: object) -> None:
-        """Write the prompt (safetensors) and its configuration (JSON) to a folder, without the
-        base.
+        """Write prompt and head (safetensors) and their configuration (JSON) to a folder, without
+        the base.
         """
         del options
         folder = Path(save_directory)
@@ -219,6 +222,7 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
             model,
             len(state["prompt.weight"]),
             label_words=None if words is None else words.tolist(),
+            label_head="head.weight" in state,
         )
         loaded.load_state_dict(state)
         return loaded
@@ -244,6 +248,10 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
                 f"more than the {most} that the model takes: truncate the text."
             )
         return rows
+
+    def _head(self, rows: Split) -> nn.Linear | None:
+        """Return the head, if rows are scored by classes: they have no answer."""
+        return self.head if rows.answer.shape[1] == 0 else None
 
     def _shares(self) -> bool:
         """Return whether rows can share keys and values of texts: no base parameter is trained."""

@@ -32,8 +32,7 @@ class RunCosts(TrainerCallback):
         self._finished: dict[str, float] = {}
 
     def so_far(self) -> dict[str, float]:
-        """Return rows, check rows, tokens, seconds and peak bytes of the last run, or of this one
-        so far.
+        """Return rows, check rows, tokens, seconds and peak bytes of the last or the current run.
 
         The peak is that of the GPU if there is one, else of the process; it is absent if the system
         does not report it.
@@ -84,9 +83,12 @@ class RowProgress(ProgressCallback):
         """Open the bar, at the rows that a resumed run has used."""
         self.most = getattr(args, "max_queries", None)
         if state.is_world_process_zero:
-            done = self.ledger().all_rows
             self.training_bar = tqdm(
-                initial=done, total=self.most, unit=" rows", unit_scale=True, dynamic_ncols=True
+                initial=self.ledger().all_rows,
+                total=self.most,
+                unit=" rows",
+                unit_scale=True,
+                dynamic_ncols=True,
             )
 
     def on_step_end(
@@ -134,8 +136,7 @@ class Pictures(TrainerCallback):
 
 
 def add_reports(trainer: Trainer, ledger: Callable[[], Ledger]) -> RunCosts:
-    """Add the callbacks to a trainer, and replace its stock progress bar, if it has one, by one of
-    rows; return the costs.
+    """Add the callbacks to a trainer, a progress bar of rows among them; return the costs.
 
     Args:
         trainer: the trainer.

@@ -55,15 +55,13 @@ def draw_learning_curves(
             xytext=(4, -3),
         )
     axes.axhline(start, color="#a1a1aa", linestyle=":", label="untrained adapter")
-    seen, label = (
-        [rows for points in curves.values() for rows, _ in points if rows > 0],
-        "rows through the model",
+    axes.set(
+        xlabel="rows through the model", ylabel="validation accuracy", title="Accuracy against rows"
     )
+    drawn = [rows for points in curves.values() for rows, _ in points if rows > 0]
     # labels of a shorter logarithmic axis run into each other
-    if seen and max(seen) >= 10 * min(seen):
-        axes.set_xscale("log")
-        label += " (log scale)"
-    axes.set(xlabel=label, ylabel="validation accuracy", title="Accuracy against rows")
+    if drawn and max(drawn) >= 10 * min(drawn):
+        axes.set(xscale="log", xlabel="rows through the model (log scale)")
     axes.margins(x=0.15)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.legend(edgecolor="none", loc="lower right")

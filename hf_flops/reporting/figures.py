@@ -1,6 +1,4 @@
-"""The pictures of a run, drawn from its log when it ends: learning curve, where the queries went,
-signal to noise.
-"""
+"""The pictures of a run: learning curve, queries of samples and classes, signal to noise."""
 
 from __future__ import annotations
 
@@ -44,17 +42,13 @@ def draw_pictures(folder: str | Path, history: Log, ledger: Ledger) -> list[str]
 
 
 def draw_seeds(path: str | Path, folders: Sequence[str | Path]) -> None:
-    """Draw one learning curve from the output folders of runs that differ in their seed: mean and
-    standard deviation.
+    """Draw one learning curve of runs that differ in their seed: mean and standard deviation.
 
     Args:
         path: where to; the ending decides the format.
         folders: each holds `trainer_state.json`: a checkpoint, or an output folder after
             `trainer.save_state()`.
     """
-    histories = [
-        json.loads(Path(folder, "trainer_state.json").read_text())["log_history"]
-        for folder in folders
-    ]
-    curves = [curve_of(history) for history in histories]
+    states = [json.loads(Path(folder, "trainer_state.json").read_text()) for folder in folders]
+    curves = [curve_of(state["log_history"]) for state in states]
     save_learning_curve(path, [points for _, points in curves], curves[0][0])

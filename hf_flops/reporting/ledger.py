@@ -1,6 +1,4 @@
-"""The ledger of a run: every row that went through the model, who got queries, and what the log
-says of it.
-"""
+"""The ledger of a run: rows that went through the model, and the queries of each sample."""
 
 from __future__ import annotations
 
@@ -19,17 +17,12 @@ from ..objectives import Forward
 
 def columns(inputs: Inputs) -> int:
     """Return how many tokens each row of a batch has, padding included; 0 where it is not text."""
-    for name in ("input_ids", "inputs_embeds"):
-        value = inputs.get(name)
-        if torch.is_tensor(value) and value.dim() > 1:
-            return value.shape[1]
-    return 0
+    texts = (inputs.get(name) for name in ("input_ids", "inputs_embeds"))
+    return next((text.shape[1] for text in texts if torch.is_tensor(text) and text.dim() > 1), 0)
 
 
 def class_labels(inputs: Inputs) -> list[int] | None:
-    """Return the class of each sample of a batch; None where labels are not one whole number per
-    sample.
-    """
+    """Return the class of each sample; None if labels are not one whole number per sample."""
     labels = inputs.get("labels")
     if not torch.is_tensor(labels) or labels.dim() != 1 or labels.is_floating_point():
         return None
@@ -70,10 +63,10 @@ class Ledger:
         """Return a function that runs the model and counts what it was asked for."""
 
         def run(inputs: Inputs) -> tuple[Tensor | None, object]:
-            answer = forward(inputs)
-            rows = batch_size(inputs)
-            self.all_rows, self.tokens = self.all_rows + rows, self.tokens + rows * columns(inputs)
-            return answer
+            outputs = forward(inputs)
+            self.all_rows += batch_size(inputs)
+            self.tokens += batch_size(inputs) * columns(inputs)
+            return outputs
 
         return run
 
@@ -82,8 +75,7 @@ class Ledger:
         self.record(finished.result, finished.position.ids, class_labels(finished.inputs))
 
     def reconcile(self, before: tuple[int, int], ran: int, group: ProcessGroup) -> None:
-        """Enter the rows that all processes ran since the ledger said `before`; what each ran alike
-        counts once.
+        """Enter the rows that all processes ran since `before`; rows that all ran count once.
 
         Args:
             before: `all_rows` and `tokens` of then.
@@ -106,13 +98,10 @@ class Ledger:
         """Enter a finished batch; ids, labels: (B,) of its samples, if they have any."""
         self.last_step = result
         self.rows += result.rows
-        if ids is not None and len(ids) == len(result.counts):
-            for sample, count in zip(ids, result.counts.tolist(), strict=True):
-                seen = self.sample_queries.setdefault(sample, [0, 0])
-                seen[0], seen[1] = seen[0] + 1, seen[1] + count
-        if labels is not None and len(labels) == len(result.counts):
-            for label, count in zip(labels, result.counts.tolist(), strict=True):
-                _add(self._classes, label, [1, count])
+        for totals, numbers in ((self.sample_queries, ids), (self._classes, labels)):
+            if numbers is not None and len(numbers) == len(result.counts):
+                for number, count in zip(numbers, result.counts.tolist(), strict=True):
+                    _add(totals, number, [1, count])
         for name, value in result.metrics.items():
             self._window.setdefault(name, []).append(value)
 
@@ -125,21 +114,19 @@ class Ledger:
             for (_, before), (_, classes) in zip(
                 self.class_windows[::2], self.class_windows[1::2], strict=False
             ):
-                for label, seen in before.items():
-                    _add(classes, label, seen)
+                for label, numbers in before.items():
+                    _add(classes, label, numbers)
             self.class_windows = (
                 self.class_windows[1::2] + self.class_windows[len(self.class_windows) // 2 * 2 :]
             )
 
     def summary(self) -> dict[str, float]:
-        """Average what was recorded since the last call; a ratio is taken between averages, as
-        single steps are noisy.
-        """
+        """Return averages since the last call; ratios are of averages: single steps are noisy."""
         if not self._window:
             return {}
         mean = {name: sum(values) / len(values) for name, values in self._window.items()}
-        signal, variance = mean.pop("gradient_signal", None), mean.pop("gradient_variance")
-        sample_signal, _ = mean.pop("sample_signal"), mean.pop("head_signal", None)
+        signal, variance = mean.pop("gradient_signal", None), mean.pop("gradient_variance", 0.0)
+        sample_signal, _ = mean.pop("sample_signal", 0.0), mean.pop("head_signal", None)
         summary = {**mean, "dropped_rows": sum(self._window["dropped_rows"])}
         if signal is not None:  # else processes sum gradients less often than there are batches
             summary["signal_to_noise"] = max(signal, 0.0) / variance if variance > 0 else 0.0
@@ -149,27 +136,27 @@ class Ledger:
             summary["noise_ratio"] = sample_signal / signal
         self._close_window()
         self._window = {}
-        counts = {"rows": self.rows, "check_rows": self.all_rows - self.rows, "tokens": self.tokens}
         return {
             **{name: round(value, 6) for name, value in summary.items()},
-            **counts,
+            "rows": self.rows,
+            "check_rows": self.all_rows - self.rows,
+            "tokens": self.tokens,
             "seconds": self.seconds,
         }
 
     def state_dict(self) -> State:
         """Return what a resume needs, as JSON-serialisable values."""
-        counts = {
+        return {
             "rows": self.rows,
             "all_rows": self.all_rows,
             "tokens": self.tokens,
             "seconds": self.seconds,
+            "samples": [[sample, *numbers] for sample, numbers in self.sample_queries.items()],
+            "classes": [
+                [rows, [[label, *numbers] for label, numbers in classes.items()]]
+                for rows, classes in self.class_windows
+            ],
         }
-        windows = [
-            [rows, [[label, *seen] for label, seen in classes.items()]]
-            for rows, classes in self.class_windows
-        ]
-        samples = [[sample, *seen] for sample, seen in self.sample_queries.items()]
-        return {**counts, "samples": samples, "classes": windows}
 
     def load_state_dict(self, state: State) -> None:
         """Take up a state from `state_dict`."""
@@ -179,12 +166,12 @@ class Ledger:
             sample: [steps, queries] for sample, steps, queries in state["samples"]
         }
         self.class_windows = [
-            (rows, {label: seen for label, *seen in found})
-            for rows, found in state.get("classes", [])
+            (rows, {label: numbers for label, *numbers in classes})
+            for rows, classes in state.get("classes", [])
         ]
 
 
-def _add(classes: dict[int, list[int]], label: int, seen: Sequence[int]) -> None:
-    """Add [samples, queries] to those of a class."""
-    before = classes.get(label, [0, 0])
-    classes[label] = [before[0] + seen[0], before[1] + seen[1]]
+def _add(totals: dict[int, list[int]], number: int, more: Sequence[int]) -> None:
+    """Add [samples, queries] to those of a sample or class."""
+    samples, queries = totals.get(number, (0, 0))
+    totals[number] = [samples + more[0], queries + more[1]]

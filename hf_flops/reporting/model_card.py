@@ -28,8 +28,7 @@ def complete_card(
     costs: Mapping[str, float],
     tags: str | Iterable[str] | None,
 ) -> None:
-    """Add our tags, beside those of the model and the caller, and our sections to the stock card of
-    an output folder.
+    """Add our tags and our sections to the stock card of an output folder.
 
     Args:
         folder: the output folder.
@@ -41,10 +40,15 @@ def complete_card(
     path = Path(folder, "README.md")
     if not path.is_file():
         return
-    card, own = ModelCard.load(path), [tags] if isinstance(tags, str) else tags or []
-    stock = ["generated_from_trainer"]
+    card = ModelCard.load(path)
     card.data.tags = sorted(
-        {*(card.data.tags or []), *own, *stock, *(getattr(model, "model_tags", None) or []), *TAGS}
+        {
+            *(card.data.tags or []),
+            *([tags] if isinstance(tags, str) else tags or []),
+            *(getattr(model, "model_tags", None) or []),
+            *TAGS,
+            "generated_from_trainer",
+        }
     )
     # an empty name, of a model made from its configuration, is refused by the Hub
     if not card.data.get("base_model"):
@@ -92,12 +96,10 @@ def sections(
 
 def cost_table(costs: Mapping[str, float]) -> str:
     """Return what a run cost as a table in Markdown; see `RunCosts.so_far`."""
-    rows = f"{costs['rows']:,}"
-    if costs["check_rows"]:
-        rows += f" ({costs['check_rows']:,} of them to check the first batch)"
-    lines = {"rows through the model": rows, "tokens, padding included": f"{costs['tokens']:,}"}
-    if not costs["tokens"]:
-        del lines["tokens, padding included"]
+    checks = f" ({costs['check_rows']:,} of them to check the first batch)"
+    lines = {"rows through the model": f"{costs['rows']:,}{checks if costs['check_rows'] else ''}"}
+    if costs["tokens"]:
+        lines["tokens, padding included"] = f"{costs['tokens']:,}"
     lines["seconds"] = f"{costs['seconds']:,.1f}"
     if "peak_memory" in costs:
         lines["peak memory of the process"] = f"{costs['peak_memory'] / 2**20:,.0f} MB"

@@ -1,6 +1,4 @@
-"""The pictures of a run, from its log: its learning curve, where the queries went, how clear the
-estimates were.
-"""
+"""Plots of a run's log: learning curve, queries of samples and classes, signal to noise."""
 
 from __future__ import annotations
 
@@ -55,13 +53,12 @@ def series_of(history: Log, name: str) -> list[tuple[float, float]]:
 def draw_seeds(
     axes: Axes, curves: Sequence[Sequence[tuple[float, float]]], xlabel: str, measure: str
 ) -> None:
-    """Draw a learning curve: of one run, or the mean of runs that differ in their seed, with their
-    standard deviation.
+    """Draw a learning curve: of one run, or mean and standard deviation of several seeds.
 
     Args:
         axes: where to draw.
-        curves: (place, value) pairs of each run.
-        xlabel: what the place is.
+        curves: (x, value) pairs of each run.
+        xlabel: what x is.
         measure: what the value is.
     """
     runs = [np.array(curve, dtype=float).T for curve in curves]
@@ -107,9 +104,7 @@ def draw_classes(axes: Axes, windows: Windows) -> None:
 
 
 def draw_classes_over_time(axes: Axes, windows: Windows) -> None:
-    """Draw how many queries a sample of each class got in each stretch of the run; see
-    `draw_classes`.
-    """
+    """Draw the queries per sample of each class in each stretch; see `draw_classes`."""
     labels, grid = _per_class(windows)
     edges = [0, *(rows for rows, _ in windows)]
     with np.errstate(invalid="ignore"):
@@ -172,12 +167,12 @@ def save_learning_curve(
 def _draw_both(
     panels: Iterable[Axes], curves: Sequence[Sequence[tuple[float, float, float]]], measure: str
 ) -> None:
-    for axes, place, xlabel in zip(
+    for axes, column, xlabel in zip(
         panels, (0, 1), ("rows through the model", "seconds"), strict=True
     ):
         draw_seeds(
             axes,
-            [[(point[place], point[2]) for point in curve] for curve in curves],
+            [[(point[column], point[2]) for point in curve] for curve in curves],
             xlabel,
             measure,
         )
@@ -201,8 +196,7 @@ def save_queries(path: str | Path, samples: Sequence[float], windows: Windows) -
 
 
 def draw_signal(axes: Axes, signal: Sequence[tuple[float, float]]) -> None:
-    """Draw the signal to noise of the estimates, (rows, ratio) pairs, and their mean over a fifth
-    of the run.
+    """Draw signal to noise, (rows, ratio) pairs, and its mean over a fifth of the run.
 
     Single entries are noisy, and 0 where the estimate of the signal came out negative.
     """
@@ -223,9 +217,7 @@ def draw_signal(axes: Axes, signal: Sequence[tuple[float, float]]) -> None:
 def save_signal(
     path: str | Path, signal: Sequence[tuple[float, float]], gain: Sequence[tuple[float, float]]
 ) -> None:
-    """Save how clear the estimates were over time, and what the allocation gained; (rows, value)
-    pairs each.
-    """
+    """Save signal to noise and the gain of the allocation over time; (rows, value) pairs each."""
     figure, (left, right) = _panels(2)
     draw_signal(left, signal)
     rows, values = np.array(gain, dtype=float).reshape(-1, 2).T

@@ -1,6 +1,4 @@
-"""Finds the modules whose output does not depend on any perturbed parameter, by changing the
-parameters and comparing outputs; module names are not used.
-"""
+"""Finds modules whose output no perturbed parameter changes, by comparing their outputs."""
 
 from __future__ import annotations
 
@@ -19,6 +17,7 @@ from ..base.batch import Inputs, batch_size, take
 from ..base.patching import Call, replaced_forward
 from ..base.prng import seeds
 from ..base.probe import Attempt, Probe
+from ..base.state import raw_bytes
 from ..objectives import Forward, Objective, RowLosses
 from ..perturbations import NoiseKeys, Perturbation, displaced, moved
 from ..perturbations.noise import draw
@@ -45,12 +44,9 @@ _Visits = dict[nn.Module, list[_Visit]]  # in the order of first calls
 
 
 def _fingerprint(leaf: object) -> object:
-    """Return a value that is equal for two leaves only if they are equal bit for bit: (shape, hash)
-    of a tensor.
-    """
+    """Return a value that is equal only for equal leaves: (shape, hash) of a tensor."""
     if torch.is_tensor(leaf):
-        content = leaf.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
-        return leaf.shape, blake2b(content.data, digest_size=16).digest()
+        return leaf.shape, blake2b(raw_bytes(leaf), digest_size=16).digest()
     # a new object is equal to nothing else
     return leaf if leaf is None or isinstance(leaf, (bool, int, float, str)) else object()
 
@@ -84,18 +80,11 @@ def _trace(model: nn.Module, forward: Forward, inputs: Inputs) -> _Visits:
 
 
 def _layout(two: _Visit, three: _Visit) -> tuple[bool, ...] | None:
-    """Return which leaves grow with the number of rows, from a run of two rows and one of three;
-    None if a leaf neither grows nor stays the same.
-    """
-    flags = []
-    for a, b in zip(two.shapes, three.shapes, strict=True):
-        if a == b:
-            flags.append(False)
-        elif a and b and a[1:] == b[1:] and 3 * a[0] == 2 * b[0]:
-            flags.append(True)
-        else:
-            return None
-    return tuple(flags)
+    """Return which leaves grow from two rows to three; None if one does anything else."""
+    pairs = list(zip(two.shapes, three.shapes, strict=True))
+    if all(a == b or (a and b and a[1:] == b[1:] and 3 * a[0] == 2 * b[0]) for a, b in pairs):
+        return tuple(a != b for a, b in pairs)
+    return None
 
 
 def independent_modules(
@@ -106,8 +95,7 @@ def independent_modules(
     *,
     per_row: bool,
 ) -> dict[nn.Module, tuple[bool, ...]]:
-    """Return the outermost modules whose output is bitwise equal for all values of the perturbed
-    parameters.
+    """Return the outermost modules whose output no value of the perturbed parameters changes.
 
     Modules without parameters and buffers are left out because they cost little, and so are those
     that a forward calls more than once or that return anything but tensors and plain values.
@@ -130,7 +118,7 @@ def independent_modules(
 
 
 def _outermost(here: _Visits, moved: _Visits, wider: _Visits) -> dict[nn.Module, tuple[bool, ...]]:
-    found: dict[nn.Module, tuple[bool, ...]] = {}
+    independent: dict[nn.Module, tuple[bool, ...]] = {}
     inside: set[int] = set()  # calls that are part of an independent one
     for module, visits in here.items():
         if id(visits[0].parent) in inside:
@@ -144,9 +132,9 @@ def _outermost(here: _Visits, moved: _Visits, wider: _Visits) -> dict[nn.Module,
                 and any(visits[0].shapes)
                 and visits[0].leaves == moved[module][0].leaves
             ):
-                found[module] = flags
+                independent[module] = flags
                 inside.add(id(visits[0]))
-    return found
+    return independent
 
 
 def _holds_numbers(module: nn.Module) -> bool:
@@ -163,8 +151,7 @@ def choose_reuse(
     *,
     cached: bool = False,
 ) -> tuple[ReusePlan, str | None]:
-    """Return the plan of what runs once per sample, which may be empty, and the reason if a plan
-    was refused.
+    """Return the plan of what runs once per sample, and the reason if a plan was refused.
 
     Args:
         model: the model, in evaluation mode, gradients off.
@@ -208,8 +195,8 @@ def _simplified(plan: ReusePlan, forward: Forward, inputs: Inputs, cached: bool)
     owner = torch.arange(batch_size(inputs))
 
     def outputs() -> list[object]:
-        found = _fingerprints(recording.rows(inputs, owner)(inputs))
-        return [leaf for leaf in found if isinstance(leaf, tuple)]
+        leaves = _fingerprints(recording.rows(inputs, owner)(inputs))
+        return [leaf for leaf in leaves if isinstance(leaf, tuple)]
 
     def unnoticed() -> bool:
         with Attempt(None, (Exception,)):
@@ -228,12 +215,14 @@ def _simplified(plan: ReusePlan, forward: Forward, inputs: Inputs, cached: bool)
             module: sum(parameter.numel() for parameter in module.parameters())
             for module in plan.modules
         }
-        small = [
+        again = frozenset(
             m
             for m in plan.modules
-            if cached and m not in idle and 10 * size[m] < sum(size.values())
-        ]
-        again = frozenset(m for m in small if recording.works_without(m, unnoticed, hollow=False))
+            if cached
+            and m not in idle
+            and 10 * size[m] < sum(size.values())
+            and recording.works_without(m, unnoticed, hollow=False)
+        )
     return replace(plan, pass_through=idle, recomputed=again)
 
 
@@ -245,8 +234,7 @@ def _checked(
     perturbation: Perturbation,
     precision: float,
 ) -> tuple[frozenset[str], str | None]:
-    """Compare row losses under noise with those of the plain forward, on three rows (the batch if
-    its loss is not per row).
+    """Compare losses of three rows (or the batch) under noise with those of the plain forward.
 
     Returns:
         Floating-point inputs that can be NaN without changing the losses (all, one, or none), and
@@ -278,15 +266,13 @@ def _checked(
     choices: list[frozenset[str]] = []
     # a NaN loss would not show whether an input is read
     if objective.per_row and bool(wanted.isfinite().all()):
-        tensors = {name: value for name, value in inputs.items() if torch.is_tensor(value)}
         real = frozenset(
-            name for name, value in tensors.items() if value.is_floating_point() and value.dim() > 1
+            name
+            for name, value in inputs.items()
+            if torch.is_tensor(value) and value.is_floating_point() and value.dim() > 1
         )
-        choices = (
-            [real, *(frozenset([name]) for name in sorted(real))]
-            if len(real) > 1
-            else [real] * len(real)
-        )
+        singles = [frozenset([name]) for name in sorted(real) if len(real) > 1]
+        choices = [real, *singles] if real else []
     with plan.recording(forward) as recording:
         recording.record(inputs)
         for unread in choices:

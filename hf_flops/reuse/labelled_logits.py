@@ -1,6 +1,4 @@
-"""Logits only at labelled positions: the head of a causal language model skips tokens whose
-predictions do not enter the loss.
-"""
+"""Logits only where tokens have labels: a language model's head skips the other positions."""
 
 from __future__ import annotations
 
@@ -20,8 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class LastLogits(TappedLoss):
-    """A causal language model's own loss, with logits only from the column before the first label
-    of any row to the last label.
+    """A language model's own loss, with logits only where any row of the batch has labels.
 
     Losses are unchanged: a label is predicted from the column before it, or from its own column in
     models that do not shift. A forward without labels (R, T) as a keyword argument, or with
@@ -58,8 +55,8 @@ class LastLogits(TappedLoss):
                 if first > 1 or last < labels.shape[1] - 1:
                     # Indices, not a number: torch is slow if the head reads a slice, which is not
                     # contiguous.
-                    kept = torch.arange(max(0, first - 1), last + 1, device=labels.device)
-                    kwargs |= {"labels": labels[:, kept], "logits_to_keep": kept}
+                    columns = torch.arange(max(0, first - 1), last + 1, device=labels.device)
+                    kwargs |= {"labels": labels[:, columns], "logits_to_keep": columns}
                     self.used = True
             return original(*args, **kwargs)
 
@@ -78,8 +75,7 @@ def with_last_logits(
     inputs: Inputs,
     precision: float = 1e-4,
 ) -> Objective:
-    """Return the objective with logits only at labelled positions, if that does not change the
-    losses of two samples of the batch.
+    """Return the objective with logits at labels only, if two samples keep their losses.
 
     Args:
         model: the model.
@@ -111,7 +107,8 @@ def with_last_logits(
 
 def _language_model(model: nn.Module) -> nn.Module | None:
     """Return the outermost module whose forward takes labels and the number of logits to keep."""
-    for module in model.modules():
-        if {"labels", "logits_to_keep"} <= inspect.signature(module.forward).parameters.keys():
-            return module
-    return None
+    wanted = {"labels", "logits_to_keep"}
+    takers = (
+        m for m in model.modules() if wanted <= inspect.signature(m.forward).parameters.keys()
+    )
+    return next(takers, None)

@@ -31,8 +31,7 @@ class _Recorded(Exception):
 
 @dataclass(frozen=True, eq=False)
 class ReusePlan:
-    """The modules that run once per sample in a step, and the structure of their outputs; made by
-    `choose_reuse`.
+    """The modules that run once per sample in a step, as `choose_reuse` found them.
 
     An empty plan changes nothing.
 
@@ -124,9 +123,7 @@ class Recording:
         return self.plan.unread_inputs if self.complete else frozenset()
 
     def recall(self, inputs: Inputs, ids: Sequence[int] | None) -> None:
-        """Restore the outputs that earlier steps recorded for the samples `ids` of the batch, if
-        the plan spans steps.
-        """
+        """Restore what earlier steps recorded of samples `ids`, if the plan spans steps."""
 
     def batch(self, inputs: Inputs, owner: Tensor | None = None, samples: int = 0) -> Call:
         """Return a forward that records when it is called on `inputs`; other inputs run unchanged.
@@ -156,9 +153,7 @@ class Recording:
         return self._forward_of(inputs, owner, cut)
 
     def record(self, inputs: Inputs) -> None:
-        """Record the batch without a clean forward: run the model up to the last module's
-        output.
-        """
+        """Record the batch without a clean forward: run the model up to the last module."""
         if not self.complete:
             with suppress(_Recorded):
                 self._forward_of(inputs, stops=True)(inputs)
@@ -194,9 +189,7 @@ class Recording:
         self.plan = plan
 
     def token_axes(self) -> frozenset[tuple[nn.Module, int]]:
-        """Return the recorded leaves whose second dimension has as many entries as the batch has
-        columns, possibly by chance.
-        """
+        """Return the recorded leaves with as many entries along axis 1 as the batch has columns."""
         return frozenset(
             (module, i)
             for module, (leaves, _) in self.outputs.items()
@@ -205,8 +198,7 @@ class Recording:
         )
 
     def works_without(self, module: nn.Module, check: Callable[[], bool], *, hollow: bool) -> bool:
-        """Replace a recorded output by NaN (`hollow`), or remove it so that its module runs again;
-        keep the change if a check still holds.
+        """Replace a recorded output by NaN (`hollow`), or remove it; keep that if a check holds.
 
         Outputs with integer tensors, which have no NaN, are not replaced.
         """
@@ -234,9 +226,9 @@ class Recording:
         *,
         stops: bool = False,
     ) -> Call:
-        def run(given: Inputs) -> object:
-            if given is not inputs:
-                return self.forward(given)
+        def run(batch: Inputs) -> object:
+            if batch is not inputs:
+                return self.forward(batch)
             if owner is None:
                 self._samples, self._columns = batch_size(inputs), columns_of(inputs)
             self._run = _Run(
@@ -245,7 +237,7 @@ class Recording:
                 stops,
             )
             try:
-                return self.forward(given)
+                return self.forward(batch)
             finally:
                 self._run = None
 
@@ -274,18 +266,18 @@ class Recording:
         leaves, spec = self.outputs[module]
         owner = torch.arange(self._samples) if run.owner is None else run.owner
         if run.cut is not None:
-            axes = self.plan.token_axes
             leaves = [
-                leaf[:, run.cut] if (module, i) in axes else leaf for i, leaf in enumerate(leaves)
+                leaf[:, run.cut] if (module, i) in self.plan.token_axes else leaf
+                for i, leaf in enumerate(leaves)
             ]
-        pairs = zip(leaves, self.plan.modules[module], strict=True)
-        return tree_unflatten(
-            [repeat(leaf, self._samples, owner) if rows else clone(leaf) for leaf, rows in pairs],
-            spec,
-        )
+        rows = [
+            repeat(leaf, self._samples, owner) if repeats else clone(leaf)
+            for leaf, repeats in zip(leaves, self.plan.modules[module], strict=True)
+        ]
+        return tree_unflatten(rows, spec)
 
     def _joined(self, module: nn.Module, before: Output) -> Output:
         """Append a module's outputs for further samples to earlier ones."""
         after, spec = self.outputs[module]
-        pairs = zip(before[0], after, self.plan.modules[module], strict=True)
-        return [joined(old, new) if rows else old for old, new, rows in pairs], spec
+        triples = zip(before[0], after, self.plan.modules[module], strict=True)
+        return [joined(old, new) if rows else old for old, new, rows in triples], spec

@@ -21,9 +21,7 @@ def clone(leaf: Leaf) -> Leaf:
 
 
 def placeholder(leaf: Leaf) -> Leaf:
-    """Return NaN in the shape of a tensor, without its memory; integers, which have no NaN, are
-    copied.
-    """
+    """Return NaN in the shape of a tensor, without its memory; integers are copied."""
     if torch.is_tensor(leaf) and leaf.is_floating_point():
         return hollow(leaf, leaf.shape)
     return clone(leaf)
@@ -47,7 +45,5 @@ def repeat(leaf: Tensor, samples: int, owner: Tensor) -> Tensor:
     times, tail = len(leaf) // samples, leaf.shape[1:]
     if not any(leaf.stride()):
         return leaf[:1].expand(len(owner) * times, *tail)
-    owner = owner.to(leaf.device)
-    if times == 1:
-        return leaf.index_select(0, owner)
-    return leaf.reshape(samples, times, *tail).index_select(0, owner).flatten(0, 1)
+    rows = leaf.reshape(samples, times, *tail).index_select(0, owner.to(leaf.device))
+    return rows.flatten(0, 1)

@@ -1,6 +1,4 @@
-"""Prefix cache: outputs that no noise reaches are kept over epochs, so that frozen layers run once
-per sample of the data set.
-"""
+"""Prefix cache: frozen layers run once per sample, and their outputs are kept over epochs."""
 
 from __future__ import annotations
 
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 from ..base.batch import ROW, Inputs, batch_size, take
 from ..base.padding import columns_of
 from ..base.patching import Call
+from ..base.state import raw_bytes
 from ..errors import ConfigurationError
 from .late_expansion import Recording, ReusePlan
 from .leaves import Leaf, Output, repeat
@@ -35,11 +34,6 @@ class Sample:
     id: int
     layout: Layout
     content: bytes
-
-
-def raw_bytes(tensor: Tensor) -> memoryview:
-    """Return the bytes of a tensor; those of a contiguous CPU tensor are shared and writable."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data
 
 
 def identify(inputs: Inputs, ids: Sequence[int]) -> list[Sample]:
@@ -83,10 +77,11 @@ class SampleStore:
         self._file: Any = None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - it lives as long as the store
+            # it lives as long as the store
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
             finalize(self, self._file.close)
-        self._contents: dict[tuple[int, Layout], bytes] = {}
-        self._entries: dict[tuple[int, Layout], list[Any]] = {}
+        # content of the inputs, and the tensors or their places in the file
+        self._entries: dict[tuple[int, Layout], tuple[bytes, list[Any] | None]] = {}
         self.patterns: dict[Layout, dict[nn.Module, Output]] = {}
 
     def get(self, sample: Sample) -> list[Tensor] | None:
@@ -95,19 +90,16 @@ class SampleStore:
         Raises:
             ConfigurationError: the inputs of the sample have changed.
         """
-        key = (sample.id, sample.layout)
-        if self._contents.get(key, sample.content) != sample.content:
+        content, entry = self._entries.get((sample.id, sample.layout), (sample.content, None))
+        if content != sample.content:
             raise ConfigurationError(
                 f"The inputs of sample {sample.id} have changed since they were kept: "
                 "prefix_cache cannot be used with data augmentation, random masks or ids that are "
                 "not unique; set prefix_cache=None."
             )
-        entry = self._entries.get(key)
-        return (
-            entry
-            if entry is None or self._file is None
-            else [self._read(*place) for place in entry]
-        )
+        if entry is None or self._file is None:
+            return entry
+        return [self._read(*where) for where in entry]
 
     def put(self, sample: Sample, tensors: Sequence[Tensor]) -> None:
         """Keep the tensors of a sample, if there is room."""
@@ -115,10 +107,10 @@ class SampleStore:
         key = (sample.id, sample.layout)
         if size <= self.room and key not in self._entries:
             self.room -= size
-            self._contents[key] = sample.content
-            self._entries[key] = [
+            entry = [
                 self._write(t) if self._file else t.detach().to("cpu", copy=True) for t in tensors
             ]
+            self._entries[key] = sample.content, entry
 
     def _write(self, tensor: Tensor) -> tuple[int, torch.Size, torch.dtype]:
         start = self._file.seek(0, 2)
@@ -157,13 +149,12 @@ class CachedPlan(ReusePlan):
 
     def leaves(self) -> list[tuple[nn.Module, int]]:
         """Return the leaves that are kept by sample: modules, and indices of their leaves."""
-        kept = [
-            module
-            for module in self.modules
-            if module not in self.pass_through and module not in self.recomputed
-        ]
         return [
-            (module, i) for module in kept for i, rows in enumerate(self.modules[module]) if rows
+            (module, i)
+            for module, flags in self.modules.items()
+            if module not in self.pass_through | self.recomputed
+            for i, rows in enumerate(flags)
+            if rows
         ]
 
 
@@ -218,20 +209,18 @@ class CachedRecording(Recording):
         """Keep the recorded outputs of these samples, which are all in the record; return them."""
         store, leaves, entries = self.plan.store, self.plan.leaves(), []
         for i, sample in enumerate(samples):
-            owner = torch.tensor([i])
             entry = [
-                repeat(self.outputs[module][0][leaf], self._samples, owner)
+                repeat(self.outputs[module][0][leaf], self._samples, torch.tensor([i]))
                 for module, leaf in leaves
             ]
             store.put(sample, entry)
             entries.append(entry)
         if samples and samples[0].layout not in store.patterns:
-            pattern = {
+            store.patterns[samples[0].layout] = {
                 module: ([self._pattern(module, i, leaf) for i, leaf in enumerate(outputs)], spec)
                 for module, (outputs, spec) in self.outputs.items()
                 if module not in self.plan.recomputed
             }
-            store.patterns[samples[0].layout] = pattern
         return entries
 
     def _pattern(self, module: nn.Module, index: int, leaf: Leaf) -> Leaf:
@@ -250,12 +239,12 @@ class CachedRecording(Recording):
         everyone = torch.zeros(len(entries), dtype=torch.int64)
         for module, (leaves, spec) in self.plan.store.patterns[layout].items():
             hollow, rows = module in self.plan.pass_through, self.plan.modules[module]
-            pairs = zip(leaves, rows, strict=True)
-            self.outputs[module] = (
-                [repeat(leaf, 1, everyone) if hollow and row else leaf for leaf, row in pairs],
-                spec,
-            )
-        for place, (module, leaf) in enumerate(self.plan.leaves()):
+            outputs = [
+                repeat(leaf, 1, everyone) if hollow and row else leaf
+                for leaf, row in zip(leaves, rows, strict=True)
+            ]
+            self.outputs[module] = outputs, spec
+        for index, (module, leaf) in enumerate(self.plan.leaves()):
             outputs = self.outputs[module][0]
-            outputs[leaf] = torch.cat([entry[place] for entry in entries]).to(outputs[leaf].device)
+            outputs[leaf] = torch.cat([entry[index] for entry in entries]).to(outputs[leaf].device)
         self._samples = len(entries)

@@ -1,5 +1,4 @@
-"""Contract tests for classes of your own: derive a test class, say how to make one of yours, and
-run pytest.
+"""Contract tests: derive a class that makes an instance of yours, and run pytest.
 
     from hf_flops.testing import AllocatorContract
 

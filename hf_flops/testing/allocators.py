@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..allocators import Allocator, SampleFeatures
+from ..allocators import Allocator, RandomisedAllocator, SampleFeatures
 from ..errors import ConfigurationError
 
 
 class AllocatorContract:
-    """Derive a class whose name begins with `Test` and define `make`; pytest then runs the
-    contract.
+    """Derive a class `Test...` that defines `make`; pytest then runs the contract.
 
     Counts that follow these rules leave the gradient estimate unbiased, whatever else an allocator
     does.
@@ -45,9 +45,7 @@ class AllocatorContract:
         yield SampleFeatures(torch.ones(4), step=6), 10**6 + 7
 
     def features(self, losses: Tensor, step: int) -> SampleFeatures:
-        """Return the features of a batch with losses (B,), as a trainer's clean forward shows
-        them.
-        """
+        """Return the features of a batch with losses (B,), as after a clean forward."""
         ids, lengths = tuple(range(len(losses))), torch.ones(len(losses))
         return SampleFeatures(
             losses, losses.abs().sqrt(), step=step, seed=7, lengths=lengths, ids=ids
@@ -58,17 +56,18 @@ class AllocatorContract:
         return features.losses.nan_to_num(1.0, 1.0, 0.0).clamp(0, 100).square() + 0.1
 
     def test_counts_spend_the_budget(self) -> None:
-        """Counts are (B,) int64, at least 1 each, and sum to the budget, whatever the losses
-        are.
+        """Counts are (B,) int64 and sum to the budget, whatever the losses are; each is at least 1,
+        but 0 for a `RandomisedAllocator`.
         """
         allocator = self.make()
+        least = fewest(allocator)
         for features, budget in self.batches():
             counts = allocator.counts(features, budget)
             assert counts.dtype == torch.int64, f"counts are {counts.dtype}, not torch.int64"
             assert counts.shape == features.losses.shape, (
                 f"{tuple(counts.shape)} counts for {len(features.losses)} samples"
             )
-            assert int(counts.min()) >= 1, (
+            assert int(counts.min()) >= least, (
                 f"a sample of {features.losses.tolist()} got {int(counts.min())} queries"
             )
             assert int(counts.sum()) == budget, (
@@ -77,19 +76,17 @@ class AllocatorContract:
             allocator.update(features, counts, self.squares(features))
 
     def test_counts_do_not_depend_on_global_state(self) -> None:
-        """The same features and the same past give the same counts, and the global generator is
-        left alone.
-        """
+        """Counts are a function of features and past, and the global generator is not used."""
         before = torch.get_rng_state()
-        found: list[list[list[int]]] = []
+        histories: list[list[list[int]]] = []
         for _ in range(2):
             allocator = self.make()
-            found.append([])
+            histories.append([])
             for features, budget in self.batches():
                 counts = allocator.counts(features, budget)
-                found[-1].append(counts.tolist())
+                histories[-1].append(counts.tolist())
                 allocator.update(features, counts, self.squares(features))
-        assert found[0] == found[1], "two new allocators gave other counts for the same past"
+        assert histories[0] == histories[1], "two new allocators differ after the same past"
         assert torch.equal(before, torch.get_rng_state()), "the global generator has moved"
 
     def test_a_resumed_allocator_goes_on_as_the_old_one(self) -> None:
@@ -116,9 +113,34 @@ class AllocatorContract:
         assert int(allocator.counts(features, budget).sum()) == budget
 
     def test_a_budget_below_one_query_per_sample_is_refused(self) -> None:
-        """With a ConfigurationError: a sample without a query would make the estimate biased."""
+        """With a ConfigurationError: a sample without a query would make the estimate biased. Of a
+        `RandomisedAllocator`, a budget of 0 is.
+        """
+        allocator = self.make()
+        budget = 3 if fewest(allocator) else 0
         try:
-            self.make().counts(self.features(torch.rand(4), 0), 3)
+            allocator.counts(self.features(torch.rand(4), 0), budget)
         except ConfigurationError:
             return
-        raise AssertionError("a budget of 3 queries for 4 samples was accepted")
+        raise AssertionError(f"a budget of {budget} queries for 4 samples was accepted")
+
+    def test_the_mean_of_random_counts_is_the_expected_count(self) -> None:
+        """So that rows with the inverse expected count as their weight are unbiased."""
+        allocator, total = self.make(), torch.zeros(6, dtype=torch.float64)
+        if not isinstance(allocator, RandomisedAllocator):
+            return
+        first = self.features(4.0 ** torch.arange(6), 0)
+        expected = allocator.expected_counts(first, 9)
+        assert bool((expected > 0).all()), "a sample never gets a query"
+        draws = 2000
+        for position in range(draws):
+            total += allocator.counts(replace(first, position=position), 9)
+        # a count is one of two whole numbers, which bounds its standard error
+        assert torch.allclose(total / draws, expected, atol=5 * 0.5 / draws**0.5, rtol=0), (
+            f"counts average {(total / draws).tolist()}, not {expected.tolist()}"
+        )
+
+
+def fewest(allocator: Allocator) -> int:
+    """Return the fewest queries that an allocator may give a sample."""
+    return 0 if isinstance(allocator, RandomisedAllocator) else 1

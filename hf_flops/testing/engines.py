@@ -9,8 +9,7 @@ from torch import Tensor
 
 
 class EngineContract:
-    """Derive a class whose name begins with `Test` and define `make`; pytest then runs the
-    contract.
+    """Derive a class `Test...` that defines `make`; pytest then runs the contract.
 
     An engine maps `inputs_embeds` (R, T, D) float32 and `attention_mask` (R, T) int64, padded at
     the right, to the logits (R, V) of what follows each row's last real token.
@@ -37,11 +36,11 @@ class EngineContract:
     def test_a_row_of_logits_for_each_row(self) -> None:
         """Logits are (R, V), float32, finite, and the same when they are asked for again."""
         engine, width, vocabulary = self.make()
-        found = engine(*self.rows(width))
-        assert found.shape == (3, vocabulary), f"{tuple(found.shape)}, not (3, {vocabulary})"
-        assert found.dtype == torch.float32, f"{found.dtype}, not float32"
-        assert bool(found.isfinite().all()), "a logit is not finite"
-        self.assert_close(engine(*self.rows(width)), found, "the logits of a second call")
+        logits = engine(*self.rows(width))
+        assert logits.shape == (3, vocabulary), f"{tuple(logits.shape)}, not (3, {vocabulary})"
+        assert logits.dtype == torch.float32, f"{logits.dtype}, not float32"
+        assert bool(logits.isfinite().all()), "a logit is not finite"
+        self.assert_close(engine(*self.rows(width)), logits, "the logits of a second call")
 
     def test_padding_does_not_matter(self) -> None:
         """More padding at the right, or other numbers in it, leave logits as they are."""
@@ -61,7 +60,7 @@ class EngineContract:
                 engine(embeds[index], mask[index]), wanted[index], f"the logits of rows {index}"
             )
 
-    def assert_close(self, found: Tensor, wanted: Tensor, what: str) -> None:
+    def assert_close(self, logits: Tensor, wanted: Tensor, what: str) -> None:
         """Compare logits (R, V)."""
-        error = float((found - wanted).abs().max())
+        error = float((logits - wanted).abs().max())
         assert error <= self.tolerance * float(wanted.abs().max()), f"{what} differ by {error:.3g}"

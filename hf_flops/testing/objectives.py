@@ -12,8 +12,7 @@ from ..objectives import Forward, Objective, RowLosses
 
 
 class ObjectiveContract:
-    """Derive a class whose name begins with `Test` and define `make`; pytest then runs the
-    contract.
+    """Derive a class `Test...` that defines `make`; pytest then runs the contract.
 
     Example:
         >>> from hf_flops.objectives import CallableObjective
@@ -33,35 +32,30 @@ class ObjectiveContract:
 
     @torch.no_grad()
     def test_losses_have_an_entry_per_row(self) -> None:
-        """Sums and counts are (R,), or (1,) for an objective of the batch as a whole; sums in 32
-        bits or more.
-        """
+        """Sums, in 32 bits or more, and counts are (R,), or (1,) for the batch as a whole."""
         objective, forward, inputs = self.make()
-        found = objective(forward, inputs)
+        losses = objective(forward, inputs)
         entries = batch_size(inputs) if objective.per_row else 1
-        assert found.sums.shape == found.counts.shape == (entries,), (
-            f"{tuple(found.sums.shape)} sums, {entries} wanted"
+        assert losses.sums.shape == losses.counts.shape == (entries,), (
+            f"{tuple(losses.sums.shape)} sums, {entries} wanted"
         )
-        assert found.sums.dtype in (torch.float32, torch.float64), (
-            f"16-bit losses have no digits left: {found.sums.dtype}"
+        assert losses.sums.dtype in (torch.float32, torch.float64), (
+            f"16-bit losses have no digits left: {losses.sums.dtype}"
         )
-        assert bool((found.counts >= 0).all()), "a row has a negative number of loss elements"
+        assert bool((losses.counts >= 0).all()), "a row has a negative number of loss elements"
 
     @torch.no_grad()
     def test_rows_do_not_depend_on_each_other(self) -> None:
-        """A sample's loss is the same in any order, repeated, or alone: query rows of a step are
-        chunked freely.
-        """
+        """A sample's loss is the same in any order, repeated, or alone: rows are chunked freely."""
         objective, forward, inputs = self.make()
         if not objective.per_row or objective.needs_clean:
             return
         whole = objective(forward, inputs)
         for index in ([2, 0, 1], [0, 0, 2, 0], [1]):
             rows = torch.tensor(index)
-            found = objective(forward, take(inputs, rows))
-            self.assert_close(
-                found.sums, whole.sums[rows.to(whole.sums.device)], f"the losses of samples {index}"
-            )
+            losses = objective(forward, take(inputs, rows))
+            wanted = whole.sums[rows.to(whole.sums.device)]
+            self.assert_close(losses.sums, wanted, f"the losses of samples {index}")
 
     @torch.no_grad()
     def test_inputs_and_the_global_generator_are_left_alone(self) -> None:
@@ -96,13 +90,13 @@ class ObjectiveContract:
         assert isinstance(losses, RowLosses)
         assert losses.sums.shape == clean.sums.shape
 
-    def assert_close(self, found: torch.Tensor, wanted: torch.Tensor, what: str) -> None:
+    def assert_close(self, losses: torch.Tensor, wanted: torch.Tensor, what: str) -> None:
         """Compare losses (R,); rows that are not finite must be so in both."""
         same = torch.allclose(
-            found.double(),
+            losses.double(),
             wanted.double(),
             rtol=self.tolerance,
             atol=self.tolerance,
             equal_nan=True,
         )
-        assert same, f"{what} are {found.tolist()}, not {wanted.tolist()}"
+        assert same, f"{what} are {losses.tolist()}, not {wanted.tolist()}"

@@ -13,8 +13,7 @@ Losses = Callable[[], Tensor]
 
 
 class PerturbationContract:
-    """Derive a class whose name begins with `Test` and define `make`; pytest then runs the
-    contract.
+    """Derive a class `Test...` that defines `make`; pytest then runs the contract.
 
     Example:
         >>> from hf_flops.perturbations import ParameterVector, SharedNoise
@@ -29,9 +28,7 @@ class PerturbationContract:
     draws = 1000  # for the mean of the estimate
 
     def make(self) -> tuple[Perturbation, nn.Module, Losses]:
-        """Return the perturbation, the model in float64, and what gives its losses (R,) of R rows
-        as it is by then.
-        """
+        """Return the perturbation, the model in float64, and what computes R rows' losses (R,)."""
         raise NotImplementedError("Define make(self), which returns (perturbation, model, losses).")
 
     def keys(self, rows: int, step: int = 0) -> NoiseKeys:
@@ -44,31 +41,29 @@ class PerturbationContract:
     def test_the_model_is_bit_for_bit_what_it_was(self) -> None:
         """After the context, and after an exception inside it: parameters, hooks and attributes."""
         perturbation, model, losses = self.make()
-        before, found = self.picture(model), losses()
-        noise = perturbation.draw(self.keys(len(found)))
+        before, clean = self.picture(model), losses()
+        noise = perturbation.draw(self.keys(len(clean)))
         with perturbation.applied(noise, 0.1):
             moved = losses()
-        assert not torch.equal(moved, found), "the noise changes nothing"
+        assert not torch.equal(moved, clean), "the noise changes nothing"
         try:
             with perturbation.applied(noise, 0.1):
                 raise ZeroDivisionError
         except ZeroDivisionError:
             pass
         assert self.picture(model) == before, "something is left on the model"
-        assert torch.equal(losses(), found), "the losses are not what they were"
+        assert torch.equal(losses(), clean), "the losses are not what they were"
 
     @torch.no_grad()
     def test_noise_is_a_function_of_its_keys(self) -> None:
-        """The same keys draw the same noise, others another, and the global generator is left
-        alone.
-        """
+        """Keys fix the noise, other keys draw other noise, and the global generator is not used."""
         perturbation, _, losses = self.make()
-        rows, state, found = len(losses()), torch.get_rng_state(), []
+        rows, state, by_step = len(losses()), torch.get_rng_state(), []
         for step in (0, 0, 1):
             with perturbation.applied(perturbation.draw(self.keys(rows, step)), 0.1):
-                found.append(losses())
-        assert torch.equal(found[0], found[1]), "the same keys gave other noise"
-        assert not torch.equal(found[0], found[2]), "other keys gave the same noise"
+                by_step.append(losses())
+        assert torch.equal(by_step[0], by_step[1]), "the same keys gave other noise"
+        assert not torch.equal(by_step[0], by_step[2]), "other keys gave the same noise"
         assert torch.equal(state, torch.get_rng_state()), "the global generator has moved"
 
     @torch.no_grad()
@@ -80,15 +75,13 @@ class PerturbationContract:
         rows = len(losses())
         noise = perturbation.draw(self.keys(rows))
         with perturbation.applied(noise, 0.25):
-            found = losses()
+            noisy = losses()
         for row, unit in enumerate(torch.eye(rows)):
             with displaced(perturbation.vector, 0.25 * perturbation.weighted_noise(noise, unit)):
-                torch.testing.assert_close(found[row], losses()[row], rtol=1e-6, atol=1e-9)
+                torch.testing.assert_close(noisy[row], losses()[row], rtol=1e-6, atol=1e-9)
 
     def test_the_mean_of_the_estimate_is_the_gradient(self) -> None:
-        """The sum over rows of delta times noise averages to autograd's gradient of the summed
-        losses.
-        """
+        """The sum of delta times noise averages to autograd's gradient of the summed losses."""
         perturbation, _, losses = self.make()
         wanted = torch.cat(
             [
@@ -97,22 +90,22 @@ class PerturbationContract:
             ]
         )
         with torch.no_grad():
-            found = torch.stack(
+            estimates = torch.stack(
                 [self.estimate(perturbation, losses, step) for step in range(self.draws)]
             ).double()
-        error = found.std(0) / self.draws**0.5 + 1e-12
-        worst = float(((found.mean(0) - wanted) / error).abs().max())
+        error = estimates.std(0) / self.draws**0.5 + 1e-12
+        worst = float(((estimates.mean(0) - wanted) / error).abs().max())
         assert worst < 5, f"the mean is {worst:.1f} standard errors from the gradient"
 
     def estimate(self, perturbation: Perturbation, losses: Losses, step: int) -> Tensor:
         """Return (d,) the estimate of one draw, by central differences."""
         scale, rows = 1e-4, len(losses())
         noise = perturbation.draw(self.keys(rows, step))
-        found = []
+        results = []
         for sign in (1, -1):
             with perturbation.applied(noise, sign * scale):
-                found.append(losses())
-        deltas = (found[0] - found[1]) / (2 * scale)
+                results.append(losses())
+        deltas = (results[0] - results[1]) / (2 * scale)
         if perturbation.shares_noise:  # one noise for all rows: the estimate is of their sum
             deltas = torch.full_like(deltas, float(deltas.sum()) / rows)
         return perturbation.weighted_noise(noise, deltas.float())

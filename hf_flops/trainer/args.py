@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 from ..allocators import ALLOCATORS
 from ..distributed.exchange import REDUCE
 from ..perturbations import DISTRIBUTIONS
-from .presets import LORA_PARTS, PRESETS
+from .presets import HEADS, LORA_PARTS, PRESETS
 from .validation import check_own_options, check_processes, check_stock_options
 
 
@@ -60,7 +60,7 @@ class FlopsArgumentsMixin:
         },
     )
     queries_per_sample: int | str | None = field(
-        default=16,
+        default=8,
         metadata={
             "help": "Rows of forward passes per sample and step, averaged over the batch, the "
             "clean (unperturbed) row included; or 'auto': few while the gradient is clear, more "
@@ -129,20 +129,32 @@ class FlopsArgumentsMixin:
             "first step."
         },
     )
-    closed_form_head: bool | None = field(
+    closed_form_head: str | None = field(
         default=None,
         metadata={
-            "help": "Where a trainable linear layer outputs the logits of the loss, take its "
-            "gradient from the clean forward (residual times input, exact) and perturb only the "
-            "other parameters. Default: true, except for the presets 'mezo' and 'flops-authors'."
+            "help": "What trains a linear layer that outputs the logits of the loss, which needs "
+            "no noise: 'solve' (its weights minimise the loss on the features that clean forwards "
+            "have shown, after every step), 'gradient' (its exact gradient goes to the optimizer) "
+            "or 'none' (noise, as for the other parameters). Default: 'solve', except for the "
+            "presets 'mezo' and 'flops-authors'.",
+            "choices": list(HEADS),
         },
     )
     control_variate: str | None = field(
         default=None,
         metadata={
             "help": "Prediction that is subtracted from deltas, with its exact mean added back: "
-            "'logit_jacobian' (a mean Jacobian of the logits, fitted on past steps; for losses of "
-            "up to 32 logits per row) or 'none'."
+            "'feature_jacobian' (a Jacobian of the logits, linear in principal components of the "
+            "sample's features and fitted on past steps; for losses of up to 32 logits per row), "
+            "'logit_jacobian' (the same Jacobian for all samples) or 'none'."
+        },
+    )
+    delta_clip: float | None = field(
+        default=None,
+        metadata={
+            "help": "Limit deltas to so many robust standard deviations of their batch's (1.5, "
+            "say). The estimate is then biased; it helps early in training, if at all. Not with "
+            "noise on outputs. Default: no limit."
         },
     )
     lora_parts: str = field(

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +26,7 @@ _TENSOR = "__tensor__"  # {"__tensor__": key} stands for a tensor of the other f
 
 
 def save_state(folder: str, parts: Mapping[str, Stateful]) -> None:
-    """Write the state of the parts into a folder: plain values as JSON, tensors in a file beside
-    it.
+    """Write the state of the parts: plain values as JSON, tensors in a file beside it.
 
     Args:
         folder: of the checkpoint.
@@ -41,8 +43,7 @@ def save_state(folder: str, parts: Mapping[str, Stateful]) -> None:
 
 
 def load_state(folder: str | None, parts: Mapping[str, Stateful]) -> None:
-    """Load the states that `save_state` wrote into the parts, if the folder has any; a part of
-    another class than the saved one starts afresh.
+    """Load the states that `save_state` wrote; a part of another class starts afresh.
 
     Raises:
         ConfigurationError: a file cannot be read.
@@ -50,10 +51,27 @@ def load_state(folder: str | None, parts: Mapping[str, Stateful]) -> None:
     path = Path(folder or "", STATE_FILE)
     if folder is None or not path.is_file():
         return
-    state, tensors = read_json(path), _read_tensors(path.with_name(TENSOR_FILE))
+    tensor_path = path.with_name(TENSOR_FILE)
+    with _damage_named(tensor_path):
+        tensors = load(tensor_path.read_bytes()) if tensor_path.is_file() else {}
+
+    def with_tensors(value: State) -> Any:
+        if value.keys() != {_TENSOR}:
+            return value
+        if value[_TENSOR] not in tensors:
+            raise KeyError(f"{TENSOR_FILE} lacks {value[_TENSOR]}")
+        return tensors[value[_TENSOR]]
+
+    with _damage_named(path):
+        state = json.loads(path.read_text(), object_hook=with_tensors)
     for name, part in parts.items():
-        if name in state and _same_kind(name, part, state):
-            part.load_state_dict(_with_tensors(state[name], tensors))
+        kind = type(part).__name__
+        saved = state.get("kinds", {}).get(name, kind)
+        if saved != kind:
+            message = "The %s of the checkpoint's run was %s, this one's is %s and starts afresh."
+            logger.warning(message, name, saved, kind)
+        elif name in state:
+            part.load_state_dict(state[name])
 
 
 def read_json(path: Path, *keys: str) -> Any:
@@ -62,21 +80,16 @@ def read_json(path: Path, *keys: str) -> Any:
     Raises:
         ConfigurationError: it is no JSON, or there is no such key.
     """
-    try:
-        value = json.loads(path.read_text())
-        for key in keys:
-            value = value[key]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigurationError(f"{path} is damaged: {type(error).__name__}: {error}.") from error
-    return value
+    with _damage_named(path):
+        return reduce(getitem, keys, json.loads(path.read_text()))
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        return {}
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    """Turn an error inside the context, which reads a file, into one that names it."""
     try:
-        return load(path.read_bytes())
-    except (OSError, SafetensorError) as error:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ConfigurationError(f"{path} is damaged: {type(error).__name__}: {error}.") from error
 
 
@@ -92,33 +105,6 @@ def _without_tensors(state: Any, key: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(state, (list, tuple)):
         return [_without_tensors(value, f"{key}.{i}", tensors) for i, value in enumerate(state)]
     return state
-
-
-def _with_tensors(state: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Undo `_without_tensors`."""
-    if isinstance(state, dict) and state.keys() == {_TENSOR}:
-        if state[_TENSOR] not in tensors:
-            raise ConfigurationError(f"The checkpoint's {TENSOR_FILE} lacks {state[_TENSOR]}.")
-        return tensors[state[_TENSOR]]
-    if isinstance(state, dict):
-        return {name: _with_tensors(value, tensors) for name, value in state.items()}
-    if isinstance(state, list):
-        return [_with_tensors(value, tensors) for value in state]
-    return state
-
-
-def _same_kind(name: str, part: Stateful, state: State) -> bool:
-    """Return whether a part is of the class that was saved, if that is known; warn if it is not."""
-    now = type(part).__name__
-    saved = state.get("kinds", {}).get(name, now)
-    if saved != now:
-        logger.warning(
-            "The %s of the checkpoint's run was %s, this one's is %s and starts afresh.",
-            name,
-            saved,
-            now,
-        )
-    return bool(saved == now)
 
 
 def _replace(path: Path, content: bytes) -> None:

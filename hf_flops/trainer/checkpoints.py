@@ -24,21 +24,16 @@ UNFINISHED, MANIFEST, STATE = ".unfinished", "flops_files.json", "trainer_state.
 
 
 def is_whole(folder: str | Path) -> bool:
-    """Return whether a checkpoint has all files that it was saved with; for a stock trainer's,
-    whether the file that is written last exists.
-    """
-    state, manifest = Path(folder, STATE), Path(folder, MANIFEST)
-    if not state.is_file():
-        return False
-    if not manifest.is_file():
-        return True
-    try:
-        files = [
-            (Path(folder, name), size) for name, size in json.loads(manifest.read_text()).items()
-        ]
+    """Return whether a checkpoint has all files that it was saved with."""
+    manifest = Path(folder, MANIFEST)
+    try:  # a stock trainer writes no manifest, and its state last
+        sizes = json.loads(manifest.read_text()) if manifest.is_file() else {}
+        files = {Path(folder, name): size for name, size in sizes.items()}
     except (OSError, ValueError, AttributeError):  # the manifest itself was cut off
         return False
-    return all(path.is_file() and path.stat().st_size == size for path, size in files)
+    return Path(folder, STATE).is_file() and all(
+        path.is_file() and path.stat().st_size == size for path, size in files.items()
+    )
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
@@ -46,12 +41,12 @@ def last_checkpoint(folder: str | Path) -> str | None:
     for old in Path(folder, UNFINISHED).glob("*.old"):  # its replacement was interrupted
         if not Path(folder, old.stem).exists():
             old.rename(Path(folder, old.stem))
-    checkpoints = [
-        path
+    checkpoints = {
+        int(path.name.split("-")[1]): path
         for path in Path(folder).glob("checkpoint-*")
         if re.fullmatch(r"checkpoint-\d+", path.name)
-    ]
-    for path in sorted(checkpoints, key=lambda path: int(path.name.split("-")[1]), reverse=True):
+    }
+    for _, path in sorted(checkpoints.items(), reverse=True):
         if is_whole(path):
             return str(path)
         logger.warning("%s is not a whole checkpoint and is skipped.", path)
@@ -84,15 +79,13 @@ def _flush(path: Path) -> None:
 
 
 class CheckpointWriter:
-    """Lets the stock trainer save in another folder, and moves the checkpoint to its place once it
-    is complete.
+    """Lets the stock trainer save elsewhere, and moves a complete checkpoint to its place.
 
     Attributes:
         saving: whether a checkpoint is being saved.
     """
 
-    def __init__(self) -> None:
-        self.saving = False
+    saving = False
 
     def folder(self, run: str) -> str:
         """Return the folder in which the stock trainer saves, for a run's output folder."""
@@ -173,20 +166,18 @@ def chosen_checkpoint(
 
 @contextmanager
 def generator_states(checkpoint: str | None, args: TrainingArguments) -> Iterator[str | None]:
-    """Yield a folder with the states of this process's generators, even if the run had another
-    number of processes: all processes of a run have the same states.
-    """
+    """Yield a folder with the states of this process's generators: all processes have the same."""
     wanted = f"rng_state_{args.process_index}.pth" if args.world_size > 1 else "rng_state.pth"
+    paths = [Path(checkpoint or "", name) for name in ("rng_state.pth", "rng_state_0.pth")]
+    others = [path for path in paths if path.is_file()]
     if checkpoint is None or Path(checkpoint, wanted).is_file():
         yield checkpoint
-        return
-    for name in ("rng_state.pth", "rng_state_0.pth"):
-        if (path := Path(checkpoint, name)).is_file():
-            with tempfile.TemporaryDirectory() as folder:
-                shutil.copy(path, Path(folder, wanted))
-                yield folder
-            return
-    yield None
+    elif others:
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copy(others[0], Path(folder, wanted))
+            yield folder
+    else:
+        yield None
 
 
 class SaveOnSigterm(TrainerCallback):
@@ -198,9 +189,8 @@ class SaveOnSigterm(TrainerCallback):
         left: whether the run has saved and ends.
     """
 
-    def __init__(self) -> None:
-        self.asked, self.agreed, self.left = False, False, False
-        self.alone = True
+    asked = agreed = left = False
+    alone = True
 
     @contextmanager
     def listening(self, *, alone: bool) -> Iterator[None]:
@@ -225,8 +215,7 @@ class SaveOnSigterm(TrainerCallback):
         if self.left:
             raise SystemExit(128 + signal.SIGTERM)
 
-    def _heard(self, number: int, frame: object) -> None:
-        del number, frame
+    def _heard(self, *_: object) -> None:
         self.asked = True
 
     def on_step_end(

@@ -1,13 +1,10 @@
-"""A search for the learning rate while training: it multiplies the schedule's rates, and undoes
-steps that were far too long.
-"""
+"""A search for the learning rate while training, which undoes steps that were far too long."""
 
 from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -100,9 +97,7 @@ class RateSearch(TrainerCallback):
         return {**logs, "learning_rate": rate, "learning_rate_multiplier": self.multiplier}
 
     def due(self, step: int, vector: ParameterVector, optimizer: Optimizer) -> bool:
-        """Return whether a search is due before an optimizer step; begin a window if the trained
-        parameters are new.
-        """
+        """Return whether a search is due before a step; new parameters begin a new window."""
         if step == self._last_step:
             return False
         self._last_step = step
@@ -121,8 +116,7 @@ class RateSearch(TrainerCallback):
         planned: int,
         left: float,
     ) -> int:
-        """Search before an optimizer step, if that is due and the budget allows it; return the rows
-        that it took.
+        """Search before an optimizer step, if due and affordable; return the rows that it took.
 
         Args:
             session: computes the losses.
@@ -140,8 +134,8 @@ class RateSearch(TrainerCallback):
             return 0
         judges = self.judges or [batch]
         with session.unperturbed(judges) as losses:
-            found = self.search(losses, vector, optimizer, group.broadcast)
-        return found.looks * sum(judge.samples for judge in judges)
+            result = self.search(losses, vector, optimizer, group.broadcast)
+        return result.looks * sum(judge.samples for judge in judges)
 
     def search(
         self,
@@ -164,8 +158,10 @@ class RateSearch(TrainerCallback):
             self._go(vector, now, length)
             return losses()
 
-        with _kept(vector, now):
+        try:
             result = agree(self._line(at))
+        finally:
+            self._go(vector, now, 1.0)
         if result.clear:
             self._go(vector, now, result.best)
             self.take_up(result.best, vector, optimizer)
@@ -196,12 +192,12 @@ class RateSearch(TrainerCallback):
             self.window = max(1, self.window // 2)
         if best < SHORTER[0]:
             state = getattr(optimizer, "optimizer", optimizer).state
-            for parameter, kept in zip(vector.parameters, self._state, strict=True):
+            for parameter, moments in zip(vector.parameters, self._state, strict=True):
                 state.pop(parameter, None)
                 # moments are on the parameter's device, also in a resumed run; steps on any
-                if kept:
+                if moments:
                     state[parameter] = {
-                        name: _beside(value, parameter) for name, value in kept.items()
+                        name: _beside(value, parameter) for name, value in moments.items()
                     }
         logger.info(
             "Learning rate x %.3g, after a window of %d steps.", self.multiplier, self.window_steps
@@ -232,13 +228,3 @@ class RateSearch(TrainerCallback):
 def _beside(value: object, parameter: Tensor) -> object:
     """Return the value on the parameter's device, if it is a tensor with dimensions."""
     return value.to(parameter.device) if torch.is_tensor(value) and value.dim() else value
-
-
-@contextmanager
-def _kept(vector: ParameterVector, now: list[Tensor]) -> Iterator[None]:
-    """Restore the parameters to `now` after the context."""
-    try:
-        yield
-    finally:
-        for parameter, value in zip(vector.parameters, now, strict=True):
-            parameter.data.copy_(value)

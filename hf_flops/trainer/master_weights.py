@@ -12,8 +12,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def keep_masters(model: nn.Module) -> list[str]:
-    """Convert trainable 16-bit parameters to float32 if the rest of the model stays in 16 bits;
-    return their names.
+    """Convert trainable 16-bit parameters of a frozen 16-bit model to float32; return names.
 
     Their modules compute in float32 from then on: a hook widens their inputs, and another narrows
     their outputs, unless nothing in 16 bits follows, as after a head. The other parameters of these
@@ -35,11 +34,11 @@ def keep_masters(model: nn.Module) -> list[str]:
     ):
         wide |= more
     last_frozen = max(i for i, module in enumerate(modules) if _holds(module, set(frozen)))
-    for place, module in enumerate(modules):
+    for index, module in enumerate(modules):
         if _holds(module, wide):
             narrow = _halves(module)[0].dtype
             module.register_forward_pre_hook(_widen_inputs, with_kwargs=True)
-            if place < last_frozen:
+            if index < last_frozen:
                 module.register_forward_hook(partial(_narrow_output, narrow))
     for parameter in model.parameters():
         if id(parameter) in wide:

@@ -1,6 +1,4 @@
-"""Training by several processes: all read the same batches, no model is wrapped for a backward
-pass, and they agree or stop.
-"""
+"""Training by several processes: all read the same batches, and agree or stop."""
 
 from __future__ import annotations
 
@@ -80,8 +78,8 @@ class Lockstep:
             return
         if not self._met:
             self._meet(model)
-        message = torch.tensor([2 * fingerprint(inputs) + self.leave.asked])
-        messages = self.group.all_gather(message, [1] * self.group.world)
+        message = 2 * fingerprint(inputs) + self.leave.asked
+        messages = self.group.all_gather(torch.tensor([message]), [1] * self.group.world)
         other = torch.nonzero(messages // 2 != messages[0] // 2).flatten().tolist()
         if other:
             raise ConfigurationError(
@@ -93,11 +91,12 @@ class Lockstep:
 
     def _meet(self, model: nn.Module) -> None:
         """Compare arguments, and take the first process's trainable parameters."""
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         names = [*_SAME, *(field.name for field in fields(FlopsArgumentsMixin))]
-        shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
-        values = {name: getattr(self.args, name) for name in names}
-        self.group.assert_same({**values, "the trained parameters' shapes": shapes}, "at the start")
-        for parameter in (p for p in model.parameters() if p.requires_grad):
+        values: dict[str, object] = {name: getattr(self.args, name) for name in names}
+        values["the trained parameters' shapes"] = {n: tuple(p.shape) for n, p in trained.items()}
+        self.group.assert_same(values, "at the start")
+        for parameter in trained.values():
             parameter.data.copy_(self.group.broadcast(parameter.data))
         self._met = True
 
@@ -113,21 +112,20 @@ def undivided_loader(
         args: for `stock`.
         kwargs: for `stock`.
     """
-    given, world = inspect.signature(stock).bind(*args, **kwargs), trainer.args.world_size
-    if world == 1 or not given.arguments.get("is_training"):
+    bound, world = inspect.signature(stock).bind(*args, **kwargs), trainer.args.world_size
+    if world == 1 or not bound.arguments.get("is_training"):
         return stock(*args, **kwargs)
     if not trainer.accelerator.split_batches:
-        given.arguments["batch_size"] *= world
+        bound.arguments["batch_size"] *= world
     accelerator, trainer.accelerator = trainer.accelerator, _Undivided(trainer.accelerator)
     try:
-        return stock(*given.args, **given.kwargs)
+        return stock(*bound.args, **bound.kwargs)
     finally:
         trainer.accelerator = accelerator
 
 
 class BatchSize:
-    """The number of samples of an optimizer step: a resumed run with another number differs from
-    an uninterrupted one.
+    """The samples of an optimizer step: with another number, a resumed run differs.
 
     Args:
         samples: of all processes and micro-batches.
@@ -153,9 +151,7 @@ class BatchSize:
 
 
 class _Undivided:
-    """Replaces an accelerator while it prepares a data loader, and gives every process whole
-    batches.
-    """
+    """Replaces an accelerator that prepares a data loader: each process gets whole batches."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
@@ -165,20 +161,20 @@ class _Undivided:
 
     def prepare(self, loader: DataLoader) -> DataLoader:
         """Prepare a data loader as for a single process."""
-        own = self._accelerator
+        accelerator = self._accelerator
         # the same augmentation
         loader.worker_init_fn = partial(seed_worker, num_workers=loader.num_workers, rank=0)
         return prepare_data_loader(
             loader,
-            own.device,
+            accelerator.device,
             num_processes=1,
             process_index=0,
-            put_on_device=own.device_placement,
-            rng_types=list(own.rng_types),
+            put_on_device=accelerator.device_placement,
+            rng_types=list(accelerator.rng_types),
             dispatch_batches=False,
-            use_seedable_sampler=own.use_seedable_sampler,
-            data_seed=own.dataloader_config.data_seed,
-            non_blocking=own.non_blocking,
+            use_seedable_sampler=accelerator.use_seedable_sampler,
+            data_seed=accelerator.dataloader_config.data_seed,
+            non_blocking=accelerator.non_blocking,
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence, Sized
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, cast
 
 from accelerate import Accelerator
@@ -84,9 +84,7 @@ def uncompiled(model: Any) -> Any:
 
 
 def check_ready(model: nn.Module, data: object, needs_clean: bool, samples: int) -> None:
-    """Refuse a model or a data set that leaves nothing to train; warn if batches of one leave
-    nothing to allocate.
-    """
+    """Refuse a model or data with nothing to train; warn if batches have nothing to allocate."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigurationError(
             "The model has no trainable parameter: add an adapter (peft_config=) or unfreeze a "
@@ -102,8 +100,7 @@ def check_ready(model: nn.Module, data: object, needs_clean: bool, samples: int)
 
 
 def check_labels(forward: Forward, inputs: Inputs, names: Sequence[str]) -> None:
-    """Refuse a batch without labels, unless the model returns a loss without them, as an
-    autoencoder does.
+    """Refuse a batch without labels, unless the model, as an autoencoder, needs none.
 
     Args:
         forward: runs the model.
@@ -112,15 +109,13 @@ def check_labels(forward: Forward, inputs: Inputs, names: Sequence[str]) -> None
     """
     if any(name in inputs for name in names):
         return
-    try:
-        loss = forward(inputs)[0]
-    except (AttributeError, KeyError, TypeError, ValueError):
-        loss = None
-    if loss is None:
-        raise ObjectiveError(
-            f"The batch has no labels: its keys are {sorted(inputs)}, and none of {names} is "
-            "among them."
-        )
+    with suppress(AttributeError, KeyError, TypeError, ValueError):
+        if forward(inputs)[0] is not None:
+            return
+    raise ObjectiveError(
+        f"The batch has no labels: its keys are {sorted(inputs)}, and none of {names} is among "
+        "them."
+    )
 
 
 def wrap_with_adapter(model: nn.Module, peft_config: PeftConfig) -> nn.Module:
@@ -134,8 +129,7 @@ def wrap_with_adapter(model: nn.Module, peft_config: PeftConfig) -> nn.Module:
 
 def widen_trainable(model: nn.Module) -> None:
     """Keep trainable parameters of a 16-bit model in float32, and say so."""
-    names = keep_masters(model)
-    if names:
+    if names := keep_masters(model):
         logger.warning(
             "%d trainable tensors are kept in float32, as 16 bits would round small updates away "
             "(%s, ...).",
@@ -153,8 +147,7 @@ def add_tags(model: nn.Module, tags: Sequence[str]) -> None:
 
 @contextmanager
 def quantised_base_allowed(model: nn.Module | None) -> Iterator[None]:
-    """Let the stock trainer accept a quantised model, which backprop could not train but forward
-    passes can.
+    """Let the stock trainer accept a quantised model, which forward passes can train.
 
     The stock check skips models that carry an adapter of their own, so the model claims to carry
     one inside the context.
@@ -203,9 +196,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def without_cache(model: nn.Module, inputs: Inputs) -> Inputs:
-    """Tell a language model to cache no keys and values, which only generation needs, unless the
-    batch says otherwise.
-    """
+    """Tell a language model to cache no keys and values, unless the batch says otherwise."""
     accepted = inspect.signature(base_of(model).forward).parameters
     if "use_cache" in inputs or "use_cache" not in accepted:
         return inputs
@@ -213,8 +204,7 @@ def without_cache(model: nn.Module, inputs: Inputs) -> Inputs:
 
 
 def shared_texts(model: nn.Module, inputs: Inputs, clean: bool) -> AbstractContextManager[None]:
-    """Return the context in which a model, if it can, runs once per step what all rows of
-    a sample share: see `SuffixPromptModel`.
+    """Return a context in which a model runs texts once per step: see `SuffixPromptModel`.
 
     With `clean`, the samples also run unperturbed.
     """

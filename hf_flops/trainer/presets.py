@@ -16,8 +16,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "estimator": "one_sided",
         "allocator": "optimal",
         "noise": "rademacher",
-        "closed_form_head": True,
-        "control_variate": "logit_jacobian",
+        "closed_form_head": "solve",
+        "control_variate": "feature_jacobian",
     },
     # n-SPSA as published with MeZO (arXiv 2305.17333): one noise for the batch, central
     # differences, equal counts.
@@ -26,7 +26,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "estimator": "antithetic",
         "allocator": "uniform",
         "noise": "gaussian",
-        "closed_form_head": False,
+        "closed_form_head": "none",
         "control_variate": "none",
     },
     # What the code published with FLOPS does, its bias included: see `AuthorsBernoulli`.
@@ -35,12 +35,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "estimator": "antithetic",
         "allocator": "authors_bernoulli",
         "noise": "gaussian",
-        "closed_form_head": False,
+        "closed_form_head": "none",
         "control_variate": "none",
     },
 }
 
 LORA_PARTS = ("both", "B", "B_then_A")
+HEADS = ("solve", "gradient", "none")
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "preset": tuple(PRESETS),
@@ -48,6 +49,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "estimator": tuple(ESTIMATORS),
     "allocator": tuple(ALLOCATORS),
     "noise": tuple(DISTRIBUTIONS),
+    "closed_form_head": HEADS,
     "control_variate": tuple(CONTROL_VARIATES),
     "lora_parts": LORA_PARTS,
     "prefix_cache": ("memory", "disk"),

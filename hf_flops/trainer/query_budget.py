@@ -43,8 +43,7 @@ class QueryBudget(TrainerCallback):
         return math.inf if most is None else most - self.ledger().all_rows
 
     def allows(self, samples: int, step: int) -> bool:
-        """Return whether a batch fits; if not, the rest of its step is refused too, and training
-        stops at the end of it.
+        """Return whether a batch fits; if not, the rest of its step is refused, and training stops.
 
         Args:
             samples: B.

@@ -34,8 +34,7 @@ _ASIDE_PREFIXES = (
 
 
 def changed_settings(args: FlopsTrainingArguments) -> dict[str, object]:
-    """Return the arguments of a run that differ from the defaults, the preset's values being
-    defaults too.
+    """Return the arguments of a run that differ from the defaults and from the preset.
 
     Leaves out tokens, folders, display options, and values that cannot be written as a literal.
     """
@@ -59,10 +58,9 @@ def changed_settings(args: FlopsTrainingArguments) -> dict[str, object]:
 
 def as_code(args: FlopsTrainingArguments) -> str:
     """Return a call of the arguments' class that sets what differs from the defaults."""
-    changed = changed_settings(args).items()
     lines = [
         f"    {name}={json.dumps(value) if isinstance(value, str) else repr(value)},"
-        for name, value in changed
+        for name, value in changed_settings(args).items()
     ]
     return "\n".join([f"{type(args).__name__}(", '    output_dir="outputs",', *lines, ")"])
 

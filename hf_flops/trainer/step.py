@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..autotune.protocol import Batch, Observer
+from ..autotune.protocol import Batch, GradientSession, Observer
 from ..base.batch import Inputs
 from ..base.rows import BatchPosition
 from ..core.method import FinishedBatch
@@ -18,6 +20,27 @@ from .preparation import evaluation_mode, shared_texts
 
 if TYPE_CHECKING:
     from .trainer import FlopsTrainerMixin
+
+
+class AfterStep(TrainerCallback):
+    """Tells the session that an optimizer step is done.
+
+    Args:
+        session: returns the session of the run.
+    """
+
+    def __init__(self, session: Callable[[], GradientSession]) -> None:
+        self.session = session
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
+        """Finish the step."""
+        self.session().finish_step(state.epoch or 0.0)
 
 
 def batch_of(trainer: FlopsTrainerMixin, model: nn.Module, inputs: Inputs) -> Batch:
@@ -31,8 +54,16 @@ def batch_of(trainer: FlopsTrainerMixin, model: nn.Module, inputs: Inputs) -> Ba
         if objective.generates:
             checks = trainer.ledger.metered(partial(objective.surrogate.run, model))
     progress = step / max(trainer.state.max_steps, 1)
-    metered = trainer.ledger.metered(forward)
-    return Batch(inputs, metered, step, progress, trainer.sample_ids, checks, loss)
+    return Batch(
+        inputs,
+        trainer.ledger.metered(forward),
+        step,
+        progress,
+        trainer.sample_ids,
+        checks,
+        trainer.state.max_steps,
+        loss,
+    )
 
 
 def estimate_batch(

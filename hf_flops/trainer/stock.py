@@ -1,10 +1,8 @@
-"""Overrides of the stock trainer's private methods: sample ids, whole checkpoints, and processes
-without DistributedDataParallel.
-"""
+"""Overrides of the stock trainer's private methods, for ids, checkpoints and processes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +26,7 @@ else:
 
 
 class StockOverrides(_Base):
-    """Takes sample ids out of the inputs, saves and loads our parts beside those of the stock
-    trainer, and lets every process read the whole batch.
+    """Takes sample ids out of the inputs, saves our parts, and divides no batch.
 
     Attributes:
         checkpoint_writer: publishes checkpoints.
@@ -40,18 +37,14 @@ class StockOverrides(_Base):
     checkpoint_writer: CheckpointWriter
     sample_ids: tuple[int, ...] | None = None
     _group: ProcessGroup | None = None
+    _parts: Callable[[], Mapping[str, Stateful]]
+    _begin: Callable[[], None]
 
     @property
     def group(self) -> ProcessGroup:
         """The processes of the run."""
         assert self._group is not None
         return self._group
-
-    def _parts(self) -> Mapping[str, Stateful]:
-        raise NotImplementedError
-
-    def _begin(self) -> None:
-        raise NotImplementedError
 
     def _hp_search_setup(self, trial: Any) -> None:
         super()._hp_search_setup(trial)
@@ -93,8 +86,12 @@ class StockOverrides(_Base):
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
         if self.args.should_save:
-            best = self.state.best_model_checkpoint
-            rotate_checkpoints(str(run), self.args.save_total_limit, best, use_mtime=True)
+            rotate_checkpoints(
+                str(run),
+                self.args.save_total_limit,
+                self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self.checkpoint_writer.saving:
@@ -115,5 +112,5 @@ class StockOverrides(_Base):
         """Count the tokens that all processes have read alike once."""
         before = self.state.num_input_tokens_seen
         super()._track_num_input_tokens(inputs)
-        tokens = self.state.num_input_tokens_seen - before
-        self.state.num_input_tokens_seen = before + tokens // self.args.world_size
+        counted = self.state.num_input_tokens_seen - before
+        self.state.num_input_tokens_seen = before + counted // self.args.world_size

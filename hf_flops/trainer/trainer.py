@@ -33,6 +33,7 @@ from .gathered import GatheredMetrics
 from .layout import Layout
 from .learning_rate_search import RateSearch
 from .multiprocess import BatchSize, Lockstep, start_group
+from .noise_guard import NoiseGuard
 from .preparation import (
     add_tags,
     check_arguments,
@@ -47,7 +48,7 @@ from .preparation import (
 )
 from .query_budget import QueryBudget
 from .settings import as_code
-from .step import batch_of, estimate_batch
+from .step import AfterStep, batch_of, estimate_batch
 from .stock import StockOverrides
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class FlopsTrainerMixin(StockOverrides):
         session: what the run has learned about its gradient, once it has begun.
         query_budget: the rows that are left.
         rate_search: the search for a learning rate, in a run that has one.
+        noise_guard: halves the learning rate where noise undoes what the signal achieves.
         objective: what is minimised; None for the model's own loss.
 
     Args:
@@ -134,6 +136,8 @@ class FlopsTrainerMixin(StockOverrides):
             super().__init__(model, *positional, **kwargs)
         follow_accelerator(self.accelerator, self.args)
         self._begin()
+        self.noise_guard = NoiseGuard(lambda: self.session)
+        self.add_callback(AfterStep(lambda: self.session))
         self.query_budget = QueryBudget(
             lambda: self.args.max_queries,
             lambda step: self.session.rows(1, step),
@@ -170,6 +174,9 @@ class FlopsTrainerMixin(StockOverrides):
         """
         self._begin()
         self.remove_callback(RateSearch)
+        self.remove_callback(NoiseGuard)
+        self.noise_guard = NoiseGuard(lambda: self.session)
+        self.add_callback(self.noise_guard)
         self.rate_search = self._new_search() if self.args.learning_rate_search else None
         if self.rate_search is not None:
             self.add_callback(self.rate_search)
@@ -255,6 +262,9 @@ class FlopsTrainerMixin(StockOverrides):
             logs = {**logs, **self.session.log(), **self.ledger.summary(), **sent}
         if self.rate_search is not None:
             logs = self.rate_search.scaled(logs)
+        elif self.noise_guard.multiplier != 1 and "learning_rate" in logs:
+            rate, factor = logs["learning_rate"], self.noise_guard.multiplier
+            logs = {**logs, "learning_rate": rate * factor, "learning_rate_multiplier": factor}
         super().log(logs, *args, **kwargs)
 
     def floating_point_ops(self, inputs: Inputs) -> int:
@@ -279,6 +289,7 @@ class FlopsTrainerMixin(StockOverrides):
         parts: dict[str, Stateful] = {"ledger": self.ledger, "batch": batch, **self.session.parts()}
         if self.rate_search is not None:
             parts["learning rate search"] = self.rate_search
+        parts["noise guard"] = self.noise_guard
         return parts
 
     def save_state(self) -> None:

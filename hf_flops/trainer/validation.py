@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from ..allocators import ALLOCATORS
@@ -32,7 +33,7 @@ _UNSUPPORTED = {
 # Terms of the gradient that are dense, so that a trajectory log cannot hold them: value without
 # the term, and what is dense.
 _DENSE: dict[str, tuple[object, str]] = {
-    "closed_form_head": (False, "its gradient is dense"),
+    "closed_form_head": ("none", "its gradient is dense"),
     "control_variate": ("none", "its predictions are dense"),
 }
 
@@ -48,13 +49,11 @@ def check_own_options(args: FlopsArgumentsMixin) -> None:
     _fill_in(args)
     _check_scalars(args)
     _convert_numbers(args)
-    _check_queries(args)
     _check_numbers(args)
 
 
 def check_stock_options(args: TrainingArguments) -> None:
-    """Refuse, or quietly switch off, options of `TrainingArguments` that belong to the backward
-    pass; check what the search for a learning rate allows.
+    """Refuse, or switch off, options of `TrainingArguments` that belong to the backward pass.
 
     Raises:
         ConfigurationError: an option needs a backward pass, or a fixed learning rate.
@@ -98,6 +97,8 @@ def _require(condition: object, message: str) -> None:
 
 
 def _check_choices(args: FlopsArgumentsMixin) -> None:
+    if isinstance(args.closed_form_head, bool):
+        args.closed_form_head = "solve" if args.closed_form_head else "none"
     for name, choices in CHOICES.items():
         value = getattr(args, name)
         _require(
@@ -121,12 +122,17 @@ def _fill_in(args: FlopsArgumentsMixin) -> None:
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    searched = args.learning_rate_search or args.learning_rate == "auto"
+    if searched and args.closed_form_head == "solve":
+        logger.info(
+            "closed_form_head='gradient' is used in a run with a learning rate search: a solved "
+            "head fits the parameters of the moment, which a line search would then find best."
+        )
+        args.closed_form_head = "gradient"
 
 
 def _replayable(args: FlopsArgumentsMixin) -> dict[str, object]:
-    """Return the defaults of a logged run that replace the preset's: everything that is not a
-    number per query is off.
-    """
+    """Return the defaults of a logged run: everything that is not a number per query is off."""
     for name, (value, reason) in _DENSE.items():
         wanted = getattr(args, name)
         _require(
@@ -166,31 +172,45 @@ def _convert_numbers(args: FlopsArgumentsMixin) -> None:
     """Convert the text of a command line to numbers, where it is one."""
     if args.rows_per_forward is None:
         args.rows_per_forward = "auto"
-    kinds = {
-        "rows_per_forward": int,
-        "perturbation_scale": float,
-        "queries_per_sample": int,
-        "learning_rate": float,
-    }
-    for name, kind in kinds.items():
+    for name, kind in (
+        ("rows_per_forward", int),
+        ("perturbation_scale", float),
+        ("queries_per_sample", int),
+        ("learning_rate", float),
+    ):
         value = getattr(args, name)
         if isinstance(value, str):
-            try:
+            with suppress(ValueError):  # "auto", or what the checks refuse
                 setattr(args, name, kind(value))
-            except ValueError:
-                continue  # "auto", or what the checks refuse
 
 
-def _check_queries(args: FlopsArgumentsMixin) -> None:
-    queries = args.queries_per_sample
+def _check_numbers(args: FlopsArgumentsMixin) -> None:
+    queries, scale, limit = args.queries_per_sample, args.perturbation_scale, args.memory_limit_gb
+    count, positive = "a whole number, 1 or more", "positive and finite"
+    for name, fine, wanted in (
+        (
+            "queries_per_sample",
+            queries == "auto" or _is_count(queries),
+            f"{count} (2 or more to estimate a gradient), or 'auto'",
+        ),
+        ("max_queries", args.max_queries is None or _is_count(args.max_queries), count),
+        (
+            "perturbation_scale",
+            scale in (None, "auto") or _is_positive(scale),
+            f"{positive}, or 'auto'",
+        ),
+        ("prefix_cache_gb", args.prefix_cache_gb > 0, "positive"),
+        (
+            "rows_per_forward",
+            args.rows_per_forward == "auto" or _is_count(args.rows_per_forward),
+            f"{count}, or 'auto'",
+        ),
+        ("delta_clip", args.delta_clip is None or _is_positive(args.delta_clip), positive),
+        ("memory_limit_gb", limit is None or _is_positive(limit), positive),
+    ):
+        _require(fine, f"{name}={getattr(args, name)!r} must be {wanted}.")
     _require(
-        queries == "auto" or _is_count(queries),
-        f"queries_per_sample={queries!r} must be a whole number, 1 or more (2 or more to "
-        "estimate a gradient), or 'auto'.",
-    )
-    _require(
-        args.max_queries is None or _is_count(args.max_queries),
-        f"max_queries={args.max_queries!r} must be a whole number, 1 or more.",
+        args.late_expansion or args.prefix_cache is None, "prefix_cache needs late_expansion=True."
     )
     estimator = ESTIMATORS[str(args.estimator)]
     clean = estimator.baseline or ALLOCATORS[str(args.allocator)].needs_clean
@@ -200,30 +220,6 @@ def _check_queries(args: FlopsArgumentsMixin) -> None:
         f"queries_per_sample={queries} is too few: estimator={args.estimator!r} with "
         f"allocator={args.allocator!r} needs at least {least} rows per sample, the clean one "
         "included.",
-    )
-
-
-def _check_numbers(args: FlopsArgumentsMixin) -> None:
-    scale = args.perturbation_scale
-    _require(
-        scale in (None, "auto") or _is_positive(scale),
-        f"perturbation_scale={scale!r} must be positive and finite, or 'auto'.",
-    )
-    _require(
-        args.late_expansion or args.prefix_cache is None, "prefix_cache needs late_expansion=True."
-    )
-    _require(
-        args.prefix_cache_gb > 0, f"prefix_cache_gb={args.prefix_cache_gb!r} must be positive."
-    )
-    rows = args.rows_per_forward
-    _require(
-        rows == "auto" or _is_count(rows),
-        f"rows_per_forward={rows!r} must be a whole number, 1 or more, or 'auto'.",
-    )
-    limit = args.memory_limit_gb
-    _require(
-        limit is None or _is_positive(limit),
-        f"memory_limit_gb={limit!r} must be positive and finite.",
     )
 
 

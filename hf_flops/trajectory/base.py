@@ -40,10 +40,8 @@ def check_base(says: State, base: str | Path) -> int:
         ) from error
     finally:
         transformers.logging.set_verbosity(verbosity)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    here = digests(model)
-    known = set(here.values())
+    model.requires_grad_(False)
+    known = set(digests(model).values())
     other = [name for name, digest in wanted["digests"].items() if digest not in known]
     if other:
         raise TrajectoryError(

@@ -1,5 +1,4 @@
-"""An append-only file of checksummed records: a crash loses the last one at most, and damage is
-reported with the record.
+"""An append-only file of checksummed records: a crash loses the last one at most.
 
     file    mark (8 bytes), then records
     record  head: "FLOP", number, step, length of the payload, CRC-32 of the payload,
@@ -33,7 +32,7 @@ class Record:
     """A record of the file.
 
     Attributes:
-        number: its place among the records, from 0.
+        number: its position among the records, from 0.
         step: optimizer steps that were done when it was written.
         offset: its first byte in the file.
         payload: what it says.
@@ -79,11 +78,11 @@ def _next(file: BinaryIO, path: str | Path, number: int, before: int) -> Record 
         f"{path} is damaged: record {number} at byte {offset}, {after}, does not have its checksum."
     )
     _check(head[: _HEAD.size], int.from_bytes(head[_HEAD.size :], "little"), what)
-    begin, found, step, length, checksum = _HEAD.unpack(head[: _HEAD.size])
-    if begin != _BEGIN or found != number:
+    begin, written, step, length, checksum = _HEAD.unpack(head[: _HEAD.size])
+    if begin != _BEGIN or written != number:
         raise TrajectoryError(
             f"{path} is damaged: at byte {offset}, {after}, record {number} should begin, but "
-            f"record {found} does."
+            f"record {written} does."
         )
     payload = file.read(length)
     if len(payload) < length:
@@ -107,7 +106,8 @@ class Appender:
 
     def __init__(self, path: str | Path, after: Record | None = None) -> None:
         self.number = 0 if after is None else after.number + 1
-        self._file = open(path, "wb" if after is None else "r+b", buffering=0)  # noqa: SIM115  (open for a whole run)
+        # open for a whole run
+        self._file = open(path, "wb" if after is None else "r+b", buffering=0)  # noqa: SIM115
         weakref.finalize(self, self._file.close)  # where the run ends with an error
         if after is None:
             self._file.write(MARK)

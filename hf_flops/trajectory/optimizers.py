@@ -5,11 +5,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
 
 from ..base.state import State
 from ..errors import ConfigurationError
@@ -34,17 +34,18 @@ def describe(optimizer: Optimizer, names: Mapping[int, str]) -> State:
     Raises:
         ConfigurationError: its steps cannot be replayed, because they need other code or a closure.
     """
-    own = bare(optimizer)
-    home = f"{type(own).__module__}.{type(own).__qualname__}"
-    if not home.startswith(_HOMES) or isinstance(own, torch.optim.LBFGS):
+    optimizer = bare(optimizer)
+    home = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+    if not home.startswith(_HOMES) or isinstance(optimizer, torch.optim.LBFGS):
         raise ConfigurationError(
             f"trajectory_log cannot replay the optimizer {home}: use one of torch.optim (not "
             "LBFGS) or transformers' Adafactor, such as optim='adamw_torch'."
         )
     groups = [
-        [names[id(p)] for p in group["params"] if id(p) in names] for group in own.param_groups
+        [names[id(p)] for p in group["params"] if id(p) in names]
+        for group in optimizer.param_groups
     ]
-    return {"class": home, "defaults": _plain(own.defaults), "groups": groups}
+    return {"class": home, "defaults": _plain(optimizer.defaults), "groups": groups}
 
 
 def arguments(optimizer: Optimizer) -> list[State]:
@@ -56,26 +57,26 @@ def arguments(optimizer: Optimizer) -> list[State]:
 
 
 def build(
-    said: State,
+    description: State,
     groups: Sequence[State],
     parameters: Mapping[str, nn.Parameter],
 ) -> Optimizer:
-    """Return an optimizer from the result of `describe` and the arguments of each group, for
-    parameters by name.
-    """
-    home, _, name = said["class"].rpartition(".")
-    if not said["class"].startswith(_HOMES):
+    """Return an optimizer from `describe`, the groups' arguments, and parameters by name."""
+    home, _, name = description["class"].rpartition(".")
+    if not description["class"].startswith(_HOMES):
         raise ConfigurationError(
-            f"The log's optimizer {said['class']} is not one that can be replayed."
+            f"The log's optimizer {description['class']} is not one that can be replayed."
         )
     kind = getattr(import_module(home), name)
     known = inspect.signature(kind).parameters
-    options = {key: value for key, value in restored(said["defaults"]).items() if key in known}
-    own = [
+    options = {
+        key: value for key, value in restored(description["defaults"]).items() if key in known
+    }
+    filled = [
         {**restored(group), "params": [parameters[key] for key in keys]}
-        for group, keys in zip(groups, said["groups"], strict=True)
+        for group, keys in zip(groups, description["groups"], strict=True)
     ]
-    return kind(own, **options)
+    return kind(filled, **options)
 
 
 def restored(values: State) -> State:
@@ -86,11 +87,5 @@ def restored(values: State) -> State:
 
 
 def _plain(values: State) -> State:
-    """Return arguments as plain values for JSON."""
-
-    def one(value: Any) -> Any:
-        if torch.is_tensor(value) or hasattr(value, "item"):
-            return value.item()
-        return [one(part) for part in value] if isinstance(value, (list, tuple)) else value
-
-    return {name: one(value) for name, value in values.items()}
+    """Return arguments with plain numbers in place of tensors."""
+    return tree_map(lambda value: value.item() if hasattr(value, "item") else value, values)

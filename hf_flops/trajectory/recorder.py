@@ -26,25 +26,22 @@ class TrajectoryRecorder(TrainerCallback):
 
     def __init__(self) -> None:
         self._file: Appender | None = None
-        self._own: State = {}
+        self._trained: State = {}
         self._traces: list[UpdateRecord] = []
         self._seed = 0
         self._perturbation: Perturbation | None = None
         self._rules: rules.Description | None = None
-        self._said: rules.Description | None = None  # the rules in the log
+        self._logged_rules: rules.Description | None = None  # the rules in the log
         self._groups: list[State] = []
         self._now: list[State] = []
 
     def observe(self, finished: FinishedBatch) -> None:
-        """Record a finished batch of a trainer."""
-        assert finished.method is not None
-        self.batch(finished.result.trace, finished.position.seed, finished.method.perturbation)
-
-    def batch(self, trace: UpdateRecord | None, seed: int, perturbation: Perturbation) -> None:
         """Record the contribution of a batch to the gradient of the next step."""
+        assert finished.method is not None
+        perturbation, trace = finished.method.perturbation, finished.result.trace
         if perturbation is not self._perturbation:
             self._rules, self._perturbation = rules.describe(perturbation), perturbation
-        self._seed = seed
+        self._seed = finished.position.seed
         if trace is not None:
             self._traces.append(trace)
 
@@ -63,16 +60,16 @@ class TrajectoryRecorder(TrainerCallback):
         """Start the log, or continue it after the step of the checkpoint."""
         model, path = kwargs["model"], Path(str(args.output_dir), LOG_FILE)
         self.__init__()  # type: ignore[misc]
-        self._own = start.trainable(model)
+        self._trained = start.trainable(model)
         session = {
             "optimizer": optimizers.describe(
-                kwargs["optimizer"], {id(p): name for name, p in self._own.items()}
+                kwargs["optimizer"], {id(p): name for name, p in self._trained.items()}
             ),
             "max_grad_norm": args.max_grad_norm,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "noise": rules.noise_print(),
-            "device": next(iter(self._own.values())).device.type,
+            "device": next(iter(self._trained.values())).device.type,
         }
         if state.global_step == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -96,8 +93,7 @@ class TrajectoryRecorder(TrainerCallback):
                 "the log of the interrupted run there, or resume without trajectory_log."
             )
         kind, says, tensors = unpack(last.payload)
-        prints = [fingerprint(parameter) for parameter in self._own.values()]
-        if kind == "step" and StepRecord.unpack(says, tensors).fingerprints != prints:
+        if kind == "step" and StepRecord.unpack(says, tensors).fingerprints != self._prints():
             raise ConfigurationError(
                 f"trajectory_log cannot go on after step {step}, because the checkpoint is not "
                 f"what {path} led to: see hf-flops replay --verify."
@@ -105,12 +101,15 @@ class TrajectoryRecorder(TrainerCallback):
         logger.info("The trajectory log goes on after step %d.", step)
         return last
 
+    def _prints(self) -> list[int]:
+        return [fingerprint(parameter) for parameter in self._trained.values()]
+
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Record the optimizer's arguments, as set by the scheduler."""
         self._now = optimizers.arguments(kwargs["optimizer"])
-        if all(parameter.grad is None for parameter in self._own.values()):
+        if all(parameter.grad is None for parameter in self._trained.values()):
             self.discard()
 
     def on_optimizer_step(
@@ -119,15 +118,17 @@ class TrajectoryRecorder(TrainerCallback):
         """Write the step's record."""
         if self._file is None:
             return
-        prints = [fingerprint(parameter) for parameter in self._own.values()]
-        changed = None if self._rules == self._said else self._rules
-        shares_noise = bool(getattr(self._perturbation, "shares_noise", False))
-        groups = changes(self._groups, self._now)
         record = StepRecord(
-            self._seed, state.global_step, self._traces, changed, groups, prints, shares_noise
+            self._seed,
+            state.global_step,
+            self._traces,
+            None if self._rules == self._logged_rules else self._rules,
+            changes(self._groups, self._now),
+            self._prints(),
+            self._perturbation is not None and self._perturbation.shares_noise,
         )
         self._file.append(state.global_step + 1, record.pack())
-        self._traces, self._said, self._groups = [], self._rules, self._now
+        self._traces, self._logged_rules, self._groups = [], self._rules, self._now
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

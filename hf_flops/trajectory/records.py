@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ..base.rows import Rows
-from ..base.state import State
+from ..base.state import State, raw_bytes
 from ..perturbations.replay import UpdateRecord
 from .rules import Description
 
@@ -26,11 +26,11 @@ _WHOLE = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
 def pack(kind: str, says: State, tensors: Mapping[str, Tensor]) -> bytes:
     """Return a record's payload."""
-    whole = {
+    plain = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
     }
-    return save(whole, {"kind": kind, "json": json.dumps(says, separators=(",", ":"), default=str)})
+    return save(plain, {"kind": kind, "json": json.dumps(says, separators=(",", ":"), default=str)})
 
 
 def unpack(payload: bytes) -> tuple[str, State, dict[str, Tensor]]:
@@ -42,7 +42,7 @@ def unpack(payload: bytes) -> tuple[str, State, dict[str, Tensor]]:
 
 def fingerprint(tensor: Tensor) -> int:
     """Return the CRC-32 of a tensor's bytes."""
-    return zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    return zlib.crc32(raw_bytes(tensor))
 
 
 def narrow(values: Tensor) -> Tensor:
@@ -75,26 +75,27 @@ class StepRecord:
     shares_noise: bool = field(default=True)
 
     def pack(self) -> bytes:
-        """Return the record's payload: 6 to 12 bytes per query, 4 per tensor, and about 600 for the
-        rest.
-        """
+        """Return the payload: 6 to 12 bytes per query, 4 per tensor, and about 600 more."""
         traces = self.traces
-        says: State = {"seed": self.seed, "step": self.step, "groups": self.groups}
-        says["batches"] = [[len(t.rows), len(t.chunks), t.normalizer, t.factor] for t in traces]
-        if self.rules is not None:
-            says["rules"] = self.rules
+        says = {
+            "seed": self.seed,
+            "step": self.step,
+            "groups": self.groups,
+            "batches": [[len(t.rows), len(t.chunks), t.normalizer, t.factor] for t in traces],
+            **({} if self.rules is None else {"rules": self.rules}),
+        }
         tensors = {
             "fingerprints": torch.tensor(self.fingerprints, dtype=torch.int64).to(torch.int32)
         }
         if traces:
-            firsts = [torch.tensor([0, *t.chunks[:-1]]).cumsum(0) for t in traces]
-            tensors["coefficients"] = torch.cat([t.coefficients for t in traces])
-            tensors["positions"] = narrow(torch.cat([t.rows.owner + t.position for t in traces]))
-            tensors["queries"] = narrow(torch.cat([t.rows.query for t in traces]))
-            tensors["chunks"] = narrow(
-                torch.tensor([length for t in traces for length in t.chunks])
-            )
+            tensors |= {
+                "coefficients": torch.cat([t.coefficients for t in traces]),
+                "positions": narrow(torch.cat([t.rows.owner + t.position for t in traces])),
+                "queries": narrow(torch.cat([t.rows.query for t in traces])),
+                "chunks": narrow(torch.tensor([length for t in traces for length in t.chunks])),
+            }
             if self.shares_noise:
+                firsts = [torch.tensor([0, *t.chunks[:-1]]).cumsum(0) for t in traces]
                 groups = [t.rows.group[first] for t, first in zip(traces, firsts, strict=True)]
                 tensors["groups"] = narrow(torch.cat(groups))
         return pack("step", says, tensors)
@@ -102,37 +103,33 @@ class StepRecord:
     @classmethod
     def unpack(cls, says: State, tensors: Mapping[str, Tensor]) -> StepRecord:
         """Return the record from the results of `unpack`."""
-        prints = [value % 2**32 for value in tensors["fingerprints"].tolist()]
-        sizes = [size for size, _, _, _ in says["batches"]]
-        cut = (
-            [list(tensors[name].split(sizes)) for name in ("positions", "queries", "coefficients")]
-            if sizes
-            else [[]] * 3
-        )
-        traces, chunks = [], tensors["chunks"].tolist() if sizes else []
-        groups = tensors.get("groups", torch.zeros(len(chunks))).long()
-        for (_, count, normalizer, factor), positions, queries, coefficients in zip(
-            says["batches"], *cut, strict=True
-        ):
-            lengths, chunks = chunks[:count], chunks[count:]
-            own, groups = groups[:count].repeat_interleave(torch.tensor(lengths)), groups[count:]
-            rows = Rows(positions.long(), queries.long(), own, torch.ones(len(positions)))
-            traces.append(UpdateRecord(rows, coefficients, lengths, 0, factor, normalizer))
+        traces, row, chunk = [], 0, 0
+        for size, count, normalizer, factor in says["batches"]:
+            batch, chunks = slice(row, row + size), slice(chunk, chunk + count)
+            lengths = tensors["chunks"][chunks].long()
+            groups = tensors["groups"][chunks].long() if "groups" in tensors else 0 * lengths
+            rows = Rows(
+                tensors["positions"][batch].long(),
+                tensors["queries"][batch].long(),
+                groups.repeat_interleave(lengths),
+                torch.ones(size),
+            )
+            coefficients = tensors["coefficients"][batch]
+            traces.append(UpdateRecord(rows, coefficients, lengths.tolist(), 0, factor, normalizer))
+            row, chunk = batch.stop, chunks.stop
         return cls(
             says["seed"],
             says["step"],
             traces,
             says.get("rules"),
             says["groups"],
-            prints,
+            [value % 2**32 for value in tensors["fingerprints"].tolist()],
             "groups" in tensors,
         )
 
 
 def changes(before: Sequence[State], now: Sequence[State]) -> list[State]:
-    """Return by group which of the optimizer's arguments are not what they were; everything where
-    nothing was before.
-    """
+    """Return the optimizer's arguments that changed, by group; all where there were none."""
     if len(before) != len(now):
         return [dict(group) for group in now]
     return [

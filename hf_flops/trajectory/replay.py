@@ -1,6 +1,4 @@
-"""Rebuilds an adapter from the log of its run, bit for bit, without data, model or forward
-passes.
-"""
+"""Rebuilds an adapter from the log of its run, bit for bit, without data or forward passes."""
 
 from __future__ import annotations
 
@@ -100,16 +98,20 @@ class Replay:
 
     def departed(self, record: StepRecord) -> list[str]:
         """Return the names of the tensors that differ from those of training after a step."""
-        pairs = zip(self.parameters.items(), record.fingerprints, strict=True)
-        return [name for (name, parameter), wanted in pairs if fingerprint(parameter) != wanted]
+        return [
+            name
+            for (name, tensor), wanted in zip(
+                self.parameters.items(), record.fingerprints, strict=True
+            )
+            if fingerprint(tensor) != wanted
+        ]
 
     def surroundings(self) -> str:
         """Describe the environment of the training session, for a replay that differs from it."""
-        here = f"torch {torch.__version__}"
         return (
             f"it was trained with torch {self._session['torch']} on {self._session['device']}, and "
-            f"is replayed with {here}; sums may be rounded in another order on another processor, "
-            "or something else changed the adapter in training."
+            f"is replayed with torch {torch.__version__}; sums may be rounded in another order on "
+            "another processor, or something else changed the adapter in training."
         )
 
     def _begin(self, session: State) -> None:
@@ -137,21 +139,24 @@ class Replay:
         if record.rules is not None:
             self._perturbation = rules.build(record.rules, self.parameters)
         for trace in record.traces:
-            rows, perturbation = trace.rows, self._perturbation
-            assert perturbation is not None
+            assert self._perturbation is not None
             update = regenerate(
-                perturbation,
+                self._perturbation,
                 record.seed,
                 record.step,
-                rows.owner,
-                rows.query,
+                trace.rows.owner,
+                trace.rows.query,
                 trace.coefficients,
-                rows.group,
+                trace.rows.group,
                 trace.chunks,
             )
-            perturbation.vector.add_to_gradients(update * trace.factor / trace.normalizer)
-        known = self._groups or [{}] * len(record.groups)
-        self._groups = [{**old, **new} for old, new in zip(known, record.groups, strict=True)]
+            self._perturbation.vector.add_to_gradients(update * trace.factor / trace.normalizer)
+        self._groups = [
+            {**old, **new}
+            for old, new in zip(
+                self._groups or [{}] * len(record.groups), record.groups, strict=True
+            )
+        ]
         if self._optimizer is None:
             self._optimizer = optimizers.build(
                 self._session["optimizer"], self._groups, self.parameters
@@ -168,17 +173,16 @@ class Replay:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors of the adapter's file by their names in it."""
-        own = {name: parameter.detach() for name, parameter in self.parameters.items()}
+        trained = {name: parameter.detach() for name, parameter in self.parameters.items()}
         if self.says["adapter"] is None:
-            return own
-        files = self.says["adapter"]["files"]
+            return trained
         return {
-            key: own[name] if name else self._first(f"file:{key}") for key, name in files.items()
+            key: trained[name] if name else self._first(f"file:{key}")
+            for key, name in self.says["adapter"]["files"].items()
         }
 
     def save(self, folder: str | Path) -> Path:
-        """Write the adapter as PEFT does, or the trainable tensors if there is no adapter; return
-        the file.
+        """Write the adapter as PEFT does, or the trainable tensors; return the file.
 
         Raises:
             TrajectoryError: the file cannot be written.
@@ -202,19 +206,17 @@ class Replay:
 def _threads(number: int) -> Iterator[None]:
     """Set torch's number of threads inside the context, because parallel sums depend on it."""
     before = torch.get_num_threads()
-    if before == number:
-        yield
-        return
-    torch.set_num_threads(number)
+    if before != number:
+        torch.set_num_threads(number)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        if before != number:
+            torch.set_num_threads(before)
 
 
 def replay(path: str | Path, folder: str | Path | None = None, step: int | None = None) -> Replay:
-    """Rebuild the adapter of a run after a step (by default the last one), and write it to a
-    folder.
+    """Rebuild the adapter after a step (by default the last one), and write it to a folder.
 
     Args:
         path: the log, or the output folder that contains it.

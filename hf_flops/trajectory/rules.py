@@ -1,6 +1,4 @@
-"""Which perturbations can be replayed, what is recorded of them, and what draws the same noise
-without a model.
-"""
+"""Perturbations that can be replayed: their description, and their noise without a model."""
 
 from __future__ import annotations
 
@@ -29,9 +27,7 @@ _RULES: dict[type, str] = {RowwiseNoise: "rowwise", SharedNoise: "shared"}
 
 
 class Unwatched(RowwiseNoise):
-    """The noise of `RowwiseNoise` for parameters without a model: it can be drawn and summed, but
-    not applied.
-    """
+    """The noise of `RowwiseNoise` without a model: it can be summed, but not applied."""
 
     def __init__(self, vector: ParameterVector, distribution: str) -> None:
         self.vector, self.distribution, self.rowwise_size = vector, distribution, vector.size
@@ -53,10 +49,10 @@ def describe(perturbation: Perturbation) -> Description:
     return [[_RULES[type(part)], part.distribution, list(part.vector.names)] for part in parts]
 
 
-def build(said: Description, parameters: Mapping[str, nn.Parameter]) -> Perturbation:
+def build(description: Description, parameters: Mapping[str, nn.Parameter]) -> Perturbation:
     """Return a perturbation that draws the noise of a `describe`d one, for parameters by name."""
     parts: list[Perturbation] = []
-    for rule, distribution, names in said:
+    for rule, distribution, names in description:
         vector = ParameterVector([(name, parameters[name]) for name in names])
         parts.append(
             Unwatched(vector, distribution)
@@ -67,9 +63,7 @@ def build(said: Description, parameters: Mapping[str, nn.Parameter]) -> Perturba
 
 
 def noise_print() -> str:
-    """Return a digest of the noise of a fixed seed, to detect versions of hf_flops or torch with
-    different noise.
-    """
+    """Return a digest of a fixed seed's noise, to detect versions with different noise."""
     shapes, row = [torch.Size([13, 9])], np.ones(1, dtype=np.uint64)
     return digest(
         torch.cat([draw(distribution, row, shapes)[0] for distribution in sorted(DISTRIBUTIONS)])

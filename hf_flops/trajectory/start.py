@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .._version import __version__
-from ..base.state import State
+from ..base.state import State, raw_bytes
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -23,21 +23,23 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def describe(model: nn.Module) -> tuple[State, dict[str, Tensor]]:
     """Return metadata and tensors of a model for the first record; zero tensors are not stored."""
-    own, base = trainable(model), getattr(model, "get_base_model", lambda: model)()
-    config, files, kept = _files(model, own)
-    values: dict[str, Tensor] = {**own, **{f"file:{name}": tensor for name, tensor in kept.items()}}
+    trained, base = trainable(model), getattr(model, "get_base_model", lambda: model)()
+    config, files, others = _files(model, trained)
+    values: dict[str, Tensor] = {
+        **trained,
+        **{f"file:{name}": tensor for name, tensor in others.items()},
+    }
     zero = [name for name, tensor in values.items() if not bool(tensor.detach().any())]
-    stored = {name: tensor for name, tensor in values.items() if name not in zero}
     kinds = {
         name: [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")]
         for name, tensor in values.items()
     }
-    shared = {tensor.untyped_storage().data_ptr() for tensor in kept.values()}
+    shared = {tensor.untyped_storage().data_ptr() for tensor in others.values()}
     says = {
         "version": __version__,
         "tensors": kinds,
         "zero": zero,
-        "trainable": list(own),
+        "trainable": list(trained),
         "adapter": None if files is None else {"config": config, "files": files},
         "base": {
             "class": type(base).__name__,
@@ -46,14 +48,13 @@ def describe(model: nn.Module) -> tuple[State, dict[str, Tensor]]:
             "digests": digests(model, shared),
         },
     }
-    return says, stored
+    return says, {name: tensor for name, tensor in values.items() if name not in zero}
 
 
 def _files(
-    model: Any, own: Mapping[str, nn.Parameter]
+    model: Any, trained: Mapping[str, nn.Parameter]
 ) -> tuple[State, dict[str, str] | None, dict[str, Tensor]]:
-    """Return PEFT's configuration, the trainable parameter for each tensor of its file (or ""), and
-    the other tensors.
+    """Return PEFT's configuration, the parameter of each saved tensor (or ""), and the others.
 
     The second is None if the model has no adapter, or saves other tensors than its parameters.
     """
@@ -62,30 +63,31 @@ def _files(
     from peft import get_peft_model_state_dict
 
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    places = {parameter.data_ptr(): name for name, parameter in own.items()}
-    files = {key: places.get(tensor.data_ptr(), "") for key, tensor in state.items()}
-    for name in sorted(
-        set(own) - set(files.values())
-    ):  # tensors that are saved as copies, as prompts are
+    names = {parameter.data_ptr(): name for name, parameter in trained.items()}
+    files = {key: names.get(tensor.data_ptr(), "") for key, tensor in state.items()}
+    # tensors that are saved as copies, as prompts are
+    for name in sorted(set(trained) - set(files.values())):
         alike = [
-            key for key, taken in files.items() if not taken and torch.equal(state[key], own[name])
+            key
+            for key, taken in files.items()
+            if not taken and torch.equal(state[key], trained[name])
         ]
         if len(alike) != 1:
             return {}, None, {}
         files[alike[0]] = name
     config = copy.copy(model.peft_config[model.active_adapter])
     config.inference_mode = True
-    said = {
+    settings = {
         key: sorted(value) if isinstance(value, set) else value
         for key, value in config.to_dict().items()
     }
     if config.task_type is None:  # as PEFT does, for loading without a class
         base = type(model.get_base_model())
-        said["auto_mapping"] = {
+        settings["auto_mapping"] = {
             "base_model_class": base.__name__,
             "parent_library": base.__module__,
         }
-    return said, files, {key: state[key] for key, name in files.items() if not name}
+    return settings, files, {key: state[key] for key, name in files.items() if not name}
 
 
 def digests(model: nn.Module, without: Iterable[int] = ()) -> dict[str, str]:
@@ -97,22 +99,17 @@ def digests(model: nn.Module, without: Iterable[int] = ()) -> dict[str, str]:
     """
     result, left_out = {}, set(without)
     for name, parameter in model.named_parameters():
-        kept = (
+        if not (
             parameter.requires_grad
             or ".original_module." in name
             or parameter.untyped_storage().data_ptr() in left_out
-        )
-        if not kept:
-            name = (
-                name.removeprefix("base_model.").removeprefix("model.")
-                if hasattr(model, "peft_config")
-                else name
-            )
+        ):
+            if hasattr(model, "peft_config"):
+                name = name.removeprefix("base_model.").removeprefix("model.")
             result[name.replace(".base_layer.", ".")] = digest(parameter)
     return result
 
 
 def digest(tensor: Tensor) -> str:
     """Return the first 64 bits of the SHA-256 of a tensor's bytes."""
-    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(content).hexdigest()[:16]  # type: ignore[arg-type]
+    return hashlib.sha256(raw_bytes(tensor)).hexdigest()[:16]

@@ -113,30 +113,25 @@ def verify(path: str | Path, checkpoint: str | Path, step: int | None = None) ->
     weights = next((folder / name for name in _FILES if (folder / name).is_file()), None)
     if weights is None:
         raise TrajectoryError(f"{folder} holds none of {', '.join(_FILES)}.")
-    found, log = _read(weights, load_file), Replay(path)
+    saved, log = _read(weights, load_file), Replay(path)
     names = list(log.says["trainable"])
     files = (log.says["adapter"] or {"files": {name: name for name in names}})["files"]
-    prints = {own: fingerprint(found[key]) for key, own in files.items() if own and key in found}
+    prints = {name: fingerprint(saved[key]) for key, name in files.items() if name and key in saved}
     last_alike: dict[str, int] = {
         n: 0 for n in prints if fingerprint(log.parameters[n]) == prints[n]
     }
     first = None
     for record in log.run(step):
-        last_alike.update(
-            {
-                n: log.step
-                for n, p in zip(names, record.fingerprints, strict=True)
-                if prints.get(n) == p
-            }
-        )
+        for name, after in zip(names, record.fingerprints, strict=True):
+            if prints.get(name) == after:
+                last_alike[name] = log.step
         if first is None and (departed := log.departed(record)):
             first = log.step, departed
-    wanted = log.tensors()
     departures = [
-        d for key in wanted if (d := _compare(key, found.get(key), wanted[key])) is not None
+        departure
+        for key, wanted in log.tensors().items()
+        if (departure := _compare(key, saved.get(key), wanted, last_alike.get(files[key])))
     ]
-    for departure in departures:
-        departure.step = last_alike.get(files[departure.name])
     return Verdict(log.step, departures, first, log.surroundings() if log.step else "")
 
 
@@ -147,11 +142,11 @@ def _read(path: Path, how: Callable[[Path], T]) -> T:
         raise TrajectoryError(f"{path} is damaged: {type(error).__name__}: {error}.") from error
 
 
-def _compare(name: str, found: Tensor | None, wanted: Tensor) -> Departure | None:
+def _compare(name: str, saved: Tensor | None, wanted: Tensor, step: int | None) -> Departure | None:
     wanted = wanted.cpu()
-    if found is None or found.shape != wanted.shape or found.dtype != wanted.dtype:
-        return Departure(name, wanted.numel(), wanted.numel(), torch.nan)
-    if fingerprint(found) == fingerprint(wanted):
+    if saved is None or saved.shape != wanted.shape or saved.dtype != wanted.dtype:
+        return Departure(name, wanted.numel(), wanted.numel(), torch.nan, step)
+    if fingerprint(saved) == fingerprint(wanted):
         return None
-    apart = (found.double() - wanted.double()).abs()
-    return Departure(name, int((found != wanted).sum()), wanted.numel(), float(apart.max()))
+    most = float((saved.double() - wanted.double()).abs().max())
+    return Departure(name, int((saved != wanted).sum()), wanted.numel(), most, step)

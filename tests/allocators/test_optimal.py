@@ -11,6 +11,7 @@ from hf_flops.allocators import (
     equal_counts,
     history,
     optimal_counts,
+    predicted_gain,
     proxy,
 )
 from hf_flops.allocators.history import History
@@ -32,7 +33,8 @@ def play(world, *, steps=120, samples=16, queries=10, seed=0, best=True):
 
     world: (generator, step) -> (sigma (B,), options for the features).
     """
-    generator, allocator, found = torch.Generator().manual_seed(seed), Optimal(), []
+    generator, found = torch.Generator().manual_seed(seed), []
+    allocator = Optimal(least_gain=1.0)  # follows its predictions however small their gain
     budget = samples * queries
     for step in range(steps):
         sigma, options = world(generator, step)
@@ -51,11 +53,11 @@ def lognormal(generator, samples=16):
 
 def test_residuals_are_followed_where_they_are_known():
     features = SampleFeatures(torch.ones(3), residuals=torch.tensor([1.0, 1.0, 3.0]))
-    assert Optimal().counts(features, 50).tolist() == [10, 10, 30]
+    assert Optimal(least_gain=1.0).counts(features, 50).tolist() == [10, 10, 30]
 
 
 def test_the_power_of_the_loss_is_learned_from_deltas():
-    allocator, generator = Optimal(), torch.Generator().manual_seed(0)
+    allocator, generator = Optimal(least_gain=1.0), torch.Generator().manual_seed(0)
     losses = torch.tensor([0.5, 1.0, 4.0])
     assert allocator.counts(SampleFeatures(losses), 30).tolist() == [
         10,
@@ -234,3 +236,37 @@ def test_helpful_residuals_come_close_to_the_optimum_at_once():
 
     found, best = play(world).mean(1)
     assert found < 1.1 * best
+
+
+def uneven(gain, samples=16):
+    """Residuals with this predicted gain, 2 values, one of them taken once."""
+    low, high = 1.0, 10.0**4
+    for _ in range(100):
+        middle = (low * high) ** 0.5
+        residuals = torch.ones(samples, dtype=torch.float64)
+        residuals[0] = middle
+        low, high = (middle, high) if predicted_gain(residuals) < gain else (low, middle)
+    return residuals
+
+
+def test_counts_are_equal_while_the_predicted_gain_is_small():
+    for gain, expected in ((1.45, [4] * 16), (1.55, None)):
+        features = SampleFeatures(torch.ones(16), residuals=uneven(gain))
+        counts = Optimal().counts(features, 64)
+        wanted = optimal_counts(uneven(gain), 64).tolist() if expected is None else expected
+        assert counts.tolist() == wanted
+    assert predicted_gain(uneven(1.55)) == pytest.approx(1.55)
+
+
+def test_a_single_batch_does_not_change_the_regime():
+    """The gain is averaged over recent batches, all of them, also those without finite deltas."""
+    allocator, decides = Optimal(), []
+    unknown = torch.full((16,), float("nan"))
+    for step, gain in enumerate([1.2] * 20 + [3.0] * 30):
+        features = SampleFeatures(torch.ones(16), residuals=uneven(gain), step=step)
+        counts = allocator.counts(features, 64)
+        decides.append(len(set(counts.tolist())) > 1)
+        allocator.update(features, counts, unknown)
+    assert not any(decides[:22])
+    assert all(decides[30:])
+    assert decides == sorted(decides)

@@ -57,3 +57,10 @@ def test_batch_size_is_read_off_the_labels_and_odd_inputs_are_named():
 def test_a_batch_without_tensors_is_refused():
     with pytest.raises(ObjectiveError, match=r"keys are \['text'\]"):
         batch_size({"text": ["a"]})
+
+
+def test_a_sample_may_have_no_rows_and_others_the_weight_of_their_expected_count():
+    counts, expected = torch.tensor([0, 2, 0, 1]), torch.tensor([0.5, 1.6, 0.3, 0.6])
+    rows = expand(counts, 4.0, share=counts / expected)
+    assert rows.owner.tolist() == [1, 3, 1]
+    torch.testing.assert_close(rows.weight, 1 / (4 * expected[rows.owner]))

@@ -72,8 +72,8 @@ def test_a_library_that_is_missing_is_named_with_what_brings_it(monkeypatch, cap
     monkeypatch.setitem(sys.modules, "PIL", None)
     assert main(["compare", "--rows", "100"]) == 1
     assert capsys.readouterr().err.strip() == (
-        "hf-flops compare: PIL is not installed: pip install 'hf_flops[recipes]' brings all that "
-        "the commands want."
+        "hf-flops compare: PIL is not installed: pip install 'hf_flops[recipes]' installs all "
+        "that the commands need."
     )
 
 

@@ -135,10 +135,16 @@ def test_the_estimate_does_not_depend_on_the_number_of_processes(estimator, nois
 @pytest.mark.parametrize("reduce", REDUCE)
 @pytest.mark.parametrize(
     "allocator",
-    [a if a == "two_stage" else pytest.param(a, marks=pytest.mark.slow) for a in ALLOCATORS],
+    [
+        a if a in ("two_stage", "optimal_with_zeros") else pytest.param(a, marks=pytest.mark.slow)
+        for a in ALLOCATORS
+    ],
 )
 def test_allocators_decide_alike_in_all_processes(allocator, reduce):
     compare(reduce, allocator=allocator, steps=3)
+
+
+WITH_ZEROS = {"allocator": "optimal_with_zeros", "estimator": "antithetic", "queries": 2}
 
 
 @pytest.mark.parametrize(
@@ -152,6 +158,11 @@ def test_allocators_decide_alike_in_all_processes(allocator, reduce):
             "scalars",
             {"samples": 2, "allocator": "uniform", "estimator": "antithetic", "queries": 2},
         ),
+        # three pairs for six samples, and one pair for two
+        ("gradient", {**WITH_ZEROS, "head": True, "control": LogitJacobian, "steps": 3}),
+        ("scalars", {**WITH_ZEROS, "samples": 2}),
+        ("gradient", {"delta_clip": lambda: 1.0}),
+        ("scalars", {"delta_clip": lambda: 1.0}),
         ("gradient", {"noise": "activation"}),
         ("gradient", {"objective": Spoiled}),
         ("scalars", {"objective": Spoiled}),

@@ -14,7 +14,7 @@ from hf_flops import CallableObjective
 from hf_flops.allocators import TwoStage, Uniform
 from hf_flops.base.rows import expand
 from hf_flops.estimators.differences import against_others
-from tests.core.test_estimate import Fixed, run
+from tests.helpers.quadratic import Fixed, one_estimate
 from tests.helpers.tiny import generator
 
 SAMPLES, SCALE = 5, 0.7
@@ -49,9 +49,8 @@ def estimates(count, objective=None, width=3, **options):
             "forward": lambda batch: (None, model(batch["features"]).squeeze(-1)),
             "rows_per_forward": 99,
         }
-        found.append(
-            run(model, inputs, step=step, objective=objective or Right(), scale=SCALE, **options)[0]
-        )
+        options |= {"objective": objective or Right(), "scale": SCALE}
+        found.append(one_estimate(model, inputs, step=step, **options)[0])
     return torch.stack(found)
 
 
@@ -125,7 +124,7 @@ def test_rows_that_fail_count_for_nothing():
             )
 
     def totals(piecewise_constant):
-        gradient, result = run(
+        gradient, result = one_estimate(
             model,
             inputs,
             objective=Fails(piecewise_constant),

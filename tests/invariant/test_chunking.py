@@ -13,9 +13,14 @@ from hypothesis import strategies as st
 
 import hf_flops.core.chunking
 from hf_flops import FlopsTrainer, FlopsTrainingArguments
+from hf_flops.allocators import ALLOCATORS
 from hf_flops.base.memory import free_memory
 from hf_flops.core.chunking import ChunkPlanner, even, in_chunks, out_of_memory
+from hf_flops.estimators import ESTIMATORS
+from hf_flops.trainer import PRESETS
 from tests.helpers.padded import Cramped, adapted, estimate, padded
+from tests.helpers.quadratic import Quadratic, one_estimate, quadratic_batch
+from tests.helpers.runs import flat, short, short_run
 from tests.helpers.tiny import as_dataset, double, model_forward, tiny_batch
 
 SHORTAGES = [
@@ -258,3 +263,38 @@ def test_the_default_run_is_that_of_a_fixed_size(kind, tmp_path):
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     resumed = torch.cat([p.detach().flatten() for p in again.model.parameters() if p.requires_grad])
     torch.testing.assert_close(resumed, found, rtol=0, atol=1e-5)
+
+
+@settings(max_examples=25)
+@given(
+    rows=st.integers(1, 60),
+    estimator=st.sampled_from(sorted(ESTIMATORS)),
+    allocator=st.sampled_from(sorted(ALLOCATORS)),
+    kind=st.sampled_from(["rowwise", "shared"]),
+)
+def test_the_estimate_does_not_depend_on_how_rows_are_cut(rows, estimator, allocator, kind):
+    model, inputs = Quadratic(), quadratic_batch()
+
+    def at(rows_per_forward):
+        options = {
+            "estimator": ESTIMATORS[estimator](),
+            "allocator": ALLOCATORS[allocator](),
+            "queries_per_sample": 8,
+        }
+        return one_estimate(model, inputs, kind=kind, rows_per_forward=rows_per_forward, **options)[
+            0
+        ]
+
+    torch.testing.assert_close(at(rows), at(1000), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_size_of_forwards_does_not_change_the_run(preset, tmp_path):
+    options = {"preset": preset, "optim": "sgd", "learning_rate": 0.01, "perturbation_scale": 0.01}
+    # In float64: counts are whole numbers, which may follow the last bit of what an allocator saw.
+    runs = [
+        flat(short_run(short(tmp_path, rows_per_forward=size, **options), dtype=torch.float64))
+        for size in (1, 8, 1000)
+    ]
+    torch.testing.assert_close(runs[0], runs[1], rtol=0, atol=1e-5)
+    torch.testing.assert_close(runs[0], runs[2], rtol=0, atol=1e-5)

@@ -11,7 +11,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerFast
 
-from hf_flops import ConfigurationError, FlopsTrainer
+from hf_flops import ConfigurationError, FlopsTrainer, LabelHeadModel, SuffixPromptModel
 from hf_flops.prompts.suffix_prompt import CONFIG_FILE
 from recipes import prompt_tuning, prompts
 from recipes.prompts import Template, WordClassifier, adapted, label_tokens, load_texts
@@ -215,6 +215,35 @@ def test_a_run_leaves_a_report_a_picture_and_adapters(adapter, tiny, tmp_path, c
     assert (tmp_path / "backprop" / name).is_file()
 
 
+@pytest.mark.parametrize("adapter", ["suffix", "lora"])
+def test_a_label_head_stands_beside_the_words_in_the_report(adapter, tiny, tmp_path):
+    options = (
+        f"--adapter {adapter} --label_head True --virtual_tokens 3 --max_steps 2 --eval_steps 2 "
+        "--queries_per_sample 4 --per_device_train_batch_size 4 --validation_texts 8 "
+        "--test_texts 12 --use_cpu True --disable_tqdm True"
+    )
+    own = ["--label_words", "terrible", "great", "--output_dir", str(tmp_path)]
+    outcomes = prompt_tuning.main([*options.split(), *own])
+    assert [outcome.method for outcome in outcomes] == ["flops-head", "flops"]
+    head, words = outcomes
+    assert head.parameters == words.parameters + 2 * 16 + 2
+    assert (head.before, head.start) == (words.before, words.start)
+    report = (tmp_path / "report.md").read_text()
+    assert "flops-head |" in report
+    base, tokens = language_model()
+    if adapter == "suffix":
+        loaded = SuffixPromptModel.from_pretrained(base, tmp_path / "flops-head")
+    else:
+        loaded = LabelHeadModel.from_pretrained(base, tmp_path / "flops-head")
+    task = load_texts("movies", validation=8, test=12)
+    template = Template(tokens, "{text} It was", 48)
+    right = 0
+    for row in template.rows(task.test, tail=adapter != "suffix"):
+        scores = loaded.eval()(torch.tensor([row["input_ids"]])).logits
+        right += int(scores.argmax()) == row["labels"]
+    assert right / 12 == head.after
+
+
 @pytest.mark.parametrize("objective", ["accuracy", "macro_f1"])
 def test_a_run_for_a_metric_itself(objective, tiny, tmp_path):
     options = (
@@ -262,6 +291,8 @@ def test_a_black_box_is_tuned_and_what_it_begins_with_is_measured_once(adapter, 
     assert (again.before, again.start, again.after) == (-1.0, -2.0, first.after)
     with pytest.raises(SystemExit, match=r"--engine torch only answers.*no --compare backprop"):
         prompt_tuning.main([*options, "--compare", "backprop"])
+    with pytest.raises(SystemExit, match=r"--engine torch only answers.*no --label_head"):
+        prompt_tuning.main([*options, "--label_head", "True"])
 
 
 def test_a_resumed_run_without_a_curve_has_no_picture(tiny, tmp_path, monkeypatch):

@@ -27,6 +27,7 @@ LOGGED = {
     "loss",
     "rows",
     "signal_to_noise",
+    "predicted_gain",
     "allocation_gain",
     "effective_queries",
     "perturbation_scale",
@@ -53,6 +54,7 @@ def test_callbacks_hear_the_numbers_of_the_estimator(tmp_path):
         assert set(logs) >= LOGGED
         assert all(isinstance(logs[name], (int, float)) for name in LOGGED)
         assert logs["perturbation_scale"] == 1e-3
+        assert logs["predicted_gain"] >= 1
         # 4 rows per sample, one of which is clean
         assert logs["effective_queries"] == pytest.approx(3 * logs["allocation_gain"], rel=1e-4)
 

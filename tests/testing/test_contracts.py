@@ -14,7 +14,7 @@ import hf_flops.testing.engines
 import hf_flops.testing.objectives
 import hf_flops.testing.perturbations
 from hf_flops import MacroF1, Metric
-from hf_flops.allocators import ALLOCATORS, Uniform
+from hf_flops.allocators import ALLOCATORS, OptimalWithZeros, Uniform
 from hf_flops.engines import TorchEngine
 from hf_flops.objectives import BatchLoss, CallableObjective, Objective, RowLosses, TappedLoss
 from hf_flops.perturbations import ActivationNoise, ParameterVector, RowwiseNoise, SharedNoise
@@ -142,7 +142,15 @@ class Lucky(Uniform):
         return counts[torch.randperm(len(counts))]
 
 
+class Reversed(OptimalWithZeros):
+    """Expects other counts than it draws."""
+
+    def counts(self, features, budget):
+        return super().counts(features, budget).flip(0)
+
+
 def test_broken_allocators_are_found():
+    broken(AllocatorContract, "test_the_mean_of_random_counts_is_the_expected_count", Reversed)
     broken(AllocatorContract, "test_counts_spend_the_budget", Generous)
     broken(AllocatorContract, "test_a_budget_below_one_query_per_sample_is_refused", Generous)
     broken(AllocatorContract, "test_counts_do_not_depend_on_global_state", Lucky)

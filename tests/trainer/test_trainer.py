@@ -13,8 +13,6 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import (
-    BertConfig,
-    BertForQuestionAnswering,
     EarlyStoppingCallback,
     HfArgumentParser,
     Seq2SeqTrainer,
@@ -38,18 +36,25 @@ from hf_flops.estimators import Antithetic
 from hf_flops.objectives import TappedLoss
 from hf_flops.perturbations import ParameterVector, RowwiseNoise
 from hf_flops.trainer import PRESETS
+from tests.helpers.runs import (
+    TARGETS,
+    Coupled,
+    adapted,
+    data,
+    flat,
+    logged,
+    parameters,
+    question_answerer,
+    questions,
+    short,
+    short_run,
+)
 from tests.helpers.tiny import (
-    SIZES,
-    TASKS,
-    VOCABULARY,
     as_dataset,
-    double,
     tiny_batch,
     tiny_model,
-    training_arguments,
 )
 
-TARGETS = {"vit": ["q_proj", "v_proj"], "bert": ["query", "value"], "t5": ["q", "v"]}
 BOTH = [(Trainer, TrainingArguments), (FlopsTrainer, FlopsTrainingArguments)]
 OWN_FIELDS = [
     field for field in dataclasses.fields(FlopsArgumentsMixin) if field.name != "learning_rate"
@@ -59,30 +64,7 @@ OWN_FIELDS = [
 @pytest.fixture
 def arguments(tmp_path):
     """Return what builds training arguments that suit tiny models."""
-
-    def build(kind=FlopsTrainingArguments, **options):
-        few = {"queries_per_sample": 4} if issubclass(kind, FlopsArgumentsMixin) else {}
-        defaults = {
-            "per_device_train_batch_size": 4,
-            "max_steps": 2,
-            "logging_steps": 1,
-        }
-        return training_arguments(tmp_path, kind, **{**defaults, **few, **options})
-
-    return build
-
-
-def adapted(kind="vit", model=None, dropout=0.1):
-    config = LoraConfig(
-        r=2,
-        target_modules=TARGETS.get(kind, ["q_proj", "v_proj"]),
-        task_type=TASKS[kind],
-        lora_dropout=dropout,
-        modules_to_save=["classifier"] if kind == "vit" else None,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return get_peft_model(tiny_model(kind) if model is None else model, config)
+    return partial(short, tmp_path)
 
 
 def prompted():
@@ -93,69 +75,9 @@ def prompted():
         )
 
 
-def data(kind="vit", samples=8):
-    return as_dataset(tiny_batch(kind, samples))
-
-
-def parameters(trainer):
-    return {
-        name: value.detach().clone()
-        for name, value in trainer.model.named_parameters()
-        if value.requires_grad
-    }
-
-
-def flat(trainer):
-    return torch.cat([value.flatten() for value in parameters(trainer).values()])
-
-
-def logged(trainer, name):
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
-
-
-def trained(args, kind="vit", dtype=torch.float32, **options):
-    model, dataset = (
-        (question_answerer(), questions())
-        if kind == "questions"
-        else (adapted(kind), data(kind, 16))
-    )
-    if dtype == torch.float64:
-        dataset = [double(sample) for sample in dataset]
-    trainer = FlopsTrainer(model.to(dtype), args, train_dataset=dataset, **options)
-    trainer.train()
-    return trainer
-
-
 def right(outputs, inputs):
     """Return 1 for every wrong answer: an objective without derivative."""
     return (outputs.logits.argmax(-1) != inputs["labels"]).float()
-
-
-def entropy(outputs, inputs):
-    return -(outputs.logits.softmax(-1) * outputs.logits.log_softmax(-1)).sum(-1)
-
-
-def questions(samples=16):
-    batch = tiny_batch("bert", samples)
-    batch.pop("labels")
-    samples = [{name: value[i] for name, value in batch.items()} for i in range(samples)]
-    return [{**sample, "start_positions": 0, "end_positions": 1} for sample in samples]
-
-
-class Coupled(BertForQuestionAnswering):
-    """A model whose loss cannot be split into rows."""
-
-    def forward(self, input_ids=None, start_positions=None, end_positions=None, **kwargs):
-        positions = {"start_positions": start_positions, "end_positions": end_positions}
-        outputs = super().forward(input_ids, **positions, **kwargs)
-        outputs.loss = outputs.loss + 0.1 * outputs.start_logits.std(0, unbiased=False).mean()
-        return outputs
-
-
-def question_answerer(kind=BertForQuestionAnswering):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return adapted("bert", kind(BertConfig(vocab_size=VOCABULARY, **SIZES)))
 
 
 # --- drop-in ---
@@ -256,7 +178,13 @@ def test_optimizers_and_schedules_are_the_stock_ones(options, arguments):
 
 
 def test_gradients_are_clipped(arguments):
-    args = arguments(max_steps=1, optim="sgd", learning_rate=1.0, max_grad_norm=0.01)
+    args = arguments(
+        max_steps=1,
+        optim="sgd",
+        learning_rate=1.0,
+        max_grad_norm=0.01,
+        closed_form_head="gradient",
+    )
     trainer = FlopsTrainer(adapted(), args, train_dataset=data())
     before = flat(trainer)
     trainer.train()
@@ -345,34 +273,6 @@ def test_other_trainers_take_the_mixin(arguments):
 # --- configurations that must give the same run ---
 
 
-@pytest.mark.parametrize(
-    ("kind", "preset", "objective"),
-    [
-        ("vit", "flops", None),
-        ("vit", "mezo", None),
-        ("vit", "flops", entropy),
-        ("llama", "flops", None),  # texts with uneven numbers of tokens
-        ("llama", "mezo", None),
-        ("bert", "flops", None),  # a head that ignores num_items_in_batch
-        ("questions", "flops", None),  # a loss that has no rows
-    ],
-)
-def test_accumulation_does_not_change_the_run(kind, preset, objective, arguments):
-    options = {
-        "preset": preset,
-        "allocator": "uniform",
-        "optim": "sgd",
-        "learning_rate": 0.01,
-        "perturbation_scale": 0.01,
-    }
-    one = arguments(per_device_train_batch_size=8, **options)
-    many = arguments(per_device_train_batch_size=1, gradient_accumulation_steps=8, **options)
-    one, many = (trained(args, kind, torch.float64, objective=objective) for args in (one, many))
-    torch.testing.assert_close(flat(one), flat(many), rtol=0, atol=1e-5)
-    assert logged(one, "loss") == pytest.approx(logged(many, "loss"), rel=1e-3)
-    assert logged(one, "rows") == logged(many, "rows")
-
-
 @pytest.mark.parametrize("batch", [8, 2])
 def test_a_loss_function_of_the_users_is_followed(batch, arguments):
     def loss_function(outputs, labels, num_items_in_batch=None):
@@ -388,9 +288,9 @@ def test_a_loss_function_of_the_users_is_followed(batch, arguments):
         "perturbation": "rowwise",
     }
     args = arguments(per_device_train_batch_size=batch, **options)
-    found = trained(args, dtype=torch.float64, compute_loss_func=loss_function)
+    found = short_run(args, dtype=torch.float64, compute_loss_func=loss_function)
     torch.testing.assert_close(
-        flat(found), flat(trained(args, dtype=torch.float64)), rtol=0, atol=1e-9
+        flat(found), flat(short_run(args, dtype=torch.float64)), rtol=0, atol=1e-9
     )
 
 
@@ -440,44 +340,6 @@ def test_a_model_that_makes_its_loss_without_labels_is_trained(arguments):
     assert trainer.session.chosen.objective.per_row
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_the_size_of_forwards_does_not_change_the_run(preset, arguments):
-    options = {"preset": preset, "optim": "sgd", "learning_rate": 0.01, "perturbation_scale": 0.01}
-    # In float64: counts are whole numbers, which may follow the last bit of what an allocator saw.
-    runs = [
-        flat(trained(arguments(rows_per_forward=size, **options), dtype=torch.float64))
-        for size in (1, 8, 1000)
-    ]
-    torch.testing.assert_close(runs[0], runs[1], rtol=0, atol=1e-5)
-    torch.testing.assert_close(runs[0], runs[2], rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("objective", [None, entropy])
-@pytest.mark.parametrize("preset", ["flops", "flops-authors"])
-def test_a_resumed_run_is_the_uninterrupted_one(preset, objective, arguments, tmp_path):
-    def build(**options):
-        common = {
-            "preset": preset,
-            "gradient_accumulation_steps": 2,
-            "per_device_train_batch_size": 2,
-            "max_steps": 7,
-        }
-        args = arguments(optim="adamw_torch", learning_rate=0.01, **common, **options)
-        rows = [{**row, "sample_id": i} for i, row in enumerate(data(samples=16))]
-        return FlopsTrainer(adapted(), args, train_dataset=rows, objective=objective)
-
-    whole = build(save_strategy="steps", save_steps=5)
-    whole.train()
-    resumed = build()
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
-    assert whole.state.epoch == 1.75
-    assert resumed.session.allocator.state_dict() == whole.session.allocator.state_dict()
-    assert flat(resumed).equal(flat(whole))
-    assert logged(resumed, "rows") == logged(whole, "rows")
-    assert resumed.ledger.sample_queries == whole.ledger.sample_queries
-    assert logged(resumed, "loss")[-1] == logged(whole, "loss")[-1]
-
-
 def test_a_second_run_starts_with_nothing_learned_or_counted(arguments):
     trainer = FlopsTrainer(model_init=lambda: adapted(), args=arguments(), train_dataset=data())
     trainer.train()
@@ -491,7 +353,7 @@ def test_a_run_follows_what_the_arguments_say_by_then(arguments):
     trainer = FlopsTrainer(adapted(), arguments(max_steps=4), train_dataset=data(samples=16))
     trainer.args.estimator, trainer.args.max_queries = "antithetic", 120
     trainer.train()
-    changed = trained(arguments(max_steps=4, estimator="antithetic", max_queries=120))
+    changed = short_run(arguments(max_steps=4, estimator="antithetic", max_queries=120))
     assert trainer.state.global_step == changed.state.global_step < 4
     assert flat(trainer).equal(flat(changed))
 
@@ -524,14 +386,14 @@ def test_instances_take_the_place_of_names(arguments):
     }
     trainer = FlopsTrainer(model, args, train_dataset=data(samples=16), **parts)
     trainer.train()
-    assert flat(trainer).equal(flat(trained(named)))
+    assert flat(trainer).equal(flat(short_run(named)))
 
 
 def test_the_seed_fixes_the_run(arguments):
-    run = flat(trained(arguments()))
-    assert flat(trained(arguments())).equal(run)
-    assert flat(trained(arguments(noise_seed=42))).equal(run)  # the seed of the run
-    assert not flat(trained(arguments(noise_seed=7))).equal(run)
+    run = flat(short_run(arguments()))
+    assert flat(short_run(arguments())).equal(run)
+    assert flat(short_run(arguments(noise_seed=42))).equal(run)  # the seed of the run
+    assert not flat(short_run(arguments(noise_seed=7))).equal(run)
 
 
 def test_noise_is_placed_by_step_position_and_epoch(arguments, monkeypatch):
@@ -610,7 +472,8 @@ def state(model):
     ("kind", "build"), [("vit", adapted), ("llama", prompted)], ids=["lora", "prompt"]
 )
 def test_a_step_changes_gradients_only(kind, build, perturbation, arguments):
-    trainer = FlopsTrainer(build(), arguments(perturbation=perturbation), train_dataset=data(kind))
+    args = arguments(perturbation=perturbation, closed_form_head="gradient")
+    trainer = FlopsTrainer(build(), args, train_dataset=data(kind))
     trainer.model.train()
     next(module for module in trainer.model.modules() if isinstance(module, nn.Linear)).eval()
     before = state(trainer.model)
@@ -769,7 +632,8 @@ def test_every_row_is_counted_and_the_budget_is_kept(
 
 def test_queries_are_counted_by_sample_id(arguments):
     samples = [{**sample, "sample_id": 10 * i} for i, sample in enumerate(data())]
-    options = {"max_steps": 4, "allocator": "loss_rank"}  # one that makes nothing of ids
+    # those that make nothing of ids
+    options = {"max_steps": 4, "allocator": "loss_rank", "closed_form_head": "gradient"}
     with_ids = FlopsTrainer(adapted(), arguments(**options), train_dataset=samples)
     without = FlopsTrainer(adapted(), arguments(**options), train_dataset=data())
     with_ids.train()
@@ -829,7 +693,7 @@ class Watch(TrainerCallback):
 def test_lora_a_is_held_back_as_asked(parts, joins, arguments):
     model = adapted()
     watch = Watch(model)
-    args = arguments(lora_parts=parts, max_steps=4, learning_rate=0.1, weight_decay=0.1)
+    args = arguments(lora_parts=parts, max_steps=4, learning_rate=0.1, closed_form_head="gradient")
     FlopsTrainer(model, args, train_dataset=data(), callbacks=[watch]).train()
     late = [{"lora_A"} if step >= joins else set() for step in range(4)]
     assert watch.moved == [{"lora_B", "classifier"} | own for own in late]
@@ -876,7 +740,7 @@ def test_an_adapter_of_nothing_but_lora_a_cannot_be_held_back(arguments):
 
 
 def test_the_log_has_the_documented_keys(arguments):
-    trainer = trained(arguments(max_steps=4, logging_steps=2))
+    trainer = short_run(arguments(max_steps=4, logging_steps=2))
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(entries) == 2
     for entry in entries:

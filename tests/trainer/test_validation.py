@@ -133,6 +133,7 @@ def assert_trains(candidate):
             {"perturbation_scale": float("inf")},
             "perturbation_scale=inf must be positive and finite",
         ),
+        ({"delta_clip": 0.0}, "delta_clip=0.0 must be positive"),
         ({"rows_per_forward": 0}, "rows_per_forward=0 must be a whole number"),
         ({"rows_per_forward": 2.5}, "rows_per_forward=2.5 must be a whole number"),
         ({"fp16": True}, "fp16=True is not supported"),

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from hf_flops import ConfigurationError, FlopsTrainer, FlopsTrainingArguments, TrajectoryError
+from hf_flops.allocators import OptimalWithZeros
 from hf_flops.cli.main import main
 from hf_flops.perturbations import (
     ActivationNoise,
@@ -28,8 +29,8 @@ from hf_flops.trajectory.base import check_base
 from hf_flops.trajectory.framing import Appender, read
 from hf_flops.trajectory.replay import Replay, replay
 from hf_flops.trajectory.verify import verify
+from tests.helpers.runs import adapted, data, flat, parameters
 from tests.helpers.tiny import tiny_model, training_arguments
-from tests.trainer.test_trainer import adapted, data, flat, parameters
 
 QUIET = {
     "max_examples": 5,
@@ -167,6 +168,7 @@ def test_an_update_is_the_sum_of_coefficients_times_noise(rows, size, shared, se
     rows=st.sampled_from(["auto", 5]),
     parts=st.sampled_from(["both", "B_then_A"]),
     allocator=st.sampled_from(["optimal", "two_stage", "uniform"]),
+    limit=st.sampled_from([None, 1.0]),
 )
 def test_a_replay_is_the_training_bit_for_bit(
     tmp_path,
@@ -180,6 +182,7 @@ def test_a_replay_is_the_training_bit_for_bit(
     rows,
     parts,
     allocator,
+    limit,
 ):
     options = {
         "optim": optim,
@@ -192,10 +195,34 @@ def test_a_replay_is_the_training_bit_for_bit(
         "rows_per_forward": rows,
         "lora_parts": parts,
         "allocator": allocator,
+        "delta_clip": limit,
         "queries_per_sample": 6,
     }
     trainer = trained(tmp_path, options=options)
     assert same(replay(tmp_path), trainer)
+
+
+class Steep(OptimalWithZeros):
+    """Favours some samples whatever the model says, and notes its counts."""
+
+    def __init__(self):
+        super().__init__(least_gain=1.0)
+        self.seen = []
+
+    def predict(self, features):
+        return 4.0 ** torch.arange(len(features.losses), dtype=torch.float64)
+
+    def counts(self, features, budget):
+        self.seen.append(super().counts(features, budget))
+        return self.seen[-1]
+
+
+def test_samples_without_queries_are_replayed(tmp_path):
+    options = {"queries_per_sample": 2, "gradient_accumulation_steps": 2}
+    trainer = trained(tmp_path, options=options, allocator=(allocator := Steep()))
+    assert all((counts == 0).any() for counts in allocator.seen)
+    assert same(replay(tmp_path), trainer)
+    assert trainer.ledger.rows == 2 * sum(len(counts) for counts in allocator.seen)
 
 
 def frozen_a():
@@ -427,7 +454,7 @@ def test_another_base_is_noticed(tmp_path):
 @pytest.mark.parametrize(
     "option",
     [
-        {"closed_form_head": True},
+        {"closed_form_head": "solve"},
         {"control_variate": "logit_jacobian"},
         {"perturbation": "activation"},
     ],
@@ -445,9 +472,9 @@ def test_several_processes_are_refused(tmp_path, monkeypatch):
 
 def test_it_is_off_where_nobody_asked_for_it(tmp_path, caplog):
     args = arguments(tmp_path)
-    assert (args.closed_form_head, args.control_variate) == (False, "none")
+    assert (args.closed_form_head, args.control_variate) == ("none", "none")
     assert "closed_form_head, control_variate" in caplog.text
-    assert arguments(tmp_path, trajectory_log=False).closed_form_head
+    assert arguments(tmp_path, trajectory_log=False).closed_form_head == "solve"
 
 
 def test_optimizers_and_perturbations_that_cannot_be_replayed_are_refused(tmp_path):
