@@ -120,6 +120,13 @@ class NoiseGuard(TrainerCallback):
                 for name, parameter in parameters.items():
                     parameter.copy_(self._best[name])
 
+    def scaled(self, logs: dict[str, float]) -> dict[str, float]:
+        """Return a log in which the learning rate is the one in use."""
+        if self.multiplier == 1 or "learning_rate" not in logs:
+            return logs
+        rate = logs["learning_rate"] * self.multiplier
+        return {**logs, "learning_rate": rate, "learning_rate_multiplier": self.multiplier}
+
     def _keep(self, loss: float, parameters: Mapping[str, Tensor]) -> None:
         self.lowest = loss
         self._best = {name: value.detach().clone() for name, value in parameters.items()}

@@ -26,6 +26,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+def positional_arguments(positional: Sequence[object]) -> TrainingArguments | None:
+    """Return the training arguments among a trainer's positional ones: DPOTrainer and others have
+    something else in second place.
+    """
+    return next((each for each in positional if isinstance(each, TrainingArguments)), None)
+
+
 def check_arguments(args: TrainingArguments) -> FlopsTrainingArguments:
     """Return a trainer's arguments, with stock features off that forward-only training replaces.
 

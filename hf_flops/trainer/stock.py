@@ -63,6 +63,12 @@ class StockOverrides(_Base):
         if SAMPLE_ID not in columns and not text:
             columns.append(SAMPLE_ID)
 
+    def save_state(self) -> None:
+        """Save the trainer's state as the stock trainer does, and that of our parts beside it."""
+        super().save_state()
+        if self.args.should_save:
+            save_state(self.args.output_dir, self._parts())
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:

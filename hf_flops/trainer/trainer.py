@@ -27,7 +27,6 @@ from ..reporting.model_card import TAGS, complete_card
 from ..trajectory.recorder import TrajectoryRecorder
 from .args import FlopsTrainingArguments
 from .batches import ElementMean, PositionCounter
-from .checkpoint_state import save_state
 from .checkpoints import CheckpointWriter, SaveOnSigterm, chosen_checkpoint
 from .gathered import GatheredMetrics
 from .layout import Layout
@@ -40,6 +39,7 @@ from .preparation import (
     check_labels,
     check_ready,
     follow_accelerator,
+    positional_arguments,
     quantised_base_allowed,
     uncompiled,
     widen_trainable,
@@ -114,11 +114,10 @@ class FlopsTrainerMixin(StockOverrides):
         perturbation: Perturbation | None = None,
         **kwargs: Any,
     ) -> None:
-        # DPOTrainer and others have another second argument
-        given = [each for each in positional if isinstance(each, TrainingArguments)]
-        if not given:
-            kwargs["args"] = FlopsTrainingArguments() if args is None else args
-        checked = check_arguments(given[0] if given else kwargs["args"])
+        given = positional_arguments(positional)
+        if given is None:
+            kwargs["args"] = given = FlopsTrainingArguments() if args is None else args
+        checked = check_arguments(given)
         model = uncompiled(model)
         self._peft_config = peft_config
         if peft_config is not None and isinstance(model, nn.Module):
@@ -137,23 +136,21 @@ class FlopsTrainerMixin(StockOverrides):
         follow_accelerator(self.accelerator, self.args)
         self._begin()
         self.noise_guard = NoiseGuard(lambda: self.session)
-        self.add_callback(AfterStep(lambda: self.session))
         self.query_budget = QueryBudget(
             lambda: self.args.max_queries,
             lambda step: self.session.rows(1, step),
             lambda: self.ledger,
         )
-        for callback in (self.query_budget, self._sigterm, self.recorder):
+        after = AfterStep(lambda: self.session)
+        for callback in (after, self.query_budget, self._sigterm, self.recorder):
             if callback is not None:
                 self.add_callback(callback)
         self.costs = add_reports(self, lambda: self.ledger)
-        needs_clean = (allocator or ALLOCATORS[str(checked.allocator)]()).needs_clean
-        samples = checked.per_device_train_batch_size
-        check_ready(self.model, self.train_dataset, needs_clean, samples)
+        clean = (allocator or ALLOCATORS[str(checked.allocator)]()).needs_clean
+        batch = checked.per_device_train_batch_size
+        check_ready(self.model, self.train_dataset, clean, batch)
         widen_trainable(self.model)
         add_tags(self.model, self._tag_names)
-
-    # A run begins.
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Build the model as the stock trainer does, and wrap it with `peft_config`."""
@@ -219,8 +216,6 @@ class FlopsTrainerMixin(StockOverrides):
         if not self.can_return_loss:
             check_labels(batch.forward, batch.inputs, self.label_names)
 
-    # A training step.
-
     def training_step(
         self, model: nn.Module, inputs: Inputs, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
@@ -254,30 +249,21 @@ class FlopsTrainerMixin(StockOverrides):
                 self._session = self._new_session(whole=True)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log as the stock trainer does, with rows used, the averages of the estimator's metrics
-        and the learning rate in use.
-        """
+        """Log as the stock trainer does, with rows, the estimator's metrics and the rate in use."""
         if "loss" in logs:
             sent = {"sent_bytes": self.group.sent} if self.group.world > 1 else {}
             logs = {**logs, **self.session.log(), **self.ledger.summary(), **sent}
         if self.rate_search is not None:
             logs = self.rate_search.scaled(logs)
-        elif self.noise_guard.multiplier != 1 and "learning_rate" in logs:
-            rate, factor = logs["learning_rate"], self.noise_guard.multiplier
-            logs = {**logs, "learning_rate": rate * factor, "learning_rate_multiplier": factor}
-        super().log(logs, *args, **kwargs)
+        super().log(self.noise_guard.scaled(logs), *args, **kwargs)
 
     def floating_point_ops(self, inputs: Inputs) -> int:
-        """Count 2 operations per parameter, token and row: the third of the stock count, times the
-        queries.
-        """
+        """Count 2 operations per parameter, token and row: a third of the stock count per row."""
         queries = self.session.rows(1, self.state.global_step)
         return super().floating_point_ops(dict(inputs)) // 3 * queries // self.args.world_size
 
     def create_model_card(self, *positional: Any, **options: Any) -> None:
-        """Write the stock card, with our tags beside those of the model, the adapter and the
-        caller, and our sections.
-        """
+        """Write the stock card, with our sections and tags beside those of model and caller."""
         super().create_model_card(*positional, **options)
         if self.is_world_process_zero():
             settings, costs = as_code(self.args), self.costs.so_far()
@@ -287,16 +273,10 @@ class FlopsTrainerMixin(StockOverrides):
         """Return the parts that a checkpoint holds, by name."""
         batch = BatchSize(self.get_total_train_batch_size(self.args))
         parts: dict[str, Stateful] = {"ledger": self.ledger, "batch": batch, **self.session.parts()}
-        if self.rate_search is not None:
-            parts["learning rate search"] = self.rate_search
         parts["noise guard"] = self.noise_guard
-        return parts
-
-    def save_state(self) -> None:
-        """Save the trainer's state as the stock trainer does, and that of our parts beside it."""
-        super().save_state()
-        if self.args.should_save:
-            save_state(self.args.output_dir, self._parts())
+        return parts | (
+            {} if self.rate_search is None else {"learning rate search": self.rate_search}
+        )
 
 
 class FlopsTrainer(FlopsTrainerMixin, Trainer):
