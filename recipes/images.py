@@ -263,6 +263,50 @@ def _preprocess(rows: Mapping[str, Any], processor: Any) -> tuple[torch.Tensor, 
     return pixel_values, torch.as_tensor(np.asarray(rows["label"]), dtype=torch.long)
 
 
+def patch_order(height: int, width: int, size: int, seed: int = 0) -> torch.Tensor:
+    """Return a random order (P,) int64 of the patches (size × size) of images.
+
+    Raises:
+        ConfigurationError: the images do not divide into such patches.
+    """
+    if height % size or width % size:
+        raise ConfigurationError(
+            f"--shuffle_patches needs images that divide into patches: {height} × {width} pixels "
+            f"do not divide by {size}."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(height // size * (width // size), generator=generator)
+
+
+def reorder_patches(pixels: torch.Tensor, size: int, order: torch.Tensor) -> torch.Tensor:
+    """Put the patches (size × size) of images (N, C, H, W) in another order."""
+    patches = F.unfold(pixels, size, stride=size)[:, :, order]
+    return F.fold(patches, pixels.shape[-2:], size, stride=size)
+
+
+class PatchShuffler:
+    """An image processor that puts the patches of all images in one fixed random order.
+
+    Raises:
+        ConfigurationError: the model has no patches of one size.
+    """
+
+    def __init__(self, processor: Any, config: Any) -> None:
+        self.processor, self.size = processor, getattr(config, "patch_size", None)
+        self.image_mean = processor.image_mean
+        if not isinstance(self.size, int):
+            raise ConfigurationError(
+                f"--shuffle_patches needs a model with square patches, and a {config.model_type} "
+                f"model's patch_size is {self.size}."
+            )
+
+    def __call__(self, images: Any, **options: Any) -> dict[str, torch.Tensor]:
+        """Preprocess images to pixel_values (N, C, H, W) float32."""
+        pixels = self.processor(images, **options)["pixel_values"]
+        order = patch_order(*pixels.shape[-2:], self.size)
+        return {"pixel_values": reorder_patches(pixels, self.size, order)}
+
+
 def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Stack rows into pixel_values (R, C, H, W) float32, labels (R,) int64 and sample_id (R,) where
     rows have it.
