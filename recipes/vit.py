@@ -131,7 +131,8 @@ def main(arguments: list[str] | None = None) -> None:
     methods = runs.begin(args, [recipe.method, *recipe.compare])
     with args.main_process_first():
         path, task, data = load_data(recipe, args.seed)
-    frozen = solved_head.frozen_adapter(adapter_model(recipe, path, task, args.seed), data)
+    untrained = adapter_model(recipe, path, task, args.seed).to(args.device)
+    frozen = solved_head.frozen_adapter(untrained, data)
     found = [
         run(method, recipe, args, path, task, data)
         for method in runs.announced(methods, args, task)
