@@ -1,7 +1,8 @@
-"""Tables and figures of docs/results.md, from what benchmarks/learning.py wrote.
+"""Tables and figures of docs/results.md and README.md, from what benchmarks/learning.py wrote.
 
 python benchmarks/learning_report.py
 python benchmarks/learning_report.py --tasks permuted
+python benchmarks/learning_report.py --write
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 from typing import Any
 
 import matplotlib
@@ -20,6 +22,8 @@ import numpy as np
 from records import ROOT  # isort: skip
 
 SHARES = (0.25, 0.5, 0.8, 0.9)  # of backprop's gain in J
+SHORT_SHARES = (0.5, 0.8)  # in the table of README.md
+SHORT_TASK = "permuted"
 FROZEN, BACKPROP = "frozen adapter", "backprop"
 MEZO = ("MeZO + head, SGD", "MeZO + head, Adam")
 COLOURS = {
@@ -112,11 +116,30 @@ def ratio(own: list[float], others: list[list[float]], budget: float) -> str:
     return f" **{best / mine:.1f}×**" if math.isfinite(best) else f" **> {budget / mine:.1f}×**"
 
 
+def levels_of(entries: dict[str, Any], shares: tuple[float, ...]) -> list[float]:
+    """Return the values of J at shares of backprop's gain."""
+    start, end = entries[FROZEN]["J"], float(lines_of(entries)[BACKPROP].ends[:, 1].mean())
+    return [start - share * (start - end) for share in shares]
+
+
+def short_table(entries: dict[str, Any]) -> str:
+    """Lay out thousand rows to shares of backprop's gain, and the accuracy at the end."""
+    levels = levels_of(entries, SHORT_SHARES)
+    heads = [f"thousand rows to {share:.0%} of backprop's gain" for share in SHORT_SHARES]
+    columns = ["method", *heads, "test accuracy at the end"]
+    never = ["–"] * len(SHORT_SHARES)
+    cells = [columns, ["---"] * len(columns)]
+    cells.append([FROZEN, *never, f"{entries[FROZEN]['accuracy']:.1%}"])
+    for name, line in lines_of(entries).items():
+        reached = [thousands(line.rows_to(level)) for level in levels]
+        cells.append([name, *reached, mean(line.ends[:, 2], ".1%")])
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
 def table(entries: dict[str, Any]) -> str:
     """Lay the methods of a task out as a Markdown table."""
     lines, frozen = lines_of(entries), entries[FROZEN]
-    end = float(lines[BACKPROP].ends[:, 1].mean())
-    levels = [frozen["J"] - share * (frozen["J"] - end) for share in SHARES]
+    levels = levels_of(entries, SHARES)
     mezo = [lines[name] for name in MEZO if name in lines]
     budget = max((float(line.ends[:, 0].max()) for line in mezo), default=math.nan)
     heads = [f"J {level:.3f} ({share:.0%})" for level, share in zip(levels, SHARES, strict=True)]
@@ -175,10 +198,35 @@ def draw(title: str, entries: dict[str, Any]) -> Any:
     return figure
 
 
+def write(page: str, task: str, content: str) -> None:
+    """Replace what is between `<!-- table: learning_<task> -->` and `<!-- end -->` in a page."""
+    path = ROOT / page
+    marker = f"<!-- table: learning_{task} -->"
+    between = re.compile(f"({re.escape(marker)}\n).*?(<!-- end -->)", re.DOTALL)
+    text, number = between.subn(
+        lambda found: f"{found[1]}\n{content}\n\n{found[2]}", path.read_text()
+    )
+    if number != 1:
+        raise SystemExit(f"{page} has {number} places for a table, not one: {marker}")
+    path.write_text(text)
+
+
+def write_pages(task: str, entries: dict[str, Any]) -> None:
+    """Put a task's table and figure into the pages that have a place for them."""
+    figure = f"![J and test accuracy against rows]({{folder}}learning_{task}.png)"
+    write("docs/results.md", task, f"{table(entries)}\n\n{figure.format(folder='')}")
+    if task == SHORT_TASK:
+        content = f"{short_table(entries)}\n\n{figure.format(folder='docs/')}"
+        write("README.md", task, content)
+
+
 def main() -> None:
-    """Print the tables and write docs/learning_<task>.png."""
+    """Print the tables, write docs/learning_<task>.png, and the pages if asked to."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--tasks", nargs="+", help="by default all that have been run")
+    parser.add_argument(
+        "--write", action="store_true", help="put the tables into docs/results.md and README.md"
+    )
     options = parser.parse_args()
     for path in sorted((ROOT / "benchmarks" / "results").glob("learning_*.json")):
         name, entries = path.stem.removeprefix("learning_"), json.loads(path.read_text())
@@ -189,6 +237,8 @@ def main() -> None:
         figure = draw(name, entries)
         figure.savefig(ROOT / "docs" / f"learning_{name}.png", dpi=110)
         plt.close(figure)
+        if options.write:
+            write_pages(name, entries)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,8 @@ from torch import nn
 from ..base.batch import Inputs, take
 from ..base.rounding_error import precision_of
 from ..errors import ConfigurationError, ObjectiveError
-from ..estimators import ClosedFormHead, find_head
+from ..estimators import ClosedFormHead, HeadSolver, find_head
 from ..estimators.control_variate import MOST_LOGITS
-from ..estimators.head_solver import MOST_PER_SAMPLE
 from ..objectives import BatchLoss, Forward, Objective, RowLossError, TappedLoss
 from ..perturbations import Perturbation
 from ..reuse import CachedPlan, ReusePlan, SampleStore, choose_reuse, with_last_logits
@@ -174,17 +173,11 @@ def _set_up(
 
 def solvable(head: ClosedFormHead, objective: Objective, forward: Forward, inputs: Inputs) -> bool:
     """Return whether a head's weights can be solved for, and let the objective keep what that
-    needs: the loss has the form of `linear_targets`, and samples are small enough to be kept.
+    needs.
     """
     objective.targets = True
-    targets = objective(forward, take(inputs, torch.tensor([0])), features=True).targets
-    layer = head.module
-    if targets is not None:
-        elements = targets.shape[1] // layer.out_features
-        numbers = elements * (layer.in_features + 2 * layer.out_features)
-        objective.targets = numbers <= MOST_PER_SAMPLE
-    else:
-        objective.targets = False
+    losses = objective(forward, take(inputs, torch.tensor([0])), features=True)
+    objective.targets = HeadSolver.solves(head, losses)
     return objective.targets
 
 

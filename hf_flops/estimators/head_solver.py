@@ -12,10 +12,11 @@ from torch.nn import functional as F
 
 from ..base.state import State
 from ..objectives import RowLosses
+from ..perturbations import accumulator
 from .closed_form_head import ClosedFormHead
 
 MOST_NUMBERS = 2**24  # of the kept samples, 64 MiB; the oldest samples are dropped
-MOST_PER_SAMPLE = 2**16  # a head with more numbers per sample is stepped, not solved
+_LEAST_PER_LOGIT = 64  # samples that must fit for each logit, or the solution would be poor
 PRIMING_SAMPLES = 4096  # at most so many clean rows are run before the first query
 PRIMING_SHARE = 0.1  # of the run's optimizer steps, at most
 _ITERATIONS = 10  # of L-BFGS per optimizer step, from the weights of the step before
@@ -78,6 +79,18 @@ class HeadSolver:
         self._collecting, self._repeated = True, False
         self.seen = 0
         self._new = False  # whether samples were added since the last step
+
+    @staticmethod
+    def solves(head: ClosedFormHead, losses: RowLosses) -> bool:
+        """Return whether a head can be solved for: the loss is known to be of a generalised linear
+        model, and enough samples can be kept.
+        """
+        if losses.targets is None:
+            return False
+        layer = head.module
+        elements = losses.targets.shape[1] // layer.out_features
+        numbers = elements * (layer.in_features + 2 * layer.out_features)
+        return _LEAST_PER_LOGIT * layer.out_features * numbers <= MOST_NUMBERS
 
     def bind(self, head: ClosedFormHead) -> None:
         """Solve this head from now on; another head than before starts without samples."""
@@ -158,13 +171,15 @@ class HeadSolver:
         if not self._samples:
             return
         *parts, numbers = zip(*self._samples.values(), strict=True)
-        x, targets, weights = (torch.cat(part).double() for part in parts)
+        device = self.head.module.weight.device
+        wide = accumulator(device)
+        x, targets, weights = (torch.cat(part).to(device, wide) for part in parts)
         ages = (self.seen - torch.tensor(numbers).double()) / len(numbers)
         sizes = torch.tensor([len(part) for part in parts[0]])
-        weights = weights * (_KEPT**ages).repeat_interleave(sizes)[:, None]
+        weights = weights * (_KEPT**ages).repeat_interleave(sizes)[:, None].to(weights)
         design, fixed = self._design(x)
-        prior, scale = self._prior, 1 / float(weights.sum().clamp(min=1e-12))
-        theta = self._weights()
+        prior, scale = self._prior.to(x), 1 / float(weights.sum().clamp(min=1e-12))
+        theta = self._weights().to(x)
         optimizer = torch.optim.LBFGS(
             [theta],
             max_iter=_ITERATIONS,
@@ -190,15 +205,15 @@ class HeadSolver:
         """Return (N, D), what the trained tensors multiply, and (N, C), the rest of the logits."""
         assert self.head is not None
         layer, names = self.head.module, self.head.names
-        columns, fixed = [], torch.zeros(len(x), layer.out_features, dtype=x.dtype)
+        columns, fixed = [], x.new_zeros(len(x), layer.out_features)
         if "weight" in names:
             columns.append(x)
         else:
-            fixed = fixed + x @ layer.weight.detach().cpu().double().T
+            fixed = fixed + x @ layer.weight.detach().to(x).T
         if "bias" in names:
-            columns.append(torch.ones(len(x), 1, dtype=x.dtype))
+            columns.append(x.new_ones(len(x), 1))
         elif layer.bias is not None:
-            fixed = fixed + layer.bias.detach().cpu().double()
+            fixed = fixed + layer.bias.detach().to(x)
         return torch.cat(columns, 1), fixed
 
     def _weights(self) -> Tensor:

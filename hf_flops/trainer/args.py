@@ -60,7 +60,7 @@ class FlopsArgumentsMixin:
         },
     )
     queries_per_sample: int | str | None = field(
-        default=16,
+        default=8,
         metadata={
             "help": "Rows of forward passes per sample and step, averaged over the batch, the "
             "clean (unperturbed) row included; or 'auto': few while the gradient is clear, more "

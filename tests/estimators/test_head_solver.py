@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from hf_flops import FlopsTrainer, FlopsTrainingArguments
 from hf_flops.estimators import ClosedFormHead, HeadSolver, find_head, head_solver
-from hf_flops.objectives import TappedLoss
+from hf_flops.objectives import RowLosses, TappedLoss
 from tests.estimators.test_closed_form_head import adapted
 from tests.helpers.tiny import as_dataset, generator, model_forward, tiny_batch
 
@@ -193,3 +193,11 @@ def test_a_solved_head_lowers_the_loss_that_noise_would_take_long_to(tmp_path):
         used = {p.grad is not None for p in classifier.parameters()}
         assert used == {False} or head != "solve"
     assert losses["solve"] < 0.85 * min(losses["gradient"], losses["none"])
+
+
+@pytest.mark.parametrize(("width", "classes", "wanted"), [(768, 100, True), (768, 1000, False)])
+def test_a_head_with_too_many_logits_for_what_can_be_kept_is_not_solved(width, classes, wanted):
+    head = ClosedFormHead(nn.Linear(width, classes, device="meta"), {"weight": "head.weight"})
+    losses = RowLosses(torch.ones(1), torch.ones(1), targets=torch.zeros(1, classes))
+    assert HeadSolver.solves(head, losses) == wanted
+    assert not HeadSolver.solves(head, RowLosses(torch.ones(1), torch.ones(1)))
