@@ -28,10 +28,9 @@ from recipes import common, images, runs, solved_head, vit_report
 from recipes.common import option
 
 METHODS = [*PRESETS, "backprop"]
-# Best of a grid on the validation split: benchmarks/vit_learning_rates.py; "flops" by the training
-# loss with a solved head as well, with 8 rows per sample.
+# Best of a grid on the validation split; "flops" by the training loss with a solved head as well.
 LEARNING_RATES = {
-    "digits": {"flops": 6e-2, "mezo": 2e-2, "flops-authors": 4e-2, "backprop": 8e-2},
+    "digits": {"flops": 6e-2, "mezo": 4e-2, "flops-authors": 4e-2, "backprop": 8e-2},
     "fashion_mnist": {"flops": 3e-2, "mezo": 2e-2, "flops-authors": 2e-2, "backprop": 2e-2},
 }
 
@@ -60,7 +59,6 @@ class RecipeTrainingArguments(common.ImageDefaults):
 
     output_dir: str | None = "outputs/vit"
     num_train_epochs: float = 10
-    queries_per_sample: int | str | None = 32
     per_device_eval_batch_size: int = 256
     eval_strategy: str = "epoch"
     eval_on_start: bool = True
