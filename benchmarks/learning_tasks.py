@@ -21,10 +21,17 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from recipes.assets import minilm, sentences
-from recipes.images import load_images, load_vit, pixel_parts, pretrained_vit
+from recipes.images import (
+    load_images,
+    load_vit,
+    patch_order,
+    pixel_parts,
+    pretrained_vit,
+    reorder_patches,
+)
 from recipes.vit import RecipeArguments, adapter_model
 
-PERMUTATION_SEED, NOISE_SEED = 0, 0
+NOISE_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -123,20 +130,12 @@ def _digits() -> tuple[Callable[[int], nn.Module], list[dict[str, Tensor]]]:
     return partial(adapter_model, RecipeArguments(), path, task), [pixels["train"], held_out]
 
 
-def _patches_in_order(pixels: Tensor, size: int, order: Tensor) -> Tensor:
-    """Put the patches (size × size) of images (N, C, H, W) in another order."""
-    patches = nn.functional.unfold(pixels, size, stride=size)[:, :, order]
-    return nn.functional.fold(patches, pixels.shape[-2:], size, stride=size)
-
-
 def permuted(size: int = 2, **budgets: int) -> Task:
     """Digits whose patches are in one fixed random order."""
     model, splits = _digits()
-    patches = (splits[0]["pixel_values"].shape[-1] // size) ** 2
-    generator = torch.Generator().manual_seed(PERMUTATION_SEED)
-    order = torch.randperm(patches, generator=generator)
+    order = patch_order(*splits[0]["pixel_values"].shape[-2:], size)
     train, test = (
-        {**split, "pixel_values": _patches_in_order(split["pixel_values"], size, order)}
+        {**split, "pixel_values": reorder_patches(split["pixel_values"], size, order)}
         for split in splits
     )
     return Task("permuted", model, train, test, 5, **budgets)

@@ -18,11 +18,11 @@ import transformers
 from datasets import Array2D, ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 from sklearn.datasets import load_digits
-from tqdm.auto import tqdm
 
 from hf_flops import ConfigurationError
 from recipes.assets import appearing, cache_folder
 from recipes.common import load_hub
+from recipes.pretraining import PRETRAINING, pretrain
 
 FASHION_MNIST_FOLDER = "/usr/share/datasets/fashion-mnist"
 TEST_SHARE, VALIDATION_SHARE = 0.3, 0.2
@@ -58,10 +58,6 @@ VITS = {
         "hidden_size": 64,
         "intermediate_size": 128,
     },
-}
-PRETRAINING = {
-    "digits": {"epochs": 50, "batch_size": 64, "learning_rate": 2e-3},
-    "fashion_mnist": {"epochs": 6, "batch_size": 128, "learning_rate": 2e-3},
 }
 
 
@@ -263,6 +259,50 @@ def _preprocess(rows: Mapping[str, Any], processor: Any) -> tuple[torch.Tensor, 
     return pixel_values, torch.as_tensor(np.asarray(rows["label"]), dtype=torch.long)
 
 
+def patch_order(height: int, width: int, size: int, seed: int = 0) -> torch.Tensor:
+    """Return a random order (P,) int64 of the patches (size × size) of images.
+
+    Raises:
+        ConfigurationError: the images do not divide into such patches.
+    """
+    if height % size or width % size:
+        raise ConfigurationError(
+            f"--shuffle_patches needs images that divide into patches: {height} × {width} pixels "
+            f"do not divide by {size}."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(height // size * (width // size), generator=generator)
+
+
+def reorder_patches(pixels: torch.Tensor, size: int, order: torch.Tensor) -> torch.Tensor:
+    """Put the patches (size × size) of images (N, C, H, W) in another order."""
+    patches = F.unfold(pixels, size, stride=size)[:, :, order]
+    return F.fold(patches, pixels.shape[-2:], size, stride=size)
+
+
+class PatchShuffler:
+    """An image processor that puts the patches of all images in one fixed random order.
+
+    Raises:
+        ConfigurationError: the model has no patches of one size.
+    """
+
+    def __init__(self, processor: Any, config: Any) -> None:
+        self.processor, self.size = processor, getattr(config, "patch_size", None)
+        self.image_mean = processor.image_mean
+        if not isinstance(self.size, int):
+            raise ConfigurationError(
+                f"--shuffle_patches needs a model with square patches, and a {config.model_type} "
+                f"model's patch_size is {self.size}."
+            )
+
+    def __call__(self, images: Any, **options: Any) -> dict[str, torch.Tensor]:
+        """Preprocess images to pixel_values (N, C, H, W) float32."""
+        pixels = self.processor(images, **options)["pixel_values"]
+        order = patch_order(*pixels.shape[-2:], self.size)
+        return {"pixel_values": reorder_patches(pixels, self.size, order)}
+
+
 def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Stack rows into pixel_values (R, C, H, W) float32, labels (R,) int64 and sample_id (R,) where
     rows have it.
@@ -297,60 +337,10 @@ def pretrained_vit(
         size=config["image_size"], image_mean=[0.5], image_std=[0.5]
     )
     with appearing(folder) as target:
-        model = _pretrain(config, *pixel_dataset(task.old, processor).tensors, **settings)
+        model = pretrain(config, *pixel_dataset(task.old, processor).tensors, **settings)
         model.save_pretrained(target)
         processor.save_pretrained(target)
     return str(folder)
-
-
-def _pretrain(
-    config: Mapping[str, int],
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    epochs: int,
-    batch_size: int,
-    learning_rate: float,
-) -> transformers.PreTrainedModel:
-    """Train a ViT on images (N, 1, H, W) float32 to tell their labels (N,) int64 and by how many
-    quarters they turned.
-    """
-    # The turns keep features alive that a few old classes alone would let go.
-    generator = torch.Generator().manual_seed(0)
-    with torch.random.fork_rng(devices=[]):  # the weights are drawn from the global generator
-        torch.default_generator.manual_seed(0)
-        vit = transformers.ViTConfig(num_labels=4 * (int(labels.max()) + 1), **config)
-        model = transformers.ViTForImageClassification(vit).train()
-    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.05, fused=True)
-    steps = len(images) // batch_size
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, learning_rate, epochs=epochs, steps_per_epoch=steps
-    )
-    for _ in tqdm(range(epochs), desc="Pre-training a small ViT, once"):
-        for rows in torch.randperm(len(images), generator=generator)[: steps * batch_size].split(
-            batch_size
-        ):
-            quarters = torch.randint(4, (batch_size,), generator=generator)
-            turned = _jitter(images[rows], quarters, generator)
-            model(pixel_values=turned, labels=4 * labels[rows] + quarters).loss.backward()
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-    return model.eval()
-
-
-def _jitter(
-    images: torch.Tensor, quarters: torch.Tensor, generator: torch.Generator
-) -> torch.Tensor:
-    """Turn images (n, C, H, W) float32 by quarters (n,) and up to 0.1 rad, shift by up to 5 %,
-    stretch by up to 10 %.
-    """
-    turn, shift, stretch = 0.1 * torch.empty(3, len(images), 2).uniform_(-1, 1, generator=generator)
-    angle = turn[:, 0] + quarters * (torch.pi / 2)
-    rotation = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2)
-    maps = torch.cat([rotation * (1 + stretch)[:, None], shift[..., None]], 2)
-    grid = F.affine_grid(maps, list(images.shape), align_corners=False)
-    # it pads with 0, and the background is -1
-    return F.grid_sample(images + 1, grid, align_corners=False) - 1
 
 
 def load_vit(model_id: str, task: ImageTask) -> tuple[transformers.PreTrainedModel, Any]:

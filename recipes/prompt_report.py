@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from hf_flops.reporting.comparison_plots import save_report
+from hf_flops.reporting.comparison_plots import draw_learning_curves, save_report
 from recipes import runs
 from recipes.prompts import TextTask
 
@@ -59,6 +60,7 @@ def report(recipe: Any, args: Any, task: TextTask, outcomes: Sequence[PromptOutc
         "backward pass. Seconds include the evaluations for the curve."
     )
     curves = {o.method: o.curve for o in outcomes if o.curve}
-    draw = (lambda path: save_report(path, curves, outcomes[0].before)) if curves else None
+    panel = partial(draw_learning_curves, curves=curves, start=outcomes[0].before)
+    draw = (lambda path: save_report(path, [panel])) if curves else None
     text = runs.table(HEAD, (outcome.row for outcome in outcomes))
     runs.report(recipe, args, outcomes, "Prompt tuning", text, notes, draw)

@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class Outcome:
         before, after: accuracy on the test split, or what else was measured there.
         rows, tokens: through the model in training, checks included.
         curve: (rows, validation accuracy) at every evaluation.
+        losses: (rows, training loss) then and at the end, where `train` was given what measures it.
     """
 
     method: str
@@ -40,6 +41,7 @@ class Outcome:
     peak_megabytes: float
     steps: int
     curve: list[tuple[float, float]]
+    losses: list[tuple[float, float]] = field(default_factory=list)
 
     @property
     def rows_per_second(self) -> float:
@@ -48,11 +50,14 @@ class Outcome:
 
 
 class Curve(TrainerCallback):
-    """Records (rows, validation accuracy) at every evaluation while a trainer trains."""
+    """Records (rows, validation accuracy), and what `loss` returns, at every evaluation while a
+    trainer trains.
+    """
 
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
+    def __init__(self, trainer: Any, loss: Callable[[], float] | None = None) -> None:
+        self.trainer, self.loss = trainer, loss
         self.points: list[tuple[float, float]] = []
+        self.losses: dict[float, float] = {}
 
     @property
     def rows(self) -> int:
@@ -68,8 +73,14 @@ class Curve(TrainerCallback):
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any
     ) -> None:
-        if self.rows and "eval_accuracy" in metrics:
+        if "eval_accuracy" in metrics:
             self.points.append((self.rows, metrics["eval_accuracy"]))
+            self.measure()
+
+    def measure(self) -> None:
+        """Measure the loss, if asked for."""
+        if self.loss is not None:
+            self.losses[self.rows] = self.loss()
 
 
 def accuracy(prediction: Any) -> dict[str, float]:
@@ -151,14 +162,17 @@ def tested(trainer: Any, data: Any) -> float:
     return trainer.evaluate(data, metric_key_prefix="test")["test_accuracy"]
 
 
-def train(trainer: Any, checkpoint: str | None) -> dict[str, Any]:
+def train(
+    trainer: Any, checkpoint: str | None, loss: Callable[[], float] | None = None
+) -> dict[str, Any]:
     """Train; returns what an `Outcome` says about it."""
-    curve = Curve(trainer)
+    curve = Curve(trainer, loss)
     trainer.add_callback(curve)
     with PeakMemory() as memory:
         start = time.perf_counter()
         trainer.train(checkpoint)
         seconds = time.perf_counter() - start
+    curve.measure()  # the end may not be the last evaluation's
     trainer.save_state()  # for hf-flops plot
     ledger = getattr(trainer, "ledger", None)
     return {
@@ -170,6 +184,7 @@ def train(trainer: Any, checkpoint: str | None) -> dict[str, Any]:
         "peak_megabytes": memory.megabytes,
         "steps": trainer.state.global_step,
         "curve": curve.points,
+        "losses": list(curve.losses.items()),
     }
 
 

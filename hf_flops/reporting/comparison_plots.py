@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,14 +29,24 @@ def pyplot() -> Any:
 
 
 def draw_learning_curves(
-    axes: Axes, curves: Mapping[str, Sequence[tuple[float, float]]], start: float
+    axes: Axes,
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    start: float,
+    untrained: str = "untrained adapter",
+    title: str = "Accuracy against rows",
+    measure: str = "validation accuracy",
+    form: str = ".1%",
 ) -> None:
-    """Draw accuracy against the rows that went through the model.
+    """Draw accuracy, or another measure, against the rows that went through the model.
 
     Args:
         axes: where to draw.
         curves: method → (rows, accuracy) pairs.
-        start: accuracy of the untrained adapter.
+        start: accuracy without training.
+        untrained: what has that accuracy.
+        title: of the axes.
+        measure: what is drawn, and of which split.
+        form: format of a value.
     """
     for method, points in curves.items():
         rows, accuracies = np.array(points, dtype=float).T
@@ -49,22 +60,27 @@ def draw_learning_curves(
             linewidth=1.4,
         )
         axes.annotate(
-            f"{accuracies[-1]:.1%}",
+            f"{accuracies[-1]:{form}}",
             (rows[-1], accuracies[-1]),
             textcoords="offset points",
             xytext=(4, -3),
         )
-    axes.axhline(start, color="#a1a1aa", linestyle=":", label="untrained adapter")
-    axes.set(
-        xlabel="rows through the model", ylabel="validation accuracy", title="Accuracy against rows"
-    )
+    axes.axhline(start, color="#a1a1aa", linestyle="--", label=untrained)
+    axes.set(xlabel="rows through the model", ylabel=measure, title=title)
     drawn = [rows for points in curves.values() for rows, _ in points if rows > 0]
     # labels of a shorter logarithmic axis run into each other
     if drawn and max(drawn) >= 10 * min(drawn):
-        axes.set(xscale="log", xlabel="rows through the model (log scale)")
-    axes.margins(x=0.15)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axes.legend(edgecolor="none", loc="lower right")
+        # linear from 0 to the first point
+        axes.set_xscale("symlog", linthresh=min(drawn), linscale=0.3)
+        decades = range(math.ceil(math.log10(min(drawn))), math.ceil(math.log10(max(drawn))))
+        ticks = [0, *(10**decade for decade in decades)]
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.set_xticks([], minor=True)
+        axes.set(xlabel="rows through the model (log scale)")
+    axes.margins(x=0.18)
+    if form.endswith("%"):
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.legend(edgecolor="none", loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3)
 
 
 def draw_queries(axes: Axes, mean_queries: Sequence[float], average: float) -> None:
@@ -109,32 +125,25 @@ def draw_images(
 
 def save_report(
     path: str | Path,
-    curves: Mapping[str, Sequence[tuple[float, float]]],
-    start: float,
-    mean_queries: Sequence[float] = (),
-    average: float = 0.0,
+    panels: Sequence[Callable[[Axes], None]],
     images: Mapping[str, tuple[Sequence[np.ndarray], Sequence[str]]] | None = None,
 ) -> None:
     """Save one picture of a run.
 
     Args:
         path: where to; the ending decides the format.
-        curves: see `draw_learning_curves`.
-        start: accuracy of the untrained adapter.
-        mean_queries: see `draw_queries`; left out where empty.
-        average: see `draw_queries`.
+        panels: each draws on axes, side by side; see `draw_learning_curves` and `draw_queries`.
         images: title → (images, captions), a row each.
     """
     plt = pyplot()
     images = images or {}
-    figure = plt.figure(figsize=(11, 4.2 + 2.0 * len(images)), layout="constrained")
+    width = max(11, 5 * len(panels))
+    figure = plt.figure(figsize=(width, 4.2 + 2.0 * len(images)), layout="constrained")
     parts = np.atleast_1d(
         figure.subfigures(1 + len(images), 1, height_ratios=[4.2] + [2.0] * len(images))
     )
-    panels = np.atleast_1d(parts[0].subplots(1, 2 if mean_queries else 1))
-    draw_learning_curves(panels[0], curves, start)
-    if mean_queries:
-        draw_queries(panels[1], mean_queries, average)
+    for axes, draw in zip(parts[0].subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        draw(axes)
     for part, (title, (pictures, captions)) in zip(parts[1:], images.items(), strict=True):
         draw_images(part, pictures, captions, title)
     figure.savefig(path, dpi=120)

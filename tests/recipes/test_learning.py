@@ -11,8 +11,18 @@ from transformers import ResNetConfig, ResNetForImageClassification, ViTImagePro
 
 from hf_flops import ConfigurationError, FlopsTrainer, FlopsTrainingArguments
 from recipes import alignment, vit
-from recipes.images import collate, load_images, load_vit, pixel_dataset, pretrained_vit
+from recipes.images import (
+    PatchShuffler,
+    collate,
+    load_images,
+    load_vit,
+    patch_order,
+    pixel_dataset,
+    pretrained_vit,
+    reorder_patches,
+)
 from recipes.runs import accuracy
+from recipes.solved_head import FROZEN, features, frozen_adapter, training_loss
 
 
 @pytest.fixture(scope="module")
@@ -95,32 +105,104 @@ def test_the_recipe_leaves_a_report_a_picture_and_adapters(
         ["vit.py", *options.split(), "--disable_tqdm", "True", "--output_dir", str(tmp_path)],
     )
     vit.main()
-    assert "of the way from the untrained adapter to backprop" in capsys.readouterr().out
+    assert "of backprop's reduction of the training loss" in capsys.readouterr().out
     report = (tmp_path / "report.md").read_text()
     outcomes = {
         o["method"]: o for o in json.loads((tmp_path / "results.json").read_text())["outcomes"]
     }
+    frozen = outcomes.pop(FROZEN)
     assert set(outcomes) == {"flops", "backprop", "mezo"}
+    assert frozen["rows"] == 80
     assert outcomes["flops"]["rows"] == 80 * 8 + check_rows(tmp_path / "flops")
     assert outcomes["mezo"]["rows"] == 80 * 8 + check_rows(tmp_path / "mezo")
     assert outcomes["backprop"]["rows"] == 80
-    curves, queries, *images = drawn["report.png"].axes
-    assert [text.get_text() for text in curves.get_legend().get_texts()] == [
-        *outcomes,
-        "untrained adapter",
-    ]
-    assert (curves.get_title(), queries.get_title()) == (
+    losses, curves, queries, *images = drawn["report.png"].axes
+    assert [axes.get_title() for axes in (losses, curves, queries)] == [
+        "Loss against rows",
         "Accuracy against rows",
         "Where the queries went",
-    )
-    for line, outcome in zip(curves.lines, outcomes.values(), strict=False):
-        assert line.get_xydata().tolist() == outcome["curve"]
+    ]
+    for axes, name, split in (
+        (losses, "losses", "training loss"),
+        (curves, "curve", "validation accuracy"),
+    ):
+        assert split in axes.get_ylabel()
+        legend = [text.get_text() for text in axes.get_legend().get_texts()]
+        assert legend == [*outcomes, FROZEN]
+        *lines, dashed = axes.lines
+        for line, outcome in zip(lines, outcomes.values(), strict=True):
+            assert line.get_xydata().tolist() == outcome[name]
+            assert outcome[name][0][0] == 0
+            assert outcome[name][-1][0] == outcome["rows"]
+        assert dashed.get_linestyle() == "--"
+        assert set(dashed.get_ydata()) == {frozen[name][-1][1]}
+    # with the adapter as it starts, whatever is trained then
+    assert [outcome["losses"][0][1] for outcome in outcomes.values()] == [
+        frozen["losses"][0][1]
+    ] * 3
     # the eight most queried, and the eight least
     assert [len(axes.images) for axes in images] == [1] * 16
     assert (tmp_path / "report.png").is_file()
-    for method, outcome in outcomes.items():
-        assert f"| {method} | {outcome['before']:.1%} | **{outcome['after']:.1%}** |" in report
+    for method, outcome in {FROZEN: frozen, **outcomes}.items():
+        loss = outcome["losses"][-1][1]
+        assert f"| {method} | **{outcome['after']:.1%}** | {loss:.3f} |" in report
+    for method in outcomes:
         assert (tmp_path / method / "adapter_model.safetensors").is_file()
+
+
+def test_patches_move_together_and_come_back(digits):
+    task, path, train, _ = digits
+    model, processor = load_vit(path, task)
+    shuffled = pixel_dataset(task.train, PatchShuffler(processor, model.config)).tensors[0]
+    pixels, order = train.tensors[0], patch_order(8, 8, 2)
+    assert sorted(order.tolist()) == list(range(16))
+    assert torch.equal(reorder_patches(shuffled, 2, order.argsort()), pixels)
+    moved = [place for place, patch in enumerate(order.tolist()) if place != patch]
+    assert len(moved) > 8
+    for place, patch in enumerate(order.tolist()):
+        (row, column), (old_row, old_column) = divmod(place, 4), divmod(patch, 4)
+        new = shuffled[..., 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+        old = pixels[..., 2 * old_row : 2 * old_row + 2, 2 * old_column : 2 * old_column + 2]
+        assert torch.equal(new, old)
+
+
+def test_patches_that_cannot_be_shuffled_are_refused(digits):
+    task, path, *_ = digits
+    model, processor = load_vit(path, task)
+    model.config.patch_size = 3
+    processor = PatchShuffler(processor, model.config)
+    with pytest.raises(ConfigurationError, match="8 × 8 pixels do not divide by 3"):
+        pixel_dataset(task.train, processor)
+    with pytest.raises(ConfigurationError, match="a resnet model's patch_size is None"):
+        PatchShuffler(processor, ResNetConfig())
+
+
+def test_a_head_on_frozen_features_is_solved(digits, monkeypatch):
+    monkeypatch.setattr("recipes.images.pretrained_vit", lambda task: digits[1])
+    recipe = vit.RecipeArguments(dataset="digits")
+    path, task, data = vit.load_data(recipe, seed=0)
+    model = vit.adapter_model(recipe, path, task, seed=0)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    frozen = frozen_adapter(model, data)
+    assert frozen.after > 0.7
+    inputs, labels = (torch.tensor(part) for part in features(model, data["train"]))
+    weights = torch.zeros(5, inputs.shape[1] + 1, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=2000, line_search_fn="strong_wolfe")
+
+    def objective():
+        logits = inputs @ weights[:, :-1].T + weights[:, -1]
+        return torch.nn.functional.cross_entropy(logits, labels)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = objective() + 0.15 * weights[:, :-1].square().sum() / len(labels)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert frozen.losses == [(len(labels), pytest.approx(objective().item(), rel=0.01))]
+    assert training_loss(model, data["train"]) == frozen.losses[0][1]
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
 def test_the_recipe_refuses_an_unknown_method(capsys):
