@@ -188,6 +188,7 @@ def test_tokens_of_uneven_texts_have_labels(tmp_path, labels, memory):
         "queries_per_sample": 4,
         "memory_limit_gb": memory,
         "max_grad_norm": 0.0,
+        "closed_form_head": "gradient",
     }
     args, kept = (
         training_arguments(tmp_path, max_steps=2, learning_rate=0.0, **options),

@@ -110,7 +110,7 @@ def test_the_recipes_are_found_beside_the_package_and_their_files_are_read():
     own = recipe("vit")
     parsed, args = own.parse([str(ROOT / "recipes" / "vit.yaml")])
     assert parsed.compare == ["mezo", "backprop"]
-    assert args.queries_per_sample == 32
+    assert args.queries_per_sample == 8
 
 
 def test_plot_reads_the_newest_state_of_a_run_and_draws_it(tmp_path, drawn):

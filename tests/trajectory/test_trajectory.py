@@ -325,7 +325,7 @@ def test_a_run_cannot_go_on_without_its_log_or_from_another_checkpoint(tmp_path)
 
 
 def test_a_step_that_the_budget_refuses_is_not_replayed(tmp_path):
-    options = {"gradient_accumulation_steps": 2, "max_queries": 120, "max_steps": 20}
+    options = {"gradient_accumulation_steps": 2, "max_queries": 160, "max_steps": 20}
     trainer = trained(tmp_path, options=options)
     assert trainer.state.global_step < 20
     assert same(replay(tmp_path), trainer)
