@@ -1,8 +1,7 @@
 """Rows to a target accuracy where the head is solved: a run begins with clean rows only, whose
 features determine the head.
 
-    python benchmarks/heads.py --tasks digits fashion
-    python benchmarks/heads.py --tasks prompts8
+    python benchmarks/heads.py --tasks digits fashion prompts8
 
 Runs are those of accuracy_tasks.py with their documented rates, stopped soon after the first
 queries. Every row that the model is asked for counts, those of the first batch's checks too.

@@ -5,7 +5,8 @@
 The run is learning.py's on permuted digits. Before each optimizer step with queries, the loss of
 its clean rows under the head in use is compared with the loss under a head solved for the adapter
 of the moment, on new features of all training samples. A sample's weight in the head in use is
-`kept` after as many others as there are.
+`kept` after as many others as there are. What that costs the adapter shows where the new head takes
+the other's place before each step, without charge.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from hf_flops.objectives import RowLosses
 KEPT = (1.0, 0.5, 0.25)
 MANY_ITERATIONS = 50
 SOLUTIONS = 5  # from one adapter to the next, so that the new head has converged
-ROWS, RATE, QUERIES, SEED = 20_000, 0.03, 8, 1
+ROWS, RATE, QUERIES, SEEDS = 20_000, 0.03, 8, (1, 2, 3)
 
 
 class FreshHead:
@@ -66,9 +67,9 @@ class FreshHead:
 class Compared(FlopsTrainer):
     """Compares the two heads on each batch before its step."""
 
-    def begin(self, task: Task) -> None:
-        """Watch a run on a task; call before training."""
-        self.task, self.fresh = task, FreshHead(self.model, task)
+    def begin(self, task: Task, *, adopts: bool) -> None:
+        """Watch a run on a task, which may use the new head; call before training."""
+        self.task, self.fresh, self.adopts = task, FreshHead(self.model, task), adopts
         self.losses: list[list[float]] = []  # of the batch by either head, then of all samples
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -78,6 +79,8 @@ class Compared(FlopsTrainer):
             both = [F.cross_entropy(x, labels, reduction="none") for x in self.fresh.logits()]
             means = [x[i].mean().item() for i in (index, slice(None)) for x in both]
             self.losses.append(means)
+            if self.adopts:
+                head_of(self.model).load_state_dict(self.fresh.layer.state_dict())
         return super().training_step(model, inputs, *args, **kwargs)
 
 
@@ -90,7 +93,7 @@ class Budget(TrainerCallback):
         control.should_training_stop = self.trainer.ledger.all_rows >= ROWS
 
 
-def measure(task: Task, kept: float) -> dict[str, Any]:
+def measure(task: Task, kept: float, seed: int, *, adopts: bool = False) -> dict[str, Any]:
     """Train with one weight of old samples; return mean losses."""
     before, head_solver._KEPT = head_solver._KEPT, kept
     args = FlopsTrainingArguments(
@@ -100,17 +103,17 @@ def measure(task: Task, kept: float) -> dict[str, Any]:
         max_steps=10**6,  # the callback stops
         learning_rate=RATE,
         lr_scheduler_type="constant",
-        seed=SEED,
+        seed=seed,
         queries_per_sample=QUERIES,
         perturbation_scale=task.scale,
         rows_per_forward=task.forward_rows,
         **QUIET,
     )
     budget = Budget()
-    trainer = Compared(task.model(SEED), args, train_dataset=task.samples, callbacks=[budget])
+    trainer = Compared(task.model(seed), args, train_dataset=task.samples, callbacks=[budget])
     budget.trainer = trainer
     trainer.remove_callback(PrinterCallback)
-    trainer.begin(task)
+    trainer.begin(task, adopts=adopts)
     trainer.train()
     head_solver._KEPT = before
     losses = np.array(trainer.losses)
@@ -133,13 +136,17 @@ def main() -> None:
     """Measure and keep the results."""
     quiet()
     record, task = Record("stale_heads"), TASKS["permuted"]()
-    usual = head_solver._ITERATIONS
-    for kept, iterations in [*((kept, usual) for kept in KEPT), (0.5, MANY_ITERATIONS)]:
+    usual, first = head_solver._ITERATIONS, SEEDS[0]
+    settings = [(kept, usual, first, False) for kept in KEPT]
+    settings += [(0.5, MANY_ITERATIONS, first, False)]
+    settings += [(0.5, usual, seed, False) for seed in SEEDS[1:]]
+    settings += [(0.5, usual, seed, True) for seed in SEEDS]
+    for kept, iterations, seed, adopts in settings:
         head_solver._ITERATIONS = iterations
-        found = measure(task, kept)
-        name = f"kept {kept}, {iterations} iterations"
+        found = measure(task, kept, seed, adopts=adopts)
+        name = f"kept {kept}, {iterations} iterations, seed {seed}{', new head' if adopts else ''}"
         print(f"{name}: {found}", flush=True)
-        record.keep(name, {**found, "rate": RATE, "rows per sample": QUERIES, "seed": SEED})
+        record.keep(name, {**found, "rate": RATE, "rows per sample": QUERIES})
 
 
 if __name__ == "__main__":
