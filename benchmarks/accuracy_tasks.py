@@ -162,9 +162,18 @@ class _KeptTexts(SuffixPromptModel):
         return nullcontext()
 
 
-def prompts(tokens: int = 2, start: str = " movie was", name: str = "prompts") -> LearningTask:
+def prompts(
+    tokens: int = 2,
+    start: str = " movie was",
+    name: str = "prompts",
+    *,
+    texts: int = 512,
+    label_head: bool = False,
+) -> LearningTask:
     """SmolLM2-135M with a few virtual tokens behind movie reviews; " terrible" or " great" is to
     follow.
+
+    With `label_head`, a linear head that starts as these words gives the logits.
 
     All layers of a text are frozen whatever the method, so texts have run once, for all: rows cost
     the prompt.
@@ -172,7 +181,7 @@ def prompts(tokens: int = 2, start: str = " movie was", name: str = "prompts") -
     base, tokenizer = load_model(None, "float32")
     words = label_tokens(tokenizer, [" terrible", " great"], 2)
     task = load_texts("movies", validation=200, test=400, seed=0)
-    parts = {"train": task.train[:512], "validation": task.validation, "test": task.test}
+    parts = {"train": task.train[:texts], "validation": task.validation, "test": task.test}
     rows = [
         row
         for part in parts.values()
@@ -195,7 +204,7 @@ def prompts(tokens: int = 2, start: str = " movie was", name: str = "prompts") -
 
     def model(seed: int) -> nn.Module:
         set_seed(seed)
-        own = _KeptTexts(base, tokens, start, tokenizer, label_words=words)
+        own = _KeptTexts(base, tokens, start, tokenizer, label_words=words, label_head=label_head)
         own.texts, own.packs = kept, first.packs
         return own
 

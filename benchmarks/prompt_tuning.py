@@ -65,6 +65,7 @@ def measure(
     """
     always = ("--disable_tqdm", "True", "--output_dir", "outputs/benchmark", "--seed", str(seed))
     recipe, args = prompt_tuning.parse([*options, *always])
+    recipe = prompt_tuning.lines_of(recipe, args)[""]
     task = load_task(recipe, seed)
     start = time.process_time()
     with contextlib.redirect_stdout(io.StringIO()):

@@ -47,8 +47,8 @@ class PromptOutcome(runs.Outcome):
 def report(recipe: Any, args: Any, task: TextTask, outcomes: Sequence[PromptOutcome]) -> None:
     """Write the report."""
     head = (
-        "Lines that end in -head train a linear head that starts as the label words' rows of the "
-        "output layer; the others read the words' logits. "
+        "A linear head that starts as the label words' rows of the output layer is trained; lines "
+        "that end in -words read the words' logits. "
     )
     notes = (
         f"Texts: {task.name}, {len(task.train):,} for training, accuracy on {outcomes[0].texts:,} "

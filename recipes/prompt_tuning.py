@@ -6,7 +6,7 @@ review is good, without a backward pass. With a connection, any causal language 
 of the Hub take their place:
 
     python recipes/prompt_tuning.py --domain products --compare backprop
-    python recipes/prompt_tuning.py --label_head True
+    python recipes/prompt_tuning.py --label_head True  # beside the words' logits
     python recipes/prompt_tuning.py --objective accuracy
     python recipes/prompt_tuning.py --engine onnx-int8
     python recipes/prompt_tuning.py --model Qwen/Qwen2.5-0.5B-Instruct \\
@@ -51,8 +51,10 @@ class RecipeArguments(common.Recipe):
         "A prompt after the text (cheapest) or before it, a prefix, or LoRA.",
         prompts.ADAPTERS,
     )
-    label_head: bool = option(
-        False, "Also train a head that starts as the label words; each method runs without it too."
+    label_head: bool | None = option(
+        None,
+        "Train a head that starts as the label words; by default where there is no --engine "
+        "and the objective is the loss. True: each method runs without it too.",
     )
     virtual_tokens: int = option(8, "Length of the prompt or prefix.", least=1)
     init_text: str = option(
@@ -92,8 +94,19 @@ class RecipeTrainingArguments(common.RecipeDefaults):
 parse = partial(common.parse, [RecipeArguments, RecipeTrainingArguments], __doc__, METHODS)
 
 
+def lines_of(recipe: Any, args: Any) -> dict[str, Any]:
+    """Return the recipe of each of a method's lines, by what the line's name ends in."""
+    if recipe.label_head is None:
+        if recipe.engine and args.process_index == 0:
+            print(f"--engine {recipe.engine} has no head: the label words' logits are read.")
+        return {"": replace(recipe, label_head=not recipe.engine and recipe.objective == "loss")}
+    if not recipe.label_head or args.resume_from_checkpoint:
+        return {"": recipe}
+    return {"": recipe, "-words": replace(recipe, label_head=False)}
+
+
 def run(
-    method: str, recipe: Any, args: Any, task: Any, known: Any = None
+    method: str, recipe: Any, args: Any, task: Any, known: Any = None, ending: str = ""
 ) -> tuple[PromptOutcome, Any]:
     """Measure, tune with one method and measure again; a known outcome has the same model and first
     prompt.
@@ -107,7 +120,7 @@ def run(
         part: template.rows(getattr(task, part), tail=recipe.adapter != "suffix")
         for part in prompts.PARTS
     }
-    name = f"{method}-head" if recipe.label_head else method
+    name = method + ending
     folder, args = args.output_dir, runs.method_arguments(args, name)
     if not known:
         asked, plain = template.rows(task.test, tail=True), prompts.WordClassifier(base, words)
@@ -140,13 +153,13 @@ def main(arguments: list[str] | None = None) -> list[PromptOutcome]:
     engines.check(recipe)
     with args.main_process_first(), common.usable(f"--domain {recipe.domain}"):
         task = prompts.load_task(recipe, args.seed)
+    lines = lines_of(recipe, args)
     for method in runs.announced(methods, args, task):
-        both = recipe.label_head and not args.resume_from_checkpoint
-        for head in [True, False] if both else [recipe.label_head]:
-            own = replace(recipe, label_head=head)
-            found.append(run(method, own, args, task, *found[:1])[0])
+        for ending, own in lines.items():
+            known = found[0] if found else None
+            found.append(run(method, own, args, task, known, ending)[0])
     if args.process_index == 0:
-        report(recipe, args, task, found)
+        report(lines[""], args, task, found)
     return found
 
 

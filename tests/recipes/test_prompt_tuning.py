@@ -191,6 +191,7 @@ def test_a_run_leaves_a_report_a_picture_and_adapters(adapter, tiny, tmp_path, c
     )
     assert [outcome.method for outcome in outcomes] == ["flops", "backprop"]
     assert [outcome.steps for outcome in outcomes] == [2, 2]
+    assert {outcome.parameters for outcome in outcomes} == {3 * 16 + 2 * 16 + 2}  # with a head
     assert outcomes[0].before == outcomes[1].before
     assert outcomes[0].rows >= 2 * 4 * 4
     assert outcomes[1].rows == 2 * 4
@@ -224,17 +225,17 @@ def test_a_label_head_stands_beside_the_words_in_the_report(adapter, tiny, tmp_p
     )
     own = ["--label_words", "terrible", "great", "--output_dir", str(tmp_path)]
     outcomes = prompt_tuning.main([*options.split(), *own])
-    assert [outcome.method for outcome in outcomes] == ["flops-head", "flops"]
+    assert [outcome.method for outcome in outcomes] == ["flops", "flops-words"]
     head, words = outcomes
     assert head.parameters == words.parameters + 2 * 16 + 2
     assert (head.before, head.start) == (words.before, words.start)
     report = (tmp_path / "report.md").read_text()
-    assert "flops-head |" in report
+    assert "flops-words |" in report
     base, tokens = language_model()
     if adapter == "suffix":
-        loaded = SuffixPromptModel.from_pretrained(base, tmp_path / "flops-head")
+        loaded = SuffixPromptModel.from_pretrained(base, tmp_path / "flops")
     else:
-        loaded = LabelHeadModel.from_pretrained(base, tmp_path / "flops-head")
+        loaded = LabelHeadModel.from_pretrained(base, tmp_path / "flops")
     task = load_texts("movies", validation=8, test=12)
     template = Template(tokens, "{text} It was", 48)
     right = 0
@@ -258,12 +259,15 @@ def test_a_run_for_a_metric_itself(objective, tiny, tmp_path):
         [*options.split(), "--label_words", "terrible", "great", "--output_dir", str(tmp_path)]
     )
     assert outcome.steps == 1
+    assert outcome.parameters == 8 * 16  # a metric has no gradient to solve a head with
     low, high = outcome.interval
     assert 0 <= low <= outcome.after <= high <= 1
 
 
 @pytest.mark.parametrize("adapter", ["prompt", "suffix"])
-def test_a_black_box_is_tuned_and_what_it_begins_with_is_measured_once(adapter, tiny, tmp_path):
+def test_a_black_box_is_tuned_and_what_it_begins_with_is_measured_once(
+    adapter, tiny, tmp_path, capsys
+):
     options = (
         f"--adapter {adapter} --engine torch --virtual_tokens 2 --max_steps 1 "
         "--queries_per_sample 4 --eval_strategy no"
@@ -281,6 +285,7 @@ def test_a_black_box_is_tuned_and_what_it_begins_with_is_measured_once(adapter, 
         str(tmp_path),
     ]
     (first,) = prompt_tuning.main(options)
+    assert "--engine torch has no head: the label words' logits" in capsys.readouterr().out
     assert first.parameters == 2 * 16
     assert (tmp_path / "flops" / "model.safetensors").is_file()
     recipe, args = prompt_tuning.parse(options)
