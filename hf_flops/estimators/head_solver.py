@@ -21,7 +21,9 @@ PRIMING_SAMPLES = 4096  # at most so many clean rows are run before the first qu
 PRIMING_SHARE = 0.1  # of the run's optimizer steps, at most
 _ITERATIONS = 10  # of L-BFGS per optimizer step, from the weights of the step before
 _KEPT = 0.5  # weight of a sample after as many others as there are kept samples
-_PRIOR = 0.3  # precision of the Gaussian prior on the weights; the loss is a sum over samples
+# precision of the Gaussian prior on the weights over the mean squared norm of the inputs; the loss
+# is a sum over samples
+_PRIOR = 0.003
 
 Sample = tuple[Tensor, Tensor, Tensor, int]
 """Inputs (m, H), targets (m, C) and weights (m, C) of a sample's m loss elements, and how many
@@ -179,6 +181,7 @@ class HeadSolver:
         weights = weights * (_KEPT**ages).repeat_interleave(sizes)[:, None].to(weights)
         design, fixed = self._design(x)
         prior, scale = self._prior.to(x), 1 / float(weights.sum().clamp(min=1e-12))
+        precision = _PRIOR * float(x.square().sum() / len(x))
         theta = self._weights().to(x)
         optimizer = torch.optim.LBFGS(
             [theta],
@@ -190,8 +193,8 @@ class HeadSolver:
 
         def closure() -> float:
             loss, slopes = _loss(design @ theta.T + fixed, targets, weights, self._mean)
-            theta.grad = (slopes.T @ design + _PRIOR * (theta - prior)) * scale
-            return float(loss + _PRIOR / 2 * (theta - prior).square().sum()) * scale
+            theta.grad = (slopes.T @ design + precision * (theta - prior)) * scale
+            return float(loss + precision / 2 * (theta - prior).square().sum()) * scale
 
         optimizer.step(closure)
         if bool(theta.isfinite().all()):

@@ -51,6 +51,11 @@ CASES = {
 }
 
 
+def precision_of(inputs):
+    """The precision of the prior."""
+    return head_solver._PRIOR * float(inputs["x"].square().sum(1).mean())
+
+
 def inputs_of(labels):
     x = torch.randn(SAMPLES, WIDTH, generator=generator(3)).double()
     return {"x": x, "labels": labels}
@@ -73,6 +78,7 @@ def solver_of(model, inputs, ids=None):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("name", CASES)
 def test_the_solution_has_no_gradient_but_the_priors(name, bias, monkeypatch):
+    monkeypatch.setattr(head_solver, "_PRIOR", 0.1)
     monkeypatch.setattr(head_solver, "_KEPT", 1.0)
     loss, labels = CASES[name]
     model, inputs = Head(loss, bias=bias), inputs_of(labels)
@@ -83,7 +89,7 @@ def test_the_solution_has_no_gradient_but_the_priors(name, bias, monkeypatch):
     counts = TappedLoss()(model_forward(model), inputs).counts.sum()
     model.zero_grad()
     gradient = torch.autograd.grad(model(**inputs).loss, model.linear.weight)[0] * counts
-    prior = head_solver._PRIOR * (model.linear.weight.detach() - start)
+    prior = precision_of(inputs) * (model.linear.weight.detach() - start)
     assert (gradient + prior).norm() < 1e-2 * prior.norm()
     assert prior.norm() > 0.1
 
@@ -97,7 +103,7 @@ def test_it_agrees_with_logistic_regression(monkeypatch):
     for _ in range(10):
         solver.solve()
     wanted = LogisticRegression(
-        C=1 / head_solver._PRIOR, fit_intercept=False, tol=1e-8, max_iter=1000
+        C=1 / precision_of(inputs), fit_intercept=False, tol=1e-8, max_iter=1000
     ).fit(inputs["x"].numpy(), CLASSES.numpy())
     assert torch.allclose(model.linear.weight, torch.tensor(wanted.coef_), atol=1e-3)
 

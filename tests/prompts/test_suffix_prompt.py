@@ -339,7 +339,7 @@ def options(folder, **others):
 def test_forward_only_training_runs_each_text_once_per_step_and_resumes(tmp_path):
     model, data = suffix("llama", 4), training_data()
     own = {"rows_per_forward": 16, "save_steps": 6, "perturbation": "rowwise", "pictures": False}
-    args = FlopsTrainingArguments(**options(tmp_path, **own))
+    args = FlopsTrainingArguments(**options(tmp_path, **own, queries_per_sample=16))
     trainer = FlopsTrainer(model=model, args=args, train_dataset=data)
     runs = text_runs(model)
     trainer.train()
