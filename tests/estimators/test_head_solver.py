@@ -51,9 +51,9 @@ CASES = {
 }
 
 
-def precision_of(inputs):
+def precision_of(solver):
     """The precision of the prior."""
-    return head_solver._PRIOR * float(inputs["x"].square().sum(1).mean())
+    return head_solver._PRIOR * float(solver.features().square().sum(1).mean())
 
 
 def inputs_of(labels):
@@ -89,7 +89,7 @@ def test_the_solution_has_no_gradient_but_the_priors(name, bias, monkeypatch):
     counts = TappedLoss()(model_forward(model), inputs).counts.sum()
     model.zero_grad()
     gradient = torch.autograd.grad(model(**inputs).loss, model.linear.weight)[0] * counts
-    prior = precision_of(inputs) * (model.linear.weight.detach() - start)
+    prior = precision_of(solver) * (model.linear.weight.detach() - start)
     assert (gradient + prior).norm() < 1e-2 * prior.norm()
     assert prior.norm() > 0.1
 
@@ -103,7 +103,7 @@ def test_it_agrees_with_logistic_regression(monkeypatch):
     for _ in range(10):
         solver.solve()
     wanted = LogisticRegression(
-        C=1 / precision_of(inputs), fit_intercept=False, tol=1e-8, max_iter=1000
+        C=1 / precision_of(solver), fit_intercept=False, tol=1e-8, max_iter=1000
     ).fit(inputs["x"].numpy(), CLASSES.numpy())
     assert torch.allclose(model.linear.weight, torch.tensor(wanted.coef_), atol=1e-3)
 
