@@ -16,6 +16,7 @@ from ..allocators import ALLOCATORS, Allocator
 from ..base.padding import TrimmedBatch
 from ..base.rounding_error import precision_of
 from ..base.rows import BatchPosition
+from ..core.chunking import ChunkPlanner
 from ..core.clean_forward import clean_forward
 from ..core.estimate import estimate_gradient
 from ..core.method import Method, StepResult
@@ -203,6 +204,7 @@ class SampleSession:
         if len(batches) > 1 or batches[0].step < 0:
             method, ids = replace(method, reuse=ReusePlan()), None
         feeds = [TrimmedBatch(batch.inputs, method.trimmed) for batch in batches]
+        planner = ChunkPlanner.of(method.rows_per_forward)
 
         with ExitStack() as stack:
             recordings = [
@@ -212,7 +214,7 @@ class SampleSession:
 
             def losses() -> Tensor:
                 found = [
-                    clean_forward(recording, method, batch.samples, feed, method.rows_per_forward)  # type: ignore[arg-type]
+                    clean_forward(recording, method, batch.samples, feed, planner)
                     for recording, batch, feed in zip(recordings, batches, feeds, strict=True)
                 ]
                 return torch.cat([clean.losses.sums for clean in found])

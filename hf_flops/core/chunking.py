@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 
@@ -220,5 +221,5 @@ def in_chunks(
                 stop -= 1  # a single row uses another matrix kernel, which rounds differently
             chunk = slice(start, stop)
             most = 0 if whole else length  # a whole stretch is not part of the measurement
-            if planner.run(lambda chunk=chunk: work(chunk), stop - start, most):  # type: ignore[misc]
+            if planner.run(partial(work, chunk), stop - start, most):
                 start = stop

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -16,11 +15,11 @@ from ..objectives import RowLosses
 from ..perturbations import accumulator
 from ..perturbations.exact_sums import DIGIT, rounded
 from ..perturbations.noise import RowNoise
+from .loadings import Loader, contrasts
 
 MOST_LOGITS = 32  # per row; with more, the Jacobian is too large to learn and to keep
 _MOST_NUMBERS = 2**27  # of the Jacobian
 _RATE = 0.3  # of the least mean squares
-_CONSTANT_SHARE = 0.25  # of a sample's mean squared loading: that of the constant
 _KEPT = 0.95  # decay per step of the statistics behind `trust`
 _LARGEST = 8.0  # bound on a number of noise
 _WIDTH = 16.0  # root mean squares of the errors that fit in one digit of 15 bits
@@ -50,21 +49,17 @@ class ControlVariate(Protocol):
             reference: (N, H) the same of many samples, to choose principal components from; None
                 for the batch.
         """
-        ...
 
     def finish(self, innovation: Tensor, sums: Tensor) -> None:
         """Add the `Prediction.statistics` of a finished batch; they are used from the next step
         on.
         """
-        ...
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the state that a resumed run needs."""
-        ...
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Load a state from `state_dict`."""
-        ...
 
 
 class Prediction:
@@ -290,53 +285,6 @@ class LogitJacobian:
             self.jacobian, self._basis = state["jacobian"], state["basis"]
             self._loader = Loader(state["centre"], state["axes"])
             self._error, self._use = float(state["facts"][0]), state["facts"][1:].clone()
-
-
-@dataclass(frozen=True)
-class Loader:
-    """Maps features (B, H) to loadings (B, E + 1): coordinates along principal components, and 1.
-
-    Attributes:
-        centre: (H,) mean of the features.
-        axes: (H, E) scaled so that the constant is a quarter of a mean squared loading.
-    """
-
-    centre: Tensor
-    axes: Tensor
-
-    @classmethod
-    def of(cls, features: Tensor, components: int) -> Loader:
-        """Return the map to the first principal components of features (N, H)."""
-        values = features.double()
-        centre = values.mean(0)
-        axes = torch.zeros(values.shape[1], components, dtype=torch.float64)
-        _, sizes, directions = torch.linalg.svd(values - centre, full_matrices=False)
-        kept = directions[:components].T
-        variance = float(sizes[:components].square().sum()) / len(values)
-        if variance > 0:
-            scale = ((1 - _CONSTANT_SHARE) / _CONSTANT_SHARE / variance) ** 0.5
-            axes[:, : kept.shape[1]] = scale * kept
-        return cls(centre.float(), axes.float().contiguous())
-
-    def fits(self, features: Tensor) -> bool:
-        """Return whether the map is for features of this width, and not of features that were all
-        the same.
-        """
-        known = self.axes.shape[1] == 0 or bool(self.axes.any())
-        return len(self.centre) == features.shape[1] and known
-
-    def loadings(self, features: Tensor) -> Tensor:
-        """Return (B, E + 1)."""
-        return torch.cat(
-            [(features - self.centre) @ self.axes, torch.ones(len(features), 1)], dim=1
-        )
-
-
-def contrasts(classes: int) -> Tensor:
-    """Return (K, K - 1) orthonormal columns that sum to zero; contiguous, as after loading a state,
-    because products round differently in other layouts.
-    """
-    return torch.linalg.qr(torch.eye(classes)[:, :-1] - 1 / classes)[0].contiguous()
 
 
 CONTROL_VARIATES = {

@@ -142,13 +142,16 @@ class Residual(DeltaTransform):
 
     def of_chunk(self, deltas: ChunkDeltas, evaluation: Evaluation) -> ChunkDeltas:
         """See `DeltaTransform`."""
-        if any(part is None for part in evaluation.logits):
+        known = [part.cpu().float() for part in evaluation.logits if part is not None]
+        if len(known) < len(evaluation.logits):
             return deltas
         owner = evaluation.rows.owner
         noise = self.perturbation.row_noise(evaluation.noise)
-        logits = torch.stack([part.cpu().float() for part in evaluation.logits])  # type: ignore[union-attr]
+        logits = torch.stack(known)
         changes = self.estimator.deltas(logits, self.prediction.logits[owner], self.scale)
-        return ChunkDeltas(*self.prediction.remainder(noise, owner, deltas.values, changes))  # type: ignore[arg-type]
+        remainder = self.prediction.remainder
+        values, errors, sums = remainder(noise, owner, deltas.values, changes)  # type: ignore[arg-type]
+        return ChunkDeltas(values, errors, sums)
 
     def update(self, deltas: ChunkDeltas, innovation: Tensor | None) -> None:
         """See `DeltaTransform`."""

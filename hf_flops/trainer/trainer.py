@@ -1,7 +1,4 @@
-"""FlopsTrainer: `transformers.Trainer` with a training step that only runs the model forward.
-
-Wiring only: every method overrides one of the stock trainer's, or serves those that do.
-"""
+"""`FlopsTrainer`, wiring only: methods override the stock trainer's, or serve those that do."""
 
 from __future__ import annotations
 
@@ -273,10 +270,8 @@ class FlopsTrainerMixin(StockOverrides):
         """Return the parts that a checkpoint holds, by name."""
         batch = BatchSize(self.get_total_train_batch_size(self.args))
         parts: dict[str, Stateful] = {"ledger": self.ledger, "batch": batch, **self.session.parts()}
-        parts["noise guard"] = self.noise_guard
-        return parts | (
-            {} if self.rate_search is None else {"learning rate search": self.rate_search}
-        )
+        search = {} if self.rate_search is None else {"learning rate search": self.rate_search}
+        return {**parts, **search, "noise guard": self.noise_guard}
 
 
 class FlopsTrainer(FlopsTrainerMixin, Trainer):

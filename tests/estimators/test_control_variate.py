@@ -13,7 +13,7 @@ from hf_flops import BatchPosition, Method, estimate_gradient
 from hf_flops.allocators import ALLOCATORS
 from hf_flops.base.prng import seeds
 from hf_flops.estimators import ESTIMATORS, Antithetic, LogitJacobian, OneSided, Prediction
-from hf_flops.estimators.control_variate import contrasts
+from hf_flops.estimators.loadings import contrasts
 from hf_flops.objectives import RowLosses, TappedLoss
 from hf_flops.perturbations import DISTRIBUTIONS, ParameterVector, perturb
 from hf_flops.perturbations.noise import draw
