@@ -149,8 +149,8 @@ class Residual(DeltaTransform):
         noise = self.perturbation.row_noise(evaluation.noise)
         logits = torch.stack(known)
         changes = self.estimator.deltas(logits, self.prediction.logits[owner], self.scale)
-        remainder = self.prediction.remainder
-        values, errors, sums = remainder(noise, owner, deltas.values, changes)  # type: ignore[arg-type]
+        rows = noise, owner, deltas.values, changes
+        values, errors, sums = self.prediction.remainder(*rows)  # type: ignore[arg-type]
         return ChunkDeltas(values, errors, sums)
 
     def update(self, deltas: ChunkDeltas, innovation: Tensor | None) -> None:
