@@ -150,8 +150,13 @@ def keep_samples(clean: CleanPass, solver: HeadSolver) -> None:
 
 
 def primed(clean: CleanPass, elements: float | None, batches: float) -> StepResult:
-    """Return the result of a batch without queries: only its clean rows have run."""
+    """Return the result of a batch without queries: only its clean rows have run. The gradients
+    are 0.
+    """
     assert clean.losses is not None
+    assert clean.method.head is not None
+    for vector in (clean.method.perturbation.vector, clean.method.head.vector):
+        vector.add_to_gradients(torch.zeros(vector.size, device=vector.device))
     sums, counts = clean.losses.sums, clean.losses.counts
     normalizer = (float(counts.sum()) * batches if elements is None else elements) or 1.0
     loss = sums[sums.isfinite()].sum() / normalizer
@@ -234,8 +239,7 @@ def apply(
         Both, or None if only their sum over several batches is known, now or later.
     """
     method, head, exact, found = clean.method, clean.method.head, torch.zeros(1), clean.found
-    solved = method.solver is not None
-    if head is not None and found is not None and not solved:
+    if head is not None and found is not None:
         exact = head.gradient(found.head_inputs, found.own, found.losses) / normalizer
     put_off = method.exchange.pending
     reduced = method.exchange.reduce([update, exact, *chain.statistics()], last=last)
@@ -243,7 +247,7 @@ def apply(
         return None
     update, exact, *statistics = reduced
     method.perturbation.vector.add_to_gradients(update)
-    if head is not None and not solved:
+    if head is not None:
         head.vector.add_to_gradients(exact)
     chain.finish(iter(statistics))
     return None if put_off else (update, exact)

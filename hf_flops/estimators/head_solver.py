@@ -37,10 +37,11 @@ class HeadSolver:
 
     The loss is that of a generalised linear model (softmax, logistic or linear regression), so it
     is convex in the weights. A Gaussian prior around the weights at the start keeps the solution
-    finite where the classes can be separated. No forward pass is needed, and the head is out of
-    the optimizer: it has no learning rate. While the adapter moves, the inputs of samples that were
-    seen long ago are out of date: their weight halves whenever as many samples have been seen as
-    are kept.
+    finite where the classes can be separated. No forward pass is needed. The head has no learning
+    rate: its exact gradient is in `.grad`, but where the optimizer moves it to is left again.
+
+    While the adapter moves, the inputs of samples that were seen long ago are out of date: their
+    weight halves whenever as many samples have been seen as are kept.
 
     While the kept samples are few, queries would be wasted on the gradient of a head that is about
     to move. So a run begins with *priming*: optimizer steps that run clean rows only, until the
@@ -78,6 +79,7 @@ class HeadSolver:
         self._samples: dict[int, Sample] = {}  # the sample's id, or a negative number → sample
         self._numbers = self._unnamed = 0
         self._prior: Tensor | None = None
+        self._solution: Tensor | None = None  # the weights of the last solution
         self._collecting, self._repeated = True, False
         self.seen = 0
         self._new = False  # whether samples were added since the last step
@@ -97,10 +99,13 @@ class HeadSolver:
     def bind(self, head: ClosedFormHead) -> None:
         """Solve this head from now on; another head than before starts without samples."""
         if self.head is not None and self.head.names != head.names:
-            self._samples, self._numbers, self._prior = {}, 0, None
+            self._samples, self._numbers = {}, 0
+            self._prior = self._solution = None
         self.head = head
         if self._prior is None:
             self._prior = self._weights()
+        if self._solution is None:
+            self._solution = self._weights()
 
     def features(self) -> Tensor | None:
         """Return (N, H), the inputs of all kept loss elements; None before the first."""
@@ -182,7 +187,8 @@ class HeadSolver:
         design, fixed = self._design(x)
         prior, scale = self._prior.to(x), 1 / float(weights.sum().clamp(min=1e-12))
         precision = _PRIOR * float(x.square().sum() / len(x))
-        theta = self._weights().to(x)
+        assert self._solution is not None
+        theta = self._solution.to(x).clone()  # not from where the optimizer moved the weights
         optimizer = torch.optim.LBFGS(
             [theta],
             max_iter=_ITERATIONS,
@@ -199,6 +205,7 @@ class HeadSolver:
         optimizer.step(closure)
         if bool(theta.isfinite().all()):
             self._write(self.agree(theta))
+            self._solution = self._weights()
             logits = design @ theta.detach().T + fixed
             elements = weights[:, :1] if self._mean == "softmax" else weights
             loss = _loss(logits, targets, weights, self._mean)[0]
