@@ -173,7 +173,7 @@ def transforms(clean: CleanPass) -> Chain:
     chain: list[DeltaTransform] = [FiniteDifference(*difference)]
     if method.control is not None and losses is not None and method.allocator.weighted:
         vector, size = method.perturbation.vector, getattr(method.perturbation, "rowwise_size", 0)
-        reference = None if method.solver is None else method.solver.features()
+        reference = None if method.solver is None else method.solver.features
         prediction = method.control.start(
             losses, size, vector.device, clean.place.step, clean.head_features, reference
         )

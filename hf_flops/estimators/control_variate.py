@@ -5,7 +5,7 @@ mean added back. This lowers the variance and introduces no bias.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
@@ -35,7 +35,7 @@ class ControlVariate(Protocol):
         device: torch.device,
         step: int,
         features: Tensor | None = None,
-        reference: Tensor | None = None,
+        reference: Callable[[], Tensor | None] | None = None,
     ) -> Prediction | None:
         """Return the predictions for a batch, or None if there are none.
 
@@ -46,8 +46,8 @@ class ControlVariate(Protocol):
             step: the optimizer step; all its batches are predicted from earlier steps.
             features: (B, H) what the samples' Jacobians may depend on, from the clean forward;
                 None for the logits.
-            reference: (N, H) the same of many samples, to choose principal components from; None
-                for the batch.
+            reference: returns (N, H) the same of many samples, to choose principal components
+                from; None for the batch.
         """
 
     def finish(self, innovation: Tensor, sums: Tensor) -> None:
@@ -205,7 +205,7 @@ class LogitJacobian:
         device: torch.device,
         step: int,
         features: Tensor | None = None,
-        reference: Tensor | None = None,
+        reference: Callable[[], Tensor | None] | None = None,
     ) -> Prediction | None:
         """See `ControlVariate.start`."""
         if step != self._step:
@@ -223,8 +223,8 @@ class LogitJacobian:
             self._begin(slopes, size)
         assert self.jacobian is not None
         if not self._loader.fits(values):
-            known = values if features is None or reference is None else reference
-            loader = Loader.of(known, self.components)
+            many = None if features is None or reference is None else reference()
+            loader = Loader.of(values if many is None else many, self.components)
             if len(loader.centre) != len(self._loader.centre) or bool(loader.axes.any()):
                 self._loader, self.jacobian = loader, torch.zeros_like(self.jacobian)
         self.jacobian = self.jacobian.to(device)

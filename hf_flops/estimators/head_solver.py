@@ -203,13 +203,13 @@ class HeadSolver:
             return float(loss + precision / 2 * (theta - prior).square().sum()) * scale
 
         optimizer.step(closure)
+        theta = self.agree(theta)
         if bool(theta.isfinite().all()):
-            self._write(self.agree(theta))
+            self._write(theta)
             self._solution = self._weights()
-            logits = design @ theta.detach().T + fixed
+            loss = _loss(design @ theta.T + fixed, targets, weights, self._mean)[0]
             elements = weights[:, :1] if self._mean == "softmax" else weights
-            loss = _loss(logits, targets, weights, self._mean)[0]
-            self.objective = float(loss / elements.sum().clamp(min=1e-12))
+            self.objective = float(self.agree(loss / elements.sum().clamp(min=1e-12)))
 
     def _design(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return (N, D), what the trained tensors multiply, and (N, C), the rest of the logits."""
