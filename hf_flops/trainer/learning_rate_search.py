@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..autotune.line_search import MOST_LOOKS, SHORTER, Found, line_search
 from ..autotune.protocol import Batch, GradientSession
@@ -18,6 +18,7 @@ from ..base.state import State
 from ..distributed.collectives import ProcessGroup
 from ..errors import ConfigurationError
 from ..perturbations import ParameterVector
+from .rate_multiplier import RateMultiplier
 
 logger = logging.getLogger("hf_flops.trainer")
 # name in a checkpoint → attribute
@@ -36,7 +37,7 @@ MOST_STEPS = 32  # of a window
 _EARLY, _LATE = (1 / 8, 64.0), (1 / 4, 4.0)
 
 
-class RateSearch(TrainerCallback):
+class RateSearch(RateMultiplier):
     """Multiplies the rates of a schedule, and adapts the multiplier by line searches.
 
     One estimated step says little about its length, so a search judges several at once. It keeps
@@ -58,43 +59,27 @@ class RateSearch(TrainerCallback):
     judges: Sequence[Batch] = ()
 
     def __init__(self) -> None:
-        self.multiplier, self.window = 1.0, 1
+        super().__init__()
+        self.window = 1
         self.window_steps, self.window_rates = 0, 0.0
         self._names: list[str] = []  # of the parameters
         self._start: list[Tensor] = []  # the parameters when the window began
         self._state: list[State] = []  # the optimizer's state of each of them then
         self._last_step = -1  # that `due` was asked about
-        self._stock: list[float] = []
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Multiply the rates."""
-        groups = kwargs["optimizer"].param_groups
-        self._stock = [group["lr"] for group in groups]
-        if any(rate is None for rate in self._stock):
+        """Multiply the rates, and count them."""
+        rates = [group["lr"] for group in kwargs["optimizer"].param_groups]
+        if any(rate is None for rate in rates):
             raise ConfigurationError(
                 "learning_rate_search multiplies the optimizer's learning rates, but "
                 f"{args.optim!s} has none: choose another optim, or switch the search off."
             )
-        for group, rate in zip(groups, self._stock, strict=True):
-            group["lr"] = rate * self.multiplier
+        super().on_pre_optimizer_step(args, state, control, **kwargs)
         self.window_steps += 1
-        self.window_rates += float(self._stock[0])
-
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Restore the schedule's rates."""
-        for group, rate in zip(kwargs["optimizer"].param_groups, self._stock, strict=True):
-            group["lr"] = rate
-
-    def scaled(self, logs: dict[str, float]) -> dict[str, float]:
-        """Return a log in which the learning rate is the one in use."""
-        if "learning_rate" not in logs:
-            return logs
-        rate = logs["learning_rate"] * self.multiplier
-        return {**logs, "learning_rate": rate, "learning_rate_multiplier": self.multiplier}
+        self.window_rates += float(rates[0])
 
     def due(self, step: int, vector: ParameterVector, optimizer: Optimizer) -> bool:
         """Return whether a search is due before a step; new parameters begin a new window."""

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..autotune.protocol import GradientSession
 from ..base.state import State
 from ..estimators import HeadSolver
 from ..perturbations import ParameterVector
+from .rate_multiplier import RateMultiplier
 
 logger = logging.getLogger("hf_flops.trainer")
 # A loss above the lowest one by these factors is too much: in the first round, and later.
 _FIRST, _LATER = 1.25, 1.1
 
 
-class NoiseGuard(TrainerCallback):
+class NoiseGuard(RateMultiplier):
     """Goes back to the best parameters, and halves the learning rates, where training raises the
     loss of the training samples under a solved head.
 
@@ -37,39 +37,13 @@ class NoiseGuard(TrainerCallback):
     """
 
     def __init__(self, session: Callable[[], GradientSession]) -> None:
+        super().__init__()
         self.session = session
-        self.multiplier = 1.0
         self.lowest: float | None = None
         self._best: dict[str, Tensor] = {}
         self._rounds = 0
         self._samples = self._start = self._steps = 0  # of the round
         self._sum = 0.0
-        self._stock: list[float] = []
-
-    def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        """Multiply the rates."""
-        groups = kwargs["optimizer"].param_groups
-        self._stock = [group["lr"] for group in groups]
-        if self.multiplier != 1:
-            for group in groups:
-                group["lr"] = group["lr"] * self.multiplier
-
-    def on_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        """Restore the schedule's rates."""
-        for group, rate in zip(kwargs["optimizer"].param_groups, self._stock, strict=True):
-            group["lr"] = rate
 
     def on_step_end(
         self,
@@ -121,11 +95,8 @@ class NoiseGuard(TrainerCallback):
                     parameter.copy_(self._best[name])
 
     def scaled(self, logs: dict[str, float]) -> dict[str, float]:
-        """Return a log in which the learning rate is the one in use."""
-        if self.multiplier == 1 or "learning_rate" not in logs:
-            return logs
-        rate = logs["learning_rate"] * self.multiplier
-        return {**logs, "learning_rate": rate, "learning_rate_multiplier": self.multiplier}
+        """See `RateMultiplier`; a run that needs no guard has the stock log."""
+        return logs if self.multiplier == 1 else super().scaled(logs)
 
     def _keep(self, loss: float, parameters: Mapping[str, Tensor]) -> None:
         self.lowest = loss
