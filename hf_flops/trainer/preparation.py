@@ -19,6 +19,7 @@ from ..errors import ConfigurationError, ObjectiveError
 from ..objectives import Forward
 from .args import FlopsArgumentsMixin, FlopsTrainingArguments
 from .master_weights import keep_masters
+from .offload import is_offloaded, weights_at_hand
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -131,7 +132,8 @@ def wrap_with_adapter(model: nn.Module, peft_config: PeftConfig) -> nn.Module:
 
     if isinstance(model, PeftModel):
         raise ConfigurationError("The model is a PeftModel already: pass it without peft_config.")
-    return get_peft_model(model, peft_config)
+    with weights_at_hand(peft_config) if is_offloaded(model) else nullcontext():
+        return get_peft_model(model, peft_config)
 
 
 def widen_trainable(model: nn.Module) -> None:

@@ -30,6 +30,7 @@ from .layout import Layout
 from .learning_rate_search import RateSearch
 from .multiprocess import BatchSize, Lockstep, start_group
 from .noise_guard import NoiseGuard
+from .offload import materialise_trainable
 from .preparation import (
     add_tags,
     check_arguments,
@@ -119,6 +120,8 @@ class FlopsTrainerMixin(StockOverrides):
         self._peft_config = peft_config
         if peft_config is not None and isinstance(model, nn.Module):
             model = wrap_with_adapter(model, peft_config)
+        if isinstance(model, nn.Module):
+            materialise_trainable(model)
         if objective is not None and not isinstance(objective, Objective):
             objective = CallableObjective(objective)
         self.objective: Objective | None = objective
@@ -153,6 +156,7 @@ class FlopsTrainerMixin(StockOverrides):
         """Build the model as the stock trainer does, and wrap it with `peft_config`."""
         model: nn.Module = super().call_model_init(trial)
         model = model if self._peft_config is None else wrap_with_adapter(model, self._peft_config)
+        materialise_trainable(model)
         widen_trainable(model)
         return model
 
