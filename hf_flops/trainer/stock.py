@@ -20,6 +20,7 @@ from .checkpoint_state import load_state, save_state
 from .checkpoints import CheckpointWriter, generator_states
 from .multiprocess import undivided_loader
 from .offload import device_map_hidden, is_offloaded
+from .sharding import reshard
 
 if TYPE_CHECKING:
     _Base = Trainer  # so that `self` is typed
@@ -65,6 +66,11 @@ class StockOverrides(_Base):
         text = getattr(features.get(SAMPLE_ID), "dtype", None) in ("string", "large_string")
         if SAMPLE_ID not in columns and not text:
             columns.append(SAMPLE_ID)
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """Save as the stock trainer does."""
+        reshard(self.model)
+        super().save_model(*args, **kwargs)
 
     def save_state(self) -> None:
         """Save the trainer's state as the stock trainer does, and that of our parts beside it."""

@@ -15,6 +15,7 @@ from ..autotune.protocol import Batch, GradientSession, HandOver, Stateful, seed
 from ..base.batch import Inputs
 from ..contrastive import start_session
 from ..contrastive.dual_encoder import with_plain_flag
+from ..distributed.even_forwards import EvenForwards
 from ..estimators import Estimator
 from ..objectives import CallableObjective, Objective, RowLossError
 from ..perturbations import Perturbation
@@ -30,13 +31,13 @@ from .layout import Layout
 from .learning_rate_search import RateSearch
 from .multiprocess import BatchSize, Lockstep, start_group
 from .noise_guard import NoiseGuard
-from .offload import materialise_trainable
 from .preparation import (
     add_tags,
     check_arguments,
     check_labels,
     check_ready,
     follow_accelerator,
+    hold_trainable,
     positional_arguments,
     quantised_base_allowed,
     uncompiled,
@@ -121,7 +122,7 @@ class FlopsTrainerMixin(StockOverrides):
         if peft_config is not None and isinstance(model, nn.Module):
             model = wrap_with_adapter(model, peft_config)
         if isinstance(model, nn.Module):
-            materialise_trainable(model)
+            hold_trainable(model)
         if objective is not None and not isinstance(objective, Objective):
             objective = CallableObjective(objective)
         self.objective: Objective | None = objective
@@ -156,7 +157,7 @@ class FlopsTrainerMixin(StockOverrides):
         """Build the model as the stock trainer does, and wrap it with `peft_config`."""
         model: nn.Module = super().call_model_init(trial)
         model = model if self._peft_config is None else wrap_with_adapter(model, self._peft_config)
-        materialise_trainable(model)
+        hold_trainable(model)
         widen_trainable(model)
         return model
 
@@ -186,6 +187,7 @@ class FlopsTrainerMixin(StockOverrides):
         """Forget the last run, and follow the arguments as they are now."""
         self._group = start_group(self.args, self._group)
         self._lockstep = Lockstep(self.group, self.args, self._sigterm)
+        EvenForwards.of(self.model, self.group)
         self.ledger: Ledger = Ledger()
         self.positions, self.gathered = PositionCounter(), GatheredMetrics(self)
         self.layout = Layout()
