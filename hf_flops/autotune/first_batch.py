@@ -22,6 +22,7 @@ from ..objectives import BatchLoss, Forward, Objective, RowLossError, TappedLoss
 from ..perturbations import ParameterVector, Perturbation
 from ..reuse import CachedPlan, ReusePlan, SampleStore, choose_reuse, with_last_logits
 from .protocol import RunArguments
+from .quick_check import prove
 from .row_loss_check import check_moves, choose_objective
 from .rule_check import choose_perturbation
 
@@ -102,6 +103,9 @@ def set_up(
     # an objective of the user's is left as it is, unless it keeps logits itself
     if objective is not None:
         return _set_up(objective, *given, ours=objective.logits)
+    usual = tap and perturbation is None
+    if usual and (proven := prove(args, model, forward, inputs, frozen, precision)):
+        return Chosen(proven.objective, proven.perturbation, logged_plan(model, proven.reuse), None)
     if not set(ParameterVector.of(model).names) <= set(frozen):
         check_moves(forward, inputs, model)
     objective, reason = choose_objective(forward, inputs, precision, model, loss, tap=tap)
@@ -282,13 +286,15 @@ def late_expansion(
     )
     if reason:
         logger.warning("Late expansion is off, every row runs through the whole model: %s.", reason)
-    names = [name for name, module in model.named_modules() if module in reuse.modules]
-    logger.info(
-        "Late expansion: %d modules run once per sample and step (%s).",
-        len(names),
-        ", ".join(names),
-    )
     if not cached:
-        return reuse
+        return logged_plan(model, reuse)
     folder = Path(args.output_dir) if args.prefix_cache == "disk" else None
-    return CachedPlan.of(reuse, SampleStore(args.prefix_cache_gb, folder))
+    return CachedPlan.of(logged_plan(model, reuse), SampleStore(args.prefix_cache_gb, folder))
+
+
+def logged_plan(model: nn.Module, reuse: ReusePlan) -> ReusePlan:
+    """Log what runs once per sample, and return it."""
+    names = [name for name, module in model.named_modules() if module in reuse.modules]
+    listed = len(names), ", ".join(names)
+    logger.info("Late expansion: %d modules run once per sample and step (%s).", *listed)
+    return reuse

@@ -99,11 +99,7 @@ def choose_objective(
         return BatchLoss(), f"its inputs {odd} are not laid out one entry per sample"
     makers: list[Callable[[], Objective]] = [TappedLoss] if tap else []
     pair = take(inputs, most_different(inputs, torch.arange(batch_size(inputs))))
-    if same_rows(pair) and batch_size(inputs) > 1:
-        logger.warning(
-            "All samples of the first batch are equal, so nothing could be checked of how its "
-            "loss is split into rows: begin with a batch of different samples."
-        )
+    warn_of_equal_samples(pair, inputs)
     if loss is not None:
         makers.append(partial(RowwiseLoss, loss, forward, pair))
     reasons = list[str]()
@@ -116,6 +112,15 @@ def choose_objective(
             except RowLossError as error:
                 reasons.append(str(error))
     return BatchLoss(), ", and ".join(dict.fromkeys(reasons))
+
+
+def warn_of_equal_samples(pair: Inputs, inputs: Inputs) -> None:
+    """Warn if the two samples of a batch that differ most are equal."""
+    if same_rows(pair) and batch_size(inputs) > 1:
+        logger.warning(
+            "All samples of the first batch are equal, so nothing could be checked of how its "
+            "loss is split into rows: begin with a batch of different samples."
+        )
 
 
 def check_moves(forward: Forward, inputs: Inputs, model: nn.Module) -> None:

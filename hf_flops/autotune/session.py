@@ -16,6 +16,7 @@ from ..allocators import ALLOCATORS, Allocator
 from ..base.padding import TrimmedBatch
 from ..base.rounding_error import precision_of
 from ..base.rows import BatchPosition
+from ..base.sharding import fetches_weights
 from ..core.chunking import ChunkPlanner
 from ..core.clean_forward import clean_forward
 from ..core.estimate import estimate_gradient
@@ -137,7 +138,12 @@ class SampleSession:
         precision = precision_of(self.model, autocast=self.args.bf16)
         method = self._assembled(precision, batch.step)
         method = self.tuning.complete(
-            method, batch.forward, batch.inputs, precision=precision, seed=seed_of(self.args)
+            method,
+            batch.forward,
+            batch.inputs,
+            precision=precision,
+            seed=seed_of(self.args),
+            fetches=fetches_weights(self.model),
         )
         assert self.chosen is not None
         self.chosen = replace(self.chosen, reuse=method.reuse)  # the tuning may have refined it

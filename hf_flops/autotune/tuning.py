@@ -85,6 +85,7 @@ class Tuning:
         *,
         precision: float = 1e-4,
         seed: int = 0,
+        fetches: bool = False,
     ) -> Method:
         """Return the method with all numbers filled in; runs the model to measure missing ones.
 
@@ -94,8 +95,10 @@ class Tuning:
             inputs: a batch.
             precision: relative error of a loss that rounding alone can cause.
             seed: the run's seed.
+            fetches: whether every forward fetches weights.
         """
-        self.planner.prepare(method.perturbation.vector.device, method.perturbation.row_bytes)
+        perturbation = method.perturbation
+        self.planner.prepare(perturbation.vector.device, perturbation.row_bytes, fetches=fetches)
         surrogate = method.objective.surrogate
         if method.objective.per_row and self._trim:
             self.idle.update(

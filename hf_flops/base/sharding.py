@@ -1,4 +1,4 @@
-"""Models whose weights `fully_shard` spreads over processes."""
+"""Models whose weights lie elsewhere: spread over processes by `fully_shard`, or offloaded."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from torch import nn
 def is_sharded(module: nn.Module) -> bool:
     """Return whether `fully_shard` has been applied to a module."""
     return hasattr(module, "set_reshard_after_forward")
+
+
+def fetches_weights(model: nn.Module) -> bool:
+    """Return whether every forward of a model fetches weights: sharded or offloaded ones."""
+    return any(map(is_sharded, model.modules())) or any(p.is_meta for p in model.parameters())
 
 
 def sharded_root(model: nn.Module) -> nn.Module | None:

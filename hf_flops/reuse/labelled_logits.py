@@ -85,16 +85,11 @@ def with_last_logits(
         inputs: a batch.
         precision: see `precision_of`.
     """
-    labels, module = inputs.get("labels"), _language_model(model)
-    if (
-        type(objective) is not TappedLoss
-        or module is None
-        or not torch.is_tensor(labels)
-        or labels.dim() != 2
-    ):
+    short = last_logits(model, inputs)
+    if type(objective) is not TappedLoss or short is None:
         return objective
-    latest = _first(labels.ne(-100)).topk(min(2, batch_size(inputs))).indices
-    short, otherwise = LastLogits(module), "Logits are taken for every token"
+    latest = _first(inputs["labels"].ne(-100)).topk(min(2, batch_size(inputs))).indices
+    otherwise = "Logits are taken for every token"
     probe = Probe(objective, forward, take(inputs, latest.cpu()), precision / 20)
     if probe.difference(otherwise, objective=short) is not None:
         return objective
@@ -103,6 +98,15 @@ def with_last_logits(
         return objective
     logger.info("Logits are taken where there are labels only.")
     return short
+
+
+def last_logits(model: nn.Module, inputs: Inputs) -> LastLogits | None:
+    """Return the loss with logits at labels only, unchecked, of a language model with labels
+    (B, T).
+    """
+    labels, module = inputs.get("labels"), _language_model(model)
+    wanted = module is not None and torch.is_tensor(labels) and labels.dim() == 2
+    return LastLogits(module) if module is not None and wanted else None
 
 
 def _language_model(model: nn.Module) -> nn.Module | None:

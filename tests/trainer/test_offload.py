@@ -1,10 +1,12 @@
 """Models whose weights accelerate keeps on the CPU or on disk train as models in memory do."""
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
+from accelerate.utils import OffloadedWeightsLoader
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -13,6 +15,7 @@ from hf_flops.errors import ConfigurationError
 from hf_flops.trainer.offload import is_offloaded, offload_hook
 from tests.helpers.runs import data, flat, short
 from tests.helpers.tiny import tiny_model
+from tests.helpers.worker import Hook
 
 CPU = torch.device("cpu")
 DISK = {
@@ -149,6 +152,33 @@ def test_values_that_peft_has_lost_are_refused(tmp_path):
 def test_an_initialisation_that_changes_offloaded_weights_is_refused(tmp_path):
     with pytest.raises(ConfigurationError, match="changes the weights underneath"):
         trained(on_disk(tmp_path), tmp_path, LoraConfig(**LORA, init_lora_weights="pissa"))
+
+
+def test_weights_travel_twice_a_step_and_few_times_before_the_first(tmp_path, monkeypatch):
+    fetched, after = [0], []
+    original = OffloadedWeightsLoader.__getitem__
+
+    def fetch(loader, key):
+        weight = original(loader, key)
+        fetched[0] += weight.nbytes
+        return weight
+
+    monkeypatch.setattr(OffloadedWeightsLoader, "__getitem__", fetch)
+    model = PLACES["disk"](tmp_path)
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    options = {"queries_per_sample": 64, "max_steps": 3}
+    trainer = FlopsTrainer(
+        model,
+        short(tmp_path, **options),
+        train_dataset=data("llama"),
+        peft_config=copy.deepcopy(ADAPTERS["lora"]),
+        callbacks=[Hook(lambda step: after.append(fetched[0]))],
+    )
+    fetched[0] = 0
+    trainer.train()
+    steps = [stop - start for start, stop in pairwise([0, *after])]
+    assert steps[0] <= 8 * size
+    assert max(steps[1:]) <= 2.1 * size
 
 
 def test_a_resumed_run_ends_like_one_in_a_piece(tmp_path):
