@@ -8,7 +8,7 @@ memory is what the process holds above what it held before it loaded the model, 
 are mapped included.
 
     python benchmarks/offload.py
-    python benchmarks/offload.py --layers 2 --rounds 1
+    python benchmarks/offload.py --layers 2 --width 256 --rounds 1
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from hf_flops import FlopsTrainer, FlopsTrainingArguments
 from hf_flops.base.memory import PeakMemory
 from hf_flops.trainer.offload import materialise_trainable, weights_at_hand
 
-SAMPLES, QUERIES, TOKENS = 8, 32, 4  # 256 rows
+SAMPLES, QUERIES = 8, 32  # 256 rows
 MAP = {
     "model.embed_tokens": "cpu",
     "model.norm": "cpu",
@@ -47,14 +47,14 @@ MAP = {
 SIDES = ("plain", "ours", "mezo", "backprop")
 
 
-def write(folder: Path, layers: int) -> int:
-    """Write a model with so many layers of 205 MB, and return the bytes of its layers."""
+def write(folder: Path, layers: int, width: int) -> int:
+    """Write a model with so many layers, of 206 MB at a width of 2048, and return their bytes."""
     config = LlamaConfig(
         vocab_size=2048,
-        hidden_size=2048,
-        intermediate_size=5632,
+        hidden_size=width,
+        intermediate_size=11 * width // 4,
         num_hidden_layers=layers,
-        num_attention_heads=16,
+        num_attention_heads=width // 128,
     )
     model = LlamaForCausalLM(config)
     model.save_pretrained(folder, max_shard_size="250MB")
@@ -73,9 +73,9 @@ def adapter() -> LoraConfig:
     return LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 
 
-def batch(rows: int) -> dict[str, torch.Tensor]:
+def batch(rows: int, tokens: int) -> dict[str, torch.Tensor]:
     """Return texts of random words, each its own label."""
-    words = torch.randint(2048, (rows, TOKENS), generator=torch.Generator().manual_seed(0))
+    words = torch.randint(2048, (rows, tokens), generator=torch.Generator().manual_seed(0))
     return {"input_ids": words, "attention_mask": torch.ones_like(words), "labels": words}
 
 
@@ -123,32 +123,36 @@ class Steps(TrainerCallback):
         self.mark()
 
 
-def trained(model: LlamaForCausalLM, preset: str, steps: Steps, number: int) -> None:
+def trained(
+    model: LlamaForCausalLM, preset: str, steps: Steps, options: argparse.Namespace
+) -> None:
     """Train with a preset."""
     with tempfile.TemporaryDirectory() as folder:
-        options: dict[str, Any] = {} if preset == "flops" else {"rows_per_forward": SAMPLES}
+        chunk: dict[str, Any] = {} if preset == "flops" else {"rows_per_forward": SAMPLES}
         args = FlopsTrainingArguments(
             folder,
             preset=preset,
             queries_per_sample=QUERIES,
             per_device_train_batch_size=SAMPLES,
-            max_steps=number,
+            max_steps=options.steps,
             use_cpu=True,
             report_to="none",
             disable_tqdm=True,
             pictures=False,
             save_strategy="no",
             logging_strategy="no",
-            **options,
+            **chunk,
         )
-        texts = batch(SAMPLES)
+        texts = batch(SAMPLES, options.tokens)
         data = [{name: value[i] for name, value in texts.items()} for i in range(SAMPLES)]
         FlopsTrainer(
             model, args, train_dataset=data, peft_config=adapter(), callbacks=[steps]
         ).train()
 
 
-def repeated(model: LlamaForCausalLM, steps: Steps, number: int, *, backward: bool) -> None:
+def repeated(
+    model: LlamaForCausalLM, steps: Steps, options: argparse.Namespace, *, backward: bool
+) -> None:
     """Run 256 rows forward, or the samples forward and backward with checkpoints."""
     config = adapter()
     with weights_at_hand(config):
@@ -157,9 +161,9 @@ def repeated(model: LlamaForCausalLM, steps: Steps, number: int, *, backward: bo
     if backward:
         adapted.gradient_checkpointing_enable({"use_reentrant": False})
     adapted.train(backward)
-    inputs = batch(SAMPLES if backward else SAMPLES * QUERIES)
+    inputs = batch(SAMPLES if backward else SAMPLES * QUERIES, options.tokens)
     steps.mark()
-    for _ in range(number):
+    for _ in range(options.steps):
         with torch.set_grad_enabled(backward):
             loss = adapted(**inputs).loss
             if backward:
@@ -169,14 +173,14 @@ def repeated(model: LlamaForCausalLM, steps: Steps, number: int, *, backward: bo
         steps.mark()
 
 
-def one(folder: Path, side: str, number: int) -> dict[str, Any]:
+def one(folder: Path, side: str, options: argparse.Namespace) -> dict[str, Any]:
     """Return what the steps of a side take, in this process."""
     steps = Steps(Fetched())
     run: dict[str, Callable[[LlamaForCausalLM], None]] = {
-        "plain": lambda model: repeated(model, steps, number, backward=False),
-        "ours": lambda model: trained(model, "flops", steps, number),
-        "mezo": lambda model: trained(model, "mezo", steps, number),
-        "backprop": lambda model: repeated(model, steps, number, backward=True),
+        "plain": lambda model: repeated(model, steps, options, backward=False),
+        "ours": lambda model: trained(model, "flops", steps, options),
+        "mezo": lambda model: trained(model, "mezo", steps, options),
+        "backprop": lambda model: repeated(model, steps, options, backward=True),
     }
     with PeakMemory(torch.device("cpu")) as memory:
         run[side](load(folder))
@@ -188,27 +192,30 @@ def main() -> None:
     """Measure the sides in turn; write results/offload.json."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--width", type=int, default=2048)
+    parser.add_argument("--tokens", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--one", nargs=2, metavar=("FOLDER", "SIDE"))
     options = parser.parse_args()
     quiet()
     if options.one:
-        print(json.dumps(one(Path(options.one[0]), options.one[1], options.steps)))
+        print(json.dumps(one(Path(options.one[0]), options.one[1], options)))
         return
     record, environment = Record("offload"), {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**17)}
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
     with tempfile.TemporaryDirectory() as folder:
-        size = write(Path(folder), options.layers)
+        size = write(Path(folder), options.layers, options.width)
         for _ in range(options.rounds):
             for side in SIDES:
                 command = [sys.executable, __file__, "--one", folder, side]
-                command += ["--steps", str(options.steps)]
+                command += ["--steps", str(options.steps), "--tokens", str(options.tokens)]
                 done = subprocess.run(
                     command, env=environment, capture_output=True, text=True, check=True
                 )
                 found[side].append(json.loads(done.stdout.splitlines()[-1]))
-    record.keep(f"{options.layers} layers", report(found, size))
+    name = f"{options.layers} layers of {options.width}, {options.tokens} tokens"
+    record.keep(name, report(found, size))
 
 
 def report(found: dict[str, list[dict[str, Any]]], size: int) -> dict[str, Any]:
