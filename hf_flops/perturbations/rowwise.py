@@ -88,7 +88,8 @@ def _patched(
 ) -> AbstractContextManager[object]:
     """Return a context in which the site's rule replaces a method of the module."""
     original = getattr(site.module, str(site.method))
-    device = next(site.module.parameters()).device
+    # of a trained tensor: the module's others may be offloaded
+    device = site.module.get_parameter(next(iter(site.tensors))).device
 
     def method(*args: object, **kwargs: object) -> object:
         fired()

@@ -17,6 +17,7 @@ from ..base.batch import Inputs, batch_size, take
 from ..base.patching import Call, replaced_forward
 from ..base.prng import seeds
 from ..base.probe import Attempt, Probe
+from ..base.sharding import is_sharded
 from ..base.state import raw_bytes
 from ..objectives import Forward, Objective, RowLosses
 from ..perturbations import NoiseKeys, Perturbation, displaced, moved
@@ -175,7 +176,8 @@ def choose_reuse(
             )
             if not modules:
                 return ReusePlan(), None
-            plain = ReusePlan(modules)
+            # processes that shard a model run all of each forward together
+            plain = ReusePlan(modules, stops_early=not any(map(is_sharded, model.modules())))
             few = (
                 take(inputs, torch.arange(min(2, batch_size(inputs))))
                 if objective.per_row

@@ -19,6 +19,8 @@ from ..errors import ConfigurationError, ObjectiveError
 from ..objectives import Forward
 from .args import FlopsArgumentsMixin, FlopsTrainingArguments
 from .master_weights import keep_masters
+from .offload import is_offloaded, materialise_trainable, weights_at_hand
+from .sharding import replicate_trainable
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -131,7 +133,14 @@ def wrap_with_adapter(model: nn.Module, peft_config: PeftConfig) -> nn.Module:
 
     if isinstance(model, PeftModel):
         raise ConfigurationError("The model is a PeftModel already: pass it without peft_config.")
-    return get_peft_model(model, peft_config)
+    with weights_at_hand(peft_config) if is_offloaded(model) else nullcontext():
+        return get_peft_model(model, peft_config)
+
+
+def hold_trainable(model: nn.Module) -> None:
+    """Give the process the whole of what is trained, wherever the base's weights lie."""
+    materialise_trainable(model)
+    replicate_trainable(model)
 
 
 def widen_trainable(model: nn.Module) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
@@ -18,6 +19,8 @@ from .batches import SAMPLE_ID, without_ids
 from .checkpoint_state import load_state, save_state
 from .checkpoints import CheckpointWriter, generator_states
 from .multiprocess import undivided_loader
+from .offload import device_map_hidden, is_offloaded
+from .sharding import reshard
 
 if TYPE_CHECKING:
     _Base = Trainer  # so that `self` is typed
@@ -33,6 +36,7 @@ class StockOverrides(_Base):
         sample_ids: (B,) of the batch that was prepared last, if it has any.
     """
 
+    model: nn.Module
     args: Any  # of a class with `FlopsArgumentsMixin`
     checkpoint_writer: CheckpointWriter
     sample_ids: tuple[int, ...] | None = None
@@ -62,6 +66,11 @@ class StockOverrides(_Base):
         text = getattr(features.get(SAMPLE_ID), "dtype", None) in ("string", "large_string")
         if SAMPLE_ID not in columns and not text:
             columns.append(SAMPLE_ID)
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """Save as the stock trainer does."""
+        reshard(self.model)
+        super().save_model(*args, **kwargs)
 
     def save_state(self) -> None:
         """Save the trainer's state as the stock trainer does, and that of our parts beside it."""
@@ -106,10 +115,25 @@ class StockOverrides(_Base):
     def _wrap_model(
         self, model: nn.Module, training: bool = True, dataloader: DataLoader | None = None
     ) -> nn.Module:
-        if training and model is self.model and self.args.world_size > 1:
+        stays = model is self.model and is_offloaded(model)
+        if stays or (training and model is self.model and self.args.world_size > 1):
             # without DistributedDataParallel, which would wait for a backward pass
-            return self.accelerator.prepare_model(model, evaluation_mode=True)
+            place = False if stays else None
+            with device_map_hidden(model):
+                return self.accelerator.prepare_model(model, place, evaluation_mode=True)
         return super()._wrap_model(model, training, dataloader)
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if not is_offloaded(model):
+            super()._move_model_to_device(model, device)
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with device_map_hidden(self.model):
+            super()._load_from_checkpoint(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        with device_map_hidden(self.model):
+            super()._load_best_model()
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         return undivided_loader(self, super()._get_dataloader, args, kwargs)

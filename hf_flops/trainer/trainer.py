@@ -15,6 +15,7 @@ from ..autotune.protocol import Batch, GradientSession, HandOver, Stateful, seed
 from ..base.batch import Inputs
 from ..contrastive import start_session
 from ..contrastive.dual_encoder import with_plain_flag
+from ..distributed.even_forwards import EvenForwards
 from ..estimators import Estimator
 from ..objectives import CallableObjective, Objective, RowLossError
 from ..perturbations import Perturbation
@@ -36,6 +37,7 @@ from .preparation import (
     check_labels,
     check_ready,
     follow_accelerator,
+    hold_trainable,
     positional_arguments,
     quantised_base_allowed,
     uncompiled,
@@ -119,6 +121,8 @@ class FlopsTrainerMixin(StockOverrides):
         self._peft_config = peft_config
         if peft_config is not None and isinstance(model, nn.Module):
             model = wrap_with_adapter(model, peft_config)
+        if isinstance(model, nn.Module):
+            hold_trainable(model)
         if objective is not None and not isinstance(objective, Objective):
             objective = CallableObjective(objective)
         self.objective: Objective | None = objective
@@ -153,6 +157,7 @@ class FlopsTrainerMixin(StockOverrides):
         """Build the model as the stock trainer does, and wrap it with `peft_config`."""
         model: nn.Module = super().call_model_init(trial)
         model = model if self._peft_config is None else wrap_with_adapter(model, self._peft_config)
+        hold_trainable(model)
         widen_trainable(model)
         return model
 
@@ -182,6 +187,7 @@ class FlopsTrainerMixin(StockOverrides):
         """Forget the last run, and follow the arguments as they are now."""
         self._group = start_group(self.args, self._group)
         self._lockstep = Lockstep(self.group, self.args, self._sigterm)
+        EvenForwards.of(self.model, self.group)
         self.ledger: Ledger = Ledger()
         self.positions, self.gathered = PositionCounter(), GatheredMetrics(self)
         self.layout = Layout()
