@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..base.state import State
+from ..base.state import State, flag
 from ..objectives import RowLosses
 from ..perturbations import accumulator
 from .closed_form_head import ClosedFormHead
+from .head_state import Sample, check_same_head, loaded_samples
 
 MOST_NUMBERS = 2**24  # of the kept samples, 64 MiB; the oldest samples are dropped
 _LEAST_PER_LOGIT = 64  # samples that must fit for each logit, or the solution would be poor
@@ -24,11 +25,6 @@ _KEPT = 0.5  # weight of a sample after as many others as there are kept samples
 # precision of the Gaussian prior on the weights over the mean squared norm of the inputs; the loss
 # is a sum over samples
 _PRIOR = 0.003
-
-Sample = tuple[Tensor, Tensor, Tensor, int]
-"""Inputs (m, H), targets (m, C) and weights (m, C) of a sample's m loss elements, and how many
-samples came before it.
-"""
 
 
 class HeadSolver:
@@ -97,13 +93,20 @@ class HeadSolver:
         return _LEAST_PER_LOGIT * layer.out_features * numbers <= MOST_NUMBERS
 
     def bind(self, head: ClosedFormHead) -> None:
-        """Solve this head from now on; another head than before starts without samples."""
+        """Solve this head from now on; another head than before starts without samples.
+
+        Raises:
+            ConfigurationError: the samples of a checkpoint are those of another head.
+        """
         if self.head is not None and self.head.names != head.names:
             self._samples, self._numbers = {}, 0
             self._prior = self._solution = None
         self.head = head
         if self._prior is None:
             self._prior = self._weights()
+        elif self._solution is None:
+            features = head.module.in_features
+            check_same_head(self._samples.values(), self._prior, self._weights(), features)
         if self._solution is None:
             self._solution = self._weights()
 
@@ -267,15 +270,12 @@ class HeadSolver:
 
     def load_state_dict(self, state: State) -> None:
         """Take up a state from `state_dict`."""
-        self._collecting = state["collecting"]
+        self._collecting = flag(state["collecting"])
         if "ids" not in state:
             return
-        ids, sizes = state["ids"].tolist(), state["elements"].tolist()
-        parts = [state[name].split(sizes) for name in ("inputs", "targets", "weights")]
-        samples = zip(*parts, state["numbers"].tolist(), strict=True)
-        self._samples = dict(zip(ids, samples, strict=True))
+        self._samples = loaded_samples(state)
         self._numbers = sum(_size(sample) for sample in self._samples.values())
-        self._unnamed = min([0, *ids])
+        self._unnamed = min([0, *self._samples])
         self._mean, self._prior, self.seen = state["mean"], state["prior"], state["seen"]
 
 
