@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 import torch
@@ -29,6 +30,9 @@ def class_labels(inputs: Inputs) -> list[int] | None:
     return labels.tolist()
 
 
+MOST_SAMPLES = 2**17  # whose queries are counted one by one
+
+
 class Ledger:
     """Counts rows and queries, and averages the metrics of steps between two logs.
 
@@ -40,7 +44,7 @@ class Ledger:
         repeated_rows: rows of checks that resumed runs made again, on top of `all_rows`.
         tokens: tokens of all these rows, padding included, as if every row ran whole.
         sample_queries: sample id → [steps that the sample took part in, queries that it got], for
-            samples that have an id.
+            samples that have an id; at most 2^17, those without a step for longest are dropped.
         class_windows: [rows so far, {class: [samples, their queries]}] for each stretch of the run,
             at most 64.
         last_step: what the last batch found.
@@ -48,7 +52,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self.rows = self.all_rows = self.tokens = self.repeated_rows = 0
-        self.sample_queries: dict[int, list[int]] = {}
+        self.sample_queries: OrderedDict[int, list[int]] = OrderedDict()
         self.class_windows: list[tuple[int, dict[int, list[int]]]] = []
         self.last_step: StepResult | None = None
         self._window: dict[str, list[float]] = {}
@@ -121,6 +125,11 @@ class Ledger:
             if numbers is not None and len(numbers) == len(result.counts):
                 for number, count in zip(numbers, result.counts.tolist(), strict=True):
                     _add(totals, number, [1, count])
+        for sample in ids or ():
+            if sample in self.sample_queries:
+                self.sample_queries.move_to_end(sample)
+        while len(self.sample_queries) > MOST_SAMPLES:
+            self.sample_queries.popitem(last=False)
         for name, value in result.metrics.items():
             self._window.setdefault(name, []).append(value)
 
@@ -185,10 +194,10 @@ class Ledger:
         self.tokens, self.repeated_rows = whole(state["tokens"]), whole(state["repeated_rows"])
         self._checked = self._resumed = str(state["checked"])
         self._began = time.monotonic() - number(state["seconds"], 0)
-        self.sample_queries = {
-            whole(sample, -(2**63)): [whole(steps), whole(queries)]
+        self.sample_queries = OrderedDict(
+            (whole(sample, -(2**63)), [whole(steps, 1), whole(queries)])
             for sample, steps, queries in state["samples"]
-        }
+        )
         self.class_windows = [
             (
                 whole(rows),
@@ -200,5 +209,7 @@ class Ledger:
 
 def _add(totals: dict[int, list[int]], number: int, more: Sequence[int]) -> None:
     """Add [samples, queries] to those of a sample or class."""
+    if number not in totals and len(totals) > MOST_SAMPLES:
+        return
     samples, queries = totals.get(number, (0, 0))
     totals[number] = [samples + more[0], queries + more[1]]
