@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         NonFiniteError,
         ObjectiveError,
         ProcessError,
+        StorageError,
         TrajectoryError,
     )
     from .objectives import CallableObjective, GeneratedMetric, MacroF1, Metric, Objective
@@ -57,6 +58,7 @@ _HOMES = {
     "ObjectiveError": "errors",
     "ProcessError": "errors",
     "StepResult": "core.method",
+    "StorageError": "errors",
     "SuffixPromptModel": "prompts.suffix_prompt",
     "TrajectoryError": "errors",
     "VisualPrompt": "prompts.visual_prompt",
@@ -86,6 +88,7 @@ __all__ = [
     "ObjectiveError",
     "ProcessError",
     "StepResult",
+    "StorageError",
     "SuffixPromptModel",
     "TrajectoryError",
     "VisualPrompt",

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..base.state import number, tensor
 from ..objectives import RowLosses
 from ..perturbations import accumulator
 from ..perturbations.exact_sums import DIGIT, rounded
@@ -282,9 +283,12 @@ class LogitJacobian:
         """See `ControlVariate.load_state_dict`."""
         self.__init__(self.components)  # type: ignore[misc]
         if state:
-            self.jacobian, self._basis = state["jacobian"], state["basis"]
-            self._loader = Loader(state["centre"], state["axes"])
-            self._error, self._use = float(state["facts"][0]), state["facts"][1:].clone()
+            basis, centre = tensor(state["basis"], -1, -1), tensor(state["centre"], -1)
+            axes, facts = tensor(state["axes"], len(centre), -1), tensor(state["facts"], 3)
+            rows = (1 + self.components) * basis.shape[1]
+            self.jacobian, self._basis = tensor(state["jacobian"], rows, -1), basis
+            self._loader = Loader(centre, axes)
+            self._error, self._use = number(float(facts[0]), 0), facts[1:].clone()
 
 
 CONTROL_VARIATES = {

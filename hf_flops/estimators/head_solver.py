@@ -4,18 +4,21 @@ its weights minimise the loss on them.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..base.state import State
+from ..base.state import State, flag
 from ..objectives import RowLosses
 from ..perturbations import accumulator
 from .closed_form_head import ClosedFormHead
+from .head_state import Sample, check_same_head, loaded_samples
 
-MOST_NUMBERS = 2**24  # of the kept samples, 64 MiB; the oldest samples are dropped
+# of the kept samples, 64 MiB, and of samples, over which every step solves; the oldest are dropped
+MOST_NUMBERS, MOST_SAMPLES = 2**24, 2**16
 _LEAST_PER_LOGIT = 64  # samples that must fit for each logit, or the solution would be poor
 PRIMING_SAMPLES = 4096  # at most so many clean rows are run before the first query
 PRIMING_SHARE = 0.1  # of the run's optimizer steps, at most
@@ -24,11 +27,6 @@ _KEPT = 0.5  # weight of a sample after as many others as there are kept samples
 # precision of the Gaussian prior on the weights over the mean squared norm of the inputs; the loss
 # is a sum over samples
 _PRIOR = 0.003
-
-Sample = tuple[Tensor, Tensor, Tensor, int]
-"""Inputs (m, H), targets (m, C) and weights (m, C) of a sample's m loss elements, and how many
-samples came before it.
-"""
 
 
 class HeadSolver:
@@ -76,7 +74,8 @@ class HeadSolver:
         self.head: ClosedFormHead | None = None
         self.objective: float | None = None
         self._mean = "softmax"
-        self._samples: dict[int, Sample] = {}  # the sample's id, or a negative number → sample
+        # the sample's id, or a negative number → sample, oldest first
+        self._samples: OrderedDict[int, Sample] = OrderedDict()
         self._numbers = self._unnamed = 0
         self._prior: Tensor | None = None
         self._solution: Tensor | None = None  # the weights of the last solution
@@ -97,13 +96,20 @@ class HeadSolver:
         return _LEAST_PER_LOGIT * layer.out_features * numbers <= MOST_NUMBERS
 
     def bind(self, head: ClosedFormHead) -> None:
-        """Solve this head from now on; another head than before starts without samples."""
+        """Solve this head from now on; another head than before starts without samples.
+
+        Raises:
+            ConfigurationError: the samples of a checkpoint are those of another head.
+        """
         if self.head is not None and self.head.names != head.names:
-            self._samples, self._numbers = {}, 0
+            self._samples, self._numbers = OrderedDict(), 0
             self._prior = self._solution = None
         self.head = head
         if self._prior is None:
             self._prior = self._weights()
+        elif self._solution is None:
+            features = head.module.in_features
+            check_same_head(self._samples.values(), self._prior, self._weights(), features)
         if self._solution is None:
             self._solution = self._weights()
 
@@ -142,7 +148,7 @@ class HeadSolver:
             self._samples[key] = (inputs_of, targets, weights, self.seen)
             self.seen += 1
             self._numbers += _size(self._samples[key])
-        while self._numbers > MOST_NUMBERS:
+        while self._numbers > MOST_NUMBERS or len(self._samples) > MOST_SAMPLES:
             self._drop(next(iter(self._samples)))
 
     def _drop(self, key: int) -> None:
@@ -267,15 +273,12 @@ class HeadSolver:
 
     def load_state_dict(self, state: State) -> None:
         """Take up a state from `state_dict`."""
-        self._collecting = state["collecting"]
+        self._collecting = flag(state["collecting"])
         if "ids" not in state:
             return
-        ids, sizes = state["ids"].tolist(), state["elements"].tolist()
-        parts = [state[name].split(sizes) for name in ("inputs", "targets", "weights")]
-        samples = zip(*parts, state["numbers"].tolist(), strict=True)
-        self._samples = dict(zip(ids, samples, strict=True))
+        self._samples = OrderedDict(loaded_samples(state))
         self._numbers = sum(_size(sample) for sample in self._samples.values())
-        self._unnamed = min([0, *ids])
+        self._unnamed = min([0, *self._samples])
         self._mean, self._prior, self.seen = state["mean"], state["prior"], state["seen"]
 
 
