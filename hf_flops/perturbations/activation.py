@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.prng import seeds
+from ..base.transfer import onto
 from .base import ParameterVector, Perturbation
 from .noise import draw
 from .rules import RowMismatch, conv1d_gpt2, linear
@@ -204,7 +205,7 @@ class ActivationNoise(Perturbation):
         views = self.vector.views(flat)
         for (index, _), call in noise.calls.items():
             site = self.sites[index]
-            weight, bias = call.sums(coefficients.to(call.bias))
+            weight, bias = call.sums(onto(coefficients, call.bias.device, call.bias.dtype))
             if "weight" in site.tensors:
                 views[site.tensors["weight"]].add_(
                     (weight.T if site.rule is linear else weight).to(flat)

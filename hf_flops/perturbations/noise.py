@@ -139,11 +139,10 @@ class RowNoise:
         total = columns.new_zeros(sums, sum(shape.numel() for shape in self.shapes), dtype=wide)
         for start in range(0, len(self), ROWS):
             rows = slice(start, start + ROWS)
-            for columns, summed in zip(
-                used, self._summed(digits[rows], rows).split([len(c) for c in used]), strict=True
-            ):
-                level, first = divmod(columns[0], sums)
-                total[first : first + len(columns)].add_(summed, alpha=DIGIT**level)
+            parts = self._summed(digits[rows], rows).split([len(stretch) for stretch in used])
+            for stretch, summed in zip(used, parts, strict=True):
+                level, first = divmod(stretch.start, sums)
+                total[first : first + len(stretch)].add_(summed, alpha=DIGIT**level)
         return total.view(*coefficients.shape[1:], -1)
 
     def _used(self, digits: Tensor, columns: int) -> tuple[Tensor, list[range]]:

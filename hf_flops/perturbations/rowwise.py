@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.patching import replaced_method
+from ..base.transfer import onto
 from .base import ParameterVector, Perturbation
 from .noise import BLOCK, RowNoise, blocks, bytes_per_row, draw
 from .rules import FACTORED, Noise, RowMismatch, linear, moved_linear
@@ -216,4 +217,4 @@ class RowwiseNoise(Perturbation):
 
     def weighted_noise(self, noise: RowNoise, coefficients: Tensor) -> Tensor:
         """See `Perturbation.weighted_noise`."""
-        return noise.exact_sum(coefficients.to(self.vector.device, torch.float32))
+        return noise.exact_sum(onto(coefficients, self.vector.device, torch.float32))

@@ -79,11 +79,11 @@ class Signs:
         self.row_seeds, self.sizes, self.signs = row_seeds, sizes, _signs(device)
         self.starts = list(accumulate((-(-size // 64) for size in sizes), initial=0))  # words
         self.host = device.type == "cpu"
+        self.packed: Tensor | None = None
         if not self.host:
             self.packed = words_on(device, row_seeds, self.starts[-1]).view(torch.uint8)
-            return
-        large = 8 * self.starts[-1] * len(row_seeds) > _PACKED
-        self.packed = None if large else self._bytes(0, self.starts[-1], ALL)
+        elif 8 * self.starts[-1] * len(row_seeds) <= _PACKED:
+            self.packed = self._bytes(0, self.starts[-1], ALL)
 
     def __len__(self) -> int:
         return len(self.row_seeds)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import AcceleratorState
 from torch import Tensor
 from torch.utils import backend_registration
 from torch.utils._pytree import tree_map
@@ -173,9 +173,11 @@ def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
 class _Module(backend_registration._DummyBackendModule):
     """What torch, accelerate and transformers ask of a device's module."""
 
+    shown = False  # or data loaders of other tests would pin memory
+
     def is_available(self) -> bool:
-        """Say that the device is there."""
-        return True
+        """Return whether a test trains on the device."""
+        return self.shown
 
     def device_count(self) -> int:
         """Return the number of devices."""
@@ -185,13 +187,20 @@ class _Module(backend_registration._DummyBackendModule):
         """Return the only device."""
         return 0
 
+    def synchronize(self, device: object = None) -> None:
+        """Wait for the device."""
+        _waits.add("synchronize")
+
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         """Return the dtypes of autocast."""
         return [torch.bfloat16, torch.float16]
 
 
+_module = _Module()
+
+
 def _register() -> list[torch.library.Library]:
-    backend_registration._setup_privateuseone_for_python_backend(NAME, _Module())
+    backend_registration._setup_privateuseone_for_python_backend(NAME, _module)
     everything = torch.library.Library("_", "IMPL")
     everything.fallback(_fallback, "PrivateUse1")
     aten = torch.library.Library("aten", "IMPL")
@@ -209,6 +218,23 @@ def install() -> torch.device:
     if not _libraries:
         _libraries.extend(_register())
     return torch.device(NAME, 0)
+
+
+@contextmanager
+def trained_on() -> Iterator[torch.device]:
+    """Return a context in which a Trainer takes the device, where `options` are its arguments."""
+    device = install()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("ACCELERATE_TORCH_DEVICE", NAME)
+            patch.setattr(_module, "shown", True)
+            yield device
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+OPTIONS = {"use_cpu": False, "dataloader_pin_memory": False}
+"""Arguments of a Trainer on the device: memory that is pinned is one of CUDA's."""
 
 
 @contextmanager
