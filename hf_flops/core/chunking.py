@@ -14,6 +14,7 @@ import torch
 
 from ..base.memory import PeakMemory, free_memory
 from ..base.state import State, flag, number, whole
+from ..base.transfer import synchronise
 
 logger = logging.getLogger(__name__)
 Work = Callable[[slice], int]
@@ -121,8 +122,10 @@ class ChunkPlanner:
             if most <= SMALL:
                 self._next(most)
             return
+        synchronise(self.device)
         start = time.perf_counter()
         columns = work()
+        synchronise(self.device)
         cost = (time.perf_counter() - start) / (rows * columns)
         self.costs[self.size] = min(cost, self.costs.get(self.size, math.inf))
         self._timed += rows

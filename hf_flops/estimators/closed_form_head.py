@@ -76,8 +76,8 @@ class ClosedFormHead:
         """
         assert clean.slopes is not None
         kept, whole = clean.sums.isfinite(), clean if whole is None else whole
-        finite = whole.counts[whole.sums.isfinite()].sum()
-        share = whole.counts.sum() / finite if bool(finite) else 1.0
+        finite = torch.where(whole.sums.isfinite(), whole.counts, 0.0).sum()
+        share = torch.where(finite > 0, whole.counts.sum() / finite, 1.0)
         x, slopes = (
             torch.where(kept[:, None], part.flatten(1), 0.0) for part in (inputs, clean.slopes)
         )

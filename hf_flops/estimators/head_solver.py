@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..base.state import State, flag
+from ..base.transfer import to_host
 from ..objectives import RowLosses
-from ..perturbations import accumulator
 from .closed_form_head import ClosedFormHead
 from .head_state import Sample, check_same_head, loaded_samples
 
@@ -31,7 +31,8 @@ _PRIOR = 0.003
 
 class HeadSolver:
     """Keeps what clean forwards show of a linear head's inputs and targets, and solves for the
-    head's weights after each optimizer step.
+    head's weights after each optimizer step, both on the CPU: the many short steps of L-BFGS would
+    each wait for a device.
 
     The loss is that of a generalised linear model (softmax, logistic or linear regression), so it
     is convex in the weights. A Gaussian prior around the weights at the start keeps the solution
@@ -132,12 +133,11 @@ class HeadSolver:
         assert losses.weights is not None
         self._mean, self._new = losses.mean or self._mean, True
         layer, samples = self.head.module, len(losses.sums)
-        x = inputs.detach().float().cpu().reshape(samples, -1, layer.in_features)
-        parts = [
-            part.detach().float().cpu().reshape(samples, -1, layer.out_features)
-            for part in (losses.targets, losses.weights)
-        ]
-        for i in losses.sums.isfinite().cpu().nonzero().flatten().tolist():
+        given = (part.detach().float() for part in (inputs, losses.targets, losses.weights))
+        sums, x, *parts = to_host(losses.sums, *given)
+        x = x.reshape(samples, -1, layer.in_features)
+        parts = [part.reshape(samples, -1, layer.out_features) for part in parts]
+        for i in sums.isfinite().nonzero().flatten().tolist():
             counted = (parts[1][i] > 0).any(1)
             if ids is None:
                 self._unnamed -= 1
@@ -184,9 +184,7 @@ class HeadSolver:
         if not self._samples:
             return
         *parts, numbers = zip(*self._samples.values(), strict=True)
-        device = self.head.module.weight.device
-        wide = accumulator(device)
-        x, targets, weights = (torch.cat(part).to(device, wide) for part in parts)
+        x, targets, weights = (torch.cat(part).double() for part in parts)
         ages = (self.seen - torch.tensor(numbers).double()) / len(numbers)
         sizes = torch.tensor([len(part) for part in parts[0]])
         weights = weights * (_KEPT**ages).repeat_interleave(sizes)[:, None].to(weights)
@@ -211,8 +209,7 @@ class HeadSolver:
         optimizer.step(closure)
         theta = self.agree(theta)
         if bool(theta.isfinite().all()):
-            self._write(theta)
-            self._solution = self._weights()
+            self._solution = self._written(theta)
             loss = _loss(design @ theta.T + fixed, targets, weights, self._mean)[0]
             elements = weights[:, :1] if self._mean == "softmax" else weights
             self.objective = float(self.agree(loss / elements.sum().clamp(min=1e-12)))
@@ -238,15 +235,15 @@ class HeadSolver:
         parts = [getattr(self.head.module, name).detach() for name in self._order()]
         return torch.cat([part.cpu().double().reshape(len(part), -1) for part in parts], 1)
 
-    def _write(self, theta: Tensor) -> None:
+    def _written(self, theta: Tensor) -> Tensor:
+        """Write the weights into the layer; return them as rounded to its dtype."""
         assert self.head is not None
-        start = 0
-        for name in self._order():
-            parameter = getattr(self.head.module, name)
-            width = parameter[0].numel()
-            part = theta[:, start : start + width].reshape(parameter.shape)
-            parameter.data.copy_(part)
-            start += width
+        parts = [getattr(self.head.module, name) for name in self._order()]
+        columns = theta.split([part[0].numel() for part in parts], 1)
+        rounded = [own.to(part.dtype) for own, part in zip(columns, parts, strict=True)]
+        for own, part in zip(rounded, parts, strict=True):
+            part.data.copy_(own.reshape(part.shape), non_blocking=True)
+        return torch.cat([own.double() for own in rounded], 1)
 
     def _order(self) -> list[str]:
         assert self.head is not None

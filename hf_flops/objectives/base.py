@@ -8,6 +8,7 @@ followed.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -120,6 +121,12 @@ class Objective:
         """Run the model on a batch; return its scalar loss, if any, and its outputs."""
         outputs = model(**inputs)
         return getattr(outputs, "loss", None), outputs
+
+    def deferred(self) -> AbstractContextManager[None]:
+        """Return a context for the forwards of a step, at whose end losses are checked, so that the
+        host need not wait for the device after each forward: by default nothing is checked.
+        """
+        return nullcontext()
 
     def bind_batch(self, clean: RowLosses, inputs: Inputs) -> tuple[Objective, RowLosses]:
         """Return the objective of a batch's queries, and the clean losses under that objective.

@@ -81,9 +81,12 @@ def averaging(
             elements, as it may weigh or ignore classes.
     """
     batches = float(trainer.current_gradient_accumulation_steps)
-    if items is not None and counts_labels:
+    # the count of a single batch is its own
+    if items is not None and counts_labels and batches > 1:
         count = trainer._get_num_items_in_batch([batch.inputs], trainer.args.device)
-        batches = float(items) / float(count) if count else batches
+        both = [torch.as_tensor(number, device=trainer.args.device) for number in (items, count)]
+        of_step, own = torch.stack(both).tolist()
+        batches = of_step / own if own else batches
     return Averaging(batches, last=trainer.accelerator.sync_gradients)
 
 
