@@ -89,6 +89,41 @@ class ClosedFormHead:
         parts = {"weight": slopes.T @ x, "bias": slopes.sum(0)}
         return torch.cat([parts[own].flatten() for own in self.names])
 
+    def design(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (N, D), what the trained tensors multiply, and (N, C), the rest of the outputs.
+
+        Args:
+            x: (N, H) inputs.
+        """
+        columns, fixed = [], x.new_zeros(len(x), self.module.out_features)
+        if "weight" in self.names:
+            columns.append(x)
+        else:
+            fixed = fixed + x @ self.module.weight.detach().to(x).T
+        if "bias" in self.names:
+            columns.append(x.new_ones(len(x), 1))
+        elif self.module.bias is not None:
+            fixed = fixed + self.module.bias.detach().to(x)
+        return torch.cat(columns, 1), fixed
+
+    def weights(self) -> Tensor:
+        """Return (C, D) float64, the trained tensors side by side."""
+        parts = [getattr(self.module, name).detach() for name in self._order()]
+        return torch.cat([part.cpu().double().reshape(len(part), -1) for part in parts], 1)
+
+    def write(self, weights: Tensor) -> None:
+        """Set the trained tensors to (C, D)."""
+        start = 0
+        for name in self._order():
+            parameter = getattr(self.module, name)
+            width = parameter[0].numel()
+            part = weights[:, start : start + width].reshape(parameter.shape)
+            parameter.data.copy_(part)
+            start += width
+
+    def _order(self) -> list[str]:
+        return [name for name in ("weight", "bias") if name in self.names]
+
 
 def find_head(
     model: nn.Module,
