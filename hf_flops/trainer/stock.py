@@ -126,12 +126,14 @@ class StockOverrides(_Base):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not OutsideParameters(model or self._whole).load_from(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            with device_map_hidden(self.model):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         best = OutsideParameters(self._whole)
         if not best.load_from(str(self.state.best_model_checkpoint)):
-            super()._load_best_model()
+            with device_map_hidden(self.model):
+                super()._load_best_model()
             best.load_from(str(self.state.best_model_checkpoint))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -177,14 +179,6 @@ class StockOverrides(_Base):
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         if not is_offloaded(model):
             super()._move_model_to_device(model, device)
-
-    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with device_map_hidden(self.model):
-            super()._load_from_checkpoint(*args, **kwargs)
-
-    def _load_best_model(self) -> None:
-        with device_map_hidden(self.model):
-            super()._load_best_model()
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         return undivided_loader(self, super()._get_dataloader, args, kwargs)
