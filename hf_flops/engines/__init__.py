@@ -4,16 +4,14 @@ An engine is anything that maps `inputs_embeds` (R, T, D) float32, `attention_ma
 padded at the right, and C tokens to the scores (R, C) of these tokens as what follows each row.
 """
 
-from .base import AdapterEngine, Engine, Generator
+from .base import Engine
 from .http import Account
 from .local import OnnxEngine, TorchEngine, export_onnx
 from .vllm import VllmEngine, VllmInProcess
 
 __all__ = [
     "Account",
-    "AdapterEngine",
     "Engine",
-    "Generator",
     "OnnxEngine",
     "TorchEngine",
     "VllmEngine",

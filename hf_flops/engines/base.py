@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from pathlib import Path
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Protocol, TypeAlias
 
 from torch import Tensor
 
@@ -27,29 +25,6 @@ class Engine(Protocol):
             attention_mask: (R, T) int64, zero on padding, which is at the right.
             token_ids: C tokens.
         """
-
-
-@runtime_checkable
-class Generator(Protocol):
-    """An engine that also continues rows."""
-
-    def generate(
-        self, inputs_embeds: Tensor, attention_mask: Tensor, max_tokens: int, temperature: float
-    ) -> list[list[int]]:
-        """Return the tokens that continue each row, the likeliest ones if the temperature is 0."""
-
-
-@runtime_checkable
-class AdapterEngine(Protocol):
-    """An engine with a pool of LoRA adapters, folders in PEFT's format."""
-
-    def loaded(self, folders: Sequence[Path]) -> AbstractContextManager[list[str]]:
-        """Load adapters inside a context, which gives their names."""
-
-    def scores(
-        self, prompts: Sequence[Prompt], token_ids: Sequence[int], adapters: Sequence[str]
-    ) -> Tensor:
-        """Return scores (R, C) of tokens after R prompts, each with an adapter."""
 
 
 def without_padding(inputs_embeds: Tensor, attention_mask: Tensor) -> list[Prompt]:

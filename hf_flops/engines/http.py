@@ -32,16 +32,8 @@ class RetryableError(Exception):
 
 @dataclass
 class Account:
-    """Costs of an engine.
-
-    Attributes:
-        calls: requests, retries included.
-        retries: repeated requests.
-        rows: answered rows.
-        tokens: their tokens, without padding, and those generated.
-        bytes_sent: size of request bodies.
-        bytes_received: size of answer bodies.
-        seconds: latency, summed over calls.
+    """Costs of an engine: calls with their retries, answered rows and their tokens with those
+    generated and without padding, bytes of bodies, and the latency summed over calls.
     """
 
     calls: int = 0

@@ -69,20 +69,14 @@ class TorchEngine:
         temperature: float = 0.0,
         **options: Any,
     ) -> list[list[int]]:
-        """See `Generator`; further options are those of the model's `generate`."""
+        """Return the tokens that continue each row; options go to the model's `generate`."""
         weight = self.model.get_input_embeddings().weight
         order = attention_mask.argsort(dim=1, stable=True)  # padding goes to the left
-        rows = inputs_embeds.gather(1, order[:, :, None].expand_as(inputs_embeds))
-        if temperature:
-            options = {**options, "temperature": temperature}
-        mask = attention_mask.gather(1, order).to(weight.device)
-        return self.model.generate(
-            inputs_embeds=rows.to(weight),
-            attention_mask=mask,
-            do_sample=temperature > 0,
-            max_new_tokens=max_tokens,
-            **options,
-        ).tolist()
+        rows = inputs_embeds.gather(1, order[:, :, None].expand_as(inputs_embeds)).to(weight)
+        options |= {"attention_mask": attention_mask.gather(1, order).to(weight.device)}
+        options |= {"temperature": temperature} if temperature else {}
+        options |= {"do_sample": temperature > 0, "max_new_tokens": max_tokens}
+        return self.model.generate(inputs_embeds=rows, **options).tolist()
 
 
 def _onnxruntime() -> ModuleType:

@@ -55,7 +55,7 @@ class _Vllm:
         temperature: float = 0.0,
         **options: Any,
     ) -> list[list[int]]:
-        """See `Generator`; further options, such as `top_p`, are vLLM's."""
+        """Return the tokens that continue each row; options, such as `top_p`, are vLLM's."""
         options = {**options, "max_tokens": max_tokens, "temperature": temperature}
         prompts = without_padding(inputs_embeds, attention_mask)
         tokens = self._completed(prompts, options, None)
@@ -114,7 +114,7 @@ class VllmEngine(Endpoint, _Vllm):
 
     @contextmanager
     def loaded(self, folders: Sequence[Path]) -> Iterator[list[str]]:
-        """See `AdapterEngine`; the server must see the folders under the same paths."""
+        """Have PEFT's folders, which the server must see too, loaded as adapters; gives names."""
         new = {f"hf-flops-{uuid.uuid4().hex}": str(folder) for folder in folders}
         loads = [
             {"lora_name": name, "lora_path": path, "load_inplace": True}  # if a call is repeated
@@ -155,7 +155,7 @@ class VllmEngine(Endpoint, _Vllm):
         try:
             choices = sorted(json.loads(answer)["choices"], key=lambda choice: choice["index"])
             if tokens is None:
-                rows = [[int(token) for token in choice["token_ids"]] for choice in choices]
+                rows: list[list[Any]] = [[*map(int, choice["token_ids"])] for choice in choices]
             else:
                 found = [choice["logprobs"]["top_logprobs"][0] for choice in choices]
                 rows = [[float(row[f"token_id:{token}"]) for token in tokens] for row in found]
@@ -189,7 +189,7 @@ class VllmInProcess(_Vllm):
 
     @contextmanager
     def loaded(self, folders: Sequence[Path]) -> Iterator[list[str]]:
-        """See `AdapterEngine`."""
+        """Have PEFT's folders loaded as adapters inside the context; gives their names."""
         from vllm.lora.request import LoRARequest
 
         new = dict[str, Any]()
@@ -224,9 +224,10 @@ class VllmInProcess(_Vllm):
 
 def as_json(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
     """Return prompts, all embeddings or all tokens, in the form that the server takes."""
-    if not torch.is_tensor(prompts[0]):
-        return {"prompt": list(prompts)}
-    files = [io.BytesIO() for _ in prompts]
-    for prompt, file in zip(prompts, files, strict=True):
-        torch.save(prompt.clone(), file)  # a view would bring all of its storage
-    return {"prompt_embeds": [base64.b64encode(file.getvalue()).decode() for file in files]}
+    encoded = []
+    for prompt in prompts:
+        if not isinstance(prompt, Tensor):
+            return {"prompt": list(prompts)}
+        torch.save(prompt.clone(), file := io.BytesIO())  # a view would bring all of its storage
+        encoded.append(base64.b64encode(file.getvalue()).decode())
+    return {"prompt_embeds": encoded}

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
-from typing import SupportsIndex
+from typing import Protocol, SupportsIndex, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
-from ..engines.base import Engine, Generator
+from ..engines.base import Engine
 from ..errors import ConfigurationError, EngineError
 from ..objectives.elementwise import mean_cross_entropy
+
+
+@runtime_checkable
+class Generator(Protocol):
+    """An engine that also continues rows."""
+
+    def generate(
+        self, inputs_embeds: Tensor, attention_mask: Tensor, max_tokens: int, temperature: float
+    ) -> list[list[int]]:
+        """Return the tokens that continue each row, the likeliest ones if the temperature is 0."""
 
 
 def tokens_of(name: str, values: Iterable[SupportsIndex], size: int) -> list[int]:

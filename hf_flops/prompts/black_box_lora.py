@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Protocol
 
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
@@ -16,11 +17,23 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutput
 
-from ..engines.base import AdapterEngine
+from ..engines.base import Prompt
 from .black_box import LabelWords
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _MEMORY = Path("/dev/shm")
+
+
+class AdapterEngine(Protocol):
+    """An engine with a pool of LoRA adapters, folders in PEFT's format."""
+
+    def loaded(self, folders: Sequence[Path]) -> AbstractContextManager[list[str]]:
+        """Load adapters inside a context, which gives their names."""
+
+    def scores(
+        self, prompts: Sequence[Prompt], token_ids: Sequence[int], adapters: Sequence[str]
+    ) -> Tensor:
+        """Return scores (R, C) of tokens after R prompts, each with an adapter."""
 
 
 class BlackBoxLoraModel(nn.Module):
