@@ -26,6 +26,8 @@ if TYPE_CHECKING:
         TrajectoryError,
     )
     from .objectives import CallableObjective, GeneratedMetric, MacroF1, Metric, Objective
+    from .prompts.black_box import BlackBoxPromptModel
+    from .prompts.black_box_lora import BlackBoxLoraModel
     from .prompts.label_head import LabelHeadModel
     from .prompts.suffix_prompt import SuffixPromptModel
     from .prompts.visual_prompt import VisualPrompt
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "BatchPosition": "base.rows",
+    "BlackBoxLoraModel": "prompts.black_box_lora",
+    "BlackBoxPromptModel": "prompts.black_box",
     "CallableObjective": "objectives.base",
     "ConfigurationError": "errors",
     "ContrastiveLoss": "contrastive.loss",
@@ -68,6 +72,8 @@ _HOMES = {
 
 __all__ = [
     "BatchPosition",
+    "BlackBoxLoraModel",
+    "BlackBoxPromptModel",
     "CallableObjective",
     "ConfigurationError",
     "ContrastiveLoss",

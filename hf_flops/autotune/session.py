@@ -22,12 +22,13 @@ from ..core.estimate import estimate_gradient
 from ..core.method import Method, StepResult
 from ..distributed.collectives import ProcessGroup
 from ..distributed.exchange import EXCHANGES
-from ..errors import ObjectiveError
+from ..errors import ConfigurationError, ObjectiveError
 from ..estimators import ESTIMATORS, Estimator, HeadSolver
 from ..estimators.control_variate import control_variate
 from ..objectives import Objective, RowLossError, TappedLoss
 from ..perturbations import ParameterVector, Perturbation
 from ..reuse import ReusePlan
+from .epsilon import agreement
 from .first_batch import Chosen, held_back, loss_of_batch, set_up
 from .protocol import Averaging, Batch, Observer, RunArguments, Stateful, seed_of
 from .tuning import Tuning, first_scale
@@ -140,9 +141,28 @@ class SampleSession:
             method, batch.forward, batch.inputs, precision=precision, seed=seed_of(self.args)
         )
         assert self.chosen is not None
+        if new and getattr(self.model, "measures_noise", False) and not self.tuning.found:
+            self._check_rounding(batch, method)
         self.chosen = replace(self.chosen, reuse=method.reuse)  # the tuning may have refined it
         self._method = self._agreed(method) if new else method
         self.check_rows, self.tuning.rows = self.check_rows + self.tuning.rows, 0
+
+    def _check_rounding(self, batch: Batch, method: Method) -> None:
+        """Refuse an engine whose rounding swallows the noise.
+
+        Raises:
+            ConfigurationError: it does.
+        """
+        forward = batch.checks or batch.forward
+        correlation, rows = agreement(forward, batch.inputs, method, seed_of(self.args))
+        self.tuning.rows += rows
+        if correlation < 0.7:
+            raise ConfigurationError(
+                f"perturbation_scale={method.scale:g} is lost in the engine's rounding: "
+                f"differences of the same queries at smaller scales correlate by {correlation:.2f} "
+                "only. Run the engine in float32 (vLLM: --dtype float32), or pass a larger "
+                "perturbation_scale, or 'auto'."
+            )
 
     def _assembled(self, precision: float, step: int) -> Method:
         """Put the method together, as far as the arguments fix it."""
