@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..allocators import ALLOCATORS, Allocator
+from ..base.batch import ROW
 from ..base.padding import TrimmedBatch
 from ..base.rounding_error import precision_of
 from ..base.rows import BatchPosition
@@ -25,12 +26,13 @@ from ..distributed.exchange import EXCHANGES
 from ..errors import ConfigurationError, ObjectiveError
 from ..estimators import ESTIMATORS, Estimator, HeadSolver
 from ..estimators.control_variate import control_variate
-from ..objectives import Objective, RowLossError, TappedLoss
+from ..objectives import CoupledLoss, Objective, RowLossError, RowwiseLoss, TappedLoss
 from ..perturbations import ParameterVector, Perturbation
 from ..reuse import ReusePlan
 from .epsilon import agreement
-from .first_batch import Chosen, held_back, loss_of_batch, set_up
+from .first_batch import Chosen, held_back, set_up
 from .protocol import Averaging, Batch, Observer, RunArguments, Stateful, seed_of
+from .row_loss_check import loss_of_batch
 from .tuning import Tuning, first_scale
 
 logger = logging.getLogger("hf_flops.trainer")
@@ -78,7 +80,7 @@ class SampleSession:
         self._trainable: list[str] = []
         self._steps = 0
         # what `fall_back` leaves
-        self._tap = True
+        self._without = dict[type[Objective], str]()
         self._whole: Objective | None = None
 
     @property
@@ -133,7 +135,7 @@ class SampleSession:
                 self._given,
                 self.frozen,
                 batch.loss,
-                tap=self._tap,
+                without=self._without,
             )
         precision = precision_of(self.model, autocast=self.args.bf16)
         method = self._assembled(precision, batch.step)
@@ -220,6 +222,7 @@ class SampleSession:
         """See `GradientSession`."""
         assert self._method is not None
         method, ids = self._method, batches[0].ids
+        batches = [numbered(batch, method) for batch in batches]
         # what is recorded of the next batch is not about these
         if len(batches) > 1 or batches[0].step < 0:
             method, ids = replace(method, reuse=ReusePlan()), None
@@ -246,7 +249,7 @@ class SampleSession:
         assert self._method is not None
         return estimate_gradient(
             batch.forward,
-            batch.inputs,
+            numbered(batch, self._method).inputs,
             self._method,
             position,
             averaging.elements,
@@ -275,11 +278,13 @@ class SampleSession:
                 "last checkpoint, or pass objective=."
             )
         assert self.chosen is not None
-        if isinstance(self.chosen.objective, TappedLoss):
-            logger.warning("The loss is computed for each row from now on: %s.", error)
-            self._tap = False
-        else:
+        kinds = (TappedLoss, RowwiseLoss, CoupledLoss)
+        kind = next(kind for kind in kinds if isinstance(self.chosen.objective, kind))
+        self._without[kind] = str(error)
+        if isinstance(self.chosen.objective, CoupledLoss):
             self._whole = loss_of_batch(self.args, error)
+        else:
+            logger.warning("The loss is split into rows in another way from now on: %s.", error)
         self.chosen = None
 
     def discard(self) -> None:
@@ -301,3 +306,10 @@ class SampleSession:
         solved = self.solver.objective
         objective = {} if solved is None else {"solved_head_loss": solved}
         return {**self.tuning.found, **scale, **objective}
+
+
+def numbered(batch: Batch, method: Method) -> Batch:
+    """Return a batch with its rows numbered, if the objective needs that."""
+    if not method.objective.numbered:
+        return batch
+    return replace(batch, inputs={**batch.inputs, ROW: torch.arange(batch.samples)})

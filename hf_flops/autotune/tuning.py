@@ -98,7 +98,7 @@ class Tuning:
         """
         self.planner.prepare(method.perturbation.vector.device, method.perturbation.row_bytes)
         surrogate = method.objective.surrogate
-        if method.objective.per_row and self._trim:
+        if method.objective.per_row and self._trim and not method.objective.numbered:
             self.idle.update(
                 padding_is_idle(surrogate, forward, inputs, precision, known=set(self.idle))
             )

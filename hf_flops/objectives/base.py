@@ -88,6 +88,7 @@ class Objective:
         targets: whether row losses have targets and weights too, where they are known.
         needs_clean: whether clean (unperturbed) rows always run, because row losses depend on the
             rest of the batch.
+        numbered: whether inputs must have each row's index in the batch, under `ROW`.
         piecewise_constant: whether small changes of the parameters do not change most row losses,
             as with an accuracy.
         generates: whether `run` generates text instead of running one forward pass.
@@ -107,6 +108,7 @@ class Objective:
     predictable: bool = True
     targets: bool = False
     needs_clean: bool = False
+    numbered: bool = False
     piecewise_constant: bool = False
     generates: bool = False
 

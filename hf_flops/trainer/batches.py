@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from ..autotune.protocol import Averaging, Batch, GradientSession
-from ..base.batch import Inputs, batch_size
+from ..base.batch import ROW, Inputs, batch_size
 from ..base.rows import BatchPosition
 from ..core.method import StepResult
 from ..errors import ObjectiveError
@@ -43,6 +43,7 @@ def forward_function(trainer: FlopsTrainerMixin, model: nn.Module) -> Forward:
     def forward(inputs: Inputs) -> tuple[Tensor | None, object]:
         rows = batch_size(inputs)
         given = dict(inputs) if pairs is None else pairs.restored(inputs)
+        given.pop(ROW, None)
         with rows_together(modules, rows) if own and rows > 1 else nullcontext():
             return whole(given)
 
