@@ -4,8 +4,9 @@ each ingredient removed, opponents with the same head.
 Every method trains the same LoRA matrices from the same start. J is the mean cross-entropy of all
 training samples under a head that is solved for the adapter of the moment, whatever head the method
 trained. Learning rates come from a grid (seed 0; mean of J over the second half of the logarithm of
-rows), which grows until its best is not at its edge; so do the rows per sample. The best is run
-with fresh seeds. Every row is charged, clean ones too; evaluations are not.
+rows), which grows until its best is not at its edge and is then refined around it; so do the rows
+per sample. The best is run with fresh seeds. Every row is charged, clean ones too; evaluations are
+not.
 
     python benchmarks/learning.py --task permuted --gap
     python benchmarks/learning.py --task permuted --methods flops "MeZO + head, Adam"
@@ -38,7 +39,7 @@ Curve = list[tuple[int, float, float, float]]  # rows, J, test accuracy, seconds
 METHODS = [*OURS, *OPPONENTS]
 FROZEN = "frozen adapter"
 SEEDS = [1, 2, 3]
-# Middle of the first three learning rates, in halves of powers of ten.
+# Middle of the first three learning rates, in powers of the square root of ten.
 MIDDLE = {
     "MeZO + head, SGD": -3,
     "MeZO + head, Adam": -4,
@@ -50,8 +51,8 @@ MIDDLE = {
 EXTENSIONS = 4
 
 
-def rate_of(exponent: int) -> float:
-    """Return a learning rate of the grid: halves of powers of ten."""
+def rate_of(exponent: float) -> float:
+    """Return a learning rate of the grid, of exponents of the square root of ten."""
     return float(f"{10 ** (exponent / 2):.2g}")
 
 
@@ -131,12 +132,12 @@ class Benchmark:
 
     def tune(self, method: str) -> tuple[float, int]:
         """Return the best rate and rows per sample; each grid of rates grows until its best is not
-        at its edge, at most `EXTENSIONS` times.
+        at its edge, at most `EXTENSIONS` times, and the rates on both sides of the best one follow.
         """
         known = QUERIES[method] if method in OURS else OPPONENTS[method].queries
-        middle, scores = MIDDLE.get(method, -4), dict[tuple[int, int], float]()
+        middle, scores = float(MIDDLE.get(method, -4)), dict[tuple[float, int], float]()
         for queries in self.options.queries or known:
-            own = dict[int, float]()
+            own = dict[float, float]()
             wanted = [middle - 1, middle, middle + 1]
             while wanted and len(own) < 3 + EXTENSIONS:
                 for exponent in wanted:
@@ -145,8 +146,11 @@ class Benchmark:
                 wanted = [e for e in (middle - 1, middle + 1) if e not in own]
             scores |= {(exponent, queries): found for exponent, found in own.items()}
             middle = min(scores, key=scores.__getitem__)[0]
-        exponent, queries = min(scores, key=scores.__getitem__)
-        return rate_of(exponent), queries
+        best, queries = min(scores, key=scores.__getitem__)
+        for exponent in (best - 0.5, best + 0.5):
+            found = score(self.curve(method, rate_of(exponent), queries, 0))
+            scores[exponent, queries] = found
+        return rate_of(min(scores, key=scores.__getitem__)[0]), queries
 
     def method(self, method: str) -> None:
         """Tune a method, and run it with fresh seeds."""

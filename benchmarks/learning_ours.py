@@ -33,10 +33,10 @@ OURS: dict[str, dict[str, Any]] = {
 QUERIES = {
     "flops": (8, 4, 16),
     "flops, equal counts": (8, 4, 16),
-    "flops, no control variate": (8, 16),
-    "flops, mean control variate": (8,),
-    "own noise, equal counts": (8, 16),
-    "flops, head by exact gradient": (8,),
+    "flops, no control variate": (8, 4, 16),
+    "flops, mean control variate": (8, 4, 16),
+    "own noise, equal counts": (8, 4, 16),
+    "flops, head by exact gradient": (8, 4, 16),
 }
 
 Look = Callable[[int, float, nn.Module], None]

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from hf_flops.engines import BlackBoxPromptModel, Engine, OnnxEngine, TorchEngine, export_onnx
+from hf_flops import BlackBoxPromptModel
+from hf_flops.engines import Engine, OnnxEngine, TorchEngine, export_onnx
 from hf_flops.trajectory.start import digest
 from recipes.prompts import Template, adapted
 

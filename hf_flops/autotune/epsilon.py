@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -129,12 +129,39 @@ def choose_step_scale(
     return (scales[best], float(shares[best])) if shares[best] > 0 else (None, 0.0)
 
 
+def agreement(forward: Forward, inputs: Inputs, method: Method, seed: int = 0) -> tuple[float, int]:
+    """Return the correlation of the same queries' deltas at neighbouring scales, the larger one of
+    two pairs up to the method's scale, and the rows that went through the model.
+
+    It is near 1 where deltas are derivatives. Rounding lowers it for all pairs, curvature for the
+    larger scales only.
+
+    Args:
+        forward: runs the model, in evaluation mode, without gradients.
+        inputs: a batch of B samples.
+        method: how gradients are estimated.
+        seed: the run's seed.
+    """
+    method = replace(method, objective=method.objective.surrogate)
+    grid = tuple(method.scale * 10**power for power in (-1.0, -0.5, 0.0))
+    deltas, rows = _evaluated(forward, inputs, method, seed, grid, 16)
+    deltas = deltas[:, deltas.isfinite().all(0)]
+    if not deltas.numel():
+        return 1.0, rows
+    return float(torch.cosine_similarity(deltas[1:], deltas[:-1], dim=1).max()), rows
+
+
 def _evaluated(
-    forward: Forward, inputs: Inputs, method: Method, seed: int, grid: tuple[float, ...]
+    forward: Forward,
+    inputs: Inputs,
+    method: Method,
+    seed: int,
+    grid: tuple[float, ...],
+    most: int = _ROWS,
 ) -> tuple[Tensor, int]:
     """Return (K, R) deltas of the same queries at every scale of the grid, and the rows used."""
     samples = batch_size(inputs)
-    units, wanted = (samples, _ROWS) if method.objective.per_row else (1, 8)
+    units, wanted = (samples, most) if method.objective.per_row else (1, 8)
     rows = expand(torch.full((units,), -(-wanted // units)), 1.0)[slice(wanted)]
     clean = None
     used = len(rows) * len(grid) * len(method.estimator.signs) * (samples // units)

@@ -6,6 +6,7 @@ import logging
 from dataclasses import replace
 
 from ..base.batch import Inputs
+from ..base.state import flag, number
 from ..core.chunking import ChunkPlanner
 from ..core.method import FinishedBatch, Method
 from ..objectives import Forward, Objective
@@ -100,7 +101,7 @@ class Tuning:
         perturbation = method.perturbation
         self.planner.prepare(perturbation.vector.device, perturbation.row_bytes, fetches=fetches)
         surrogate = method.objective.surrogate
-        if method.objective.per_row and self._trim:
+        if method.objective.per_row and self._trim and not method.objective.numbered:
             self.idle.update(
                 padding_is_idle(surrogate, forward, inputs, precision, known=set(self.idle))
             )
@@ -168,6 +169,9 @@ class Tuning:
     def load_state_dict(self, state: State) -> None:
         """Take up a state from `state_dict`."""
         self.planner.load_state_dict(state["chunks"])
-        self.idle, self.found = dict(state["padding"]), dict(state["found"])
+        self.idle = {str(side): flag(idle) for side, idle in state["padding"].items()}
+        self.found = {str(name): number(value, 0) for name, value in state["found"].items()}
+        if self.found.get("perturbation_scale") == 0:
+            raise ValueError("perturbation_scale is 0")
         if self.queries is not None and state["queries"] is not None:
             self.queries.load_state_dict(state["queries"])

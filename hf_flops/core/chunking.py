@@ -13,7 +13,8 @@ from functools import partial
 import torch
 
 from ..base.memory import PeakMemory, free_memory
-from ..base.state import State
+from ..base.state import State, flag, number, whole
+from ..base.transfer import synchronise
 
 logger = logging.getLogger(__name__)
 Work = Callable[[slice], int]
@@ -137,8 +138,10 @@ class ChunkPlanner:
             if most <= SMALL:
                 self._next(most)
             return
+        synchronise(self.device)
         start = time.perf_counter()
         columns = work()
+        synchronise(self.device)
         cost = (time.perf_counter() - start) / (rows * columns)
         self.costs[self.size] = min(cost, self.costs.get(self.size, math.inf))
         self._timed += rows
@@ -200,9 +203,9 @@ class ChunkPlanner:
     def load_state_dict(self, state: State) -> None:
         """Load a state from `state_dict`; a size that the user chose is kept."""
         if self.given is None:
-            self.size, self.settled = state["size"], state["settled"]
-            self.ceiling = state["ceiling"]
-            self.costs = {int(size): cost for size, cost in state["costs"]}
+            self.size, self.settled = whole(state["size"], 1), flag(state["settled"])
+            self.ceiling = whole(state["ceiling"], 1)
+            self.costs = {whole(size, 1): number(cost, 0) for size, cost in state["costs"]}
 
 
 def even(number: int, most: int) -> int:

@@ -50,8 +50,9 @@ class LastLogits(TappedLoss):
             fixed = {"logits_to_keep", "shift_labels"} & kwargs.keys()
             if torch.is_tensor(labels) and labels.dim() == 2 and not fixed:
                 labelled = labels.ne(-100).any(0)
-                first = int(_first(labelled))
-                last = labels.shape[1] - 1 - int(_first(labelled.flip(0)))
+                ends = torch.stack([_first(labelled), _first(labelled.flip(0))])
+                first, after = ends.tolist()
+                last = labels.shape[1] - 1 - after
                 if first > 1 or last < labels.shape[1] - 1:
                     # Indices, not a number: torch is slow if the head reads a slice, which is not
                     # contiguous.

@@ -25,6 +25,7 @@ class QueryBudget(TrainerCallback):
         most: returns the limit on the rows of the run, None for no limit.
         queries: returns the rows per sample of an optimizer step.
         ledger: returns the ledger of the run.
+        samples: returns the samples of an optimizer step.
     """
 
     def __init__(
@@ -32,8 +33,9 @@ class QueryBudget(TrainerCallback):
         most: Callable[[], int | None],
         queries: Callable[[int], int],
         ledger: Callable[[], Ledger],
+        samples: Callable[[], int],
     ) -> None:
-        self.most, self.queries, self.ledger = most, queries, ledger
+        self.most, self.queries, self.ledger, self.samples = most, queries, ledger, samples
         self._refused = False
 
     @property
@@ -72,7 +74,7 @@ class QueryBudget(TrainerCallback):
         **kwargs: object,
     ) -> None:
         """Refuse a run that could not take one step."""
-        need = self._step(args, state.global_step, train_dataloader)
+        need = self._step(state.global_step, train_dataloader)
         used = self.ledger().all_rows
         self._refused = False
         if need > self.left:
@@ -92,7 +94,7 @@ class QueryBudget(TrainerCallback):
         **kwargs: object,
     ) -> None:
         """Stop, and save as at the end of training, if the next step would not fit."""
-        if not self._refused and self._step(args, state.global_step, train_dataloader) <= self.left:
+        if not self._refused and self._step(state.global_step, train_dataloader) <= self.left:
             return
         logger.info(
             "Training stops at step %d: %d rows are left of max_queries=%d.",
@@ -104,11 +106,11 @@ class QueryBudget(TrainerCallback):
         if args.save_strategy == SaveStrategy.STEPS:
             control.should_save = True
 
-    def _step(self, args: TrainingArguments, step: int, loader: object) -> int:
+    def _step(self, step: int, loader: object) -> int:
         """Return the rows of a whole optimizer step; 0 without a limit."""
         if self.most() is None:
             return 0
-        samples = args.train_batch_size * args.gradient_accumulation_steps
+        samples = self.samples()
         data = getattr(loader, "dataset", None)
         if isinstance(data, Sized):
             samples = min(samples, len(data))

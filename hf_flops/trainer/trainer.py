@@ -25,12 +25,13 @@ from ..reporting.model_card import TAGS, complete_card
 from ..trajectory.recorder import TrajectoryRecorder
 from .args import FlopsTrainingArguments
 from .batches import ElementMean, PositionCounter
-from .checkpoints import CheckpointWriter, SaveOnSigterm, chosen_checkpoint
+from .checkpoints import CheckpointWriter, chosen_checkpoint
 from .gathered import GatheredMetrics
 from .layout import Layout
 from .learning_rate_search import RateSearch
-from .multiprocess import BatchSize, Lockstep, start_group
+from .multiprocess import Lockstep, start_group
 from .noise_guard import NoiseGuard
+from .parts import StreamPosition, parts_of
 from .preparation import (
     add_tags,
     check_arguments,
@@ -46,7 +47,9 @@ from .preparation import (
     wrap_with_adapter,
 )
 from .query_budget import QueryBudget
+from .run_lock import undisturbed
 from .settings import as_code
+from .sigterm import SaveOnSigterm
 from .step import AfterStep, batch_of, estimate_batch
 from .stock import StockOverrides
 
@@ -136,11 +139,12 @@ class FlopsTrainerMixin(StockOverrides):
             super().__init__(model, *positional, **kwargs)
         follow_accelerator(self.accelerator, self.args)
         self._begin()
-        self.noise_guard = NoiseGuard(lambda: self.session)
+        self.noise_guard, self.stream = NoiseGuard(lambda: self.session), StreamPosition()
         self.query_budget = QueryBudget(
             lambda: self.args.max_queries,
             lambda step: self.session.rows(1, step),
             lambda: self.ledger,
+            lambda: self.get_total_train_batch_size(self.args),
         )
         after = AfterStep(lambda: self.session)
         for callback in (after, self.query_budget, self._sigterm, self.recorder):
@@ -168,18 +172,20 @@ class FlopsTrainerMixin(StockOverrides):
         and self-check.
 
         Raises:
-            ConfigurationError: there is no whole checkpoint to resume from.
+            ConfigurationError: no whole checkpoint to resume from, or another run in the folder.
             SystemExit: SIGTERM has arrived, and the run has saved.
         """
         self._begin()
-        self.remove_callback(RateSearch)
-        self.remove_callback(NoiseGuard)
-        self.noise_guard = NoiseGuard(lambda: self.session)
+        for kind in (RateSearch, NoiseGuard, StreamPosition):
+            self.remove_callback(kind)
+        self.noise_guard, self.stream = NoiseGuard(lambda: self.session), StreamPosition()
         self.add_callback(self.noise_guard)
+        self.add_callback(self.stream)
         self.rate_search = self._new_search() if self.args.learning_rate_search else None
         if self.rate_search is not None:
             self.add_callback(self.rate_search)
-        with self._sigterm.listening(alone=self.args.world_size == 1), self.group.watched():
+        run = self._get_output_dir(args[0] if args else kwargs.get("trial"))
+        with self._sigterm.listening(alone=self.group.world == 1), undisturbed(run, self.group):
             checkpoint = chosen_checkpoint(resume_from_checkpoint, self.args.output_dir, self.group)
             return super().train(checkpoint, *args, **kwargs)
 
@@ -273,11 +279,7 @@ class FlopsTrainerMixin(StockOverrides):
             complete_card(self.args.output_dir, settings, self.model, costs, options.get("tags"))
 
     def _parts(self) -> dict[str, Stateful]:
-        """Return the parts that a checkpoint holds, by name."""
-        batch = BatchSize(self.get_total_train_batch_size(self.args))
-        parts: dict[str, Stateful] = {"ledger": self.ledger, "batch": batch, **self.session.parts()}
-        search = {} if self.rate_search is None else {"learning rate search": self.rate_search}
-        return {**parts, **search, "noise guard": self.noise_guard}
+        return parts_of(self)
 
 
 class FlopsTrainer(FlopsTrainerMixin, Trainer):
