@@ -23,12 +23,8 @@ from ..objectives import CoupledLoss, Forward, Objective, RowLossError, TappedLo
 from ..perturbations import ParameterVector, Perturbation
 from ..reuse import CachedPlan, ReusePlan, SampleStore, choose_reuse, with_last_logits
 from .protocol import RunArguments
-<<<<<<< HEAD
 from .quick_check import prove
-from .row_loss_check import check_moves, choose_objective
-=======
 from .row_loss_check import check_moves, choose_objective, loss_of_batch
->>>>>>> origin/main
 from .rule_check import choose_perturbation
 
 logger = logging.getLogger("hf_flops.trainer")
@@ -108,13 +104,10 @@ def set_up(
     # an objective of the user's is left as it is, unless it keeps logits itself
     if objective is not None:
         return _set_up(objective, *given, ours=objective.logits)
-<<<<<<< HEAD
-    usual = tap and perturbation is None
+    usual = TappedLoss not in without and perturbation is None
     if usual and (proven := prove(args, model, forward, inputs, frozen, precision)):
         return Chosen(proven.objective, proven.perturbation, logged_plan(model, proven.reuse), None)
-=======
     without = dict(without)
->>>>>>> origin/main
     if not set(ParameterVector.of(model).names) <= set(frozen):
         without |= check_moves(forward, inputs, model)
     if args.world_size > 1 or args.perturbation == "shared":

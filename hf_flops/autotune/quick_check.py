@@ -16,9 +16,10 @@ from functools import partial
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..base.batch import Inputs, batch_size, misaligned, take
+from ..base.calls import constant_outputs
 from ..base.prng import seeds
 from ..base.probe import Attempt
 from ..estimators.control_variate import MOST_LOGITS
@@ -62,11 +63,14 @@ class Proven:
 
 @dataclass
 class _Explicit:
-    """A forward of the rows a, b, b' without rules."""
+    """A forward of the rows a, b, b' without rules: their losses, the calls of modules, after which
+    of them the loss is computed, and what it takes from the model as constants.
+    """
 
     losses: list[RowLosses]
     visits: Visits
     late: TappedLoss
+    constants: list[Tensor]
 
 
 def prove(
@@ -136,6 +140,8 @@ class _Proof:
         points = next(filter(self._differ, map(partial(self._explicit, three), _SCALES)), None)
         if points is None or self._calls_for_more(points[0]):
             return None
+        if not _same(*(point.constants for point in points)):
+            return None
         here, there = (point.visits for point in points)
         rows = take(self.pair, _OWNER)
         if not self.args.late_expansion or hasattr(self.model, "cached_texts"):
@@ -155,9 +161,16 @@ class _Proof:
             run = partial(self._tapped, losses)
             with displaced(self.perturbation.vector, scale * self.noise[point]):
                 listen = cast(Forward, partial(late.listen_late, self.model, run))
-                points.append(_Explicit(losses, trace(self.model, listen, inputs), late))
+                visits = list[Visits]()
+                constants = constant_outputs(
+                    self.model, partial(self._traced, visits, listen, inputs)
+                )
+                points.append(_Explicit(losses, visits[0], late, constants))
         self.scale, self.losses = scale, [point.losses[0] for point in points]
         return points
+
+    def _traced(self, visits: list[Visits], forward: Forward, inputs: Inputs) -> None:
+        visits.append(trace(self.model, forward, inputs))
 
     def _tapped(self, losses: list[RowLosses], inputs: Inputs) -> tuple[None, None]:
         losses.append(TappedLoss(logits=True)(self.forward, inputs))
@@ -235,6 +248,10 @@ class _Proof:
         labels, logits = self.pair.get("labels"), self.losses[0].logits
         texts = torch.is_tensor(labels) and labels.dim() > 1 and not labels.is_floating_point()
         return not texts and logits is not None and logits.shape[1] <= MOST_LOGITS
+
+
+def _same(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    return len(first) == len(second) and all(map(torch.equal, first, second))
 
 
 def _sees_one_token(site: Site, shapes: Mapping[nn.Module, Sequence[tuple[int, ...]]]) -> bool:

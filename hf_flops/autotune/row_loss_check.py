@@ -107,16 +107,8 @@ def choose_objective(
     if odd:
         return BatchLoss(), f"its inputs {odd} are not laid out one entry per sample"
     pair = take(inputs, most_different(inputs, torch.arange(batch_size(inputs))))
-<<<<<<< HEAD
     warn_of_equal_samples(pair, inputs)
-=======
-    if same_rows(pair) and batch_size(inputs) > 1:
-        logger.warning(
-            "All samples of the first batch are equal, so nothing could be checked of how its "
-            "loss is split into rows: begin with a batch of different samples."
-        )
     makers: dict[type[Objective], Callable[[], Objective]] = {TappedLoss: TappedLoss}
->>>>>>> origin/main
     if loss is not None:
         makers[RowwiseLoss] = partial(RowwiseLoss, loss, forward, pair)
         makers[CoupledLoss] = partial(CoupledLoss, loss, forward, pair)
@@ -138,7 +130,6 @@ def choose_objective(
     return BatchLoss(), joined(reasons)
 
 
-<<<<<<< HEAD
 def warn_of_equal_samples(pair: Inputs, inputs: Inputs) -> None:
     """Warn if the two samples of a batch that differ most are equal."""
     if same_rows(pair) and batch_size(inputs) > 1:
@@ -148,12 +139,8 @@ def warn_of_equal_samples(pair: Inputs, inputs: Inputs) -> None:
         )
 
 
-def check_moves(forward: Forward, inputs: Inputs, model: nn.Module) -> None:
-    """Refuse a loss whose value is the same wherever the parameters are.
-=======
 def loss_of_batch(args: RunArguments, reason: object) -> BatchLoss:
     """Return the objective for a model's loss that cannot be split into rows, and log why.
->>>>>>> origin/main
 
     Raises:
         ObjectiveError: the arguments want noise per row.
