@@ -101,7 +101,9 @@ class Tuning:
         perturbation = method.perturbation
         self.planner.prepare(perturbation.vector.device, perturbation.row_bytes, fetches=fetches)
         surrogate = method.objective.surrogate
-        if method.objective.per_row and self._trim and not method.objective.numbered:
+        # With all rows in one forward there is little padding that all have, and checks fetch too.
+        trims = self._trim and not method.objective.numbered and not fetches
+        if method.objective.per_row and trims:
             self.idle.update(
                 padding_is_idle(surrogate, forward, inputs, precision, known=set(self.idle))
             )
