@@ -8,6 +8,7 @@ anything disagrees, the checks that go one by one decide.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -21,9 +22,10 @@ from torch import Tensor, nn
 from ..base.batch import Inputs, batch_size, misaligned, take
 from ..base.calls import constant_outputs
 from ..base.prng import seeds
-from ..base.probe import Attempt
+from ..base.probe import FAILURES, Attempt
+from ..errors import in_one_line
 from ..estimators.control_variate import MOST_LOGITS
-from ..objectives import Forward, RowLosses, TappedLoss
+from ..objectives import Forward, RowLossError, RowLosses, TappedLoss
 from ..perturbations import NoiseKeys, ParameterVector, RowwiseNoise, displaced
 from ..perturbations.activation import is_linear
 from ..perturbations.sites import Site
@@ -40,6 +42,7 @@ from .row_loss_check import (
     with_fewer_labels,
 )
 
+logger = logging.getLogger(__name__)
 _SCALES = (0.5, 2.0)  # tried in turn until the losses at both points differ clearly
 # samples a and b, each at both points: no other order of the noise gives the same losses
 _OWNER = torch.tensor([0, 1, 0, 1, 1])
@@ -128,16 +131,7 @@ class _Proof:
 
     def run(self) -> Proven | None:
         """Run the forwards and return what they prove."""
-        fewer = with_fewer_labels(self.pair) or self.pair
-        three = {
-            name: torch.cat([value, fewer[name][1:]])
-            if torch.is_tensor(value) and value.dim() > 0
-            else value
-            for name, value in take(self.pair, torch.tensor([0, 1])).items()
-        }
-        if any(isinstance(value, (list, tuple)) for value in three.values()):
-            return None
-        points = next(filter(self._differ, map(partial(self._explicit, three), _SCALES)), None)
+        points = self._at_two_points()
         if points is None or self._calls_for_more(points[0]):
             return None
         if not _same(*(point.constants for point in points)):
@@ -151,6 +145,28 @@ class _Proof:
             run = recording.rows(rows, _OWNER)
             if proven := self._with_noise(recording.plan, run, rows, points[0].late.after):
                 return proven
+        return None
+
+    def _at_two_points(self) -> list[_Explicit] | None:
+        """Run the rows a, b, b' at two points between which the losses differ clearly; b' is b with
+        fewer labels, if the model takes that.
+        """
+        for other in (with_fewer_labels(self.pair), self.pair):
+            if other is None or any(isinstance(v, (list, tuple)) for v in other.values()):
+                continue
+            three = {
+                name: torch.cat([value, other[name][1:]])
+                if torch.is_tensor(value) and value.dim() > 0
+                else value
+                for name, value in self.pair.items()
+            }
+            try:
+                found = map(partial(self._explicit, three), _SCALES)
+                return next(filter(self._differ, found), None)
+            except RowLossError:  # which may hold for fewer labels only
+                return None
+            except FAILURES as error:  # the model may know no such label
+                logger.info("The quick checks failed: %s.", in_one_line(error))
         return None
 
     def _explicit(self, inputs: Inputs, scale: float) -> list[_Explicit]:
