@@ -123,6 +123,18 @@ def test_small_steps_are_not_timed(machine):
     assert planner.costs == {}
 
 
+def test_where_forwards_fetch_weights_all_rows_that_fit_go_at_once(machine):
+    machine.cost = staticmethod(lambda rows: float(rows) ** 3)  # which is not looked at
+    machine.need = staticmethod(lambda rows: 2.0 * rows)
+    planner = ChunkPlanner(limit=1100 * 2**20)
+    planner.prepare(torch.device("cpu"), 4, fetches=True)
+    sizes = []
+    for length in (4, 600):
+        in_chunks([length], lambda c: sizes.append(c.stop - c.start) or machine().work(c), planner)
+    assert sizes == [4, 300, 300]
+    assert planner.settled
+
+
 def test_nothing_is_timed_where_torch_is_deterministic(monkeypatch):
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     planner = ChunkPlanner()
