@@ -21,7 +21,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -34,13 +34,14 @@ from hf_flops.base.transfer import synchronise  # isort: skip
 HEAP = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
 
 
-def measure(case: Case, repeats: int, sides: Sequence[str] | None = None) -> dict[str, Any]:
-    """Time every side in turn, or some sides; returns medians in seconds and the ratios of rows per
-    second to plain inference.
+def measure(
+    case: Case, repeats: int, methods: dict[str, Callable[[], None]] | None = None
+) -> dict[str, Any]:
+    """Time every side in turn, or the given ones; returns medians in seconds and the ratios of rows
+    per second to plain inference.
     """
-    methods = case.methods()
-    methods = {side: run for side, run in methods.items() if sides is None or side in sides}
-    device = next(case.model.parameters()).device
+    methods = case.methods() if methods is None else methods
+    device = next(iter(case.inputs.values())).device
     seconds: dict[str, list[float]] = {side: [] for side in methods}
     overhead = []
     order, shuffled = list(methods), random.Random(0)

@@ -16,9 +16,7 @@ import platform
 import sys
 import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,17 +26,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import numpy as np
 import torch
-from accelerate import cpu_offload
-from accelerate.hooks import remove_hook_from_submodules
-from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
-
-from cases import Case, lora
+from accelerator import examined, llama, offloaded, vit
+from cases import Case
 from records import quiet
-from throughput import measure
+from torch import Tensor, nn
+
 from hf_flops import BatchPosition, FlopsTrainer, FlopsTrainingArguments, Method, estimate_gradient
 from hf_flops.allocators import Uniform
-from hf_flops.base.memory import PeakMemory
 from hf_flops.base.prng import seeds, words, words_on
 from hf_flops.base.transfer import synchronise
 from hf_flops.estimators import Antithetic
@@ -47,83 +41,6 @@ from hf_flops.perturbations import ParameterVector, perturb
 from hf_flops.perturbations.noise import draw
 
 SECONDS = 480.0
-GIB = 2**30
-LLAMA = {
-    "SmolLM2-135M": {
-        "hidden_size": 576,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "intermediate_size": 1536,
-        "vocab_size": 49152,
-    },
-    "Llama 1B": {
-        "hidden_size": 2048,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "intermediate_size": 8192,
-        "vocab_size": 128256,
-    },
-    "Llama 7B": {
-        "hidden_size": 4096,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "intermediate_size": 11008,
-        "vocab_size": 32000,
-    },
-}
-TINY = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "intermediate_size": 64,
-    "vocab_size": 128,
-}
-
-
-@contextmanager
-def built_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Return a context in which models are made on a device and in a dtype."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def adapted(model: nn.Module, names: list[str], device: torch.device, **options: Any) -> nn.Module:
-    """Put LoRA of rank 8 in all layers, B away from zero as in training."""
-    return lora(model, None, names, **options).to(device)
-
-
-def vit(device: torch.device, dtype: torch.dtype, small: bool) -> Case:
-    """ViT-B/16 with random weights, 16 images, 256 rows."""
-    sizes = {**TINY, "image_size": 32} if small else {}
-    sizes = {k: v for k, v in sizes.items() if k not in ("vocab_size", "num_key_value_heads")}
-    config = ViTConfig(num_labels=10, **sizes)
-    with built_on(device, dtype):
-        model = ViTForImageClassification(config)
-        pixels = torch.randn(16, 3, config.image_size, config.image_size)
-    labels = (torch.arange(16) % 10).to(device)
-    inputs = {"pixel_values": pixels, "labels": labels}
-    model = adapted(model, ["q_proj", "v_proj"], device)
-    return Case("ViT-B/16", model, inputs, 16 if small else 128)
-
-
-def llama(name: str, device: torch.device, dtype: torch.dtype, small: bool) -> Case:
-    """Return a Llama with random weights, 16 texts of 64 tokens, 256 rows."""
-    config = LlamaConfig(**(TINY if small else LLAMA[name]))
-    with built_on(device, dtype):
-        model = LlamaForCausalLM(config)
-    ids = torch.randint(3, config.vocab_size, (16, 8 if small else 64)).to(device)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
-    every = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    model = adapted(model, every, device, task_type="CAUSAL_LM")
-    return Case(name, model, inputs, 16 if small else 64)
 
 
 def bits(device: torch.device) -> dict[str, Any]:
@@ -151,7 +68,7 @@ def bits(device: torch.device) -> dict[str, Any]:
 
 
 def autograd(device: torch.device) -> dict[str, Any]:
-    """Compare the mean of 16,384 queries with autograd, and one step with the CPU's."""
+    """Compare the mean of 65,536 queries with autograd, and one step with the CPU's."""
     found = {}
     for where in (torch.device("cpu"), device):
         generator = torch.Generator().manual_seed(0)
@@ -165,9 +82,9 @@ def autograd(device: torch.device) -> dict[str, Any]:
             perturb(model, rowwise=vector.names),
             Antithetic(),
             Uniform(),
-            2048,
+            8192,
             1e-2,
-            4096,
+            8192,
         )
         estimate_gradient(
             lambda inputs, model=model: (None, model(inputs["x"])), inputs, method, BatchPosition()
@@ -192,7 +109,8 @@ def resumed(device: torch.device, folder: Path) -> dict[str, Any]:
     def run(name: str, checkpoint: str | None = None) -> Tensor:
         torch.manual_seed(0)
         case = llama("SmolLM2-135M", torch.device("cpu"), torch.float32, True)
-        rows = [dict(zip(case.inputs, row, strict=True)) for row in zip(*case.inputs.values())]
+        columns = zip(*case.inputs.values(), strict=True)
+        rows = [dict(zip(case.inputs, row, strict=True)) for row in columns] * 2
         args = FlopsTrainingArguments(
             str(folder / name),
             max_steps=4,
@@ -201,6 +119,7 @@ def resumed(device: torch.device, folder: Path) -> dict[str, Any]:
             queries_per_sample=4,
             rows_per_forward=16,
             report_to="none",
+            logging_strategy="no",
             disable_tqdm=True,
             pictures=False,
             use_cpu=device.type == "cpu",
@@ -214,71 +133,6 @@ def resumed(device: torch.device, folder: Path) -> dict[str, Any]:
     return {"resumed run is the same": torch.equal(whole, again)}
 
 
-def examined(case: Case, device: torch.device, repeats: int) -> dict[str, Any]:
-    """Measure a case: rows per second of all sides, memory, waits of a step, where time goes."""
-    found = measure(case, repeats, sides=("plain", "ours", "mezo"))
-    step = case.methods()["ours"]
-    step()
-    memory = {}
-    for side, run in (("plain", case.plain), ("ours", step)):
-        with PeakMemory(device) as peak:
-            run()
-            synchronise(device)
-        memory[side] = peak.megabytes
-    return {**found, "megabytes": memory, "waits": waits(step, device), **profiled(step, device)}
-
-
-def waits(step: Callable[[], None], device: torch.device) -> int | None:
-    """Return how often the host waits in a step; None where torch cannot tell."""
-    if device.type != "cuda":
-        return None
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    return sum("synchronizing" in str(warning.message) for warning in said)
-
-
-def profiled(step: Callable[[], None], device: torch.device) -> dict[str, Any]:
-    """Return the kernels, or operations, that take most of a step, in milliseconds."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profile:
-        step()
-        synchronise(device)
-    name = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    events = sorted(profile.key_averages(), key=lambda event: -getattr(event, name))
-    total = sum(getattr(event, name) for event in events)
-    top = {event.key[:60]: getattr(event, name) / 1e3 for event in events[:12]}
-    return {"milliseconds": total / 1e3, "top": top, "calls": sum(e.count for e in events)}
-
-
-def offloaded(device: torch.device, small: bool) -> dict[str, Any]:
-    """Compare rows per second of a base in the host's memory, layer by layer on the device."""
-    case = llama("Llama 1B", torch.device("cpu"), torch.bfloat16, small)
-    base = case.model.get_base_model()
-    frozen = [module for module in base.modules() if _is_frozen_leaf(module)]
-    for module in frozen:
-        cpu_offload(module, execution_device=device)
-    for parameter in case.model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(device)
-    case.inputs = {name: value.to(device) for name, value in case.inputs.items()}
-    found = measure(case, 1, sides=("plain", "ours"))
-    for module in frozen:
-        remove_hook_from_submodules(module)
-    return found
-
-
-def _is_frozen_leaf(module: nn.Module) -> bool:
-    own = list(module.parameters(recurse=False))
-    return bool(own) and not any(parameter.requires_grad for parameter in own)
-
-
 def parts(device: torch.device, small: bool, repeats: int) -> dict[str, Callable[[], Any]]:
     """Return what is measured, in this order."""
     half, full = torch.bfloat16, torch.float32
@@ -289,11 +143,13 @@ def parts(device: torch.device, small: bool, repeats: int) -> dict[str, Callable
         "SmolLM2-135M, bfloat16": partial(llama, "SmolLM2-135M", device, half, small),
         "Llama 1B, bfloat16": partial(llama, "Llama 1B", device, half, small),
     }
-    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > 40 * GIB:
+    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > 40 * 2**30:
         cases["Llama 7B, bfloat16"] = partial(llama, "Llama 7B", device, half, small)
     measured: dict[str, Callable[[], Any]] = {
         name: lambda case=case: examined(case(), device, repeats) for name, case in cases.items()
     }
+    if small:
+        measured = {name: measured[name] for name in ("ViT-B/16, float32", "SmolLM2-135M, float32")}
     return {**measured, "Llama 1B, offloaded": partial(offloaded, device, small)}
 
 

@@ -10,6 +10,7 @@ values, and blocking copies to the device.
 from __future__ import annotations
 
 import ctypes
+import math
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -91,6 +92,8 @@ class Waits:
 
 
 _waits = Waits()
+_largest = math.inf
+"""How many numbers a new tensor may have."""
 
 
 def _is_ours(value: object) -> bool:
@@ -163,7 +166,11 @@ class _Loan:
             return type(value)([self.returned(each) for each in value])
         if not isinstance(value, Tensor):
             return value
-        return self.owners[id(value)] if id(value) in self.owners else _renamed(value, _OTHER)
+        if id(value) in self.owners:
+            return self.owners[id(value)]
+        if value.numel() > _largest:
+            raise torch.OutOfMemoryError(f"no room for {tuple(value.shape)}")
+        return _renamed(value, _OTHER)
 
 
 def _fallback(op: Any, *args: Any, **kwargs: Any) -> Any:
@@ -267,6 +274,17 @@ class Shown:
 
     def __exit__(self, *exception: object) -> None:
         self.hide()
+
+
+@contextmanager
+def limited(largest: float) -> Iterator[None]:
+    """Return a context in which memory runs out for a tensor of more than so many numbers."""
+    global _largest
+    before, _largest = _largest, largest
+    try:
+        yield
+    finally:
+        _largest = before
 
 
 @contextmanager
