@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..base.batch import Inputs, batch_size, take
 from ..base.prng import seeds
 from ..base.probe import Attempt, agree
+from ..base.transfer import onto
 from ..objectives import Forward, Objective, RowLosses, TappedLoss
 from ..objectives.elementwise import widen
 from ..perturbations import ParameterVector, accumulator, displaced
@@ -75,12 +76,12 @@ class ClosedFormHead:
                 part.
         """
         assert clean.slopes is not None
-        kept, whole = clean.sums.isfinite(), clean if whole is None else whole
+        device, whole = inputs.device, clean if whole is None else whole
         finite = torch.where(whole.sums.isfinite(), whole.counts, 0.0).sum()
-        share = torch.where(finite > 0, whole.counts.sum() / finite, 1.0)
-        x, slopes = (
-            torch.where(kept[:, None], part.flatten(1), 0.0) for part in (inputs, clean.slopes)
-        )
+        share = onto(torch.where(finite > 0, whole.counts.sum() / finite, 1.0), device)
+        kept = onto(clean.sums.isfinite(), device)[:, None]
+        given = inputs, onto(clean.slopes, device)
+        x, slopes = (torch.where(kept, part.flatten(1), 0.0) for part in given)
         x = widen(x.reshape(-1, self.module.in_features))
         # float64: then the order of summation changes less than the last bit of a float32
         if slopes.numel() < _WIDE:

@@ -5,6 +5,7 @@ Each test prints its figures.
 
 import os
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,8 +23,8 @@ from hf_flops import (
 from hf_flops.engines import TorchEngine, VllmEngine
 from hf_flops.testing import EngineContract
 from recipes.prompts import load_texts
+from recipes.vllm_server import VllmServer
 from tests.helpers.black_boxes import arguments
-from tests.helpers.vllm_server import VllmServer
 
 MODEL = os.environ["HF_FLOPS_VLLM_MODEL"]
 WORDS = (" terrible", " great")
@@ -37,6 +38,9 @@ def log(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(log):
+    if url := os.environ.get("HF_FLOPS_VLLM_URL"):  # of a running server
+        yield SimpleNamespace(url=url, key="secret")
+        return
     with VllmServer(MODEL, log) as running:
         yield running
 

@@ -10,11 +10,13 @@ values, and blocking copies to the device.
 from __future__ import annotations
 
 import ctypes
-import traceback
+import math
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,8 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor
 from torch.utils import backend_registration
-from torch.utils._pytree import tree_map
 
 NAME = "pretend"
-DEVICE = torch.device("privateuseone", 0)
 # what a GPU must finish before the host learns the size of the result
 _SIZED = {
     "aten::nonzero",
@@ -37,13 +37,10 @@ _SIZED = {
     "aten::bincount",
     "aten::equal",
     "aten::_local_scalar_dense",
-    "aten::_linalg_svd",
-    "aten::linalg_qr",
-    "aten::linalg_cholesky_ex.check",
 }
 # these take indices of the CPU too, and wait for their copy
 _INDEXING = {"aten::index", "aten::index_put_", "aten::_index_put_impl_", "aten::index_put"}
-_SOURCES = ("hf_flops", "transformers", "accelerate", "peft")
+_SOURCES = ("/hf_flops/", "/transformers/", "/accelerate/", "/peft/")
 
 
 class Mixed(RuntimeError):
@@ -69,8 +66,13 @@ def _renamed(tensor: Tensor, kind: int) -> Tensor:
     return torch._C._from_dlpack(capsule)
 
 
+_NO_KERNELS = {"aten::empty", "aten::empty_strided", "aten::as_strided", "aten::view"}
+
+
 class Waits:
-    """Counts how often the host waited for the device, by the line that made it wait."""
+    """Counts how often the host waited for the device, by the line that made it wait, and what it
+    launched.
+    """
 
     def __init__(self) -> None:
         self.lines: Counter[str] = Counter()
@@ -81,25 +83,27 @@ class Waits:
         """How often the host waited so far."""
         return self.lines.total()
 
+    @property
+    def kernels(self) -> int:
+        """How many operations were launched that a GPU has a kernel for."""
+        return sum(count for name, count in self.launches.items() if name not in _NO_KERNELS)
+
     def add(self, what: str) -> None:
         """Count a wait at the innermost line of a library that users know."""
-        frames = traceback.extract_stack()[:-2]
-        known = [f for f in frames if any(f"/{name}/" in f.filename for name in _SOURCES)]
-        frame = (known or frames)[-1]
-        folder = Path(frame.filename)
-        self.lines[f"{folder.parent.name}/{folder.name}:{frame.lineno} {what}"] += 1
+        frame = sys._getframe(2)
+        while frame.f_back and not any(name in frame.f_code.co_filename for name in _SOURCES):
+            frame = frame.f_back
+        file = Path(frame.f_code.co_filename)
+        self.lines[f"{file.parent.name}/{file.name}:{frame.f_lineno} {what}"] += 1
 
 
 _waits = Waits()
+_largest = math.inf
+"""How many numbers a new tensor may have."""
 
 
 def _is_ours(value: object) -> bool:
     return isinstance(value, Tensor) and value.device.type == NAME
-
-
-def _is_number(value: object) -> bool:
-    """Return whether torch passed a number in the place of a tensor."""
-    return isinstance(value, (bool, int, float))
 
 
 def _to_host(value: Any) -> Any:
@@ -109,63 +113,99 @@ def _to_host(value: Any) -> Any:
     return _renamed(value, _CPU) if _is_ours(value) else value
 
 
-def _check(op: Any, tensors: list[Tensor]) -> None:
+@dataclass(frozen=True)
+class _Facts:
+    """What is to be known of an operation: its name, whether it takes numbers of the CPU as it
+    takes values, the positions of its tensors, and the names of its results.
+    """
+
+    name: str
+    pointwise: bool
+    tensors: tuple[int, ...]
+    results: tuple[str, ...]
+
+    @classmethod
+    @cache
+    def of(cls, op: Any) -> _Facts:
+        """Look an operation up."""
+        given = list(enumerate(op._schema.arguments))
+        return cls(
+            op._schema.name,
+            torch.Tag.pointwise in op.tags,
+            tuple(i for i, argument in given if str(argument.type) == "Tensor"),
+            tuple(argument.name for _, argument in given if argument.is_out),
+        )
+
+
+def _check(facts: _Facts, tensors: list[Tensor]) -> None:
     """Refuse two devices; numbers of the CPU are values, and indices may lie there."""
-    name = op._schema.name
     strangers = [tensor for tensor in tensors if not _is_ours(tensor)]
-    if name in _INDEXING:
-        strangers = [tensor for tensor in strangers if tensor.dtype.is_floating_point]
-        if any(not _is_ours(t) or t.dtype == torch.bool for t in tensors[1:]):
-            _waits.add(name)
-    if any(tensor.dim() > 0 or torch.Tag.pointwise not in op.tags for tensor in strangers):
-        raise Mixed(f"{op} got tensors of {[str(tensor.device) for tensor in tensors]}")
+    if facts.name in _INDEXING:
+        if strangers or any(tensor.dtype == torch.bool for tensor in tensors[1:]):
+            _waits.add(facts.name)
+        strangers = [t for t in strangers if t is tensors[0] or t.dtype.is_floating_point]
+    if any(tensor.dim() > 0 or not facts.pointwise for tensor in strangers):
+        raise Mixed(f"{facts.name} got tensors of {[str(tensor.device) for tensor in tensors]}")
+
+
+class _Loan:
+    """The tensors of one operation, as the CPU sees them."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+        self.owners: dict[int, Tensor] = {}
+
+    def lent(self, value: Any) -> Any:
+        """Return an argument for the CPU."""
+        if isinstance(value, Tensor):
+            self.tensors.append(value)
+            host = _to_host(value)
+            self.owners[id(host)] = value
+            return host
+        if isinstance(value, (list, tuple)) and value and not isinstance(value[0], (int, bool)):
+            return type(value)([self.lent(each) for each in value])
+        return _to_host(value)
+
+    def returned(self, value: Any) -> Any:
+        """Return a result for our device."""
+        if isinstance(value, (list, tuple)):
+            return type(value)([self.returned(each) for each in value])
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) in self.owners:
+            return self.owners[id(value)]
+        if value.numel() > _largest:
+            raise torch.OutOfMemoryError(f"no room for {tuple(value.shape)}")
+        return _renamed(value, _OTHER)
 
 
 def _fallback(op: Any, *args: Any, **kwargs: Any) -> Any:
-    tensors: list[Tensor] = []
-    tree_map(lambda v: tensors.append(v) if isinstance(v, Tensor) else None, (args, kwargs))
-    _check(op, tensors)
-    if op._schema.name in _SIZED:
-        _waits.add(op._schema.name)
-    _waits.launches[op._schema.name] += 1
-    ours: dict[int, Tensor] = {}
-
-    def lent(value: Any) -> Any:
-        host = _to_host(value)
-        if host is not value and isinstance(value, Tensor):
-            ours[id(host)] = value
-        return host
-
-    args, kwargs = tree_map(lent, (args, kwargs))
-    args = tuple(
-        torch.tensor(value) if str(argument.type) == "Tensor" and _is_number(value) else value
-        for value, argument in zip(args, op._schema.arguments, strict=False)
-    )
-    # memory that DLPack hands over cannot grow, so an empty result gets new memory
-    grown = {
-        argument.name: kwargs[argument.name]
-        for argument in op._schema.arguments
-        if argument.is_out and kwargs[argument.name].numel() == 0
-    }
-    kwargs |= {name: torch.empty_like(host) for name, host in grown.items()}
-    if isinstance(kwargs.get("generator"), torch.Generator):
+    facts, loan = _Facts.of(op), _Loan()
+    given = [loan.lent(value) for value in args]
+    named = {name: loan.lent(value) for name, value in kwargs.items()}
+    _check(facts, loan.tensors)
+    if facts.name in _SIZED:
+        _waits.add(facts.name)
+    _waits.launches[facts.name] += 1
+    if isinstance(named.get("generator"), torch.Generator):
         raise Mixed(f"{op} got a generator of the CPU")
-
-    def returned(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        return ours[id(value)] if id(value) in ours else _renamed(value, _OTHER)
-
-    result = op(*args, **kwargs)
+    for i in facts.tensors:  # torch passes numbers in the place of tensors as they are
+        if i < len(given) and isinstance(given[i], (bool, int, float)):
+            given[i] = torch.tensor(given[i])
+    # memory that DLPack hands over cannot grow, so an empty result gets new memory
+    grown = {name: named[name] for name in facts.results if named[name].numel() == 0}
+    named |= {name: torch.empty_like(host) for name, host in grown.items()}
+    result = op(*given, **named)
     for name, host in grown.items():
-        ours[id(kwargs[name])] = ours[id(host)]
-        ours[id(host)].data = _renamed(kwargs[name], _OTHER)
-    return tree_map(returned, result)
+        loan.owners[id(named[name])] = loan.owners[id(host)]
+        loan.owners[id(host)].data = _renamed(named[name], _OTHER)
+    return loan.returned(result)
 
 
 def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     if not _is_ours(target) or not (_is_ours(source) or non_blocking):
         _waits.add(f"copy to {target.device.type}")
+    _waits.launches["aten::copy_"] += 1
     _to_host(target).copy_(_to_host(source))
     return target
 
@@ -178,14 +218,6 @@ class _Module(backend_registration._DummyBackendModule):
     def is_available(self) -> bool:
         """Return whether a test trains on the device."""
         return self.shown
-
-    def device_count(self) -> int:
-        """Return the number of devices."""
-        return 1
-
-    def current_device(self) -> int:
-        """Return the only device."""
-        return 0
 
     def synchronize(self, device: object = None) -> None:
         """Wait for the device."""
@@ -220,21 +252,38 @@ def install() -> torch.device:
     return torch.device(NAME, 0)
 
 
-@contextmanager
-def trained_on() -> Iterator[torch.device]:
-    """Return a context in which a Trainer takes the device, where `options` are its arguments."""
-    device = install()
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("ACCELERATE_TORCH_DEVICE", NAME)
-            patch.setattr(_module, "shown", True)
-            yield device
-    finally:
+OPTIONS = {"use_cpu": False, "dataloader_pin_memory": False}
+"""Arguments of a Trainer on the device, which has no pinned memory."""
+
+
+class Shown:
+    """A context in which a Trainer with `OPTIONS` takes the device, until it is hidden."""
+
+    def __enter__(self) -> Shown:
+        install()
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setenv("ACCELERATE_TORCH_DEVICE", NAME)
+        self.patch.setattr(_module, "shown", True)
+        return self
+
+    def hide(self) -> None:
+        """Hide the device from what comes next."""
+        self.patch.undo()
         AcceleratorState._reset_state(reset_partial_state=True)
 
+    def __exit__(self, *exception: object) -> None:
+        self.hide()
 
-OPTIONS = {"use_cpu": False, "dataloader_pin_memory": False}
-"""Arguments of a Trainer on the device: memory that is pinned is one of CUDA's."""
+
+@contextmanager
+def limited(largest: float) -> Iterator[None]:
+    """Return a context in which memory runs out for a tensor of more than so many numbers."""
+    global _largest
+    before, _largest = _largest, largest
+    try:
+        yield
+    finally:
+        _largest = before
 
 
 @contextmanager

@@ -5,9 +5,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from hf_flops.base.prng import seeds, words, words_on
-from hf_flops.perturbations import DISTRIBUTIONS
+from hf_flops.perturbations import DISTRIBUTIONS, NoiseKeys, perturb
 from hf_flops.perturbations.noise import draw
 from tests.helpers import pretend
 from tests.helpers.tiny import generator
@@ -57,9 +58,21 @@ def test_the_host_neither_waits_nor_draws_bits_for_a_device(distribution):
     coefficients = torch.ones(16, 3).to(DEVICE)
     with pretend.waits() as waits:
         noise = draw(distribution, row_seeds, shapes, DEVICE)
-        drawing = sum(waits.launches.values()) - waits.launches["aten::empty"]
+        drawing = waits.kernels
         for index in range(10):
             noise.tensor(index)
         noise.exact_sum(coefficients)
     assert waits.number == 0, waits.lines
-    assert drawing <= 24  # launches, whatever the numbers
+    assert drawing <= 16, waits.launches  # whatever the numbers
+
+
+def test_a_perturbed_layer_launches_a_few_kernels_and_unpacks_no_more_than_its_activations():
+    layer, rows, tokens = nn.Linear(64, 8).to(DEVICE), 1024, 16
+    perturbation = perturb(layer, rowwise=["weight", "bias"])
+    position = torch.arange(rows)
+    noise = perturbation.draw(NoiseKeys.of(0, 0, position, 0 * position, 0))
+    x = torch.ones(rows, tokens, 64).to(DEVICE)
+    with pretend.waits() as waits, perturbation.applied(noise, 1e-3), pretend.limited(x.numel()):
+        layer(x)
+    assert waits.number == 0, waits.lines
+    assert waits.kernels <= 12, waits.launches
