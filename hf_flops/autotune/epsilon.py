@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from ..base.rows import Rows, expand
 from ..core.chunking import ChunkPlanner, in_chunks
 from ..core.method import Method
 from ..objectives import Forward
-from ..perturbations import NoiseKeys
+from ..perturbations import NoiseKeys, RowwiseNoise
 
 # Powers of the square root of ten. Epsilon is always one of these: the error that rounding causes
 # depends on the processor's kernels, and a finer choice would follow it from machine to machine.
@@ -195,7 +196,9 @@ def _evaluated(
     rows = expand(torch.full((units,), -(-wanted // units)), 1.0)[slice(wanted)]
     clean = None
     used = len(rows) * len(grid) * len(method.estimator.signs) * (samples // units)
-    if method.estimator.baseline:
+    if _at_once(method):
+        used += len(rows.owner.unique()) * method.estimator.baseline
+    elif method.estimator.baseline:
         if method.objective.per_row:
             inputs = take(inputs, torch.arange(int(rows.owner.max()) + 1))
         clean = method.objective(forward, inputs).sums.double().cpu()
@@ -220,6 +223,9 @@ def _deltas(
         chunk = rows[index]
         chunk_inputs = take(inputs, chunk.owner) if per_row else inputs
         keys = NoiseKeys.of(seed, _STEP, chunk.owner, chunk.query, int(chunk.group[0]))
+        if _at_once(method):
+            deltas[:, index] = _every_scale(forward, inputs, method, chunk, keys, grid)
+            return 1
         noise, start = perturbation.draw(keys), None if clean is None else clean[chunk.owner]
         for scale, results in zip(grid, deltas, strict=True):
             losses = []
@@ -234,3 +240,33 @@ def _deltas(
     )
     in_chunks(lengths, work, ChunkPlanner.of(method.rows_per_forward), whole=True)
     return deltas
+
+
+def _at_once(method: Method) -> bool:
+    """Return whether all scales go into one forward: where every forward fetches weights."""
+    fetches = ChunkPlanner.of(method.rows_per_forward).fetches
+    return fetches and method.objective.per_row and isinstance(method.perturbation, RowwiseNoise)
+
+
+def _every_scale(
+    forward: Forward,
+    inputs: Inputs,
+    method: Method,
+    rows: Rows,
+    keys: NoiseKeys,
+    grid: tuple[float, ...],
+) -> Tensor:
+    """Return (K, R) deltas of rows at every scale from one forward, the clean rows included."""
+    signs = method.estimator.signs
+    steps = torch.tensor([sign * scale for scale in grid for sign in signs], dtype=torch.float32)
+    clean = rows.owner.unique() if method.estimator.baseline else rows.owner[:0]
+    owner = torch.cat([clean, rows.owner.repeat(len(steps))])
+    row_seeds = np.concatenate([np.zeros(len(clean), np.uint64), np.tile(keys.rows, len(steps))])
+    multiples = torch.cat([torch.zeros(len(clean)), steps.repeat_interleave(len(rows))])
+    noise = method.perturbation.draw(NoiseKeys(row_seeds, keys.group)).times(multiples)
+    with method.perturbation.applied(noise, 1.0):
+        sums = method.objective(forward, take(inputs, owner)).sums.double().cpu()
+    start = sums[torch.searchsorted(clean, rows.owner)] if len(clean) else None
+    found = sums[len(clean) :].view(len(grid), len(signs), len(rows))
+    pairs = zip(found, grid, strict=True)
+    return torch.stack([method.estimator.deltas(losses, start, scale) for losses, scale in pairs])

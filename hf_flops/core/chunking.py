@@ -61,6 +61,7 @@ class ChunkPlanner:
         settled: whether the size is final, unless memory runs out.
         costs: size → least seconds per row and column.
         ceiling: largest number of rows that is known, or assumed, to fit.
+        fetches: whether every forward fetches weights.
     """
 
     def __init__(self, size: int | None = None, limit: float | None = None) -> None:
@@ -69,7 +70,7 @@ class ChunkPlanner:
         self.costs: dict[int, float] = {}
         self.ceiling = MOST if size is None else 2**62
         self.limit, self.device, self._prepared = limit, torch.device("cpu"), False
-        self._fetches = False
+        self.fetches = False
         # rows timed at this size; -1 before the first run
         self._peak, self._timed, self._warned = math.nan, -1, False
 
@@ -84,7 +85,7 @@ class ChunkPlanner:
         """
         if self._prepared:
             return
-        self._fetches = fetches
+        self.fetches = fetches
         self.device, self._prepared = device, True
         if self.given is not None:
             return
@@ -105,7 +106,7 @@ class ChunkPlanner:
             most: rows that a chunk would have here without a limit.
         """
         try:
-            if self._fetches and not self.settled:
+            if self.fetches and not self.settled:
                 self._fill(work, rows)
             elif self.settled or rows != min(self.size, most):
                 work()

@@ -7,6 +7,7 @@ another rank, or after a resume, and does not depend on how rows are cut into ch
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from functools import cache
 from itertools import accumulate
 
@@ -52,6 +53,7 @@ class RowNoise:
 
     def __init__(self, numbers: Numbers, shapes: Sequence[torch.Size], rank_one: bool) -> None:
         self.numbers, self.shapes = numbers, shapes
+        self._multiples: Tensor | None = None
         most = _RUN if numbers.host else _DEVICE_RUN
         self.layouts, self.first, self._runs = _plan(tuple(shapes), rank_one, numbers.adjoins, most)
 
@@ -80,9 +82,18 @@ class RowNoise:
 
     def factors(self, index: int, rows: slice = ALL) -> tuple[Tensor, ...]:
         """Return a parameter's noise (R, numel), or its factors (R, out) and (R, in)."""
-        return tuple(
+        first, *others = (
             self.numbers.piece(self.first[index] + i, rows) for i in range(len(self.layouts[index]))
         )
+        if self._multiples is not None:
+            first = first * self._multiples[rows, None].to(first)
+        return first, *others
+
+    def times(self, multiples: Tensor) -> RowNoise:
+        """Return the noise that forwards see with a multiple (R,) for each row."""
+        multiplied = copy(self)
+        multiplied._multiples = multiples
+        return multiplied
 
     def tensor(self, index: int, rows: slice = ALL) -> Tensor:
         """Return the noise (R, *shape) of a parameter."""
