@@ -33,6 +33,8 @@ class Clean:
         head_inputs: (b, ...) inputs of the closed-form head for these; empty without a head.
         objective: the objective of the queries, which may depend on the clean losses.
         features: (B, ...) inputs of the head for all samples; None without a head.
+        host: the losses of all samples on the CPU, without logits; None if they were not read.
+        host_features: `features` on the CPU, if a head is solved for.
     """
 
     losses: RowLosses
@@ -40,6 +42,23 @@ class Clean:
     head_inputs: Tensor
     objective: Objective
     features: Tensor | None = None
+    host: RowLosses | None = None
+    host_features: Tensor | None = None
+
+
+def read(losses: RowLosses, *more: Tensor, solved: bool = False) -> tuple[RowLosses, list[Tensor]]:
+    """Return what is needed of losses on the CPU, and other tensors with them.
+
+    Args:
+        losses: of all samples.
+        more: other tensors.
+        solved: whether targets and weights are needed too.
+    """
+    names = ["sums", "counts", "residuals"] + ["targets", "weights"] * solved
+    given = {name: value for name in names if (value := getattr(losses, name)) is not None}
+    values = to_host(*given.values(), *more)
+    host = RowLosses(**dict(zip(given, values, strict=False)), mean=losses.mean)
+    return host, values[len(given) :]
 
 
 @dataclass(frozen=True)
@@ -76,7 +95,7 @@ class CleanPass:
     def judged_by(self, objective: Objective, losses: RowLosses) -> CleanPass:
         """Return this pass with another objective and the clean losses under that objective."""
         assert self.found is not None
-        found = replace(self.found, losses=losses, own=losses, objective=objective)
+        found = replace(self.found, losses=losses, own=losses, objective=objective, host=None)
         return replace(self, method=replace(self.method, objective=objective), found=found)
 
     @property
@@ -93,12 +112,10 @@ class CleanPass:
         place, losses = self.place, self.losses
         ids = place.ids if place.ids is not None and len(place.ids) == self.units else None
         when = place.step, place.position, place.epoch, place.seed
-        if losses is None:
+        if self.found is None or losses is None:
             return SampleFeatures(torch.zeros(self.units), None, *when, None, ids)
-        known = [losses.sums, losses.counts.float()]
-        known += [] if losses.residuals is None else [losses.residuals]
-        sums, counts, *residuals = to_host(*known)
-        return SampleFeatures(sums, next(iter(residuals), None), *when, counts, ids)
+        host = read(losses)[0] if self.found.host is None else self.found.host
+        return SampleFeatures(host.sums, host.residuals, *when, host.counts.float(), ids)
 
 
 def clean_pass(
@@ -173,7 +190,7 @@ def clean_forward(
         seen.extend(x.reshape(len(owner), -1) for x in heard)
         return columns
 
-    with objective.deferred():
+    with objective.deferred() as checks:
         in_chunks([len(mine)], work, planner, whole=True)
     own = RowLosses.joined(found)
     given = torch.cat(seen) if seen else torch.zeros(0)
@@ -185,7 +202,11 @@ def clean_forward(
     if not exchange.counts_exact(pieces):
         own, given = own.without_rows(), given[:0]
     objective, losses = objective.bind_batch(losses, whole)
-    return Clean(losses, own, given, objective, all_inputs if head is not None else None)
+    kept = [all_inputs] * (method.solver is not None)
+    host, checked = read(losses, *kept, *checks.values, solved=bool(kept))
+    checks.confirm(checked[len(kept) :])
+    known = all_inputs if head is not None else None
+    return Clean(losses, own, given, objective, known, host, checked[0] if kept else None)
 
 
 def gathered(

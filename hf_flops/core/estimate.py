@@ -23,7 +23,6 @@ from torch import Tensor
 from ..allocators import SampleFeatures
 from ..base.batch import Inputs
 from ..base.rows import BatchPosition, Rows
-from ..base.transfer import to_host
 from ..distributed.noise_sum import NoiseSum
 from ..errors import NonFiniteError
 from ..estimators import (
@@ -144,19 +143,21 @@ def estimate_from(
 def keep_samples(clean: CleanPass, solver: HeadSolver) -> None:
     """Keep what the head's solver needs of a batch."""
     assert clean.found is not None
-    assert clean.found.features is not None
-    solver.add(clean.found.features, clean.found.losses, clean.place.ids)
+    assert clean.found.host is not None
+    assert clean.found.host_features is not None
+    solver.add(clean.found.host_features, clean.found.host, clean.place.ids)
 
 
 def primed(clean: CleanPass, elements: float | None, batches: float) -> StepResult:
     """Return the result of a batch without queries: only its clean rows have run. The gradients
     are 0.
     """
-    assert clean.losses is not None
     assert clean.method.head is not None
     for vector in (clean.method.perturbation.vector, clean.method.head.vector):
         vector.add_to_gradients(torch.zeros(vector.size, device=vector.device))
-    sums, counts = to_host(clean.losses.sums, clean.losses.counts.float())
+    features = clean.features()
+    sums, counts = features.losses, features.lengths
+    assert counts is not None
     normalizer = (float(counts.sum()) * batches if elements is None else elements) or 1.0
     loss = sums[sums.isfinite()].sum() / normalizer
     queries = torch.zeros(clean.units, dtype=torch.int64)

@@ -110,9 +110,11 @@ def run_round(
         chain.update(deltas, innovation)
         return columns
 
-    with method.objective.deferred():
+    with method.objective.deferred() as checks:
         queries.in_chunks(own, work, clean.planner)
-    (told,) = to_host(torch.cat(results) if results else torch.zeros(0, 3))
+    whole = torch.cat(results) if results else torch.zeros(0, 3)
+    told, *checked = to_host(whole, *checks.values)
+    checks.confirm(checked)
     # Without a clean forward, losses and elements of the rows replace it.
     rows, told, mine = exchange.gathered(parts, told[:, :1] if clean.losses is not None else told)
     measured = told[:, 0]

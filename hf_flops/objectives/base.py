@@ -7,7 +7,7 @@ followed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -76,6 +76,21 @@ class RowLosses:
         return replace(self, **empty)
 
 
+class Checks:
+    """What is checked at the end of a step's forwards, so that the host need not wait for the
+    device after each of them.
+
+    Attributes:
+        values: the numbers that `confirm` needs on the CPU.
+    """
+
+    def __init__(self) -> None:
+        self.values: list[Tensor] = []
+
+    def confirm(self, values: Sequence[Tensor]) -> None:
+        """Raise an error if these values are wrong: by default they never are."""
+
+
 class Objective:
     """What is minimised; a subclass defines `__call__` and overrides what differs from the
     defaults.
@@ -124,11 +139,11 @@ class Objective:
         outputs = model(**inputs)
         return getattr(outputs, "loss", None), outputs
 
-    def deferred(self) -> AbstractContextManager[None]:
-        """Return a context for the forwards of a step, at whose end losses are checked, so that the
-        host need not wait for the device after each forward: by default nothing is checked.
+    def deferred(self) -> AbstractContextManager[Checks]:
+        """Return a context for the forwards of a step; it yields the checks that the caller then
+        has to confirm: by default there are none.
         """
-        return nullcontext()
+        return nullcontext(Checks())
 
     def bind_batch(self, clean: RowLosses, inputs: Inputs) -> tuple[Objective, RowLosses]:
         """Return the objective of a batch's queries, and the clean losses under that objective.

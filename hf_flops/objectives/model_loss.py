@@ -19,7 +19,7 @@ from ..base.batch import Inputs, batch_size
 from ..base.patching import Call
 from ..base.transfer import to_host
 from ..errors import ObjectiveError
-from .base import Forward, Objective, RowLosses
+from .base import Checks, Forward, Objective, RowLosses
 from .elementwise import (
     MEANS,
     Arguments,
@@ -113,6 +113,36 @@ class _Tap(_WideLosses):
         return losses.sum() if reduction == "sum" else losses.sum() / weights.sum()
 
 
+class SameLoss(Checks):
+    """Rows add up to the model's loss: it has no auxiliary term."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._tolerances: list[float] = []
+
+    def add(self, loss: Tensor, mean: Tensor) -> None:
+        """Check the model's loss against the mean of its elements."""
+        self.values += [loss.detach(), mean.detach()]
+        exact = loss.dtype in (torch.float32, torch.float64)
+        self._tolerances.append(1e-4 if exact else 3e-2)
+
+    def confirm(self, values: Sequence[Tensor]) -> None:
+        """See `Checks`.
+
+        Raises:
+            RowLossError: they differ by more than rounding.
+        """
+        numbers = [float(value) for value in values]
+        for loss, mean, tolerance in zip(
+            numbers[::2], numbers[1::2], self._tolerances, strict=True
+        ):
+            known = math.isfinite(loss) or math.isfinite(mean)
+            if known and not abs(loss - mean) <= tolerance * max(1.0, abs(mean)):
+                raise RowLossError(
+                    f"the model's loss {loss:.6g} is not the mean {mean:.6g} of its elements"
+                )
+
+
 class TappedLoss(Objective):
     """The model's own loss, split into rows by intercepting torch's loss functions.
 
@@ -143,25 +173,20 @@ class TappedLoss(Objective):
     """
 
     after: nn.Module | None = None
-    # the model's loss, the mean of its elements, and how far they may differ; None: checked at once
-    _unchecked: list[tuple[Tensor, Tensor, float]] | None = None
+    _checks: SameLoss | None = None  # None: losses are checked at once
 
     def __init__(self, logits: bool = False) -> None:
         self.logits = logits
 
     @contextmanager
-    def deferred(self) -> Iterator[None]:
-        """See `Objective`.
-
-        Raises:
-            RowLossError: the rows of a forward do not add up to the model's loss.
-        """
-        before, self._unchecked = self._unchecked, []
+    def deferred(self) -> Iterator[Checks]:
+        """See `Objective`."""
+        before, checks = self._checks, SameLoss()
+        self._checks = checks
         try:
-            yield
-            _require_same(self._unchecked)
+            yield checks
         finally:
-            self._unchecked = before
+            self._checks = before
 
     def listen_late(self, model: nn.Module, forward: Forward, inputs: Inputs) -> None:
         """Find the last module that ends before the loss, and intercept calls from there on."""
@@ -195,15 +220,13 @@ class TappedLoss(Objective):
         return tap, loss
 
     def _compare(self, loss: Tensor | None, mean: Tensor) -> None:
-        """Require that rows add up to the model's loss, now or at the end of `deferred`."""
+        """Require that rows add up to the model's loss, now or with the deferred checks."""
         if loss is None:
             raise RowLossError("the model returns no loss")
-        tolerance = 1e-4 if loss.dtype in (torch.float32, torch.float64) else 3e-2
-        compared = loss.detach(), mean.detach(), tolerance
-        if self._unchecked is None:
-            _require_same([compared])
-        else:
-            self._unchecked.append(compared)
+        checks = SameLoss() if self._checks is None else self._checks
+        checks.add(loss, mean)
+        if self._checks is None:
+            checks.confirm(to_host(*checks.values))
 
     def __call__(self, forward: Forward, inputs: Inputs, *, features: bool = False) -> RowLosses:
         """See `Objective`."""
@@ -235,19 +258,6 @@ class TappedLoss(Objective):
             for values in (caught.logits, caught.slopes, targets, weights)
         )
         return RowLosses(sums, counts, residuals, logits, slope, targets, weights, caught.mean)
-
-
-def _require_same(compared: Sequence[tuple[Tensor, Tensor, float]]) -> None:
-    """Raise an error if rows do not add up to the model's loss, as with an auxiliary term."""
-    values = to_host(*(value for loss, mean, _ in compared for value in (loss, mean)))
-    tolerances = [tolerance for *_, tolerance in compared]
-    for loss, mean, tolerance in zip(values[::2], values[1::2], tolerances, strict=True):
-        known = math.isfinite(loss) or math.isfinite(mean)
-        if known and not abs(float(loss) - float(mean)) <= tolerance * max(1.0, abs(float(mean))):
-            raise RowLossError(
-                f"the model's loss {float(loss):.6g} is not the mean {float(mean):.6g} of its "
-                "elements"
-            )
 
 
 class BatchLoss(Objective):
