@@ -57,8 +57,13 @@ class _Vllm:
     ) -> list[list[int]]:
         """Return the tokens that continue each row; options, such as `top_p`, are vLLM's."""
         options = {**options, "max_tokens": max_tokens, "temperature": temperature}
-        prompts = without_padding(inputs_embeds, attention_mask)
-        tokens = self._completed(prompts, options, None)
+        return self.continued(without_padding(inputs_embeds, attention_mask), options)
+
+    def continued(
+        self, prompts: Sequence[Prompt], options: Options, adapters: Sequence[str] | None = None
+    ) -> list[list[int]]:
+        """Return the tokens that continue prompts, sampled by vLLM's options."""
+        tokens = self._completed(prompts, options, adapters)
         self.account.tokens += sum(map(len, tokens))
         return tokens
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
-from typing import Protocol, SupportsIndex, runtime_checkable
+from typing import Any, Protocol, SupportsIndex, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,20 @@ def tokens_of(name: str, values: Iterable[SupportsIndex], size: int) -> list[int
             f"{name}={values!r} must be tokens, whole numbers from 0 to {size - 1}."
         )
     return tokens
+
+
+def sampling(
+    max_new_tokens: int = 16,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    num_beams: int = 1,
+    **options: Any,
+) -> dict[str, Any]:
+    """Return the options of transformers' `generate` in the words of engines."""
+    if num_beams != 1:
+        raise ConfigurationError(f"num_beams={num_beams!r}: engines have no beam search.")
+    temperature = temperature if do_sample else 0.0
+    return {**options, "max_tokens": max_new_tokens, "temperature": temperature}
 
 
 class LabelWords(nn.Module):
@@ -201,16 +215,10 @@ class BlackBoxPromptModel(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        max_new_tokens: int = 16,
-        do_sample: bool = False,
-        temperature: float = 1.0,
-        num_beams: int = 1,
-        **options: object,
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
     ) -> list[list[int]]:
-        """Return the tokens that the engine generates after each row.
+        """Return the tokens that the engine generates after each row; options are those that
+        `generate` of transformers has for sampling.
 
         Raises:
             ConfigurationError: the engine only scores, or beams are asked for.
@@ -219,12 +227,7 @@ class BlackBoxPromptModel(nn.Module):
             raise ConfigurationError(
                 f"{self.engine!r} scores tokens and generates none: use a TorchEngine or vLLM."
             )
-        if num_beams != 1:
-            raise ConfigurationError(f"num_beams={num_beams!r}: engines have no beam search.")
-        rows = self._rows(input_ids, attention_mask)
-        return self.engine.generate(
-            *rows, max_tokens=max_new_tokens, temperature=temperature * do_sample, **options
-        )
+        return self.engine.generate(*self._rows(input_ids, attention_mask), **sampling(**options))
 
     def _rows(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return embeddings (R, T + P, D) of text and prompt, padded at the right, and the mask."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutput
 
 from ..engines.base import Prompt
-from .black_box import LabelWords
+from .black_box import LabelWords, sampling
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _MEMORY = Path("/dev/shm")
@@ -35,6 +35,11 @@ class AdapterEngine(Protocol):
     ) -> Tensor:
         """Return scores (R, C) of tokens after R prompts, each with an adapter."""
 
+    def continued(
+        self, prompts: Sequence[Prompt], options: dict[str, Any], adapters: Sequence[str]
+    ) -> list[list[int]]:
+        """Return the tokens that continue R prompts, each with an adapter."""
+
 
 class BlackBoxLoraModel(nn.Module):
     """A LoRA adapter of a model that an engine runs; this process never loads the model's weights.
@@ -47,7 +52,7 @@ class BlackBoxLoraModel(nn.Module):
         engine: vLLM with a pool of adapters; see `AdapterEngine`.
         config: the model's configuration.
         lora: rank, alpha and target modules. vLLM knows no DoRA and no `modules_to_save`.
-        label_words: the token of each of C classes.
+        label_words: the token of each of C classes; None to train for a reward of generated texts.
         pool: adapters that are loaded at a time.
         precision: relative error of losses due to the engine's rounding.
         folder: where adapters are written, which the engine must see; default: memory, else the
@@ -73,7 +78,7 @@ class BlackBoxLoraModel(nn.Module):
         engine: AdapterEngine,
         config: PreTrainedConfig,
         lora: LoraConfig,
-        label_words: Sequence[int],
+        label_words: Sequence[int] | None = None,
         pool: int = 32,
         precision: float = 1e-4,
         folder: str | Path | None = None,
@@ -92,11 +97,9 @@ class BlackBoxLoraModel(nn.Module):
             for part in ("lora_A", "lora_B")
         }
         sizes = {part: sum(map(math.prod, own.values())) for part, own in self.shapes.items()}
+        tables = {part: torch.zeros(1, size) for part, size in sizes.items()}
         self.adapter = nn.ModuleDict(
-            {
-                part: nn.Embedding(1, size, _weight=torch.zeros(1, size))
-                for part, size in sizes.items()
-            }
+            {part: nn.Embedding.from_pretrained(t, freeze=False) for part, t in tables.items()}
         )
         for tensor in self._tensors("lora_A", self.adapter["lora_A"].weight.detach()[0]).values():
             nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))  # as PEFT does
@@ -116,31 +119,52 @@ class BlackBoxLoraModel(nn.Module):
             EngineError: the engine failed.
         """
         labels = self.label_words.classes(labels, len(input_ids))
+        tokens = self.label_words.tokens.tolist()
+        answer = self._asked(
+            input_ids, attention_mask, lambda rows, names: self.engine.scores(rows, tokens, names)
+        )
+        return self.label_words.outputs(
+            self.engine, torch.stack(answer), labels, len(input_ids), num_items_in_batch
+        )
+
+    @torch.no_grad()
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
+    ) -> list[list[int]]:
+        """Return the tokens that the engine generates after each row; options are those that
+        `generate` of transformers has for sampling.
+        """
+        given = sampling(**options)
+        return self._asked(
+            input_ids, attention_mask, lambda rows, names: self.engine.continued(rows, given, names)
+        )
+
+    def _asked(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        ask: Callable[[list[Prompt], list[str]], Iterable[Any]],
+    ) -> list[Any]:
+        """Return the answer to each row, asked with its adapter; rows with one adapter share it."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         prompts = [row[real.bool()].tolist() for row, real in zip(input_ids, mask, strict=True)]
         # a row of the batch looks up the table's only row, to which noise is added for each
         index = torch.zeros_like(input_ids[:, :1])
-        rows = {part: table(index)[:, 0].cpu() for part, table in self.adapter.items()}
-        keys = [
-            tuple(values[row].numpy().tobytes() for values in rows.values())
-            for row in range(len(prompts))
-        ]
-        different = list(dict.fromkeys(keys))
-        answer = torch.zeros(len(prompts), len(self.label_words.tokens))
-        for start in range(0, len(different), self.pool):
-            number = {key: i for i, key in enumerate(different[start : start + self.pool])}
-            own = [row for row, key in enumerate(keys) if key in number]
-            own.sort(key=lambda row: number[keys[row]])
-            firsts = [keys.index(key) for key in number]
-            with self._loaded([{p: v[row] for p, v in rows.items()} for row in firsts]) as names:
-                answer[own] = self.engine.scores(
-                    [prompts[row] for row in own],
-                    self.label_words.tokens.tolist(),
-                    [names[number[keys[row]]] for row in own],
-                )
-        return self.label_words.outputs(
-            self.engine, answer, labels, len(prompts), num_items_in_batch
-        )
+        values = {part: table(index)[:, 0].cpu() for part, table in self.adapter.items()}
+        rows = dict[tuple[bytes, ...], list[int]]()
+        for row in range(len(prompts)):
+            key = tuple(part[row].numpy().tobytes() for part in values.values())
+            rows.setdefault(key, []).append(row)
+        groups, answers = list(rows.values()), dict[int, Any]()
+        for start in range(0, len(groups), self.pool):
+            part = groups[start : start + self.pool]
+            adapters = [{name: value[own[0]] for name, value in values.items()} for own in part]
+            with self._loaded(adapters) as names:
+                order = [row for own in part for row in own]
+                each = [name for own, name in zip(part, names, strict=True) for _ in own]
+                found = ask([prompts[row] for row in order], each)
+                answers |= zip(order, found, strict=True)
+        return [answers[row] for row in range(len(prompts))]
 
     def save_pretrained(self, save_directory: str | Path, **options: object) -> None:
         """Write the adapter in PEFT's format."""
@@ -169,9 +193,7 @@ class BlackBoxLoraModel(nn.Module):
         tensors = dict[str, Tensor]()
         for part, values in adapter.items():
             tensors |= self._tensors(part, values.detach().cpu())
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS_FILE
-        )
+        save_file({name: t.contiguous() for name, t in tensors.items()}, folder / WEIGHTS_FILE)
 
     def _tensors(self, part: str, values: Tensor) -> dict[str, Tensor]:
         """Return views of flat values by name."""

@@ -33,7 +33,7 @@ def language_model():
 
 
 def client(server, **options):
-    options = {"batch_rows": 5, "back_off": 0.001, "timeout": 30.0, **options}
+    options = {"batch_rows": 5, "back_off": 0.001, "timeout": 120.0, **options}
     return VllmEngine(server.url, "tiny", **options)
 
 
@@ -187,6 +187,24 @@ def test_a_small_pool_is_filled_again_and_again(language_model, tmp_path):
                 found.append(model(**inputs).logits)
             assert (server.most, server.adapters) == (min(pool, 4), {})
     torch.testing.assert_close(*found, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_text_is_generated_with_an_adapter(language_model, tmp_path):
+    with FakeVllm(tiny_model("llama")) as server:
+        model = lora(client(server), language_model)
+        for table in model.adapter.values():
+            table.weight += torch.randn(table.weight.shape, generator=generator())
+        inputs = {name: batch(3)[name] for name in ("input_ids", "attention_mask")}
+        found = model.generate(**inputs, max_new_tokens=4, do_sample=False, num_beams=1)
+        assert server.adapters == {}
+    model.save_pretrained(tmp_path)
+    peft = TorchEngine(PeftModel.from_pretrained(tiny_model("llama"), tmp_path).merge_and_unload())
+    table = language_model.get_input_embeddings().weight
+    for row in range(3):
+        text = inputs["input_ids"][row][inputs["attention_mask"][row].bool()]
+        rows_ = table[text][None], torch.ones(1, len(text), dtype=torch.long)
+        assert [found[row]] == peft.generate(*rows_, 4, pad_token_id=0, eos_token_id=None)
 
 
 def test_adapters_are_removed_after_a_failure(language_model, tmp_path):
