@@ -244,6 +244,7 @@ def looked_at(folder, model, kind, **options):
     return FlopsTrainer(model, args, train_dataset=as_dataset(tiny_batch(kind, 8)))
 
 
+@pytest.mark.filterwarnings("ignore:Setting .save_embedding_layers")
 def test_where_noise_has_a_large_effect_the_default_is_not_taken(tmp_path, caplog):
     run = looked_at(tmp_path, on_embeddings(torch.bfloat16), "llama")
     run.train()
