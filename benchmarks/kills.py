@@ -11,6 +11,7 @@ has imported everything already.
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import random
@@ -134,7 +135,8 @@ def compare(name: str, chosen: argparse.Namespace, kills: int, scratch: Path) ->
     if "max_queries" in common:  # rows of a step, and of the checks
         common["max_queries"] = 32 * chosen.steps * 3 // 4 + 200
     alone, killed = scratch / f"{name} alone", scratch / f"{name} killed"
-    run = Run(1, {**common, "output_dir": str(alone)})
+    saves = {} if "best" in name else {"save_strategy": "no"}
+    run = Run(1, {**common, **saves, "output_dir": str(alone)})
     if any(run.wait()):
         raise SystemExit("the undisturbed run failed")
     options = {**common, "output_dir": str(killed)}
@@ -142,7 +144,8 @@ def compare(name: str, chosen: argparse.Namespace, kills: int, scratch: Path) ->
     folders = alone, Path(options["output_dir"])
     wanted, found = (load_file(folder / "final.safetensors") for folder in folders)
     error = max(float((wanted[key] - found[key]).abs().max()) for key in wanted)
-    reached = [steps(folder) for folder in folders]
+    logs = [json.loads((folder / "final.json").read_text()) for folder in folders]
+    reached = [max(entry["step"] for entry in log) for log in logs]
     print(f"{name}: {len(seen)} kills, largest difference {error:.2g}, steps {reached}")
     return {"kills": seen, "largest_difference": error, "steps": reached}
 

@@ -96,10 +96,10 @@ def usable(what: str) -> Iterator[None]:
         yield
     except FlopsError:  # has a sentence of its own
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, EOFError, argparse.ArgumentError) as error:
-        raise ConfigurationError(f"{what} cannot be used: {in_one_line(error)}.") from error
     except (yaml.YAMLError, SafetensorError) as error:
         raise ConfigurationError(f"{what} is damaged: {in_one_line(error)}.") from error
+    except Exception as error:  # what the stock arguments make of values of another type
+        raise ConfigurationError(f"{what} cannot be used: {in_one_line(error)}.") from error
 
 
 def at_least(least: int | None, given: Any, *names: str) -> None:
@@ -216,6 +216,16 @@ def parse(
     return recipe, args
 
 
+class PlainLoader(yaml.SafeLoader):
+    """Loads YAML without aliases, a few lines of which can stand for gigabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Return the next node."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"options have no aliases, such as *{self.peek_event().anchor}")
+        return super().compose_node(parent, index)
+
+
 def read_file(parser: HfArgumentParser, kinds: Sequence[Any], path: str) -> list[str]:
     """Return the options of a YAML file as words of the command line; what has no words becomes the
     parser's default.
@@ -224,7 +234,7 @@ def read_file(parser: HfArgumentParser, kinds: Sequence[Any], path: str) -> list
         ArgumentError, OSError, ValueError, YAMLError: one is not as it should be, or the file is
             not.
     """
-    given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    given = yaml.load(Path(path).read_text(encoding="utf-8"), PlainLoader)
     if not isinstance(given, dict):
         raise ValueError("it has no options by name, such as `seed: 1`")
     known = {field.name for kind in kinds for field in fields(kind) if field.init}

@@ -110,7 +110,8 @@ class FlopsArgumentsMixin:
         metadata={
             "help": "Step of the finite difference, epsilon, or 'auto': measured on the first "
             "batch with about 256 rows, as a power of the square root of ten. Default: 1e-3, or "
-            "1e-2 where the model computes in 16 bits."
+            "1e-2 where the model computes in 16 bits, or less where the first batch shows "
+            "curvature."
         },
     )
     rows_per_forward: int | str | None = field(

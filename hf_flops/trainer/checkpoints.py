@@ -139,7 +139,10 @@ def saved_or_named(path: Path) -> Iterator[None]:
         yield
     except FlopsError:
         raise
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises the second
+    except (OSError, RuntimeError, SafetensorError) as error:
+        torch_save = any(word in str(error) for word in ("PytorchStream", "Parent directory"))
+        if isinstance(error, RuntimeError) and not torch_save:
+            raise
         raise StorageError(
             f"{path} could not be written: {in_one_line(error)}. Nothing that was saved before is "
             "lost: make room or the folder writable, and go on with resume_from_checkpoint=True."

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from ..errors import TrajectoryError
+from ..errors import StorageError, TrajectoryError, in_one_line
 
 MARK = b"FLOPSLG1"
 _BEGIN = b"FLOP"
@@ -119,18 +119,22 @@ class Appender:
         """Write a record.
 
         Raises:
-            OSError: it could not be written completely; then no part of it is kept.
+            StorageError: it could not be written completely; then no part of it is kept.
         """
         head = _HEAD.pack(_BEGIN, self.number, step, len(payload), zlib.crc32(payload))
         record = head + zlib.crc32(head).to_bytes(4, "little") + payload
         start = self._file.tell()
-        written = self._file.write(record)
-        if written != len(record):
+        try:
+            written = self._file.write(record)
+            reason = "is the disk full?" if written != len(record) else None
+        except OSError as error:
+            written, reason = 0, f"{in_one_line(error)}."
+        if reason is not None:
             self._file.truncate(start)
             self._file.seek(start)
-            raise OSError(
-                f"only {written} of {len(record)} bytes could be written to {self._file.name}: is "
-                "the disk full?"
+            raise StorageError(
+                f"only {written} of {len(record)} bytes could be written to {self._file.name}: "
+                f"{reason} Nothing before them is lost: go on with resume_from_checkpoint=True."
             )
         self.number += 1
 

@@ -57,6 +57,7 @@ class Replay:
             self.parameters = {
                 str(name): nn.Parameter(self._first(name)) for name in self.says["trainable"]
             }
+            _ = self.says["adapter"] and self.says["adapter"]["config"]
             for key, name in self._files().items():
                 _ = self.parameters[name] if name else self._first(f"file:{key}")
         self._optimizer: Optimizer | None = None

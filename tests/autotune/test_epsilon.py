@@ -244,12 +244,13 @@ def looked_at(folder, model, kind, **options):
     return FlopsTrainer(model, args, train_dataset=as_dataset(tiny_batch(kind, 8)))
 
 
+@pytest.mark.filterwarnings("ignore:Setting .save_embedding_layers")
 def test_where_noise_has_a_large_effect_the_default_is_not_taken(tmp_path, caplog):
     run = looked_at(tmp_path, on_embeddings(torch.bfloat16), "llama")
     run.train()
     scale = run.session.tuning.scale
     assert slope_error(1e-2) > 0.5
-    assert slope_error(scale) < 0.2 * slope_error(1e-2)
+    assert slope_error(scale) < slope_error(1e-2) / 3
     assert f"perturbation_scale is {scale:.2g}: at the default, 0.01, curvature" in caplog.text
     assert run.state.log_history[0]["perturbation_scale"] == scale
     resumed = looked_at(tmp_path, on_embeddings(torch.bfloat16), "llama")

@@ -68,6 +68,7 @@ FORGERIES = [
     ("step", ("groups",), [{"lr": "fast"}, {"params": 3}]),
     ("step", ("rules",), [["rowwise", "cauchy", []]]),
     ("step", ("seed",), None),
+    ("start", ("adapter",), {"files": {}}),
 ]
 
 
