@@ -94,8 +94,9 @@ def estimate_alignment(
     contrast: Contrast,
     place: BatchPosition,
     batches: float = 1.0,
-) -> tuple[dict[str, StepResult], ContrastiveBatch]:
-    """Add an estimate of a contrastive loss's gradient to `.grad`; return results and loss.
+) -> tuple[dict[str, StepResult], ContrastiveBatch, dict[str, Tensor]]:
+    """Add an estimate of a contrastive loss's gradient to `.grad`; return results, loss, and by
+    side the inputs of the head, or the embeddings where there is none.
 
     With u_i all embeddings, `dL = sum_i dL/du_i du_i`: the queries of an embedding, with the others
     of the batch fixed, estimate its term, and the sum is unbiased for any counts that are fixed
@@ -121,7 +122,8 @@ def estimate_alignment(
             losses = passes[side].losses
             assert losses is not None
             assert losses.logits is not None
-            clean[side] = losses.logits, None
+            found = passes[side].found
+            clean[side] = losses.logits, None if found is None else found.features
         batch = contrast(clean["text"][0], clean["image"][0])
         results = {}
         for side, tower in towers.items():
@@ -134,7 +136,11 @@ def estimate_alignment(
                 tower.head.vector.add_to_gradients(
                     tower.head.gradient(features, losses) / (len(losses.sums) * batches)
                 )
-    return results, batch
+        inputs_of = {
+            side: embeddings if features is None else features
+            for side, (embeddings, features) in clean.items()
+        }
+    return results, batch, inputs_of
 
 
 def add_scale_gradients(base: DualEncoder, loss: ContrastiveBatch, batches: float) -> None:

@@ -43,7 +43,9 @@ from .estimate import (
     numbered,
 )
 from .loss import SIDES, ContrastiveBatch, ContrastiveLoss
+from .projection_solver import ProjectionSolver
 from .shares import TowerShares
+from .similarity import Terms
 from .towers import build_tower
 
 logger = logging.getLogger("hf_flops.trainer")
@@ -91,6 +93,8 @@ class ContrastiveSession:
         self.forwards = {side: metered(tower_forward(self.base, side)) for side in SIDES}
         self.towers: dict[str, Tower] = {}
         self.shares = TowerShares()
+        self.solver = ProjectionSolver(self._terms)
+        self._steps = 0
         self.check_rows, self._warned = 0, False
         # names of the frozen and of the trainable tensors for which the towers were built
         self._built_for: tuple[Collection[str], Collection[str]] | None = None
@@ -113,6 +117,7 @@ class ContrastiveSession:
                 them.
             ConfigurationError: nothing is trained.
         """
+        self._steps = batch.steps
         frozen = held_back(self.model, self.args.lora_parts, batch.progress)
         wanted = frozen, ParameterVector.of(self.model).names
         if self._built_for == wanted:
@@ -171,27 +176,37 @@ class ContrastiveSession:
             ConfigurationError: too few queries.
         """
         parts, labels = self.split(batch.inputs)
-        contrast = self._contrast(labels, given="labels" in batch.inputs)
-        self._complete(parts, int(self.args.queries_per_sample), contrast, position.seed)
-        batches = averaging.batches
-        results, loss = estimate_alignment(self.towers, parts, contrast, position, batches)
+        given = "labels" in batch.inputs
+        contrast, batches = self._contrast(labels, given=given), averaging.batches
+        solved = self._bind_solver()
+        if solved and self.solver.primes(batch.step, self._steps):
+            towers = {side: replace(tower, method=None) for side, tower in self.towers.items()}
+        else:
+            self._complete(parts, int(self.args.queries_per_sample), contrast, position.seed)
+            towers = self.towers
+        results, loss, features = estimate_alignment(towers, parts, contrast, position, batches)
+        if solved:
+            labels = torch.arange(batch.samples) if labels is None else labels
+            self.solver.add(features, labels, batch.ids, given=given)
         add_scale_gradients(self.base, loss, batches)
         self.shares.update(self.towers, results)
         result = join_results(results, _sizes(parts), loss.loss / batches)
-        searched = sum(tuning.rows for tuning in self.tunings.values())  # for epsilon
-        for tuning in self.tunings.values():
-            tuning.rows = 0
-        return replace(result, rows=result.rows + searched)
+        for tuning in self.tunings.values():  # rows of the search for epsilon
+            result, tuning.rows = replace(result, rows=result.rows + tuning.rows), 0
+        return result
 
     def finish_step(self, epoch: float) -> None:
-        """See `GradientSession`; nothing is solved."""
+        """See `GradientSession`."""
+        if self._bind_solver():
+            self.solver.finish_step(epoch)
 
     def fall_back(self, error: RowLossError, *, recorded: bool) -> None:
         """See `GradientSession`; embeddings always have losses of their own."""
         raise error
 
     def discard(self) -> None:
-        """See `GradientSession`; nothing is pending."""
+        """See `GradientSession`."""
+        self.solver.discard()
 
     def parts(self) -> Mapping[str, Stateful]:
         """See `GradientSession`."""
@@ -206,11 +221,12 @@ class ContrastiveSession:
             for name, both in by_side.items()
             if (part := both[side]) is not None
         }
-        return {"rows of the towers": self.shares, **parts}
+        return {"rows of the towers": self.shares, "projections": self.solver, **parts}
 
     def log(self) -> dict[str, float]:
         """See `GradientSession`."""
-        return {}
+        solved = self.solver.objective
+        return {} if solved is None else {"solved_head_loss": solved}
 
     def split(self, inputs: Inputs) -> tuple[TowerInputs, Tensor | None]:
         """Return the towers' inputs, numbered, and each image's text (B,), None for its own."""
@@ -226,17 +242,31 @@ class ContrastiveSession:
 
     def _contrast(self, labels: Tensor | None, *, given: bool) -> Contrast:
         """Return the function from embeddings of texts (C, D) and images (B, D) to their loss."""
-        bias = getattr(self.base, "logit_bias", None)
-        scale = float(self.base.logit_scale.double().exp())
-        shift = 0.0 if bias is None else float(bias)
+        scale, bias = self._scale_and_bias()
 
         def batch(texts: Tensor, images: Tensor) -> ContrastiveBatch:
-            terms = self.contrast.terms(
-                len(texts), len(images), labels, sigmoid=bias is not None, given=given
-            )
-            return ContrastiveBatch(texts, images, terms, scale, shift)
+            terms = self._terms(len(texts), len(images), labels, given=given)
+            return ContrastiveBatch(texts, images, terms, scale, bias)
 
         return batch
+
+    def _terms(self, texts: int, images: int, labels: Tensor | None, given: bool) -> Terms:
+        """Return the loss of so many texts and images; see `ContrastiveLoss.terms`."""
+        sigmoid = getattr(self.base, "logit_bias", None) is not None
+        return self.contrast.terms(texts, images, labels, sigmoid=sigmoid, given=given)
+
+    def _scale_and_bias(self) -> tuple[float, float]:
+        """Return the factor of the cosines, and what is added to the scaled ones."""
+        bias = getattr(self.base, "logit_bias", None)
+        return float(self.base.logit_scale.double().exp()), 0.0 if bias is None else float(bias)
+
+    def _bind_solver(self) -> bool:
+        """Return whether projections are solved for; tell the solver how things are now."""
+        heads = {side: tower.head for side, tower in self.towers.items() if tower.head is not None}
+        if self.args.closed_form_head != "solve" or not heads:
+            return False
+        self.solver.bind(heads, *self._scale_and_bias())
+        return True
 
     def _complete(self, parts: TowerInputs, queries: int, contrast: Contrast, seed: int) -> None:
         """Fill in the step's queries, epsilon and rows per forward."""

@@ -5,8 +5,10 @@ Leading dimensions, where there are any, are those of several batches.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -107,3 +109,10 @@ class SigmoidTerms:
 
 Terms = SoftmaxTerms | SigmoidTerms
 """A loss of the similarities (C, B) of C texts and B images, as a sum over their elements."""
+
+
+def stacked(terms: Sequence[Terms]) -> Terms:
+    """Return the losses of n batches of one shape and kind as one with a leading dimension."""
+    kind = type(terms[0])
+    parts = ([getattr(one, field.name) for one in terms] for field in fields(kind))
+    return kind(*map(torch.stack, parts))

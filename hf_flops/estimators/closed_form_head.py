@@ -91,21 +91,21 @@ class ClosedFormHead:
         return torch.cat([parts[own].flatten() for own in self.names])
 
     def design(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (N, D), what the trained tensors multiply, and (N, C), the rest of the outputs.
+        """Return what the trained tensors multiply (..., D), and the rest of the outputs (..., C).
 
         Args:
-            x: (N, H) inputs.
+            x: (..., H) inputs.
         """
-        columns, fixed = [], x.new_zeros(len(x), self.module.out_features)
+        columns, fixed = [], x.new_zeros(*x.shape[:-1], self.module.out_features)
         if "weight" in self.names:
             columns.append(x)
         else:
             fixed = fixed + x @ self.module.weight.detach().to(x).T
         if "bias" in self.names:
-            columns.append(x.new_ones(len(x), 1))
+            columns.append(x.new_ones(*x.shape[:-1], 1))
         elif self.module.bias is not None:
             fixed = fixed + self.module.bias.detach().to(x)
-        return torch.cat(columns, 1), fixed
+        return torch.cat(columns, -1), fixed
 
     def weights(self) -> Tensor:
         """Return (C, D) float64, the trained tensors side by side."""

@@ -68,8 +68,8 @@ class FeatureSolver:
             return
         self._new = False
         self.solve()
-        seen = self._repeated or epoch >= 1 - 1e-6
-        self._collecting = not seen and self.samples < PRIMING_SAMPLES
+        seen = self._repeated or epoch >= 1 - 1e-6 or self.samples >= PRIMING_SAMPLES
+        self._collecting = self._collecting and not seen
 
     def age_weights(self, numbers: Collection[int]) -> Tensor:
         """Return weights (N,) float64 of samples, from how many came before each."""
