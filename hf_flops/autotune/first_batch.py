@@ -101,6 +101,7 @@ def set_up(
     given = args, model, forward, inputs, perturbation, frozen, precision
     # an objective of the user's is left as it is, unless it keeps logits itself
     if objective is not None:
+        objective.look(forward, inputs)
         return _set_up(objective, *given, ours=objective.logits)
     if not set(ParameterVector.of(model).names) <= set(frozen):
         check_moves(forward, inputs, model)

@@ -47,7 +47,7 @@ class Tuning:
         rows: int | None = None,
         memory: float | None = None,
         *,
-        scale: bool = False,
+        scale: bool | None = False,
         trim: bool = True,
         queries: AutoQueries | None = None,
     ) -> None:
@@ -67,12 +67,12 @@ class Tuning:
         trim = args.perturbation != "activation" and not (
             objective is not None and objective.generates
         )
-        # the default epsilon is for smooth losses
-        scale = "auto" if objective is not None and objective.piecewise_constant else None
+        # the default epsilon, for None, is for smooth losses
+        scale = {"auto": True, None: None}.get(args.perturbation_scale, False)
         return cls(
             rows if isinstance(rows, int) else None,
             memory,
-            scale=(args.perturbation_scale or scale) == "auto",
+            scale=scale,
             trim=trim,
             queries=AutoQueries() if args.queries_per_sample == "auto" else None,
         )
@@ -106,7 +106,8 @@ class Tuning:
         if sides and method.reuse.modules and method.reuse.crop_padding is None:
             reuse = with_cropping(method.reuse, surrogate, forward, inputs, sides, precision)
             method = replace(method, reuse=reuse)
-        if self._calibrating and not self.found:
+        steps = method.objective.piecewise_constant
+        if (steps if self._calibrating is None else self._calibrating) and not self.found:
             self._calibrate(method, forward, inputs, seed)
         self.scale = self.found.get("perturbation_scale", method.scale)
         return replace(method, scale=self.scale)

@@ -14,10 +14,13 @@ from transformers.trainer_utils import rotate_checkpoints
 from ..autotune.protocol import Stateful
 from ..base.batch import Inputs
 from ..distributed.collectives import ProcessGroup
+from ..reporting.callbacks import RunCosts
+from ..reporting.model_card import complete_card, plain_card
 from .batches import SAMPLE_ID, without_ids
 from .checkpoint_state import load_state, save_state
 from .checkpoints import CheckpointWriter, generator_states
 from .multiprocess import undivided_loader
+from .settings import run_as_code
 
 if TYPE_CHECKING:
     _Base = Trainer  # so that `self` is typed
@@ -35,6 +38,7 @@ class StockOverrides(_Base):
 
     args: Any  # of a class with `FlopsArgumentsMixin`
     checkpoint_writer: CheckpointWriter
+    costs: RunCosts
     sample_ids: tuple[int, ...] | None = None
     _group: ProcessGroup | None = None
     _parts: Callable[[], Mapping[str, Stateful]]
@@ -62,6 +66,17 @@ class StockOverrides(_Base):
         text = getattr(features.get(SAMPLE_ID), "dtype", None) in ("string", "large_string")
         if SAMPLE_ID not in columns and not text:
             columns.append(SAMPLE_ID)
+
+    def create_model_card(self, *positional: Any, **options: Any) -> None:
+        """Write the stock card, with our sections and tags beside those of model and caller."""
+        if hasattr(self.model, "config"):
+            super().create_model_card(*positional, **options)
+        elif self.is_world_process_zero():
+            plain_card(self.args.output_dir, self.model)
+        if self.is_world_process_zero():
+            folder, data, tags = self.args.output_dir, self.train_dataset, options.get("tags")
+            settings, costs = run_as_code(self.args, self.model), self.costs.so_far()
+            complete_card(folder, settings, self.model, costs, tags, data)
 
     def save_state(self) -> None:
         """Save the trainer's state as the stock trainer does, and that of our parts beside it."""

@@ -16,11 +16,11 @@ from ..base.batch import Inputs
 from ..contrastive import start_session
 from ..contrastive.dual_encoder import with_plain_flag
 from ..estimators import Estimator
-from ..objectives import CallableObjective, Objective, RowLossError
+from ..objectives import Objective, RowLossError, as_objective
 from ..perturbations import Perturbation
 from ..reporting.callbacks import add_reports
 from ..reporting.ledger import Ledger
-from ..reporting.model_card import TAGS, complete_card
+from ..reporting.model_card import TAGS
 from ..trajectory.recorder import TrajectoryRecorder
 from .args import FlopsTrainingArguments
 from .batches import ElementMean, PositionCounter
@@ -32,6 +32,7 @@ from .multiprocess import BatchSize, Lockstep, start_group
 from .noise_guard import NoiseGuard
 from .preparation import (
     add_tags,
+    as_module,
     check_arguments,
     check_labels,
     check_ready,
@@ -44,7 +45,7 @@ from .preparation import (
     wrap_with_adapter,
 )
 from .query_budget import QueryBudget
-from .settings import as_code
+from .samples import rows_blamed
 from .step import AfterStep, batch_of, estimate_batch
 from .stock import StockOverrides
 
@@ -74,8 +75,9 @@ class FlopsTrainerMixin(StockOverrides):
         args: `FlopsTrainingArguments`, or any arguments class with `FlopsArgumentsMixin`.
         peft_config: a PEFT configuration to wrap the model with.
         objective: what to minimise instead of the model's own loss: a function that maps (outputs,
-            inputs) of R rows to (R,) losses, a `Metric` or `GeneratedMetric` to be improved, a
-            `ContrastiveLoss`, or an `Objective`; it needs no derivative.
+            inputs) of R rows to (R,) losses, a `Metric` or `GeneratedMetric` to be improved,
+            "accuracy" or "macro_f1" for short, a `ContrastiveLoss`, or an `Objective`; it needs no
+            derivative.
         allocator: an instance, in place of the name in `args`.
         estimator: an instance, in place of the name in `args`.
         perturbation: an instance, in place of the name in `args`; it skips the self-check.
@@ -105,7 +107,7 @@ class FlopsTrainerMixin(StockOverrides):
         *positional: Any,
         args: TrainingArguments | None = None,
         peft_config: PeftConfig | None = None,
-        objective: Objective | Callable[..., Tensor] | None = None,
+        objective: Objective | Callable[..., Tensor] | str | None = None,
         allocator: Allocator | None = None,
         estimator: Estimator | None = None,
         perturbation: Perturbation | None = None,
@@ -115,13 +117,11 @@ class FlopsTrainerMixin(StockOverrides):
         if given is None:
             kwargs["args"] = given = FlopsTrainingArguments() if args is None else args
         checked = check_arguments(given)
-        model = uncompiled(model)
+        model = uncompiled(as_module(model))
         self._peft_config = peft_config
         if peft_config is not None and isinstance(model, nn.Module):
             model = wrap_with_adapter(model, peft_config)
-        if objective is not None and not isinstance(objective, Objective):
-            objective = CallableObjective(objective)
-        self.objective: Objective | None = objective
+        self.objective: Objective | None = as_objective(objective)
         self._start_session = partial(
             start_session, allocator=allocator, estimator=estimator, perturbation=perturbation
         )
@@ -174,7 +174,8 @@ class FlopsTrainerMixin(StockOverrides):
         self.rate_search = self._new_search() if self.args.learning_rate_search else None
         if self.rate_search is not None:
             self.add_callback(self.rate_search)
-        with self._sigterm.listening(alone=self.args.world_size == 1), self.group.watched():
+        listening = self._sigterm.listening(alone=self.args.world_size == 1)
+        with rows_blamed(self.train_dataset, self.model), listening, self.group.watched():
             checkpoint = chosen_checkpoint(resume_from_checkpoint, self.args.output_dir, self.group)
             return super().train(checkpoint, *args, **kwargs)
 
@@ -258,13 +259,6 @@ class FlopsTrainerMixin(StockOverrides):
         """Count 2 operations per parameter, token and row: a third of the stock count per row."""
         queries = self.session.rows(1, self.state.global_step)
         return super().floating_point_ops(dict(inputs)) // 3 * queries // self.args.world_size
-
-    def create_model_card(self, *positional: Any, **options: Any) -> None:
-        """Write the stock card, with our sections and tags beside those of model and caller."""
-        super().create_model_card(*positional, **options)
-        if self.is_world_process_zero():
-            settings, costs = as_code(self.args), self.costs.so_far()
-            complete_card(self.args.output_dir, settings, self.model, costs, options.get("tags"))
 
     def _parts(self) -> dict[str, Stateful]:
         """Return the parts that a checkpoint holds, by name."""
