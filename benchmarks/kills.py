@@ -1,21 +1,22 @@
 """A run that is killed again and again (`kill -9` at random moments) and resumed each time, on one
-process or two.
+process or two, in a folder that is renamed in between.
 
 It must end with the parameters of the run that was never disturbed. Every process of the run is
-killed at once, so that a kill can hit the middle of a save.
+killed at once, so that a kill can hit the middle of a save. Lives are forks of this process, which
+has imported everything already.
 
-    python benchmarks/kills.py --kills 20
+    python benchmarks/kills.py --kills 40
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
+import multiprocessing
 import os
 import random
 import shutil
-import subprocess
+import signal
+import socket
 import sys
 import tempfile
 import time
@@ -25,46 +26,72 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import psutil
+import torch
 from safetensors.torch import load_file
 
-from hf_flops.trainer.checkpoints import UNFINISHED
+from hf_flops.trainer.checkpoints import UNFINISHED, last_checkpoint
+from tests.helpers.worker import build, finish
 
-from records import Record  # isort: skip
+from records import Record, quiet  # isort: skip
 
-
-def command(processes: int, options: dict[str, Any]) -> list[str]:
-    """Return what starts a run."""
-    worker = [str(ROOT / "tests" / "helpers" / "worker.py"), json.dumps([options])]
-    if processes == 1:
-        return [sys.executable, *worker]
-    return [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        str(processes),
-        *worker,
-    ]
+FORK = multiprocessing.get_context("fork")
+BEST = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+# name → the arguments in which a configuration differs
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "gradient": {},
+    "scalars": {"reduce": "scalars"},
+    "best model": {**BEST, "save_total_limit": 2},
+    "max_queries": {"max_queries": 0},  # filled in: the steps less a quarter
+}
 
 
-def start(processes: int, options: dict[str, Any]) -> subprocess.Popen:
-    """Start a run in a process group of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    quiet = subprocess.DEVNULL
-    return subprocess.Popen(
-        command(processes, options), env=environment, stdout=quiet, stderr=quiet
-    )
+def live(options: dict[str, Any], rank: int, world: int, port: int) -> None:
+    """Be a process of a run."""
+    quiet()
+    silent = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silent, 1)
+    os.dup2(silent, 2)
+    if world > 1:
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in place.items()})
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+    trainer = build(dict(options))
+    trainer.train(resume_from_checkpoint=last_checkpoint(trainer.args.output_dir))
+    finish(trainer, "final")
+    os._exit(0)
 
 
-def kill(run: subprocess.Popen) -> None:
-    """End all processes of a run at once."""
-    launcher = psutil.Process(run.pid)
-    for process in [*launcher.children(recursive=True), launcher]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    run.wait()
+class Run:
+    """The processes of a life."""
+
+    def __init__(self, processes: int, options: dict[str, Any]) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.processes = [
+            FORK.Process(target=live, args=(options, rank, processes, port))
+            for rank in range(processes)
+        ]
+        for process in self.processes:
+            process.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether one of them lives."""
+        return any(process.is_alive() for process in self.processes)
+
+    def kill(self) -> None:
+        """End all of them at once."""
+        for process in self.processes:
+            if process.pid is not None and process.is_alive():
+                os.kill(process.pid, signal.SIGKILL)
+        self.wait()
+
+    def wait(self) -> list[int | None]:
+        """Return the statuses, once all have ended."""
+        for process in self.processes:
+            process.join()
+        return [process.exitcode for process in self.processes]
 
 
 def steps(folder: Path) -> int:
@@ -73,79 +100,72 @@ def steps(folder: Path) -> int:
 
 
 def disturb(options: dict[str, Any], kills: int, rng: random.Random) -> list[dict[str, Any]]:
-    """Run to the end, with kills on the way; returns what happened at each."""
-    folder, seen = Path(options["output_dir"]), []
+    """Run to the end, with kills on the way; return what happened at each."""
+    seen: list[dict[str, Any]] = []
     while True:
+        folder = Path(options["output_dir"])
+        if folder.exists() and rng.random() < 0.5:
+            folder = folder.rename(folder.with_name(f"moved-{len(seen)}"))
+            options["output_dir"] = str(folder)
         processes, before = rng.choice([1, 2]), steps(folder)
-        run, begun = start(processes, options), time.monotonic()
-        while (
-            len(seen) < kills
-            and run.poll() is None
-            and steps(folder) <= before
-            and time.monotonic() - begun < 120
-        ):
+        run, begun = Run(processes, options), time.monotonic()
+        while len(seen) < kills and run.alive and steps(folder) <= before:
             time.sleep(0.01)  # the first step of a new life is over
-        if len(seen) < kills and run.poll() is None:
+            if time.monotonic() - begun > 600:
+                raise SystemExit("a life took no step in 600 s")
+        if len(seen) < kills and run.alive:
             time.sleep(rng.uniform(0.0, 0.6))
-        if len(seen) == kills or run.poll() is not None:
-            if run.wait() != 0:
-                raise SystemExit(
-                    f"the run on {processes} processes failed with status {run.returncode}"
-                )
+        if len(seen) == kills or not run.alive:
+            if any(run.wait()):
+                raise SystemExit(f"the run on {processes} processes failed: {run.wait()}")
             return seen
-        kill(run)
+        run.kill()
         half = (folder / UNFINISHED).exists()
-        seen.append(
-            {
-                "processes": processes,
-                "resumed_at": before,
-                "killed_after": steps(folder),
-                "half_written": half,
-            }
-        )
+        life = {"processes": processes, "folder": folder.name, "resumed_at": before}
+        seen.append({**life, "killed_after": steps(folder), "half_written": half})
         print(seen[-1], flush=True)
 
 
+def compare(name: str, chosen: argparse.Namespace, kills: int, scratch: Path) -> dict[str, Any]:
+    """Return the kills of a configuration, and how far its end is from the undisturbed run's."""
+    common = {"samples": 8, "size": 62, "max_steps": chosen.steps, "logging_steps": 50}
+    common |= {"save_total_limit": 3, "save_strategy": "steps", "save_steps": 1}
+    common |= CONFIGURATIONS[name]
+    if "max_queries" in common:  # rows of a step, and of the checks
+        common["max_queries"] = 32 * chosen.steps * 3 // 4 + 200
+    alone, killed = scratch / f"{name} alone", scratch / f"{name} killed"
+    run = Run(1, {**common, "output_dir": str(alone)})
+    if any(run.wait()):
+        raise SystemExit("the undisturbed run failed")
+    options = {**common, "output_dir": str(killed)}
+    seen = disturb(options, kills, random.Random(chosen.seed))
+    folders = alone, Path(options["output_dir"])
+    wanted, found = (load_file(folder / "final.safetensors") for folder in folders)
+    error = max(float((wanted[key] - found[key]).abs().max()) for key in wanted)
+    reached = [steps(folder) for folder in folders]
+    print(f"{name}: {len(seen)} kills, largest difference {error:.2g}, steps {reached}")
+    return {"kills": seen, "largest_difference": error, "steps": reached}
+
+
 def main() -> None:
-    """Compare a disturbed run with one that was left alone; write results/kills.json."""
+    """Compare disturbed runs with those that were left alone; write results/kills.json."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--kills", type=int, default=40, help="of all configurations")
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--reduce", default="gradient")
+    parser.add_argument("--only", choices=CONFIGURATIONS)
     chosen = parser.parse_args()
+    torch.set_num_threads(1)  # a fork has no other threads
+    names = [chosen.only] if chosen.only else list(CONFIGURATIONS)
     scratch = Path(tempfile.mkdtemp(prefix="hf_flops_kills_"))
-    common = {
-        "samples": 8,
-        "size": 62,
-        "max_steps": chosen.steps,
-        "logging_steps": 50,
-        "save_total_limit": 3,
-    }
-    common |= {"reduce": chosen.reduce, "resume": True}
-    alone = {**common, "output_dir": str(scratch / "alone")}
-    assert start(1, alone).wait() == 0
-    options = {
-        **common,
-        "output_dir": str(scratch / "killed"),
-        "save_strategy": "steps",
-        "save_steps": 1,
-    }
-    seen = disturb(options, chosen.kills, random.Random(chosen.seed))
-    wanted, found = (
-        load_file(scratch / name / "final.safetensors") for name in ("alone", "killed")
-    )
-    error = max(float((wanted[name] - found[name]).abs().max()) for name in wanted)
-    print(
-        f"{len(seen)} kills, {sum(kill['half_written'] for kill in seen)} of them in the middle of "
-        f"a save; the final parameters differ from the undisturbed run's by {error:.2g} at most"
-    )
-    Record("kills").keep(
-        chosen.reduce, {"steps": chosen.steps, "kills": seen, "largest_difference": error}
-    )
+    for name in names:
+        found = compare(name, chosen, chosen.kills // len(names), scratch)
+        Record("kills").keep(name, found)
+        missing = "the run was over too early: raise --steps"
+        assert len(found["kills"]) == chosen.kills // len(names), missing
+        assert found["largest_difference"] <= 1e-5
+        assert len(set(found["steps"])) == 1
     shutil.rmtree(scratch)
-    assert len(seen) == chosen.kills, f"the run was over after {len(seen)} kills: raise --steps"
-    assert error <= 1e-5
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from heads import QUIET
 from learning_tasks import TASKS, Task, features, head_of
 
 from hf_flops import FlopsTrainer, FlopsTrainingArguments
-from hf_flops.estimators import ClosedFormHead, HeadSolver, head_solver
+from hf_flops.estimators import ClosedFormHead, HeadSolver, feature_solver
 from hf_flops.objectives import RowLosses
 
 KEPT = (1.0, 0.5, 0.25)
@@ -55,11 +55,11 @@ class FreshHead:
         losses = RowLosses(
             one, one, targets=targets, weights=torch.ones_like(targets), mean="softmax"
         )
-        kept, head_solver._KEPT = head_solver._KEPT, 1.0
+        kept, feature_solver.KEPT = feature_solver.KEPT, 1.0
         self.solver.add(x, losses, list(range(len(x))))
         for _ in range(SOLUTIONS):
             self.solver.solve()
-        head_solver._KEPT = kept
+        feature_solver.KEPT = kept
         with torch.no_grad():
             return head_of(self.model)(x), self.layer(x)
 
@@ -95,7 +95,7 @@ class Budget(TrainerCallback):
 
 def measure(task: Task, kept: float, seed: int, *, adopts: bool = False) -> dict[str, Any]:
     """Train with one weight of old samples; return mean losses."""
-    before, head_solver._KEPT = head_solver._KEPT, kept
+    before, feature_solver.KEPT = feature_solver.KEPT, kept
     args = FlopsTrainingArguments(
         output_dir="outputs/stale_heads",
         per_device_train_batch_size=task.batch,
@@ -115,7 +115,7 @@ def measure(task: Task, kept: float, seed: int, *, adopts: bool = False) -> dict
     trainer.remove_callback(PrinterCallback)
     trainer.begin(task, adopts=adopts)
     trainer.train()
-    head_solver._KEPT = before
+    feature_solver.KEPT = before
     losses = np.array(trainer.losses)
     names = ("batch, head in use", "batch, new head", "all, head in use", "all, new head")
     found = dict(zip(names, losses.mean(0).round(4).tolist(), strict=True))
@@ -136,13 +136,13 @@ def main() -> None:
     """Measure and keep the results."""
     quiet()
     record, task = Record("stale_heads"), TASKS["permuted"]()
-    usual, first = head_solver._ITERATIONS, SEEDS[0]
+    usual, first = feature_solver.ITERATIONS, SEEDS[0]
     settings = [(kept, usual, first, False) for kept in KEPT]
     settings += [(0.5, MANY_ITERATIONS, first, False)]
     settings += [(0.5, usual, seed, False) for seed in SEEDS[1:]]
     settings += [(0.5, usual, seed, True) for seed in SEEDS]
     for kept, iterations, seed, adopts in settings:
-        head_solver._ITERATIONS = iterations
+        feature_solver.ITERATIONS = iterations
         found = measure(task, kept, seed, adopts=adopts)
         name = f"kept {kept}, {iterations} iterations, seed {seed}{', new head' if adopts else ''}"
         print(f"{name}: {found}", flush=True)

@@ -21,22 +21,27 @@ import os
 import random
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from cases import CASES, SIDES, Case  # isort: skip
 from records import Record, quiet  # isort: skip
+from hf_flops.base.transfer import synchronise  # isort: skip
 
 # read when a process starts
 HEAP = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
 
 
-def measure(case: Case, repeats: int) -> dict[str, Any]:
-    """Time every side in turn; returns medians in seconds and the ratios of rows per second to
-    plain inference.
+def measure(
+    case: Case, repeats: int, methods: dict[str, Callable[[], None]] | None = None
+) -> dict[str, Any]:
+    """Time every side in turn, or the given ones; returns medians in seconds and the ratios of rows
+    per second to plain inference.
     """
-    methods = case.methods()
+    methods = case.methods() if methods is None else methods
+    device = next(iter(case.inputs.values())).device
     seconds: dict[str, list[float]] = {side: [] for side in methods}
     overhead = []
     order, shuffled = list(methods), random.Random(0)
@@ -45,14 +50,17 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
         for side in order:
             case.model.zero_grad()
             case.seconds = 0.0
+            synchronise(device)
             start = time.perf_counter()
             methods[side]()
+            synchronise(device)
             spent = time.perf_counter() - start
             if turn:  # the first turn warms up
                 seconds[side].append(spent)
                 if side == "ours":
                     overhead.append(1 - case.seconds / spent)
-    assert methods["ours"].rows == methods["mezo"].rows == case.rows  # type: ignore[attr-defined]
+    ran = {methods[side].rows for side in ("ours", "mezo") if side in methods}  # type: ignore[attr-defined]
+    assert ran == {case.rows}
     medians = {side: float(np.median(own)) for side, own in seconds.items()}
     ratios = {side: np.divide(seconds["plain"], own) for side, own in seconds.items()}
     return {

@@ -22,9 +22,12 @@ if TYPE_CHECKING:
         NonFiniteError,
         ObjectiveError,
         ProcessError,
+        StorageError,
         TrajectoryError,
     )
     from .objectives import CallableObjective, GeneratedMetric, MacroF1, Metric, Objective
+    from .prompts.black_box import BlackBoxPromptModel
+    from .prompts.black_box_lora import BlackBoxLoraModel
     from .prompts.label_head import LabelHeadModel
     from .prompts.suffix_prompt import SuffixPromptModel
     from .prompts.visual_prompt import VisualPrompt
@@ -37,6 +40,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "BatchPosition": "base.rows",
+    "BlackBoxLoraModel": "prompts.black_box_lora",
+    "BlackBoxPromptModel": "prompts.black_box",
     "CallableObjective": "objectives.base",
     "ConfigurationError": "errors",
     "ContrastiveLoss": "contrastive.loss",
@@ -57,6 +62,7 @@ _HOMES = {
     "ObjectiveError": "errors",
     "ProcessError": "errors",
     "StepResult": "core.method",
+    "StorageError": "errors",
     "SuffixPromptModel": "prompts.suffix_prompt",
     "TrajectoryError": "errors",
     "VisualPrompt": "prompts.visual_prompt",
@@ -66,6 +72,8 @@ _HOMES = {
 
 __all__ = [
     "BatchPosition",
+    "BlackBoxLoraModel",
+    "BlackBoxPromptModel",
     "CallableObjective",
     "ConfigurationError",
     "ContrastiveLoss",
@@ -86,6 +94,7 @@ __all__ = [
     "ObjectiveError",
     "ProcessError",
     "StepResult",
+    "StorageError",
     "SuffixPromptModel",
     "TrajectoryError",
     "VisualPrompt",

@@ -7,6 +7,7 @@ FlopsError
 ├── NonFiniteError (an ArithmeticError): no perturbed row of a step has a finite loss
 ├── EngineError (a RuntimeError): a black box refused, failed, or returned invalid outputs
 ├── ProcessError (a RuntimeError): another process of the run has ended or does not answer
+├── StorageError (an OSError): a file of the run cannot be written
 └── TrajectoryError (a RuntimeError): a trajectory log is damaged, or its replay ends elsewhere
 ```
 """
@@ -36,6 +37,10 @@ class EngineError(FlopsError, RuntimeError):
 
 class ProcessError(FlopsError, RuntimeError):
     """Another process of the run has ended or does not answer."""
+
+
+class StorageError(FlopsError, OSError):
+    """A file of the run cannot be written; what was saved before is whole."""
 
 
 class TrajectoryError(FlopsError, RuntimeError):

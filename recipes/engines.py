@@ -1,20 +1,40 @@
-"""Engines that only answer, for a prompt before or after the text: the same model in transformers
-or in ONNX Runtime.
+"""Engines that only answer, for a prompt before or after the text: the same model in transformers,
+in ONNX Runtime or in vLLM, which takes LoRA too.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
 
-from hf_flops.engines import BlackBoxPromptModel, Engine, OnnxEngine, TorchEngine, export_onnx
+from hf_flops import BlackBoxLoraModel, BlackBoxPromptModel
+from hf_flops.engines import Engine, OnnxEngine, TorchEngine, VllmEngine, export_onnx
 from hf_flops.trajectory.start import digest
+from recipes.assets import smollm2
 from recipes.prompts import Template, adapted
+from recipes.vllm_server import VllmServer
 
-ENGINES = ("torch", "onnx", "onnx-int8")
+ENGINES = ("torch", "onnx", "onnx-int8", "vllm")
+
+
+@contextmanager
+def running(recipe: Any, folder: str | Path) -> Iterator[Any]:
+    """Give the recipe with the address of a vLLM server, which runs inside the context if none was
+    named.
+    """
+    if recipe.engine != "vllm" or recipe.engine_url:
+        yield recipe
+        return
+    with VllmServer(recipe.model or smollm2(), Path(folder, "vllm.log")) as server:
+        yield replace(recipe, engine_url=server.url, engine_model=server.name)
 
 
 def engine_of(kind: str, model: Any, folder: Path) -> Engine:
@@ -38,12 +58,13 @@ def check(recipe: Any) -> None:
     Raises:
         SystemExit: the recipe asks for such.
     """
+    adapters = ("suffix", "prompt", "lora") if recipe.engine == "vllm" else ("suffix", "prompt")
+    if recipe.engine_url and recipe.engine != "vllm":
+        raise SystemExit("--engine_url is of a server: it needs --engine vllm.")
     if recipe.engine and (
-        recipe.adapter not in ("suffix", "prompt")
-        or "backprop" in recipe.compare
-        or recipe.label_head
+        recipe.adapter not in adapters or "backprop" in recipe.compare or recipe.label_head
     ):
-        wants = "--adapter suffix or prompt, no --label_head, and no --compare backprop"
+        wants = f"--adapter {' or '.join(adapters)}, no --label_head, and no --compare backprop"
         raise SystemExit(f"--engine {recipe.engine} only answers: it needs {wants}.")
 
 
@@ -59,10 +80,21 @@ def adapter_of(
             for name in ("virtual_tokens", "init_text", "lora_rank", "label_head")
         }
         return adapted(recipe.adapter, base, template, words, **sizes)
+    if recipe.engine == "vllm":
+        key = os.environ.get("VLLM_API_KEY")
+        options = {"api_key": key, "batch_rows": 64, "concurrency": 16, "timeout": 600.0}
+        engine: Any = VllmEngine(recipe.engine_url, recipe.engine_model, **options)
+    else:
+        engine = engine_of(recipe.engine, base, Path(folder))
+    if recipe.adapter == "lora":
+        names = ["q_proj", "v_proj"]
+        rank = {"r": recipe.lora_rank, "lora_alpha": 2 * recipe.lora_rank}
+        lora = LoraConfig(task_type="CAUSAL_LM", target_modules=names, **rank)
+        return BlackBoxLoraModel(engine, base.config, lora, words)
     tokens = template.tokenizer(recipe.init_text, add_special_tokens=False)["input_ids"] or None
     embeddings = base.get_input_embeddings().weight
     precision = 3e-2 if recipe.engine == "onnx-int8" else 1e-4
-    engine, after = engine_of(recipe.engine, base, Path(folder)), recipe.adapter == "suffix"
+    after = recipe.adapter == "suffix"
     return BlackBoxPromptModel(
         engine, embeddings, words, recipe.virtual_tokens, tokens, precision, after
     )

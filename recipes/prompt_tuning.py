@@ -9,6 +9,7 @@ of the Hub take their place:
     python recipes/prompt_tuning.py --label_head True  # beside the words' logits
     python recipes/prompt_tuning.py --objective accuracy
     python recipes/prompt_tuning.py --engine onnx-int8
+    python recipes/prompt_tuning.py --engine vllm --adapter lora
     python recipes/prompt_tuning.py --model Qwen/Qwen2.5-0.5B-Instruct \\
         --domain cornell-movie-review-data/rotten_tomatoes
     python recipes/prompt_tuning.py recipes/prompt_tuning.yaml --seed 1
@@ -67,8 +68,14 @@ class RecipeArguments(common.Recipe):
     text_tokens: int = option(48, "Tokens of a text that are kept.", least=1)
     objective: str = option("loss", "'accuracy' and 'macro_f1' have no gradient.", OBJECTIVES)
     engine: str | None = option(
-        None, "A black box that runs the model, for a suffix or prompt.", engines.ENGINES
+        None,
+        "A black box that runs the model, for a suffix, a prompt or vLLM's LoRA.",
+        engines.ENGINES,
     )
+    engine_url: str | None = option(
+        None, "A running vLLM server, without /v1; default: one is started. Key: VLLM_API_KEY."
+    )
+    engine_model: str = option("small", "What that server calls the model.")
     compare: list[str] = option([], "'backprop' runs beside it with the same prompt and rows.")
     dtype: str = option("float32", "The model's numbers.", ("float32", "bfloat16"))
 
@@ -153,11 +160,12 @@ def main(arguments: list[str] | None = None) -> list[PromptOutcome]:
     engines.check(recipe)
     with args.main_process_first(), common.usable(f"--domain {recipe.domain}"):
         task = prompts.load_task(recipe, args.seed)
-    lines = lines_of(recipe, args)
-    for method in runs.announced(methods, args, task):
-        for ending, own in lines.items():
-            known = found[0] if found else None
-            found.append(run(method, own, args, task, known, ending)[0])
+    with engines.running(recipe, args.output_dir) as recipe:
+        lines = lines_of(recipe, args)
+        for method in runs.announced(methods, args, task):
+            for ending, own in lines.items():
+                known = found[0] if found else None
+                found.append(run(method, own, args, task, known, ending)[0])
     if args.process_index == 0:
         report(lines[""], args, task, found)
     return found

@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 import pytest
 
 from hf_flops import FlopsTrainerMixin
-from hf_flops.objectives import BatchLoss, TappedLoss
+from hf_flops.objectives import BatchLoss, CoupledLoss, TappedLoss
 from hf_flops.perturbations import SharedNoise
 
 PAGE = ROOT / "docs" / "integrations.md"
@@ -32,8 +32,8 @@ A trainer of TRL or sentence-transformers takes two statements:
 It then logs its own metrics, those of one forward per batch. The table is written by
 `scripts/integrations.py`, which trains each on a tiny model. *Tapped*: torch's loss function is
 split where it is called. *Each row*: the model runs once, and the loss is computed again for each
-row, with the recorded outputs of that row. *Whole batch*: the loss is no sum over rows, and all
-rows share their noise.
+row, with the recorded outputs of that row. *With its batch*: the loss is no sum over rows; it is
+computed for the whole batch, with the recorded outputs of one row replaced.
 
 | trainer | set-up | loss | noise |
 | --- | --- | --- | --- |
@@ -46,8 +46,10 @@ loss is constant, so forward passes cannot train it, and the first step refuses 
 itself: `objective=GeneratedMetric(reward, tokenizer)` with `FlopsTrainer`, where `reward` maps
 texts and inputs to numbers.
 
-KTO's default loss couples the samples of a batch by an estimate of a divergence, and
-MultipleNegativesRankingLoss compares all of them: both are taken whole.
+What a loss takes from the model without gradients, as KTO its estimate of a divergence, stays that
+of the clean forward, as for backpropagation. A loss that reads trainable parameters itself (a
+temperature) and is no sum over rows is taken for the batch as a whole, with shared noise; so are
+all losses that are no sums over rows in a run of several processes.
 """
 
 
@@ -66,7 +68,11 @@ class Table:
         if "gradient" in self.test:
             return
         chosen = trainer.session.chosen  # type: ignore[attr-defined]
-        kinds = {TappedLoss: "tapped", BatchLoss: "whole batch"}
+        kinds = {
+            TappedLoss: "tapped",
+            CoupledLoss: "with its batch",
+            BatchLoss: "whole batch",
+        }
         shared = [isinstance(part, SharedNoise) for part in chosen.perturbation.parts]
         noise = "shared" if all(shared) else "in part shared" if any(shared) else "per row"
         setup = self.test.partition("[")[2].rstrip("]") or "default"

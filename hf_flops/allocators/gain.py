@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..base.state import State
+from ..base.state import State, number
 
 
 def predicted_gain(sigma: Tensor) -> float:
@@ -41,4 +41,4 @@ class GainAverage:
 
     def load_state_dict(self, state: State) -> None:
         """Load a state from `state_dict`."""
-        self._total, self._batches = state["total"], state["batches"]
+        self._total, self._batches = number(state["total"]), number(state["batches"], 0)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..base.state import State
+from ..base.state import State, number, whole
 
 _KEPT = 0.8  # decay of a sample's history at each visit, because training changes sigma
 _MOST = 2**17  # samples in memory; the least recently visited are removed first
@@ -26,7 +27,8 @@ class History:
     """
 
     def __init__(self) -> None:
-        self._past: dict[int, tuple[float, float]] = {}  # id: (P, S)
+        # id: (P, S); ordered, as a plain dict looks for its oldest key behind all removed ones
+        self._past: OrderedDict[int, tuple[float, float]] = OrderedDict()
         self._agreement, self._pairs = 0.0, _PAIRS
 
     @property
@@ -64,7 +66,7 @@ class History:
                 self._pairs += 1
             self._past[sample] = (_KEPT * precision + weight, _KEPT * weighted + weight * error)
         while len(self._past) > _MOST:
-            del self._past[next(iter(self._past))]
+            self._past.popitem(last=False)
 
     def state_dict(self) -> State:
         """Return the history, oldest first, as JSON-serialisable values."""
@@ -73,7 +75,8 @@ class History:
 
     def load_state_dict(self, state: State) -> None:
         """Load a state from `state_dict`."""
-        self._past = {
-            sample: (precision, weighted) for sample, precision, weighted in state["past"]
-        }
-        self._agreement, self._pairs = state["agreement"], state["pairs"]
+        self._past = OrderedDict(
+            (whole(sample, -(2**63)), (number(precision, 0), number(weighted)))
+            for sample, precision, weighted in state["past"]
+        )
+        self._agreement, self._pairs = number(state["agreement"]), number(state["pairs"], 1e-300)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..base.prng import seeds
-from ..base.state import State
+from ..base.state import State, vector
 from .base import SampleFeatures
 from .learner import Learner
 
@@ -38,6 +38,9 @@ def gradient(scores: Tensor, values: Tensor) -> Tensor:
     """
     advantages = (values - values.mean()) * (len(values) / (len(values) - 1))
     return advantages @ scores / len(values)
+
+
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 class Descent:
@@ -70,8 +73,18 @@ class Descent:
 
     def load_state_dict(self, state: State) -> None:
         """Load a state from `state_dict`."""
-        tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in state.items()}
-        self.values.copy_(tensors.pop("values"))
+        least, most = self._bounds
+        values = vector(state["values"], len(self.values))
+        if bool((values < least).any() or (values > most).any()):
+            raise ValueError(f"the values {values.tolist()} are out of bounds")
+        moments = {} if len(state) == 1 else {name: state[name] for name in _MOMENTS}
+        tensors = {
+            name: vector(value, *(() if name == "step" else (len(values),)))
+            for name, value in moments.items()
+        }
+        if any(bool((tensors[name] < 0).any()) for name in tensors if name != "exp_avg"):
+            raise ValueError("a second moment or number of steps is negative")
+        self.values.copy_(values)
         self._adam.state[self.values] = tensors
 
 

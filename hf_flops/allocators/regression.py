@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..base.state import State
+from ..base.state import State, number, vector
 from .base import SampleFeatures, finite
 from .observation import Observed
 
@@ -87,6 +87,8 @@ class Regression:
 
     def load_state_dict(self, state: State) -> None:
         """Load a state from `state_dict`."""
-        self._inner = torch.tensor(state["inner"], dtype=torch.float64)
-        self._outer = torch.tensor(state["outer"], dtype=torch.float64)
-        self._misfit, self._seen = state["misfit"], state["seen"]
+        inner = vector(state["inner"], 3, 3)
+        if float(torch.linalg.eigvalsh(inner).min()) < -0.5 * _PRIOR:
+            raise ValueError("the sums of products have a negative eigenvalue")
+        self._inner, self._outer = inner, vector(state["outer"], 3)
+        self._misfit, self._seen = number(state["misfit"]), number(state["seen"], 1e-300)

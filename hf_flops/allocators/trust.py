@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..base.state import State
+from ..base.state import State, number, vector
 from .rounding import proportional, proxy
 
 LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -55,5 +55,5 @@ class Calibration:
 
     def load_state_dict(self, state: State) -> None:
         """Load a state from `state_dict`."""
-        self._ratios = torch.tensor(state["ratios"], dtype=torch.float64)
-        self._steps = state["steps"]
+        self._ratios = vector(state["ratios"], len(LEVELS))
+        self._steps = number(state["steps"], 1e-300)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ _SHARE = 0.25  # of queries that should see a step
 _ROWS = 32  # queries at each scale, or 8 where each needs a whole batch
 # no optimizer step has this number, so nothing else uses a calibration's noise
 _STEP = 2**61
+_LOOKS = 8  # queries that are compared at two scales, or 2 where each needs a whole batch
+_BEND = 0.1  # relative error of the differences above which smaller scales are looked at
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,31 @@ def calibrate(forward: Forward, inputs: Inputs, method: Method, seed: int = 0) -
     return Calibration(*choose_scale(deltas, order=len(method.estimator.signs)), rows)
 
 
+def look(forward: Forward, inputs: Inputs, method: Method, seed: int = 0) -> tuple[float, float]:
+    """Compare a few queries at a method's scale and the next smaller one; where they differ, look
+    at two more, and choose one.
+
+    Noise of one scale has another effect on every model: on embeddings in a LoRA it is large.
+
+    Returns:
+        The scale, at most the method's; and the root mean square of the differences between the
+        first two over the signal.
+    """
+    top = min(range(len(GRID)), key=lambda i: abs(math.log(GRID[i] / method.scale)))
+    scales = GRID[max(top - 1, 0) : top + 1]
+    deltas, _ = _evaluated(forward, inputs, method, seed, scales, _LOOKS)
+    low, high = deltas[0], deltas[-1]
+    error, signal = float((high - low).square().mean()), float((high * low).mean())
+    bend = (error / signal) ** 0.5 if signal > 0 else math.inf
+    if math.isnan(error) or bend <= _BEND:
+        return method.scale, bend
+    more = GRID[max(top - 3, 0) : max(top - 1, 0)]
+    if more:
+        deltas = torch.cat([_evaluated(forward, inputs, method, seed, more, _LOOKS)[0], deltas])
+    best, _ = choose_scale(deltas, (*more, *scales), len(method.estimator.signs))
+    return (method.scale if best is None else min(best, method.scale)), bend
+
+
 def choose_step_scale(
     deltas: Tensor, scales: tuple[float, ...] = STEP_GRID
 ) -> tuple[float | None, float]:
@@ -129,12 +156,42 @@ def choose_step_scale(
     return (scales[best], float(shares[best])) if shares[best] > 0 else (None, 0.0)
 
 
+def agreement(forward: Forward, inputs: Inputs, method: Method, seed: int = 0) -> tuple[float, int]:
+    """Return the correlation of the same queries' deltas at neighbouring scales, the larger one of
+    two pairs up to the method's scale, and the rows that went through the model.
+
+    It is near 1 where deltas are derivatives. Rounding lowers it for all pairs, curvature for the
+    larger scales only.
+
+    Args:
+        forward: runs the model, in evaluation mode, without gradients.
+        inputs: a batch of B samples.
+        method: how gradients are estimated.
+        seed: the run's seed.
+    """
+    method = replace(method, objective=method.objective.surrogate)
+    grid = tuple(method.scale * 10**power for power in (-1.0, -0.5, 0.0))
+    deltas, rows = _evaluated(forward, inputs, method, seed, grid, 16)
+    deltas = deltas[:, deltas.isfinite().all(0)]
+    if not deltas.numel():
+        return 1.0, rows
+    return float(torch.cosine_similarity(deltas[1:], deltas[:-1], dim=1).max()), rows
+
+
 def _evaluated(
-    forward: Forward, inputs: Inputs, method: Method, seed: int, grid: tuple[float, ...]
+    forward: Forward,
+    inputs: Inputs,
+    method: Method,
+    seed: int,
+    grid: tuple[float, ...],
+    queries: int = _ROWS,
 ) -> tuple[Tensor, int]:
-    """Return (K, R) deltas of the same queries at every scale of the grid, and the rows used."""
+    """Return (K, R) deltas of the same queries at every scale of the grid, and the rows used.
+
+    A quarter of the queries is enough where each needs a whole batch.
+    """
     samples = batch_size(inputs)
-    units, wanted = (samples, _ROWS) if method.objective.per_row else (1, 8)
+    units, wanted = (samples, queries) if method.objective.per_row else (1, queries // 4)
     rows = expand(torch.full((units,), -(-wanted // units)), 1.0)[slice(wanted)]
     clean = None
     used = len(rows) * len(grid) * len(method.estimator.signs) * (samples // units)

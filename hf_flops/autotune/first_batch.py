@@ -5,24 +5,26 @@ sample.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Container
+from collections.abc import Collection, Container, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import nn
 
 from ..base.batch import Inputs, take
 from ..base.rounding_error import precision_of
-from ..errors import ConfigurationError, ObjectiveError
+from ..errors import ConfigurationError
 from ..estimators import ClosedFormHead, HeadSolver, find_head
 from ..estimators.control_variate import MOST_LOGITS
-from ..objectives import BatchLoss, Forward, Objective, RowLossError, TappedLoss
+from ..objectives import CoupledLoss, Forward, Objective, RowLossError, TappedLoss
 from ..perturbations import ParameterVector, Perturbation
 from ..reuse import CachedPlan, ReusePlan, SampleStore, choose_reuse, with_last_logits
 from .protocol import RunArguments
-from .row_loss_check import check_moves, choose_objective
+from .quick_check import prove
+from .row_loss_check import check_moves, choose_objective, loss_of_batch
 from .rule_check import choose_perturbation
 
 logger = logging.getLogger("hf_flops.trainer")
@@ -77,7 +79,7 @@ def set_up(
     frozen: Collection[str],
     loss: Forward | None = None,
     *,
-    tap: bool = True,
+    without: Mapping[type[Objective], str] = MappingProxyType({}),
 ) -> Chosen:
     """Choose with the first batch what the user did not, and log what falls short of the ideal.
 
@@ -91,7 +93,7 @@ def set_up(
         perturbation: where noise enters, None for what the arguments say.
         frozen: names of trainable tensors that stay as they are for now.
         loss: see `choose_objective`.
-        tap: see `choose_objective`.
+        without: see `choose_objective`.
 
     Raises:
         ObjectiveError: the arguments want noise per row, but there is no loss per row.
@@ -103,30 +105,26 @@ def set_up(
     if objective is not None:
         objective.look(forward, inputs)
         return _set_up(objective, *given, ours=objective.logits)
+    usual = TappedLoss not in without and perturbation is None
+    if usual and (proven := prove(args, model, forward, inputs, frozen, precision)):
+        return Chosen(proven.objective, proven.perturbation, logged_plan(model, proven.reuse), None)
+    without = dict(without)
     if not set(ParameterVector.of(model).names) <= set(frozen):
-        check_moves(forward, inputs, model)
-    objective, reason = choose_objective(forward, inputs, precision, model, loss, tap=tap)
-    try:
-        if reason is None:
+        without |= check_moves(forward, inputs, model)
+    if args.world_size > 1 or args.perturbation == "shared":
+        without[CoupledLoss] = ""
+    while True:
+        objective, reason = choose_objective(
+            forward, inputs, precision, model, loss, without=without
+        )
+        if reason is not None:
+            return _set_up(loss_of_batch(args, reason), *given, ours=False)
+        try:
+            tried = type(objective)
             objective = with_last_logits(model, objective, forward, inputs, precision)
             return _set_up(objective, *given, ours=True)
-    except RowLossError as error:  # later checks move the parameters further
-        reason = str(error)
-    return _set_up(loss_of_batch(args, reason), *given, ours=False)
-
-
-def loss_of_batch(args: RunArguments, reason: object) -> BatchLoss:
-    """Return the objective for a model's loss that cannot be split into rows, and log why.
-
-    Raises:
-        ObjectiveError: the arguments want noise per row.
-    """
-    if args.perturbation == "rowwise":
-        raise ObjectiveError(
-            f'perturbation="rowwise" needs a loss per row, but {reason}; pass objective=.'
-        )
-    logger.warning("The loss is taken for the batch as a whole, with shared noise: %s.", reason)
-    return BatchLoss()
+        except RowLossError as error:  # later checks move the parameters further
+            without[tried] = str(error)
 
 
 def _set_up(
@@ -283,13 +281,15 @@ def late_expansion(
     )
     if reason:
         logger.warning("Late expansion is off, every row runs through the whole model: %s.", reason)
-    names = [name for name, module in model.named_modules() if module in reuse.modules]
-    logger.info(
-        "Late expansion: %d modules run once per sample and step (%s).",
-        len(names),
-        ", ".join(names),
-    )
     if not cached:
-        return reuse
+        return logged_plan(model, reuse)
     folder = Path(args.output_dir) if args.prefix_cache == "disk" else None
-    return CachedPlan.of(reuse, SampleStore(args.prefix_cache_gb, folder))
+    return CachedPlan.of(logged_plan(model, reuse), SampleStore(args.prefix_cache_gb, folder))
+
+
+def logged_plan(model: nn.Module, reuse: ReusePlan) -> ReusePlan:
+    """Log what runs once per sample, and return it."""
+    names = [name for name, module in model.named_modules() if module in reuse.modules]
+    listed = len(names), ", ".join(names)
+    logger.info("Late expansion: %d modules run once per sample and step (%s).", *listed)
+    return reuse

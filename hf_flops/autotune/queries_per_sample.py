@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ..base.state import State
+from ..base.state import State, number, whole
 from ..core.method import Method, StepResult
 
 MOST = 64  # rows per sample
@@ -59,5 +59,6 @@ class AutoQueries:
 
     def load_state_dict(self, state: State) -> None:
         """Take up a state from `state_dict`."""
-        self._next, self._signal, self._variance = state["rows"], state["signal"], state["variance"]
+        self._next, self._variance = whole(state["rows"], 1, MOST), number(state["variance"])
+        self._signal = number(state["signal"])
         self._step = -1

@@ -5,20 +5,23 @@ confirms it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..base.batch import Inputs, batch_size, misaligned, take
+from ..base.calls import constant_outputs
 from ..base.prng import seeds
 from ..base.probe import FAILURES, agree
 from ..errors import NonFiniteError, ObjectiveError
 from ..objectives import (
     BatchLoss,
+    CoupledLoss,
     Forward,
     Objective,
     RowLossError,
@@ -27,9 +30,15 @@ from ..objectives import (
     TappedLoss,
 )
 from ..perturbations import moved
+from .protocol import RunArguments
 
 logger = logging.getLogger("hf_flops.trainer")
 CHECK_SEED = 20410  # any number: the check's noise has a stream of its own
+_COUPLED = (
+    "Each query computes the loss of its whole batch, with the model's outputs for its own sample "
+    "replaced: %s. An objective= with a loss per row avoids it."
+)
+_CONSTANTS = "it takes outputs of the model as constants, without gradients"
 
 
 def two_rows(objective: Objective, forward: Forward, inputs: Inputs) -> Inputs:
@@ -79,7 +88,7 @@ def choose_objective(
     model: nn.Module | None = None,
     loss: Forward | None = None,
     *,
-    tap: bool = True,
+    without: Mapping[type[Objective], str] = MappingProxyType({}),
 ) -> tuple[Objective, str | None]:
     """Return the finest objective that the model's own loss allows, and the reason if it is not per
     row.
@@ -92,42 +101,84 @@ def choose_objective(
             where they start.
         loss: the same as `forward`, without counting rows; if it is given, a loss that the tap
             cannot split is computed for single rows.
-        tap: whether the tap is tried.
+        without: kinds of objectives that are not tried, with the reason.
     """
     odd = misaligned(inputs)
     if odd:
         return BatchLoss(), f"its inputs {odd} are not laid out one entry per sample"
-    makers: list[Callable[[], Objective]] = [TappedLoss] if tap else []
     pair = take(inputs, most_different(inputs, torch.arange(batch_size(inputs))))
+    warn_of_equal_samples(pair, inputs)
+    makers: dict[type[Objective], Callable[[], Objective]] = {TappedLoss: TappedLoss}
+    if loss is not None:
+        makers[RowwiseLoss] = partial(RowwiseLoss, loss, forward, pair)
+        makers[CoupledLoss] = partial(CoupledLoss, loss, forward, pair)
+    reasons = list(without.values())
+    for kind, make in makers.items():
+        if kind in without:
+            continue
+        try:
+            with nullcontext() if model is None else moved_parameters(model):
+                objective = make()
+                if not isinstance(objective, CoupledLoss):
+                    check_split(objective, forward, inputs, precision)
+            if isinstance(objective, CoupledLoss):
+                objective.check_elsewhere()
+                logger.warning(_COUPLED, joined(reasons))
+            return objective, None
+        except RowLossError as error:
+            reasons.append(str(error))
+    return BatchLoss(), joined(reasons)
+
+
+def warn_of_equal_samples(pair: Inputs, inputs: Inputs) -> None:
+    """Warn if the two samples of a batch that differ most are equal."""
     if same_rows(pair) and batch_size(inputs) > 1:
         logger.warning(
             "All samples of the first batch are equal, so nothing could be checked of how its "
             "loss is split into rows: begin with a batch of different samples."
         )
-    if loss is not None:
-        makers.append(partial(RowwiseLoss, loss, forward, pair))
-    reasons = list[str]()
-    with nullcontext() if model is None else moved_parameters(model):
-        for make in makers:
-            try:
-                objective = make()
-                check_split(objective, forward, inputs, precision)
-                return objective, None
-            except RowLossError as error:
-                reasons.append(str(error))
-    return BatchLoss(), ", and ".join(dict.fromkeys(reasons))
 
 
-def check_moves(forward: Forward, inputs: Inputs, model: nn.Module) -> None:
-    """Refuse a loss whose value is the same wherever the parameters are.
+def loss_of_batch(args: RunArguments, reason: object) -> BatchLoss:
+    """Return the objective for a model's loss that cannot be split into rows, and log why.
 
     Raises:
-        ObjectiveError: it does not move.
+        ObjectiveError: the arguments want noise per row.
+    """
+    if args.perturbation == "rowwise":
+        raise ObjectiveError(
+            f'perturbation="rowwise" needs a loss per row, but {reason}; pass objective=.'
+        )
+    logger.warning(
+        "The loss is taken for the batch as a whole, with shared noise: %s. An objective= with a "
+        "loss per row avoids it.",
+        reason,
+    )
+    return BatchLoss()
+
+
+def joined(reasons: Iterable[str]) -> str:
+    """Join reasons, each once."""
+    return ", and ".join(dict.fromkeys(reason for reason in reasons if reason))
+
+
+def check_moves(forward: Forward, inputs: Inputs, model: nn.Module) -> dict[type[Objective], str]:
+    """Return the kinds of objectives under which noise would move what the loss takes from the
+    model as constants, inside `torch.no_grad`; refuse a loss that does not move itself.
+
+    Raises:
+        ObjectiveError: the loss is the same wherever the parameters are.
     """
     pair = take(inputs, most_different(inputs, torch.arange(batch_size(inputs))))
-    start, _ = forward(pair)
+    losses = list[Tensor | None]()
+
+    def run() -> None:
+        losses.append(forward(pair)[0])
+
+    before = constant_outputs(model, run)
     with moved_parameters(model):
-        end, _ = forward(pair)
+        after = constant_outputs(model, run)
+    start, end = (None if loss is None else loss.detach() for loss in losses)
     if start is not None and end is not None and torch.equal(start, end) and start.isfinite():
         raise ObjectiveError(
             f"The loss stays {float(start):.6g} when the trainable parameters move, so forward "
@@ -135,6 +186,8 @@ def check_moves(forward: Forward, inputs: Inputs, model: nn.Module) -> None:
             "GRPO, RLOO and PPO do on policy; pass what is to be improved as objective=, such as "
             "GeneratedMetric with the reward."
         )
+    same = len(before) == len(after) and all(map(torch.equal, before, after))
+    return {} if same else {TappedLoss: _CONSTANTS, RowwiseLoss: _CONSTANTS}
 
 
 def same_rows(pair: Inputs) -> bool:

@@ -13,23 +13,27 @@ import torch
 from torch import Tensor, nn
 
 from ..allocators import ALLOCATORS, Allocator
+from ..base.batch import ROW
 from ..base.padding import TrimmedBatch
 from ..base.rounding_error import precision_of
 from ..base.rows import BatchPosition
+from ..base.sharding import fetches_weights
 from ..core.chunking import ChunkPlanner
 from ..core.clean_forward import clean_forward
 from ..core.estimate import estimate_gradient
 from ..core.method import Method, StepResult
 from ..distributed.collectives import ProcessGroup
 from ..distributed.exchange import EXCHANGES
-from ..errors import ObjectiveError
+from ..errors import ConfigurationError, ObjectiveError
 from ..estimators import ESTIMATORS, Estimator, HeadSolver
 from ..estimators.control_variate import control_variate
-from ..objectives import Objective, RowLossError, TappedLoss
+from ..objectives import CoupledLoss, Objective, RowLossError, RowwiseLoss, TappedLoss
 from ..perturbations import ParameterVector, Perturbation
 from ..reuse import ReusePlan
-from .first_batch import Chosen, held_back, loss_of_batch, set_up
+from .epsilon import agreement
+from .first_batch import Chosen, held_back, set_up
 from .protocol import Averaging, Batch, Observer, RunArguments, Stateful, seed_of
+from .row_loss_check import loss_of_batch
 from .tuning import Tuning, first_scale
 
 logger = logging.getLogger("hf_flops.trainer")
@@ -77,7 +81,7 @@ class SampleSession:
         self._trainable: list[str] = []
         self._steps = 0
         # what `fall_back` leaves
-        self._tap = True
+        self._without = dict[type[Objective], str]()
         self._whole: Objective | None = None
 
     @property
@@ -132,17 +136,41 @@ class SampleSession:
                 self._given,
                 self.frozen,
                 batch.loss,
-                tap=self._tap,
+                without=self._without,
             )
         precision = precision_of(self.model, autocast=self.args.bf16)
         method = self._assembled(precision, batch.step)
         method = self.tuning.complete(
-            method, batch.forward, batch.inputs, precision=precision, seed=seed_of(self.args)
+            method,
+            batch.forward,
+            batch.inputs,
+            precision=precision,
+            seed=seed_of(self.args),
+            fetches=fetches_weights(self.model),
         )
         assert self.chosen is not None
+        if new and getattr(self.model, "measures_noise", False) and not self.tuning.found:
+            self._check_rounding(batch, method)
         self.chosen = replace(self.chosen, reuse=method.reuse)  # the tuning may have refined it
         self._method = self._agreed(method) if new else method
         self.check_rows, self.tuning.rows = self.check_rows + self.tuning.rows, 0
+
+    def _check_rounding(self, batch: Batch, method: Method) -> None:
+        """Refuse an engine whose rounding swallows the noise.
+
+        Raises:
+            ConfigurationError: it does.
+        """
+        forward = batch.checks or batch.forward
+        correlation, rows = agreement(forward, batch.inputs, method, seed_of(self.args))
+        self.tuning.rows += rows
+        if correlation < 0.7:
+            raise ConfigurationError(
+                f"perturbation_scale={method.scale:g} is lost in the engine's rounding: "
+                f"differences of the same queries at smaller scales correlate by {correlation:.2f} "
+                "only. Run the engine in float32 (vLLM: --dtype float32), or pass a larger "
+                "perturbation_scale, or 'auto'."
+            )
 
     def _assembled(self, precision: float, step: int) -> Method:
         """Put the method together, as far as the arguments fix it."""
@@ -200,6 +228,7 @@ class SampleSession:
         """See `GradientSession`."""
         assert self._method is not None
         method, ids = self._method, batches[0].ids
+        batches = [numbered(batch, method) for batch in batches]
         # what is recorded of the next batch is not about these
         if len(batches) > 1 or batches[0].step < 0:
             method, ids = replace(method, reuse=ReusePlan()), None
@@ -226,7 +255,7 @@ class SampleSession:
         assert self._method is not None
         return estimate_gradient(
             batch.forward,
-            batch.inputs,
+            numbered(batch, self._method).inputs,
             self._method,
             position,
             averaging.elements,
@@ -255,11 +284,13 @@ class SampleSession:
                 "last checkpoint, or pass objective=."
             )
         assert self.chosen is not None
-        if isinstance(self.chosen.objective, TappedLoss):
-            logger.warning("The loss is computed for each row from now on: %s.", error)
-            self._tap = False
-        else:
+        kinds = (TappedLoss, RowwiseLoss, CoupledLoss)
+        kind = next(kind for kind in kinds if isinstance(self.chosen.objective, kind))
+        self._without[kind] = str(error)
+        if isinstance(self.chosen.objective, CoupledLoss):
             self._whole = loss_of_batch(self.args, error)
+        else:
+            logger.warning("The loss is split into rows in another way from now on: %s.", error)
         self.chosen = None
 
     def discard(self) -> None:
@@ -281,3 +312,10 @@ class SampleSession:
         solved = self.solver.objective
         objective = {} if solved is None else {"solved_head_loss": solved}
         return {**self.tuning.found, **scale, **objective}
+
+
+def numbered(batch: Batch, method: Method) -> Batch:
+    """Return a batch with its rows numbered, if the objective needs that."""
+    if not method.objective.numbered:
+        return batch
+    return replace(batch, inputs={**batch.inputs, ROW: torch.arange(batch.samples)})

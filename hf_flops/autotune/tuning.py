@@ -6,10 +6,11 @@ import logging
 from dataclasses import replace
 
 from ..base.batch import Inputs
+from ..base.state import flag, number
 from ..core.chunking import ChunkPlanner
 from ..core.method import FinishedBatch, Method
 from ..objectives import Forward, Objective
-from .epsilon import STEP_GRID, calibrate
+from .epsilon import STEP_GRID, calibrate, look
 from .padding_check import padding_is_idle, with_cropping
 from .protocol import RunArguments, State
 from .queries_per_sample import AutoQueries
@@ -33,6 +34,7 @@ class Tuning:
         memory: bytes that a forward pass may take on top of the model, or None for most of what is
             free.
         scale: whether to measure epsilon.
+        look: whether to look at the default epsilon, and take a smaller one where curvature shows.
         trim: whether padding may be cut off.
         queries: chooses the queries per sample; None where the arguments fix them.
 
@@ -40,6 +42,7 @@ class Tuning:
         rows: rows that the search for epsilon took and the ledger does not count yet.
         found: epsilon and its signal-to-noise ratio, by name, for the log.
         scale: epsilon of the last method that was completed; None before the first.
+        looked: epsilon that a look at the default has led to; None before it.
     """
 
     def __init__(
@@ -48,12 +51,15 @@ class Tuning:
         memory: float | None = None,
         *,
         scale: bool | None = False,
+        look: bool = False,
         trim: bool = True,
         queries: AutoQueries | None = None,
     ) -> None:
         self.planner = ChunkPlanner(rows, memory)
         self.rows, self.found, self._calibrating = 0, dict[str, float](), scale
         self.scale: float | None = None
+        self._looking = look
+        self.looked: float | None = None
         self._trim, self.queries = trim, queries
         # side → whether the loss is the same without its padding, for sides that were checked
         self.idle: dict[str, bool] = {}
@@ -73,6 +79,7 @@ class Tuning:
             rows if isinstance(rows, int) else None,
             memory,
             scale=scale,
+            look=args.perturbation_scale is None,
             trim=trim,
             queries=AutoQueries() if args.queries_per_sample == "auto" else None,
         )
@@ -85,6 +92,7 @@ class Tuning:
         *,
         precision: float = 1e-4,
         seed: int = 0,
+        fetches: bool = False,
     ) -> Method:
         """Return the method with all numbers filled in; runs the model to measure missing ones.
 
@@ -94,10 +102,12 @@ class Tuning:
             inputs: a batch.
             precision: relative error of a loss that rounding alone can cause.
             seed: the run's seed.
+            fetches: whether every forward fetches weights.
         """
-        self.planner.prepare(method.perturbation.vector.device, method.perturbation.row_bytes)
+        perturbation = method.perturbation
+        self.planner.prepare(perturbation.vector.device, perturbation.row_bytes, fetches=fetches)
         surrogate = method.objective.surrogate
-        if method.objective.per_row and self._trim:
+        if method.objective.per_row and self._trim and not method.objective.numbered:
             self.idle.update(
                 padding_is_idle(surrogate, forward, inputs, precision, known=set(self.idle))
             )
@@ -109,7 +119,9 @@ class Tuning:
         steps = method.objective.piecewise_constant
         if (steps if self._calibrating is None else self._calibrating) and not self.found:
             self._calibrate(method, forward, inputs, seed)
-        self.scale = self.found.get("perturbation_scale", method.scale)
+        if self._looking and self.looked is None and not method.objective.piecewise_constant:
+            self._look(method, forward, inputs, seed)
+        self.scale = self.found.get("perturbation_scale", self.looked or method.scale)
         return replace(method, scale=self.scale)
 
     def queries_at(self, step: int, args: RunArguments) -> int:
@@ -127,6 +139,20 @@ class Tuning:
         self.scale = scale
         if "perturbation_scale" in self.found:
             self.found["perturbation_scale"] = scale
+        if self.looked is not None:
+            self.looked = scale
+
+    def _look(self, method: Method, forward: Forward, inputs: Inputs, seed: int) -> None:
+        """Take a smaller epsilon than the default where that is too large, and say so."""
+        self.looked, bend = look(forward, inputs, method, seed)
+        if self.looked < method.scale:
+            logger.warning(
+                "perturbation_scale is %.2g: at the default, %.2g, curvature changes the "
+                "differences by %.0f %%. Give a number to choose it yourself.",
+                self.looked,
+                method.scale,
+                min(100 * bend, 999),
+            )
 
     def _calibrate(self, method: Method, forward: Forward, inputs: Inputs, seed: int) -> None:
         result = calibrate(forward, inputs, method, seed)
@@ -160,12 +186,17 @@ class Tuning:
             "chunks": self.planner.state_dict(),
             "padding": self.idle,
             "found": self.found,
+            "looked": self.looked,
             "queries": None if self.queries is None else self.queries.state_dict(),
         }
 
     def load_state_dict(self, state: State) -> None:
         """Take up a state from `state_dict`."""
         self.planner.load_state_dict(state["chunks"])
-        self.idle, self.found = dict(state["padding"]), dict(state["found"])
+        self.idle = {str(side): flag(idle) for side, idle in state["padding"].items()}
+        self.found = {str(name): number(value, 0) for name, value in state["found"].items()}
+        if self.found.get("perturbation_scale") == 0:
+            raise ValueError("perturbation_scale is 0")
+        self.looked = None if state["looked"] is None else number(state["looked"], 1e-300)
         if self.queries is not None and state["queries"] is not None:
             self.queries.load_state_dict(state["queries"])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ObjectiveError
+from .transfer import onto
 
 MAIN_INPUTS = (
     "labels",
@@ -71,7 +72,7 @@ def take(inputs: Inputs, owner: Tensor, unread: Collection[str] = ()) -> dict[st
         if name in unread:
             return hollow(value, (len(owner), *value.shape[1:]))
         if torch.is_tensor(value) and value.dim() > 0:
-            return value.index_select(0, owner.to(value.device))
+            return value.index_select(0, onto(owner, value.device))
         if isinstance(value, (list, tuple)):
             return [value[i] for i in owner.tolist()]
         return value

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from torch.nn.modules.module import (
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from .patching import Call
+
+Leaf: TypeAlias = tuple[nn.Module, int, int]
+"""A tensor that a module has returned: the module, the number of the call, the tensor's index."""
 
 
 @dataclass(eq=False)
@@ -85,60 +89,110 @@ def _entries(output: object, rows: int) -> list[int]:
 
 
 class Tape:
-    """Records the outputs of modules, and returns parts of them when the modules are called again.
+    """Records the outputs of modules, and returns them when the modules are called again.
 
     Args:
         modules: each call of which is recorded, but not the calls that it makes.
+
+    Attributes:
+        outputs: the leaves of what each call of a module has returned, in order.
+        constant: modules with the numbers of those calls that were made without gradients.
     """
 
     def __init__(self, modules: Collection[nn.Module]) -> None:
         self.modules = modules
-        self._outputs: dict[nn.Module, list[tuple[list[object], TreeSpec]]] = {}
+        self.outputs: dict[nn.Module, list[tuple[list[object], TreeSpec]]] = {}
+        self.constant: set[tuple[nn.Module, int]] = set()
 
     @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Record outputs inside the context."""
-        self._outputs = {module: [] for module in self.modules}
+    def recording(
+        self, known: Callable[[nn.Module, int], object | None] = lambda module, number: None
+    ) -> Iterator[None]:
+        """Record outputs inside the context; no module runs with gradients.
+
+        Args:
+            known: returns the output of a call that need not be made, by the call's number.
+        """
+        self.outputs = {module: [] for module in self.modules}
         busy = False
 
         def call(module: nn.Module, original: Call, *args: object, **kwargs: object) -> object:
             nonlocal busy
             if busy:
                 return original(*args, **kwargs)
-            busy = True
-            try:
-                output = original(*args, **kwargs)
-            finally:
-                busy = False
+            number = len(self.outputs[module])
+            if not torch.is_grad_enabled():
+                self.constant.add((module, number))
+            output = known(module, number)
+            if output is None:
+                busy = True
+                try:
+                    with torch.no_grad():
+                        output = original(*args, **kwargs)
+                finally:
+                    busy = False
             # another container: the caller may write into its own
-            self._outputs[module].append(tree_flatten(output))
+            self.outputs[module].append(tree_flatten(output))
             return output
 
         with replaced_calls(self.modules, call):
             yield
 
     @contextmanager
-    def playing(self, rows: int, part: slice, factors: Tensor | None = None) -> Iterator[None]:
+    def playing(self, change: Callable[[Leaf, object], object]) -> Iterator[None]:
         """Return recorded outputs in place of calls inside the context.
 
         Args:
-            rows: that were recorded.
-            part: those whose outputs are returned.
-            factors: (r,) by which the outputs of these rows are multiplied, small ones after
-                division by their standard deviation.
+            change: maps each leaf of an output to what is returned in its place.
         """
         used = dict.fromkeys(self.modules, 0)
 
         def call(module: nn.Module, original: Call, *args: object, **kwargs: object) -> object:
             number = used[module]
             used[module] += 1
-            if number >= len(self._outputs[module]):
+            if number >= len(self.outputs[module]):
                 raise ValueError(f"{type(module).__name__} is called more often for one row")
-            leaves, spec = self._outputs[module][number]
-            return tree_unflatten([_rows_of(leaf, rows, part, factors) for leaf in leaves], spec)
+            leaves, spec = self.outputs[module][number]
+            return tree_unflatten(
+                [change((module, number, i), leaf) for i, leaf in enumerate(leaves)], spec
+            )
 
         with replaced_calls(self.modules, call):
             yield
+
+    def leaves(self) -> Iterator[tuple[Leaf, Tensor]]:
+        """Yield the floating-point tensors among the outputs."""
+        for module, calls in self.outputs.items():
+            for number, (leaves, _) in enumerate(calls):
+                for i, leaf in enumerate(leaves):
+                    if torch.is_tensor(leaf) and leaf.is_floating_point():
+                        yield (module, number, i), leaf
+
+
+def constant_outputs(model: nn.Module, run: Callable[[], object]) -> list[Tensor]:
+    """Return what a computation takes from a model without gradients, inside `torch.no_grad`.
+
+    No module of the model runs with gradients.
+    """
+    own, found, before = set(model.modules()), list[Tensor](), list[bool]()
+
+    def begin(module: nn.Module, args: object) -> None:
+        if module in own:
+            before.append(torch.is_grad_enabled())
+            torch.set_grad_enabled(False)
+
+    def end(module: nn.Module, args: object, output: object) -> None:
+        if module not in own:
+            return
+        torch.set_grad_enabled(before.pop())
+        if not before and not torch.is_grad_enabled():
+            found.extend(leaf for leaf in tree_flatten(output)[0] if torch.is_tensor(leaf))
+
+    with ExitStack() as hooks, torch.enable_grad():
+        hooks.callback(register_module_forward_pre_hook(begin).remove)
+        hooks.callback(register_module_forward_hook(end, always_call=True).remove)
+        run()
+    return found
 
 
 @contextmanager
@@ -163,8 +217,18 @@ def is_half(value: object) -> bool:
     return torch.is_tensor(value) and value.dtype in (torch.float16, torch.bfloat16)
 
 
-def _rows_of(leaf: object, rows: int, part: slice, factors: Tensor | None) -> object:
-    """Return some rows of a tensor, 16-bit floats in float32; others as they are."""
+def rows_of(rows: int, part: slice, factors: Tensor | None, name: Leaf, leaf: object) -> object:
+    """Return some rows of a tensor, 16-bit floats in float32; others as they are.
+
+    Args:
+        rows: of the tensor.
+        part: those that are returned.
+        factors: (r,) by which they are multiplied, small ones after division by their standard
+            deviation.
+        name: of the tensor.
+        leaf: the tensor, or something else.
+    """
+    del name
     if not torch.is_tensor(leaf):
         return leaf
     entries = len(leaf) // rows

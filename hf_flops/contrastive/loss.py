@@ -37,9 +37,11 @@ class DualEncoder(Protocol):
 class ContrastiveBatch:
     """The loss of one batch, computed in float64 from the towers' embeddings without autograd.
 
+    Leading dimensions are those of several batches, whose losses are added.
+
     Args:
-        texts: (C, D) embeddings, not normalised.
-        images: (B, D).
+        texts: (..., C, D) embeddings, not normalised.
+        images: (..., B, D).
         terms: the loss of their similarities.
         scale: factor of the cosines.
         bias: added to the scaled cosines.
@@ -53,14 +55,14 @@ class ContrastiveBatch:
             "image": images.detach().double().cpu(),
         }
         self.units = {
-            side: F.normalize(values, dim=1, eps=1e-30) for side, values in self.embeddings.items()
+            side: F.normalize(values, dim=-1, eps=1e-30) for side, values in self.embeddings.items()
         }
         self.terms, self.scale, self.bias = terms, scale, bias
-        self.logits = scale * self.units["text"] @ self.units["image"].T + bias
+        self.logits = scale * self.units["text"] @ self.units["image"].mT + bias
 
     @cached_property
     def slopes(self) -> Tensor:
-        """(C, B) derivative of the loss by the similarities."""
+        """(..., C, B) derivative of the loss by the similarities."""
         return self.terms.slopes(self.logits)
 
     @property
@@ -78,19 +80,25 @@ class ContrastiveBatch:
         """Derivative of the loss by the bias."""
         return float(self.slopes.sum())
 
+    def by_embedding(self, side: str) -> Tensor:
+        """Return the derivative (..., S, D) of the loss by the images or texts before they are
+        normalised: for `u = a / ||a||` and h the derivative by u, that by a is
+        `(h - (h . u) u) / ||a||`.
+        """
+        slopes, other = (self.slopes, "image") if side == "text" else (self.slopes.mT, "text")
+        units = self.units[side]
+        by_unit = self.scale * slopes @ self.units[other]
+        across = by_unit - (by_unit * units).sum(-1, keepdim=True) * units
+        return across / self.embeddings[side].norm(dim=-1, keepdim=True)
+
     def clean(self, side: str) -> RowLosses:
         """Return the clean losses of the images or texts; their mean is the loss of the batch.
 
-        `slopes` are by the embeddings before they are normalised: for `u = a / ||a||` and h the
-        derivative by u, that by a is `(h - (h . u) u) / ||a||`.
+        `slopes` are by the embeddings: see `by_embedding`.
         """
-        elements = self.terms.elements(self.logits)
-        slopes, other = (self.slopes, "image") if side == "text" else (self.slopes.T, "text")
-        units, embeddings = self.units[side], self.embeddings[side]
-        by_unit = self.scale * slopes @ self.units[other]
-        across = by_unit - (by_unit * units).sum(1, keepdim=True) * units
+        elements, embeddings = self.terms.elements(self.logits), self.embeddings[side]
         size = len(embeddings)
-        by_embedding = size * across / embeddings.norm(dim=1, keepdim=True)
+        by_embedding = size * self.by_embedding(side)
         sums = size * elements.sum(1 if side == "text" else 0)
         ones, norms = torch.ones_like(sums), by_embedding.norm(dim=1)
         return RowLosses(sums, ones, norms, embeddings, by_embedding)
@@ -176,7 +184,7 @@ class ContrastiveLoss(Objective):
             )
         wanted = F.one_hot(labels, texts).T.double()
         if self.kind == "sigmoid" or (self.kind == "auto" and sigmoid):
-            return SigmoidTerms(2 * wanted - 1, 1 / images)
+            return SigmoidTerms(2 * wanted - 1, torch.full_like(wanted, 1 / images))
         if given:
             return SoftmaxTerms(torch.zeros_like(wanted), wanted / images)
         return SoftmaxTerms(wanted / (2 * images), wanted / (2 * images))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from ..base.state import number
 from ..core.method import StepResult
 from ..errors import ConfigurationError
 from .estimate import KEPT, Tower
@@ -76,4 +77,4 @@ class TowerShares:
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Take up a state from `state_dict`."""
-        self.weights = dict(state)
+        self.weights = {str(side): number(weight, 0) for side, weight in state.items()}

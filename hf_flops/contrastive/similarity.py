@@ -1,4 +1,7 @@
-"""Losses of similarities of images and texts: elements, derivatives, changes of a column."""
+"""Losses of similarities of images and texts: elements, derivatives, changes of a column.
+
+Leading dimensions, where there are any, are those of several batches.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,8 @@ class SoftmaxTerms:
     to i)`.
 
     Attributes:
-        by_text: (C, B) weights of the pairs in the texts' cross-entropies.
-        by_image: (C, B) weights of the pairs in the images' cross-entropies.
+        by_text: (..., C, B) weights of the pairs in the texts' cross-entropies.
+        by_image: (..., C, B) weights of the pairs in the images' cross-entropies.
 
     References:
         Radford et al. (2021), CLIP, arXiv 2103.00020, figure 3.
@@ -29,17 +32,22 @@ class SoftmaxTerms:
     @property
     def T(self) -> SoftmaxTerms:
         """The same loss of the transposed similarities."""
-        return SoftmaxTerms(self.by_image.T, self.by_text.T)
+        return SoftmaxTerms(self.by_image.mT, self.by_text.mT)
+
+    def weighted(self, weights: Tensor) -> SoftmaxTerms:
+        """Return the loss whose pairs weigh by their image: weights (..., B)."""
+        columns = weights.unsqueeze(-2)
+        return SoftmaxTerms(self.by_text * columns, self.by_image * columns)
 
     def elements(self, logits: Tensor) -> Tensor:
-        """Return (C, B) what each pair contributes to the loss."""
-        return -self.by_text * logits.log_softmax(1) - self.by_image * logits.log_softmax(0)
+        """Return (..., C, B) what each pair contributes to the loss."""
+        return -self.by_text * logits.log_softmax(-1) - self.by_image * logits.log_softmax(-2)
 
     def slopes(self, logits: Tensor) -> Tensor:
-        """Return (C, B) the derivative of the loss."""
+        """Return (..., C, B) the derivative of the loss."""
         return (
-            self.by_text.sum(1, keepdim=True) * logits.softmax(1)
-            + self.by_image.sum(0) * logits.softmax(0)
+            self.by_text.sum(-1, keepdim=True) * logits.softmax(-1)
+            + self.by_image.sum(-2, keepdim=True) * logits.softmax(-2)
             - (self.by_text + self.by_image)
         )
 
@@ -63,35 +71,38 @@ class SigmoidTerms:
     """Every pair on its own: does this text belong to this image or not?
 
     Attributes:
-        signs: (C, B) +1 for pairs, -1 for others.
-        weight: of each element in the loss.
+        signs: (..., C, B) +1 for pairs, -1 for others.
+        weights: (..., C, B) of the elements in the loss.
 
     References:
         Zhai et al. (2023), SigLIP, arXiv 2303.15343, section 3.2.
     """
 
     signs: Tensor
-    weight: float
+    weights: Tensor
 
     @property
     def T(self) -> SigmoidTerms:
         """See `SoftmaxTerms`."""
-        return SigmoidTerms(self.signs.T, self.weight)
+        return SigmoidTerms(self.signs.mT, self.weights.mT)
+
+    def weighted(self, weights: Tensor) -> SigmoidTerms:
+        """See `SoftmaxTerms`."""
+        return SigmoidTerms(self.signs, self.weights * weights.unsqueeze(-2))
 
     def elements(self, logits: Tensor) -> Tensor:
         """See `SoftmaxTerms`."""
-        return self.weight * F.softplus(-self.signs * logits)
+        return self.weights * F.softplus(-self.signs * logits)
 
     def slopes(self, logits: Tensor) -> Tensor:
         """See `SoftmaxTerms`."""
-        return -self.weight * self.signs * (-self.signs * logits).sigmoid()
+        return -self.weights * self.signs * (-self.signs * logits).sigmoid()
 
     def changes(self, logits: Tensor, columns: Tensor, shifts: Tensor) -> Tensor:
         """See `SoftmaxTerms`: `softplus(x + s) - softplus(x) = log1p(sigmoid(x) expm1(s))`."""
         signs, before = self.signs[:, columns].T, logits[:, columns].T
-        return self.weight * ((-signs * before).sigmoid() * (-signs * shifts).expm1()).log1p().sum(
-            1
-        )
+        changes = ((-signs * before).sigmoid() * (-signs * shifts).expm1()).log1p()
+        return (self.weights[:, columns].T * changes).sum(1)
 
 
 Terms = SoftmaxTerms | SigmoidTerms

@@ -13,7 +13,8 @@ from functools import partial
 import torch
 
 from ..base.memory import PeakMemory, free_memory
-from ..base.state import State
+from ..base.state import State, flag, number, whole
+from ..base.transfer import synchronise
 
 logger = logging.getLogger(__name__)
 Work = Callable[[slice], int]
@@ -46,7 +47,8 @@ class ChunkPlanner:
     predicts that memory suffices and the time per row falls. It then uses the smallest size that is
     about as fast as the fastest. Steps of 32 rows or fewer are not timed, and nothing is timed when
     torch must be deterministic. In both cases a chunk that does not fit in memory is halved and
-    repeated.
+    repeated. Where weights are fetched for each forward, every forward has a fixed cost, and the
+    planner uses as many rows as memory holds, judged by the first forward's peak.
 
     Args:
         size: rows per chunk; None to measure.
@@ -67,6 +69,7 @@ class ChunkPlanner:
         self.costs: dict[int, float] = {}
         self.ceiling = MOST if size is None else 2**62
         self.limit, self.device, self._prepared = limit, torch.device("cpu"), False
+        self._fetches = False
         # rows timed at this size; -1 before the first run
         self._peak, self._timed, self._warned = math.nan, -1, False
 
@@ -75,10 +78,13 @@ class ChunkPlanner:
         """Return a planner with a fixed number of rows, or the planner itself."""
         return rows if isinstance(rows, ChunkPlanner) else cls(rows)
 
-    def prepare(self, device: torch.device, row_bytes: float) -> None:
-        """Set the device and the bytes of a row's noise; only the first call has an effect."""
+    def prepare(self, device: torch.device, row_bytes: float, *, fetches: bool = False) -> None:
+        """Set the device, the bytes of a row's noise, and whether every forward fetches weights;
+        only the first call has an effect.
+        """
         if self._prepared:
             return
+        self._fetches = fetches
         self.device, self._prepared = device, True
         if self.given is not None:
             return
@@ -99,7 +105,9 @@ class ChunkPlanner:
             most: rows that a chunk would have here without a limit.
         """
         try:
-            if self.settled or rows != min(self.size, most):
+            if self._fetches and not self.settled:
+                self._fill(work, rows)
+            elif self.settled or rows != min(self.size, most):
                 work()
             else:
                 self._try(work, rows, most)
@@ -109,6 +117,15 @@ class ChunkPlanner:
                 raise
         self._halve(rows)  # not in the handler: the traceback would keep the chunk's tensors alive
         return False
+
+    def _fill(self, work: Callable[[], int], rows: int) -> None:
+        """Process the first chunk, and settle for as many rows as memory holds."""
+        with PeakMemory(self.device) as memory:
+            work()
+        known = self.limit is not None and self.limit > 0 and memory.megabytes > 0
+        held = int(self.limit / (1.1 * memory.megabytes * 2**20)) * rows if known else SMALL  # type: ignore[operator]
+        self.size = self.ceiling = max(1, min(self.ceiling, held))
+        self._settle()
 
     def _try(self, work: Callable[[], int], rows: int, most: int) -> None:
         """Process a chunk of the size under test: the first measures memory, the following ones
@@ -121,8 +138,10 @@ class ChunkPlanner:
             if most <= SMALL:
                 self._next(most)
             return
+        synchronise(self.device)
         start = time.perf_counter()
         columns = work()
+        synchronise(self.device)
         cost = (time.perf_counter() - start) / (rows * columns)
         self.costs[self.size] = min(cost, self.costs.get(self.size, math.inf))
         self._timed += rows
@@ -184,9 +203,9 @@ class ChunkPlanner:
     def load_state_dict(self, state: State) -> None:
         """Load a state from `state_dict`; a size that the user chose is kept."""
         if self.given is None:
-            self.size, self.settled = state["size"], state["settled"]
-            self.ceiling = state["ceiling"]
-            self.costs = {int(size): cost for size, cost in state["costs"]}
+            self.size, self.settled = whole(state["size"], 1), flag(state["settled"])
+            self.ceiling = whole(state["ceiling"], 1)
+            self.costs = {whole(size, 1): number(cost, 0) for size, cost in state["costs"]}
 
 
 def even(number: int, most: int) -> int:

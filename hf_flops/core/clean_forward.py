@@ -15,6 +15,7 @@ from ..allocators import SampleFeatures
 from ..base.batch import Inputs, batch_size, take
 from ..base.padding import TrimmedBatch
 from ..base.rows import BatchPosition
+from ..base.transfer import to_host
 from ..estimators.control_variate import MOST_LOGITS
 from ..objectives import Objective, RowLosses
 from ..reuse import Recording
@@ -88,14 +89,16 @@ class CleanPass:
         return features if features[0].numel() == head.module.in_features else None
 
     def features(self) -> SampleFeatures:
-        """Return the features that the allocator may use."""
+        """Return the features that the allocator may use, on the CPU."""
         place, losses = self.place, self.losses
         ids = place.ids if place.ids is not None and len(place.ids) == self.units else None
         when = place.step, place.position, place.epoch, place.seed
         if losses is None:
             return SampleFeatures(torch.zeros(self.units), None, *when, None, ids)
-        residuals = None if losses.residuals is None else losses.residuals.cpu()
-        return SampleFeatures(losses.sums.cpu(), residuals, *when, losses.counts.cpu().float(), ids)
+        known = [losses.sums, losses.counts.float()]
+        known += [] if losses.residuals is None else [losses.residuals]
+        sums, counts, *residuals = to_host(*known)
+        return SampleFeatures(sums, next(iter(residuals), None), *when, counts, ids)
 
 
 def clean_pass(
@@ -170,7 +173,8 @@ def clean_forward(
         seen.extend(x.reshape(len(owner), -1) for x in heard)
         return columns
 
-    in_chunks([len(mine)], work, planner, whole=True)
+    with objective.deferred():
+        in_chunks([len(mine)], work, planner, whole=True)
     own = RowLosses.joined(found)
     given = torch.cat(seen) if seen else torch.zeros(0)
     if idle:

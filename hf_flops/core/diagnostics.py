@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..allocators import Allocator, PredictingAllocator, SampleFeatures, predicted_gain
 from ..base.rows import Rows
+from ..base.transfer import to_host
 
 
 def mean_squares(rows: Rows, deltas: Tensor, units: int) -> Tensor:
@@ -82,8 +83,9 @@ def summarise(
     }
     if gradients is not None:
         estimate, exact = gradients
-        metrics["gradient_signal"] = float(estimate.double().square().sum()) - variance
-        metrics["head_signal"] = float(exact.square().sum())
+        signals = to_host(estimate.double().square().sum(), exact.square().sum())
+        metrics["gradient_signal"] = float(signals[0]) - variance
+        metrics["head_signal"] = float(signals[1])
     return metrics
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from ..allocators import SampleFeatures
 from ..base.batch import Inputs
 from ..base.rows import BatchPosition, Rows
+from ..base.transfer import to_host
 from ..distributed.noise_sum import NoiseSum
 from ..errors import NonFiniteError
 from ..estimators import (
@@ -120,9 +121,7 @@ def estimate_from(
     features, chain = clean.features(), transforms(clean)
     sums = method.exchange.noise_sum(method.perturbation, clean.place)
     results = all_queries(clean, chain, sums, features)
-    lengths = (
-        results.elements(clean.units) if clean.losses is None else clean.losses.counts.cpu().float()
-    )
+    lengths = results.elements(clean.units) if features.lengths is None else features.lengths
     factor, replayed = complete(clean, chain, sums, results, lengths)
     # If no element counts (every label is ignored), the update is zero.
     normalizer = (float(lengths.sum()) * batches if elements is None else elements) or 1.0
@@ -157,7 +156,7 @@ def primed(clean: CleanPass, elements: float | None, batches: float) -> StepResu
     assert clean.method.head is not None
     for vector in (clean.method.perturbation.vector, clean.method.head.vector):
         vector.add_to_gradients(torch.zeros(vector.size, device=vector.device))
-    sums, counts = clean.losses.sums, clean.losses.counts
+    sums, counts = to_host(clean.losses.sums, clean.losses.counts.float())
     normalizer = (float(counts.sum()) * batches if elements is None else elements) or 1.0
     loss = sums[sums.isfinite()].sum() / normalizer
     queries = torch.zeros(clean.units, dtype=torch.int64)
@@ -169,7 +168,7 @@ def primed(clean: CleanPass, elements: float | None, batches: float) -> StepResu
 def transforms(clean: CleanPass) -> Chain:
     """Return the chain of transforms from losses to deltas: see `estimators/delta_chain.py`."""
     method, losses = clean.method, clean.losses
-    difference = method.estimator, None if losses is None else losses.sums.cpu(), method.scale
+    difference = method.estimator, None if losses is None else losses.sums, method.scale
     chain: list[DeltaTransform] = [FiniteDifference(*difference)]
     if method.control is not None and losses is not None and method.allocator.weighted:
         vector, size = method.perturbation.vector, getattr(method.perturbation, "rowwise_size", 0)
@@ -275,5 +274,5 @@ def report(
     used = (len(rows) + replayed) * len(method.estimator.signs) * (clean.samples // units)
     used += clean.samples * method.needs_clean
     losses = results.losses(units) / counts if clean.losses is None else clean.losses.sums
-    total = losses[losses.isfinite()].sum() / normalizer
+    total = torch.where(losses.isfinite(), losses, 0.0).sum() / normalizer
     return StepResult(total.float(), used, counts, squares, metrics, trace, elements)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..base.padding import TrimmedBatch
 from ..base.rows import BatchPosition, Rows
+from ..base.transfer import onto
 from ..distributed.noise_sum import NoiseSum
 from ..estimators.delta_chain import Evaluation
 from ..objectives import RowLosses
@@ -104,9 +105,9 @@ class Queries:
         for sign in method.estimator.signs:
             with method.perturbation.applied(noise, sign * method.scale):
                 found.append(method.objective(forward, inputs))
-        losses = torch.stack([part.sums.cpu() for part in found])
+        losses = torch.stack([part.sums for part in found])
         logits = tuple(part.logits for part in found)
-        return Evaluation(chunk, noise, losses, found[0].counts.cpu().float(), logits, columns)
+        return Evaluation(chunk, noise, losses, found[0].counts.float(), logits, columns)
 
     def sum_again(
         self, rows: Rows, coefficients: Tensor, sums: NoiseSum, planner: ChunkPlanner
@@ -115,6 +116,7 @@ class Queries:
         that were run again.
         """
         perturbation, replayed = self.method.perturbation, []
+        coefficients = onto(coefficients, perturbation.vector.device)
 
         def work(part: slice) -> int:
             chunk = rows[part]

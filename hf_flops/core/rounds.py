@@ -18,6 +18,7 @@ from ..allocators import (
 )
 from ..base.prng import seeds
 from ..base.rows import Rows, expand
+from ..base.transfer import onto, to_host
 from ..distributed.noise_sum import NoiseSum
 from ..estimators import Chain
 from ..estimators.delta_chain import ChunkDeltas
@@ -94,27 +95,28 @@ def run_round(
     own = parts[exchange.group.rank]
     if exchange.group.world > 1 and (clean.losses is None or clean.recording.complete):
         clean.recording.extend(clean.feed.whole, own.owner)
-    results = torch.empty(len(own), 3)  # deltas, losses, elements
+    results: list[Tensor] = []  # of each chunk: deltas, losses, elements
 
     def work(index: slice) -> int:
         chunk = own[index]
         noise = queries.noise(chunk)
         deltas, losses, elements, columns = measure(queries, chain, chunk, noise)
-        coefficients = torch.where(deltas.values.isfinite(), deltas.values * chunk.weight, 0.0)
+        weight = onto(chunk.weight, deltas.values.device)
+        coefficients = torch.where(deltas.values.isfinite(), deltas.values * weight, 0.0)
         weighted, innovation = sums.weighted(noise, coefficients, deltas.errors)
         # Memory may run out above; nothing large is allocated below.
-        results[index] = torch.stack([deltas.values, losses, elements], 1)
+        results.append(torch.stack([deltas.values, losses, elements], 1))
         sums.add(chunk, coefficients, weighted, method.perturbation.dimension(noise))
         chain.update(deltas, innovation)
         return columns
 
-    queries.in_chunks(own, work, clean.planner)
+    with method.objective.deferred():
+        queries.in_chunks(own, work, clean.planner)
+    (told,) = to_host(torch.cat(results) if results else torch.zeros(0, 3))
     # Without a clean forward, losses and elements of the rows replace it.
-    rows, results, mine = exchange.gathered(
-        parts, results[:, :1] if clean.losses is not None else results
-    )
-    measured = results[:, 0]
-    return QueryResults(rows, measured, chain.of_round(measured, rows), results[:, 1:], mine)
+    rows, told, mine = exchange.gathered(parts, told[:, :1] if clean.losses is not None else told)
+    measured = told[:, 0]
+    return QueryResults(rows, measured, chain.of_round(measured, rows), told[:, 1:], mine)
 
 
 def queries_of(clean: CleanPass) -> Queries:
@@ -130,4 +132,6 @@ def measure(
     """
     evaluation = queries.evaluate(chunk, noise)
     deltas = chain.of_chunk(ChunkDeltas(evaluation.losses), evaluation)
-    return deltas, evaluation.losses.mean(0).float(), evaluation.elements, evaluation.columns
+    device = deltas.values.device
+    losses = onto(evaluation.losses.mean(0).float(), device)
+    return deltas, losses, onto(evaluation.elements, device), evaluation.columns

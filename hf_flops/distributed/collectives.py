@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -31,12 +31,13 @@ class ProcessGroup:
         rank: number of the process.
         world: number of processes.
         sent: bytes that this process has sent, each counted once for any number of receivers.
+        before: is called before each transfer; None for nothing.
     """
 
     rank, world = 0, 1
 
     def __init__(self) -> None:
-        self.sent = 0
+        self.sent, self.before = 0, cast("Callable[[], None] | None", None)
 
     def partition(self, number: int, least: int = 1) -> list[slice]:
         """Split `number` items into an even slice per process, of `least` or more, or none."""
@@ -144,6 +145,8 @@ class TorchProcessGroup(ProcessGroup):
         return values
 
     def _run(self, transfer: Callable[[], Any]) -> None:
+        if self.before is not None:
+            self.before()
         try:
             work = transfer()
             if work is None:

@@ -44,15 +44,18 @@ class NoiseSum:
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return a chunk's `sum_r c_r z_r` (d,), and the same for errors (R, M): (M, d).
 
-        Nothing is added yet, so that a chunk can be repeated if memory runs out.
+        Nothing is added yet, so that a chunk can be repeated if memory runs out. Errors are
+        multiples of 2^-15.
         """
         perturbation = self.perturbation
         if errors is None:
             return perturbation.weighted_noise(noise, coefficients), None
         row_noise: Any = perturbation.row_noise(noise)
         if perturbation.rowwise_size < perturbation.vector.size:
-            return perturbation.weighted_noise(noise, coefficients), row_noise.exact_sum(errors)
-        both = row_noise.exact_sum(torch.cat([coefficients[:, None].to(errors), errors], 1))
+            weighted = perturbation.weighted_noise(noise, coefficients)
+            return weighted, row_noise.exact_sum(errors, coarse=errors.shape[1])
+        columns = torch.cat([coefficients[:, None].to(errors), errors], 1)
+        both = row_noise.exact_sum(columns, coarse=errors.shape[1])
         return both[0], both[1:]
 
     def add(

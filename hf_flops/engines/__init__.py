@@ -1,21 +1,20 @@
-"""Engines, models that only return outputs: a callable, an ONNX Runtime session, a server.
+"""Engines, models that only return outputs: a callable, transformers, ONNX Runtime, vLLM.
 
-An engine is anything that maps `inputs_embeds` (R, T, D) float32 and `attention_mask` (R, T) int64,
-padded at the right, to the logits (R, V) of what follows each row's last real token.
+An engine is anything that maps `inputs_embeds` (R, T, D) float32, `attention_mask` (R, T) int64,
+padded at the right, and C tokens to the scores (R, C) of these tokens as what follows each row.
 """
 
-from .client import Account, HttpEngine
+from .base import Engine
+from .http import Account
 from .local import OnnxEngine, TorchEngine, export_onnx
-from .model import BlackBoxPromptModel, Engine
-from .server import EngineServer
+from .vllm import VllmEngine, VllmInProcess
 
 __all__ = [
     "Account",
-    "BlackBoxPromptModel",
     "Engine",
-    "EngineServer",
-    "HttpEngine",
     "OnnxEngine",
     "TorchEngine",
+    "VllmEngine",
+    "VllmInProcess",
     "export_onnx",
 ]

@@ -1,17 +1,25 @@
-"""HTTP for the client: checks of a URL and headers, bodies within a time limit, `Retry-After`."""
+"""A JSON endpoint behind HTTP: concurrent calls, a deadline for each, bounded retries, costs."""
 
 from __future__ import annotations
 
-import re
+import asyncio
+import random
+import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from http.client import IncompleteRead
-from typing import Any
-from urllib.parse import urlsplit
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, EngineError
+
+if TYPE_CHECKING:
+    import httpx
+
+_LONGEST_WAIT = 60.0  # seconds between two attempts
+_SHOWN = 300  # characters of an answer that errors show
 
 
 class RetryableError(Exception):
@@ -22,47 +30,189 @@ class RetryableError(Exception):
         self.wait = wait
 
 
-def check_url(url: str) -> None:
-    """Raise an error for an invalid URL."""
+@dataclass
+class Account:
+    """Costs of an engine: calls with their retries, answered rows and their tokens with those
+    generated and without padding, bytes of bodies, and the latency summed over calls.
+    """
+
+    calls: int = 0
+    retries: int = 0
+    rows: int = 0
+    tokens: int = 0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    seconds: float = 0.0
+
+
+class Endpoint:
+    """Posts JSON to a server; see `VllmEngine`."""
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        api_key: str | None = None,
+        concurrency: int = 4,
+        timeout: float = 60.0,
+        retries: int = 5,
+        back_off: float = 0.5,
+        max_calls: int | None = None,
+        max_answer_bytes: int = 1 << 26,
+    ) -> None:
+        self.url, self._key = checked_url(base_url), api_key
+        if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
+            raise ConfigurationError("api_key must be a text of one line in ASCII.")
+        self.concurrency = at_least("concurrency", concurrency, 1)
+        self.retries = at_least("retries", retries, 0)
+        self.max_calls = None if max_calls is None else at_least("max_calls", max_calls, 0)
+        self.max_answer_bytes = at_least("max_answer_bytes", max_answer_bytes, 1)
+        self.timeout = at_least("timeout", timeout, 1e-3, "seconds")
+        self.back_off = at_least("back_off", back_off, 0, "seconds")
+        self.account = Account()
+
+    def post(self, path: str, bodies: Sequence[bytes], retries: int | None = None) -> list[bytes]:
+        """Return the answers to JSON bodies, in their order; the first failure ends all calls."""
+        from anyio.from_thread import start_blocking_portal
+
+        with start_blocking_portal() as portal:  # also where an event loop runs, as in notebooks
+            return portal.call(
+                self._all, path, bodies, self.retries if retries is None else retries
+            )
+
+    async def _all(self, path: str, bodies: Sequence[bytes], retries: int) -> list[bytes]:
+        headers = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
+        if self._key is not None:
+            headers["Authorization"] = f"Bearer {self._key}"
+        free, failures = asyncio.Semaphore(self.concurrency), list[BaseException]()
+        async with _httpx().AsyncClient(headers=headers, timeout=None, verify=_tls()) as client:
+
+            async def ask(body: bytes) -> bytes:
+                async with free:
+                    try:
+                        return b"" if failures else await self._ask(client, path, body, retries)
+                    except BaseException as error:
+                        failures.append(error)  # before this lets another call start
+                        raise
+
+            tasks = [asyncio.create_task(ask(body)) for body in bodies]
+            try:
+                return await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:
+                    task.cancel()
+
+    async def _ask(self, client: httpx.AsyncClient, path: str, body: bytes, retries: int) -> bytes:
+        """Return the answer of one call, with retries."""
+        for attempt in range(retries + 1):
+            self._charge(attempt > 0)
+            start = time.perf_counter()
+            try:
+                async with asyncio.timeout(self.timeout):
+                    return await self._once(client, path, body)
+            except TimeoutError:
+                failure = RetryableError(f"TimeoutError: no answer in {self.timeout:g} seconds")
+            except RetryableError as error:
+                failure = error
+            finally:
+                self.account.seconds += time.perf_counter() - start
+                self.account.bytes_sent += len(body)
+            pause = self.back_off * 2 ** min(attempt, 100) * random.SystemRandom().uniform(0.5, 1.5)
+            if attempt < retries:
+                await asyncio.sleep(min(max(pause, failure.wait), _LONGEST_WAIT))
+        raise EngineError(
+            f"{self.url} failed {retries + 1} times in a row, the last time with: {failure}. What "
+            "was learned up to the last checkpoint is safe: resume from it once the endpoint "
+            "answers again."
+        )
+
+    def _charge(self, again: bool) -> None:
+        if self.max_calls is not None and self.account.calls >= self.max_calls:
+            raise EngineError(
+                f"{self.url} may not be called again: max_calls={self.max_calls} are used up."
+            )
+        self.account.calls += 1
+        self.account.retries += again
+
+    async def _once(self, client: httpx.AsyncClient, path: str, body: bytes) -> bytes:
+        """Send one request and return the body of its answer."""
+        content, response, most = bytearray(), None, self.max_answer_bytes
+        try:
+            async with client.stream("POST", self.url + path, content=body) as response:
+                most = most if response.status_code == 200 else _SHOWN
+                async for part in response.aiter_raw():
+                    content += part
+                    if len(content) > most:
+                        break
+        except _httpx().HTTPError as error:
+            reason = f"{type(error).__name__}: {self._shown(str(error))}"
+            if any(isinstance(cause, ssl.SSLError) for cause in _causes(error)):
+                raise EngineError(f"{self.url} is not trusted: {reason}.") from None
+            if response is None or response.status_code == 200:
+                raise RetryableError(reason) from None
+        assert response is not None
+        self.account.bytes_received += len(content)
+        code = response.status_code
+        message = f"HTTP {code}: {self._shown(content.decode(errors='replace'))}"
+        if code == 429 or code >= 500:
+            raise RetryableError(message, seconds_to_wait(response.headers.get("Retry-After", "")))
+        if code != 200:
+            raise EngineError(f"{self.url}{path} refused: {message}")
+        if len(content) > most:
+            raise EngineError(f"{self.url} answered with more than max_answer_bytes={most}.")
+        return bytes(content)
+
+    def _shown(self, text: str) -> str:
+        """Return the start of a text in one line, without the key, which a server may repeat."""
+        line = " ".join(text.split())
+        return (line.replace(self._key, "***") if self._key else line)[:_SHOWN]
+
+
+def _httpx() -> Any:
     try:
-        parts = urlsplit(url)
-        (parts.hostname or "").encode("idna")
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except (ValueError, TypeError, AttributeError):  # no text, no host, or no number for a port
-        usable = False
-    if not usable or not re.fullmatch("[!-~]+", url):
+        import httpx
+    except ImportError as error:
+        raise ImportError("Servers are asked with httpx: pip install 'hf_flops[http]'.") from error
+    return httpx
+
+
+@cache
+def _tls() -> ssl.SSLContext:
+    """Return what certificates are checked by; it takes a tenth of a second to make."""
+    return _httpx().create_ssl_context()
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def checked_url(url: str) -> str:
+    """Return a valid URL, without a slash at its end; an error does not show a password in it."""
+    if isinstance(url, str) and "@" in url:
+        raise ConfigurationError("base_url holds a name or password before '@': pass api_key=.")
+    try:
+        parts = _httpx().URL(url)
+        fine = parts.scheme in ("http", "https") and bool(parts.host)
+        fine = fine and (parts.port is None or 0 < parts.port < 65536)
+        fine = fine and url.isascii() and " " not in url and not parts.query and not parts.fragment
+    except (_httpx().InvalidURL, TypeError, ValueError):
+        fine = False
+    if not fine:
         raise ConfigurationError(
-            f"url={url!r} must be http:// or https:// with a host, in ASCII without spaces."
+            f"base_url={url!r} must be http:// or https:// with a host, in ASCII without spaces."
         )
-    if "@" in parts.netloc:
-        raise ConfigurationError(
-            "url holds a user's name or password before '@': send them with headers= instead."
-        )
+    return url.rstrip("/")
 
 
-def check_headers(headers: Mapping[str, str]) -> None:
-    """Raise an error for invalid headers, without showing their values, which may be secret."""
-    if not isinstance(headers, Mapping):
-        raise ConfigurationError(
-            f"headers is a {type(headers).__name__}, where a mapping of names to texts is wanted."
-        )
-    for name, value in headers.items():
-        if not isinstance(name, str) or not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.ASCII):
-            raise ConfigurationError(f"headers has {name!r}, which is not the name of a header.")
-        if not isinstance(value, str) or not re.fullmatch(r"[\t -~\xa0-\xff]*", value):
-            raise ConfigurationError(f"headers[{name!r}] must be a text of one line in Latin-1.")
-
-
-def read_body(response: Any, deadline: float, most: float = float("inf")) -> bytes:
-    """Return the body of an answer, or its first bytes; raises TimeoutError at the deadline."""
-    content = bytearray()
-    while len(content) < most and (chunk := response.read1(1 << 16)):
-        content += chunk
-        if response.length != 0 and time.perf_counter() > deadline:
-            raise TimeoutError("the answer takes too long")
-    if len(content) < most and response.length:
-        raise IncompleteRead(bytes(content), response.length)
-    return bytes(content)
+def at_least(name: str, value: Any, least: float, unit: str | None = None) -> Any:
+    """Return a whole number, or one with a unit, if it is large enough."""
+    kind: Any = int if unit is None else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kind) or not least <= value < 1e9:
+        what = "a whole number" if unit is None else f"a number of {unit}"
+        raise ConfigurationError(f"{name}={value!r} must be {what}, {least} or more.")
+    return value
 
 
 def seconds_to_wait(retry_after: str) -> float:

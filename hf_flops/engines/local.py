@@ -6,6 +6,7 @@ import importlib
 import logging
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
@@ -42,8 +43,8 @@ class TorchEngine:
         >>> from hf_flops.engines import TorchEngine
         >>> config = LlamaConfig(vocab_size=40, hidden_size=64, num_hidden_layers=1)
         >>> engine = TorchEngine(LlamaForCausalLM(config))
-        >>> engine(torch.rand(2, 3, 64), torch.ones(2, 3, dtype=torch.int64)).shape
-        torch.Size([2, 40])
+        >>> engine(torch.rand(2, 3, 64), torch.ones(2, 3, dtype=torch.int64), [3, 7]).shape
+        torch.Size([2, 2])
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -51,10 +52,31 @@ class TorchEngine:
         self._next = _Next(model)
 
     @torch.no_grad()
-    def __call__(self, inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
+    def __call__(
+        self, inputs_embeds: Tensor, attention_mask: Tensor, token_ids: Sequence[int]
+    ) -> Tensor:
         """See `Engine`."""
         weight = self.model.get_input_embeddings().weight
-        return self._next(inputs_embeds.to(weight), attention_mask.to(weight.device)).float()
+        logits = self._next(inputs_embeds.to(weight), attention_mask.to(weight.device))
+        return logits[:, list(token_ids)].float()
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor,
+        max_tokens: int = 16,
+        temperature: float = 0.0,
+        **options: Any,
+    ) -> list[list[int]]:
+        """Return the tokens that continue each row; options go to the model's `generate`."""
+        weight = self.model.get_input_embeddings().weight
+        order = attention_mask.argsort(dim=1, stable=True)  # padding goes to the left
+        rows = inputs_embeds.gather(1, order[:, :, None].expand_as(inputs_embeds)).to(weight)
+        options |= {"attention_mask": attention_mask.gather(1, order).to(weight.device)}
+        options |= {"temperature": temperature} if temperature else {}
+        options |= {"do_sample": temperature > 0, "max_new_tokens": max_tokens}
+        return self.model.generate(inputs_embeds=rows, **options).tolist()
 
 
 def _onnxruntime() -> ModuleType:
@@ -106,7 +128,8 @@ def export_onnx(model: PreTrainedModel, path: str | Path, *, int8: bool = False)
             wanted = model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).logits[
                 [0, 1], [4, 2]
             ]
-        error = float((OnnxEngine(plain)(embeds, mask) - wanted).abs().max())
+        found = OnnxEngine(plain)(embeds, mask, range(wanted.shape[1]))
+        error = float((found - wanted).abs().max())
         if not error <= 1e-3 * max(1.0, float(wanted.abs().max())):
             raise ConfigurationError(
                 f"{type(model).__name__} cannot be exported: its logits would differ by "
@@ -156,7 +179,9 @@ class OnnxEngine:
     def __repr__(self) -> str:
         return f"OnnxEngine({str(self.path)!r})"
 
-    def __call__(self, inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
+    def __call__(
+        self, inputs_embeds: Tensor, attention_mask: Tensor, token_ids: Sequence[int]
+    ) -> Tensor:
         """See `Engine`."""
         rows = {
             "inputs_embeds": inputs_embeds.cpu().numpy(),
@@ -166,4 +191,4 @@ class OnnxEngine:
             (logits,) = self.session.run(["logits"], rows)
         except Exception as error:  # ONNX Runtime has no common base class
             raise EngineError(f"{self!r} failed: {error}") from error
-        return torch.from_numpy(logits)
+        return torch.from_numpy(logits)[:, list(token_ids)]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..base.batch import Inputs, batch_size, take
 from ..base.prng import seeds
 from ..base.probe import Attempt, agree
+from ..base.transfer import onto
 from ..objectives import Forward, Objective, RowLosses, TappedLoss
 from ..objectives.elementwise import widen
 from ..perturbations import ParameterVector, accumulator, displaced
@@ -75,12 +76,12 @@ class ClosedFormHead:
                 part.
         """
         assert clean.slopes is not None
-        kept, whole = clean.sums.isfinite(), clean if whole is None else whole
-        finite = whole.counts[whole.sums.isfinite()].sum()
-        share = whole.counts.sum() / finite if bool(finite) else 1.0
-        x, slopes = (
-            torch.where(kept[:, None], part.flatten(1), 0.0) for part in (inputs, clean.slopes)
-        )
+        device, whole = inputs.device, clean if whole is None else whole
+        finite = torch.where(whole.sums.isfinite(), whole.counts, 0.0).sum()
+        share = onto(torch.where(finite > 0, whole.counts.sum() / finite, 1.0), device)
+        kept = onto(clean.sums.isfinite(), device)[:, None]
+        given = inputs, onto(clean.slopes, device)
+        x, slopes = (torch.where(kept, part.flatten(1), 0.0) for part in given)
         x = widen(x.reshape(-1, self.module.in_features))
         # float64: then the order of summation changes less than the last bit of a float32
         if slopes.numel() < _WIDE:
@@ -88,6 +89,40 @@ class ClosedFormHead:
         slopes = slopes.reshape(-1, self.module.out_features).to(x) * share
         parts = {"weight": slopes.T @ x, "bias": slopes.sum(0)}
         return torch.cat([parts[own].flatten() for own in self.names])
+
+    def design(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (N, D), what the trained tensors multiply, and (N, C), the rest of the outputs.
+
+        Args:
+            x: (N, H) inputs.
+        """
+        columns, fixed = [], x.new_zeros(len(x), self.module.out_features)
+        if "weight" in self.names:
+            columns.append(x)
+        else:
+            fixed = fixed + x @ self.module.weight.detach().to(x).T
+        if "bias" in self.names:
+            columns.append(x.new_ones(len(x), 1))
+        elif self.module.bias is not None:
+            fixed = fixed + self.module.bias.detach().to(x)
+        return torch.cat(columns, 1), fixed
+
+    def weights(self) -> Tensor:
+        """Return (C, D) float64, the trained tensors side by side."""
+        parts = [getattr(self.module, name).detach() for name in self._order()]
+        return torch.cat([part.cpu().double().reshape(len(part), -1) for part in parts], 1)
+
+    def write(self, weights: Tensor) -> Tensor:
+        """Set the trained tensors to (C, D); return it float64 as rounded to their dtypes."""
+        parts = [getattr(self.module, name) for name in self._order()]
+        columns = weights.split([part[0].numel() for part in parts], 1)
+        rounded = [own.to(part.dtype) for own, part in zip(columns, parts, strict=True)]
+        for own, part in zip(rounded, parts, strict=True):
+            part.data.copy_(own.reshape(part.shape), non_blocking=True)
+        return torch.cat([own.double() for own in rounded], 1)
+
+    def _order(self) -> list[str]:
+        return [name for name in ("weight", "bias") if name in self.names]
 
 
 def find_head(

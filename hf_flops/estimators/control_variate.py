@@ -11,6 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..base.state import number, tensor
+from ..base.transfer import onto
 from ..objectives import RowLosses
 from ..perturbations import accumulator
 from ..perturbations.exact_sums import DIGIT, rounded
@@ -91,12 +93,14 @@ class Prediction:
     ) -> None:
         self.jacobian, self.slopes, self.logits = jacobian, slopes, logits
         self.trust, self.basis, self.unit = trust, basis, unit
-        self.loadings = torch.ones(len(slopes), 1) if loadings is None else loadings
-        # The sum over rows of (change - J z) z^T, in digits of units: 32-bit integers while they
-        # fit.
-        self.innovation, self._most = torch.zeros_like(jacobian, dtype=torch.int32), 0.0
+        self.loadings = slopes.new_ones(len(slopes), 1) if loadings is None else loadings
+        # The sum over rows of (change - J z) z^T, in digits of units: on the CPU 32-bit integers
+        # while they fit, which elsewhere the host would have to wait for the device to know.
+        self._wide, self._most = accumulator(jacobian.device), 0.0
+        exact = torch.int32 if jacobian.device.type == "cpu" else self._wide
+        self.innovation = torch.zeros_like(jacobian, dtype=exact)
         # rows; squared errors; delta x prediction; squared predictions
-        self.sums = torch.zeros(4, dtype=torch.float64)
+        self.sums = jacobian.new_zeros(4, dtype=self._wide)
 
     def remainder(
         self, noise: RowNoise, owner: Tensor, deltas: Tensor, changes: Tensor
@@ -111,17 +115,17 @@ class Prediction:
             changes: (R, K) changes of the rows' logits, over epsilon.
         """
         loadings = self.loadings[owner]
-        blocks = noise.dot(self.jacobian).cpu().unflatten(1, (loadings.shape[1], -1))
+        blocks = noise.dot(self.jacobian).unflatten(1, (loadings.shape[1], -1))
         wanted = (loadings[:, :, None] * blocks).sum(1)
         predicted = (self.slopes[owner] * wanted).sum(1)
         errors = changes @ self.basis - wanted
         fine = errors.isfinite().all(1) & deltas.isfinite()
         errors = rounded(torch.where(fine[:, None], errors, 0.0) / self.unit, DIGIT)
-        measured = torch.where(fine, deltas, 0.0).double()
-        expected = torch.where(fine, predicted, 0.0).double()
+        measured = torch.where(fine, deltas, 0.0).to(self._wide)
+        expected = torch.where(fine, predicted, 0.0).to(self._wide)
         sums = [
             fine.sum(),
-            errors.double().square().sum() * self.unit**2,
+            errors.to(self._wide).square().sum() * self.unit**2,
             measured @ expected,
             expected @ expected,
         ]
@@ -130,29 +134,29 @@ class Prediction:
         return (
             deltas - self.trust * predicted,
             coefficients.to(self.jacobian),
-            torch.stack([x.double() for x in sums]),
+            torch.stack([x.to(self._wide) for x in sums]),
         )
 
     def add(self, innovation: Tensor, errors: Tensor, sums: Tensor) -> None:
         """Add the statistics of rows: their noise summed with coefficients (E M, d), in units, and
         the coefficients and sums from `remainder`.
         """
-        self._most += _LARGEST / DIGIT * float(errors.abs().sum(0).max())
-        if self._most >= 2**31 - 2**10:
-            self.innovation = self.innovation.to(accumulator(self.innovation.device))
+        if self.innovation.dtype == torch.int32:
+            self._most += _LARGEST / DIGIT * float(errors.abs().sum(0).max())
+            if self._most >= 2**31 - 2**10:
+                self.innovation = self.innovation.to(self._wide)
         self.innovation += (innovation / DIGIT).round_().to(self.innovation.dtype)
         self.sums += sums
 
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Return the sums of noise (E M, d) and the other sums of all rows that were added."""
-        return self.innovation.to(accumulator(self.innovation.device)) * (
-            DIGIT * self.unit
-        ), self.sums
+        return self.innovation.to(self._wide) * (DIGIT * self.unit), self.sums
 
     def baseline(self, weights: Tensor) -> Tensor:
         """Return `sum_i weights[i] h_i` (d,), the mean of the subtracted predictions for samples of
         total weight (B,).
         """
+        weights = onto(weights, self.loadings.device)
         slopes = (weights[:, None] * self.loadings).T @ self.slopes
         return self.trust * (slopes.flatten().to(self.jacobian) @ self.jacobian)
 
@@ -191,7 +195,7 @@ class LogitJacobian:
         self.components = components
         self.jacobian: Tensor | None = None
         self._basis = torch.zeros(0, 0)
-        self._loader = Loader(torch.zeros(0), torch.zeros(0, 0))
+        self._loader = Loader(torch.zeros(0), torch.zeros(0, 0), varied=True)
         # mean over the last step's rows of the squared error of the changes, a sum over the logits
         self._error = 0.0
         self._use = torch.zeros(2, dtype=torch.float64)  # delta x prediction, squared predictions
@@ -213,21 +217,23 @@ class LogitJacobian:
             self._step = step
         if clean.slopes is None or clean.logits is None or not size:
             return None
-        slopes = clean.slopes.cpu().float().nan_to_num(0.0, 0.0, 0.0)
-        logits = clean.logits.cpu().float()
+        slopes = onto(clean.slopes, device).float().nan_to_num(0.0, 0.0, 0.0)
+        logits = onto(clean.logits, device).float()
         classes, blocks = slopes.shape[1], self.components + 1
         if classes > MOST_LOGITS or classes * size * blocks > _MOST_NUMBERS:
             return None
-        values = (logits if features is None else features.cpu().float()).nan_to_num(0.0, 0.0, 0.0)
+        values = logits if features is None else onto(features, device).float()
+        values = values.nan_to_num(0.0, 0.0, 0.0)
         if self.jacobian is None or self.jacobian.shape[1] != size or len(self._basis) != classes:
             self._begin(slopes, size)
         assert self.jacobian is not None
         if not self._loader.fits(values):
             many = None if features is None or reference is None else reference()
-            loader = Loader.of(values if many is None else many, self.components)
-            if len(loader.centre) != len(self._loader.centre) or bool(loader.axes.any()):
+            loader = Loader.of((values if many is None else many).cpu(), self.components)
+            if len(loader.centre) != len(self._loader.centre) or loader.varied:
                 self._loader, self.jacobian = loader, torch.zeros_like(self.jacobian)
-        self.jacobian = self.jacobian.to(device)
+        self.jacobian, self._basis = onto(self.jacobian, device), onto(self._basis, device)
+        self._loader = self._loader.onto(device)
         trust = float(self._use[0] / self._use[1]) if self._use[1] > 0 else 0.0
         spread = (self._error / self._basis.shape[1]) ** 0.5
         unit = 2.0 ** math.ceil(math.log2(_WIDTH * spread)) if spread > 0 else 1.0
@@ -244,6 +250,7 @@ class LogitJacobian:
     def _begin(self, slopes: Tensor, size: int) -> None:
         classes = slopes.shape[1]
         self._basis = torch.eye(classes)
+        slopes = slopes.cpu()
         if classes > 1 and bool((slopes.sum(1).abs() <= 1e-4 * slopes.abs().sum(1) + 1e-12).all()):
             self._basis = contrasts(classes)
         self.jacobian = torch.zeros((self.components + 1) * self._basis.shape[1], size)
@@ -282,9 +289,12 @@ class LogitJacobian:
         """See `ControlVariate.load_state_dict`."""
         self.__init__(self.components)  # type: ignore[misc]
         if state:
-            self.jacobian, self._basis = state["jacobian"], state["basis"]
-            self._loader = Loader(state["centre"], state["axes"])
-            self._error, self._use = float(state["facts"][0]), state["facts"][1:].clone()
+            basis, centre = tensor(state["basis"], -1, -1), tensor(state["centre"], -1)
+            axes, facts = tensor(state["axes"], len(centre), -1), tensor(state["facts"], 3)
+            rows = (1 + self.components) * basis.shape[1]
+            self.jacobian, self._basis = tensor(state["jacobian"], rows, -1), basis
+            self._loader = Loader(centre, axes, Loader.varies(axes))
+            self._error, self._use = number(float(facts[0]), 0), facts[1:].clone()
 
 
 CONTROL_VARIATES = {

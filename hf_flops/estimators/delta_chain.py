@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..base.rows import Rows
+from ..base.transfer import onto
 from ..perturbations import Perturbation
 from ..perturbations.base import DrawnNoise
 from .control_variate import ControlVariate, Prediction
@@ -102,7 +103,7 @@ class FiniteDifference(DeltaTransform):
 
     Args:
         estimator: one-sided or antithetic.
-        clean: (B,) clean losses, on the CPU; None if the estimator needs none.
+        clean: (B,) clean losses; None if the estimator needs none.
         scale: the step of the difference, epsilon.
     """
 
@@ -111,7 +112,9 @@ class FiniteDifference(DeltaTransform):
 
     def of_chunk(self, deltas: ChunkDeltas, evaluation: Evaluation) -> ChunkDeltas:
         """See `DeltaTransform`."""
-        clean = None if self.clean is None else self.clean[evaluation.rows.owner]
+        clean, device = self.clean, deltas.values.device
+        if clean is not None:
+            clean = onto(clean, device)[onto(evaluation.rows.owner, device)]
         return replace(
             deltas, values=self.estimator.deltas(deltas.values, clean, self.scale).float()
         )
@@ -142,14 +145,15 @@ class Residual(DeltaTransform):
 
     def of_chunk(self, deltas: ChunkDeltas, evaluation: Evaluation) -> ChunkDeltas:
         """See `DeltaTransform`."""
-        known = [part.cpu().float() for part in evaluation.logits if part is not None]
+        device = self.perturbation.vector.device
+        known = [onto(part, device).float() for part in evaluation.logits if part is not None]
         if len(known) < len(evaluation.logits):
             return deltas
-        owner = evaluation.rows.owner
+        owner = onto(evaluation.rows.owner, device)
         noise = self.perturbation.row_noise(evaluation.noise)
         logits = torch.stack(known)
         changes = self.estimator.deltas(logits, self.prediction.logits[owner], self.scale)
-        rows = noise, owner, deltas.values, changes
+        rows = noise, owner, onto(deltas.values, device), changes
         values, errors, sums = self.prediction.remainder(*rows)  # type: ignore[arg-type]
         return ChunkDeltas(values, errors, sums)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from ..base.transfer import onto
 
 _CONSTANT_SHARE = 0.25  # of a sample's mean squared loading: that of the constant
 
@@ -17,10 +19,12 @@ class Loader:
     Attributes:
         centre: (H,) mean of the features.
         axes: (H, E) scaled so that the constant is a quarter of a mean squared loading.
+        varied: whether the map is not of features that were all the same.
     """
 
     centre: Tensor
     axes: Tensor
+    varied: bool
 
     @classmethod
     def of(cls, features: Tensor, components: int) -> Loader:
@@ -34,19 +38,27 @@ class Loader:
         if variance > 0:
             scale = ((1 - _CONSTANT_SHARE) / _CONSTANT_SHARE / variance) ** 0.5
             axes[:, : kept.shape[1]] = scale * kept
-        return cls(centre.float(), axes.float().contiguous())
+        return cls(centre.float(), axes.float().contiguous(), cls.varies(axes))
+
+    @staticmethod
+    def varies(axes: Tensor) -> bool:
+        """Return what `varied` is for these axes."""
+        return axes.shape[1] == 0 or bool(axes.any())
+
+    def onto(self, device: torch.device) -> Loader:
+        """Return the map on a device."""
+        return replace(self, centre=onto(self.centre, device), axes=onto(self.axes, device))
 
     def fits(self, features: Tensor) -> bool:
         """Return whether the map is for features of this width, and not of features that were all
         the same.
         """
-        known = self.axes.shape[1] == 0 or bool(self.axes.any())
-        return len(self.centre) == features.shape[1] and known
+        return len(self.centre) == features.shape[1] and self.varied
 
     def loadings(self, features: Tensor) -> Tensor:
         """Return (B, E + 1)."""
         return torch.cat(
-            [(features - self.centre) @ self.axes, torch.ones(len(features), 1)], dim=1
+            [(features - self.centre) @ self.axes, features.new_ones(len(features), 1)], dim=1
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .base import CallableObjective, Forward, Objective, RowLosses
+from .coupled_loss import CoupledLoss
 from .generation import GeneratedMetric
 from .macro_f1 import MacroF1
 from .metrics import Metric
@@ -13,6 +14,7 @@ from .row_loss import RowwiseLoss
 __all__ = [
     "BatchLoss",
     "CallableObjective",
+    "CoupledLoss",
     "Forward",
     "GeneratedMetric",
     "MacroF1",

@@ -8,6 +8,7 @@ followed.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -87,6 +88,7 @@ class Objective:
         targets: whether row losses have targets and weights too, where they are known.
         needs_clean: whether clean (unperturbed) rows always run, because row losses depend on the
             rest of the batch.
+        numbered: whether inputs must have each row's index in the batch, under `ROW`.
         piecewise_constant: whether small changes of the parameters do not change most row losses,
             as with an accuracy.
         generates: whether `run` generates text instead of running one forward pass.
@@ -106,6 +108,7 @@ class Objective:
     predictable: bool = True
     targets: bool = False
     needs_clean: bool = False
+    numbered: bool = False
     piecewise_constant: bool = False
     generates: bool = False
 
@@ -126,6 +129,12 @@ class Objective:
         nothing.
         """
         del forward, inputs
+
+    def deferred(self) -> AbstractContextManager[None]:
+        """Return a context for the forwards of a step, at whose end losses are checked, so that the
+        host need not wait for the device after each forward: by default nothing is checked.
+        """
+        return nullcontext()
 
     def bind_batch(self, clean: RowLosses, inputs: Inputs) -> tuple[Objective, RowLosses]:
         """Return the objective of a batch's queries, and the clean losses under that objective.

@@ -68,8 +68,9 @@ class GeneratedMetric(Objective):
         generator: Any = model
         own = {name: inputs[name] for name in _GENERATION_INPUTS if name in inputs}
         labels = inputs.get("labels")
+        config = getattr(generator, "config", None)  # a black box has none
         if (
-            not generator.config.is_encoder_decoder
+            not getattr(config, "is_encoder_decoder", False)
             and torch.is_tensor(labels)
             and labels.dim() == 2
         ):
@@ -79,6 +80,7 @@ class GeneratedMetric(Objective):
         tokens, prompts = generator.generate(**own, **self.options), own.get("input_ids")
         if (
             prompts is not None
+            and torch.is_tensor(tokens)
             and tokens.shape[1] >= prompts.shape[1]
             and tokens[:, : prompts.shape[1]].equal(prompts)
         ):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from contextlib import ExitStack
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..base.batch import Inputs, batch_size
 from ..base.patching import Call
+from ..base.transfer import to_host
 from ..errors import ObjectiveError
 from .base import Forward, Objective, RowLosses
 from .elementwise import (
@@ -140,9 +143,25 @@ class TappedLoss(Objective):
     """
 
     after: nn.Module | None = None
+    # the model's loss, the mean of its elements, and how far they may differ; None: checked at once
+    _unchecked: list[tuple[Tensor, Tensor, float]] | None = None
 
     def __init__(self, logits: bool = False) -> None:
         self.logits = logits
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """See `Objective`.
+
+        Raises:
+            RowLossError: the rows of a forward do not add up to the model's loss.
+        """
+        before, self._unchecked = self._unchecked, []
+        try:
+            yield
+            _require_same(self._unchecked)
+        finally:
+            self._unchecked = before
 
     def listen_late(self, model: nn.Module, forward: Forward, inputs: Inputs) -> None:
         """Find the last module that ends before the loss, and intercept calls from there on."""
@@ -175,6 +194,17 @@ class TappedLoss(Objective):
             loss, _ = forward(inputs)
         return tap, loss
 
+    def _compare(self, loss: Tensor | None, mean: Tensor) -> None:
+        """Require that rows add up to the model's loss, now or at the end of `deferred`."""
+        if loss is None:
+            raise RowLossError("the model returns no loss")
+        tolerance = 1e-4 if loss.dtype in (torch.float32, torch.float64) else 3e-2
+        compared = loss.detach(), mean.detach(), tolerance
+        if self._unchecked is None:
+            _require_same([compared])
+        else:
+            self._unchecked.append(compared)
+
     def __call__(self, forward: Forward, inputs: Inputs, *, features: bool = False) -> RowLosses:
         """See `Objective`."""
         rows = batch_size(inputs)
@@ -196,7 +226,7 @@ class TappedLoss(Objective):
             )
         sums = caught.losses.reshape(rows, -1).sum(1)
         counts = caught.weights.reshape(rows, -1).sum(1)
-        _require_same(loss, sums.sum() / counts.sum())
+        self._compare(loss, sums.sum() / counts.sum())
         squared = caught.squared_residuals
         residuals = None if squared is None else squared.reshape(rows, -1).sum(1).sqrt()
         targets, weights = caught.targets or (None, None)
@@ -207,17 +237,17 @@ class TappedLoss(Objective):
         return RowLosses(sums, counts, residuals, logits, slope, targets, weights, caught.mean)
 
 
-def _require_same(loss: Tensor | None, mean: Tensor) -> None:
-    """Raise an error if the rows do not add up to the model's loss, as with an auxiliary term."""
-    if loss is None:
-        raise RowLossError("the model returns no loss")
-    loss, mean = loss.detach(), mean.detach()
-    tolerance = 1e-4 if loss.dtype in (torch.float32, torch.float64) else 3e-2
-    finite = bool(mean.isfinite()) or bool(loss.isfinite())
-    if finite and not abs(float(loss) - float(mean)) <= tolerance * max(1.0, abs(float(mean))):
-        raise RowLossError(
-            f"the model's loss {float(loss):.6g} is not the mean {float(mean):.6g} of its elements"
-        )
+def _require_same(compared: Sequence[tuple[Tensor, Tensor, float]]) -> None:
+    """Raise an error if rows do not add up to the model's loss, as with an auxiliary term."""
+    values = to_host(*(value for loss, mean, _ in compared for value in (loss, mean)))
+    tolerances = [tolerance for *_, tolerance in compared]
+    for loss, mean, tolerance in zip(values[::2], values[1::2], tolerances, strict=True):
+        known = math.isfinite(loss) or math.isfinite(mean)
+        if known and not abs(float(loss) - float(mean)) <= tolerance * max(1.0, abs(float(mean))):
+            raise RowLossError(
+                f"the model's loss {float(loss):.6g} is not the mean {float(mean):.6g} of its "
+                "elements"
+            )
 
 
 class BatchLoss(Objective):

@@ -6,13 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..base.batch import Inputs, batch_size, take
-from ..base.calls import CallTree, Tape, is_half, per_row_modules
+from ..base.calls import CallTree, Tape, is_half, per_row_modules, rows_of
 from ..base.probe import FAILURES
 from ..errors import in_one_line
 from .base import Forward, Objective, RowLosses
@@ -64,12 +65,7 @@ class RowwiseLoss(Objective):
 
     def __init__(self, loss: Forward, forward: Forward, inputs: Inputs) -> None:
         self.loss = loss
-        with row_failures("the loss cannot be computed for two and for three rows"):
-            pair, triple = (take(inputs, torch.tensor(index)) for index in ([0, 1], [0, 1, 0]))
-            calls = CallTree.of(lambda: forward(pair)), CallTree.of(lambda: forward(triple))
-        self.modules = per_row_modules(*calls, rows=(2, 3))
-        if not self.modules:
-            raise RowLossError("no module that the loss calls has outputs for each row")
+        self.modules = modules_with_rows(forward, inputs)
         self.elements = element_counts(inputs)
 
     def __call__(self, forward: Forward, inputs: Inputs, *, features: bool = False) -> RowLosses:
@@ -78,7 +74,7 @@ class RowwiseLoss(Objective):
         tape = Tape(self.modules)
         with tape.recording():
             result, _ = forward(inputs)
-        loss = _scalar(result)
+        loss = scalar(result)
         tolerance = _HALF if is_half(result) else 10 * _EXACT
         parts = [row_of(inputs, row) for row in range(batch_size(inputs))]
         each = self._each(tape, parts)
@@ -105,8 +101,8 @@ class RowwiseLoss(Objective):
         with row_failures("the loss cannot be computed for one row"):
             for row, part in enumerate(parts):
                 scale = None if factors is None else factors[row : row + 1]
-                with tape.playing(len(parts), slice(row, row + 1), scale):
-                    found.append(_scalar(self.loss(part)[0]))
+                with tape.playing(partial(rows_of, len(parts), slice(row, row + 1), scale)):
+                    found.append(scalar(self.loss(part)[0]))
         return torch.stack(found)
 
     def _confirm(self, tape: Tape, inputs: Inputs, parts: Sequence[Inputs]) -> None:
@@ -118,9 +114,9 @@ class RowwiseLoss(Objective):
         factors = torch.linspace(0.5, 4.0, rows).roll(rows // 2)
         with (
             row_failures("the loss cannot be computed from recorded outputs"),
-            tape.playing(rows, slice(0, rows), factors),
+            tape.playing(partial(rows_of, rows, slice(0, rows), factors)),
         ):
-            loss = _scalar(self.loss(inputs)[0])
+            loss = scalar(self.loss(inputs)[0])
         each = self._each(tape, parts, factors)
         if not bool(loss.isfinite()):
             return
@@ -130,6 +126,21 @@ class RowwiseLoss(Objective):
             if (number := count(inputs)) is not None
             and _is_mean(loss, each, number.to(each), _EXACT)
         ]
+
+
+def modules_with_rows(forward: Forward, inputs: Inputs) -> list[nn.Module]:
+    """Return the outermost modules that a loss calls whose outputs have entries for each row.
+
+    Raises:
+        RowLossError: there is none.
+    """
+    with row_failures("the loss cannot be computed for two and for three rows"):
+        pair, triple = (take(inputs, torch.tensor(index)) for index in ([0, 1], [0, 1, 0]))
+        calls = CallTree.of(lambda: forward(pair)), CallTree.of(lambda: forward(triple))
+    modules = per_row_modules(*calls, rows=(2, 3))
+    if not modules:
+        raise RowLossError("no module that the loss calls has outputs for each row")
+    return modules
 
 
 def row_of(inputs: Inputs, row: int) -> dict[str, Any]:
@@ -157,7 +168,7 @@ def row_failures(what: str) -> Iterator[None]:
         raise RowLossError(f"{what} ({type(error).__name__}: {in_one_line(error)})") from error
 
 
-def _scalar(loss: Tensor | None) -> Tensor:
+def scalar(loss: Tensor | None) -> Tensor:
     """Return a scalar loss in 32 bits at least."""
     if loss is None:
         raise RowLossError("the loss is None")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.prng import seeds
+from ..base.transfer import onto
 from .base import ParameterVector, Perturbation
 from .noise import draw
 from .rules import RowMismatch, conv1d_gpt2, linear
@@ -37,13 +38,13 @@ class _Call:
     def sums(self, coefficients: Tensor) -> tuple[Tensor, Tensor]:
         """Return (in, out) and (out,), weight and bias summed over rows with coefficients (R,)."""
         # a dropped row may hold NaN, and 0 times NaN is NaN
-        rows = coefficients.nonzero().flatten()
-        coefficients = coefficients[rows]
-        bias = coefficients @ self.bias[rows]
+        kept = coefficients != 0
+        bias = coefficients @ torch.where(kept[:, None], self.bias, 0.0)
         if isinstance(self.weight, tuple):
-            x, sources = (values[rows] for values in self.weight)
+            x, sources = (torch.where(kept[:, None, None], part, 0.0) for part in self.weight)
             return torch.einsum("rti,rto->io", x, sources * coefficients[:, None, None]), bias
-        return torch.einsum("r,rio->io", coefficients, self.weight[rows]), bias
+        weight = torch.where(kept[:, None, None], self.weight, 0.0)
+        return torch.einsum("r,rio->io", coefficients, weight), bias
 
 
 @dataclass
@@ -204,7 +205,7 @@ class ActivationNoise(Perturbation):
         views = self.vector.views(flat)
         for (index, _), call in noise.calls.items():
             site = self.sites[index]
-            weight, bias = call.sums(coefficients.to(call.bias))
+            weight, bias = call.sums(onto(coefficients, call.bias.device, call.bias.dtype))
             if "weight" in site.tensors:
                 views[site.tensors["weight"]].add_(
                     (weight.T if site.rule is linear else weight).to(flat)
@@ -224,6 +225,6 @@ def _gram(x: Tensor, tensors: dict[str, int]) -> Tensor:
     gram = (
         x @ x.transpose(1, 2)
         if "weight" in tensors
-        else torch.zeros(len(x), x.shape[1], x.shape[1], dtype=x.dtype)
+        else x.new_zeros(len(x), x.shape[1], x.shape[1])
     )
     return gram + 1 if "bias" in tensors else gram

@@ -20,6 +20,8 @@ from .streams import ALL, Normals, Numbers, Signs
 BLOCK = 2**18  # numbers of noise that are unpacked at a time; they fit in a processor's cache
 _RUN = 2**13  # largest number of noise entries of a run of parameters
 _WIDE = 2**20  # numbers that are unpacked at a time for sums
+# the same two of devices that need large products, 64 MiB of float32 at a time
+_DEVICE_RUN, _DEVICE_WIDE = 2**16, 2**24
 
 
 def blocks(rows: int, numbers: int, most: int = BLOCK) -> Iterator[slice]:
@@ -50,10 +52,19 @@ class RowNoise:
 
     def __init__(self, numbers: Numbers, shapes: Sequence[torch.Size], rank_one: bool) -> None:
         self.numbers, self.shapes = numbers, shapes
-        self.layouts, self.first, self._runs = _plan(tuple(shapes), rank_one, numbers.adjoins, _RUN)
+        most = _RUN if numbers.host else _DEVICE_RUN
+        self.layouts, self.first, self._runs = _plan(tuple(shapes), rank_one, numbers.adjoins, most)
 
     def __len__(self) -> int:
         return len(self.numbers)
+
+    @property
+    def _wide(self) -> int:
+        return _WIDE if self.numbers.host else _DEVICE_WIDE
+
+    @property
+    def _narrow(self) -> int:
+        return BLOCK if self.numbers.host else _DEVICE_WIDE
 
     def __getitem__(self, row: int) -> Tensor:
         """Return the noise of one row as a flat vector (d,)."""
@@ -98,11 +109,11 @@ class RowNoise:
         for run, where in self._runs:
             part, first = total[:, where], run[0]
             if not self.is_rank_one(first):
-                for rows in blocks(len(columns), part.shape[1], _WIDE):
+                for rows in blocks(len(columns), part.shape[1], self._wide):
                     numbers = self._flat(run, slice(rows.start + start, rows.stop + start))
                     part.addmm_(columns[rows].T, numbers)
                 continue
-            for rows in blocks(len(columns), sum(self.layouts[first])):
+            for rows in blocks(len(columns), sum(self.layouts[first]), self._narrow):
                 left, right = self.factors(first, slice(rows.start + start, rows.stop + start))
                 for matrix, column in zip(
                     part.view(-1, *self.shapes[first]), columns[rows].T, strict=True
@@ -110,25 +121,42 @@ class RowNoise:
                     matrix.addmm_((left * column[:, None]).T, right)
         return total
 
-    def exact_sum(self, coefficients: Tensor) -> Tensor:
+    def exact_sum(self, coefficients: Tensor, coarse: int = 0) -> Tensor:
         """Return `weighted_sum` in float64; for independent signs it is equal in any order of rows.
 
         Coefficients are rounded to multiples of 2^-30 and cut into three digits of 15 bits, whose
         sums are exact in float32.
+
+        Args:
+            coefficients: (R,) or (R, M).
+            coarse: how many of the last of M columns are multiples of 2^-15.
         """
         wide, columns = accumulator(coefficients.device), coefficients.view(len(self), -1)
         if not isinstance(self.numbers, Signs) or any(len(pieces) == 2 for pieces in self.layouts):
             return self.weighted_sum(coefficients).to(wide)
         digits, sums = cut(columns).float(), columns.shape[1]
-        used = digits.any(0).nonzero().flatten()  # small coefficients have zero digits
+        digits, used = self._used(digits, 3 * sums - coarse)
         total = columns.new_zeros(sums, sum(shape.numel() for shape in self.shapes), dtype=wide)
         for start in range(0, len(self), ROWS):
             rows = slice(start, start + ROWS)
-            for column, summed in zip(
-                used.tolist(), self._summed(digits[rows][:, used], rows), strict=True
-            ):
-                total[column % sums].add_(summed, alpha=DIGIT ** (column // sums))
+            parts = self._summed(digits[rows], rows).split([len(stretch) for stretch in used])
+            for stretch, summed in zip(used, parts, strict=True):
+                level, first = divmod(stretch.start, sums)
+                total[first : first + len(stretch)].add_(summed, alpha=DIGIT**level)
         return total.view(*coefficients.shape[1:], -1)
+
+    def _used(self, digits: Tensor, columns: int) -> tuple[Tensor, list[range]]:
+        """Return the digits (R, ..) to sum, and which of the 3 M columns they are, in stretches.
+
+        Digits of small coefficients are all zero and left out on the CPU. Elsewhere the host would
+        have to wait for the device to know them.
+        """
+        if self.numbers.host:
+            used = digits.any(0).nonzero().flatten()
+            return digits[:, used], [range(column, column + 1) for column in used.tolist()]
+        sums = digits.shape[1] // 3
+        cuts = [range(start, min(start + sums, columns)) for start in range(0, columns, sums)]
+        return digits[:, :columns], cuts
 
     def dot(self, vectors: Tensor) -> Tensor:
         """Return the products (R, M) of every row's noise with vectors (M, d)."""
@@ -137,10 +165,10 @@ class RowNoise:
         for run, where in self._runs:
             part, first = vectors[:, where], run[0]
             if not self.is_rank_one(first):
-                for rows in blocks(len(self), part.shape[1], _WIDE):
+                for rows in blocks(len(self), part.shape[1], self._wide):
                     products[:, rows].addmm_(part, self._flat(run, rows).T)
                 continue
-            for rows in blocks(len(self), sum(self.layouts[first])):
+            for rows in blocks(len(self), sum(self.layouts[first]), self._narrow):
                 left, right = self.factors(first, rows)
                 matrices = part.view(-1, *self.shapes[first])
                 products[:, rows] += torch.stack(

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..base.patching import replaced_method
+from ..base.transfer import onto
 from .base import ParameterVector, Perturbation
-from .noise import RowNoise, blocks, bytes_per_row, draw
+from .noise import BLOCK, RowNoise, blocks, bytes_per_row, draw
 from .rules import FACTORED, Noise, RowMismatch, linear, moved_linear
 from .sites import Site, find_sites
 from .streams import ALL, NoiseKeys
@@ -52,9 +53,23 @@ def _split(values: Tensor, rows: int, pieces: list[slice]) -> list[Tensor]:
     return list(values.split([len(values) // rows * (cut.stop - cut.start) for cut in pieces]))
 
 
+def _pieces(site: Site, noise: RowNoise, x: Tensor, activations: int) -> list[slice]:
+    """Return the rows whose noise is unpacked at a time: on the CPU as much as stays in the cache,
+    elsewhere also as much as takes the memory of the layer's activations.
+
+    Args:
+        site: the layer.
+        noise: of the R rows.
+        x: the layer's input.
+        activations: numbers in the larger one of its input and its output.
+    """
+    room = 0 if x.device.type == "cpu" else activations * x.element_size() // 4  # of float32
+    return list(blocks(len(noise), _width(site, noise), max(BLOCK, room)))
+
+
 def _in_pieces(site: Site, noise: RowNoise, scale: float, x: Tensor, out: Tensor) -> Tensor:
-    """Apply the site's rule to (R * m, ...), a few rows at a time to stay in the cache."""
-    pieces = list(blocks(len(noise), _width(site, noise)))
+    """Apply the site's rule to (R * m, ...), a few rows at a time."""
+    pieces = _pieces(site, noise, x, max(x.numel(), out.numel()))
     outs = _split(out, len(noise), pieces)
     results = [
         site.rule(site.module, x_part, out_part, _noise_of(site, noise, piece, out.device), scale)
@@ -88,7 +103,8 @@ def _patched(
 ) -> AbstractContextManager[object]:
     """Return a context in which the site's rule replaces a method of the module."""
     original = getattr(site.module, str(site.method))
-    device = next(site.module.parameters()).device
+    # of a trained tensor: the module's others may be offloaded
+    device = site.module.get_parameter(next(iter(site.tensors))).device
 
     def method(*args: object, **kwargs: object) -> object:
         fired()
@@ -118,13 +134,15 @@ def _replaced(
     cost of the layer without noise.
     """
     module: Any = site.module
-    original, pieces = module.forward, list(blocks(len(noise), _width(site, noise)))
+    original = module.forward
 
     # as in `nn.Linear`, the argument may be given by name
     def forward(input: Tensor) -> Tensor:
         fired()
         if input.dtype != module.weight.dtype or torch.is_autocast_enabled(input.device.type):
             return _in_pieces(site, noise, scale, input, original(input))
+        widest = max(input.shape[-1], module.out_features)
+        pieces = _pieces(site, noise, input, input.numel() // input.shape[-1] * widest)
         results = [
             moved_linear(module, x, _noise_of(site, noise, piece, input.device), scale)
             for x, piece in zip(_split(input, len(noise), pieces), pieces, strict=True)
@@ -200,4 +218,4 @@ class RowwiseNoise(Perturbation):
 
     def weighted_noise(self, noise: RowNoise, coefficients: Tensor) -> Tensor:
         """See `Perturbation.weighted_noise`."""
-        return noise.exact_sum(coefficients.to(self.vector.device, torch.float32))
+        return noise.exact_sum(onto(coefficients, self.vector.device, torch.float32))

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..base.transfer import onto
 from .base import ParameterVector, Perturbation
 from .exact_sums import accumulator, rounded
 from .noise import draw
@@ -95,4 +96,5 @@ class SharedNoise(Perturbation):
 
     def weighted_noise(self, noise: Tensor, coefficients: Tensor) -> Tensor:
         """See `Perturbation.weighted_noise`."""
-        return noise.to(accumulator(noise.device)) * rounded(coefficients).sum().to(noise.device)
+        total = rounded(onto(coefficients, noise.device)).sum()
+        return noise.to(accumulator(noise.device)) * total

@@ -1,1 +1,1 @@
-"""Prompts that are trained: after the text, on images, and how their rows share a text."""
+"""What is trained before, after or around a frozen model: prompts, adapters of black boxes."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
+from accelerate.utils import align_module_device
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -36,15 +37,17 @@ def label_head_of(model: PreTrainedModel | PeftModel, words: Sequence[int]) -> n
         ConfigurationError: the model has no output layer.
     """
     output = _output_layer(model)
-    rows = torch.tensor(list(words), device=output.weight.device)
-    weight = widen(output.weight.detach()[rows])
-    bias = getattr(output, "bias", None)
+    with align_module_device(output):  # accelerate may have offloaded it
+        rows = torch.tensor(list(words), device=output.weight.device)
+        weight = widen(output.weight.detach()[rows])
+        bias = getattr(output, "bias", None)
+        bias = None if bias is None else bias.detach()[rows]
     head = nn.utils.skip_init(
         nn.Linear, weight.shape[1], len(rows), device=weight.device, dtype=weight.dtype
     )
     with torch.no_grad():
         head.weight.copy_(weight)
-        head.bias.copy_(torch.zeros(len(rows)) if bias is None else bias.detach()[rows])
+        head.bias.copy_(torch.zeros(len(rows)) if bias is None else bias)
     return head
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from accelerate.utils import align_module_device
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -92,14 +93,16 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
             )
         if label_head and label_words is None:
             raise ConfigurationError("label_head=True needs label_words=, a token per class.")
-        words = model.get_input_embeddings().get_parameter("weight")
-        start = initial_embeddings(words, num_virtual_tokens, init_text, tokenizer)
+        embeddings = model.get_input_embeddings()
+        with align_module_device(embeddings):  # accelerate may have offloaded them
+            words = embeddings.get_parameter("weight")
+            start = initial_embeddings(words, num_virtual_tokens, init_text, tokenizer)
         self.base: Any = model.requires_grad_(False)
         # An embedding, because there are per-row rules for it: each row looks up all P entries.
         self.prompt = nn.Embedding.from_pretrained(start, freeze=False)
         self.register_buffer(
             "label_words",
-            None if label_words is None else torch.tensor(label_words, device=words.device),
+            None if label_words is None else torch.tensor(label_words, device=start.device),
         )
         self.head = label_head_of(model, label_words) if label_head and label_words else None
         self.model_tags: list[str] = []

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ..base.batch import Inputs, batch_size
-from ..base.state import State
+from ..base.state import State, number, whole
 from ..core.method import FinishedBatch, StepResult
 from ..distributed.collectives import ProcessGroup
 from ..objectives import Forward
@@ -29,6 +30,9 @@ def class_labels(inputs: Inputs) -> list[int] | None:
     return labels.tolist()
 
 
+MOST_SAMPLES = 2**17  # whose queries are counted one by one
+
+
 class Ledger:
     """Counts rows and queries, and averages the metrics of steps between two logs.
 
@@ -36,22 +40,27 @@ class Ledger:
         rows: rows that went through the model for estimates so far, clean ones and the calibration
             of epsilon included.
         all_rows: rows that the model was asked for in training, those of the checks with the first
-            batch included.
+            batch included, once for a run however often it is resumed.
+        repeated_rows: rows of checks that resumed runs made again, on top of `all_rows`.
         tokens: tokens of all these rows, padding included, as if every row ran whole.
         sample_queries: sample id → [steps that the sample took part in, queries that it got], for
-            samples that have an id.
+            samples that have an id; at most 2^17, those without a step for longest are dropped.
         class_windows: [rows so far, {class: [samples, their queries]}] for each stretch of the run,
             at most 64.
         last_step: what the last batch found.
     """
 
     def __init__(self) -> None:
-        self.rows = self.all_rows = self.tokens = 0
-        self.sample_queries: dict[int, list[int]] = {}
+        self.rows = self.all_rows = self.tokens = self.repeated_rows = 0
+        self.sample_queries: OrderedDict[int, list[int]] = OrderedDict()
         self.class_windows: list[tuple[int, dict[int, list[int]]]] = []
         self.last_step: StepResult | None = None
         self._window: dict[str, list[float]] = {}
         self._classes: dict[int, list[int]] = {}
+        self._checked = ""  # the tensors of the last checks
+        self._resumed: str | None = (
+            None  # the same of the checkpoint, until the first batch is done
+        )
         self._began = time.monotonic()  # earlier by what a run took before it was resumed
 
     @property
@@ -73,6 +82,20 @@ class Ledger:
     def observe(self, finished: FinishedBatch) -> None:
         """Enter a finished batch of a trainer."""
         self.record(finished.result, finished.position.ids, class_labels(finished.inputs))
+
+    def charge_checks(self, before: tuple[int, int], tensors: Callable[[], str]) -> None:
+        """Enter the rows of checks since `before`, unless a resumed run makes them once more.
+
+        Args:
+            before: `all_rows` and `tokens` of then.
+            tensors: returns what tells for which tensors the checks were.
+        """
+        if self.all_rows == before[0]:
+            return
+        self._checked = tensors()
+        if self._checked == self._resumed:
+            self.repeated_rows += self.all_rows - before[0]
+            self.all_rows, self.tokens = before
 
     def reconcile(self, before: tuple[int, int], ran: int, group: ProcessGroup) -> None:
         """Enter the rows that all processes ran since `before`; rows that all ran count once.
@@ -96,12 +119,17 @@ class Ledger:
         labels: Sequence[int] | None = None,
     ) -> None:
         """Enter a finished batch; ids, labels: (B,) of its samples, if they have any."""
-        self.last_step = result
+        self.last_step, self._resumed = result, None
         self.rows += result.rows
         for totals, numbers in ((self.sample_queries, ids), (self._classes, labels)):
             if numbers is not None and len(numbers) == len(result.counts):
                 for number, count in zip(numbers, result.counts.tolist(), strict=True):
                     _add(totals, number, [1, count])
+        for sample in ids or ():
+            if sample in self.sample_queries:
+                self.sample_queries.move_to_end(sample)
+        while len(self.sample_queries) > MOST_SAMPLES:
+            self.sample_queries.popitem(last=False)
         for name, value in result.metrics.items():
             self._window.setdefault(name, []).append(value)
 
@@ -150,6 +178,8 @@ class Ledger:
             "rows": self.rows,
             "all_rows": self.all_rows,
             "tokens": self.tokens,
+            "repeated_rows": self.repeated_rows,
+            "checked": self._checked,
             "seconds": self.seconds,
             "samples": [[sample, *numbers] for sample, numbers in self.sample_queries.items()],
             "classes": [
@@ -160,18 +190,26 @@ class Ledger:
 
     def load_state_dict(self, state: State) -> None:
         """Take up a state from `state_dict`."""
-        self.rows, self.all_rows, self.tokens = state["rows"], state["all_rows"], state["tokens"]
-        self._began = time.monotonic() - state.get("seconds", 0.0)
-        self.sample_queries = {
-            sample: [steps, queries] for sample, steps, queries in state["samples"]
-        }
+        self.rows, self.all_rows = whole(state["rows"]), whole(state["all_rows"])
+        self.tokens, self.repeated_rows = whole(state["tokens"]), whole(state["repeated_rows"])
+        self._checked = self._resumed = str(state["checked"])
+        self._began = time.monotonic() - number(state["seconds"], 0)
+        self.sample_queries = OrderedDict(
+            (whole(sample, -(2**63)), [whole(steps, 1), whole(queries)])
+            for sample, steps, queries in state["samples"]
+        )
         self.class_windows = [
-            (rows, {label: numbers for label, *numbers in classes})
-            for rows, classes in state.get("classes", [])
+            (
+                whole(rows),
+                {label: [whole(samples), whole(queries)] for label, samples, queries in classes},
+            )
+            for rows, classes in state["classes"]
         ]
 
 
 def _add(totals: dict[int, list[int]], number: int, more: Sequence[int]) -> None:
     """Add [samples, queries] to those of a sample or class."""
+    if number not in totals and len(totals) > MOST_SAMPLES:
+        return
     samples, queries = totals.get(number, (0, 0))
     totals[number] = [samples + more[0], queries + more[1]]

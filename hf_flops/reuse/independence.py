@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import blake2b
 
@@ -17,6 +17,7 @@ from ..base.batch import Inputs, batch_size, take
 from ..base.patching import Call, replaced_forward
 from ..base.prng import seeds
 from ..base.probe import Attempt, Probe
+from ..base.sharding import is_sharded
 from ..base.state import raw_bytes
 from ..objectives import Forward, Objective, RowLosses
 from ..perturbations import NoiseKeys, Perturbation, displaced, moved
@@ -28,10 +29,13 @@ _SCALE = 0.1  # far above rounding errors
 
 
 @dataclass
-class _Visit:
-    """A call of a module in a traced forward: the innermost enclosing call, and the output."""
+class Visit:
+    """A call of a module in a traced forward: the innermost enclosing call, the calls whose outputs
+    are among the arguments, and the output.
+    """
 
-    parent: _Visit | None
+    parent: Visit | None
+    sources: list[Visit] = field(default_factory=list)
     leaves: tuple[object, ...] = ()
 
     @property
@@ -40,7 +44,7 @@ class _Visit:
         return [tuple(leaf[0]) if isinstance(leaf, tuple) else None for leaf in self.leaves]
 
 
-_Visits = dict[nn.Module, list[_Visit]]  # in the order of first calls
+Visits = dict[nn.Module, list[Visit]]  # in the order of first calls
 
 
 def _fingerprint(leaf: object) -> object:
@@ -55,19 +59,21 @@ def _fingerprints(output: object) -> tuple[object, ...]:
     return tuple(_fingerprint(leaf) for leaf in tree_leaves(output))
 
 
-def _trace(model: nn.Module, forward: Forward, inputs: Inputs) -> _Visits:
+def trace(model: nn.Module, forward: Forward, inputs: Inputs) -> Visits:
     """Run the model and return the calls of each module, in order."""
-    visits: _Visits = defaultdict(list)
-    active: list[_Visit] = []
+    visits: Visits = defaultdict(list)
+    active, made = list[Visit](), dict[int, Visit]()
 
     def watched(module: nn.Module, original: Call) -> Call:
         def run(*args: object, **kwargs: object) -> object:
-            visit = _Visit(active[-1] if active else None)
+            given = [made[id(leaf)] for leaf in tree_leaves((args, kwargs)) if id(leaf) in made]
+            visit = Visit(active[-1] if active else None, given)
             visits[module].append(visit)
             active.append(visit)
             output = original(*args, **kwargs)
             active.pop()
             visit.leaves = _fingerprints(output)
+            made.update({id(leaf): visit for leaf in tree_leaves(output) if torch.is_tensor(leaf)})
             return output
 
         return run
@@ -79,7 +85,7 @@ def _trace(model: nn.Module, forward: Forward, inputs: Inputs) -> _Visits:
     return visits
 
 
-def _layout(two: _Visit, three: _Visit) -> tuple[bool, ...] | None:
+def row_leaves(two: Visit, three: Visit) -> tuple[bool, ...] | None:
     """Return which leaves grow from two rows to three; None if one does anything else."""
     pairs = list(zip(two.shapes, three.shapes, strict=True))
     if all(a == b or (a and b and a[1:] == b[1:] and 3 * a[0] == 2 * b[0]) for a, b in pairs):
@@ -111,22 +117,22 @@ def independent_modules(
     )
     vector = perturbation.vector
     shift = draw("gaussian", seeds(_CHECK_SEED, 0), vector.shapes, vector.device)[0]
-    here = _trace(model, forward, two)
+    here = trace(model, forward, two)
     with displaced(vector, _SCALE * shift):
-        moved = _trace(model, forward, two)
-    return _outermost(here, moved, _trace(model, forward, three))
+        moved = trace(model, forward, two)
+    return _outermost(here, moved, trace(model, forward, three))
 
 
-def _outermost(here: _Visits, moved: _Visits, wider: _Visits) -> dict[nn.Module, tuple[bool, ...]]:
+def _outermost(here: Visits, moved: Visits, wider: Visits) -> dict[nn.Module, tuple[bool, ...]]:
     independent: dict[nn.Module, tuple[bool, ...]] = {}
     inside: set[int] = set()  # calls that are part of an independent one
     for module, visits in here.items():
         if id(visits[0].parent) in inside:
             inside.update(map(id, visits))
-        elif _holds_numbers(module) and all(
+        elif holds_numbers(module) and all(
             len(visited.get(module, ())) == 1 for visited in (here, moved, wider)
         ):
-            flags = _layout(visits[0], wider[module][0])
+            flags = row_leaves(visits[0], wider[module][0])
             if (
                 flags is not None
                 and any(visits[0].shapes)
@@ -137,7 +143,8 @@ def _outermost(here: _Visits, moved: _Visits, wider: _Visits) -> dict[nn.Module,
     return independent
 
 
-def _holds_numbers(module: nn.Module) -> bool:
+def holds_numbers(module: nn.Module) -> bool:
+    """Return whether a module has parameters or buffers."""
     return any(True for _ in module.parameters()) or any(True for _ in module.buffers())
 
 
@@ -175,7 +182,8 @@ def choose_reuse(
             )
             if not modules:
                 return ReusePlan(), None
-            plain = ReusePlan(modules)
+            # processes that shard a model run all of each forward together
+            plain = ReusePlan(modules, stops_early=not any(map(is_sharded, model.modules())))
             few = (
                 take(inputs, torch.arange(min(2, batch_size(inputs))))
                 if objective.per_row

@@ -50,8 +50,9 @@ class LastLogits(TappedLoss):
             fixed = {"logits_to_keep", "shift_labels"} & kwargs.keys()
             if torch.is_tensor(labels) and labels.dim() == 2 and not fixed:
                 labelled = labels.ne(-100).any(0)
-                first = int(_first(labelled))
-                last = labels.shape[1] - 1 - int(_first(labelled.flip(0)))
+                ends = torch.stack([_first(labelled), _first(labelled.flip(0))])
+                first, after = ends.tolist()
+                last = labels.shape[1] - 1 - after
                 if first > 1 or last < labels.shape[1] - 1:
                     # Indices, not a number: torch is slow if the head reads a slice, which is not
                     # contiguous.
@@ -85,16 +86,11 @@ def with_last_logits(
         inputs: a batch.
         precision: see `precision_of`.
     """
-    labels, module = inputs.get("labels"), _language_model(model)
-    if (
-        type(objective) is not TappedLoss
-        or module is None
-        or not torch.is_tensor(labels)
-        or labels.dim() != 2
-    ):
+    short = last_logits(model, inputs)
+    if type(objective) is not TappedLoss or short is None:
         return objective
-    latest = _first(labels.ne(-100)).topk(min(2, batch_size(inputs))).indices
-    short, otherwise = LastLogits(module), "Logits are taken for every token"
+    latest = _first(inputs["labels"].ne(-100)).topk(min(2, batch_size(inputs))).indices
+    otherwise = "Logits are taken for every token"
     probe = Probe(objective, forward, take(inputs, latest.cpu()), precision / 20)
     if probe.difference(otherwise, objective=short) is not None:
         return objective
@@ -103,6 +99,15 @@ def with_last_logits(
         return objective
     logger.info("Logits are taken where there are labels only.")
     return short
+
+
+def last_logits(model: nn.Module, inputs: Inputs) -> LastLogits | None:
+    """Return the loss with logits at labels only, unchecked, of a language model with labels
+    (B, T).
+    """
+    labels, module = inputs.get("labels"), _language_model(model)
+    wanted = module is not None and torch.is_tensor(labels) and labels.dim() == 2
+    return LastLogits(module) if module is not None and wanted else None
 
 
 def _language_model(model: nn.Module) -> nn.Module | None:

@@ -47,6 +47,7 @@ class ReusePlan:
         crop_padding: whether recorded outputs may be cropped for a chunk with less padding than the
             batch; None if unknown.
         token_axes: leaves whose second dimension is the batch's columns (tokens).
+        stops_early: whether a forward that only records stops after the last module.
         spans_steps: whether outputs are kept for later steps.
     """
 
@@ -56,6 +57,7 @@ class ReusePlan:
     unread_inputs: frozenset[str] = frozenset()
     crop_padding: bool | None = None
     token_axes: frozenset[tuple[nn.Module, int]] = frozenset()
+    stops_early: bool = True
     spans_steps: ClassVar[bool] = False
 
     def recording(self, forward: Call) -> Recording:
@@ -259,7 +261,7 @@ class Recording:
         # A copy, because later modules may write into the output.
         copy = placeholder if module in self.plan.pass_through else clone
         self.outputs[module] = ([copy(leaf) for leaf in leaves], spec)
-        if run.stops and self.complete:
+        if run.stops and self.plan.stops_early and self.complete:
             raise _Recorded
 
     def _repeated(self, module: nn.Module, run: _Run) -> object:

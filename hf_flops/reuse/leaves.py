@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec
 
 from ..base.batch import hollow
+from ..base.transfer import onto
 
 Leaf: TypeAlias = Any
 """A tensor or a plain value among what a module returns."""
@@ -45,5 +46,5 @@ def repeat(leaf: Tensor, samples: int, owner: Tensor) -> Tensor:
     times, tail = len(leaf) // samples, leaf.shape[1:]
     if not any(leaf.stride()):
         return leaf[:1].expand(len(owner) * times, *tail)
-    rows = leaf.reshape(samples, times, *tail).index_select(0, owner.to(leaf.device))
+    rows = leaf.reshape(samples, times, *tail).index_select(0, onto(owner, leaf.device))
     return rows.flatten(0, 1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from ..autotune.protocol import Averaging, Batch, GradientSession
-from ..base.batch import Inputs, batch_size
+from ..base.batch import ROW, Inputs, batch_size
 from ..base.rows import BatchPosition
 from ..core.method import StepResult
 from ..errors import ObjectiveError
@@ -43,6 +43,7 @@ def forward_function(trainer: FlopsTrainerMixin, model: nn.Module) -> Forward:
     def forward(inputs: Inputs) -> tuple[Tensor | None, object]:
         rows = batch_size(inputs)
         given = dict(inputs) if pairs is None else pairs.restored(inputs)
+        given.pop(ROW, None)
         with rows_together(modules, rows) if own and rows > 1 else nullcontext():
             return whole(given)
 
@@ -81,9 +82,12 @@ def averaging(
             elements, as it may weigh or ignore classes.
     """
     batches = float(trainer.current_gradient_accumulation_steps)
-    if items is not None and counts_labels:
+    # the count of a single batch is its own
+    if items is not None and counts_labels and batches > 1:
         count = trainer._get_num_items_in_batch([batch.inputs], trainer.args.device)
-        batches = float(items) / float(count) if count else batches
+        both = [torch.as_tensor(number, device=trainer.args.device) for number in (items, count)]
+        of_step, own = torch.stack(both).tolist()
+        batches = of_step / own if own else batches
     return Averaging(batches, last=trainer.accelerator.sync_gradients)
 
 

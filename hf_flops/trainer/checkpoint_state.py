@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from ..autotune.protocol import Stateful
 from ..base.state import State
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, in_one_line
 
 logger = logging.getLogger("hf_flops.trainer")
 STATE_FILE, TENSOR_FILE = "flops_state.json", "flops_state.safetensors"
@@ -43,13 +42,18 @@ def save_state(folder: str, parts: Mapping[str, Stateful]) -> None:
 
 
 def load_state(folder: str | None, parts: Mapping[str, Stateful]) -> None:
-    """Load the states that `save_state` wrote; a part of another class starts afresh.
+    """Load the states that `save_state` wrote; a part of another class, or without a state, starts
+    afresh with a warning.
 
     Raises:
-        ConfigurationError: a file cannot be read.
+        ConfigurationError: a file cannot be read, or the state of a part is no such state.
     """
-    path = Path(folder or "", STATE_FILE)
-    if folder is None or not path.is_file():
+    if folder is None:
+        return
+    path = Path(folder, STATE_FILE)
+    if not path.is_file():
+        message = "%s holds no %s: these start afresh: %s."
+        logger.warning(message, folder, STATE_FILE, ", ".join(parts))
         return
     tensor_path = path.with_name(TENSOR_FILE)
     with _damage_named(tensor_path):
@@ -64,14 +68,18 @@ def load_state(folder: str | None, parts: Mapping[str, Stateful]) -> None:
 
     with _damage_named(path):
         state = json.loads(path.read_text(), object_hook=with_tensors)
+        kinds = dict(state.get("kinds", {}))
     for name, part in parts.items():
         kind = type(part).__name__
-        saved = state.get("kinds", {}).get(name, kind)
+        saved = kinds.get(name, kind)
         if saved != kind:
             message = "The %s of the checkpoint's run was %s, this one's is %s and starts afresh."
             logger.warning(message, name, saved, kind)
-        elif name in state:
-            part.load_state_dict(state[name])
+        elif name not in state:
+            logger.warning("%s has no state of the %s, which starts afresh.", path, name)
+        else:
+            with _damage_named(path, f" in the state of the {name}"):
+                part.load_state_dict(state[name])
 
 
 def read_json(path: Path, *keys: str) -> Any:
@@ -85,12 +93,13 @@ def read_json(path: Path, *keys: str) -> Any:
 
 
 @contextmanager
-def _damage_named(path: Path) -> Iterator[None]:
+def _damage_named(path: Path, where: str = "") -> Iterator[None]:
     """Turn an error inside the context, which reads a file, into one that names it."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise ConfigurationError(f"{path} is damaged: {type(error).__name__}: {error}.") from error
+    except Exception as error:  # what a part makes of values that are not its own
+        reason = f"{type(error).__name__}: {in_one_line(error)}"
+        raise ConfigurationError(f"{path} is damaged{where}: {reason}.") from error
 
 
 def _without_tensors(state: Any, key: str, tensors: dict[str, Tensor]) -> Any:

@@ -1,66 +1,60 @@
-"""Checkpoints that appear whole or not at all, and a run that saves and ends on SIGTERM."""
+"""Checkpoints that appear whole or not at all, and which of them a run resumes from."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
 import shutil
-import signal
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from safetensors import SafetensorError
+from transformers import TrainerState, TrainingArguments
 
 from ..distributed.collectives import ProcessGroup
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, FlopsError, StorageError, in_one_line
+from .integrity import MANIFEST, STATE, damage, first_whole, seal
 
 logger = logging.getLogger("hf_flops.trainer")
-UNFINISHED, MANIFEST, STATE = ".unfinished", "flops_files.json", "trainer_state.json"
+UNFINISHED = ".unfinished"
 
 
 def is_whole(folder: str | Path) -> bool:
-    """Return whether a checkpoint has all files that it was saved with."""
-    manifest = Path(folder, MANIFEST)
-    try:  # a stock trainer writes no manifest, and its state last
-        sizes = json.loads(manifest.read_text()) if manifest.is_file() else {}
-        files = {Path(folder, name): size for name, size in sizes.items()}
-    except (OSError, ValueError, AttributeError):  # the manifest itself was cut off
-        return False
-    return Path(folder, STATE).is_file() and all(
-        path.is_file() and path.stat().st_size == size for path, size in files.items()
-    )
+    """Return whether a checkpoint has all files that it was saved with, unchanged."""
+    return damage(folder) is None
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """Return the whole checkpoint of the latest step in a folder, or None."""
+    """Return the whole checkpoint of the latest step in a folder, or None if there are none at all.
+
+    Raises:
+        ConfigurationError: there are checkpoints, but not one is whole.
+    """
     for old in Path(folder, UNFINISHED).glob("*.old"):  # its replacement was interrupted
         if not Path(folder, old.stem).exists():
             old.rename(Path(folder, old.stem))
-    checkpoints = {
+    steps = {
         int(path.name.split("-")[1]): path
         for path in Path(folder).glob("checkpoint-*")
         if re.fullmatch(r"checkpoint-\d+", path.name)
     }
-    for _, path in sorted(checkpoints.items(), reverse=True):
-        if is_whole(path):
-            return str(path)
-        logger.warning("%s is not a whole checkpoint and is skipped.", path)
-    return None
+    whole, reasons = first_whole([path for _, path in sorted(steps.items(), reverse=True)])
+    if whole is None and reasons:
+        raise ConfigurationError(
+            f"{str(folder)!r} holds no whole checkpoint to resume from: {'; '.join(reasons)}. "
+            "Remove them to start anew."
+        )
+    for reason in reasons:
+        logger.warning("%s; it is skipped.", reason)
+    return None if whole is None else str(whole)
 
 
 def publish(unfinished: Path, folder: Path) -> None:
     """Move a finished checkpoint to its name, in place of an older one if there is one."""
-    files = [path for path in unfinished.rglob("*") if path.is_file()]
-    manifest = unfinished / MANIFEST
-    manifest.write_text(
-        json.dumps({str(path.relative_to(unfinished)): path.stat().st_size for path in files})
-    )
-    for path in [*files, manifest, unfinished]:
+    for path in [*seal(unfinished), unfinished]:
         _flush(path)
     if folder.exists():
         folder.rename(unfinished.with_name(f"{folder.name}.old"))
@@ -113,21 +107,43 @@ class CheckpointWriter:
         group.all_gather_object(None)
         self.saving = True
         try:
-            yield folder
+            with saved_or_named(folder):
+                yield folder
         finally:
             self.saving = False
         # "./out" is spelled otherwise as a path
         if Path(state.best_model_checkpoint or "") == unfinished:
             state.best_model_checkpoint = str(folder)
             if args.should_save:
-                state.save_to_json(str(unfinished / STATE))
+                with saved_or_named(folder):
+                    state.save_to_json(str(unfinished / STATE))
         group.all_gather_object(None)
         if args.process_index == 0:
-            publish(unfinished, folder)
+            with saved_or_named(folder):
+                publish(unfinished, folder)
         group.all_gather_object(None)
         # on a machine that does not share the disk of process 0
         if args.local_process_index == 0 and unfinished.is_dir():
-            publish(unfinished, folder)
+            with saved_or_named(folder):
+                publish(unfinished, folder)
+
+
+@contextmanager
+def saved_or_named(path: Path) -> Iterator[None]:
+    """Turn an error inside the context, which writes a file of a run, into one that names it.
+
+    Raises:
+        StorageError: it could not be written.
+    """
+    try:
+        yield
+    except FlopsError:
+        raise
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises the second
+        raise StorageError(
+            f"{path} could not be written: {in_one_line(error)}. Nothing that was saved before is "
+            "lost: make room or the folder writable, and go on with resume_from_checkpoint=True."
+        ) from error
 
 
 def chosen_checkpoint(
@@ -141,7 +157,7 @@ def chosen_checkpoint(
         group: the processes; all resume from the checkpoint that the first of them finds.
 
     Raises:
-        ConfigurationError: there is none, it is no checkpoint, or files are missing.
+        ConfigurationError: there is none, it is no checkpoint, or its files are missing or damaged.
     """
     if not wanted:
         return None
@@ -151,17 +167,36 @@ def chosen_checkpoint(
             raise ConfigurationError(
                 f"output_dir={output_dir!r} holds no whole checkpoint to resume from."
             )
-    elif Path(wanted, MANIFEST).is_file() and not is_whole(wanted):
-        raise ConfigurationError(
-            f"{wanted!r} lacks files that it was saved with, or its {MANIFEST} is damaged: resume "
-            "from an earlier one."
-        )
-    elif not Path(wanted, STATE).is_file():
+    elif not any(Path(wanted, name).is_file() for name in (STATE, MANIFEST)):
         raise ConfigurationError(
             f"resume_from_checkpoint={wanted!r} holds no {STATE}: give the folder of a "
             f"checkpoint, such as {output_dir}/checkpoint-100, or True for the latest one there."
         )
+    elif (reason := damage(wanted)) is not None:
+        raise ConfigurationError(
+            f"{wanted!r} is not a whole checkpoint: {reason}. Resume from an earlier one."
+        )
     return str(wanted)
+
+
+def rerooted(best: str | None, checkpoint: str, run: str) -> str | None:
+    """Return where the best checkpoint of a resumed run lies now, None if it is gone.
+
+    The folder that a state names is that of then; the run may have been moved since.
+
+    Args:
+        best: the path in the state.
+        checkpoint: that the run resumes from; the best one lay beside it.
+        run: the run's output folder.
+    """
+    if best is None:
+        return None
+    beside = Path(checkpoint).resolve().parent
+    home = run if Path(run).resolve() == beside else str(beside)
+    for path in (os.path.join(home, Path(best).name), best):
+        if os.path.isdir(path):
+            return path
+    return None
 
 
 @contextmanager
@@ -178,66 +213,3 @@ def generator_states(checkpoint: str | None, args: TrainingArguments) -> Iterato
             yield folder
     else:
         yield None
-
-
-class SaveOnSigterm(TrainerCallback):
-    """Saves and ends the run on SIGTERM, after the current optimizer step, in all processes.
-
-    Attributes:
-        asked: whether this process got SIGTERM.
-        agreed: whether all processes know that one of them did.
-        left: whether the run has saved and ends.
-    """
-
-    asked = agreed = left = False
-    alone = True
-
-    @contextmanager
-    def listening(self, *, alone: bool) -> Iterator[None]:
-        """Handle SIGTERM inside the context.
-
-        Args:
-            alone: whether this is the only process.
-
-        Raises:
-            SystemExit: the run has saved; the status is that of a program that SIGTERM ended.
-        """
-        self.asked = self.agreed = self.left = False
-        self.alone = alone
-        if threading.current_thread() is not threading.main_thread():  # others get no signals
-            yield
-            return
-        before = signal.signal(signal.SIGTERM, self._heard)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
-        if self.left:
-            raise SystemExit(128 + signal.SIGTERM)
-
-    def _heard(self, *_: object) -> None:
-        self.asked = True
-
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: object,
-    ) -> None:
-        """Save and stop, if all processes know of the signal."""
-        if self.asked if self.alone else self.agreed:
-            logger.warning("SIGTERM: the run saves at step %d and ends.", state.global_step)
-            self.left = control.should_save = control.should_training_stop = True
-            control.should_evaluate = False
-
-    def on_epoch_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: object,
-    ) -> None:
-        """Neither save nor evaluate again in a run that ends."""
-        if self.left:
-            control.should_save = control.should_evaluate = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -14,7 +15,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..autotune.line_search import MOST_LOOKS, SHORTER, Found, line_search
 from ..autotune.protocol import Batch, GradientSession
-from ..base.state import State
+from ..base.state import State, finite, number, whole
 from ..distributed.collectives import ProcessGroup
 from ..errors import ConfigurationError
 from ..perturbations import ParameterVector
@@ -30,6 +31,15 @@ _STATE = {
     "names": "_names",
     "start": "_start",
     "state": "_state",
+}
+_CHECKS: dict[str, Callable[[Any], object]] = {
+    "multiplier": partial(number, least=0),
+    "window": partial(whole, least=1),
+    "steps": whole,
+    "rates": partial(number, least=0),
+    "names": lambda names: [str(name) for name in names],
+    "start": lambda start: [finite(value) for value in start],
+    "state": lambda states: [dict(state) for state in states],
 }
 Agree: TypeAlias = Callable[[Found], Found]  # returns what process 0 found
 MOST_STEPS = 32  # of a window
@@ -206,6 +216,10 @@ class RateSearch(RateMultiplier):
 
     def load_state_dict(self, state: State) -> None:
         """Take up a state from `state_dict`."""
+        for name, check in _CHECKS.items():
+            check(state[name])
+        if len({len(state[name]) for name in ("names", "start", "state")}) > 1:
+            raise ValueError("names, start and state are not of the same tensors")
         for name, attribute in _STATE.items():
             setattr(self, attribute, state[name])
 

@@ -19,10 +19,11 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import seed_worker
 
 from ..base.batch import Inputs
+from ..base.state import whole
 from ..distributed.collectives import ProcessGroup, TorchProcessGroup
 from ..errors import ConfigurationError
 from .args import FlopsArgumentsMixin
-from .checkpoints import SaveOnSigterm
+from .sigterm import SaveOnSigterm
 
 logger = logging.getLogger("hf_flops.trainer")
 _SAME = (
@@ -140,7 +141,7 @@ class BatchSize:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Compare with a state from `state_dict`."""
-        if state["samples"] != self.samples:
+        if whole(state["samples"], 1) != self.samples:
             logger.warning(
                 "The checkpoint's run had %d samples in an optimizer step, this one has %d and "
                 "will differ: the number is processes x per_device_train_batch_size x "

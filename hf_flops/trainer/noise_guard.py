@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..autotune.protocol import GradientSession
-from ..base.state import State
+from ..base.state import State, finite, number, whole
 from ..estimators import HeadSolver
 from ..perturbations import ParameterVector
 from .rate_multiplier import RateMultiplier
@@ -113,6 +113,9 @@ class NoiseGuard(RateMultiplier):
 
     def load_state_dict(self, state: State) -> None:
         """Take up a state from `state_dict`."""
-        self.multiplier, self.lowest = state["multiplier"], state["lowest"]
-        self._rounds, self._samples, self._start, self._steps, self._sum = state["numbers"]
-        self._best = state["best"]
+        self.multiplier, lowest = number(state["multiplier"], 0, 1), state["lowest"]
+        self.lowest = None if lowest is None else number(lowest)
+        *counts, total = state["numbers"]
+        self._rounds, self._samples, self._start, self._steps = map(whole, counts)
+        self._sum = number(total)
+        self._best = {name: finite(value) for name, value in state["best"].items()}

@@ -16,12 +16,14 @@ from transformers import TrainingArguments
 from ..base.batch import Inputs
 from ..contrastive.dual_encoder import base_of
 from ..distributed.launch import check_environment, check_world
-from ..engines import BlackBoxPromptModel
 from ..errors import ConfigurationError, ObjectiveError, in_one_line
 from ..objectives import Forward
+from ..prompts.black_box import BlackBoxPromptModel
 from ..prompts.suffix_prompt import SuffixPromptModel
 from .args import FlopsArgumentsMixin, FlopsTrainingArguments
 from .master_weights import keep_masters
+from .offload import is_offloaded, materialise_trainable, weights_at_hand
+from .sharding import replicate_trainable
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -171,7 +173,8 @@ def wrap_with_adapter(model: nn.Module, peft_config: PeftConfig) -> nn.Module:
         # PEFT asks transformers by a name of before
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
         try:
-            return get_peft_model(model, peft_config)
+            with weights_at_hand(peft_config) if is_offloaded(model) else nullcontext():
+                return get_peft_model(model, peft_config)
         except ValueError as error:
             if "arget modules" not in str(error):
                 raise
@@ -182,6 +185,12 @@ def wrap_with_adapter(model: nn.Module, peft_config: PeftConfig) -> nn.Module:
                 f"peft_config does not suit the model: {in_one_line(error)}. Its linear layers are "
                 f"{', '.join(sorted(layers))}."
             ) from error
+
+
+def hold_trainable(model: nn.Module) -> None:
+    """Give the process the whole of what is trained, wherever the base's weights lie."""
+    materialise_trainable(model)
+    replicate_trainable(model)
 
 
 def widen_trainable(model: nn.Module) -> None:

@@ -25,6 +25,7 @@ class QueryBudget(TrainerCallback):
         most: returns the limit on the rows of the run, None for no limit.
         queries: returns the rows per sample of an optimizer step.
         ledger: returns the ledger of the run.
+        samples: returns the samples of an optimizer step.
 
     Attributes:
         stopped: says when the run was stopped, if it was.
@@ -35,8 +36,9 @@ class QueryBudget(TrainerCallback):
         most: Callable[[], int | None],
         queries: Callable[[int], int],
         ledger: Callable[[], Ledger],
+        samples: Callable[[], int],
     ) -> None:
-        self.most, self.queries, self.ledger = most, queries, ledger
+        self.most, self.queries, self.ledger, self.samples = most, queries, ledger, samples
         self._refused = False
         self.stopped = ""
 
@@ -76,7 +78,7 @@ class QueryBudget(TrainerCallback):
         **kwargs: object,
     ) -> None:
         """Refuse a run that could not take one step."""
-        need = self._step(args, state.global_step, train_dataloader)
+        need = self._step(state.global_step, train_dataloader)
         used = self.ledger().all_rows
         self._refused = False
         self.stopped = ""
@@ -97,7 +99,7 @@ class QueryBudget(TrainerCallback):
         **kwargs: object,
     ) -> None:
         """Stop, and save as at the end of training, if the next step would not fit."""
-        if not self._refused and self._step(args, state.global_step, train_dataloader) <= self.left:
+        if not self._refused and self._step(state.global_step, train_dataloader) <= self.left:
             return
         if state.global_step < state.max_steps:
             self.stopped = f"stopped by max_queries={self.most():,} after {_done(args, state)}"
@@ -106,11 +108,11 @@ class QueryBudget(TrainerCallback):
         if args.save_strategy == SaveStrategy.STEPS:
             control.should_save = True
 
-    def _step(self, args: TrainingArguments, step: int, loader: object) -> int:
+    def _step(self, step: int, loader: object) -> int:
         """Return the rows of a whole optimizer step; 0 without a limit."""
         if self.most() is None:
             return 0
-        samples = args.train_batch_size * args.gradient_accumulation_steps
+        samples = self.samples()
         data = getattr(loader, "dataset", None)
         if isinstance(data, Sized):
             samples = min(samples, len(data))

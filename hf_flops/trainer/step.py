@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from hashlib import sha256
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..autotune.first_batch import held_back
 from ..autotune.protocol import Batch, GradientSession, Observer
 from ..base.batch import Inputs
 from ..base.rows import BatchPosition
@@ -100,7 +102,9 @@ def _estimate(
     texts = shared_texts(trainer.model, batch.inputs, session.needs_clean)
     autocast = trainer.compute_loss_context_manager()
     with evaluation_mode(model), torch.no_grad(), autocast, texts:
+        before = ledger.all_rows, ledger.tokens
         session.prepare(batch)
+        ledger.charge_checks(before, _checked(trainer, batch))
         ledger.rows += session.check_rows
         session.check_rows = 0
         _search_rate(trainer, batch)
@@ -120,6 +124,17 @@ def _estimate(
         if observer is not None:
             observer.observe(finished)
     return result.loss.to(trainer.args.device)
+
+
+def _checked(trainer: FlopsTrainerMixin, batch: Batch) -> Callable[[], str]:
+    """Return what tells for which tensors a batch was checked."""
+
+    def tensors() -> str:
+        frozen = held_back(trainer.model, trainer.args.lora_parts, batch.progress)
+        names = ParameterVector.of(trainer.model).names
+        return sha256(repr((sorted(frozen), names)).encode()).hexdigest()
+
+    return tensors
 
 
 def _refuse_step(trainer: FlopsTrainerMixin, model: nn.Module) -> Tensor:

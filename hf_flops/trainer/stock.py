@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer
-from transformers.trainer_utils import rotate_checkpoints
+from transformers import Trainer, TrainerState
+from transformers.trainer_utils import has_length, rotate_checkpoints
 
 from ..autotune.protocol import Stateful
 from ..base.batch import Inputs
@@ -17,10 +20,15 @@ from ..distributed.collectives import ProcessGroup
 from ..reporting.callbacks import RunCosts
 from ..reporting.model_card import complete_card, plain_card
 from .batches import SAMPLE_ID, without_ids
-from .checkpoint_state import load_state, save_state
-from .checkpoints import CheckpointWriter, generator_states
+from .checkpoint_state import STATE_FILE, load_state, read_json, save_state
+from .checkpoints import CheckpointWriter, generator_states, rerooted
+from .integrity import STATE
 from .multiprocess import undivided_loader
+from .offload import device_map_hidden, is_offloaded
+from .parts import STREAM, OutsideParameters, StreamPosition
+from .private_arguments import private
 from .settings import run_as_code
+from .sharding import reshard
 
 if TYPE_CHECKING:
     _Base = Trainer  # so that `self` is typed
@@ -36,10 +44,12 @@ class StockOverrides(_Base):
         sample_ids: (B,) of the batch that was prepared last, if it has any.
     """
 
+    model: nn.Module
     args: Any  # of a class with `FlopsArgumentsMixin`
     checkpoint_writer: CheckpointWriter
     costs: RunCosts
     sample_ids: tuple[int, ...] | None = None
+    stream: StreamPosition
     _group: ProcessGroup | None = None
     _parts: Callable[[], Mapping[str, Stateful]]
     _begin: Callable[[], None]
@@ -49,6 +59,11 @@ class StockOverrides(_Base):
         """The processes of the run."""
         assert self._group is not None
         return self._group
+
+    @property
+    def _whole(self) -> nn.Module:
+        assert isinstance(self.model, nn.Module)
+        return self.model
 
     def _hp_search_setup(self, trial: Any) -> None:
         super()._hp_search_setup(trial)
@@ -78,6 +93,11 @@ class StockOverrides(_Base):
             settings, costs = run_as_code(self.args, self.model), self.costs.so_far()
             complete_card(folder, settings, self.model, costs, tags, data)
 
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """Save as the stock trainer does."""
+        reshard(self.model)
+        super().save_model(*args, **kwargs)
+
     def save_state(self) -> None:
         """Save the trainer's state as the stock trainer does, and that of our parts beside it."""
         super().save_state()
@@ -92,6 +112,48 @@ class StockOverrides(_Base):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         load_state(checkpoint, self._parts())
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        given = inspect.signature(super()._init_training_state).bind(*args, **kwargs).arguments
+        begin: tuple[int, int] = super()._init_training_state(*args, **kwargs)
+        if (checkpoint := given["resume_from_checkpoint"]) is not None:
+            saved = TrainerState.load_from_json(os.path.join(checkpoint, STATE))
+            run = self._get_output_dir(given["trial"])
+            best = rerooted(saved.best_model_checkpoint, checkpoint, run)
+            self.state.best_model_checkpoint = best
+            if not has_length(self.train_dataset):
+                begin = self._stream_position(checkpoint) or begin
+        return begin
+
+    def _stream_position(self, checkpoint: str) -> tuple[int, int] | None:
+        """Return the epoch of a checkpoint, and its batches to skip; None for a stock one's."""
+        path = Path(checkpoint, STATE_FILE)
+        if not path.is_file() or STREAM not in read_json(path):
+            return None
+        load_state(checkpoint, {STREAM: self.stream})
+        steps = 0 if self.args.ignore_data_skip else self.state.global_step - self.stream.begun
+        return max(self.stream.epoch, 0), steps * self.args.gradient_accumulation_steps
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        """Return the samples of an optimizer step; the stock count overlooks `split_batches`."""
+        samples = super().get_total_train_batch_size(args)
+        return samples // args.world_size if self.accelerator.split_batches else samples
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not OutsideParameters(model or self._whole).load_from(resume_from_checkpoint):
+            with device_map_hidden(self.model):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        best = OutsideParameters(self._whole)
+        if not best.load_from(str(self.state.best_model_checkpoint)):
+            with device_map_hidden(self.model):
+                super()._load_best_model()
+            best.load_from(str(self.state.best_model_checkpoint))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        with private(self.args, output_dir or self.args.output_dir):
+            super()._save(output_dir, state_dict)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with generator_states(checkpoint, self.args) as folder:
@@ -121,10 +183,17 @@ class StockOverrides(_Base):
     def _wrap_model(
         self, model: nn.Module, training: bool = True, dataloader: DataLoader | None = None
     ) -> nn.Module:
-        if training and model is self.model and self.args.world_size > 1:
+        stays = model is self.model and is_offloaded(model)
+        if stays or (training and model is self.model and self.args.world_size > 1):
             # without DistributedDataParallel, which would wait for a backward pass
-            return self.accelerator.prepare_model(model, evaluation_mode=True)
+            place = False if stays else None
+            with device_map_hidden(model):
+                return self.accelerator.prepare_model(model, place, evaluation_mode=True)
         return super()._wrap_model(model, training, dataloader)
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if not is_offloaded(model):
+            super()._move_model_to_device(model, device)
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         return undivided_loader(self, super()._get_dataloader, args, kwargs)

@@ -15,6 +15,7 @@ from ..autotune.protocol import Batch, GradientSession, HandOver, Stateful, seed
 from ..base.batch import Inputs
 from ..contrastive import start_session
 from ..contrastive.dual_encoder import with_plain_flag
+from ..distributed.even_forwards import EvenForwards
 from ..estimators import Estimator
 from ..objectives import Objective, RowLossError, as_objective
 from ..perturbations import Perturbation
@@ -24,12 +25,13 @@ from ..reporting.model_card import TAGS
 from ..trajectory.recorder import TrajectoryRecorder
 from .args import FlopsTrainingArguments
 from .batches import ElementMean, PositionCounter
-from .checkpoints import CheckpointWriter, SaveOnSigterm, chosen_checkpoint
+from .checkpoints import CheckpointWriter, chosen_checkpoint
 from .gathered import GatheredMetrics
 from .layout import Layout
 from .learning_rate_search import RateSearch
-from .multiprocess import BatchSize, Lockstep, start_group
+from .multiprocess import Lockstep, start_group
 from .noise_guard import NoiseGuard
+from .parts import StreamPosition, parts_of
 from .preparation import (
     add_tags,
     as_module,
@@ -37,6 +39,7 @@ from .preparation import (
     check_labels,
     check_ready,
     follow_accelerator,
+    hold_trainable,
     positional_arguments,
     quantised_base_allowed,
     uncompiled,
@@ -45,7 +48,9 @@ from .preparation import (
     wrap_with_adapter,
 )
 from .query_budget import QueryBudget
+from .run_lock import undisturbed
 from .samples import rows_blamed
+from .sigterm import SaveOnSigterm
 from .step import AfterStep, batch_of, estimate_batch
 from .stock import StockOverrides
 
@@ -121,6 +126,8 @@ class FlopsTrainerMixin(StockOverrides):
         self._peft_config = peft_config
         if peft_config is not None and isinstance(model, nn.Module):
             model = wrap_with_adapter(model, peft_config)
+        if isinstance(model, nn.Module):
+            hold_trainable(model)
         self.objective: Objective | None = as_objective(objective)
         self._start_session = partial(
             start_session, allocator=allocator, estimator=estimator, perturbation=perturbation
@@ -132,11 +139,12 @@ class FlopsTrainerMixin(StockOverrides):
             super().__init__(model, *positional, **kwargs)
         follow_accelerator(self.accelerator, self.args)
         self._begin()
-        self.noise_guard = NoiseGuard(lambda: self.session)
+        self.noise_guard, self.stream = NoiseGuard(lambda: self.session), StreamPosition()
         self.query_budget = QueryBudget(
             lambda: self.args.max_queries,
             lambda step: self.session.rows(1, step),
             lambda: self.ledger,
+            lambda: self.get_total_train_batch_size(self.args),
         )
         after = AfterStep(lambda: self.session)
         for callback in (after, self.query_budget, self._sigterm, self.recorder):
@@ -153,6 +161,7 @@ class FlopsTrainerMixin(StockOverrides):
         """Build the model as the stock trainer does, and wrap it with `peft_config`."""
         model: nn.Module = super().call_model_init(trial)
         model = model if self._peft_config is None else wrap_with_adapter(model, self._peft_config)
+        hold_trainable(model)
         widen_trainable(model)
         return model
 
@@ -163,19 +172,25 @@ class FlopsTrainerMixin(StockOverrides):
         and self-check.
 
         Raises:
-            ConfigurationError: there is no whole checkpoint to resume from.
+            ConfigurationError: no whole checkpoint to resume from, or another run in the folder.
             SystemExit: SIGTERM has arrived, and the run has saved.
         """
         self._begin()
-        self.remove_callback(RateSearch)
-        self.remove_callback(NoiseGuard)
-        self.noise_guard = NoiseGuard(lambda: self.session)
+        for kind in (RateSearch, NoiseGuard, StreamPosition):
+            self.remove_callback(kind)
+        self.noise_guard, self.stream = NoiseGuard(lambda: self.session), StreamPosition()
         self.add_callback(self.noise_guard)
+        self.add_callback(self.stream)
         self.rate_search = self._new_search() if self.args.learning_rate_search else None
         if self.rate_search is not None:
             self.add_callback(self.rate_search)
-        listening = self._sigterm.listening(alone=self.args.world_size == 1)
-        with rows_blamed(self.train_dataset, self.model), listening, self.group.watched():
+        run = self._get_output_dir(args[0] if args else kwargs.get("trial"))
+        blame = rows_blamed(self.train_dataset, self.model)
+        with (
+            blame,
+            self._sigterm.listening(alone=self.group.world == 1),
+            undisturbed(run, self.group),
+        ):
             checkpoint = chosen_checkpoint(resume_from_checkpoint, self.args.output_dir, self.group)
             return super().train(checkpoint, *args, **kwargs)
 
@@ -183,6 +198,7 @@ class FlopsTrainerMixin(StockOverrides):
         """Forget the last run, and follow the arguments as they are now."""
         self._group = start_group(self.args, self._group)
         self._lockstep = Lockstep(self.group, self.args, self._sigterm)
+        EvenForwards.of(self.model, self.group)
         self.ledger: Ledger = Ledger()
         self.positions, self.gathered = PositionCounter(), GatheredMetrics(self)
         self.layout = Layout()
@@ -261,11 +277,7 @@ class FlopsTrainerMixin(StockOverrides):
         return super().floating_point_ops(dict(inputs)) // 3 * queries // self.args.world_size
 
     def _parts(self) -> dict[str, Stateful]:
-        """Return the parts that a checkpoint holds, by name."""
-        batch = BatchSize(self.get_total_train_batch_size(self.args))
-        parts: dict[str, Stateful] = {"ledger": self.ledger, "batch": batch, **self.session.parts()}
-        search = {} if self.rate_search is None else {"learning rate search": self.rate_search}
-        return {**parts, **search, "noise guard": self.noise_guard}
+        return parts_of(self)
 
 
 class FlopsTrainer(FlopsTrainerMixin, Trainer):

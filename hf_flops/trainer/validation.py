@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 # Stock options that forward-only training cannot follow, and why.
 _UNSUPPORTED = {
-    "fsdp": "FSDP shards the model for the backward pass",
+    "fsdp": "it shards what is trained too, for the backward pass; apply torch's fully_shard to "
+    "the model instead, which the trainer follows",
     "deepspeed": "DeepSpeed takes the training step over",
     "use_liger_kernel": "Liger kernels fuse the loss, which must be seen row by row",
     "neftune_noise_alpha": "NEFTune adds noise of its own to the embeddings",

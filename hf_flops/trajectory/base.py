@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 
 from ..base.state import State
 from ..errors import TrajectoryError, in_one_line
+from .limits import dtype, refused
 from .start import digests
 
 
@@ -25,11 +26,15 @@ def check_base(says: State, base: str | Path) -> int:
     import transformers
 
     wanted = says["base"]
-    kind = getattr(transformers, wanted["class"], None)
-    if kind is None:
+    with refused("The log", "the description of its base"):
+        kind = getattr(transformers, wanted["class"], None)
+        wanted["digests"].items()
+        dtype(wanted["dtype"])
+    # a log may name anything, but only a model is called
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise TrajectoryError(
-            f"The run's base is a {wanted['class']}, which transformers cannot load: leave --base "
-            "out."
+            f"The run's base is a {wanted['class']!r:.80}, which transformers cannot load: leave "
+            "--base out."
         )
     verbosity, _ = transformers.logging.get_verbosity(), transformers.logging.set_verbosity_error()
     try:  # a head may have another size there: it is not of the base if it was trained

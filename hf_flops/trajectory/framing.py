@@ -84,9 +84,9 @@ def _next(file: BinaryIO, path: str | Path, number: int, before: int) -> Record 
             f"{path} is damaged: at byte {offset}, {after}, record {number} should begin, but "
             f"record {written} does."
         )
-    payload = file.read(length)
-    if len(payload) < length:
+    if length > os.fstat(file.fileno()).st_size - file.tell():
         return None
+    payload = file.read(length)
     _check(payload, checksum, what)
     return Record(number, step, offset, payload)
 

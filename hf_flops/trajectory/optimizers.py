@@ -1,10 +1,13 @@
-"""Records optimizers that can be replayed, and builds them again."""
+"""Records optimizers that can be replayed, and builds them again.
+
+A log may come from a stranger, so that what it names is looked up among these and nowhere else.
+"""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from importlib import import_module
+from functools import cache
 
 import torch
 from torch import nn
@@ -12,9 +15,23 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from ..base.state import State
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, TrajectoryError
 
-_HOMES = ("torch.optim.", "transformers.optimization.")
+_NAMES = ["ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "Muon", "NAdam"]
+_NAMES += ["RAdam", "RMSprop", "Rprop", "SGD"]
+
+
+@cache
+def kinds() -> dict[str, type[Optimizer]]:
+    """Return the optimizers that can be replayed, by module and name."""
+    from transformers.optimization import Adafactor
+
+    known = [getattr(torch.optim, name) for name in _NAMES if hasattr(torch.optim, name)]
+    return {_home(kind): kind for kind in (*known, Adafactor)}
+
+
+def _home(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def bare(optimizer: Optimizer) -> Optimizer:
@@ -35,11 +52,11 @@ def describe(optimizer: Optimizer, names: Mapping[int, str]) -> State:
         ConfigurationError: its steps cannot be replayed, because they need other code or a closure.
     """
     optimizer = bare(optimizer)
-    home = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
-    if not home.startswith(_HOMES) or isinstance(optimizer, torch.optim.LBFGS):
+    home = _home(type(optimizer))
+    if home not in kinds():
         raise ConfigurationError(
-            f"trajectory_log cannot replay the optimizer {home}: use one of torch.optim (not "
-            "LBFGS) or transformers' Adafactor, such as optim='adamw_torch'."
+            f"trajectory_log cannot replay the optimizer {home}: use one of torch.optim "
+            f"({', '.join(_NAMES)}) or transformers' Adafactor, such as optim='adamw_torch'."
         )
     groups = [
         [names[id(p)] for p in group["params"] if id(p) in names]
@@ -61,13 +78,16 @@ def build(
     groups: Sequence[State],
     parameters: Mapping[str, nn.Parameter],
 ) -> Optimizer:
-    """Return an optimizer from `describe`, the groups' arguments, and parameters by name."""
-    home, _, name = description["class"].rpartition(".")
-    if not description["class"].startswith(_HOMES):
-        raise ConfigurationError(
-            f"The log's optimizer {description['class']} is not one that can be replayed."
+    """Return an optimizer from `describe`, the groups' arguments, and parameters by name.
+
+    Raises:
+        TrajectoryError: it is none of those that can be replayed.
+    """
+    kind = kinds().get(description["class"])
+    if kind is None:
+        raise TrajectoryError(
+            f"The log's optimizer {description['class']!r:.80} is none that can be replayed."
         )
-    kind = getattr(import_module(home), name)
     known = inspect.signature(kind).parameters
     options = {
         key: value for key, value in restored(description["defaults"]).items() if key in known

@@ -14,7 +14,7 @@ from ..core.method import FinishedBatch
 from ..errors import ConfigurationError
 from ..perturbations import Perturbation
 from ..perturbations.replay import UpdateRecord
-from . import LOG_FILE, optimizers, rules, start
+from . import LOG_FILE, limits, optimizers, rules, start
 from .framing import Appender, Record, read
 from .records import StepRecord, changes, fingerprint, pack, unpack
 
@@ -92,8 +92,10 @@ class TrajectoryRecorder(TrainerCallback):
                 f"trajectory_log cannot go on after step {step}, because {path} {reached}: put "
                 "the log of the interrupted run there, or resume without trajectory_log."
             )
-        kind, says, tensors = unpack(last.payload)
-        if kind == "step" and StepRecord.unpack(says, tensors).fingerprints != self._prints():
+        with limits.refused(path, f"record {last.number}"):
+            kind, says, tensors = unpack(last.payload)
+            prints = StepRecord.unpack(says, tensors).fingerprints if kind == "step" else None
+        if prints is not None and prints != self._prints():
             raise ConfigurationError(
                 f"trajectory_log cannot go on after step {step}, because the checkpoint is not "
                 f"what {path} led to: see hf-flops replay --verify."

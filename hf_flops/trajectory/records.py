@@ -17,8 +17,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ..base.rows import Rows
-from ..base.state import State, raw_bytes
+from ..base.state import State, number, raw_bytes, whole
 from ..perturbations.replay import UpdateRecord
+from .limits import check_chunks
 from .rules import Description
 
 _WHOLE = (torch.uint8, torch.int16, torch.int32, torch.int64)
@@ -101,12 +102,17 @@ class StepRecord:
         return pack("step", says, tensors)
 
     @classmethod
-    def unpack(cls, says: State, tensors: Mapping[str, Tensor]) -> StepRecord:
-        """Return the record from the results of `unpack`."""
+    def unpack(cls, says: State, tensors: Mapping[str, Tensor], parameters: int = 0) -> StepRecord:
+        """Return the record of a run of so many parameters from the results of `unpack`."""
         traces, row, chunk = [], 0, 0
+        whole(says["seed"], -(2**63))
+        whole(says["step"])
         for size, count, normalizer, factor in says["batches"]:
-            batch, chunks = slice(row, row + size), slice(chunk, chunk + count)
+            number(factor, 0)
+            number(normalizer, 1e-300)
+            batch, chunks = slice(row, row + whole(size)), slice(chunk, chunk + whole(count))
             lengths = tensors["chunks"][chunks].long()
+            check_chunks(lengths.tolist(), size, 1 if "groups" in tensors else parameters)
             groups = tensors["groups"][chunks].long() if "groups" in tensors else 0 * lengths
             rows = Rows(
                 tensors["positions"][batch].long(),

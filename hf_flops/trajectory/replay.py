@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..base.state import State
+from ..base.state import State, number
 from ..errors import TrajectoryError
 from ..perturbations import Perturbation
 from ..perturbations.replay import regenerate
-from . import LOG_FILE, optimizers, rules
-from .framing import read
+from . import LOG_FILE, limits, optimizers, rules
+from .framing import Record, read
 from .records import StepRecord, fingerprint, unpack
 
 TRAINABLE_FILE = "trainable.safetensors"
@@ -51,8 +51,14 @@ class Replay:
         first = next(self._records, None)
         if first is None:
             raise TrajectoryError(f"{path} is empty: the run was stopped before it began.")
-        _, self.says, self._stored = unpack(first.payload)
-        self.parameters = {name: nn.Parameter(self._first(name)) for name in self.says["trainable"]}
+        with limits.refused(path, "its first record"):
+            _, self.says, self._stored = unpack(first.payload)
+            limits.check_tensors(self.says["tensors"])
+            self.parameters = {
+                str(name): nn.Parameter(self._first(name)) for name in self.says["trainable"]
+            }
+            for key, name in self._files().items():
+                _ = self.parameters[name] if name else self._first(f"file:{key}")
         self._optimizer: Optimizer | None = None
         self._session: State = {}
         self._groups: list[State] = []
@@ -61,11 +67,14 @@ class Replay:
     def _first(self, name: str) -> Tensor:
         """Return the initial value of a tensor."""
         shape, kind = self.says["tensors"][name]
-        return (
-            torch.zeros(shape, dtype=getattr(torch, kind))
-            if name in self.says["zero"]
-            else self._stored[name].clone()
-        )
+        if name in self.says["zero"]:
+            return torch.zeros(shape, dtype=limits.dtype(kind))
+        return self._stored[name].clone()
+
+    def _files(self) -> dict[str, str]:
+        """Return the parameter of each tensor of the adapter's file, or ""."""
+        adapter = self.says["adapter"]
+        return {} if adapter is None else dict(adapter["files"])
 
     def run(self, until: int | None = None) -> Iterator[StepRecord]:
         """Replay the steps in order, up to and including step `until`, and yield their records.
@@ -82,19 +91,29 @@ class Replay:
             record = next(self._records, None)
             if record is None:
                 break
-            kind, says, tensors = unpack(record.payload)
-            if kind == "session":
-                self._begin(says)
-                continue
-            step = StepRecord.unpack(says, tensors)
-            with _threads(self._session["threads"]):
-                self._take(step)
-            self.step = record.step
-            yield step
+            with limits.refused(self.path, f"record {record.number}, of step {record.step}"):
+                step = self._read(record)
+            if step is not None:
+                self.step = record.step
+                yield step
         if until is not None and self.step < until:
             raise TrajectoryError(
                 f"{self.path} ends after step {self.step}: step {until} is not in it."
             )
+
+    def _read(self, record: Record) -> StepRecord | None:
+        """Replay a record; return it if it is of a step."""
+        kind, says, tensors = unpack(record.payload)
+        if kind == "session":
+            self._begin(says)
+            return None
+        size = sum(parameter.numel() for parameter in self.parameters.values())
+        step = StepRecord.unpack(says, tensors, size)
+        if len(step.fingerprints) != len(self.parameters):
+            raise ValueError(f"{len(step.fingerprints)} fingerprints")
+        with _threads(limits.threads(self._session["threads"])):
+            self._take(step)
+        return step
 
     def departed(self, record: StepRecord) -> list[str]:
         """Return the names of the tensors that differ from those of training after a step."""
@@ -121,7 +140,12 @@ class Replay:
                 f"{self.path} was written where the same seed draws other noise (torch "
                 f"{session['torch']}, or another version of hf_flops): replay it there."
             )
-        if session["device"] != "cpu" and torch.get_device_module(session["device"]).is_available():
+        limits.threads(session["threads"])
+        number(session["max_grad_norm"], 0)
+        if (
+            limits.device(session["device"]) != "cpu"
+            and torch.get_device_module(session["device"]).is_available()
+        ):
             for parameter in self.parameters.values():
                 parameter.data = parameter.data.to(session["device"])
         if (
@@ -162,7 +186,7 @@ class Replay:
                 self._session["optimizer"], self._groups, self.parameters
             )
         for group, values in zip(self._optimizer.param_groups, self._groups, strict=True):
-            group.update(optimizers.restored(values))
+            group.update({**optimizers.restored(values), "params": group["params"]})
         if self._session["max_grad_norm"]:
             torch.nn.utils.clip_grad_norm_(
                 list(self.parameters.values()), self._session["max_grad_norm"]
@@ -178,7 +202,7 @@ class Replay:
             return trained
         return {
             key: trained[name] if name else self._first(f"file:{key}")
-            for key, name in self.says["adapter"]["files"].items()
+            for key, name in self._files().items()
         }
 
     def save(self, folder: str | Path) -> Path:

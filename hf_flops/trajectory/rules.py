@@ -53,6 +53,8 @@ def build(description: Description, parameters: Mapping[str, nn.Parameter]) -> P
     """Return a perturbation that draws the noise of a `describe`d one, for parameters by name."""
     parts: list[Perturbation] = []
     for rule, distribution, names in description:
+        if rule not in _RULES.values() or distribution not in DISTRIBUTIONS:
+            raise ValueError(f"{rule!r:.50} noise of {distribution!r:.50} is unknown")
         vector = ParameterVector([(name, parameters[name]) for name in names])
         parts.append(
             Unwatched(vector, distribution)

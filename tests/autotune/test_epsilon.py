@@ -204,3 +204,68 @@ def test_an_objective_without_such_a_scale_keeps_the_default_and_says_so(tmp_pat
         "difference_signal_to_noise": 0.0,
     }
     assert "such as accuracy, as a Metric" in caplog.text
+
+
+def on_embeddings(dtype):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        configuration = LoraConfig(r=2, target_modules=["embed_tokens"], task_type=TASKS["llama"])
+        return get_peft_model(tiny_model("llama").to(dtype), configuration)
+
+
+@torch.no_grad()
+def slope_error(scale):
+    """Return the relative error of differences at a scale, without that of rounding."""
+    model, inputs = on_embeddings(torch.float64).eval(), tiny_batch("llama", 8)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    rng, errors, truths = generator(3), [], []
+
+    def slope(noise, step):
+        losses = []
+        for length in (0, step):
+            for parameter, value in zip(trained, noise, strict=True):
+                parameter.add_(length * value)
+            losses.append(float(model(**inputs).loss))
+            for parameter, value in zip(trained, noise, strict=True):
+                parameter.sub_(length * value)
+        return (losses[1] - losses[0]) / step
+
+    for _ in range(16):
+        noise = [torch.randn(p.shape, generator=rng).sign().to(p.dtype) for p in trained]
+        truths.append(slope(noise, 1e-6))
+        errors.append(slope(noise, scale) - truths[-1])
+    return float(torch.tensor(errors).norm() / torch.tensor(truths).norm())
+
+
+def looked_at(folder, model, kind, **options):
+    few = {"queries_per_sample": 4, "per_device_train_batch_size": 4, "max_steps": 2}
+    quiet = {"save_strategy": "steps", "save_steps": 1, "report_to": "none", "use_cpu": True}
+    args = FlopsTrainingArguments(str(folder), logging_steps=1, **{**few, **quiet, **options})
+    return FlopsTrainer(model, args, train_dataset=as_dataset(tiny_batch(kind, 8)))
+
+
+def test_where_noise_has_a_large_effect_the_default_is_not_taken(tmp_path, caplog):
+    run = looked_at(tmp_path, on_embeddings(torch.bfloat16), "llama")
+    run.train()
+    scale = run.session.tuning.scale
+    assert slope_error(1e-2) > 0.5
+    assert slope_error(scale) < 0.2 * slope_error(1e-2)
+    assert f"perturbation_scale is {scale:.2g}: at the default, 0.01, curvature" in caplog.text
+    assert run.state.log_history[0]["perturbation_scale"] == scale
+    resumed = looked_at(tmp_path, on_embeddings(torch.bfloat16), "llama")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert resumed.session.tuning.scale == scale
+    given = looked_at(tmp_path, on_embeddings(torch.bfloat16), "llama", perturbation_scale=1e-2)
+    given.train()
+    assert given.session.tuning.scale == 1e-2
+
+
+def test_a_look_costs_few_rows(tmp_path):
+    def rows(**options):
+        run = looked_at(tmp_path, adapted(), "vit", max_steps=1, **options)
+        run.train()
+        assert run.session.tuning.scale == 1e-3
+        assert run.ledger.rows == 16
+        return run.ledger.all_rows
+
+    assert rows() - rows(perturbation_scale=1e-3) <= 8 + 2 * 8

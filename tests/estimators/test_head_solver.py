@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hf_flops import FlopsTrainer, FlopsTrainingArguments
-from hf_flops.estimators import ClosedFormHead, HeadSolver, find_head, head_solver
+from hf_flops.estimators import ClosedFormHead, HeadSolver, feature_solver, find_head, head_solver
 from hf_flops.objectives import RowLosses, TappedLoss
 from tests.estimators.test_closed_form_head import adapted
 from tests.helpers.tiny import as_dataset, generator, model_forward, tiny_batch
@@ -53,7 +53,7 @@ CASES = {
 
 def precision_of(solver):
     """The precision of the prior."""
-    return head_solver._PRIOR * float(solver.features().square().sum(1).mean())
+    return head_solver.PRIOR * float(solver.features().square().sum(1).mean())
 
 
 def inputs_of(labels):
@@ -78,8 +78,8 @@ def solver_of(model, inputs, ids=None):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("name", CASES)
 def test_the_solution_has_no_gradient_but_the_priors(name, bias, monkeypatch):
-    monkeypatch.setattr(head_solver, "_PRIOR", 0.1)
-    monkeypatch.setattr(head_solver, "_KEPT", 1.0)
+    monkeypatch.setattr(head_solver, "PRIOR", 0.1)
+    monkeypatch.setattr(feature_solver, "KEPT", 1.0)
     loss, labels = CASES[name]
     model, inputs = Head(loss, bias=bias), inputs_of(labels)
     start = model.linear.weight.detach().clone()
@@ -95,7 +95,7 @@ def test_the_solution_has_no_gradient_but_the_priors(name, bias, monkeypatch):
 
 
 def test_it_agrees_with_logistic_regression(monkeypatch):
-    monkeypatch.setattr(head_solver, "_KEPT", 1.0)
+    monkeypatch.setattr(feature_solver, "KEPT", 1.0)
     model, inputs = Head(F.cross_entropy, bias=False), inputs_of(CLASSES)
     with torch.no_grad():
         model.linear.weight.zero_()

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
+from torch.distributed.fsdp import fully_shard
 from transformers import TrainerCallback
 
 from hf_flops import FlopsTrainer, FlopsTrainingArguments
@@ -35,6 +36,16 @@ def adapted(kind: str) -> torch.nn.Module:
         return get_peft_model(tiny_model(kind), config)
 
 
+def shard(model: torch.nn.Module, kind: str, *, adapters: bool) -> None:
+    """Spread a model's weights over the processes, with its adapters or without."""
+    inner = model.get_base_model()
+    layers = inner.model.layers if kind == "llama" else inner.vit.layers
+    whole = {p for p in model.parameters() if p.requires_grad and not adapters}
+    for layer in layers:
+        fully_shard(layer, ignored_params=whole)
+    fully_shard(model, ignored_params=whole)
+
+
 class Hook(TrainerCallback):
     """Calls a function with the step after every optimizer step."""
 
@@ -51,10 +62,11 @@ def build(options: dict[str, Any], act: Any = None) -> FlopsTrainer:
 
     Args:
         options: training arguments, and the `kind` of the model, the `size` of the data and whether
-            all is in float64.
+            all is in float64; "base" or "all" of it is `sharded` over the processes.
         act: what is called with the step after every optimizer step.
     """
     options = dict(options)
+    spread = options.pop("sharded", False)
     kind, samples, size = (
         options.pop("kind", "vit"),
         options.pop("samples", 4),
@@ -78,6 +90,8 @@ def build(options: dict[str, Any], act: Any = None) -> FlopsTrainer:
             **options,
         }
     )
+    if spread:
+        shard(model, kind, adapters=spread == "all")
     args.per_device_train_batch_size = (
         samples // args.gradient_accumulation_steps // args.world_size
     )

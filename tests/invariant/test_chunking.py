@@ -195,6 +195,13 @@ def test_free_memory_is_told():
     assert 1e7 < free_memory(torch.device("cpu")) < 1e14
 
 
+def test_free_memory_of_a_gpu_includes_what_torch_keeps_for_later(monkeypatch):
+    for name, number in (("memory_reserved", 50), ("memory_allocated", 20)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, number=number: number)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (7, 100))
+    assert free_memory(torch.device("cuda", 0)) == 7 + 50 - 20
+
+
 def test_free_memory_of_a_device_that_tells_nothing_is_unknown():
     assert math.isnan(free_memory(torch.device("meta")))
 

@@ -4,6 +4,7 @@ checkpoints, and never hang.
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -97,6 +98,23 @@ def test_two_processes_go_the_way_of_one_and_one_goes_on_from_their_checkpoint(t
             torch.testing.assert_close(
                 again.model.get_parameter(name).detach(), value, rtol=0, atol=1e-5
             )
+
+
+@pytest.mark.parametrize("spread", ["base", "all"])
+def test_two_processes_that_share_a_model_go_the_way_of_one_that_has_it_whole(spread, tmp_path):
+    """The 15 rows of the last batch of an epoch take one process a forward, the other two."""
+    run = {**BASE, "kind": "llama", "rows_per_forward": 7, "samples": 6, "size": 29}
+    run["late_expansion"] = spread == "all"
+    saved = {"save_strategy": "steps", "save_steps": 4, "output_dir": str(tmp_path)}
+    done = launch([*TORCHRUN, "2"], [{**run, **saved, "sharded": spread}])
+    assert done.returncode == 0, done.stderr
+    wanted = alone(tmp_path / "alone", **run)
+    assert len(same(tmp_path, "final", wanted)) == BASE["max_steps"]
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    resumed = {**run, **saved, "sharded": spread, "resume": True, "name": "resumed"}
+    done = launch([*TORCHRUN, "2"], [resumed])
+    assert done.returncode == 0, done.stderr
+    same(tmp_path, "resumed", wanted)
 
 
 @pytest.mark.slow

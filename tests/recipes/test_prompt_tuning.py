@@ -16,6 +16,7 @@ from hf_flops.prompts.suffix_prompt import CONFIG_FILE
 from recipes import prompt_tuning, prompts
 from recipes.prompts import Template, WordClassifier, adapted, label_tokens, load_texts
 from tests.helpers.tiny import generator, tiny_model
+from tests.helpers.vllm import FakeVllm
 
 WORDS = [
     "<pad>",
@@ -556,3 +557,26 @@ def test_the_yaml_beside_the_recipe_is_read():
         [" terrible", " great"],
     )
     assert args.output_dir == "outputs/prompt_tuning"
+
+
+@pytest.mark.parametrize("adapter", ["suffix", "lora"])
+def test_a_server_of_vllm_is_asked(adapter, tiny, tmp_path, monkeypatch):
+    pytest.importorskip("httpx")
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    options = (
+        f"--adapter {adapter} --virtual_tokens 2 --max_steps 1 --queries_per_sample 2 "
+        "--eval_strategy no --per_device_train_batch_size 4 --validation_texts 8 --test_texts 12 "
+        f"--use_cpu True --disable_tqdm True --output_dir {tmp_path}"
+    ).split()
+    options += ["--label_words", "terrible", "great"]
+    with FakeVllm(language_model()[0], name="small", key="secret") as server:
+        given = ["--engine", "vllm", "--engine_url", server.url]
+        (outcome,) = prompt_tuning.main([*options, *given])
+    rank, layers, width = 2, 1, 16
+    sizes = {"suffix": 2 * width, "lora": 2 * layers * rank * 2 * width}
+    assert outcome.parameters == sizes[adapter]
+    kept = {"suffix": "model.safetensors", "lora": "adapter_model.safetensors"}
+    assert (tmp_path / "flops" / kept[adapter]).is_file()
+    assert server.adapters == {}
+    with pytest.raises(SystemExit, match="--engine_url is of a server: it needs --engine vllm"):
+        prompt_tuning.main([*options, "--engine", "torch", "--engine_url", server.url])

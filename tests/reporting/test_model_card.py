@@ -11,8 +11,7 @@ from huggingface_hub import ModelCard, constants
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import hf_flops
-from hf_flops import FlopsTrainer, FlopsTrainingArguments
-from hf_flops.engines import BlackBoxPromptModel
+from hf_flops import BlackBoxPromptModel, FlopsTrainer, FlopsTrainingArguments
 from hf_flops.reporting.figures import PICTURES
 from hf_flops.reporting.model_card import CITATION, TAGS, cost_table
 from hf_flops.trainer.settings import changed_settings
@@ -159,7 +158,10 @@ def test_a_card_names_what_a_finder_asks_for_and_its_lines_load_the_adapter(tmp_
 def test_a_model_without_a_configuration_gets_a_card(tmp_path):
     table = tiny_model("llama").get_input_embeddings().weight.detach()
     prompt = BlackBoxPromptModel(
-        lambda embeds, mask: embeds.sum(1), table, label_words=[5, 7], num_virtual_tokens=2
+        lambda embeds, mask, tokens: embeds.sum(1)[:, : len(tokens)],
+        table,
+        label_words=[5, 7],
+        num_virtual_tokens=2,
     )
     args = FlopsTrainingArguments(str(tmp_path / "prompt"), use_cpu=True, report_to="none")
     texts = [{"input_ids": [3, 4 + i], "labels": i % 2} for i in range(4)]

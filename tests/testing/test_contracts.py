@@ -207,12 +207,16 @@ def test_broken_perturbations_are_found():
 
 
 def test_broken_engines_are_found():
-    def blind(embeds, mask):
-        return embeds.sum(1)
+    def blind(embeds, mask, tokens):
+        return embeds.sum(1)[:, tokens]
+
+    def first(embeds, mask, tokens):
+        return embeds.sum(1)[:, : len(tokens)]
 
     broken(EngineContract, "test_padding_does_not_matter", lambda: (blind, 4, 4))
     broken(
         EngineContract,
         "test_rows_do_not_depend_on_each_other",
-        lambda: (lambda e, m: e.sum(1) + e.sum(), 4, 4),
+        lambda: (lambda e, m, t: e.sum(1)[:, t] * e.sum(), 4, 4),
     )
+    broken(EngineContract, "test_scores_are_those_of_the_tokens", lambda: (first, 4, 4))

@@ -12,7 +12,7 @@ from torch.utils.data import SequentialSampler
 from transformers import PretrainedConfig, Trainer, TrainerCallback, TrainingArguments
 
 from hf_flops import FlopsTrainer, FlopsTrainerMixin, FlopsTrainingArguments
-from hf_flops.objectives import BatchLoss, RowwiseLoss, TappedLoss
+from hf_flops.objectives import CoupledLoss, RowwiseLoss, TappedLoss
 
 CLASSES, TOKENS, WIDTH = 3, 6, 2
 
@@ -154,6 +154,27 @@ class Contrasting(Trainer):
         return F.cross_entropy(x @ x.T, torch.arange(len(x)))
 
 
+class Constant(Trainer):
+    """Compares the model with what it says of other inputs, and holds that constant."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **options):
+        with torch.no_grad():
+            wanted = model(x=inputs["y"].mean(1))["logits"]
+        found = model(x=inputs["x"].mean(1))["logits"]
+        return F.mse_loss(found, 1 - wanted)
+
+
+class Coupled(Trainer):
+    """A sum over rows but for a statistic of the batch that is held constant, as KTO's."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **options):
+        with torch.no_grad():
+            other = model(x=inputs["y"])["logits"].sum((1, 2))
+        shift = other.mean().clamp(min=-100)
+        found = model(x=inputs["x"])["logits"].sum((1, 2))
+        return 1 - torch.sigmoid(0.5 * (found - shift)).mean()
+
+
 def divided(outputs, labels, num_items_in_batch=None):
     logits = outputs["logits"].transpose(1, 2)
     return F.cross_entropy(logits, labels, reduction="sum") / num_items_in_batch
@@ -245,7 +266,9 @@ CASES = {
         TappedLoss,
     ),
     "penalty": (Net, rows(x=xs(), labels=LABELS), Penalised, {}, RowwiseLoss),
-    "contrast": (Net, rows(x=xs()), Contrasting, {}, BatchLoss),
+    "constant": (Net, rows(x=xs(), y=xs().flip(0)), Constant, {}, CoupledLoss),
+    "coupled": (Net, rows(x=xs(), y=xs().flip(0)), Coupled, {}, CoupledLoss),
+    "contrast": (Net, rows(x=xs()), Contrasting, {}, CoupledLoss),
 }
 
 
@@ -313,13 +336,14 @@ def test_the_gradient_is_that_of_the_stock_trainer(name, micro, tmp_path, monkey
     wanted, loss, _ = first_step(stock, TrainingArguments, copy.deepcopy(model), *where)
     use_coordinates(monkeypatch)
     forward_only = type("ForwardOnly", (FlopsTrainerMixin, stock), {})
-    shared = objective is BatchLoss or name == "penalty"
+    shared = name == "penalty"
+    clean = int(objective is CoupledLoss)
     found, found_loss, trainer = first_step(
         forward_only,
         FlopsTrainingArguments,
         model,
         *where,
-        queries_per_sample=2 * len(wanted),
+        queries_per_sample=2 * len(wanted) + clean,
         perturbation="shared" if shared else "rowwise",
         **EXACT,
     )

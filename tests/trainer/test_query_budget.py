@@ -123,7 +123,9 @@ def test_a_resumed_run_goes_on_counting(tmp_path):
     run.train()
     again, seen = trainer(tmp_path, max_queries=300)
     again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{run.state.global_step}"))
-    assert run.ledger.all_rows + seen["rows"] == again.ledger.all_rows <= 300
+    ran = again.ledger.all_rows - run.ledger.all_rows + again.ledger.repeated_rows
+    assert seen["rows"] == ran
+    assert again.ledger.all_rows <= 300
     assert again.state.global_step > run.state.global_step
     spent, seen = trainer(tmp_path, max_queries=200)
     with pytest.raises(ConfigurationError, match="the checkpoint's run has used"):
@@ -131,12 +133,31 @@ def test_a_resumed_run_goes_on_counting(tmp_path):
     assert seen["rows"] == 0
 
 
-def test_checks_after_a_resume_may_take_what_is_left_and_nothing_moves(tmp_path, checks):
+def test_checks_are_charged_once_however_often_a_run_is_resumed(tmp_path, checks):
+    budget, every = checks("flops") + 9 * 16, {"save_strategy": "steps", "save_steps": 1}
+    whole, _ = trainer(tmp_path / "whole", max_queries=budget)
+    whole.train()
+    again, _ = trainer(tmp_path / "lives", max_queries=checks("flops") + 2 * 16, **every)
+    again.train()
+    for resumed, life in enumerate((4, 9), 1):
+        limit = checks("flops") + life * 16
+        again, seen = trainer(tmp_path / "lives", max_queries=limit, **every)
+        again.train(resume_from_checkpoint=True)
+        assert again.state.global_step == life
+        assert again.ledger.repeated_rows == resumed * checks("flops") > 0
+        assert seen["rows"] > checks("flops")
+    assert whole.state.global_step == 9
+    assert again.ledger.all_rows == whole.ledger.all_rows
+    assert flat(again).equal(flat(whole))
+
+
+def test_other_checks_after_a_resume_may_take_what_is_left_and_nothing_moves(tmp_path, checks):
     first = checks("flops") + 2 * 16
     run, _ = trainer(tmp_path, max_queries=first, save_strategy="steps", save_steps=2)
     run.train()
     before = flat(run)
-    again, _ = trainer(tmp_path, max_queries=first + 20, save_strategy="steps", save_steps=1)
+    options = {"save_strategy": "steps", "save_steps": 1, "lora_parts": "B"}
+    again, _ = trainer(tmp_path, max_queries=first + 20, **options)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert flat(again).equal(before)
     assert again.ledger.rows == run.ledger.rows
@@ -156,7 +177,8 @@ def test_of_a_step_that_is_refused_nothing_is_taken_though_a_smaller_batch_would
     run, _ = trainer(tmp_path, max_steps=1, save_steps=1, **options)
     run.train()
     before = flat(run)
-    again, _ = trainer(tmp_path, max_queries=run.ledger.all_rows + 9 * queries, **options)
+    left = run.ledger.all_rows + 9 * queries
+    again, _ = trainer(tmp_path, max_queries=left, lora_parts="B", **options)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert queries <= again.query_budget.left < 4 * queries
     assert flat(again).equal(before)

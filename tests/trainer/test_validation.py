@@ -278,23 +278,24 @@ WITHOUT_ROWS = [(auxiliary, "is not the mean"), (questions, "2 calls")]
 
 
 @pytest.mark.parametrize(("case", "why"), WITHOUT_ROWS)
-@pytest.mark.parametrize("preset", ["flops", "mezo"])
-def test_a_loss_that_has_no_rows_is_taken_whole(case, why, preset, arguments, notices):
+@pytest.mark.parametrize(
+    ("options", "how"),
+    [
+        ({}, "loss of its whole batch"),
+        ({"perturbation": "rowwise"}, "loss of its whole batch"),
+        ({"preset": "mezo"}, "batch as a whole"),
+    ],
+)
+def test_a_loss_that_has_no_rows_is_computed_for_batches(
+    case, why, options, how, arguments, notices
+):
     model, dataset = case()
-    assert_trains(trainer(arguments(preset=preset), model, dataset))
+    assert_trains(trainer(arguments(**options), model, dataset))
     (message,) = notices()
     assert why in message
-    assert "batch as a whole" in message
+    assert how in message
+    assert "objective=" in message
     assert_sentence(message)
-
-
-@pytest.mark.parametrize(("case", "why"), WITHOUT_ROWS)
-def test_a_loss_that_has_no_rows_cannot_have_noise_per_row(case, why, arguments):
-    model, dataset = case()
-    with refused(
-        ObjectiveError, f'perturbation="rowwise" needs a loss per row, but .*{why}.*pass objective='
-    ):
-        trainer(arguments(perturbation="rowwise"), model, dataset).train()
 
 
 class Penalised(FlopsTrainer):
@@ -335,6 +336,14 @@ def growing(candidate, logits):
     return candidate.state.global_step * size(logits)
 
 
+def learned(candidate, logits):
+    return (1 + penalty(candidate, logits)) * spread(logits)  # it reads trainable tensors itself
+
+
+def late_learned(candidate, logits):
+    return candidate.state.global_step * learned(candidate, logits)
+
+
 def penalised(term, args):
     candidate = Penalised(adapted(), args, train_dataset=data())
     candidate.term = term
@@ -350,13 +359,16 @@ LOGGED = {
 
 @pytest.mark.parametrize(
     ("term", "options"),
-    [(checked, {}), (warmup, {"preset": "mezo"}), (warmup, LOGGED)],
+    [(checked, {}), (warmup, {"preset": "mezo"}), (warmup, LOGGED), (learned, {})],
 )
-def test_a_loss_whose_rows_are_lost_is_taken_whole(term, options, arguments, notices, tmp_path):
+def test_a_loss_whose_rows_are_lost_is_computed_for_batches(
+    term, options, arguments, notices, tmp_path
+):
     candidate = penalised(term, arguments(max_steps=3, **options))
     assert_trains(candidate)
     *_, message = notices()
-    assert "batch as a whole" in message
+    whole = term is learned or "preset" in options
+    assert ("batch as a whole" if whole else "loss of its whole batch") in message
     assert "is not the mean" in message
     assert_sentence(message)
     # what was done in vain stays counted
@@ -379,7 +391,7 @@ def test_a_loss_with_a_second_term_is_computed_for_each_row(term, arguments, not
     assert not any("batch as a whole" in message for message in messages)
     if term is growing:
         (message,) = messages
-        assert "computed for each row from now on" in message
+        assert "split into rows in another way from now on" in message
         assert_sentence(message)
 
 
@@ -389,9 +401,13 @@ def test_a_loss_whose_rows_are_lost_where_it_cannot_change_is_refused(arguments)
     ):
         penalised(late, arguments(**LOGGED)).train()
     with refused(
-        ObjectiveError, 'perturbation="rowwise" needs a loss per row, but .* is not the mean'
+        ObjectiveError, 'perturbation="rowwise" needs a loss per row, but .* only the parameters'
     ):
-        penalised(warmup, arguments(perturbation="rowwise")).train()
+        penalised(learned, arguments(perturbation="rowwise")).train()
+    with refused(
+        ObjectiveError, 'perturbation="rowwise" needs a loss per row, but .* only the parameters'
+    ):
+        penalised(late_learned, arguments(perturbation="rowwise")).train()
     candidate = penalised(warmup, arguments())
     candidate.group.world = 2
     with refused(

@@ -25,6 +25,7 @@ from hf_flops.perturbations import (
     streams,
 )
 from hf_flops.perturbations.replay import regenerate
+from hf_flops.trainer.integrity import seal
 from hf_flops.trajectory.base import check_base
 from hf_flops.trajectory.framing import Appender, read
 from hf_flops.trajectory.replay import Replay, replay
@@ -320,6 +321,7 @@ def test_a_run_cannot_go_on_without_its_log_or_from_another_checkpoint(tmp_path)
     ):
         trained(tmp_path / "other", resume=str(checkpoint), options=options)
     change(checkpoint, 0)
+    seal(tmp_path / "checkpoint-2")
     with pytest.raises(ConfigurationError, match=r"the checkpoint is not what .* led to"):
         trained(tmp_path, resume=str(checkpoint), options=options)
 

@@ -1,0 +1,233 @@
+"""vLLM as an engine: its server, over the OpenAI-compatible API, or its `LLM` in this process."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigurationError, EngineError
+from .base import Prompt, without_padding
+from .http import Account, Endpoint, at_least
+
+_MOST = 128  # tokens that vLLM scores at a time
+Options = dict[str, Any]
+
+
+class _Vllm:
+    """What server and process have in common."""
+
+    account: Account
+
+    def __call__(
+        self, inputs_embeds: Tensor, attention_mask: Tensor, token_ids: Sequence[int]
+    ) -> Tensor:
+        """See `Engine`."""
+        return self.scores(without_padding(inputs_embeds, attention_mask), token_ids)
+
+    def scores(
+        self,
+        prompts: Sequence[Prompt],
+        token_ids: Sequence[int],
+        adapters: Sequence[str] | None = None,
+    ) -> Tensor:
+        """Return scores (R, C) of tokens after R prompts, each with an adapter if there are any."""
+        if len(token_ids) > _MOST:
+            raise ConfigurationError(f"vLLM scores {_MOST} tokens at most, not {len(token_ids)}.")
+        options = {"max_tokens": 1, "temperature": 0.0, "logprob_token_ids": list(token_ids)}
+        return torch.tensor(self._completed(prompts, options, adapters))
+
+    def generate(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor,
+        max_tokens: int = 16,
+        temperature: float = 0.0,
+        **options: Any,
+    ) -> list[list[int]]:
+        """Return the tokens that continue each row; options, such as `top_p`, are vLLM's."""
+        options = {**options, "max_tokens": max_tokens, "temperature": temperature}
+        prompts = without_padding(inputs_embeds, attention_mask)
+        tokens = self._completed(prompts, options, None)
+        self.account.tokens += sum(map(len, tokens))
+        return tokens
+
+    def _completed(
+        self, prompts: Sequence[Prompt], options: Options, adapters: Sequence[str] | None
+    ) -> list[list[Any]]:
+        """Return for each prompt the scores of `logprob_token_ids`, else the generated tokens."""
+        found = self._asked(prompts, options, adapters)
+        self.account.rows += len(prompts)
+        self.account.tokens += sum(map(len, prompts))
+        return found
+
+    def _asked(
+        self, prompts: Sequence[Prompt], options: Options, adapters: Sequence[str] | None
+    ) -> list[list[Any]]:
+        raise NotImplementedError
+
+
+class VllmEngine(Endpoint, _Vllm):
+    """A vLLM server, asked by `POST /v1/completions`.
+
+    Start it with `--enable-prompt-embeds --dtype float32 --max-logprobs -1`, for adapters also with
+    `--enable-lora` and `VLLM_ALLOW_RUNTIME_LORA_UPDATING=1`.
+
+    Args:
+        base_url: such as "http://localhost:8000", without /v1.
+        model: the name that the server knows the model by.
+        batch_rows: rows per call.
+        options: `api_key`, sent with every call and shown in no message or file; `concurrency`
+            (4), calls at a time; `timeout` (60), seconds after which a call without a complete
+            answer has failed; `retries` (5) after 429, a server error, a broken connection or a
+            timeout, never of a certificate that is not trusted; `back_off` (0.5), seconds before
+            the first retry, doubled for each further one, half more or less by chance, where
+            Retry-After does not ask for more, a minute at most; `max_calls` (none), the limit of
+            calls, retries included; `max_answer_bytes` (64 MiB).
+
+    Attributes:
+        account: calls and costs so far.
+
+    Raises:
+        ConfigurationError: an invalid argument.
+        ImportError: the extra `http` is not installed.
+        EngineError: when called: the server refused, redirected, failed repeatedly or gave an
+            invalid answer, or `max_calls` is reached.
+    """
+
+    def __init__(self, base_url: str, model: str, batch_rows: int = 32, **options: Any) -> None:
+        super().__init__(base_url, **options)
+        self.model, self.batch_rows = model, at_least("batch_rows", batch_rows, 1)
+
+    def __repr__(self) -> str:
+        return f"VllmEngine({self.url!r}, {self.model!r})"
+
+    @contextmanager
+    def loaded(self, folders: Sequence[Path]) -> Iterator[list[str]]:
+        """Have PEFT's folders, which the server must see too, loaded as adapters; gives names."""
+        new = {f"hf-flops-{uuid.uuid4().hex}": str(folder) for folder in folders}
+        loads = [
+            {"lora_name": name, "lora_path": path, "load_inplace": True}  # if a call is repeated
+            for name, path in new.items()
+        ]
+        try:
+            self.post("/v1/load_lora_adapter", [json.dumps(load).encode() for load in loads])
+            yield list(new)
+        finally:
+            names = [json.dumps({"lora_name": name}).encode() for name in new]
+            with suppress(EngineError):  # the server drops adapters that nobody asks for, too
+                self.post("/v1/unload_lora_adapter", names, retries=1)
+
+    def _asked(
+        self, prompts: Sequence[Prompt], options: Options, adapters: Sequence[str] | None
+    ) -> list[list[Any]]:
+        tokens = options.get("logprob_token_ids")
+        form = {"logprobs": 1, "return_tokens_as_token_ids": True} if tokens else {}
+        options = {"return_token_ids": True, **form, **options}
+        models = [self.model] * len(prompts) if adapters is None else adapters
+        bodies, sizes = [], []
+        for model, group in groupby(zip(models, prompts, strict=True), key=lambda pair: pair[0]):
+            rows = [prompt for _, prompt in group]
+            for start in range(0, len(rows), self.batch_rows):
+                part = rows[start : start + self.batch_rows]
+                bodies.append(json.dumps({"model": model, **options, **as_json(part)}).encode())
+                sizes.append(len(part))
+        answers = self.post("/v1/completions", bodies)
+        return [
+            row
+            for answer, size in zip(answers, sizes, strict=True)
+            for row in self._rows(answer, size, tokens)
+        ]
+
+    def _rows(self, answer: bytes, size: int, tokens: list[int] | None) -> list[list[Any]]:
+        """Return what an answer says about each of its rows."""
+        what = "tokens" if tokens is None else f"scores of the tokens {tokens}"
+        try:
+            choices = sorted(json.loads(answer)["choices"], key=lambda choice: choice["index"])
+            if tokens is None:
+                rows: list[list[Any]] = [[*map(int, choice["token_ids"])] for choice in choices]
+            else:
+                found = [choice["logprobs"]["top_logprobs"][0] for choice in choices]
+                rows = [[float(row[f"token_id:{token}"]) for token in tokens] for row in found]
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            raise EngineError(
+                f"{self!r} answered with {len(answer)} bytes that are not the {what}: it must "
+                "speak as vLLM 0.32 and later do."
+            ) from error
+        if [choice["index"] for choice in choices] != list(range(size)):
+            raise EngineError(f"{self!r} answered with {len(choices)} rows for {size} rows.")
+        return rows
+
+
+class VllmInProcess(_Vllm):
+    """A `vllm.LLM` in this process.
+
+    Args:
+        llm: `vllm.LLM(model, dtype="float32", enable_prompt_embeds=True, max_logprobs=-1)`, for
+            adapters also with `enable_lora=True`.
+
+    Attributes:
+        account: calls, rows, tokens and seconds so far.
+    """
+
+    def __init__(self, llm: Any) -> None:
+        self.llm, self.account = llm, Account()
+        self._adapters = dict[str, Any]()
+
+    def __repr__(self) -> str:
+        return f"VllmInProcess({type(self.llm).__name__})"
+
+    @contextmanager
+    def loaded(self, folders: Sequence[Path]) -> Iterator[list[str]]:
+        """Have PEFT's folders loaded as adapters inside the context; gives their names."""
+        from vllm.lora.request import LoRARequest
+
+        new = dict[str, Any]()
+        for folder in folders:
+            number = uuid.uuid4().int % 2**31 + 1
+            new[f"hf-flops-{number}"] = LoRARequest(f"hf-flops-{number}", number, str(folder))
+        self._adapters = new
+        try:
+            yield list(new)
+        finally:
+            for request in new.values():
+                self.llm.llm_engine.remove_lora(request.lora_int_id)
+
+    def _asked(
+        self, prompts: Sequence[Prompt], options: Options, adapters: Sequence[str] | None
+    ) -> list[list[Any]]:
+        from vllm import SamplingParams
+
+        names = ["prompt_embeds" if torch.is_tensor(row) else "prompt_token_ids" for row in prompts]
+        rows = [{name: prompt} for name, prompt in zip(names, prompts, strict=True)]
+        loras = None if adapters is None else [self._adapters[name] for name in adapters]
+        params = SamplingParams(**options)
+        start = time.perf_counter()
+        answers = self.llm.generate(rows, params, use_tqdm=False, lora_request=loras)
+        self.account.seconds += time.perf_counter() - start
+        self.account.calls += 1
+        found = [answer.outputs[0] for answer in answers]
+        if (tokens := options.get("logprob_token_ids")) is None:
+            return [list(row.token_ids) for row in found]
+        return [[row.logprobs[0][token].logprob for token in tokens] for row in found]
+
+
+def as_json(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
+    """Return prompts, all embeddings or all tokens, in the form that the server takes."""
+    encoded = []
+    for prompt in prompts:
+        if not isinstance(prompt, Tensor):
+            return {"prompt": list(prompts)}
+        torch.save(prompt.clone(), file := io.BytesIO())  # a view would bring all of its storage
+        encoded.append(base64.b64encode(file.getvalue()).decode())
+    return {"prompt_embeds": encoded}

@@ -1,0 +1,336 @@
+"""Prompts, rewards and adapters on vLLM itself: run by scripts/test-vllm, which has vLLM.
+
+Each test prints its figures.
+"""
+
+import os
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from hf_flops import (
+    BlackBoxLoraModel,
+    BlackBoxPromptModel,
+    ConfigurationError,
+    EngineError,
+    FlopsTrainer,
+    GeneratedMetric,
+)
+from hf_flops.engines import TorchEngine, VllmEngine
+from hf_flops.testing import EngineContract
+from recipes.prompts import load_texts
+from recipes.vllm_server import VllmServer
+from tests.helpers.black_boxes import arguments
+
+MODEL = os.environ["HF_FLOPS_VLLM_MODEL"]
+WORDS = (" terrible", " great")
+TEXT_TOKENS = 20
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory):
+    return tmp_path_factory.mktemp("vllm") / "server.log"
+
+
+@pytest.fixture(scope="module")
+def server(log):
+    if url := os.environ.get("HF_FLOPS_VLLM_URL"):  # of a running server
+        yield SimpleNamespace(url=url, key="secret")
+        return
+    with VllmServer(MODEL, log) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(MODEL)
+
+
+@pytest.fixture(scope="module")
+def language_model():
+    return AutoModelForCausalLM.from_pretrained(MODEL, dtype="float32").eval()
+
+
+@pytest.fixture(scope="module")
+def words(tokenizer):
+    return [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in WORDS]
+
+
+@pytest.fixture(scope="module")
+def reviews(tokenizer):
+    """Training and test texts with their classes."""
+    task = load_texts("movies", validation=0, test=64)
+    parts = (task.train[:512], task.test)
+
+    def tokens(text):
+        return tokenizer(text)["input_ids"][:TEXT_TOKENS]
+
+    return [
+        [
+            {
+                "input_ids": tokenizer(text)["input_ids"][:TEXT_TOKENS],
+                "labels": label,
+                "sample_id": i,
+            }
+            for i, (text, label) in enumerate(part)
+        ]
+        for part in parts
+    ]
+
+
+def client(server, **options):
+    options = {"api_key": server.key, "batch_rows": 64, "timeout": 300.0, **options}
+    return VllmEngine(server.url, "small", **options)
+
+
+def collate(samples):
+    width = max(len(sample["input_ids"]) for sample in samples)
+    ids = torch.zeros(len(samples), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, sample in enumerate(samples):
+        ids[row, : len(sample["input_ids"])] = torch.tensor(sample["input_ids"])
+        mask[row, : len(sample["input_ids"])] = 1
+    batch = {"input_ids": ids, "attention_mask": mask}
+    for name in ("labels", "sample_id"):
+        batch[name] = torch.tensor([sample[name] for sample in samples])
+    return batch
+
+
+def prompt_model(engine, language_model, tokenizer, words, **options):
+    table = language_model.get_input_embeddings().weight
+    start = tokenizer(" All in all, the movie was just", add_special_tokens=False)["input_ids"]
+    options = {"num_virtual_tokens": 8, "init_tokens": start, "after": True, **options}
+    return BlackBoxPromptModel(engine, table, words, **options)
+
+
+@torch.no_grad()
+def accuracy(model, rows):
+    batch = collate(rows)
+    del batch["sample_id"]
+    return float((model(**batch).logits.argmax(1) == batch["labels"]).float().mean())
+
+
+def train(model, folder, rows, objective=None, **options):
+    options = {
+        "per_device_train_batch_size": 8,
+        "queries_per_sample": 8,
+        "rows_per_forward": 128,
+        "learning_rate": 5e-3,
+        "closed_form_head": "none",
+        **options,
+    }
+    args = arguments(folder, **options)
+    trainer = FlopsTrainer(
+        model, args, train_dataset=rows, data_collator=collate, objective=objective
+    )
+    start = time.perf_counter()
+    trainer.train()
+    return trainer, time.perf_counter() - start
+
+
+class TestVllmEngine(EngineContract):
+    tolerance = 1e-3  # what else is in the batch changes a row a little
+
+    @pytest.fixture(autouse=True)
+    def _server(self, server, language_model):
+        self.server, self.config = server, language_model.config
+
+    def make(self):
+        return client(self.server), self.config.hidden_size, self.config.vocab_size
+
+
+@torch.no_grad()
+def test_losses_are_those_of_transformers(server, language_model, tokenizer, words, reviews):
+    batch = collate(reviews[1][:32])
+    del batch["sample_id"]
+    losses = [
+        float(prompt_model(engine, language_model, tokenizer, words)(**batch).loss)
+        for engine in (client(server), TorchEngine(language_model))
+    ]
+    print(f"loss of 32 texts: vLLM {losses[0]:.6f}, transformers {losses[1]:.6f}")
+    assert abs(losses[0] - losses[1]) < 1e-3
+
+
+def test_a_soft_prompt_learns_sentiment(
+    server, language_model, tokenizer, words, reviews, tmp_path
+):
+    accuracies = {}
+    for engine in (client(server), TorchEngine(language_model)):
+        model = prompt_model(engine, language_model, tokenizer, words)
+        before = accuracy(model, reviews[1])
+        run, seconds = train(model, tmp_path, reviews[0], max_steps=25, queries_per_sample=12)
+        after = accuracies[type(engine).__name__] = accuracy(model, reviews[1])
+        rows = run.ledger.all_rows
+        print(
+            f"{type(engine).__name__}: accuracy {before:.1%} to {after:.1%} with {rows} rows in "
+            f"{seconds:.0f} s, {rows / seconds:.0f} rows/s"
+        )
+        assert after > before + 0.05
+    assert abs(accuracies["VllmEngine"] - accuracies["TorchEngine"]) < 0.15
+
+
+def test_a_killed_server_loses_nothing(log, language_model, tokenizer, words, reviews, tmp_path):
+    ends = []
+    options = {"max_steps": 4, "optim": "sgd", "learning_rate": 0.5, "allocator": "uniform"}
+    options |= {"save_strategy": "steps", "save_steps": 2, "queries_per_sample": 4}
+    with VllmServer(MODEL, log) as running:
+        port, kept = running.port, {"retries": 1, "back_off": 0.1}
+        model = prompt_model(client(running), language_model, tokenizer, words)
+        train(model, tmp_path / "plain", reviews[0], **options)
+        ends.append(model.prompt.weight.detach().clone())
+        model = prompt_model(client(running, **kept), language_model, tokenizer, words)
+        ask = model.engine._asked
+
+        def killed(*call):
+            if model.engine.account.calls > 14:
+                running.__exit__()
+            return ask(*call)
+
+        model.engine._asked = killed
+        with pytest.raises(EngineError, match=r"failed 2 times in a row.*resume from it"):
+            train(model, tmp_path / "killed", reviews[0], **options)
+    assert (tmp_path / "killed" / "checkpoint-2").is_dir()
+    with VllmServer(MODEL, log, port=port) as running:
+        model = prompt_model(client(running), language_model, tokenizer, words)
+        args = arguments(
+            tmp_path / "killed",
+            **{"per_device_train_batch_size": 8, "rows_per_forward": 128, **options},
+            closed_form_head="none",
+        )
+        run = FlopsTrainer(model, args, train_dataset=reviews[0], data_collator=collate)
+        run.train(resume_from_checkpoint=True)
+    error = float((model.prompt.weight.detach() - ends[0]).abs().max())
+    print(f"resumed: the prompt differs by {error:.2g} from that of the run that was not killed")
+    assert error < 1e-3
+
+
+def test_a_server_in_bfloat16_is_refused(log, language_model, tokenizer, words, reviews, tmp_path):
+    options = "--dtype bfloat16 --enforce-eager --max-logprobs -1"
+    with VllmServer(MODEL, log, options=options) as running:
+        model = prompt_model(client(running), language_model, tokenizer, words, precision=3e-2)
+        with pytest.raises(ConfigurationError, match="--dtype float32") as caught:
+            train(model, tmp_path, reviews[0], max_steps=1, perturbation_scale=1e-3)
+    print(caught.value)
+
+
+def digits_first(texts, inputs):
+    """Return the share of digits among the first characters of each text."""
+    del inputs
+    return torch.tensor([sum(c.isdigit() for c in text[:8]) / 8 for text in texts])
+
+
+def test_a_reward_goes_up(server, language_model, tokenizer, tmp_path):
+    asked = [
+        f"Name a number that goes with the word {word}."
+        for word in ("cat", "house", "river", "cloud", "music", "stone", "bread", "winter")
+    ]
+    rows = [
+        {"input_ids": tokenizer(text)["input_ids"], "labels": 0, "sample_id": i}
+        for i, text in enumerate(asked)
+    ]
+    model = prompt_model(
+        client(server),
+        language_model,
+        tokenizer,
+        None,
+        init_tokens=tokenizer(" The answer is")["input_ids"],
+    )
+    objective = GeneratedMetric(digits_first, tokenizer, max_new_tokens=8)
+    run, seconds = train(
+        model,
+        tmp_path,
+        rows,
+        objective,
+        max_steps=15,
+        queries_per_sample=12,
+        perturbation_scale=0.1,
+        learning_rate=3e-2,
+    )
+    curve = [-entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    values = " ".join(f"{value:.2f}" for value in curve)
+    print(f"reward {values}, {run.ledger.all_rows} rows in {seconds:.0f} s")
+    assert sum(curve[-3:]) > sum(curve[:3]) + 0.15
+
+
+def test_lora_learns_through_the_pool(server, language_model, tokenizer, words, reviews, tmp_path):
+    lora = LoraConfig(task_type="CAUSAL_LM", r=1, lora_alpha=2, target_modules=["q_proj", "v_proj"])
+    config = AutoConfig.from_pretrained(MODEL)
+    engine = client(server, concurrency=16)
+    model = BlackBoxLoraModel(engine, config, lora, words, pool=16)
+    ending = tokenizer(" It was", add_special_tokens=False)["input_ids"]
+    parts = [[{**row, "input_ids": row["input_ids"] + ending} for row in part] for part in reviews]
+    before = accuracy(model, parts[1])
+    run, seconds = train(
+        model,
+        tmp_path / "run",
+        parts[0],
+        max_steps=12,
+        queries_per_sample=6,
+        learning_rate=2e-3,
+        lora_parts="B",
+    )
+    after = accuracy(model, parts[1])
+    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    rows = run.ledger.all_rows
+    print(
+        f"LoRA: accuracy {before:.1%} to {after:.1%}, {rows} rows in {seconds:.0f} s; losses "
+        f"{' '.join(f'{loss:.2f}' for loss in losses)}"
+    )
+    assert sum(losses[-4:]) < sum(losses[:4])
+    model.save_pretrained(tmp_path / "adapter")
+    peft = PeftModel.from_pretrained(language_model, tmp_path / "adapter").eval()
+    batch = collate(parts[1][:4])
+    with torch.no_grad():
+        found = model(batch["input_ids"], batch["attention_mask"]).logits
+        last = batch["attention_mask"].sum(1) - 1
+        wanted = peft(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    peft.unload()
+    torch.testing.assert_close(found, wanted[range(4), last][:, words], atol=1e-2, rtol=0)
+
+
+def test_in_process_is_as_fast_as_vllm(language_model, tokenizer, words, reviews):
+    import vllm
+
+    from hf_flops.engines import VllmInProcess
+
+    llm = vllm.LLM(
+        MODEL,
+        dtype="float32",
+        enable_prompt_embeds=True,
+        enforce_eager=True,
+        max_logprobs=-1,
+        logprobs_mode="raw_logits",
+        max_model_len=512,
+        enable_prefix_caching=False,
+    )
+    engine = VllmInProcess(llm)
+    model = prompt_model(engine, language_model, tokenizer, words)
+    batch = collate(reviews[0][:96])
+    rows = model._rows(batch["input_ids"], batch["attention_mask"])
+    prompts = [
+        {"prompt_embeds": row[kept.bool()].detach()} for row, kept in zip(*rows, strict=True)
+    ]
+    params = vllm.SamplingParams(max_tokens=1, temperature=0, logprob_token_ids=words)
+    with torch.no_grad():
+        ways = {
+            "vLLM": lambda: llm.generate(prompts, params, use_tqdm=False),
+            "ours": lambda: model(batch["input_ids"], batch["attention_mask"]),
+            "transformers": lambda: TorchEngine(language_model)(*rows, words),
+        }
+        seconds = {name: [] for name in ways}
+        for turn in range(4):
+            for name, way in ways.items():
+                start = time.perf_counter()
+                way()
+                if turn:
+                    seconds[name].append(time.perf_counter() - start)
+        scores = model(batch["input_ids"], batch["attention_mask"]).logits
+        wanted = TorchEngine(language_model)(*rows, words)
+    rates = {name: 96 / min(times) for name, times in seconds.items()}
+    print(", ".join(f"{name} {rate:.1f} rows/s" for name, rate in rates.items()))
+    torch.testing.assert_close(scores, wanted, atol=1e-3, rtol=0)
+    assert rates["ours"] >= 0.9 * rates["vLLM"]
