@@ -191,6 +191,12 @@ def train(
     }
 
 
+def write_card(trainer: Any, data: str) -> None:
+    """Write the card of an adapter that forward passes have trained, beside it."""
+    if hasattr(trainer, "ledger"):
+        trainer.create_model_card(dataset=data)
+
+
 def freeze(model: Any, part: str) -> None:
     """Leave out of training what has a part in its name."""
     for name, parameter in model.named_parameters():

@@ -79,12 +79,14 @@ def complete_card(
 
 
 def plain_card(folder: str, model: object) -> None:
-    """Write the card of a model without a configuration, which the stock trainer cannot."""
+    """Write the card of a model without a configuration, such as a prompt of a black box, which the
+    stock trainer cannot.
+    """
     path = Path(folder, "README.md")
     path.parent.mkdir(parents=True, exist_ok=True)
     head = ModelCardData(library_name="hf_flops", tags=list(TAGS))
     title = f"# {path.parent.resolve().name}"
-    text = f"A {type(model).__name__}, which was tuned through a model that returns only outputs."
+    text = f"A `{type(model).__name__}`, tuned with forward passes only."
     ModelCard(f"---\n{head.to_yaml()}\n---\n\n{title}\n\n{text}\n").save(path)
 
 

@@ -83,21 +83,16 @@ def follow_accelerator(accelerator: Accelerator, args: TrainingArguments) -> Non
         )
 
 
-def as_module(model: Any) -> Any:
-    """Refuse the name of a model in place of the model.
+def uncompiled(model: Any) -> Any:
+    """Return the model that `torch.compile` has wrapped; it trains without being compiled.
 
     Raises:
-        ConfigurationError: it is a name.
+        ConfigurationError: the model is only a name.
     """
     if isinstance(model, str):
         raise ConfigurationError(
             f"model={model!r} is a name: load it, with from_pretrained of the class for your task."
         )
-    return model
-
-
-def uncompiled(model: Any) -> Any:
-    """Return the model that `torch.compile` has wrapped; it trains without being compiled."""
     if not isinstance(model, nn.Module):
         return model
     inner = getattr(model, "_orig_mod", model)

@@ -34,7 +34,6 @@ from .noise_guard import NoiseGuard
 from .parts import StreamPosition, parts_of
 from .preparation import (
     add_tags,
-    as_module,
     check_arguments,
     check_labels,
     check_ready,
@@ -122,7 +121,7 @@ class FlopsTrainerMixin(StockOverrides):
         if given is None:
             kwargs["args"] = given = FlopsTrainingArguments() if args is None else args
         checked = check_arguments(given)
-        model = uncompiled(as_module(model))
+        model = uncompiled(model)
         self._peft_config = peft_config
         if peft_config is not None and isinstance(model, nn.Module):
             model = wrap_with_adapter(model, peft_config)
@@ -185,12 +184,9 @@ class FlopsTrainerMixin(StockOverrides):
         if self.rate_search is not None:
             self.add_callback(self.rate_search)
         run = self._get_output_dir(args[0] if args else kwargs.get("trial"))
-        blame = rows_blamed(self.train_dataset, self.model)
-        with (
-            blame,
-            self._sigterm.listening(alone=self.group.world == 1),
-            undisturbed(run, self.group),
-        ):
+        listening = self._sigterm.listening(alone=self.group.world == 1)
+        blamed = rows_blamed(self.train_dataset, self.model)
+        with blamed, listening, undisturbed(run, self.group):
             checkpoint = chosen_checkpoint(resume_from_checkpoint, self.args.output_dir, self.group)
             return super().train(checkpoint, *args, **kwargs)
 
