@@ -33,7 +33,7 @@ class Tuning:
         rows: rows per forward pass, or None to measure them.
         memory: bytes that a forward pass may take on top of the model, or None for most of what is
             free.
-        scale: whether to measure epsilon.
+        scale: whether to measure epsilon; None for a piecewise constant objective only.
         look: whether to look at the default epsilon, and take a smaller one where curvature shows.
         trim: whether padding may be cut off.
         queries: chooses the queries per sample; None where the arguments fix them.
@@ -73,13 +73,12 @@ class Tuning:
         trim = args.perturbation != "activation" and not (
             objective is not None and objective.generates
         )
-        # the default epsilon, for None, is for smooth losses
-        scale = {"auto": True, None: None}.get(args.perturbation_scale, False)
+        given = args.perturbation_scale
         return cls(
             rows if isinstance(rows, int) else None,
             memory,
-            scale=scale,
-            look=args.perturbation_scale is None,
+            scale=None if given is None else given == "auto",
+            look=given is None,
             trim=trim,
             queries=AutoQueries() if args.queries_per_sample == "auto" else None,
         )

@@ -118,7 +118,7 @@ def test_with_little_time_it_plans_less_and_says_what_it_did_not_measure(tmp_pat
     monkeypatch.setattr(Clock, "left", property(lambda clock: clock.limit - next(seconds)))
     args, model = training_arguments(tmp_path, **FEW), tiny_model("vit", num_hidden_layers=1)
     found = doctor(model, data_of_two_classes(), args=args, steps=32, minutes=0.1)
-    assert found["epsilon"] == 1e-3
+    assert 0 < found["epsilon"] <= 1e-3
     assert "no time to measure" in found.facts["epsilon"].reason
     assert found["learning_rate"] > 0
     assert any(note.startswith("the time ended after ") for note in found.notes)
