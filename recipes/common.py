@@ -5,41 +5,24 @@ sentence.
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
+import math
+import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from safetensors import SafetensorError
 from transformers import HfArgumentParser
 
-from hf_flops import ConfigurationError, FlopsArgumentsMixin, FlopsTrainingArguments
+from hf_flops import ConfigurationError, FlopsTrainingArguments
 from hf_flops.errors import FlopsError, in_one_line
-
-# What --help shows of the stock trainer's arguments, beside the recipe's own and those of
-# forward-only training.
-STOCK = (
-    *(
-        "output_dir",
-        "max_steps",
-        "num_train_epochs",
-        "per_device_train_batch_size",
-        "per_device_eval_batch_size",
-    ),
-    *(
-        "learning_rate",
-        "lr_scheduler_type",
-        "warmup_steps",
-        "optim",
-        "weight_decay",
-        "max_grad_norm",
-    ),
-    *("eval_strategy", "save_strategy", "seed", "use_cpu"),
-)
+from recipes.help_text import help_text
 
 
 def option(
@@ -140,21 +123,11 @@ def load_hub(name: str, known: Collection[str], **options: Any) -> Any:
 
 
 class RecipeParser(HfArgumentParser):
-    """A parser that raises what is wrong with a value, and whose help shows some of the options.
-
-    Args:
-        shown: names of these options; None for all.
-    """
-
-    def __init__(self, *args: Any, shown: Collection[str] | None, **options: Any) -> None:
-        self.shown = shown
-        super().__init__(*args, exit_on_error=False, **options)
+    """A parser that raises what is wrong with a value."""
 
     def add_argument(self, *names: str, **options: Any) -> argparse.Action:
-        """Add an option, without help if it is not to be shown."""
+        """Add an option."""
         options.pop("least", None)  # for `Recipe`
-        if self.shown is not None and names[0].lstrip("-") not in self.shown:
-            options["help"] = argparse.SUPPRESS
         return super().add_argument(*names, **options)
 
 
@@ -172,17 +145,18 @@ def parse(
         SystemExit: what argparse refuses, or help was asked for.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    own = {field.name for kind in (kinds[0], FlopsArgumentsMixin) for field in fields(kind)}
     parser = RecipeParser(
         list(kinds),
         description=description.split("\n\n")[0],
         usage="%(prog)s [FILE.yaml] [OPTIONS]",
-        epilog="Options go before those of the file. Every option of transformers' "
-        "TrainingArguments works too: --help_all lists them.",
-        shown=None if "--help_all" in arguments else {"h", *STOCK, *own},
+        epilog="Options override those of the file.",
+        exit_on_error=False,
     )
     if {"-h", "--help", "--help_all"} & set(arguments):
-        parser.print_help()
+        if "--help_all" in arguments:
+            parser.print_help()
+        else:
+            print(f"usage: {parser.prog} [FILE.yaml] [OPTIONS]\n\n{help_text(kinds, description)}")
         parser.exit()
     what, given = "One of the options", arguments
     if arguments and arguments[0].endswith((".yaml", ".yml")):
@@ -199,10 +173,8 @@ def parse(
             parser.error(str(error.__cause__))
         raise
     if others:
-        stray = "not understood: options begin with --, and a YAML file comes first"
-        parser.error(
-            f"{others[0]} is {'no option, see --help_all' if others[0].startswith('-') else stray}"
-        )
+        stray = f"{others[0]} is not understood: options begin with --, and a YAML file comes first"
+        parser.error(no_option(others[0], kinds) if others[0].startswith("-") else stray)
     if unknown := [method for method in recipe.compare if method not in methods]:
         parser.error(f"--compare {unknown[0]} is unknown: choose among {', '.join(methods)}")
     at_least(
@@ -216,14 +188,14 @@ def parse(
     return recipe, args
 
 
-class PlainLoader(yaml.SafeLoader):
-    """Loads YAML without aliases, a few lines of which can stand for gigabytes."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        """Return the next node."""
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"options have no aliases, such as *{self.peek_event().anchor}")
-        return super().compose_node(parent, index)
+def no_option(name: str, kinds: Sequence[Any]) -> str:
+    """Return what to say of an option that there is not, with the nearest one that there is."""
+    plain = name.partition("=")[0].lstrip("-").replace("-", "_")
+    dashes = "--" if name.startswith("-") else ""
+    known = [field.name for kind in kinds for field in fields(kind) if field.init]
+    near = difflib.get_close_matches(plain, known, n=1)
+    hint = f"did you mean {dashes}{near[0]}?" if near else "see --help_all"
+    return f"{name} is no option: {hint}"
 
 
 def read_file(parser: HfArgumentParser, kinds: Sequence[Any], path: str) -> list[str]:
@@ -234,12 +206,12 @@ def read_file(parser: HfArgumentParser, kinds: Sequence[Any], path: str) -> list
         ArgumentError, OSError, ValueError, YAMLError: one is not as it should be, or the file is
             not.
     """
-    given = yaml.load(Path(path).read_text(encoding="utf-8"), PlainLoader)
+    given = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=PlainLoader)
     if not isinstance(given, dict):
         raise ValueError("it has no options by name, such as `seed: 1`")
     known = {field.name for kind in kinds for field in fields(kind) if field.init}
     if unknown := [name for name in given if name not in known]:
-        raise ValueError(f"{unknown[0]} is no option, see --help_all")
+        raise ValueError(no_option(unknown[0], kinds).rstrip("?"))
     words = []
     for name, value in given.items():
         if value is None or value == []:
@@ -253,6 +225,39 @@ def read_file(parser: HfArgumentParser, kinds: Sequence[Any], path: str) -> list
     if others:
         raise ValueError(f"{others[0]} is one value too many")
     return words
+
+
+class PlainLoader(yaml.SafeLoader):
+    """Reads YAML as its version 1.2 does: yes, no, on and off are words, and 1e1 is a number."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, regexp) for tag, regexp in pairs if not tag.endswith((":bool", ":float"))]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Return the next node; a few lines of aliases can stand for gigabytes, so there are none."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"options have no aliases, such as *{self.peek_event().anchor}")
+        return super().compose_node(parent, index)
+
+    def construct_number(self, node: yaml.ScalarNode) -> float:
+        """Return a number, whole where it is one, for options that count."""
+        number = self.construct_yaml_float(node)
+        return int(number) if math.isfinite(number) and number == int(number) else number
+
+
+PlainLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+PlainLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"
+    ),
+    list("-+.0123456789"),
+)
+PlainLoader.add_constructor("tag:yaml.org,2002:float", PlainLoader.construct_number)
 
 
 def start(main: Callable[[], Any]) -> None:

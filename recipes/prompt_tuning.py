@@ -148,6 +148,7 @@ def run(
     after = runs.tested(trainer, test)
     if args.process_index == 0:
         getattr(model, "save_pretrained", trainer.save_model)(args.output_dir)
+        runs.write_card(trainer, task.name)
     return PromptOutcome(
         method=name, before=before, start=start, after=after, texts=len(test), **found
     ), trainer

@@ -28,6 +28,7 @@ class Outcome:
         rows, tokens: through the model in training, checks included.
         curve: (rows, validation accuracy) at every evaluation.
         losses: (rows, training loss) then and at the end, where `train` was given what measures it.
+        stopped: says when `max_queries` ended the run, if it did.
     """
 
     method: str
@@ -42,6 +43,7 @@ class Outcome:
     steps: int
     curve: list[tuple[float, float]]
     losses: list[tuple[float, float]] = field(default_factory=list)
+    stopped: str = ""
 
     @property
     def rows_per_second(self) -> float:
@@ -185,7 +187,14 @@ def train(
         "steps": trainer.state.global_step,
         "curve": curve.points,
         "losses": list(curve.losses.items()),
+        "stopped": trainer.query_budget.stopped if ledger else "",
     }
+
+
+def write_card(trainer: Any, data: str) -> None:
+    """Write the card of an adapter that forward passes have trained, beside it."""
+    if hasattr(trainer, "ledger"):
+        trainer.create_model_card(dataset=data)
 
 
 def freeze(model: Any, part: str) -> None:
@@ -212,6 +221,8 @@ def report(
     """Write a report with a table, the figures as JSON and, by `draw`, a picture; print the
     table.
     """
+    ended = [f"{outcome.method} was {outcome.stopped}." for outcome in outcomes if outcome.stopped]
+    text = "\n\n".join([text, *ended])
     print(f"\n{text}\n")
     folder = Path(args.output_dir)
     picture = "\n![report](report.png)\n" if draw else ""

@@ -119,6 +119,7 @@ def run(
     loss = partial(solved_head.training_loss, model, data["train"])
     found = runs.train(trainer, args.resume_from_checkpoint, loss)
     trainer.save_model()
+    runs.write_card(trainer, task.name)
     return runs.Outcome(
         method=method, before=before, after=runs.tested(trainer, data["test"]), **found
     ), trainer

@@ -103,6 +103,7 @@ def set_up(
     given = args, model, forward, inputs, perturbation, frozen, precision
     # an objective of the user's is left as it is, unless it keeps logits itself
     if objective is not None:
+        objective.look(forward, inputs)
         return _set_up(objective, *given, ours=objective.logits)
     usual = TappedLoss not in without and perturbation is None
     if usual and (proven := prove(args, model, forward, inputs, frozen, precision)):

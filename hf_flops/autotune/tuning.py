@@ -33,7 +33,7 @@ class Tuning:
         rows: rows per forward pass, or None to measure them.
         memory: bytes that a forward pass may take on top of the model, or None for most of what is
             free.
-        scale: whether to measure epsilon.
+        scale: whether to measure epsilon; None for a piecewise constant objective only.
         look: whether to look at the default epsilon, and take a smaller one where curvature shows.
         trim: whether padding may be cut off.
         queries: chooses the queries per sample; None where the arguments fix them.
@@ -50,7 +50,7 @@ class Tuning:
         rows: int | None = None,
         memory: float | None = None,
         *,
-        scale: bool = False,
+        scale: bool | None = False,
         look: bool = False,
         trim: bool = True,
         queries: AutoQueries | None = None,
@@ -73,13 +73,12 @@ class Tuning:
         trim = args.perturbation != "activation" and not (
             objective is not None and objective.generates
         )
-        # the default epsilon is for smooth losses
-        scale = "auto" if objective is not None and objective.piecewise_constant else None
+        given = args.perturbation_scale
         return cls(
             rows if isinstance(rows, int) else None,
             memory,
-            scale=(args.perturbation_scale or scale) == "auto",
-            look=args.perturbation_scale is None and scale is None,
+            scale=None if given is None else given == "auto",
+            look=given is None,
             trim=trim,
             queries=AutoQueries() if args.queries_per_sample == "auto" else None,
         )
@@ -118,7 +117,8 @@ class Tuning:
         if sides and method.reuse.modules and method.reuse.crop_padding is None:
             reuse = with_cropping(method.reuse, surrogate, forward, inputs, sides, precision)
             method = replace(method, reuse=reuse)
-        if self._calibrating and not self.found:
+        steps = method.objective.piecewise_constant
+        if (steps if self._calibrating is None else self._calibrating) and not self.found:
             self._calibrate(method, forward, inputs, seed)
         if self._looking and self.looked is None and not method.objective.piecewise_constant:
             self._look(method, forward, inputs, seed)

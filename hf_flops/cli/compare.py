@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
-
+from .parsers import CommandParser
 from .recipes import run
 
 PRESETS = ("flops", "mezo", "flops-authors")
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> CommandParser:
     """Return what reads the arguments; those that it does not know are the recipe's."""
-    command = argparse.ArgumentParser(
+    command = CommandParser(
         prog="hf-flops compare",
         description="Train the same adapter on the same images with several presets, each with "
         "the same number of rows through the model, and write a table (report.md, results.json) "
@@ -23,12 +22,16 @@ def parser() -> argparse.ArgumentParser:
         "--presets",
         nargs="+",
         default=list(PRESETS),
-        help="what to compare (%(default)s); 'backprop' too",
+        help=f"what to compare, 'backprop' too; default: {' '.join(PRESETS)}",
     )
     command.add_argument(
         "--rows", type=int, help="rows of each run, checks included; default: all of the epochs"
     )
-    command.add_argument("--output_dir", default="outputs/compare", help="default: %(default)s")
+    command.add_argument(
+        "--output_dir",
+        default="outputs/compare",
+        help="folder of table and picture; default: %(default)s",
+    )
     return command
 
 

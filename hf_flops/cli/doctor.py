@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigurationError, in_one_line
+from .parsers import CommandParser
 from .recipes import recipe
 
 TARGETS = (("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"), ("q", "v"), ("c_attn",))
@@ -32,9 +34,9 @@ NEEDS = {  # what no option here gives
 }
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> CommandParser:
     """Return what reads the arguments."""
-    command = argparse.ArgumentParser(
+    command = CommandParser(
         prog="hf-flops doctor",
         description="Take a few steps on a copy of an adapter and say, with reasons: which noise "
         "each tensor gets, epsilon, rows per second, memory, signal to noise, and a learning rate "
@@ -48,10 +50,10 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--peft",
         default="lora",
-        help="lora, dora, ia3, vera, prompt, prefix, ln or most other PEFT types",
+        help="lora, dora, ia3, vera, prompt, prefix, ln or most other PEFT types; default: lora",
     )
     command.add_argument(
-        "--adapter", metavar="DIR", help="an adapter that was saved, instead of --peft"
+        "--adapter", metavar="DIR", help="a saved adapter, instead of --peft; default: a new one"
     )
     command.add_argument(
         "--data",
@@ -61,21 +63,31 @@ def parser() -> argparse.ArgumentParser:
         "--rank",
         type=int,
         default=8,
-        help="of LoRA and its kin, or virtual tokens; default: %(default)s",
+        help="rank of LoRA and its kin, or number of virtual tokens; default: %(default)s",
     )
     command.add_argument(
         "--batch_size", type=int, default=32, help="samples of a step; default: %(default)s"
     )
     command.add_argument(
-        "--queries_per_sample", type=int, default=4, help="rows of each; default: %(default)s"
+        "--queries_per_sample",
+        type=int,
+        default=4,
+        help="rows of each sample; default: %(default)s",
     )
     command.add_argument(
         "--steps",
         type=int,
         default=32,
-        help="of the trial, or up to 4 times as many; default: %(default)s",
+        help="of the trial, up to 4 times as many if unclear; default: %(default)s",
     )
-    command.add_argument("--json", action="store_true", help="print everything as JSON")
+    command.add_argument(
+        "--minutes",
+        type=float,
+        help="that the trial may take; with less time it tells less; default: as many as it needs",
+    )
+    command.add_argument(
+        "--json", action="store_true", help="print everything as JSON; default: a table"
+    )
     return command
 
 
@@ -235,6 +247,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise ConfigurationError(
                 f"--{name} {getattr(options, name)} is too small: give {least} or more."
             )
+    if options.minutes is not None and not options.minutes > 0:
+        raise ConfigurationError(f"--minutes {options.minutes:g} is too small: give more than 0.")
     if options.adapter is None:
         kind_of(options.peft)
     elif not Path(options.adapter, "adapter_config.json").is_file():
@@ -261,6 +275,14 @@ def main(arguments: list[str] | None = None) -> int:
             queries_per_sample=options.queries_per_sample,
             report_to="none",
         )
-        diagnosis = doctor(model, samples, args=args, steps=options.steps, data_collator=collate)
+        diagnosis = doctor(
+            model,
+            samples,
+            args=args,
+            steps=options.steps,
+            minutes=options.minutes,
+            bar=sys.stderr.isatty(),
+            data_collator=collate,
+        )
     print(json.dumps(diagnosis.as_dict(), indent=1) if options.json else diagnosis)
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import logging
 import sys
 from collections.abc import Callable
@@ -46,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("--version", action="version", version=__version__)
-    command.add_argument("command", choices=list(COMMANDS), metavar="COMMAND", help="what to do")
+    command.add_argument("command", nargs="?", metavar="COMMAND", help="what to do")
     command.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="its arguments")
     return command
 
@@ -59,7 +60,15 @@ def function(command: str) -> Callable[[list[str]], int]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a subcommand; returns 0 for success, 1 for an error that the message explains."""
-    options = parser().parse_args(arguments)
+    command = parser()
+    options = command.parse_args(arguments)
+    if options.command is None:
+        command.print_help()
+        return 0
+    if options.command not in COMMANDS:
+        near = difflib.get_close_matches(options.command, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose among {', '.join(COMMANDS)}"
+        command.error(f"{options.command} is no command: {hint}")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         return function(options.command)(options.arguments)
@@ -70,6 +79,8 @@ def main(arguments: list[str] | None = None) -> int:
         )
     except (FlopsError, ImportError) as error:  # an ImportError of ours names the extra
         reason = str(error)
+    except KeyboardInterrupt:
+        reason = "interrupted."
     print(f"hf-flops {options.command}: {reason}", file=sys.stderr)
     return 1
 

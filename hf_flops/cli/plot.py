@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigurationError
+from .parsers import CommandParser
 
 STEP_FILE = "trainer_state.json"
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> CommandParser:
     """Return what reads the arguments."""
-    command = argparse.ArgumentParser(
+    command = CommandParser(
         prog="hf-flops plot",
         description="Draw a run from its output folder: the learning curve against rows and "
         "against seconds, the signal to noise of the estimates, and where the queries went (for "
@@ -31,8 +31,10 @@ def parser() -> argparse.ArgumentParser:
 def newest(folder: Path) -> Path:
     """Return where a run's latest state lies: the folder itself, or its newest checkpoint.
 
+    A recipe has a folder for each method: the one that it trained, before those that it compares.
+
     Raises:
-        ConfigurationError: there is none.
+        ConfigurationError: there is none, or there are several to choose from.
     """
     if (folder / STEP_FILE).is_file():
         return folder
@@ -41,12 +43,28 @@ def newest(folder: Path) -> Path:
         for path in folder.glob(f"checkpoint-*/{STEP_FILE}")
         if (number := path.parent.name.removeprefix("checkpoint-")).isdecimal()
     }
+    if not checkpoints and (runs := sorted(folder.glob(f"*/{STEP_FILE}"))):
+        return _main_run(folder, [path.parent for path in runs])
     if not checkpoints:
         raise ConfigurationError(
             f"{folder} holds no {STEP_FILE}: save checkpoints (save_strategy), or call "
             "trainer.save_state() after training."
         )
     return checkpoints[max(checkpoints)]
+
+
+def _main_run(folder: Path, runs: list[Path]) -> Path:
+    """Return the run that a recipe was asked for, not one that it was compared with."""
+    from ..trainer.checkpoint_state import read_json
+
+    report = folder / "results.json"
+    outcomes = read_json(report, "outcomes") if report.is_file() else []
+    methods = [outcome["method"] for outcome in outcomes]
+    if len(runs) > 1 and not methods:
+        raise ConfigurationError(
+            f"{folder} holds several runs: name one, {' or '.join(map(str, runs))}."
+        )
+    return folder / methods[0] if methods else runs[0]
 
 
 def read_run(folder: str | Path) -> dict[str, Any]:

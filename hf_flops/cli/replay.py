@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 
+from .parsers import CommandParser
 
-def parser() -> argparse.ArgumentParser:
+
+def parser() -> CommandParser:
     """Return what reads the arguments."""
-    command = argparse.ArgumentParser(
+    command = CommandParser(
         prog="hf-flops replay",
         description="Rebuild an adapter bit for bit from the log that training with "
         "trajectory_log=True wrote: without data and without forward passes. Every step is "

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from torch import nn
 from transformers.trainer_callback import PrinterCallback
 
 from ..autotune.session import SampleSession
-from ..base.rounding_error import precision_of
 from ..perturbations import ActivationNoise, ParameterVector, Perturbation, RowwiseNoise
 from ..perturbations.row_loop import looped
 from ..trainer import FlopsTrainer, FlopsTrainingArguments
+from .clock import Clock
+from .facts import Fact, facts_of
 from .sandbox import copied, generators_kept, listening
 from .trial import LONGEST, Trial
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-_OF_A_RUN = 2.0  # the best rate of a run over that of a few steps
 _QUIET: dict[str, Any] = {
     "max_queries": None,
     "num_train_epochs": 1e6,
@@ -56,15 +53,6 @@ class Rule:
     tensor: str
     size: int
     way: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Fact:
-    """A measured or suggested number, and where it comes from."""
-
-    name: str
-    value: float | None
     reason: str
 
 
@@ -131,11 +119,14 @@ def doctor(
     peft_config: PeftConfig | None = None,
     steps: int = 32,
     target: float = 1.0,
+    minutes: float | None = None,
+    bar: bool = False,
     **kwargs: Any,
 ) -> Diagnosis:
     """Find out what training would do by a few steps on a copy; the model does not change.
 
-    The copy shares the frozen tensors, so it takes the memory of the adapter only.
+    The copy shares the frozen tensors, so it takes the memory of the adapter only. Ctrl-C ends the
+    trial with what it has found.
 
     Args:
         model: a model with trainable parameters, or a plain one together with `peft_config`.
@@ -146,6 +137,9 @@ def doctor(
         steps: optimizer steps of the trial, 2 or more; it takes up to four times as many if no rate
             is clearly better than no step at all.
         target: signal to noise to predict the steps for.
+        minutes: that the trial may take, once the model is loaded; the step under way is finished.
+            Default: no limit. With less time it takes fewer steps and judges by fewer samples.
+        bar: whether to show a progress bar.
         kwargs: for `FlopsTrainer`: an objective, a collator, ...
 
     Raises:
@@ -177,12 +171,28 @@ def doctor(
             queries_per_sample=4 if args.queries_per_sample == "auto" else args.queries_per_sample,
             per_device_eval_batch_size=args.per_device_train_batch_size,
         )
-        trainer = Trial(copied(model, peft_config), quiet, train_dataset=train_dataset, **kwargs)
+        options = {"train_dataset": train_dataset, "clock": Clock(minutes, bar=bar), **kwargs}
+        trainer = Trial(copied(model, peft_config), quiet, **options)
         trainer.remove_callback(PrinterCallback)
-        trainer.train()
-        facts = {fact.name: fact for fact in _facts(trainer, target)}
-        notes = [record.getMessage() for record in records]
+        notes = _tried(trainer)
+        facts = {fact.name: fact for fact in facts_of(trainer, target)}
+        notes += [record.getMessage() for record in records]
         return Diagnosis(rules_of(trainer), facts, notes)
+
+
+def _tried(trainer: Trial) -> list[str]:
+    """Run a trial, which Ctrl-C ends if it has taken a step; return what to note about its end."""
+    try:
+        trainer.train()
+    except KeyboardInterrupt:
+        if not trainer.signals:
+            raise
+        return [f"interrupted after {trainer.state.global_step} steps: more would tell more"]
+    finally:
+        trainer.clock.close()
+    if trainer.clock.left > 0:
+        return []
+    return [f"the time ended after {trainer.state.global_step} steps: more would tell more"]
 
 
 def rules_of(trainer: FlopsTrainer) -> list[Rule]:
@@ -220,59 +230,6 @@ def _way(part: Perturbation, session: SampleSession) -> tuple[str, str]:
     if session.chosen is not None and not session.chosen.objective.per_row:
         return "shared", "the loss belongs to the batch as a whole"
     return "shared", "no rule per row agrees with moving it explicitly"
-
-
-def _facts(trainer: Trial, target: float) -> Iterator[Fact]:
-    """Yield the measured and the suggested numbers."""
-    method, search, steps = trainer.session.method, trainer.search, trainer.state.global_step
-    assert method is not None
-    calibration = search.calibration
-    precision = precision_of(trainer.model, autocast=trainer.args.bf16)
-    yield Fact("trained numbers", ParameterVector.of(trainer.model).size, "in the tensors above")
-    yield Fact(
-        "precision",
-        precision,
-        f"relative rounding of a loss in {'16' if precision > 1e-3 else '32'} bits",
-    )
-    signal_to_noise = calibration.signal_to_noise
-    if calibration.scale is None:
-        reason = "no epsilon shows any signal"
-    elif method.objective.piecewise_constant:
-        reason = f"the least at which enough queries change the objective: {signal_to_noise:.0%}"
-    else:
-        reason = f"differences have the least error: signal to noise {signal_to_noise:.3g}"
-    scale = method.scale if calibration.scale is None else calibration.scale
-    yield Fact("epsilon", scale, f"{reason}; training would take {method.scale:.3g}")
-    speeds = trainer.speeds[1:] or trainer.speeds
-    yield Fact("rows per second", float(np.median(speeds)), f"median of {len(speeds)} steps")
-    yield Fact(
-        "peak memory (MB)", trainer.megabytes, "of one step, above what the process held before"
-    )
-    signal, variance = np.array(trainer.signals or [(0.0, 1.0)]).mean(0).tolist()
-    ratio = max(signal, 0.0) / max(variance, 1e-30)
-    yield Fact(
-        "signal to noise of a step",
-        ratio,
-        "squared gradient over variance, an exact head left out, "
-        f"{method.queries_per_sample} rows for each of {trainer.args.train_batch_size} samples",
-    )
-    yield Fact(
-        f"steps to signal to noise {target:g}",
-        math.ceil(target / ratio) if ratio > 0 else None,
-        "until their mean has it" if ratio > 0 else f"no signal in {steps} steps",
-    )
-    rate = _OF_A_RUN * trainer.args.learning_rate * search.multiplier
-    yield Fact(
-        "learning_rate",
-        float(f"{rate:.2g}"),
-        f"{_OF_A_RUN:g} times the result of line searches in {search.searched} steps: the best "
-        "rate for few steps is too small for a run",
-    )
-    yield Fact(
-        "queries_per_sample",
-        trainer.auto.at(steps),
-        "most progress per row at this signal and noise, the exact head's included",
-    )
 
 
 def _shown(value: float | None) -> str:

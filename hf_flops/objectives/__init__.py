@@ -8,6 +8,7 @@ from .generation import GeneratedMetric
 from .macro_f1 import MacroF1
 from .metrics import Metric
 from .model_loss import BatchLoss, RowLossError, TappedLoss
+from .named import as_objective
 from .row_loss import RowwiseLoss
 
 __all__ = [
@@ -23,4 +24,5 @@ __all__ = [
     "RowLosses",
     "RowwiseLoss",
     "TappedLoss",
+    "as_objective",
 ]

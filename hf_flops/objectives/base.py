@@ -139,6 +139,12 @@ class Objective:
         outputs = model(**inputs)
         return getattr(outputs, "loss", None), outputs
 
+    def look(self, forward: Forward, inputs: Inputs) -> None:
+        """Learn from the first batch what the objective is like, before the checks; by default
+        nothing.
+        """
+        del forward, inputs
+
     def deferred(self) -> AbstractContextManager[Checks]:
         """Return a context for the forwards of a step; it yields the checks that the caller then
         has to confirm: by default there are none.
@@ -167,6 +173,9 @@ class Objective:
 class CallableObjective(Objective):
     """A user's function of the model's outputs: a loss, a metric, a reward; it needs no derivative.
 
+    If all its values of the first batch are whole numbers, as those of a count of mistakes are, it
+    is taken for piecewise constant: the default of `perturbation_scale` is then "auto".
+
     Args:
         function: maps (outputs, inputs) of R rows to (R,) losses to be minimised, or to a pair
             (sums, counts) of (R,) where rows have different numbers of elements.
@@ -187,6 +196,26 @@ class CallableObjective(Objective):
 
     def __init__(self, function: Callable[[ModelOutputs, Inputs], object]) -> None:
         self.function = function
+        self._has_logits = False
+
+    @property
+    def surrogate(self) -> Objective:
+        """See `Objective`; small changes do not show in a function that moves in steps."""
+        from .metrics import SmoothSurrogate
+
+        return SmoothSurrogate() if self.piecewise_constant and self._has_logits else self
+
+    def look(self, forward: Forward, inputs: Inputs) -> None:
+        """Find out whether the values are whole numbers."""
+
+        def seen(given: Inputs) -> tuple[Tensor | None, ModelOutputs]:
+            loss, outputs = forward(given)
+            self._has_logits = torch.is_tensor(getattr(outputs, "logits", None))
+            return loss, outputs
+
+        values = self(seen, inputs).sums
+        values = values[values.isfinite()]
+        self.piecewise_constant = len(values) > 0 and bool(values.frac().eq(0).all())
 
     def __call__(self, forward: Forward, inputs: Inputs, *, features: bool = False) -> RowLosses:
         """See `Objective`."""

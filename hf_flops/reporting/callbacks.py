@@ -109,6 +109,45 @@ class RowProgress(ProgressCallback):
         return rows if self.most is None else min(rows, self.most)
 
 
+class LossWatch(TrainerCallback):
+    """Says once that the loss explodes, with the learning rate that it does so at."""
+
+    def __init__(self) -> None:
+        self._first: float | None = None
+        self._said = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        """Forget the last run."""
+        self._first, self._said = None, False
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: object,
+    ) -> None:
+        """Compare the loss with the first one."""
+        loss = (logs or {}).get("loss")
+        if loss is None or self._said:
+            return
+        if self._first is None:
+            self._first = loss
+        # a metric is negative, and one batch differs from another
+        elif self._first > 0 and loss > 3 * self._first and loss > self._first + 1:
+            self._said = True
+            logger.warning(
+                "The loss has risen from %.3g to %.3g with learning_rate=%g: try a tenth of that "
+                "rate.",
+                self._first,
+                loss,
+                args.learning_rate,
+            )
+
+
 class Pictures(TrainerCallback):
     """Draws the run into its output folder when it ends, unless `pictures=False`.
 
@@ -145,6 +184,7 @@ def add_reports(trainer: Trainer, ledger: Callable[[], Ledger]) -> RunCosts:
     costs = RunCosts(ledger)
     trainer.add_callback(costs)
     trainer.add_callback(Pictures(ledger))
+    trainer.add_callback(LossWatch())
     stock = [
         callback
         for callback in trainer.callback_handler.callbacks

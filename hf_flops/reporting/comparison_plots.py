@@ -28,6 +28,23 @@ def pyplot() -> Any:
     return plt
 
 
+def draw_bars(axes: Axes, values: Mapping[str, float], measure: str, form: str) -> None:
+    """Draw a labelled bar for each value: what one evaluation can show.
+
+    Args:
+        axes: where to draw.
+        values: name → value.
+        measure: what the values are.
+        form: format of a value.
+    """
+    colours = [COLOURS.get(name, COLOURS["flops"]) for name in values]
+    bars = axes.bar(range(len(values)), list(values.values()), width=0.5, color=colours, alpha=0.8)
+    axes.bar_label(bars, [f"{value:{form}}" for value in values.values()], padding=2)
+    axes.set_xticks(range(len(values)), list(values))
+    axes.set_xlim(-1, len(values))
+    axes.set(xlabel="", ylabel=measure)
+
+
 def draw_learning_curves(
     axes: Axes,
     curves: Mapping[str, Sequence[tuple[float, float]]],
@@ -48,6 +65,12 @@ def draw_learning_curves(
         measure: what is drawn, and of which split.
         form: format of a value.
     """
+    if curves and all(len(points) == 1 for points in curves.values()):
+        draw_bars(axes, {name: points[0][1] for name, points in curves.items()}, measure, form)
+        axes.axhline(start, color="#a1a1aa", linestyle="--", label=untrained)
+        axes.set_title(title)
+        axes.legend(edgecolor="none", loc="upper center", bbox_to_anchor=(0.5, -0.15))
+        return
     for method, points in curves.items():
         rows, accuracies = np.array(points, dtype=float).T
         axes.plot(
@@ -77,6 +100,8 @@ def draw_learning_curves(
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
         axes.set_xticks([], minor=True)
         axes.set(xlabel="rows through the model (log scale)")
+    else:
+        axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.margins(x=0.18)
     if form.endswith("%"):
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
@@ -101,10 +126,15 @@ def draw_queries(axes: Axes, mean_queries: Sequence[float], average: float) -> N
         linewidth=0,
     )
     axes.axhline(average, color="#52525b", linestyle="--", linewidth=1)
-    axes.annotate("equal counts", (len(queries) * 0.98, average), ha="right", va="bottom")
+    axes.annotate(
+        f"{average:.3g} each, if all samples got the same",
+        (len(queries) * 0.98, average),
+        ha="right",
+        va="bottom",
+    )
     axes.set(
-        xlabel="samples, most queried first",
-        ylabel="queries per step, on average",
+        xlabel="samples, the one with most queries first",
+        ylabel="mean number of queries in a step",
         title="Where the queries went",
     )
     axes.set_ylim(bottom=0)

@@ -10,9 +10,9 @@ from .ledger import Ledger
 from .run_plots import Log, curve_of, save_learning_curve, save_queries, save_signal, series_of
 
 PICTURES = {
-    "learning_curve.png": "Learning curve against rows and seconds",
-    "queries.png": "Where the queries went",
-    "signal.png": "Signal to noise and what the allocation gained",
+    "learning_curve.png": "Learning curve against rows through the model, and against seconds",
+    "queries.png": "Where the queries went: to which samples and classes, and when",
+    "signal.png": "Signal to noise of a step, and what the allocation gained over equal counts",
 }
 _FEWEST = 3  # points that make a curve
 

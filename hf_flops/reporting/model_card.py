@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sized
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 
+from .._version import __version__
 from .figures import PICTURES
 
 TAGS = ("hf-flops", "forward-only", "zeroth-order")
@@ -21,12 +24,17 @@ CITATION = """@inproceedings{ren2025flops,
 }"""
 
 
+# A heading of the stock card under which nobody wrote anything.
+_BLANK = re.compile(r"^#+ [^\n]*\n+More information needed\n+", re.MULTILINE | re.IGNORECASE)
+
+
 def complete_card(
     folder: str,
     settings: str,
     model: object,
     costs: Mapping[str, float],
     tags: str | Iterable[str] | None,
+    data: object = None,
 ) -> None:
     """Add our tags and our sections to the stock card of an output folder.
 
@@ -36,11 +44,15 @@ def complete_card(
         model: the model.
         costs: see `RunCosts.so_far`.
         tags: what the caller gave, a name or a list of names.
+        data: what it was trained on.
     """
     path = Path(folder, "README.md")
     if not path.is_file():
         return
     card = ModelCard.load(path)
+    card.text = _BLANK.sub("", card.text).replace(
+        "was trained from scratch on an unknown dataset.", "was adapted."
+    )
     card.data.tags = sorted(
         {
             *(card.data.tags or []),
@@ -54,9 +66,90 @@ def complete_card(
     if not card.data.get("base_model"):
         card.data.pop("base_model", None)
     card.text = (
-        "\n\n".join([card.text.rstrip(), *sections(settings, costs, pictures(path.parent))]) + "\n"
+        "\n\n".join(
+            [
+                card.text.rstrip(),
+                *about(model, path.parent.name, data),
+                *sections(settings, costs, pictures(path.parent)),
+            ]
+        )
+        + "\n"
     )
     card.save(path)
+
+
+def plain_card(folder: str, model: object) -> None:
+    """Write the card of a model without a configuration, such as a prompt of a black box, which the
+    stock trainer cannot.
+    """
+    path = Path(folder, "README.md")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    head = ModelCardData(library_name="hf_flops", tags=list(TAGS))
+    title = f"# {path.parent.resolve().name}"
+    text = f"A `{type(model).__name__}`, tuned with forward passes only."
+    ModelCard(f"---\n{head.to_yaml()}\n---\n\n{title}\n\n{text}\n").save(path)
+
+
+def about(model: Any, name: str, data: object) -> list[str]:
+    """Return what a finder of an adapter asks first: what it is, and how to load it."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    size = sum(p.numel() for p in trained)
+    kind, base = type(model).__name__, base_name(model)
+    config = next(iter(getattr(model, "peft_config", {}).values()), None)
+    adapter = kind if config is None else str(getattr(config.peft_type, "value", config.peft_type))
+    rows = {
+        "base model": f"`{base}`" if base else "one that was built from a configuration",
+        "adapter": f"{adapter}, {size:,} trained numbers in {len(trained)} tensors",
+        "data": described(data),
+        "trained with": f"`hf_flops` {__version__}",
+    }
+    table = "\n".join(["| | |", "| --- | --- |", *(f"| {key} | {v} |" for key, v in rows.items())])
+    return ["## The adapter", table, "## Load it", f"```python\n{loading(model, base, name)}\n```"]
+
+
+def plain_model(model: Any) -> Any:
+    """Return the model of transformers under an adapter of PEFT or of ours."""
+    if type(model).__module__.startswith("hf_flops"):
+        model = getattr(model, "base", getattr(model, "model", model))
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
+def base_name(model: Any) -> str:
+    """Return the name of the model under an adapter; empty if it has none."""
+    config = next(iter(getattr(model, "peft_config", {}).values()), None)
+    plain = getattr(getattr(plain_model(model), "config", None), "_name_or_path", None)
+    return getattr(config, "base_model_name_or_path", None) or plain or ""
+
+
+def described(data: Any) -> str:
+    """Return the name of a data set, if it has one, and its number of samples."""
+    size = f"{len(data):,} samples" if isinstance(data, Sized) else "a stream"
+    name = getattr(getattr(data, "info", None), "dataset_name", None)
+    return f"`{name}`, {size}" if name else size
+
+
+def loading(model: Any, base: str, name: str) -> str:
+    """Return the lines that load an adapter for inference."""
+    source, folder = repr(base or "the base model"), repr(name or ".")
+    kind, inner = type(model).__name__, plain_model(model)
+    under = type(inner).__name__
+    if inner is model and not hasattr(type(model), "from_pretrained"):
+        lines = ["from safetensors.torch import load_file", ""]
+        lines += [f"model = ...  # a {kind}, built as for training"]
+        lines += [f"model.load_state_dict(load_file({f'{name}/model.safetensors'!r}))"]
+    elif inner is model:
+        lines = [f"from transformers import {kind}", ""]
+        lines += [f"model = {kind}.from_pretrained({folder}).eval()"]
+    else:
+        labels = inner.config.num_labels if "Classification" in under else 2
+        options = "" if labels == 2 else f", num_labels={labels}"
+        package, kind = (
+            ("peft", "PeftModel") if hasattr(model, "peft_config") else ("hf_flops", kind)
+        )
+        lines = [f"from {package} import {kind}", f"from transformers import {under}", ""]
+        lines += [f"base = {under}.from_pretrained({source}{options})"]
+        lines += [f"model = {kind}.from_pretrained(base, {folder}).eval()"]
+    return "\n".join(lines)
 
 
 def pictures(folder: Path) -> list[tuple[str, str]]:
@@ -87,7 +180,8 @@ def sections(
     return [
         *parts,
         "### Settings",
-        "The arguments that differ from their defaults:",
+        "What repeats the run: the configuration of the adapter, if it has one, and the arguments "
+        "that differ from their defaults.",
         f"```python\n{settings}\n```",
         "## Citation",
         f"```bibtex\n{CITATION}\n```",

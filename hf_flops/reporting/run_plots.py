@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .comparison_plots import COLOURS, draw_queries
+from .comparison_plots import COLOURS, draw_bars, draw_queries
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,14 +25,15 @@ def curve_of(history: Log) -> tuple[str, list[tuple[float, float, float]]]:
     """Return what a learning curve shows, and its (rows, seconds, value) triples.
 
     The value is accuracy where the log has it, else the validation loss, else the training loss.
-    Evaluations happen at the rows of the last log that is not after them.
+    Evaluations happen at the rows of the last log that is not after them; that of the untrained
+    model, with `eval_on_start=True`, at zero.
     """
     names = ("eval_accuracy", "eval_loss", "loss")
     name = next((name for name in names if any(name in entry for entry in history)), "loss")
     points, rows, seconds = list[tuple[float, float, float]](), 0.0, 0.0
     for entry in history:
         rows, seconds = entry.get("rows", rows), entry.get("seconds", seconds)
-        if name in entry and rows and math.isfinite(entry[name]):
+        if name in entry and (rows or entry.get("step") == 0) and math.isfinite(entry[name]):
             points.append((rows, seconds, entry[name]))
     return {
         "eval_accuracy": "validation accuracy",
@@ -62,6 +63,13 @@ def draw_seeds(
         measure: what the value is.
     """
     runs = [np.array(curve, dtype=float).T for curve in curves]
+    accuracy = "accuracy" in measure
+    axes.set_title(f"{measure.capitalize()} against {xlabel.split()[0]}")
+    if len(curves) == 1 and len(curves[0]) == 1:
+        (x, value) = curves[0][0]
+        name = f"after {x:,.0f} {xlabel}"
+        draw_bars(axes, {name: value}, measure, ".1%" if accuracy else ".3g")
+        return
     if len(runs) == 1:
         axes.plot(*runs[0], ".-", color=COLOURS["flops"], markersize=5, linewidth=1.4)
     else:  # where all runs have been
@@ -81,8 +89,9 @@ def draw_seeds(
             linewidth=0,
         )
         axes.legend(frameon=False)
-    if "accuracy" in measure:
+    if accuracy:
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
+    axes.xaxis.set_major_formatter("{x:,.10g}")
     axes.set(xlabel=xlabel, ylabel=measure)
 
 
@@ -110,6 +119,7 @@ def draw_classes_over_time(axes: Axes, windows: Windows) -> None:
     with np.errstate(invalid="ignore"):
         # NaN, which stays white, where a class was not drawn
         values = (grid[..., 1] / grid[..., 0]).T
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     mesh = axes.pcolormesh(edges, np.arange(len(labels) + 1) - 0.5, values, cmap="YlOrBr")
     axes.figure.colorbar(mesh, ax=axes, label="queries per sample")
     _class_ticks(axes.yaxis, labels)
@@ -208,9 +218,10 @@ def draw_signal(axes: Axes, signal: Sequence[tuple[float, float]]) -> None:
     axes.plot(rows, means, color=COLOURS["flops"], linewidth=1.6)
     axes.set(
         xlabel="rows through the model",
-        ylabel="signal / variance of an estimate",
+        ylabel="squared gradient / variance of an estimate",
         title="Signal to noise",
     )
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_ylim(bottom=0)
 
 
@@ -225,9 +236,10 @@ def save_signal(
     right.axhline(1.0, color="#52525b", linestyle="--", linewidth=1)
     right.set(
         xlabel="rows through the model",
-        ylabel="variance of equal counts / ours",
-        title="What the allocation gained",
+        ylabel="variance with equal counts / with ours",
+        title="What the allocation gained (dashed: nothing)",
     )
+    right.xaxis.set_major_formatter("{x:,.0f}")
     figure.savefig(path, dpi=120)
 
 

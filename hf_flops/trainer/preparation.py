@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, cast
@@ -15,8 +16,10 @@ from transformers import TrainingArguments
 from ..base.batch import Inputs
 from ..contrastive.dual_encoder import base_of
 from ..distributed.launch import check_environment, check_world
-from ..errors import ConfigurationError, ObjectiveError
+from ..errors import ConfigurationError, ObjectiveError, in_one_line
 from ..objectives import Forward
+from ..prompts.black_box import BlackBoxPromptModel
+from ..prompts.suffix_prompt import SuffixPromptModel
 from .args import FlopsArgumentsMixin, FlopsTrainingArguments
 from .master_weights import keep_masters
 from .offload import is_offloaded, materialise_trainable, weights_at_hand
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 logger = logging.getLogger(__name__)
+_MANY = 100_000  # parameters of a whole model, not of an adapter or a test
 
 
 def positional_arguments(positional: Sequence[object]) -> TrainingArguments | None:
@@ -53,6 +57,8 @@ def check_arguments(args: TrainingArguments) -> FlopsTrainingArguments:
     if args.world_size > 1:
         # every process reads, and counts, the tokens of all
         args.average_tokens_across_devices = False
+    if args.device.type == "cpu":
+        args.dataloader_pin_memory = False  # there is no accelerator to pin memory for
     args.enable_jit_checkpoint = False  # `SaveOnSigterm` saves on SIGTERM, in all processes alike
     return cast(FlopsTrainingArguments, args)
 
@@ -78,7 +84,15 @@ def follow_accelerator(accelerator: Accelerator, args: TrainingArguments) -> Non
 
 
 def uncompiled(model: Any) -> Any:
-    """Return the model that `torch.compile` has wrapped; it trains without being compiled."""
+    """Return the model that `torch.compile` has wrapped; it trains without being compiled.
+
+    Raises:
+        ConfigurationError: the model is only a name.
+    """
+    if isinstance(model, str):
+        raise ConfigurationError(
+            f"model={model!r} is a name: load it, with from_pretrained of the class for your task."
+        )
     if not isinstance(model, nn.Module):
         return model
     inner = getattr(model, "_orig_mod", model)
@@ -94,10 +108,22 @@ def uncompiled(model: Any) -> Any:
 
 def check_ready(model: nn.Module, data: object, needs_clean: bool, samples: int) -> None:
     """Refuse a model or data with nothing to train; warn if batches have nothing to allocate."""
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if not trainable and hasattr(model, "peft_config"):
+        raise ConfigurationError(
+            "The model has no trainable parameter: its adapter was loaded for inference. Load it "
+            "with PeftModel.from_pretrained(..., is_trainable=True)."
+        )
+    if not trainable:
         raise ConfigurationError(
             "The model has no trainable parameter: add an adapter (peft_config=) or unfreeze a "
             "head."
+        )
+    if trainable >= _MANY and all(p.requires_grad for p in model.parameters()):
+        logger.warning(
+            "All %s parameters of the model are trained, which is too many for estimates: pass "
+            "peft_config= for an adapter, or freeze what should stay.",
+            f"{trainable:,}",
         )
     if isinstance(data, Sized) and len(data) == 0:
         raise ConfigurationError("train_dataset is empty: there is nothing to train on.")
@@ -131,10 +157,29 @@ def wrap_with_adapter(model: nn.Module, peft_config: PeftConfig) -> nn.Module:
     """Put an adapter on a plain model."""
     from peft import PeftModel, get_peft_model
 
+    name = type(model).__name__
     if isinstance(model, PeftModel):
         raise ConfigurationError("The model is a PeftModel already: pass it without peft_config.")
-    with weights_at_hand(peft_config) if is_offloaded(model) else nullcontext():
-        return get_peft_model(model, peft_config)
+    if isinstance(model, (SuffixPromptModel, BlackBoxPromptModel)):
+        raise ConfigurationError(
+            f"A {name} has a prompt to train and a frozen base: pass it without peft_config."
+        )
+    with warnings.catch_warnings():
+        # PEFT asks transformers by a name of before
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+        try:
+            with weights_at_hand(peft_config) if is_offloaded(model) else nullcontext():
+                return get_peft_model(model, peft_config)
+        except ValueError as error:
+            if "arget modules" not in str(error):
+                raise
+            layers = {
+                n.rpartition(".")[2] for n, m in model.named_modules() if type(m) is nn.Linear
+            }
+            raise ConfigurationError(
+                f"peft_config does not suit the model: {in_one_line(error)}. Its linear layers are "
+                f"{', '.join(sorted(layers))}."
+            ) from error
 
 
 def hold_trainable(model: nn.Module) -> None:

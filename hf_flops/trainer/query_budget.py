@@ -26,6 +26,9 @@ class QueryBudget(TrainerCallback):
         queries: returns the rows per sample of an optimizer step.
         ledger: returns the ledger of the run.
         samples: returns the samples of an optimizer step.
+
+    Attributes:
+        stopped: says when the run was stopped, if it was.
     """
 
     def __init__(
@@ -37,6 +40,7 @@ class QueryBudget(TrainerCallback):
     ) -> None:
         self.most, self.queries, self.ledger, self.samples = most, queries, ledger, samples
         self._refused = False
+        self.stopped = ""
 
     @property
     def left(self) -> float:
@@ -77,6 +81,7 @@ class QueryBudget(TrainerCallback):
         need = self._step(state.global_step, train_dataloader)
         used = self.ledger().all_rows
         self._refused = False
+        self.stopped = ""
         if need > self.left:
             spent = f", of which the checkpoint's run has used {used}," if used else ""
             raise ConfigurationError(
@@ -96,12 +101,9 @@ class QueryBudget(TrainerCallback):
         """Stop, and save as at the end of training, if the next step would not fit."""
         if not self._refused and self._step(state.global_step, train_dataloader) <= self.left:
             return
-        logger.info(
-            "Training stops at step %d: %d rows are left of max_queries=%d.",
-            state.global_step,
-            self.left,
-            self.most(),
-        )
+        if state.global_step < state.max_steps:
+            self.stopped = f"stopped by max_queries={self.most():,} after {_done(args, state)}"
+            logger.warning("Training is %s.", self.stopped)
         control.should_training_stop = control.should_log = True
         if args.save_strategy == SaveStrategy.STEPS:
             control.should_save = True
@@ -115,3 +117,10 @@ class QueryBudget(TrainerCallback):
         if isinstance(data, Sized):
             samples = min(samples, len(data))
         return samples * self.queries(step)
+
+
+def _done(args: TrainingArguments, state: TrainerState) -> str:
+    """Return how much of a run is done, in the unit that its length was given in."""
+    if args.max_steps > 0:
+        return f"{state.global_step:,} of {args.max_steps:,} steps"
+    return f"{state.epoch or 0:.1f} of {args.num_train_epochs:g} epochs"

@@ -21,6 +21,15 @@ _ASIDE = {
     "accelerator_config",
     "pictures",
 }
+# Fields of an adapter's configuration that PEFT fills in.
+_OF_THE_BASE = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_type",
+    "peft_version",
+    "revision",
+}
 _ASIDE_PREFIXES = (
     "hub_",
     "logging_",
@@ -62,7 +71,33 @@ def as_code(args: FlopsTrainingArguments) -> str:
         f"    {name}={json.dumps(value) if isinstance(value, str) else repr(value)},"
         for name, value in changed_settings(args).items()
     ]
-    return "\n".join([f"{type(args).__name__}(", '    output_dir="outputs",', *lines, ")"])
+    folder = f"    output_dir={json.dumps(str(args.output_dir))},"
+    return "\n".join([f"{type(args).__name__}(", folder, *lines, ")"])
+
+
+def run_as_code(args: FlopsTrainingArguments, model: object) -> str:
+    """Return what repeats a run: the adapter's configuration, if it has one, and the arguments."""
+    adapter = adapter_as_code(model)
+    return f"peft_config = {adapter}\nargs = {as_code(args)}" if adapter else as_code(args)
+
+
+def adapter_as_code(model: object) -> str:
+    """Return a call that makes the configuration of a PEFT model's adapter again; empty if it has
+    none.
+    """
+    config = next(iter(getattr(model, "peft_config", {}).values()), None)
+    if config is None:
+        return ""
+    lines = []
+    for each in dataclasses.fields(config):
+        made = None if each.default_factory is dataclasses.MISSING else each.default_factory()
+        default = made if each.default is dataclasses.MISSING else each.default
+        value = getattr(config, each.name)
+        value = sorted(value) if isinstance(value, set) else _plain(value)
+        literal = isinstance(value, (bool, int, float, str, list, dict))
+        if value != default and literal and each.name not in _OF_THE_BASE:
+            lines.append(f"    {each.name}={value!r},")
+    return "\n".join([f"{type(config).__name__}(", *lines, ")"])
 
 
 def _plain(value: object) -> object:

@@ -17,6 +17,8 @@ from transformers.trainer_utils import has_length, rotate_checkpoints
 from ..autotune.protocol import Stateful
 from ..base.batch import Inputs
 from ..distributed.collectives import ProcessGroup
+from ..reporting.callbacks import RunCosts
+from ..reporting.model_card import complete_card, plain_card
 from .batches import SAMPLE_ID, without_ids
 from .checkpoint_state import STATE_FILE, load_state, read_json, save_state
 from .checkpoints import CheckpointWriter, generator_states, rerooted
@@ -25,6 +27,7 @@ from .multiprocess import undivided_loader
 from .offload import device_map_hidden, is_offloaded
 from .parts import STREAM, OutsideParameters, StreamPosition
 from .private_arguments import private
+from .settings import run_as_code
 from .sharding import reshard
 
 if TYPE_CHECKING:
@@ -44,6 +47,7 @@ class StockOverrides(_Base):
     model: nn.Module
     args: Any  # of a class with `FlopsArgumentsMixin`
     checkpoint_writer: CheckpointWriter
+    costs: RunCosts
     sample_ids: tuple[int, ...] | None = None
     stream: StreamPosition
     _group: ProcessGroup | None = None
@@ -77,6 +81,17 @@ class StockOverrides(_Base):
         text = getattr(features.get(SAMPLE_ID), "dtype", None) in ("string", "large_string")
         if SAMPLE_ID not in columns and not text:
             columns.append(SAMPLE_ID)
+
+    def create_model_card(self, *positional: Any, **options: Any) -> None:
+        """Write the stock card, with our sections and tags beside those of model and caller."""
+        if hasattr(self.model, "config"):
+            super().create_model_card(*positional, **options)
+        elif self.is_world_process_zero():
+            plain_card(self.args.output_dir, self.model)
+        if self.is_world_process_zero():
+            folder, data, tags = self.args.output_dir, self.train_dataset, options.get("tags")
+            settings, costs = run_as_code(self.args, self.model), self.costs.so_far()
+            complete_card(folder, settings, self.model, costs, tags, data)
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """Save as the stock trainer does."""

@@ -17,11 +17,11 @@ from ..contrastive import start_session
 from ..contrastive.dual_encoder import with_plain_flag
 from ..distributed.even_forwards import EvenForwards
 from ..estimators import Estimator
-from ..objectives import CallableObjective, Objective, RowLossError
+from ..objectives import Objective, RowLossError, as_objective
 from ..perturbations import Perturbation
 from ..reporting.callbacks import add_reports
 from ..reporting.ledger import Ledger
-from ..reporting.model_card import TAGS, complete_card
+from ..reporting.model_card import TAGS
 from ..trajectory.recorder import TrajectoryRecorder
 from .args import FlopsTrainingArguments
 from .batches import ElementMean, PositionCounter
@@ -48,7 +48,7 @@ from .preparation import (
 )
 from .query_budget import QueryBudget
 from .run_lock import undisturbed
-from .settings import as_code
+from .samples import rows_blamed
 from .sigterm import SaveOnSigterm
 from .step import AfterStep, batch_of, estimate_batch
 from .stock import StockOverrides
@@ -79,8 +79,9 @@ class FlopsTrainerMixin(StockOverrides):
         args: `FlopsTrainingArguments`, or any arguments class with `FlopsArgumentsMixin`.
         peft_config: a PEFT configuration to wrap the model with.
         objective: what to minimise instead of the model's own loss: a function that maps (outputs,
-            inputs) of R rows to (R,) losses, a `Metric` or `GeneratedMetric` to be improved, a
-            `ContrastiveLoss`, or an `Objective`; it needs no derivative.
+            inputs) of R rows to (R,) losses, a `Metric` or `GeneratedMetric` to be improved,
+            "accuracy" or "macro_f1" for short, a `ContrastiveLoss`, or an `Objective`; it needs no
+            derivative.
         allocator: an instance, in place of the name in `args`.
         estimator: an instance, in place of the name in `args`.
         perturbation: an instance, in place of the name in `args`; it skips the self-check.
@@ -110,7 +111,7 @@ class FlopsTrainerMixin(StockOverrides):
         *positional: Any,
         args: TrainingArguments | None = None,
         peft_config: PeftConfig | None = None,
-        objective: Objective | Callable[..., Tensor] | None = None,
+        objective: Objective | Callable[..., Tensor] | str | None = None,
         allocator: Allocator | None = None,
         estimator: Estimator | None = None,
         perturbation: Perturbation | None = None,
@@ -126,9 +127,7 @@ class FlopsTrainerMixin(StockOverrides):
             model = wrap_with_adapter(model, peft_config)
         if isinstance(model, nn.Module):
             hold_trainable(model)
-        if objective is not None and not isinstance(objective, Objective):
-            objective = CallableObjective(objective)
-        self.objective: Objective | None = objective
+        self.objective: Objective | None = as_objective(objective)
         self._start_session = partial(
             start_session, allocator=allocator, estimator=estimator, perturbation=perturbation
         )
@@ -185,7 +184,9 @@ class FlopsTrainerMixin(StockOverrides):
         if self.rate_search is not None:
             self.add_callback(self.rate_search)
         run = self._get_output_dir(args[0] if args else kwargs.get("trial"))
-        with self._sigterm.listening(alone=self.group.world == 1), undisturbed(run, self.group):
+        listening = self._sigterm.listening(alone=self.group.world == 1)
+        blamed = rows_blamed(self.train_dataset, self.model)
+        with blamed, listening, undisturbed(run, self.group):
             checkpoint = chosen_checkpoint(resume_from_checkpoint, self.args.output_dir, self.group)
             return super().train(checkpoint, *args, **kwargs)
 
@@ -270,13 +271,6 @@ class FlopsTrainerMixin(StockOverrides):
         """Count 2 operations per parameter, token and row: a third of the stock count per row."""
         queries = self.session.rows(1, self.state.global_step)
         return super().floating_point_ops(dict(inputs)) // 3 * queries // self.args.world_size
-
-    def create_model_card(self, *positional: Any, **options: Any) -> None:
-        """Write the stock card, with our sections and tags beside those of model and caller."""
-        super().create_model_card(*positional, **options)
-        if self.is_world_process_zero():
-            settings, costs = as_code(self.args), self.costs.so_far()
-            complete_card(self.args.output_dir, settings, self.model, costs, options.get("tags"))
 
     def _parts(self) -> dict[str, Stateful]:
         return parts_of(self)

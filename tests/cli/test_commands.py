@@ -31,6 +31,10 @@ HISTORY = [
         ["plot", "--help"],
         ["compare", "--help"],
         ["doctor", "--help"],
+        ["vit", "--help"],
+        ["prompt", "--help"],
+        ["align", "-h"],
+        [],
     ],
 )
 def test_help_loads_neither_torch_nor_transformers(arguments):
@@ -38,7 +42,7 @@ def test_help_loads_neither_torch_nor_transformers(arguments):
         "import sys\n"
         "from hf_flops.cli.main import main\n"
         "try:\n"
-        f"    main({arguments!r})\n"
+        f"    assert main({arguments!r}) == 0\n"
         "except SystemExit as end:\n"
         "    assert end.code == 0\n"
         "print('LOADED', *(name for name in ('torch', 'transformers', 'peft', 'numpy') if name in "
@@ -48,7 +52,7 @@ def test_help_loads_neither_torch_nor_transformers(arguments):
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     ).stdout
     assert out.splitlines()[-1].split() == ["LOADED"]
-    if arguments == ["--help"]:
+    if arguments in (["--help"], []):
         assert all(name in out for name in COMMANDS)
 
 
@@ -63,7 +67,46 @@ def test_every_command_is_a_function_that_prints_its_help(command, capsys):
 def test_an_unknown_command_is_refused(capsys):
     with pytest.raises(SystemExit):
         main(["frobnicate"])
-    assert "frobnicate" in capsys.readouterr().err
+    assert "frobnicate is no command: choose among vit, prompt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["dcotor"], "dcotor is no command: did you mean doctor?"),
+        (["doctor", "--modle", "vit"], "--modle is no option: did you mean --model?"),
+        (["doctor", "--batchsize=4"], "--batchsize=4 is no option: did you mean --batch_size?"),
+        (["plot", "outputs", "--outptu", "x"], "--outptu is no option: did you mean --output?"),
+        (["replay", "x", "--output", "y", "--frobnicate"], "--frobnicate is no option: see --help"),
+    ],
+)
+def test_a_typo_is_named_with_what_is_nearest(arguments, hint, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    assert f"error: {hint}" in capsys.readouterr().err
+
+
+def test_plot_finds_the_run_in_the_folder_of_a_recipe(tmp_path):
+    for method in ("backprop", "flops", "mezo"):
+        (tmp_path / method).mkdir()
+        (tmp_path / method / "trainer_state.json").write_text(json.dumps({"log_history": HISTORY}))
+    with pytest.raises(
+        hf_flops.ConfigurationError, match=r"several runs: name one, .*backprop or "
+    ):
+        plot.newest(tmp_path)
+    outcomes = [{"method": "mezo"}, {"method": "backprop"}]
+    (tmp_path / "results.json").write_text(json.dumps({"outcomes": outcomes}))
+    assert plot.newest(tmp_path) == tmp_path / "mezo"
+
+
+def test_an_interrupted_command_says_so_in_a_line(monkeypatch, capsys):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(plot, "main", interrupted)
+    assert main(["plot", "outputs"]) == 1
+    assert capsys.readouterr().err == "hf-flops plot: interrupted.\n"
 
 
 def test_a_library_that_is_missing_is_named_with_what_brings_it(monkeypatch, capsys):

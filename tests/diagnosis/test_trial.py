@@ -12,7 +12,8 @@ from torch import nn
 
 from hf_flops.autotune.line_search import thorough_search
 from hf_flops.diagnosis import doctor
-from hf_flops.diagnosis.trial import JUDGES, LONGEST, PlannedSearch, some_of
+from hf_flops.diagnosis.clock import Clock
+from hf_flops.diagnosis.trial import JUDGES, LONGEST, PlannedSearch, Trial, some_of
 from hf_flops.perturbations import ParameterVector
 from tests.helpers.tiny import as_dataset, generator, tiny_batch, tiny_model, training_arguments
 
@@ -102,3 +103,47 @@ def test_from_starts_far_apart_it_suggests_rates_that_are_near(tmp_path):
         for own in args
     ]
     assert max(rates) < 16 * min(rates)
+
+
+def data_of_two_classes():
+    batch = tiny_batch("vit", 64)
+    return as_dataset({**batch, "labels": (batch["pixel_values"].mean((1, 2, 3)) > 0).long()})
+
+
+FEW = {"per_device_train_batch_size": 8, "queries_per_sample": 4, "rows_per_forward": 32}
+
+
+def test_with_little_time_it_plans_less_and_says_what_it_did_not_measure(tmp_path, monkeypatch):
+    seconds = itertools.count(0, 1)
+    monkeypatch.setattr(Clock, "left", property(lambda clock: clock.limit - next(seconds)))
+    args, model = training_arguments(tmp_path, **FEW), tiny_model("vit", num_hidden_layers=1)
+    found = doctor(model, data_of_two_classes(), args=args, steps=32, minutes=0.1)
+    assert 0 < found["epsilon"] <= 1e-3
+    assert "no time to measure" in found.facts["epsilon"].reason
+    assert found["learning_rate"] > 0
+    assert any(note.startswith("the time ended after ") for note in found.notes)
+    assert "nan" not in str(found)
+
+
+def test_an_interrupt_ends_with_what_is_known(tmp_path, monkeypatch):
+    step = Trial.training_step
+
+    def interrupted(trial, *args, **options):
+        if trial.state.global_step == 3:
+            raise KeyboardInterrupt
+        return step(trial, *args, **options)
+
+    monkeypatch.setattr(Trial, "training_step", interrupted)
+    args, model = training_arguments(tmp_path, **FEW), tiny_model("vit", num_hidden_layers=1)
+    found = doctor(model, data_of_two_classes(), args=args, steps=32)
+    assert found.notes[0] == "interrupted after 3 steps: more would tell more"
+    assert found["signal to noise of a step"] >= 0
+    assert found["learning_rate"] > 0
+    assert found["peak memory (MB)"] is None
+    assert "nan" not in str(found)
+
+
+def test_a_plan_for_less_time_has_shorter_windows():
+    search = PlannedSearch(32)
+    search.plan(8)
+    assert (search.steps, search.window) == (8, 2)

@@ -383,7 +383,7 @@ def test_options_that_cannot_work_end_in_a_sentence_and_leave_no_folder(
         ("objective: acuracy", "argument --objective: invalid choice: 'acuracy'"),
         ("dtype: float99", "argument --dtype: invalid choice: 'float99'"),
         ("per_class: ten", "argument --per_class/--per-class: invalid int value: 'ten'"),
-        ("lerning_rate: 3", "lerning_rate is no option"),
+        ("lerning_rate: 3", "lerning_rate is no option: did you mean learning_rate"),
         ("virtual_tokens: 0", "--virtual_tokens 0 must be 1 or more"),
         ("domain: [unclosed", "is damaged: .*expected ',' or ']'"),
         ("", "it has no options by name"),
@@ -439,8 +439,12 @@ def test_options_override_a_file_which_comes_first(tmp_path, capsys):
             "3",
             str(path),
         ): "run.yaml is not understood: options begin with --, and a YAML file comes first",
-        ("--lerning_rate", "3"): "--lerning_rate is no option, see --help_all",
-        (str(path), "--lerning_rate", "3"): "--lerning_rate is no option, see --help_all",
+        ("--lerning_rate", "3"): "--lerning_rate is no option: did you mean --learning_rate?",
+        (
+            str(path),
+            "--lerning_rate",
+            "3",
+        ): "--lerning_rate is no option: did you mean --learning_rate?",
     }
     for given, sentence in refusals.items():
         with pytest.raises(SystemExit):
@@ -464,6 +468,16 @@ def test_values_of_a_file_have_the_types_of_options(tmp_path):
         "auto",
     )
     assert (args.use_cpu, args.lr_scheduler_kwargs) == (True, {"a": 1})
+
+
+def test_words_of_a_file_stay_words_and_numbers_are_numbers(tmp_path):
+    path = tmp_path / "run.yaml"
+    lines = ("label_words: [no, yes]", "init_text: on", "max_steps: 1e1", "weight_decay: .5")
+    path.write_text("\n".join([*lines, "learning_rate: 1e-3", "save_strategy: no"]))
+    recipe, args = prompt_tuning.parse([str(path)])
+    assert (recipe.label_words, recipe.init_text) == (["no", "yes"], "on")
+    assert (args.max_steps, args.weight_decay, args.learning_rate) == (10, 0.5, 1e-3)
+    assert args.save_strategy == "no"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The model card, and the way to the Hub and back: the real client against a Hub on loopback."""
 
 import ast
+import re
 
 import huggingface_hub
 import pytest
@@ -9,7 +10,8 @@ import transformers.utils.hub
 from huggingface_hub import ModelCard, constants
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from hf_flops import FlopsTrainer, FlopsTrainingArguments
+import hf_flops
+from hf_flops import BlackBoxPromptModel, FlopsTrainer, FlopsTrainingArguments
 from hf_flops.reporting.figures import PICTURES
 from hf_flops.reporting.model_card import CITATION, TAGS, cost_table
 from hf_flops.trainer.settings import changed_settings
@@ -104,21 +106,70 @@ def test_to_the_hub_and_back(hub, tmp_path):
 def test_the_settings_of_a_card_repeat_the_run(tmp_path):
     trainer = trainer_of(tmp_path, preset="mezo", pictures=False)
     trainer.create_model_card()
-    code = (tmp_path / "adapter" / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    given = {
-        keyword.arg: ast.literal_eval(keyword.value)
-        for keyword in ast.parse(code, mode="eval").body.keywords
+    text = (tmp_path / "adapter" / "README.md").read_text()
+    code = next(b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "args = " in b)
+    adapter, arguments = (statement.value for statement in ast.parse(code).body)
+    config, given = (
+        {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+        for call in (adapter, arguments)
+    )
+    assert adapter.func.id == "LoraConfig"
+    assert LoraConfig(**config).to_dict() == {
+        **trainer.model.peft_config["default"].to_dict(),
+        "auto_mapping": None,
+        "base_model_name_or_path": None,
     }
     again = FlopsTrainingArguments(**{**given, "output_dir": str(tmp_path)}, use_cpu=True)
     assert changed_settings(again) == changed_settings(trainer.args)
     assert given == {
-        "output_dir": "outputs",
+        "output_dir": str(tmp_path / "adapter"),
         "per_device_train_batch_size": 4,
         "queries_per_sample": 4,
         "learning_rate": 0.02,
         "max_steps": 2,
         "preset": "mezo",
     }
+
+
+def test_a_card_names_what_a_finder_asks_for_and_its_lines_load_the_adapter(tmp_path, monkeypatch):
+    trainer = trainer_of(tmp_path, pictures=False)
+    tiny_model("vit").save_pretrained(tmp_path / "base")
+    trainer.model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    trainer.save_model()
+    trainer.create_model_card()
+    text = (tmp_path / "adapter" / "README.md").read_text()
+    assert "More information" not in text
+    size = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    for shown in (str(tmp_path / "base"), f"LORA, {size:,} trained numbers", "8 samples"):
+        assert shown in text
+    assert f"`hf_flops` {hf_flops.__version__}" in text
+    (code,) = [b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "import" in b]
+    assert len(code.splitlines()) == 5
+    assert "num_labels=3" in code
+    monkeypatch.chdir(tmp_path)
+    loaded = {}
+    exec(code, loaded)
+    inputs = tiny_batch("vit", 4, seed=1)
+    with torch.no_grad():
+        logits = loaded["model"](**inputs).logits
+        assert logits.equal(trainer.model.eval()(**inputs).logits)
+
+
+def test_a_model_without_a_configuration_gets_a_card(tmp_path):
+    table = tiny_model("llama").get_input_embeddings().weight.detach()
+    prompt = BlackBoxPromptModel(
+        lambda embeds, mask, tokens: embeds.sum(1)[:, : len(tokens)],
+        table,
+        label_words=[5, 7],
+        num_virtual_tokens=2,
+    )
+    args = FlopsTrainingArguments(str(tmp_path / "prompt"), use_cpu=True, report_to="none")
+    texts = [{"input_ids": [3, 4 + i], "labels": i % 2} for i in range(4)]
+    FlopsTrainer(prompt, args, train_dataset=texts).create_model_card(tags="mine")
+    card = ModelCard.load(tmp_path / "prompt" / "README.md")
+    assert {*TAGS, "mine"} <= set(card.data.tags)
+    assert "BlackBoxPromptModel, 32 trained numbers in 1 tensors" in card.text
+    assert "load_file('prompt/model.safetensors')" in card.text
 
 
 def test_a_card_before_training_tells_no_costs(tmp_path):
