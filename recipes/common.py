@@ -236,7 +236,7 @@ class PlainLoader(yaml.SafeLoader):
     }
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """Return the next node; a few lines of aliases can stand for gigabytes, so there are none."""
+        """Return the next node, which is no alias: a few lines of those can stand for gigabytes."""
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError(f"options have no aliases, such as *{self.peek_event().anchor}")
         return super().compose_node(parent, index)

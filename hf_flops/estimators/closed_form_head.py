@@ -225,9 +225,15 @@ def _agrees(
     """
     vector = head.vector
     shift = draw("gaussian", seeds(_CHECK_SEED, 0), vector.shapes, vector.device)[0]
-    with Attempt("The head stays under noise"), displaced(vector, shift), head.watched() as seen:
+    wanted = list[Tensor]()
+    with (
+        Attempt("The head stays under noise"),
+        displaced(vector, shift),
+        head.watched() as seen,
+        # its output in the forward itself, which may run under autocast
+        head.module.register_forward_hook(lambda module, args, out: wanted.append(out.detach())),
+    ):
         moved = objective(forward, inputs).logits
-        wanted = head.module(x)
-        if moved is not None and len(seen) == 2 and torch.equal(seen[0], x):
-            return agree(widen(moved).reshape(-1), widen(wanted).reshape(-1), 5e-4)
+        if moved is not None and len(seen) == 1 and torch.equal(seen[0], x):
+            return agree(widen(moved).reshape(-1), widen(wanted[0]).reshape(-1), 5e-4)
     return False

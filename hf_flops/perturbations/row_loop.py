@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from ..base.patching import Call
 from .base import ParameterVector
@@ -50,3 +53,32 @@ def looped(
     if not all(torch.is_tensor(piece) and piece.dim() and len(piece) == size for piece in outputs):
         raise RowMismatch(f"{type(layer).__name__} does not map rows to rows")
     return torch.cat(outputs)
+
+
+def recurrent(
+    layer: nn.RNNBase, method: Call, noise: Noise, scale: float, x: Tensor, hx: Any = None
+) -> tuple[Tensor, Any]:
+    """`nn.RNN`, `nn.GRU` and `nn.LSTM` row by row.
+
+    Args:
+        layer: the layer.
+        method: its `forward`.
+        noise: (R, *shape) by the tensor's name.
+        scale: factor of the noise.
+        x: (R, T, in), or (T, R, in) unless `batch_first`.
+        hx: states (L, R, H), or a pair of them.
+    """
+    rows, axis = len(next(iter(noise.values()))), 0 if layer.batch_first else 1
+    if not torch.is_tensor(x) or x.dim() != 3 or x.shape[axis] % rows:
+        raise RowMismatch(f"{type(layer).__name__} does not get {rows} rows")
+    inputs, size = x.chunk(rows, axis), x.shape[axis] // rows
+    vector = ParameterVector([(name, layer.get_parameter(name)) for name in noise])
+    flat = torch.cat([values.flatten(1) for values in noise.values()], 1) * scale
+    outputs, states = list[Tensor](), list[Any]()
+    for row, part in enumerate(inputs):
+        own = tree_map(lambda state, row=row: state.narrow(1, row * size, size), hx)
+        with displaced(vector, flat[row]):
+            output, state = method(part.contiguous(), own)
+        outputs.append(output)
+        states.append(state)
+    return torch.cat(outputs, axis), tree_map(lambda *each: torch.cat(each, 1), *states)

@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..base.patching import Call
 
 Noise = dict[str, Tensor]
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -147,6 +150,66 @@ def layer_norm(module: nn.LayerNorm, x: Tensor, out: Tensor, noise: Noise, scale
     return _affine(F.layer_norm(x, module.normalized_shape, eps=module.eps), out, noise, scale)
 
 
+def channel_norm(
+    normalise: Callable[[Any, Tensor], Tensor],
+    module: nn.Module,
+    x: Tensor,
+    out: Tensor,
+    noise: Noise,
+    scale: float,
+) -> Tensor:
+    """Norms of channels (R * m, C, ..): weight and bias (C,) apply to the normalised input."""
+    result = by_row(out, noise, *out.shape[1:])  # (R, m, C, ..)
+    for name, values in noise.items():
+        shift = values.view(len(values), 1, -1, *[1] * (out.dim() - 2))
+        if name == "weight":
+            shift = by_row(normalise(module, x), noise, *out.shape[1:]) * shift
+        result = torch.add(result, shift.to(out.dtype), alpha=scale)
+    return result.reshape(out.shape)
+
+
+def _batch_normalised(module: nn.BatchNorm1d, x: Tensor) -> Tensor:
+    """Normalise with the running statistics, as in evaluation mode."""
+    return F.batch_norm(x, module.running_mean, module.running_var, eps=module.eps)
+
+
+def _group_normalised(module: nn.GroupNorm, x: Tensor) -> Tensor:
+    return F.group_norm(x, module.num_groups, eps=module.eps)
+
+
+batch_norm = partial(channel_norm, _batch_normalised)
+"""`nn.BatchNorm1d/2d/3d` in evaluation mode, with running statistics."""
+group_norm = partial(channel_norm, _group_normalised)
+"""`nn.GroupNorm`."""
+
+
+def broadcast(
+    module: nn.Module, method: Call, noise: Noise, scale: float, *args: Any, **kwargs: Any
+) -> Any:
+    """A module's own parameters, whose `forward` combines them with its input by broadcasting.
+
+    Inside the method each is a tensor with a first dimension of rows: (1, ..) becomes (R, ..), and
+    (..) becomes (R, 1, .., 1, ..) with as many dimensions as the input (R, ..).
+    """
+    x = next((each for each in (*args, *kwargs.values()) if torch.is_tensor(each)), None)
+    rows = len(next(iter(noise.values())))
+    if x is None or x.dim() == 0 or len(x) != rows:
+        raise RowMismatch(f"{type(module).__name__} does not get {rows} rows")
+    for name, values in noise.items():
+        parameter = module._parameters[name]
+        assert parameter is not None
+        moved = torch.add(parameter.detach(), values.to(parameter), alpha=scale)
+        shape = parameter.shape[1:] if parameter.shape[:1] == (1,) else parameter.shape
+        ones = [1] * (0 if parameter.shape[:1] == (1,) else x.dim() - 1 - len(shape))
+        # found before the parameter of that name
+        module.__dict__[name] = moved.reshape(rows, *ones, *shape)
+    try:
+        return method(*args, **kwargs)
+    finally:
+        for name in noise:
+            del module.__dict__[name]
+
+
 def rms_norm(module: nn.Module, x: Tensor, out: Tensor, noise: Noise, scale: float) -> Tensor:
     """RMSNorm of any library: weight multiplies `x / rms(x)`."""
     epsilon = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
@@ -163,6 +226,7 @@ _BY_TYPE: tuple[tuple[type | UnionType, Rule], ...] = (
     (Convolution, convolution),
     (nn.LayerNorm, layer_norm),
     (nn.RMSNorm, rms_norm),
+    (nn.GroupNorm, group_norm),
 )
 
 
@@ -175,6 +239,8 @@ def rule_for(module: nn.Module) -> Rule | None:
     for kind, rule in _BY_TYPE:
         if isinstance(module, kind):
             return rule
+    if isinstance(module, _BatchNorm):
+        return batch_norm if module.track_running_stats else None
     if isinstance(module, nn.Embedding):
         return embedding if module.max_norm is None else None
     name = type(module).__name__

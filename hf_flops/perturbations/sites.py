@@ -11,8 +11,8 @@ from torch import nn
 from ..base.patching import Call
 from .base import ParameterVector
 from .peft_rules import is_adapter_layer, prompt, wrapper_rule
-from .row_loop import looped
-from .rules import rule_for
+from .row_loop import looped, recurrent
+from .rules import broadcast, rule_for
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,11 @@ def _whole_sites(model: nn.Module, index: dict[int, int], names: Collection[int]
     owner = prompt_owner(model)
     inside: set[int] = set()  # modules inside a layer that runs row by row
     for module in model.modules():
-        if id(module) in inside or not (module is owner or is_adapter_layer(module)):
+        loops = isinstance(module, nn.RNNBase)
+        if id(module) in inside or not (module is owner or loops or is_adapter_layer(module)):
             continue
-        whole, prefix, method, rule = module, "", "forward", wrapper_rule(module)
+        whole, prefix, method = module, "", "forward"
+        rule = None if loops else wrapper_rule(module)
         if module is owner:
             whole, prefix, method = (
                 cast(Any, module).prompt_encoder,
@@ -65,7 +67,7 @@ def _whole_sites(model: nn.Module, index: dict[int, int], names: Collection[int]
         }
         if any(i in names for i in tensors.values()):
             inside.update(map(id, whole.modules()))
-            yield Site(module, tensors, looped, method)
+            yield Site(module, tensors, recurrent if loops else looped, method)
         elif rule is not None:
             # The tensors of the base layer have their own rules.
             tensors = {name: i for name, i in tensors.items() if not name.startswith("base_layer.")}
@@ -102,8 +104,10 @@ def find_sites(
         if not tensors:
             continue
         rule = rule_for(module)
-        if rule is None or not set(tensors) <= {"weight", "bias"}:
-            uncovered.update(tensors.values())
-        else:
+        if rule is not None and set(tensors) <= {"weight", "bias"}:
             sites.append(Site(module, tensors, rule))
+        elif rule is None and not isinstance(module, nn.RNNBase):
+            sites.append(Site(module, tensors, broadcast, "forward"))
+        else:
+            uncovered.update(tensors.values())
     return [site for site in sites if uncovered.isdisjoint(site.tensors.values())]

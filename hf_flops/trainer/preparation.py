@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from types import MethodType
 from typing import TYPE_CHECKING, Any, cast
 
 from accelerate import Accelerator
@@ -104,6 +105,19 @@ def uncompiled(model: Any) -> Any:
             "The model trains without torch.compile, which would hide its layers and its loss."
         )
     return inner
+
+
+def without_autocast(model: object) -> None:
+    """Undo what accelerate did to a model's forward for an earlier trainer in 16 bits."""
+    if not isinstance(model, nn.Module) or "_original_forward" not in vars(model):
+        return
+    original = vars(model).pop("_original_forward")
+    while hasattr(original, "__wrapped__"):
+        original = original.__wrapped__
+    function = getattr(original, "__func__", original)
+    vars(model).pop("forward", None)
+    if function is not type(model).forward:
+        model.forward = MethodType(function, model)
 
 
 def check_ready(model: nn.Module, data: object, needs_clean: bool, samples: int) -> None:

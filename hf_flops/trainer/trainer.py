@@ -43,6 +43,7 @@ from .preparation import (
     quantised_base_allowed,
     uncompiled,
     widen_trainable,
+    without_autocast,
     without_cache,
     wrap_with_adapter,
 )
@@ -122,6 +123,7 @@ class FlopsTrainerMixin(StockOverrides):
             kwargs["args"] = given = FlopsTrainingArguments() if args is None else args
         checked = check_arguments(given)
         model = uncompiled(model)
+        without_autocast(model)
         self._peft_config = peft_config
         if peft_config is not None and isinstance(model, nn.Module):
             model = wrap_with_adapter(model, peft_config)

@@ -280,3 +280,27 @@ def test_a_quantised_base_takes_an_adapter_from_the_trainer(tmp_path):
     )
     trainer.train()
     assert trainer.ledger.rows == 64
+
+
+def test_a_head_is_found_under_autocast_which_ends_with_its_run(tmp_path):
+    model = tiny_model("bert")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("classifier" in name or "self.query" in name)
+    data = as_dataset(tiny_batch("bert", 4))
+    inputs = {name: value for name, value in tiny_batch("bert", 4).items() if name != "labels"}
+    kinds = []
+    model.bert.encoder.layer[0].attention.self.query.register_forward_hook(
+        lambda module, args, out: kinds.append(out.dtype)
+    )
+    for half in (True, False):
+        args = training_arguments(tmp_path, bf16=half, max_steps=1)
+        trainer = FlopsTrainer(model, args, train_dataset=data)
+        trainer.train()
+        head = trainer.session.chosen.head
+        assert head is not None
+        assert head.module is model.classifier
+        kinds.clear()
+        with torch.no_grad():
+            trainer.model(**inputs)
+        assert kinds == [torch.bfloat16 if half else torch.float32]
+    assert "_original_forward" not in vars(model)
