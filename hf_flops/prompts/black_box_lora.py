@@ -98,7 +98,7 @@ class BlackBoxLoraModel(nn.Module):
         }
         sizes = {part: sum(map(math.prod, own.values())) for part, own in self.shapes.items()}
         tables = {part: torch.zeros(1, size) for part, size in sizes.items()}
-        self.adapter = nn.ModuleDict(
+        self.adapter: Any = nn.ModuleDict(
             {part: nn.Embedding.from_pretrained(t, freeze=False) for part, t in tables.items()}
         )
         for tensor in self._tensors("lora_A", self.adapter["lora_A"].weight.detach()[0]).values():
@@ -189,7 +189,7 @@ class BlackBoxLoraModel(nn.Module):
                 yield names
 
     def _write(self, folder: Path, adapter: dict[str, Tensor]) -> None:
-        self.lora.save_pretrained(folder)
+        self.lora.save_pretrained(str(folder))
         tensors = dict[str, Tensor]()
         for part, values in adapter.items():
             tensors |= self._tensors(part, values.detach().cpu())
