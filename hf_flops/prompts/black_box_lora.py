@@ -98,11 +98,11 @@ class BlackBoxLoraModel(nn.Module):
         }
         sizes = {part: sum(map(math.prod, own.values())) for part, own in self.shapes.items()}
         tables = {part: torch.zeros(1, size) for part, size in sizes.items()}
+        for tensor in self._tensors("lora_A", tables["lora_A"][0]).values():
+            nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))  # as PEFT does
         self.adapter: Any = nn.ModuleDict(
             {part: nn.Embedding.from_pretrained(t, freeze=False) for part, t in tables.items()}
         )
-        for tensor in self._tensors("lora_A", self.adapter["lora_A"].weight.detach()[0]).values():
-            nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))  # as PEFT does
 
     @torch.no_grad()
     def forward(
