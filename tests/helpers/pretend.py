@@ -210,6 +210,13 @@ def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     return target
 
 
+def _set(target: Tensor, storage: Any) -> Tensor:
+    """Let a tensor show all numbers of a storage, as `torch.save` does."""
+    memory = (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
+    target.data = _renamed(torch.frombuffer(memory, dtype=target.dtype), _OTHER)
+    return target
+
+
 class _Module(backend_registration._DummyBackendModule):
     """What torch, accelerate and transformers ask of a device's module."""
 
@@ -237,6 +244,7 @@ def _register() -> list[torch.library.Library]:
     everything.fallback(_fallback, "PrivateUse1")
     aten = torch.library.Library("aten", "IMPL")
     aten.impl("copy_", _copy, "PrivateUse1")
+    aten.impl("set_.source_Storage", _set, "PrivateUse1")
     convolve = partial(_fallback, torch.ops.aten.convolution.default)
     aten.impl("convolution_overrideable", convolve, "PrivateUse1")
     return [everything, aten]
@@ -256,6 +264,10 @@ OPTIONS = {"use_cpu": False, "dataloader_pin_memory": False}
 """Arguments of a Trainer on the device, which has no pinned memory."""
 
 
+def _loaded(load: Any, *args: Any, **kwargs: Any) -> Any:
+    return load(*args, **{**kwargs, "map_location": "cpu"})
+
+
 class Shown:
     """A context in which a Trainer with `OPTIONS` takes the device, until it is hidden."""
 
@@ -264,6 +276,8 @@ class Shown:
         self.patch = pytest.MonkeyPatch()
         self.patch.setenv("ACCELERATE_TORCH_DEVICE", NAME)
         self.patch.setattr(_module, "shown", True)
+        # memory of the device is that of tensors, so what is loaded comes by way of the CPU
+        self.patch.setattr(torch, "load", partial(_loaded, torch.load))
         return self
 
     def hide(self) -> None:
