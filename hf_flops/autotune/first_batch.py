@@ -290,6 +290,7 @@ def late_expansion(
 def logged_plan(model: nn.Module, reuse: ReusePlan) -> ReusePlan:
     """Log what runs once per sample, and return it."""
     names = [name for name, module in model.named_modules() if module in reuse.modules]
-    listed = len(names), ", ".join(names)
-    logger.info("Late expansion: %d modules run once per sample and step (%s).", *listed)
+    if names:
+        listed = len(names), ", ".join(names)
+        logger.info("Late expansion: %d modules run once per sample and step (%s).", *listed)
     return reuse

@@ -99,7 +99,7 @@ def prove(
     usual = args.perturbation in ("auto", "rowwise") and args.prefix_cache is None
     if not names or not usual or misaligned(inputs):
         return None
-    with Attempt("Checks go one by one", (Exception,)), moved_parameters(model):
+    with Attempt("Checks go one by one"), moved_parameters(model):
         perturbation = RowwiseNoise(model, ParameterVector.of(model, names), args.noise)
         proof = _Proof(args, model, forward, inputs, perturbation, precision)
         proven = proof.run()
@@ -227,7 +227,7 @@ class _Proof:
         objective.after = after
         ran: Counter[int] = Counter()
         with (
-            Attempt("A plan is not right", (Exception,)) as attempt,
+            Attempt("A plan is not right") as attempt,
             self.perturbation.applied(self.noise, self.scale, ran),
         ):
             noisy = objective(forward, rows)

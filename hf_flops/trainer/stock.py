@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerState
+from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.trainer_utils import has_length, rotate_checkpoints
 
 from ..autotune.protocol import Stateful
@@ -84,7 +85,7 @@ class StockOverrides(_Base):
 
     def create_model_card(self, *positional: Any, **options: Any) -> None:
         """Write the stock card, with our sections and tags beside those of model and caller."""
-        if hasattr(self.model, "config"):
+        if isinstance(self.model, (PreTrainedModel, PeftModel)):
             super().create_model_card(*positional, **options)
         elif self.is_world_process_zero():
             plain_card(self.args.output_dir, self.model)

@@ -201,9 +201,9 @@ def test_an_objective_without_such_a_scale_keeps_the_default_and_says_so(tmp_pat
         run.train()
     assert run.session.tuning.found == {
         "perturbation_scale": 1e-3,
-        "difference_signal_to_noise": 0.0,
+        "changed_queries": 0.0,
     }
-    assert "such as accuracy, as a Metric" in caplog.text
+    assert "No query of the first batch changes the objective" in caplog.text
 
 
 def on_embeddings(dtype):

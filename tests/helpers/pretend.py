@@ -226,6 +226,13 @@ class _Module(backend_registration._DummyBackendModule):
         """Return whether a test trains on the device."""
         return self.shown
 
+    def get_rng_state(self, device: object = None) -> Tensor:
+        """Return the state of the generator that the device has not got."""
+        return torch.empty(0, dtype=torch.uint8)
+
+    def set_rng_state(self, state: Tensor, device: object = None) -> None:
+        """Take a state from `get_rng_state`."""
+
     def synchronize(self, device: object = None) -> None:
         """Wait for the device."""
         _waits.add("synchronize")

@@ -351,9 +351,9 @@ def test_a_second_run_starts_with_nothing_learned_or_counted(arguments):
 
 def test_a_run_follows_what_the_arguments_say_by_then(arguments):
     trainer = FlopsTrainer(adapted(), arguments(max_steps=4), train_dataset=data(samples=16))
-    trainer.args.estimator, trainer.args.max_queries = "antithetic", 120
+    trainer.args.estimator, trainer.args.max_queries = "antithetic", 170
     trainer.train()
-    changed = short_run(arguments(max_steps=4, estimator="antithetic", max_queries=120))
+    changed = short_run(arguments(max_steps=4, estimator="antithetic", max_queries=170))
     assert trainer.state.global_step == changed.state.global_step < 4
     assert flat(trainer).equal(flat(changed))
 

@@ -508,13 +508,12 @@ def test_no_log_is_written_unless_asked_for(tmp_path):
 
 def test_a_log_of_other_noise_is_not_replayed(tmp_path, monkeypatch):
     trained(tmp_path)
-    kept = streams._SIGNS.clone()
-    monkeypatch.setattr(
-        streams, "_SIGNS", -kept
-    )  # as another version of the library might draw them
+    kept = streams._signs
+    # as another version of the library might draw them
+    monkeypatch.setattr(streams, "_signs", lambda device: -kept(device))
     with pytest.raises(
         TrajectoryError, match=r"where the same seed draws other noise \(torch .*replay it there"
     ):
         replay(tmp_path)
-    monkeypatch.setattr(streams, "_SIGNS", kept)
+    monkeypatch.setattr(streams, "_signs", kept)
     assert replay(tmp_path).step == 2
