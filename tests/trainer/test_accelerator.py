@@ -10,11 +10,8 @@ import torch
 from transformers import TrainerCallback
 
 from hf_flops import FlopsTrainer, Metric, SuffixPromptModel
-from hf_flops.diagnosis import doctor
 from hf_flops.objectives import MacroF1
 from hf_flops.trainer.presets import CHOICES
-from hf_flops.trajectory.replay import replay
-from hf_flops.trajectory.verify import verify
 from tests.contrastive.test_contrastive import adapted as adapted_pairs
 from tests.helpers import pretend
 from tests.helpers.pairs import as_pairs, collate, pair_batch
@@ -158,29 +155,7 @@ def test_chunks_that_do_not_fit_are_halved(tmp_path, device, caplog):
     torch.testing.assert_close(flat(found), flat(wanted), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("noise", ["rademacher", "gaussian"])
-def test_a_log_of_the_device_replays_on_both(noise, tmp_path, device):
-    options = {"trajectory_log": True, "noise": noise, "save_strategy": "steps", "save_steps": 3}
-    trained = run(tmp_path, options=options)
-    rebuilt = replay(tmp_path)
-    for name, value in parameters(trained).items():
-        torch.testing.assert_close(rebuilt.parameters[name].detach().cpu(), value.cpu())
-    assert verify(tmp_path, tmp_path / "checkpoint-3").right
-    device.hide()
-    rebuilt = replay(tmp_path)
-    for name, value in parameters(trained).items():
-        found = rebuilt.parameters[name].detach()
-        assert found.device.type == "cpu"
-        torch.testing.assert_close(found, value.cpu())
-
-
 @pytest.mark.parametrize("metric", [partial(Metric, "accuracy"), MacroF1])
 def test_metrics_are_trained_on(metric, tmp_path, device):
     trainer = run(tmp_path, "bert", objective=metric(), options={"perturbation_scale": 0.1})
     assert flat(trainer).isfinite().all()
-
-
-def test_the_doctor_examines(tmp_path, device):
-    args = short(tmp_path, **pretend.OPTIONS, rows_per_forward=16)
-    found = doctor(adapted(), data(samples=16), args=args, steps=2)
-    assert {rule.way for rule in found.rules} == {"exact", "per row"}
