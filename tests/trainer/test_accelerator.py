@@ -18,6 +18,8 @@ from tests.helpers.pairs import as_pairs, collate, pair_batch
 from tests.helpers.runs import adapted, data, flat, logged, parameters, short
 from tests.helpers.tiny import tiny_model
 
+pytestmark = pytest.mark.slow
+
 BUDGET = 12  # waits per optimizer step
 # a model that is masked asks at every forward whether the mask is empty, also in plain inference
 MODELS_OWN = "transformers/masking_utils.py"
