@@ -13,6 +13,7 @@ from ..base.batch import Inputs, batch_size, take
 from ..base.rows import Rows, expand
 from ..core.chunking import ChunkPlanner, in_chunks
 from ..core.method import Method
+from ..errors import ConfigurationError
 from ..objectives import Forward
 from ..perturbations import NoiseKeys, RowwiseNoise
 
@@ -157,26 +158,37 @@ def choose_step_scale(
     return (scales[best], float(shares[best])) if shares[best] > 0 else (None, 0.0)
 
 
-def agreement(forward: Forward, inputs: Inputs, method: Method, seed: int = 0) -> tuple[float, int]:
-    """Return the correlation of the same queries' deltas at neighbouring scales, the larger one of
-    two pairs up to the method's scale, and the rows that went through the model.
+def require_visible(forward: Forward, inputs: Inputs, method: Method, seed: int = 0) -> int:
+    """Require that an engine's rounding does not swallow the noise; return the rows used.
 
-    It is near 1 where deltas are derivatives. Rounding lowers it for all pairs, curvature for the
-    larger scales only.
+    Deltas of the same queries at neighbouring scales correlate by nearly 1 where they are
+    derivatives. Rounding lowers this for all pairs of scales, curvature for the larger ones only,
+    so the best of two pairs up to the method's scale counts.
 
     Args:
         forward: runs the model, in evaluation mode, without gradients.
         inputs: a batch of B samples.
         method: how gradients are estimated.
         seed: the run's seed.
+
+    Raises:
+        ConfigurationError: the correlation is below 0.7.
     """
     method = replace(method, objective=method.objective.surrogate)
     grid = tuple(method.scale * 10**power for power in (-1.0, -0.5, 0.0))
     deltas, rows = _evaluated(forward, inputs, method, seed, grid, 16)
     deltas = deltas[:, deltas.isfinite().all(0)]
     if not deltas.numel():
-        return 1.0, rows
-    return float(torch.cosine_similarity(deltas[1:], deltas[:-1], dim=1).max()), rows
+        return rows
+    correlation = float(torch.cosine_similarity(deltas[1:], deltas[:-1], dim=1).max())
+    if correlation < 0.7:
+        raise ConfigurationError(
+            f"perturbation_scale={method.scale:g} is lost in the engine's rounding: differences of "
+            f"the same queries at smaller scales correlate by {correlation:.2f} only. Run the "
+            "engine in float32 (vLLM: --dtype float32), or pass a larger perturbation_scale, or "
+            "'auto'."
+        )
+    return rows
 
 
 def _evaluated(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from ..base.batch import Inputs, batch_size
+from ..base.batch import ROW, Inputs, batch_size
 from ..base.rows import BatchPosition
 from ..base.state import State
 from ..core.method import FinishedBatch, Method, StepResult
@@ -99,6 +100,12 @@ class Batch:
     def samples(self) -> int:
         """Number of samples, B."""
         return batch_size(self.inputs)
+
+    def numbered_for(self, method: Method) -> Batch:
+        """Return the batch with its rows numbered, if the objective needs that."""
+        if not method.objective.numbered:
+            return self
+        return replace(self, inputs={**self.inputs, ROW: torch.arange(self.samples)})
 
 
 @dataclass(frozen=True)

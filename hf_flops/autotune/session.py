@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from ..allocators import ALLOCATORS, Allocator
-from ..base.batch import ROW
 from ..base.padding import TrimmedBatch
 from ..base.rounding_error import precision_of
 from ..base.rows import BatchPosition
@@ -24,13 +23,13 @@ from ..core.estimate import estimate_gradient
 from ..core.method import Method, StepResult
 from ..distributed.collectives import ProcessGroup
 from ..distributed.exchange import EXCHANGES
-from ..errors import ConfigurationError, ObjectiveError
+from ..errors import ObjectiveError
 from ..estimators import ESTIMATORS, Estimator, HeadSolver
 from ..estimators.control_variate import control_variate
 from ..objectives import CoupledLoss, Objective, RowLossError, RowwiseLoss, TappedLoss
 from ..perturbations import ParameterVector, Perturbation
 from ..reuse import ReusePlan
-from .epsilon import agreement
+from .epsilon import require_visible
 from .first_batch import Chosen, held_back, set_up
 from .protocol import Averaging, Batch, Observer, RunArguments, Stateful, seed_of
 from .row_loss_check import loss_of_batch
@@ -150,27 +149,11 @@ class SampleSession:
         )
         assert self.chosen is not None
         if new and getattr(self.model, "measures_noise", False) and not self.tuning.found:
-            self._check_rounding(batch, method)
+            forward = batch.checks or batch.forward
+            self.tuning.rows += require_visible(forward, batch.inputs, method, seed_of(self.args))
         self.chosen = replace(self.chosen, reuse=method.reuse)  # the tuning may have refined it
         self._method = self._agreed(method) if new else method
         self.check_rows, self.tuning.rows = self.check_rows + self.tuning.rows, 0
-
-    def _check_rounding(self, batch: Batch, method: Method) -> None:
-        """Refuse an engine whose rounding swallows the noise.
-
-        Raises:
-            ConfigurationError: it does.
-        """
-        forward = batch.checks or batch.forward
-        correlation, rows = agreement(forward, batch.inputs, method, seed_of(self.args))
-        self.tuning.rows += rows
-        if correlation < 0.7:
-            raise ConfigurationError(
-                f"perturbation_scale={method.scale:g} is lost in the engine's rounding: "
-                f"differences of the same queries at smaller scales correlate by {correlation:.2f} "
-                "only. Run the engine in float32 (vLLM: --dtype float32), or pass a larger "
-                "perturbation_scale, or 'auto'."
-            )
 
     def _assembled(self, precision: float, step: int) -> Method:
         """Put the method together, as far as the arguments fix it."""
@@ -228,7 +211,7 @@ class SampleSession:
         """See `GradientSession`."""
         assert self._method is not None
         method, ids = self._method, batches[0].ids
-        batches = [numbered(batch, method) for batch in batches]
+        batches = [batch.numbered_for(method) for batch in batches]
         # what is recorded of the next batch is not about these
         if len(batches) > 1 or batches[0].step < 0:
             method, ids = replace(method, reuse=ReusePlan()), None
@@ -255,7 +238,7 @@ class SampleSession:
         assert self._method is not None
         return estimate_gradient(
             batch.forward,
-            numbered(batch, self._method).inputs,
+            batch.numbered_for(self._method).inputs,
             self._method,
             position,
             averaging.elements,
@@ -312,10 +295,3 @@ class SampleSession:
         solved = self.solver.objective
         objective = {} if solved is None else {"solved_head_loss": solved}
         return {**self.tuning.found, **scale, **objective}
-
-
-def numbered(batch: Batch, method: Method) -> Batch:
-    """Return a batch with its rows numbered, if the objective needs that."""
-    if not method.objective.numbered:
-        return batch
-    return replace(batch, inputs={**batch.inputs, ROW: torch.arange(batch.samples)})

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from .clipping import Clipping
 from .closed_form_head import ClosedFormHead, find_head
-from .control_variate import CONTROL_VARIATES, ControlVariate, LogitJacobian, Prediction
+from .control_variate import CONTROL_VARIATES, ControlVariate, LogitJacobian
 from .delta_chain import Chain, DeltaTransform, FiniteDifference, LeaveOneOut, Residual
 from .differences import Antithetic, Estimator, OneSided
 from .head_solver import HeadSolver
+from .prediction import Prediction
 
 __all__ = [
     "CONTROL_VARIATES",

@@ -20,8 +20,9 @@ from ..base.rows import Rows
 from ..base.transfer import onto
 from ..perturbations import Perturbation
 from ..perturbations.base import DrawnNoise
-from .control_variate import ControlVariate, Prediction
+from .control_variate import ControlVariate
 from .differences import Estimator, against_others
+from .prediction import Prediction
 
 
 @dataclass(frozen=True)

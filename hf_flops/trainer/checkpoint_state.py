@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..autotune.protocol import Stateful
 from ..base.state import State
-from ..errors import ConfigurationError, in_one_line
+from ..errors import ConfigurationError, FlopsError, in_one_line
 
 logger = logging.getLogger("hf_flops.trainer")
 STATE_FILE, TENSOR_FILE = "flops_state.json", "flops_state.safetensors"
@@ -56,7 +56,7 @@ def load_state(folder: str | None, parts: Mapping[str, Stateful]) -> None:
         logger.warning(message, folder, STATE_FILE, ", ".join(parts))
         return
     tensor_path = path.with_name(TENSOR_FILE)
-    with _damage_named(tensor_path):
+    with damage_named(tensor_path):
         tensors = load(tensor_path.read_bytes()) if tensor_path.is_file() else {}
 
     def with_tensors(value: State) -> Any:
@@ -66,7 +66,7 @@ def load_state(folder: str | None, parts: Mapping[str, Stateful]) -> None:
             raise KeyError(f"{TENSOR_FILE} lacks {value[_TENSOR]}")
         return tensors[value[_TENSOR]]
 
-    with _damage_named(path):
+    with damage_named(path):
         state = json.loads(path.read_text(), object_hook=with_tensors)
         kinds = dict(state.get("kinds", {}))
     for name, part in parts.items():
@@ -78,7 +78,7 @@ def load_state(folder: str | None, parts: Mapping[str, Stateful]) -> None:
         elif name not in state:
             logger.warning("%s has no state of the %s, which starts afresh.", path, name)
         else:
-            with _damage_named(path, f" in the state of the {name}"):
+            with damage_named(path, f" in the state of the {name}"):
                 part.load_state_dict(state[name])
 
 
@@ -88,18 +88,21 @@ def read_json(path: Path, *keys: str) -> Any:
     Raises:
         ConfigurationError: it is no JSON, or there is no such key.
     """
-    with _damage_named(path):
+    with damage_named(path):
         return reduce(getitem, keys, json.loads(path.read_text()))
 
 
 @contextmanager
-def _damage_named(path: Path, where: str = "") -> Iterator[None]:
-    """Turn an error inside the context, which reads a file, into one that names it."""
+def damage_named(path: Path, where: str = "") -> Iterator[None]:
+    """Turn an error inside the context, which reads a file or a folder, into one that names it."""
     try:
         yield
+    except (FlopsError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # what a part makes of values that are not its own
         reason = f"{type(error).__name__}: {in_one_line(error)}"
-        raise ConfigurationError(f"{path} is damaged{where}: {reason}.") from error
+        wrong = "cannot be loaded" if path.is_dir() else "is damaged"
+        raise ConfigurationError(f"{path} {wrong}{where}: {reason}.") from error
 
 
 def _without_tensors(state: Any, key: str, tensors: dict[str, Tensor]) -> Any:

@@ -21,7 +21,7 @@ from ..distributed.collectives import ProcessGroup
 from ..reporting.callbacks import RunCosts
 from ..reporting.model_card import complete_card, plain_card
 from .batches import SAMPLE_ID, without_ids
-from .checkpoint_state import STATE_FILE, load_state, read_json, save_state
+from .checkpoint_state import STATE_FILE, damage_named, load_state, read_json, save_state
 from .checkpoints import CheckpointWriter, generator_states, rerooted
 from .integrity import STATE
 from .multiprocess import undivided_loader
@@ -111,7 +111,8 @@ class StockOverrides(_Base):
             save_state(output_dir, self._parts())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with damage_named(Path(checkpoint or "")):
+            super()._load_optimizer_and_scheduler(checkpoint)
         load_state(checkpoint, self._parts())
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
@@ -142,22 +143,23 @@ class StockOverrides(_Base):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not OutsideParameters(model or self._whole).load_from(resume_from_checkpoint):
-            with device_map_hidden(self.model):
+            with damage_named(Path(resume_from_checkpoint)), device_map_hidden(self.model):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        best = OutsideParameters(self._whole)
-        if not best.load_from(str(self.state.best_model_checkpoint)):
-            with device_map_hidden(self.model):
+        best, folder = OutsideParameters(self._whole), str(self.state.best_model_checkpoint)
+        if not best.load_from(folder):
+            with damage_named(Path(folder)), device_map_hidden(self.model):
                 super()._load_best_model()
-            best.load_from(str(self.state.best_model_checkpoint))
+            best.load_from(folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         with private(self.args, output_dir or self.args.output_dir):
             super()._save(output_dir, state_dict)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        with generator_states(checkpoint, self.args) as folder:
+        named = damage_named(Path(checkpoint or ""))
+        with named, generator_states(checkpoint, self.args) as folder:
             super()._load_rng_state(folder)
 
     def _get_output_dir(self, trial: Any) -> str:

@@ -148,13 +148,11 @@ class FlopsTrainerMixin(StockOverrides):
             lambda: self.get_total_train_batch_size(self.args),
         )
         after = AfterStep(lambda: self.session)
-        for callback in (after, self.query_budget, self._sigterm, self.recorder):
-            if callback is not None:
-                self.add_callback(callback)
+        for callback in filter(None, (after, self.query_budget, self._sigterm, self.recorder)):
+            self.add_callback(callback)
         self.costs = add_reports(self, lambda: self.ledger)
         clean = (allocator or ALLOCATORS[str(checked.allocator)]()).needs_clean
-        batch = checked.per_device_train_batch_size
-        check_ready(self.model, self.train_dataset, clean, batch)
+        check_ready(self.model, self.train_dataset, clean, checked.per_device_train_batch_size)
         widen_trainable(self.model)
         add_tags(self.model, self._tag_names)
 

@@ -154,6 +154,28 @@ def test_a_value_out_of_range_is_named_by_file_and_part(keys, value, saved, tmp_
         run(tmp_path, str(folder), **AUTO)
 
 
+@pytest.mark.parametrize(
+    "name", ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"]
+)
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 is no file of this kind"])
+def test_a_forged_file_of_the_stock_trainers_is_refused(name, content, saved, tmp_path):
+    folder = tmp_path / "checkpoint-1"
+    shutil.copytree(saved, folder)
+    (folder / name).write_bytes(content)
+    seal(folder)
+    with pytest.raises(ConfigurationError, match="checkpoint-1 cannot be loaded: "):
+        run(tmp_path, str(folder))
+
+
+def test_a_forged_best_model_is_refused(tmp_path):
+    judged(tmp_path, max_steps=2)
+    folder = tmp_path / "checkpoint-1"
+    (folder / "adapter_model.safetensors").write_bytes(b"no tensors")
+    seal(folder)
+    with pytest.raises(ConfigurationError, match="checkpoint-1 cannot be loaded: "):
+        judged(tmp_path, str(tmp_path / "checkpoint-2"), max_steps=3)
+
+
 # --- where a run lives
 
 
