@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.batch import Inputs, batch_size
+from ..base.transfer import to_host
 from ..errors import ObjectiveError
 from ..objectives import BatchLoss, Forward
 from .loss import SIDES, BatchContrast, ContrastiveLoss, DualEncoder, text_keys
@@ -39,6 +40,13 @@ def _accepted(base: DualEncoder, side: str) -> tuple[Callable[..., Any], list[st
     return method, [
         name for name, p in inspect.signature(method).parameters.items() if p.kind != p.VAR_KEYWORD
     ]
+
+
+def scale_and_bias(base: DualEncoder) -> tuple[float, float]:
+    """Return the factor of a model's cosines, and what is added to the scaled ones."""
+    both = base.logit_scale, getattr(base, "logit_bias", None)
+    scale, *bias = to_host(*(part.detach() for part in both if part is not None))
+    return float(scale.double().exp()), float(bias[0]) if bias else 0.0
 
 
 def tower_forward(base: DualEncoder, side: str) -> Forward:

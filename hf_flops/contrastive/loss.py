@@ -8,7 +8,8 @@ other forward.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -17,10 +18,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..base.batch import Inputs
+from ..base.transfer import onto, to_host
 from ..errors import ConfigurationError, ObjectiveError
 from ..objectives import Forward, Objective, RowLosses
 from ..objectives.elementwise import widen
-from .similarity import SigmoidTerms, SoftmaxTerms, Terms
+from ..perturbations import accumulator
+from .similarity import SigmoidTerms, SoftmaxTerms, Terms, placed
 
 SIDES = ("image", "text")
 KINDS = ("auto", "softmax", "sigmoid")
@@ -50,15 +53,14 @@ class ContrastiveBatch:
     def __init__(
         self, texts: Tensor, images: Tensor, terms: Terms, scale: float, bias: float = 0.0
     ) -> None:
-        self.embeddings = {
-            "text": texts.detach().double().cpu(),
-            "image": images.detach().double().cpu(),
-        }
+        texts, images = to_host(texts.detach(), images.detach())
+        self.embeddings = {"text": texts.double(), "image": images.double()}
         self.units = {
             side: F.normalize(values, dim=-1, eps=1e-30) for side, values in self.embeddings.items()
         }
         self.terms, self.scale, self.bias = terms, scale, bias
         self.logits = scale * self.units["text"] @ self.units["image"].mT + bias
+        self._places = dict[torch.device, _Place]()
 
     @cached_property
     def slopes(self) -> Tensor:
@@ -111,14 +113,34 @@ class ContrastiveBatch:
             owner: (R,) int64, which one each row replaces.
             embeddings: (R, D) by what, not normalised.
         """
-        owner, embeddings = owner.cpu(), embeddings.detach().double().cpu()
-        terms, logits, other = self.terms, self.logits, "text"
+        device = embeddings.device
+        if device not in self._places:
+            self._places[device] = _Place.of(self, device)
+        place = self._places[device]
+        owner, embeddings = onto(owner, device), embeddings.detach().to(place.logits.dtype)
+        terms, logits, other = place.terms, place.logits, "text"
         if side == "text":
             terms, logits, other = terms.T, logits.T, "image"
-        moved = F.normalize(embeddings, dim=1, eps=1e-30) - self.units[side][owner]
-        changes = terms.changes(logits, owner, self.scale * moved @ self.units[other].T)
-        sums = len(self.units[side]) * (terms.elements(logits).sum(0)[owner] + changes)
+        moved = F.normalize(embeddings, dim=1, eps=1e-30) - place.units[side][owner]
+        changes = terms.changes(logits, owner, self.scale * moved @ place.units[other].T)
+        sums = len(place.units[side]) * (terms.elements(logits).sum(0)[owner] + changes)
         return RowLosses(sums, torch.ones_like(sums), logits=embeddings)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What `ContrastiveBatch.replaced` reads of a batch, on a device."""
+
+    units: Mapping[str, Tensor]
+    logits: Tensor
+    terms: Terms
+
+    @classmethod
+    def of(cls, batch: ContrastiveBatch, device: torch.device) -> _Place:
+        """Send a batch to a device."""
+        wide = accumulator(device)
+        units = {side: onto(values, device, wide) for side, values in batch.units.items()}
+        return cls(units, onto(batch.logits, device, wide), placed(batch.terms, device, wide))
 
 
 class ContrastiveLoss(Objective):
@@ -270,5 +292,5 @@ class BatchContrast(Objective):
 
 def text_keys(inputs: Inputs) -> Tensor:
     """Return (C, L) what tells the texts of a batch apart: their tokens, padding left out."""
-    tokens, mask = inputs["input_ids"].cpu(), inputs.get("attention_mask")
-    return tokens if mask is None else torch.where(mask.cpu() != 0, tokens, -1)
+    tokens, mask = inputs["input_ids"], inputs.get("attention_mask")
+    return (tokens if mask is None else torch.where(mask != 0, tokens, -1)).cpu()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..base.state import State
+from ..base.transfer import to_host
 from ..estimators import ClosedFormHead
 from ..estimators.feature_solver import FeatureSolver, minimise
 from .loss import SIDES
@@ -109,9 +110,9 @@ class ProjectionSolver(FeatureSolver):
         if self.heads and _names(self.heads) != _names(heads):
             self._batches, self._last, self._prior, self._solution = [], {}, {}, {}
         self.heads, self._scale, self._bias = dict(heads), scale, bias
-        for side, head in heads.items():
-            self._prior.setdefault(side, head.weights())
-            self._solution.setdefault(side, head.weights())
+        for side in heads.keys() - self._solution.keys():
+            self._solution[side] = heads[side].weights()
+            self._prior.setdefault(side, self._solution[side])
 
     def add(
         self,
@@ -130,7 +131,8 @@ class ProjectionSolver(FeatureSolver):
             ids: (B,) of the images, if they have any.
             given: whether the labels are the user's.
         """
-        parts = {side: part.detach().float().cpu() for side, part in inputs.items()}
+        values = to_host(*(part.detach().float() for part in inputs.values()))
+        parts = dict(zip(inputs, values, strict=True))
         if not all(bool(part.isfinite().all()) for part in parts.values()):
             return
         number = len(labels)
@@ -173,8 +175,7 @@ class ProjectionSolver(FeatureSolver):
         minimise(vector, mean)
         if bool(vector.isfinite().all()):
             for side, weight in loss.weights(vector).items():
-                self.heads[side].write(weight)
-                self._solution[side] = self.heads[side].weights()
+                self._solution[side] = self.heads[side].write(weight)
             self.objective = sum(batch.loss for batch in loss.batches(vector)) / total
 
     def _groups(self, weights: Sequence[Tensor]) -> list[Group]:

@@ -29,6 +29,7 @@ from .dual_encoder import (
     contrastive_base,
     require_return_loss,
     same_texts,
+    scale_and_bias,
     tower_forward,
     tower_inputs,
 )
@@ -154,7 +155,7 @@ class ContrastiveSession:
     def _matches(self, batch: Batch, parts: TowerInputs) -> bool:
         """Return whether the model's own loss of a batch is that of its towers' embeddings."""
         with Attempt("The towers' embeddings make no loss"):
-            contrastive = self._loss_of(parts, self._contrast(None, given=False)).loss
+            contrastive = self._loss_of(parts, self._contrast(None, scale_and_bias(self.base))).loss
             loss = batch.forward(batch.inputs)[0]
             return loss is not None and agree(
                 torch.tensor(float(loss), dtype=torch.float64),
@@ -177,8 +178,8 @@ class ContrastiveSession:
         """
         parts, labels = self.split(batch.inputs)
         given = "labels" in batch.inputs
-        contrast, batches = self._contrast(labels, given=given), averaging.batches
-        solved = self._bind_solver()
+        scaling, batches = scale_and_bias(self.base), averaging.batches
+        contrast, solved = self._contrast(labels, scaling, given=given), self._bind_solver(*scaling)
         if solved and self.solver.primes(batch.step, self._steps):
             towers = {side: replace(tower, method=None) for side, tower in self.towers.items()}
         else:
@@ -197,7 +198,7 @@ class ContrastiveSession:
 
     def finish_step(self, epoch: float) -> None:
         """See `GradientSession`."""
-        if self._bind_solver():
+        if self._bind_solver(*scale_and_bias(self.base)):
             self.solver.finish_step(epoch)
 
     def fall_back(self, error: RowLossError, *, recorded: bool) -> None:
@@ -240,13 +241,14 @@ class ContrastiveSession:
             self._warned = True
         return {side: numbered(part) for side, part in parts.items()}, labels
 
-    def _contrast(self, labels: Tensor | None, *, given: bool) -> Contrast:
+    def _contrast(
+        self, labels: Tensor | None, scaling: tuple[float, float], *, given: bool = False
+    ) -> Contrast:
         """Return the function from embeddings of texts (C, D) and images (B, D) to their loss."""
-        scale, bias = self._scale_and_bias()
 
         def batch(texts: Tensor, images: Tensor) -> ContrastiveBatch:
             terms = self._terms(len(texts), len(images), labels, given=given)
-            return ContrastiveBatch(texts, images, terms, scale, bias)
+            return ContrastiveBatch(texts, images, terms, *scaling)
 
         return batch
 
@@ -255,17 +257,12 @@ class ContrastiveSession:
         sigmoid = getattr(self.base, "logit_bias", None) is not None
         return self.contrast.terms(texts, images, labels, sigmoid=sigmoid, given=given)
 
-    def _scale_and_bias(self) -> tuple[float, float]:
-        """Return the factor of the cosines, and what is added to the scaled ones."""
-        bias = getattr(self.base, "logit_bias", None)
-        return float(self.base.logit_scale.double().exp()), 0.0 if bias is None else float(bias)
-
-    def _bind_solver(self) -> bool:
+    def _bind_solver(self, scale: float, bias: float) -> bool:
         """Return whether projections are solved for; tell the solver how things are now."""
         heads = {side: tower.head for side, tower in self.towers.items() if tower.head is not None}
         if self.args.closed_form_head != "solve" or not heads:
             return False
-        self.solver.bind(heads, *self._scale_and_bias())
+        self.solver.bind(heads, scale, bias)
         return True
 
     def _complete(self, parts: TowerInputs, queries: int, contrast: Contrast, seed: int) -> None:

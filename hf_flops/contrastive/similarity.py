@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..base.transfer import onto
+
 
 @dataclass(frozen=True)
 class SoftmaxTerms:
@@ -109,6 +111,12 @@ class SigmoidTerms:
 
 Terms = SoftmaxTerms | SigmoidTerms
 """A loss of the similarities (C, B) of C texts and B images, as a sum over their elements."""
+
+
+def placed(terms: Terms, device: torch.device, dtype: torch.dtype) -> Terms:
+    """Return a loss with its numbers on a device."""
+    kind = type(terms)
+    return kind(*(onto(getattr(terms, field.name), device, dtype) for field in fields(kind)))
 
 
 def stacked(terms: Sequence[Terms]) -> Terms:

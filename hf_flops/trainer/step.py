@@ -15,6 +15,7 @@ from ..autotune.first_batch import held_back
 from ..autotune.protocol import Batch, GradientSession, Observer
 from ..base.batch import Inputs
 from ..base.rows import BatchPosition
+from ..base.transfer import onto
 from ..core.method import FinishedBatch
 from ..perturbations import ParameterVector
 from .batches import averaging, forward_function
@@ -123,7 +124,7 @@ def _estimate(
     for observer in observers:
         if observer is not None:
             observer.observe(finished)
-    return result.loss.to(trainer.args.device)
+    return onto(result.loss, trainer.args.device)
 
 
 def _checked(trainer: FlopsTrainerMixin, batch: Batch) -> Callable[[], str]:
