@@ -103,10 +103,11 @@ def steps(folder: Path) -> int:
 def disturb(options: dict[str, Any], kills: int, rng: random.Random) -> list[dict[str, Any]]:
     """Run to the end, with kills on the way; return what happened at each."""
     seen: list[dict[str, Any]] = []
+    name = Path(options["output_dir"]).name
     while True:
         folder = Path(options["output_dir"])
         if folder.exists() and rng.random() < 0.5:
-            folder = folder.rename(folder.with_name(f"moved-{len(seen)}"))
+            folder = folder.rename(folder.with_name(f"{name} moved {len(seen)}"))
             options["output_dir"] = str(folder)
         processes, before = rng.choice([1, 2]), steps(folder)
         run, begun = Run(processes, options), time.monotonic()

@@ -92,9 +92,9 @@ def build(options: dict[str, Any], act: Any = None) -> FlopsTrainer:
     )
     if spread:
         shard(model, kind, adapters=spread == "all")
-    args.per_device_train_batch_size = (
-        samples // args.gradient_accumulation_steps // args.world_size
-    )
+    whole = args.accelerator_config.split_batches
+    parts = args.gradient_accumulation_steps * (1 if whole else args.world_size)
+    args.per_device_train_batch_size = samples // parts
     data = [{**row, "sample_id": i} for i, row in enumerate(as_dataset(batch))]
     held_out = data if args.eval_strategy != "no" else None
     return FlopsTrainer(

@@ -50,9 +50,9 @@ def launch(launcher, runs, *, timeout=300, environment=None):
     )
 
 
-def alone(folder, **options):
+def alone(folder, resume=None, **options):
     trainer = build({**BASE, "output_dir": str(folder), **options})
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     parameters = {
         name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad
     }
@@ -83,8 +83,14 @@ def test_two_processes_go_the_way_of_one_and_one_goes_on_from_their_checkpoint(t
         {**BASE, **every, **search[r], "output_dir": str(tmp_path / r), "reduce": r, "name": r}
         for r in REDUCE
     ]
+    whole = {"accelerator_config": {"split_batches": True}, "name": "split"}
+    runs.append({**BASE, **every, **whole, "output_dir": str(tmp_path / "split")})
     done = launch([*TORCHRUN, "2"], runs)
     assert done.returncode == 0, done.stderr
+    wanted = alone(tmp_path / "alone")
+    same(tmp_path / "split", "split", wanted)
+    again = alone(tmp_path / "split", resume=str(tmp_path / "split" / "checkpoint-2"))[0]
+    torch.testing.assert_close(again, wanted[0], rtol=0, atol=1e-5)
     for reduce in REDUCE:
         folder, wanted = (
             tmp_path / reduce,
