@@ -1,7 +1,8 @@
 """A run that is killed again and again (`kill -9` at random moments) and resumed each time, on one
 process or two, in a folder that is renamed in between.
 
-It must end with the parameters of the run that was never disturbed. Every process of the run is
+It must end with the parameters of the run that was never disturbed (in float64: rounding differs
+with the number of processes, and Adam enlarges it). Every process of the run is
 killed at once, so that a kill can hit the middle of a save. Lives are forks of this process, which
 has imported everything already.
 
@@ -41,7 +42,8 @@ BEST = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": Tru
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "gradient": {},
     "scalars": {"reduce": "scalars"},
-    "best model": {**BEST, "save_total_limit": 2},
+    # 64 samples: of a number that processes cannot share evenly, the stock loss counts some twice
+    "best model": {**BEST, "save_total_limit": 2, "size": 64},
     "max_queries": {"max_queries": 0},  # filled in: the steps less a quarter
 }
 
@@ -130,7 +132,13 @@ def disturb(options: dict[str, Any], kills: int, rng: random.Random) -> list[dic
 
 def compare(name: str, chosen: argparse.Namespace, kills: int, scratch: Path) -> dict[str, Any]:
     """Return the kills of a configuration, and how far its end is from the undisturbed run's."""
-    common = {"samples": 8, "size": 62, "max_steps": chosen.steps, "logging_steps": 50}
+    common = {
+        "double": True,
+        "samples": 8,
+        "size": 62,
+        "max_steps": chosen.steps,
+        "logging_steps": 50,
+    }
     common |= {"save_total_limit": 3, "save_strategy": "steps", "save_steps": 1}
     common |= CONFIGURATIONS[name]
     if "max_queries" in common:  # rows of a step, and of the checks

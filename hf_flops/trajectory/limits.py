@@ -16,7 +16,7 @@ from ..errors import FlopsError, TrajectoryError, in_one_line
 MOST_THREADS = 512
 MOST_NUMBERS = 2**31  # of all initial tensors
 MOST_NOISE = 2**32  # numbers of the noise of a chunk of rows, which is drawn at once
-_DEVICES = ("cpu", "cuda", "mps", "xpu")
+DEVICES = ("cpu", "cuda", "mps", "xpu")
 _KINDS = ("float16", "bfloat16", "float32", "float64", "int64", "int32", "uint8", "bool")
 
 
@@ -43,8 +43,8 @@ def threads(value: Any) -> int:
 
 def device(value: Any) -> str:
     """Return the type of a device."""
-    if value not in _DEVICES:
-        raise ValueError(f"{value!r:.50} is none of the devices {', '.join(_DEVICES)}")
+    if value not in DEVICES:
+        raise ValueError(f"{value!r:.50} is none of the devices {', '.join(DEVICES)}")
     return str(value)
 
 
