@@ -2,9 +2,9 @@
 process or two, in a folder that is renamed in between.
 
 It must end with the parameters of the run that was never disturbed (in float64: rounding differs
-with the number of processes, and Adam enlarges it). Every process of the run is
-killed at once, so that a kill can hit the middle of a save. Lives are forks of this process, which
-has imported everything already.
+with the number of processes, and Adam enlarges it). Every process of the run is killed at once, so
+that a kill can hit the middle of a save. Lives are forks of this process, which has imported
+everything already.
 
     python benchmarks/kills.py --kills 40
 """

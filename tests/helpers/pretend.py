@@ -271,6 +271,17 @@ OPTIONS = {"use_cpu": False, "dataloader_pin_memory": False}
 """Arguments of a Trainer on the device, which has no pinned memory."""
 
 
+_deepcopy = Tensor.__deepcopy__
+
+
+def _copied(tensor: Tensor, memo: dict) -> Tensor:
+    """Copy a tensor deeply; torch would copy a storage, which the device has not got."""
+    if not (type(tensor) is Tensor and _is_ours(tensor)):
+        return _deepcopy(tensor, memo)
+    memo[id(tensor)] = tensor.detach().clone()
+    return memo[id(tensor)]
+
+
 def _loaded(load: Any, *args: Any, **kwargs: Any) -> Any:
     return load(*args, **{**kwargs, "map_location": "cpu"})
 
@@ -285,6 +296,7 @@ class Shown:
         self.patch.setattr(_module, "shown", True)
         # memory of the device is that of tensors, so what is loaded comes by way of the CPU
         self.patch.setattr(torch, "load", partial(_loaded, torch.load))
+        self.patch.setattr(Tensor, "__deepcopy__", _copied)
         return self
 
     def hide(self) -> None:

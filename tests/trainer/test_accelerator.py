@@ -10,8 +10,11 @@ import torch
 from transformers import TrainerCallback
 
 from hf_flops import FlopsTrainer, Metric, SuffixPromptModel
+from hf_flops.diagnosis import doctor
 from hf_flops.objectives import MacroF1
 from hf_flops.trainer.presets import CHOICES
+from hf_flops.trajectory import limits
+from hf_flops.trajectory.replay import Replay
 from tests.contrastive.test_contrastive import adapted as adapted_pairs
 from tests.helpers import pretend
 from tests.helpers.pairs import as_pairs, collate, pair_batch
@@ -163,3 +166,24 @@ def test_chunks_that_do_not_fit_are_halved(tmp_path, device, caplog):
 def test_metrics_are_trained_on(metric, tmp_path, device):
     trainer = run(tmp_path, "bert", objective=metric(), options={"perturbation_scale": 0.1})
     assert flat(trainer).isfinite().all()
+
+
+@pytest.mark.parametrize("family", ["vit", "llama"])
+def test_a_log_written_there_replays_on_the_cpu(family, tmp_path, device, monkeypatch):
+    monkeypatch.setattr(limits, "DEVICES", (*limits.DEVICES, pretend.NAME))
+    trainer = run(tmp_path, family, options={"trajectory_log": True, "learning_rate": 1e-3})
+    wanted = {name: value.cpu() for name, value in parameters(trainer).items()}
+    device.hide()
+    log = Replay(tmp_path)
+    assert len(list(log.run())) == log.step == 3
+    found = {name: value.detach() for name, value in log.parameters.items()}
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["vit", "bert"])
+def test_the_doctor_runs_there(family, tmp_path, device):
+    model, samples, _ = model_and_data(family)
+    args = short(tmp_path, **pretend.OPTIONS, rows_per_forward=16)
+    found = doctor(model, samples, args=args, steps=2)
+    assert "per row" in {rule.way for rule in found.rules}
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
