@@ -117,13 +117,15 @@ def calibrate(forward: Forward, inputs: Inputs, method: Method, seed: int = 0) -
 
 def look(forward: Forward, inputs: Inputs, method: Method, seed: int = 0) -> tuple[float, float]:
     """Compare a few queries at a method's scale and the next smaller one; where they differ, look
-    at two more, and choose one.
+    at others, and choose one.
 
-    Noise of one scale has another effect on every model: on embeddings in a LoRA it is large.
+    Noise of one scale has another effect on every model: on embeddings in a LoRA it is large. Where
+    the difference grows towards smaller scales, it is the rounding of the loss, as with bases that
+    compute in fewer bits than their parameters tell, and the scale may have to be larger.
 
     Returns:
-        The scale, at most the method's; and the root mean square of the differences between the
-        first two over the signal.
+        The scale; and the root mean square of the differences between the first two over the
+        signal.
     """
     top = min(range(len(GRID)), key=lambda i: abs(math.log(GRID[i] / method.scale)))
     scales = GRID[max(top - 1, 0) : top + 1]
@@ -133,11 +135,16 @@ def look(forward: Forward, inputs: Inputs, method: Method, seed: int = 0) -> tup
     bend = (error / signal) ** 0.5 if signal > 0 else math.inf
     if math.isnan(error) or bend <= _BEND:
         return method.scale, bend
-    more = GRID[max(top - 3, 0) : max(top - 1, 0)]
-    if more:
-        deltas = torch.cat([_evaluated(forward, inputs, method, seed, more, _LOOKS)[0], deltas])
-    best, _ = choose_scale(deltas, (*more, *scales), len(method.estimator.signs))
-    return (method.scale if best is None else min(best, method.scale)), bend
+    less, more = GRID[max(top - 3, 0) : max(top - 1, 0)], GRID[top + 1 : top + 4]
+    if less:
+        deltas = torch.cat([_evaluated(forward, inputs, method, seed, less, _LOOKS)[0], deltas])
+    rounds = len(deltas) > 2 and float((deltas[-2] - deltas[-3]).square().mean()) > error
+    if rounds:
+        deltas = torch.cat([deltas, _evaluated(forward, inputs, method, seed, more, _LOOKS)[0]])
+    looked = (*less, *scales, *(more if rounds else ()))
+    best, _ = choose_scale(deltas, looked, len(method.estimator.signs))
+    best = method.scale if best is None else best
+    return (best if rounds else min(best, method.scale)), bend
 
 
 def choose_step_scale(

@@ -34,7 +34,8 @@ class Tuning:
         memory: bytes that a forward pass may take on top of the model, or None for most of what is
             free.
         scale: whether to measure epsilon; None for a piecewise constant objective only.
-        look: whether to look at the default epsilon, and take a smaller one where curvature shows.
+        look: whether to look at the default epsilon, and take a smaller one where curvature shows,
+            a larger one where rounding does.
         trim: whether padding may be cut off.
         queries: chooses the queries per sample; None where the arguments fix them.
 
@@ -144,14 +145,15 @@ class Tuning:
             self.looked = scale
 
     def _look(self, method: Method, forward: Forward, inputs: Inputs, seed: int) -> None:
-        """Take a smaller epsilon than the default where that is too large, and say so."""
+        """Take another epsilon than the default where that is too large or small, and say so."""
         self.looked, bend = look(forward, inputs, method, seed)
-        if self.looked < method.scale:
+        if self.looked != method.scale:
             logger.warning(
-                "perturbation_scale is %.2g: at the default, %.2g, curvature changes the "
-                "differences by %.0f %%. Give a number to choose it yourself.",
+                "perturbation_scale is %.2g: at the default, %.2g, %s changes the differences by "
+                "%.0f %%. Give a number to choose it yourself.",
                 self.looked,
                 method.scale,
+                "curvature" if self.looked < method.scale else "rounding of the loss",
                 min(100 * bend, 999),
             )
 

@@ -24,7 +24,7 @@ from ..prompts.suffix_prompt import SuffixPromptModel
 from .args import FlopsArgumentsMixin, FlopsTrainingArguments
 from .master_weights import keep_masters
 from .offload import is_offloaded, materialise_trainable, weights_at_hand
-from .sharding import replicate_trainable
+from .sharding import refuse_tensor_parallelism, replicate_trainable
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -200,6 +200,7 @@ def hold_trainable(model: nn.Module) -> None:
     """Give the process the whole of what is trained, wherever the base's weights lie."""
     materialise_trainable(model)
     replicate_trainable(model)
+    refuse_tensor_parallelism(model)
 
 
 def widen_trainable(model: nn.Module) -> None:

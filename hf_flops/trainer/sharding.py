@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..base.sharding import is_sharded
+from ..errors import ConfigurationError
 
 
 def replicate_trainable(model: nn.Module) -> None:
@@ -17,6 +19,7 @@ def replicate_trainable(model: nn.Module) -> None:
 
     `fully_shard(..., ignored_params=...)` leaves them out from the start.
     """
+    reshard(model)
     for state, group in list(_groups(model)):
         for sharded in [each for each in group.fsdp_params if each.sharded_param.requires_grad]:
             sharded._setattr_on_modules(nn.Parameter(sharded.sharded_param.detach().full_tensor()))
@@ -24,6 +27,23 @@ def replicate_trainable(model: nn.Module) -> None:
             group.fsdp_params.remove(sharded)
         if not group.fsdp_params:
             state._fsdp_param_groups.remove(group)
+
+
+def refuse_tensor_parallelism(model: nn.Module) -> None:
+    """Refuse a model whose layers are divided among processes, as by transformers'
+    `DistributedConfig(tp_size=...)`.
+
+    Raises:
+        ConfigurationError: it is one.
+    """
+    gathered = {id(each.sharded_param) for _, group in _groups(model) for each in group.fsdp_params}
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor) and id(parameter) not in gathered:
+            raise ConfigurationError(
+                f"{name} is divided among processes by tensor parallelism, in which all run every "
+                "row together, but each has rows of its own here: apply torch's fully_shard to "
+                "the model instead, or load it with DistributedConfig(fsdp_size=...)."
+            )
 
 
 def reshard(model: nn.Module) -> None:
@@ -37,7 +57,10 @@ def reshard(model: nn.Module) -> None:
 
 def _groups(model: nn.Module) -> Iterator[tuple[Any, Any]]:
     """Yield each state of `fully_shard` with each of its groups of parameters."""
-    for module in filter(is_sharded, model.modules()):
-        state: Any = module._get_fsdp_state()  # type: ignore[operator]
+    modules: Any = filter(is_sharded, model.modules())
+    # modules that are gathered together share a state
+    for state in dict.fromkeys(module._get_fsdp_state() for module in modules):
         for group in state._fsdp_param_groups:
+            for each in group.fsdp_params:
+                each.reset_sharded_param()  # it may have been loaded since
             yield state, group

@@ -22,8 +22,9 @@ logger = logging.getLogger(__name__)
 # Stock options that forward-only training cannot follow, and why.
 _UNSUPPORTED = {
     "fsdp": "it shards what is trained too, for the backward pass; apply torch's fully_shard to "
-    "the model instead, which the trainer follows",
-    "deepspeed": "DeepSpeed takes the training step over",
+    "the model instead, or load it with DistributedConfig(fsdp_size=...): the trainer follows both",
+    "deepspeed": "DeepSpeed takes the training step over, and its stages divide gradients and "
+    "states of a backward pass, which there is not",
     "use_liger_kernel": "Liger kernels fuse the loss, which must be seen row by row",
     "neftune_noise_alpha": "NEFTune adds noise of its own to the embeddings",
     "torch_compile": "a compiled model hides its layers and its loss, which must be seen row by "

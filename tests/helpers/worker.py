@@ -15,25 +15,37 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import torch
-from peft import LoraConfig, get_peft_model
+from accelerate import disk_offload
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import save_file
 from torch.distributed.fsdp import fully_shard
-from transformers import TrainerCallback
+from transformers import LlamaForCausalLM, TrainerCallback
+from transformers.distributed import DistributedConfig
 
 from hf_flops import FlopsTrainer, FlopsTrainingArguments
 from hf_flops.trainer.checkpoints import last_checkpoint
 from tests.helpers.tiny import TASKS, as_dataset, double, tiny_batch, tiny_model
 
 
-def adapted(kind: str) -> torch.nn.Module:
+def adapted(
+    kind: str, base: torch.nn.Module | None = None, *, prompt: bool = False
+) -> torch.nn.Module:
     targets = {"vit": ["q_proj", "v_proj"], "llama": ["q_proj", "v_proj"]}[kind]
     saved = ["classifier"] if kind == "vit" else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        config = LoraConfig(
-            r=2, target_modules=targets, task_type=TASKS[kind], modules_to_save=saved
-        )
-        return get_peft_model(tiny_model(kind), config)
+        lora = LoraConfig(r=2, target_modules=targets, task_type=TASKS[kind], modules_to_save=saved)
+        soft = PromptTuningConfig(num_virtual_tokens=3, task_type=TASKS[kind])
+        return get_peft_model(base or tiny_model(kind), soft if prompt else lora)
+
+
+def loaded(folder: Path, way: str) -> torch.nn.Module:
+    """Return a model in float64 that transformers spreads over the processes while it loads it."""
+    if torch.distributed.get_rank() == 0:
+        tiny_model("llama").double().save_pretrained(folder)
+    torch.distributed.barrier()
+    config = DistributedConfig(**{way: torch.distributed.get_world_size()})
+    return LlamaForCausalLM.from_pretrained(folder, distributed_config=config, dtype=torch.float64)
 
 
 def shard(model: torch.nn.Module, kind: str, *, adapters: bool) -> None:
@@ -61,20 +73,21 @@ def build(options: dict[str, Any], act: Any = None) -> FlopsTrainer:
     processes.
 
     Args:
-        options: training arguments, and the `kind` of the model, the `size` of the data and whether
-            all is in float64; "base" or "all" of it is `sharded` over the processes.
+        options: training arguments, and the `kind` of the model, whether it has a soft `prompt` in
+            place of LoRA, the `size` of the data and whether all is in float64; "base" or "all" of
+            it is `sharded` over the processes, or the base by the option of that name of
+            transformers' DistributedConfig; `offload` keeps it on disk.
         act: what is called with the step after every optimizer step.
     """
     options = dict(options)
-    spread = options.pop("sharded", False)
+    spread, on_disk = options.pop("sharded", False), options.pop("offload", False)
     kind, samples, size = (
         options.pop("kind", "vit"),
         options.pop("samples", 4),
         options.pop("size", 22),
     )
-    model, batch = adapted(kind), tiny_batch(kind, size)
-    if options.pop("double", False):
-        model, batch = model.double(), double(batch)
+    prompt, exact = options.pop("prompt", False), options.pop("double", False)
+    batch = double(tiny_batch(kind, size)) if exact else tiny_batch(kind, size)
     args = FlopsTrainingArguments(
         **{
             "use_cpu": True,
@@ -90,7 +103,15 @@ def build(options: dict[str, Any], act: Any = None) -> FlopsTrainer:
             **options,
         }
     )
-    if spread:
+    by_size = str(spread).endswith("size")
+    base = loaded(Path(args.output_dir, "base"), spread) if by_size else None
+    model = adapted(kind, base, prompt=prompt)
+    if exact and not by_size:
+        model = model.double()
+    if on_disk:
+        folder = Path(args.output_dir, "offloaded")
+        model = disk_offload(model, folder, execution_device=torch.device("cpu"))
+    if spread and not by_size:
         shard(model, kind, adapters=spread == "all")
     whole = args.accelerator_config.split_batches
     parts = args.gradient_accumulation_steps * (1 if whole else args.world_size)

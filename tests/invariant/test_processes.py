@@ -112,15 +112,43 @@ def test_two_processes_that_share_a_model_go_the_way_of_one_that_has_it_whole(sp
     run = {**BASE, "kind": "llama", "rows_per_forward": 7, "samples": 6, "size": 29}
     run["late_expansion"] = spread == "all"
     saved = {"save_strategy": "steps", "save_steps": 4, "output_dir": str(tmp_path)}
-    done = launch([*TORCHRUN, "2"], [{**run, **saved, "sharded": spread}])
+    soft = {**run, "prompt": True, "max_steps": 2}
+    prompts = {**soft, "output_dir": str(tmp_path), "name": "prompt"}
+    shared = [{**one, "sharded": spread} for one in ({**run, **saved}, prompts)]
+    done = launch([*TORCHRUN, "2"], shared)
     assert done.returncode == 0, done.stderr
     wanted = alone(tmp_path / "alone", **run)
     assert len(same(tmp_path, "final", wanted)) == BASE["max_steps"]
+    assert len(same(tmp_path, "prompt", alone(tmp_path / "alone", **soft))) == 2
     shutil.rmtree(tmp_path / "checkpoint-6")
     resumed = {**run, **saved, "sharded": spread, "resume": True, "name": "resumed"}
     done = launch([*TORCHRUN, "2"], [resumed])
     assert done.returncode == 0, done.stderr
     same(tmp_path, "resumed", wanted)
+
+
+@pytest.mark.slow
+def test_models_that_transformers_shards_train_and_those_that_it_divides_are_refused(tmp_path):
+    run = {**BASE, "kind": "llama", "max_steps": 2, "output_dir": str(tmp_path)}
+    done = launch([*TORCHRUN, "2"], [{**run, "sharded": "fsdp_size"}])
+    assert done.returncode == 0, done.stderr
+    wanted = {key: value for key, value in run.items() if key != "output_dir"}
+    same(tmp_path, "final", alone(tmp_path / "alone", **wanted))
+    done = launch([*TORCHRUN, "2"], [{**run, "sharded": "tp_size"}])
+    assert done.returncode != 0
+    assert "is divided among processes by tensor parallelism" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_run_with_its_base_on_disk_that_is_killed_goes_on_to_the_same_end(tmp_path):
+    common = {**BASE, "kind": "llama", "save_strategy": "steps", "save_steps": 2}
+    run = {**common, "offload": True, "output_dir": str(tmp_path)}
+    done = launch([sys.executable], [{**run, "end": [signal.SIGKILL, 0, 3]}])
+    assert done.returncode == -signal.SIGKILL
+    assert not (tmp_path / "final.json").exists()
+    done = launch([sys.executable], [{**run, "resume": True}])
+    assert done.returncode == 0, done.stderr
+    same(tmp_path, "final", alone(tmp_path / "alone", **common))
 
 
 @pytest.mark.slow

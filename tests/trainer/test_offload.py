@@ -143,6 +143,29 @@ def test_evaluation_comes_before_training(tmp_path):
     assert trainer.evaluate(data("llama"))["eval_loss"] != before
 
 
+def test_a_metric_of_the_likeliest_words_needs_no_logits_of_the_vocabulary(tmp_path):
+    seen = list[tuple[int, ...]]()
+
+    def right(prediction):
+        seen.append(prediction.predictions.shape)
+        hits = prediction.predictions[:, :-1] == prediction.label_ids[:, 1:]
+        return {"right": float(hits[prediction.label_ids[:, 1:] >= 0].mean())}
+
+    found = []
+    for base in (on_disk(tmp_path), tiny_model("llama")):
+        trainer = FlopsTrainer(
+            base,
+            short(tmp_path),
+            train_dataset=data("llama"),
+            peft_config=LoraConfig(**LORA),
+            compute_metrics=right,
+            preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
+        )
+        found.append(trainer.evaluate(data("llama", 16))["eval_right"])
+    assert found[0] == found[1]
+    assert seen == [(16, 7)] * 2
+
+
 def test_values_that_peft_has_lost_are_refused(tmp_path):
     model = get_peft_model(on_disk(tmp_path), copy.deepcopy(ADAPTERS["lora"]))
     with pytest.raises(ConfigurationError, match="peft_config="):
