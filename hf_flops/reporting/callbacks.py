@@ -22,7 +22,7 @@ class RunCosts(TrainerCallback):
     Args:
         ledger: returns the ledger of the run.
 
-    Example:
+    Examples:
         >>> sorted(RunCosts(Ledger).so_far())
         ['check_rows', 'peak_memory', 'rows', 'seconds', 'tokens']
     """

@@ -24,7 +24,7 @@ class FlopsArgumentsMixin:
         ConfigurationError: a value is unknown or out of range, or a stock option needs a backward
             pass.
 
-    Example:
+    Examples:
         >>> from dataclasses import dataclass
         >>> from transformers import Seq2SeqTrainingArguments
         >>> @dataclass
@@ -159,11 +159,12 @@ class FlopsArgumentsMixin:
         },
     )
     lora_parts: str = field(
-        default="both",
+        default="auto",
         metadata={
             "help": "LoRA matrices to train: 'both', 'B' alone (half the noise; lora_A matters "
-            "only once lora_B is nonzero), or 'B_then_A', where lora_A joins after half of the "
-            "steps.",
+            "only once lora_B is nonzero), 'B_then_A', where lora_A joins after half of the "
+            "steps, or 'auto': 'B' for an adapter whose lora_B is zero, as that of a new one "
+            "is, else 'both'.",
             "choices": list(LORA_PARTS),
         },
     )
@@ -227,7 +228,7 @@ class FlopsArgumentsMixin:
 class FlopsTrainingArguments(FlopsArgumentsMixin, TrainingArguments):  # type: ignore[misc]
     """`transformers.TrainingArguments` with the fields of `FlopsArgumentsMixin`.
 
-    Example:
+    Examples:
         >>> args = FlopsTrainingArguments("outputs", queries_per_sample=8, use_cpu=True)
         >>> args.allocator, args.estimator
         ('optimal', 'one_sided')

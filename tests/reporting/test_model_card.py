@@ -128,6 +128,7 @@ def test_the_settings_of_a_card_repeat_the_run(tmp_path):
         "learning_rate": 0.02,
         "max_steps": 2,
         "preset": "mezo",
+        "lora_parts": "B",
     }
 
 
