@@ -79,10 +79,9 @@ class FlopsTrainerMixin(StockOverrides):
         positional: further arguments in the order of the stock trainer, mostly `args`.
         args: `FlopsTrainingArguments`, or any arguments class with `FlopsArgumentsMixin`.
         peft_config: a PEFT configuration to wrap the model with.
-        objective: what to minimise instead of the model's own loss: a function that maps (outputs,
-            inputs) of R rows to (R,) losses, a `Metric` or `GeneratedMetric` to be improved,
-            "accuracy" or "macro_f1" for short, a `ContrastiveLoss`, or an `Objective`; it needs no
-            derivative.
+        objective: minimised in place of the model's own loss, without derivatives: a function that
+            maps (outputs, inputs) of R rows to (R,) losses, a `Metric`, a `GeneratedMetric`,
+            "accuracy", "macro_f1", a `ContrastiveLoss`, or an `Objective`.
         allocator: an instance, in place of the name in `args`.
         estimator: an instance, in place of the name in `args`.
         perturbation: an instance, in place of the name in `args`; it skips the self-check.
