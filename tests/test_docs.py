@@ -2,6 +2,7 @@
 somewhere.
 """
 
+import json
 import re
 import subprocess
 import sys
@@ -9,9 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from hf_flops.reporting.figures import PICTURES
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-WITH_CODE = [page for page in PAGES if "```python\n" in page.read_text()]
+TUTORIAL = ROOT / "docs" / "tutorial.md"  # runs as a notebook
+WITH_CODE = [page for page in PAGES if "```python\n" in page.read_text() and page != TUTORIAL]
 TEXTS = [*PAGES, *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"))]
 
 
@@ -45,6 +49,23 @@ def test_code_blocks_run(page, tmp_path, monkeypatch):
     namespace = {"__name__": "__main__"}
     for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
         exec(compile(block, str(page), "exec"), namespace)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # a notebook is the user's
+def test_the_notebook_of_the_tutorial_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "__main__"}
+    for cell in json.loads((ROOT / "examples" / "tutorial.ipynb").read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), "tutorial.ipynb", "exec"), namespace)
+    before, after = namespace["before"], namespace["after"]
+    assert after > before + 0.1
+    assert f"accuracy: {before:.1%} before, {after:.1%} after" in capsys.readouterr().out
+    bad, good = namespace["logits"].softmax(-1)[:, 1].flip(0)
+    assert bad < good
+    found = {path.name for path in (tmp_path / "outputs" / "reviews").iterdir()}
+    assert found >= {*PICTURES, "README.md", "adapter_config.json", "adapter_model.safetensors"}
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Collection, Iterable, Mapping, Sized
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ def complete_card(
     costs: Mapping[str, float],
     tags: str | Iterable[str] | None,
     data: object = None,
+    frozen: Collection[str] = (),
 ) -> None:
     """Add our tags and our sections to the stock card of an output folder.
 
@@ -45,14 +46,14 @@ def complete_card(
         costs: see `RunCosts.so_far`.
         tags: what the caller gave, a name or a list of names.
         data: what it was trained on.
+        frozen: names of trainable tensors that were held back.
     """
     path = Path(folder, "README.md")
     if not path.is_file():
         return
     card = ModelCard.load(path)
-    card.text = _BLANK.sub("", card.text).replace(
-        "was trained from scratch on an unknown dataset.", "was adapted."
-    )
+    text = _BLANK.sub("", card.text).replace(" on an unknown dataset.", ".")
+    card.text = text.replace("was trained from scratch", "was adapted")
     card.data.tags = sorted(
         {
             *(card.data.tags or []),
@@ -69,7 +70,7 @@ def complete_card(
         "\n\n".join(
             [
                 card.text.rstrip(),
-                *about(model, path.parent.name, data),
+                *about(model, path.parent.name, data, frozen),
                 *sections(settings, costs, pictures(path.parent)),
             ]
         )
@@ -90,9 +91,9 @@ def plain_card(folder: str, model: object) -> None:
     ModelCard(f"---\n{head.to_yaml()}\n---\n\n{title}\n\n{text}\n").save(path)
 
 
-def about(model: Any, name: str, data: object) -> list[str]:
+def about(model: Any, name: str, data: object, frozen: Collection[str]) -> list[str]:
     """Return what a finder of an adapter asks first: what it is, and how to load it."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = [p for n, p in model.named_parameters() if p.requires_grad and n not in frozen]
     size = sum(p.numel() for p in trained)
     kind, base = type(model).__name__, base_name(model)
     config = next(iter(getattr(model, "peft_config", {}).values()), None)

@@ -38,8 +38,9 @@ class FlopsArgumentsMixin:
     learning_rate: float | str | None = field(
         default=1e-3,
         metadata={
-            "help": "Step size of the optimizer; forward-only training of adapters needs about "
-            "1e-3. Or 'auto': 1e-3 to start with, and learning_rate_search."
+            "help": "Step size of the optimizer. The default is safe for every adapter; 1e-2 is a "
+            "good start for LoRA's B matrices. Or 'auto': 1e-3 to start with, and "
+            "learning_rate_search."
         },
     )
     learning_rate_search: bool = field(
@@ -136,7 +137,8 @@ class FlopsArgumentsMixin:
             "help": "What trains a linear layer that outputs the logits of the loss, which needs "
             "no noise: 'solve' (its weights minimise the loss on the features that clean forwards "
             "have shown, after every step), 'gradient' (its exact gradient goes to the optimizer) "
-            "or 'none' (noise, as for the other parameters). Default: 'solve', except for the "
+            "or 'none' (noise, as for the other parameters). The projections of two encoders "
+            "under a contrastive loss are treated alike. Default: 'solve', except for the "
             "presets 'mezo' and 'flops-authors'.",
             "choices": list(HEADS),
         },
