@@ -52,8 +52,7 @@ def complete_card(
     if not path.is_file():
         return
     card = ModelCard.load(path)
-    text = _BLANK.sub("", card.text).replace(" on an unknown dataset.", ".")
-    card.text = text.replace("was trained from scratch", "was adapted")
+    card.text = without_blanks(card.text)
     card.data.tags = sorted(
         {
             *(card.data.tags or []),
@@ -79,6 +78,23 @@ def complete_card(
     card.save(path)
 
 
+def without_blanks(text: str) -> str:
+    """Return the text of a stock card without blank sections, and without what is not so."""
+    text = _BLANK.sub("", text).replace(" on an unknown dataset.", ".")
+    return text.replace("was trained from scratch", "was adapted")
+
+
+def baseline_card(folder: str, model: object, data: object) -> None:
+    """Say in the stock card of an adapter that the stock trainer has trained what it is, and how to
+    load it.
+    """
+    path = Path(folder, "README.md")
+    card = ModelCard.load(path)
+    sections = [without_blanks(card.text).rstrip(), *about(model, path.parent.name, data)]
+    card.text = "\n\n".join(sections) + "\n"
+    card.save(path)
+
+
 def plain_card(folder: str, model: object) -> None:
     """Write the card of a model without a configuration, such as a prompt of a black box, which the
     stock trainer cannot.
@@ -91,7 +107,7 @@ def plain_card(folder: str, model: object) -> None:
     ModelCard(f"---\n{head.to_yaml()}\n---\n\n{title}\n\n{text}\n").save(path)
 
 
-def about(model: Any, name: str, data: object, frozen: Collection[str]) -> list[str]:
+def about(model: Any, name: str, data: object, frozen: Collection[str] = ()) -> list[str]:
     """Return what a finder of an adapter asks first: what it is, and how to load it."""
     trained = [p for n, p in model.named_parameters() if p.requires_grad and n not in frozen]
     size = sum(p.numel() for p in trained)
