@@ -2,6 +2,7 @@
 somewhere.
 """
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import hf_flops
+from hf_flops import FlopsArgumentsMixin
 from hf_flops.reporting.figures import PICTURES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,8 +90,11 @@ def test_the_site_has_every_page_and_no_other():
     assert sorted(pages) == sorted(page.name for page in PAGES[1:])
 
 
-def test_the_site_builds_without_a_warning(tmp_path):
+def test_the_site_builds_without_a_warning_and_search_finds_every_name(tmp_path):
     pytest.importorskip("mkdocstrings")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    assert "estimate_gradient" in (tmp_path / "api" / "index.html").read_text()
+    index = json.loads((tmp_path / "search" / "search_index.json").read_text())
+    titles = set(re.findall(r"\w+", " ".join(page["title"] for page in index["docs"])))
+    fields = {field.name for field in dataclasses.fields(FlopsArgumentsMixin)}
+    assert {*hf_flops.__all__, *fields} - titles == {"__version__"}
