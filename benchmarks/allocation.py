@@ -341,6 +341,18 @@ def report(name: str, record: dict[str, Any]) -> None:
         print(f"step {check['step']}, real estimates (computed):", pairs)
 
 
+TITLES = {"fashion": "Small ViT, Fashion-MNIST", "reviews": "MiniLM, movie reviews"}
+COLOURS = {  # equal counts and ours as in the figures of results.md
+    "uniform": "#f59e0b",
+    "bernoulli": "#7c3aed",
+    "loss_proportional": "#15803d",
+    "gaussian": "#38bdf8",
+    "two_stage": "#fb7185",
+    "optimal": "#c2410c",
+    ORACLE: "black",
+}
+
+
 def draw(record: dict[str, Any], path: Path) -> None:
     """Draw the variance along the runs, mean over seeds, smoothed over nine steps."""
     plt = pyplot()
@@ -348,21 +360,13 @@ def draw(record: dict[str, Any], path: Path) -> None:
         1, len(record), figsize=(5.5 * len(record), 4), layout="constrained", sharey=True
     )
     for axes, (name, own) in zip(np.atleast_1d(panels), record.items(), strict=True):
-        for row in (
-            "uniform",
-            "bernoulli",
-            "loss_proportional",
-            "gaussian",
-            "two_stage",
-            "optimal",
-            ORACLE,
-        ):
+        for row, colour in COLOURS.items():
             curve = np.mean([run["curves"][row] for run in own["runs"]], 0)
             smooth = np.convolve(np.pad(curve, 4, mode="edge"), np.ones(9) / 9, mode="valid")
-            style = {"color": "black", "linestyle": ":"} if row == ORACLE else {}
-            axes.plot(smooth, label=row, linewidth=1.6, **style)
+            style = ":" if row == ORACLE else "-"
+            axes.plot(smooth, label=row, linewidth=1.6, color=colour, linestyle=style)
         axes.set(
-            title=name,
+            title=TITLES[name],
             xlabel="backprop steps done",
             ylabel="variance over that of equal counts",
             ylim=(0, 1.25),

@@ -28,6 +28,11 @@ SHORT_SHARES = (0.5, 0.8)  # in the table of README.md
 SHORT_TASK = "permuted"
 FROZEN, BACKPROP = "frozen adapter", "backprop"
 MEZO = ("MeZO + head, SGD", "MeZO + head, Adam")
+TITLES = {
+    "permuted": "Small ViT, digits in shuffled patches",
+    "noisy": "Small ViT, noisy digits",
+    "reviews": "MiniLM, movie reviews",
+}
 COLOURS = {
     "flops": "#c2410c",
     "flops, equal counts": "#f59e0b",
@@ -174,9 +179,10 @@ def draw(title: str, entries: dict[str, Any]) -> Any:
     lines, frozen = lines_of(entries), entries[FROZEN]
     figure, panels = plt.subplots(1, 2, figsize=(13, 5.6), layout="constrained")
     for axes, column, key, label in (
-        (panels[0], 1, "J", "J: cross-entropy of the training samples, head solved"),
-        (panels[1], 2, "accuracy", "test accuracy, head solved"),
+        (panels[0], 1, "J", "objective J: cross-entropy of the training samples"),
+        (panels[1], 2, "accuracy", "accuracy on the test samples"),
     ):
+        axes.set_title(f"{'Training' if key == 'J' else 'Test'}, every method with a solved head")
         for name, line in lines.items():
             rows, values = line.curves[:, :, 0].mean(0), line.curves[:, :, column]
             wide = 2.4 if name == "flops" else 1.3
@@ -193,10 +199,11 @@ def draw(title: str, entries: dict[str, Any]) -> Any:
         axes.set(xscale="log", xlabel="rows through the model (log scale)", ylabel=label)
         axes.grid(alpha=0.3)
     span = frozen["J"] - float(lines[BACKPROP].ends[:, 1].mean())
+    panels[1].yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
     panels[0].set_ylim(frozen["J"] - 1.15 * span, frozen["J"] + 0.35 * span)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=9, loc="outside lower center", ncols=6, frameon=False)
-    figure.suptitle(title)
+    figure.suptitle(f"{TITLES.get(title, title)}: mean of the seeds, and their range")
     return figure
 
 

@@ -158,6 +158,7 @@ def trained(
         args = FlopsTrainingArguments(
             folder,
             preset=preset,
+            lora_parts="both",
             queries_per_sample=QUERIES,
             per_device_train_batch_size=SAMPLES,
             max_steps=options.steps,

@@ -129,6 +129,7 @@ def run(
     before = evaluate(model, task)
     found = runs.train(trainer, args.resume_from_checkpoint)
     getattr(model, "save_pretrained", lambda folder: None)(args.output_dir)
+    runs.write_card(trainer, task.images.name)
     validation = scores(model, task.validation, task.sentences, task.collate.classes)["accuracy"]
     after = evaluate(model, task)
     return AlignmentOutcome(
@@ -140,6 +141,7 @@ def main(arguments: list[str] | None = None) -> list[AlignmentOutcome]:
     """Run the method, and those that it is compared with."""
     recipe, args = parse(arguments)
     methods = runs.begin(args, [recipe.method, *recipe.compare])
+    common.reach_hub(recipe, "model", "vision_model", "text_model")
     task = load_task(recipe, args.seed)
     start = adapted_model(recipe, task, args.seed)
     found = [run(method, recipe, args, task) for method in runs.announced(methods, args, task)]

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import yaml
+from huggingface_hub import is_offline_mode, try_to_load_from_cache
+from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors import SafetensorError
-from transformers import HfArgumentParser
+from transformers import AutoConfig, HfArgumentParser
 
 from hf_flops import ConfigurationError, FlopsTrainingArguments
 from hf_flops.errors import FlopsError, in_one_line
@@ -120,6 +122,24 @@ def load_hub(name: str, known: Collection[str], **options: Any) -> Any:
             f"{name!r} {other}failed to load as a folder or a data set of the Hub: "
             f"{in_one_line(reason)}."
         ) from error
+
+
+def reach_hub(recipe: Any, *names: str) -> None:
+    """Fetch the configurations of the models that options name, before any work, and announce the
+    models that are not here yet.
+
+    Raises:
+        ConfigurationError: there is no such model, or no connection.
+    """
+    for name in names:
+        model = getattr(recipe, name)
+        if model is None or Path(model).exists():
+            continue
+        here = isinstance(try_to_load_from_cache(model, "config.json"), str)
+        if not here and not is_offline_mode():
+            print(f"Downloading {model} from the Hub into {HF_HUB_CACHE}", file=sys.stderr)
+        with usable(f"--{name} {model}"):
+            AutoConfig.from_pretrained(model)
 
 
 class RecipeParser(HfArgumentParser):

@@ -158,6 +158,7 @@ def main(arguments: list[str] | None = None) -> list[PromptOutcome]:
     """Tune with forward passes, and by the methods that this is compared with."""
     recipe, args = parse(arguments)
     methods, found = runs.begin(args, ["flops", *recipe.compare]), []
+    common.reach_hub(recipe, "model")
     engines.check(recipe)
     with args.main_process_first(), common.usable(f"--domain {recipe.domain}"):
         task = prompts.load_task(recipe, args.seed)

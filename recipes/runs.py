@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from peft import PeftModel
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from hf_flops import ConfigurationError
 from hf_flops.base.memory import PeakMemory
+from hf_flops.reporting.model_card import baseline_card
 from recipes.common import usable
 
 
@@ -192,9 +194,14 @@ def train(
 
 
 def write_card(trainer: Any, data: str) -> None:
-    """Write the card of an adapter that forward passes have trained, beside it."""
+    """Write the card of an adapter beside it."""
     if hasattr(trainer, "ledger"):
         trainer.create_model_card(dataset=data)
+    elif (
+        isinstance(trainer.model, (PeftModel, PreTrainedModel)) and trainer.is_world_process_zero()
+    ):
+        trainer.create_model_card(dataset=data)
+        baseline_card(trainer.args.output_dir, trainer.model, trainer.train_dataset)
 
 
 def freeze(model: Any, part: str) -> None:

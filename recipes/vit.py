@@ -129,6 +129,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the method, and those that it is compared with."""
     recipe, args = parse(arguments)
     methods = runs.begin(args, [recipe.method, *recipe.compare])
+    common.reach_hub(recipe, "model")
     with args.main_process_first():
         path, task, data = load_data(recipe, args.seed)
     untrained = adapter_model(recipe, path, task, args.seed).to(args.device)

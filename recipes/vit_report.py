@@ -21,15 +21,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 HEAD = (
-    "method | test accuracy | training loss, solved head | rows | rows/s | peak memory | seconds | "
-    "steps | learning rate"
+    "method | test accuracy | training loss, solved head | validation accuracy | rows | rows/s | "
+    "peak memory | seconds | steps | learning rate"
 )
 
 
 def row(o: Outcome) -> str:
     """Return an outcome's row of the table."""
+    validation = f"{o.curve[-1][1]:.1%}" if o.curve else "–"
     return (
-        f"{o.method} | **{o.after:.1%}** | {o.losses[-1][1]:.3f} | {o.rows:,} | "
+        f"{o.method} | **{o.after:.1%}** | {o.losses[-1][1]:.3f} | {validation} | {o.rows:,} | "
         f"{o.rows_per_second:,.0f} | +{o.peak_megabytes:,.0f} MB | {o.seconds:.0f} | {o.steps:,} | "
         f"{o.learning_rate:g}"
     )
@@ -92,8 +93,9 @@ def notes(recipe: Any, task: ImageTask, parameters: int) -> str:
         f"of up to {MOST:,} training images under a head solved on their features, the same way "
         "for all methods. The frozen adapter stays as it starts, and its head is solved on all "
         "training images. Rows: images through the model in training, clean forwards and checks "
-        "included; a row of backprop also costs a backward pass. Seconds include the evaluations; "
-        "peak memory is what training added to the process."
+        "included; a row of backprop also costs a backward pass. The picture shows training loss "
+        "and validation accuracy along the run; the test images are looked at once, at its end. "
+        "Seconds include the evaluations; peak memory is what training added to the process."
     )
 
 

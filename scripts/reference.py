@@ -1,4 +1,5 @@
-"""Writes what follows from the code: docs/options.md, docs/cli.md, and the help of the recipes.
+"""Writes what follows from the code: docs/options.md, docs/cli.md, the help of the recipes, and the
+notebook of the tutorial.
 
 A test makes sure that they are up to date. A new option needs an entry in `GROUPS`.
 """
@@ -7,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -152,6 +155,19 @@ def table(parser: argparse.ArgumentParser) -> str:
     return "\n".join(["| option | what it is |", "| --- | --- |", *rows]) + tail + "\n"
 
 
+def notebook() -> str:
+    """Return the tutorial as a notebook: a cell for each block of code and for the text between."""
+    text = (ROOT / "docs" / "tutorial.md").read_text()
+    cells = []
+    for i, part in enumerate(re.split(r"```python\n(.*?)```\n", text, flags=re.DOTALL)):
+        cell = {"id": f"cell-{i}", "metadata": {}, "source": part.strip().splitlines(keepends=True)}
+        code = {"cell_type": "code", "execution_count": None, "outputs": []}
+        cells.append({**(code if i % 2 else {"cell_type": "markdown"}), **cell})
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    version = {"nbformat": 4, "nbformat_minor": 5}
+    return json.dumps({"cells": cells, "metadata": {"kernelspec": kernel}, **version}, indent=1)
+
+
 def pages() -> dict[Path, str]:
     """Return the content of every file that is written here."""
     help_files = {
@@ -159,6 +175,7 @@ def pages() -> dict[Path, str]:
         for file, module in RECIPES.values()
     }
     docs = {"options.md": options_page(), "cli.md": cli_page()}
+    help_files[ROOT / "examples" / "tutorial.ipynb"] = notebook() + "\n"
     return {**help_files, **{ROOT / "docs" / name: text for name, text in docs.items()}}
 
 

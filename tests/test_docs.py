@@ -2,6 +2,8 @@
 somewhere.
 """
 
+import dataclasses
+import json
 import re
 import subprocess
 import sys
@@ -9,9 +11,14 @@ from pathlib import Path
 
 import pytest
 
+import hf_flops
+from hf_flops import FlopsArgumentsMixin
+from hf_flops.reporting.figures import PICTURES
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-WITH_CODE = [page for page in PAGES if "```python\n" in page.read_text()]
+TUTORIAL = ROOT / "docs" / "tutorial.md"  # runs as a notebook
+WITH_CODE = [page for page in PAGES if "```python\n" in page.read_text() and page != TUTORIAL]
 TEXTS = [*PAGES, *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"))]
 
 
@@ -47,6 +54,23 @@ def test_code_blocks_run(page, tmp_path, monkeypatch):
         exec(compile(block, str(page), "exec"), namespace)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # a notebook is the user's
+def test_the_notebook_of_the_tutorial_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "__main__"}
+    for cell in json.loads((ROOT / "examples" / "tutorial.ipynb").read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), "tutorial.ipynb", "exec"), namespace)
+    before, after = namespace["before"], namespace["after"]
+    assert after > before + 0.1
+    assert f"accuracy: {before:.1%} before, {after:.1%} after" in capsys.readouterr().out
+    bad, good = namespace["logits"].softmax(-1)[:, 1].flip(0)
+    assert bad < good
+    found = {path.name for path in (tmp_path / "outputs" / "reviews").iterdir()}
+    assert found >= {*PICTURES, "README.md", "adapter_config.json", "adapter_model.safetensors"}
+
+
 @pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.name)
 def test_relative_links_lead_somewhere(page):
     assert broken(page, page.read_text()) == []
@@ -66,8 +90,11 @@ def test_the_site_has_every_page_and_no_other():
     assert sorted(pages) == sorted(page.name for page in PAGES[1:])
 
 
-def test_the_site_builds_without_a_warning(tmp_path):
+def test_the_site_builds_without_a_warning_and_search_finds_every_name(tmp_path):
     pytest.importorskip("mkdocstrings")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    assert "estimate_gradient" in (tmp_path / "api" / "index.html").read_text()
+    index = json.loads((tmp_path / "search" / "search_index.json").read_text())
+    titles = set(re.findall(r"\w+", " ".join(page["title"] for page in index["docs"])))
+    fields = {field.name for field in dataclasses.fields(FlopsArgumentsMixin)}
+    assert {*hf_flops.__all__, *fields} - titles == {"__version__"}

@@ -2,11 +2,13 @@
 
 import os
 import re
+import runpy
 import shlex
 import tomllib
 from pathlib import Path
 
 import pytest
+import setuptools
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -78,6 +80,28 @@ def test_the_citation_is_complete_and_of_this_version():
     arxiv = paper["url"].rpartition("/")[2]
     assert paper["doi"].endswith(arxiv)
     assert arxiv in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("url", ["", "https://example.org/hf_flops"])
+def test_the_readme_of_the_package_has_no_relative_links(url, tmp_path, monkeypatch):
+    for name in ("setup.py", "README.md"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    urls = f'[project.urls]\nrepository = "{url}"\n' if url else ""
+    (tmp_path / "pyproject.toml").write_text(f"[project]\n{urls}")
+    given = {}
+    monkeypatch.setattr(setuptools, "setup", lambda **options: given.update(options))
+    runpy.run_path(str(tmp_path / "setup.py"))
+    text = given["long_description"]
+    targets = re.findall(r"\]\(([^)\s]+)\)", text)
+    assert [target for target in targets if not re.match("https:|#", target)] == []
+    assert (f"({url}/blob/main/docs/tutorial.md)" in text) == bool(url)
+    assert "[The tutorial]" in text if url else "The tutorial explains" in text
+
+
+def test_the_changelog_begins_with_what_is_not_released_and_this_version():
+    headings = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    released = load(ROOT / "CITATION.cff")["date-released"]
+    assert headings[:2] == ["[Unreleased]", f"[{hf_flops.__version__}] - {released}"]
 
 
 def test_contributing_names_the_scripts_that_are_there_and_no_other():

@@ -32,7 +32,7 @@ class SampleFeatures:
         lengths: (B,) number of loss elements (tokens, labels, ...), or None if unknown.
         ids: (B,) the samples' indices in the data set, or None if unknown.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hf_flops.allocators import SampleFeatures
         >>> SampleFeatures(losses=torch.tensor([0.5, 2.0]), step=3).step

@@ -76,7 +76,7 @@ class Bernoulli(PolicyLearner):
     Raises:
         ConfigurationError: the schedule is unknown.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hf_flops.allocators import Bernoulli, SampleFeatures
         >>> features = SampleFeatures(losses=torch.tensor([1.0, 2.0, 3.0, 6.0]))

@@ -80,7 +80,7 @@ class Gaussian(PolicyLearner):
     Args:
         rate: step size of the parameters.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hf_flops.allocators import Gaussian, SampleFeatures
         >>> features = SampleFeatures(losses=torch.tensor([1.0, 2.0, 3.0, 6.0]))

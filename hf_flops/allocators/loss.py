@@ -16,7 +16,7 @@ from .rounding import optimal_counts
 class LossProportional(Memoryless):
     """`n_i ∝ loss_i`, at least one query each; a negative loss counts as 0.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hf_flops.allocators import LossProportional, SampleFeatures
         >>> features = SampleFeatures(losses=torch.tensor([1.0, 2.0, 3.0, 6.0]))
@@ -40,7 +40,7 @@ class LossRank(Memoryless):
     Args:
         top: fraction of the batch that gets more than one query; 1 for all.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hf_flops.allocators import LossRank, SampleFeatures
         >>> features = SampleFeatures(losses=torch.tensor([1.0, 2.0, 3.0, 6.0]))

@@ -34,7 +34,7 @@ class Optimal(Learner):
         decay: of the statistics of past steps, per step.
         least_gain: 1 for counts that follow the predictions however small the gain.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hf_flops.allocators import Optimal, SampleFeatures
         >>> residuals = torch.tensor([0.1, 0.1, 0.2, 0.8])

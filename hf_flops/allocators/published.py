@@ -16,7 +16,7 @@ class AuthorsBernoulli(Memoryless):
     `1 / n_i`, so samples with many queries count for more, and rows are shuffled into groups of the
     batch size that share one noise each.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hf_flops.allocators import AuthorsBernoulli, SampleFeatures
         >>> features = SampleFeatures(losses=torch.tensor([1.0, 2.0, 3.0, 6.0]))

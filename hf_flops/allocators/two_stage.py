@@ -24,7 +24,7 @@ class TwoStage(Optimal):
         pilot: queries per sample in the pilot round; fewer if none would remain for the second.
         decay: see `Optimal`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hf_flops.allocators import SampleFeatures, TwoStage
         >>> features = SampleFeatures(losses=torch.ones(4))

@@ -10,7 +10,7 @@ from .base import Memoryless, SampleFeatures, equal_counts
 class Uniform(Memoryless):
     """The same number of queries for every sample.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hf_flops.allocators import SampleFeatures, Uniform
         >>> features = SampleFeatures(losses=torch.tensor([1.0, 2.0, 3.0, 6.0]))

@@ -24,7 +24,7 @@ class OptimalWithZeros(Optimal):
     `least_gain` all p_i are equal. Predictions are not calibrated as those of `Optimal` are,
     because the samples with queries do not represent the others.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hf_flops.allocators import OptimalWithZeros, SampleFeatures
         >>> residuals = torch.tensor([0.1, 0.1, 0.2, 0.8])

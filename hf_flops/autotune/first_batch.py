@@ -57,10 +57,10 @@ def held_back(model: nn.Module, parts: str, progress: float) -> frozenset[str]:
 
     Args:
         model: the model.
-        parts: "both", "B" or "B_then_A".
+        parts: "both", "B", "B_then_A", or "auto" where there is no LoRA.
         progress: steps done over all steps.
     """
-    if parts == "both" or (parts == "B_then_A" and progress >= 0.5):
+    if parts in ("auto", "both") or (parts == "B_then_A" and progress >= 0.5):
         return frozenset()
     return frozenset(
         name

@@ -19,7 +19,7 @@ class BatchPosition:
         epoch: epochs done, with fraction.
         ids: the samples' indices in the data set, if known; the noise does not depend on them.
 
-    Example:
+    Examples:
         >>> BatchPosition(seed=1, step=3) == BatchPosition(1, 3, 0, 0.0, None)
         True
     """

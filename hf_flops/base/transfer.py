@@ -18,7 +18,7 @@ def onto(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None)
 def to_host(*tensors: Tensor) -> list[Tensor]:
     """Return floating-point tensors on the CPU, those of a device by one transfer.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hf_flops.base.transfer import to_host
         >>> to_host(torch.tensor(1.0), torch.tensor([2.0, 3.0]))

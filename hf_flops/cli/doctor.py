@@ -83,7 +83,8 @@ def parser() -> CommandParser:
     command.add_argument(
         "--minutes",
         type=float,
-        help="that the trial may take; with less time it tells less; default: as many as it needs",
+        help="that the trial may take once the model is loaded; with less time it tells less; "
+        "default: 0.75, or 2.5 for a language model; inf: as many as it needs",
     )
     command.add_argument(
         "--json", action="store_true", help="print everything as JSON; default: a table"
@@ -280,7 +281,7 @@ def main(arguments: list[str] | None = None) -> int:
             samples,
             args=args,
             steps=options.steps,
-            minutes=options.minutes,
+            minutes=options.minutes or (2.5 if task_type == "CAUSAL_LM" else 0.75),
             bar=sys.stderr.isatty(),
             data_collator=collate,
         )

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 class CommandParser(argparse.ArgumentParser):
     """A parser that names the nearest option where one is not known.
 
-    Example:
+    Examples:
         >>> parser = CommandParser(prog="hf-flops doctor", exit_on_error=False)
         >>> option = parser.add_argument("--model")
         >>> parser.nearest("--modle")

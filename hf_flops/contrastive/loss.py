@@ -163,7 +163,7 @@ class ContrastiveLoss(Objective):
     Raises:
         ConfigurationError: an unknown kind or meaning of equal texts.
 
-    Example:
+    Examples:
         >>> import math
         >>> from types import SimpleNamespace
         >>> embeddings = torch.eye(2)  # image i and text i agree, all others are orthogonal

@@ -64,7 +64,7 @@ class ProjectionSolver(FeatureSolver):
     Args:
         terms: makes the loss of a batch.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from hf_flops.contrastive import ContrastiveLoss

@@ -75,7 +75,7 @@ def estimate_gradient(
         ConfigurationError: `queries_per_sample` is too small for one query per sample.
         NonFiniteError: no perturbed row has a finite loss; gradients are unchanged.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from hf_flops import BatchPosition, Method, estimate_gradient

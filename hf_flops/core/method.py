@@ -46,7 +46,7 @@ class Method:
         ConfigurationError: processes exchange scalars only, and another argument needs more; or
             `delta_clip` would run rows again.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> from hf_flops import BatchPosition, Method
         >>> from hf_flops.allocators import Uniform
@@ -146,7 +146,7 @@ class StepResult:
             variate.
         elements: the batch's own number of loss elements.
 
-    Example:
+    Examples:
         >>> import torch
         >>> counts = torch.tensor([3, 1])
         >>> result = StepResult(torch.tensor(0.7), 6, counts, torch.tensor([2.0, 0.5]), {})

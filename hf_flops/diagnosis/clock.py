@@ -18,7 +18,7 @@ class Clock:
     Attributes:
         limit: seconds in all.
 
-    Example:
+    Examples:
         >>> Clock(minutes=1).left <= 60
         True
     """

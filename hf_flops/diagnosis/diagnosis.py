@@ -65,7 +65,7 @@ class Diagnosis:
         facts: measured and suggested numbers, by name.
         notes: warnings of the trainer.
 
-    Example:
+    Examples:
         >>> rule = Rule("lora_B", 64, "per row", "gave the loss that moving it explicitly gives")
         >>> fact = Fact("learning_rate", 1e-3, "from line searches")
         >>> diagnosis = Diagnosis([rule], {fact.name: fact}, [])
@@ -145,7 +145,7 @@ def doctor(
     Raises:
         ConfigurationError: training would refuse the model, the data or the arguments.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from peft import LoraConfig
         >>> from transformers import ViTConfig, ViTForImageClassification

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..autotune.first_batch import held_back
 from ..base.rounding_error import precision_of
 from ..perturbations import ParameterVector
 from .trial import Trial
@@ -30,7 +31,10 @@ def facts_of(trainer: Trial, target: float) -> Iterator[Fact]:
     assert method is not None
     calibration = search.calibration
     precision = precision_of(trainer.model, autocast=trainer.args.bf16)
-    yield Fact("trained numbers", ParameterVector.of(trainer.model).size, "in the tensors above")
+    frozen = held_back(trainer.model, trainer.args.lora_parts, progress=0.0)
+    names = {*ParameterVector.of(trainer.model).names} - frozen
+    trained = ParameterVector.of(trainer.model, names).size
+    yield Fact("trained numbers", trained, "in the tensors above that are not held back")
     yield Fact(
         "precision",
         precision,

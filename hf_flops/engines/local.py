@@ -37,7 +37,7 @@ class _Next(nn.Module):
 class TorchEngine:
     """A causal language model of transformers as an engine.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> from hf_flops.engines import TorchEngine

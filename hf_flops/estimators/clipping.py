@@ -22,7 +22,7 @@ class Clipping(DeltaTransform):
     Args:
         most: the multiple; 1.5 clips 13 % of normal deltas.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hf_flops.base.rows import expand
         >>> from hf_flops.estimators.clipping import Clipping

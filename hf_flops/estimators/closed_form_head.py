@@ -36,7 +36,7 @@ class ClosedFormHead:
         module: the layer.
         names: its trainable tensors, name in the layer → name in the model.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from hf_flops.estimators import ClosedFormHead

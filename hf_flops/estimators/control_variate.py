@@ -78,7 +78,7 @@ class LogitJacobian:
         components: principal components of the features; 0 for a mean Jacobian, the same for all
             samples.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hf_flops.estimators import LogitJacobian
         >>> from hf_flops.objectives import RowLosses

@@ -43,7 +43,7 @@ class OneSided:
     many directions as with antithetic pairs, and the variance halves. The bias is O(eps^2) for
     symmetric noise, like the pair's.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hf_flops.estimators import OneSided
         >>> losses, clean = torch.tensor([[1.2, 0.9]]), torch.tensor([1.0, 1.0])
@@ -63,7 +63,7 @@ class OneSided:
 class Antithetic:
     """Central differences: `(s(theta + eps z) - s(theta - eps z)) / (2 eps)`, two rows per query.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hf_flops.estimators import Antithetic
         >>> losses = torch.tensor([[1.2, 0.9], [0.8, 1.1]])  # at theta + eps z and theta - eps z

@@ -33,7 +33,7 @@ class HeadSolver(FeatureSolver):
     `PRIOR` times the mean squared norm of the inputs, keeps the solution finite where the classes
     can be separated.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from hf_flops.estimators import ClosedFormHead, HeadSolver

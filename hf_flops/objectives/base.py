@@ -38,7 +38,7 @@ class RowLosses:
         slopes: (R, K) derivative of a row's loss with respect to its logits, if requested and
             known.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hf_flops.objectives import RowLosses
         >>> losses = RowLosses(sums=torch.tensor([3.0, 1.0]), counts=torch.tensor([2.0, 2.0]))
@@ -108,7 +108,7 @@ class Objective:
             as with an accuracy.
         generates: whether `run` generates text instead of running one forward pass.
 
-    Example:
+    Examples:
         >>> import torch
         >>> class Size(Objective):
         ...     def __call__(self, forward, inputs, *, features=False):
@@ -180,7 +180,7 @@ class CallableObjective(Objective):
         function: maps (outputs, inputs) of R rows to (R,) losses to be minimised, or to a pair
             (sums, counts) of (R,) where rows have different numbers of elements.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from types import SimpleNamespace
         >>> from hf_flops.objectives import CallableObjective

@@ -45,7 +45,7 @@ class CoupledLoss(Objective):
     Raises:
         RowLossError: the loss is no function of outputs that the model has for each row.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from hf_flops.objectives import CoupledLoss

@@ -31,7 +31,7 @@ class GeneratedMetric(Objective):
     Raises:
         ConfigurationError: an unknown name.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hf_flops.objectives import GeneratedMetric
         >>> def brevity(texts, inputs):

@@ -35,7 +35,7 @@ class MacroF1(Metric):
     Raises:
         ConfigurationError: label words that cannot tell classes apart.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from types import SimpleNamespace
         >>> from hf_flops.objectives import MacroF1

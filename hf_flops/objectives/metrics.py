@@ -110,7 +110,7 @@ class Metric(Objective):
     Raises:
         ConfigurationError: an unknown name, or label words that cannot tell classes apart.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from types import SimpleNamespace
         >>> from hf_flops.objectives import Metric

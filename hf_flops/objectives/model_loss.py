@@ -158,7 +158,7 @@ class TappedLoss(Objective):
             every call of torch slower.
         predictable: whether a control variate may use the logits.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from types import SimpleNamespace
         >>> from torch.nn import functional as F
@@ -263,7 +263,7 @@ class TappedLoss(Objective):
 class BatchLoss(Objective):
     """The model's scalar loss of the whole batch: always valid, but blind to single samples.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from types import SimpleNamespace
         >>> from torch.nn import functional as F

@@ -21,7 +21,7 @@ def as_objective(given: object) -> Objective | None:
     Raises:
         ConfigurationError: it is none.
 
-    Example:
+    Examples:
         >>> type(as_objective("macro_f1")).__name__
         'MacroF1'
     """

@@ -44,7 +44,7 @@ class RowwiseLoss(Objective):
     Raises:
         RowLossError: the loss cannot be computed for single rows, or they do not add up to it.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from hf_flops.objectives import RowwiseLoss

@@ -39,7 +39,7 @@ def perturb(
         row_by_row: names in `rowwise` whose layers run row by row.
         distribution: "gaussian" or "rademacher".
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> from hf_flops.perturbations import perturb
         >>> model = nn.Sequential(nn.Linear(3, 2), nn.PReLU())

@@ -109,7 +109,7 @@ class ActivationNoise(Perturbation):
         distribution: "gaussian" or "rademacher".
         mixing: maps a row's inner products (R, T, T) to L.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from hf_flops.perturbations import ActivationNoise, NoiseKeys, ParameterVector

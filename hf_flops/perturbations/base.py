@@ -21,7 +21,7 @@ class ParameterVector:
 
     A parameter that several modules share (tied weights) appears once.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> from hf_flops.perturbations import ParameterVector
         >>> vector = ParameterVector.of(nn.Linear(3, 2))

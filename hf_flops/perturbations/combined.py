@@ -19,7 +19,7 @@ class CombinedNoise(Perturbation):
     The parts' noises are independent, so a row's delta times a part's noise is an unbiased estimate
     of that part of the gradient.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> from hf_flops.perturbations import CombinedNoise, ParameterVector
         >>> from hf_flops.perturbations import RowwiseNoise, SharedNoise

@@ -161,7 +161,7 @@ class RowwiseNoise(Perturbation):
         distribution: a name in `DISTRIBUTIONS`.
         row_by_row: names of tensors whose layers run row by row.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from hf_flops.perturbations import NoiseKeys, ParameterVector, RowwiseNoise

@@ -22,7 +22,7 @@ def displaced(vector: ParameterVector, flat: Tensor) -> Iterator[None]:
 
     The original storage is never written to: it is restored bit for bit, also after an exception.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from hf_flops.perturbations import ParameterVector, displaced
@@ -59,7 +59,7 @@ class SharedNoise(Perturbation):
         vector: the perturbed parameters.
         distribution: a name in `DISTRIBUTIONS`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from hf_flops.perturbations import NoiseKeys, ParameterVector, SharedNoise

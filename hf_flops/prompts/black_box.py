@@ -148,7 +148,7 @@ class BlackBoxPromptModel(nn.Module):
         ConfigurationError: fewer than one virtual token, tokens outside the table, or label words
             that are not different.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hf_flops import BlackBoxPromptModel
         >>> def engine(inputs_embeds, attention_mask, token_ids):

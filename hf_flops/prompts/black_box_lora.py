@@ -58,7 +58,7 @@ class BlackBoxLoraModel(nn.Module):
         folder: where adapters are written, which the engine must see; default: memory, else the
             folder for temporary files.
 
-    Example:
+    Examples:
         >>> from peft import LoraConfig
         >>> from transformers import LlamaConfig
         >>> from hf_flops import BlackBoxLoraModel

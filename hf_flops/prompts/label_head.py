@@ -89,7 +89,7 @@ class LabelHeadModel(nn.Module, PushToHubMixin):
     Raises:
         ConfigurationError: the model has no output layer.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from peft import LoraConfig, get_peft_model
         >>> from transformers import LlamaConfig, LlamaForCausalLM

@@ -58,7 +58,7 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
         ConfigurationError: not a model of transformers, fewer than one virtual token, `init_text`
             without a tokenizer, or `label_head` without `label_words`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> from hf_flops import SuffixPromptModel

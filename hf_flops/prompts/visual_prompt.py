@@ -36,7 +36,7 @@ class VisualPrompt(nn.Module):
         ConfigurationError: an unknown kind, a border that leaves no image, or a model without
             suitable embeddings.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from transformers import ViTConfig, ViTForImageClassification
         >>> from hf_flops import VisualPrompt

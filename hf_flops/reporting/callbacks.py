@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
+from transformers.utils import is_in_notebook
 
 from ..base.memory import peak_memory
 from .figures import draw_pictures
@@ -22,7 +24,7 @@ class RunCosts(TrainerCallback):
     Args:
         ledger: returns the ledger of the run.
 
-    Example:
+    Examples:
         >>> sorted(RunCosts(Ledger).so_far())
         ['check_rows', 'peak_memory', 'rows', 'seconds', 'tokens']
     """
@@ -149,7 +151,8 @@ class LossWatch(TrainerCallback):
 
 
 class Pictures(TrainerCallback):
-    """Draws the run into its output folder when it ends, unless `pictures=False`.
+    """Draws the run into its output folder when it ends, and shows the pictures in a notebook,
+    unless `pictures=False`.
 
     Args:
         ledger: returns the ledger of the run.
@@ -165,7 +168,12 @@ class Pictures(TrainerCallback):
         if not (getattr(args, "pictures", True) and state.is_world_process_zero):
             return
         try:
-            draw_pictures(str(args.output_dir), state.log_history, self.ledger())
+            names = draw_pictures(str(args.output_dir), state.log_history, self.ledger())
+            if names and is_in_notebook():
+                from .notebook import show
+
+                for name in names:
+                    show(Path(str(args.output_dir), name))
         except ImportError as error:
             logger.info("No pictures of the run: %s", error)
         except Exception as error:
@@ -185,12 +193,14 @@ def add_reports(trainer: Trainer, ledger: Callable[[], Ledger]) -> RunCosts:
     trainer.add_callback(costs)
     trainer.add_callback(Pictures(ledger))
     trainer.add_callback(LossWatch())
-    stock = [
-        callback
-        for callback in trainer.callback_handler.callbacks
-        if type(callback) is ProgressCallback
-    ]
-    if stock:
-        trainer.remove_callback(stock[0])
-        trainer.add_callback(RowProgress(ledger))
+    for callback in list(trainer.callback_handler.callbacks):
+        name = type(callback).__name__  # that of notebooks is there in notebooks only
+        if type(callback) is ProgressCallback:
+            trainer.remove_callback(callback)
+            trainer.add_callback(RowProgress(ledger))
+        elif name == "NotebookProgressCallback":
+            from .notebook import NotebookRows
+
+            trainer.remove_callback(callback)
+            trainer.add_callback(NotebookRows(RowProgress(ledger)))
     return costs

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import SubFigure
 
-COLOURS = {"flops": "#c2410c", "mezo": "#2563eb", "flops-authors": "#7c3aed", "backprop": "#52525b"}
+COLOURS = {"flops": "#c2410c", "mezo": "#2563eb", "flops-authors": "#7c3aed", "backprop": "#18181b"}
 
 
 def pyplot() -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Collection, Iterable, Mapping, Sized
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ def complete_card(
     costs: Mapping[str, float],
     tags: str | Iterable[str] | None,
     data: object = None,
+    frozen: Collection[str] = (),
 ) -> None:
     """Add our tags and our sections to the stock card of an output folder.
 
@@ -45,14 +46,13 @@ def complete_card(
         costs: see `RunCosts.so_far`.
         tags: what the caller gave, a name or a list of names.
         data: what it was trained on.
+        frozen: names of trainable tensors that were held back.
     """
     path = Path(folder, "README.md")
     if not path.is_file():
         return
     card = ModelCard.load(path)
-    card.text = _BLANK.sub("", card.text).replace(
-        "was trained from scratch on an unknown dataset.", "was adapted."
-    )
+    card.text = without_blanks(card.text)
     card.data.tags = sorted(
         {
             *(card.data.tags or []),
@@ -69,12 +69,29 @@ def complete_card(
         "\n\n".join(
             [
                 card.text.rstrip(),
-                *about(model, path.parent.name, data),
+                *about(model, path.parent.name, data, frozen),
                 *sections(settings, costs, pictures(path.parent)),
             ]
         )
         + "\n"
     )
+    card.save(path)
+
+
+def without_blanks(text: str) -> str:
+    """Return the text of a stock card without blank sections, and without what is not so."""
+    text = _BLANK.sub("", text).replace(" on an unknown dataset.", ".")
+    return text.replace("was trained from scratch", "was adapted")
+
+
+def baseline_card(folder: str, model: object, data: object) -> None:
+    """Say in the stock card of an adapter that the stock trainer has trained what it is, and how to
+    load it.
+    """
+    path = Path(folder, "README.md")
+    card = ModelCard.load(path)
+    sections = [without_blanks(card.text).rstrip(), *about(model, path.parent.name, data)]
+    card.text = "\n\n".join(sections) + "\n"
     card.save(path)
 
 
@@ -90,9 +107,9 @@ def plain_card(folder: str, model: object) -> None:
     ModelCard(f"---\n{head.to_yaml()}\n---\n\n{title}\n\n{text}\n").save(path)
 
 
-def about(model: Any, name: str, data: object) -> list[str]:
+def about(model: Any, name: str, data: object, frozen: Collection[str] = ()) -> list[str]:
     """Return what a finder of an adapter asks first: what it is, and how to load it."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = [p for n, p in model.named_parameters() if p.requires_grad and n not in frozen]
     size = sum(p.numel() for p in trained)
     kind, base = type(model).__name__, base_name(model)
     config = next(iter(getattr(model, "peft_config", {}).values()), None)

@@ -19,7 +19,7 @@ class AllocatorContract:
     Counts that follow these rules leave the gradient estimate unbiased, whatever else an allocator
     does.
 
-    Example:
+    Examples:
         >>> from hf_flops.allocators import Uniform
         >>> class TestUniform(AllocatorContract):
         ...     def make(self):

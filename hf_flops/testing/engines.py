@@ -15,7 +15,7 @@ class EngineContract:
     right, and C tokens to the scores (R, C) of these tokens after each row's last real token:
     logits, up to a constant for each row.
 
-    Example:
+    Examples:
         >>> class TestSums(EngineContract):
         ...     def make(self):
         ...         def engine(embeds, mask, tokens):

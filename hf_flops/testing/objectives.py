@@ -14,7 +14,7 @@ from ..objectives import Forward, Objective, RowLosses
 class ObjectiveContract:
     """Derive a class `Test...` that defines `make`; pytest then runs the contract.
 
-    Example:
+    Examples:
         >>> from hf_flops.objectives import CallableObjective
         >>> class TestSquares(ObjectiveContract):
         ...     def make(self):

@@ -15,7 +15,7 @@ Losses = Callable[[], Tensor]
 class PerturbationContract:
     """Derive a class `Test...` that defines `make`; pytest then runs the contract.
 
-    Example:
+    Examples:
         >>> from hf_flops.perturbations import ParameterVector, SharedNoise
         >>> class TestShared(PerturbationContract):
         ...     def make(self):

@@ -24,7 +24,7 @@ class FlopsArgumentsMixin:
         ConfigurationError: a value is unknown or out of range, or a stock option needs a backward
             pass.
 
-    Example:
+    Examples:
         >>> from dataclasses import dataclass
         >>> from transformers import Seq2SeqTrainingArguments
         >>> @dataclass
@@ -38,8 +38,9 @@ class FlopsArgumentsMixin:
     learning_rate: float | str | None = field(
         default=1e-3,
         metadata={
-            "help": "Step size of the optimizer; forward-only training of adapters needs about "
-            "1e-3. Or 'auto': 1e-3 to start with, and learning_rate_search."
+            "help": "Step size of the optimizer. The default is safe for every adapter; 1e-2 is a "
+            "good start for LoRA's B matrices. Or 'auto': 1e-3 to start with, and "
+            "learning_rate_search."
         },
     )
     learning_rate_search: bool = field(
@@ -136,7 +137,8 @@ class FlopsArgumentsMixin:
             "help": "What trains a linear layer that outputs the logits of the loss, which needs "
             "no noise: 'solve' (its weights minimise the loss on the features that clean forwards "
             "have shown, after every step), 'gradient' (its exact gradient goes to the optimizer) "
-            "or 'none' (noise, as for the other parameters). Default: 'solve', except for the "
+            "or 'none' (noise, as for the other parameters). The projections of two encoders "
+            "under a contrastive loss are treated alike. Default: 'solve', except for the "
             "presets 'mezo' and 'flops-authors'.",
             "choices": list(HEADS),
         },
@@ -159,11 +161,12 @@ class FlopsArgumentsMixin:
         },
     )
     lora_parts: str = field(
-        default="both",
+        default="auto",
         metadata={
             "help": "LoRA matrices to train: 'both', 'B' alone (half the noise; lora_A matters "
-            "only once lora_B is nonzero), or 'B_then_A', where lora_A joins after half of the "
-            "steps.",
+            "only once lora_B is nonzero), 'B_then_A', where lora_A joins after half of the "
+            "steps, or 'auto': 'B' for an adapter whose lora_B is zero, as that of a new one "
+            "is, else 'both'.",
             "choices": list(LORA_PARTS),
         },
     )
@@ -227,7 +230,7 @@ class FlopsArgumentsMixin:
 class FlopsTrainingArguments(FlopsArgumentsMixin, TrainingArguments):  # type: ignore[misc]
     """`transformers.TrainingArguments` with the fields of `FlopsArgumentsMixin`.
 
-    Example:
+    Examples:
         >>> args = FlopsTrainingArguments("outputs", queries_per_sample=8, use_cpu=True)
         >>> args.allocator, args.estimator
         ('optimal', 'one_sided')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +14,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..autotune.protocol import Stateful
 from ..base.state import State, tensor, whole
 from ..errors import ConfigurationError
+from .args import FlopsArgumentsMixin
 from .checkpoint_state import STATE_FILE, load_state, read_json
 from .multiprocess import BatchSize
+from .presets import LORA_PARTS
 
 if TYPE_CHECKING:
     from .trainer import FlopsTrainerMixin
 
+logger = logging.getLogger("hf_flops.trainer")
 PARAMETERS, STREAM = "parameters outside the adapter's file", "stream"
 
 
@@ -29,6 +33,8 @@ def parts_of(trainer: FlopsTrainerMixin) -> dict[str, Stateful]:
     parts |= trainer.session.parts()
     if trainer.rate_search is not None:
         parts["learning rate search"] = trainer.rate_search
+    if trainer.lora_parts.automatic:
+        parts["parts of LoRA"] = trainer.lora_parts
     outside = OutsideParameters(trainer.model)
     if outside.parameters:
         parts[PARAMETERS] = outside
@@ -98,6 +104,45 @@ class OutsideParameters:
                 f"{', '.join(self.parameters)}. A stock Trainer does not save them: start anew."
             )
         return False
+
+
+class LoraParts:
+    """Decides which matrices of LoRA a run trains, where the arguments leave it to the adapter.
+
+    While `lora_B` is zero, the loss does not depend on `lora_A`, whose noise would carry no signal.
+
+    Args:
+        args: of the run; "auto" becomes "B" or "both" if there is LoRA to train.
+        model: of the run, before training.
+
+    Attributes:
+        automatic: whether this decided.
+    """
+
+    def __init__(self, args: FlopsArgumentsMixin, model: nn.Module) -> None:
+        self.args = args
+        matrices = [
+            parameter
+            for name, parameter in model.named_parameters()
+            if ".lora_B." in name and parameter.requires_grad
+        ]
+        self.automatic = bool(matrices) and args.lora_parts == "auto"
+        if not self.automatic:
+            return
+        trained = any(bool(matrix.any()) for matrix in matrices)
+        args.lora_parts = "both" if trained else "B"
+        if not trained:
+            logger.info("lora_B is zero, so lora_A is not trained: lora_parts='B'.")
+
+    def state_dict(self) -> State:
+        """Return what was decided."""
+        return {"parts": self.args.lora_parts}
+
+    def load_state_dict(self, state: State) -> None:
+        """Take up a state from `state_dict`: in a resumed run, `lora_B` may be nonzero."""
+        if state["parts"] not in LORA_PARTS:
+            raise ValueError(f"the parts of LoRA are {state['parts']!r}")
+        self.args.lora_parts = state["parts"]
 
 
 class StreamPosition(TrainerCallback):

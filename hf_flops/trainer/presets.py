@@ -40,7 +40,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-LORA_PARTS = ("both", "B", "B_then_A")
+LORA_PARTS = ("auto", "both", "B", "B_then_A")
 HEADS = ("solve", "gradient", "none")
 
 CHOICES: dict[str, tuple[str, ...]] = {

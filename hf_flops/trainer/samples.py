@@ -42,7 +42,7 @@ def rows_blamed(data: object, model: nn.Module) -> Iterator[None]:
 def complaint(data: object, model: nn.Module, error: Exception) -> str | None:
     """Return what is wrong with a row, in one sentence, or None.
 
-    Example:
+    Examples:
         >>> rows = [{"x": 1, "labels": 0}, {"x": 2, "labels": None}]
         >>> complaint(rows, nn.Identity(), KeyError("labels"))
         "Row 1 of train_dataset has no 'labels', but other rows do: fill it in, or drop the row."

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.trainer_utils import has_length, rotate_checkpoints
 
+from ..autotune.first_batch import held_back
 from ..autotune.protocol import Stateful
 from ..base.batch import Inputs
 from ..distributed.collectives import ProcessGroup
@@ -92,7 +93,8 @@ class StockOverrides(_Base):
         if self.is_world_process_zero():
             folder, data, tags = self.args.output_dir, self.train_dataset, options.get("tags")
             settings, costs = run_as_code(self.args, self.model), self.costs.so_far()
-            complete_card(folder, settings, self.model, costs, tags, data)
+            frozen = held_back(self.model, self.args.lora_parts, progress=1.0)
+            complete_card(folder, settings, self.model, costs, tags, data, frozen)
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """Save as the stock trainer does."""

@@ -31,7 +31,7 @@ from .layout import Layout
 from .learning_rate_search import RateSearch
 from .multiprocess import Lockstep, start_group
 from .noise_guard import NoiseGuard
-from .parts import StreamPosition, parts_of
+from .parts import LoraParts, StreamPosition, parts_of
 from .preparation import (
     add_tags,
     check_arguments,
@@ -79,10 +79,9 @@ class FlopsTrainerMixin(StockOverrides):
         positional: further arguments in the order of the stock trainer, mostly `args`.
         args: `FlopsTrainingArguments`, or any arguments class with `FlopsArgumentsMixin`.
         peft_config: a PEFT configuration to wrap the model with.
-        objective: what to minimise instead of the model's own loss: a function that maps (outputs,
-            inputs) of R rows to (R,) losses, a `Metric` or `GeneratedMetric` to be improved,
-            "accuracy" or "macro_f1" for short, a `ContrastiveLoss`, or an `Objective`; it needs no
-            derivative.
+        objective: minimised in place of the model's own loss, without derivatives: a function that
+            maps (outputs, inputs) of R rows to (R,) losses, a `Metric`, a `GeneratedMetric`,
+            "accuracy", "macro_f1", a `ContrastiveLoss`, or an `Objective`.
         allocator: an instance, in place of the name in `args`.
         estimator: an instance, in place of the name in `args`.
         perturbation: an instance, in place of the name in `args`; it skips the self-check.
@@ -92,7 +91,7 @@ class FlopsTrainerMixin(StockOverrides):
         ConfigurationError: nothing is trainable, the data set is empty, or unsuitable arguments or
             processes.
 
-    Example:
+    Examples:
         >>> from transformers import Seq2SeqTrainer
         >>> class FlopsSeq2SeqTrainer(FlopsTrainerMixin, Seq2SeqTrainer):
         ...     pass
@@ -139,6 +138,7 @@ class FlopsTrainerMixin(StockOverrides):
         with quantised_base_allowed(model):
             super().__init__(model, *positional, **kwargs)
         follow_accelerator(self.accelerator, self.args)
+        self.lora_parts = LoraParts(self.args, self.model)
         self._begin()
         self.noise_guard, self.stream = NoiseGuard(lambda: self.session), StreamPosition()
         self.query_budget = QueryBudget(
@@ -283,7 +283,7 @@ class FlopsTrainer(FlopsTrainerMixin, Trainer):
     References:
         Ren et al. (2025), FLOPS: Forward Learning with OPtimal Sampling, arXiv 2410.05966.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from peft import LoraConfig
         >>> from transformers import ViTConfig, ViTForImageClassification

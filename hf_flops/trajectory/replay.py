@@ -252,7 +252,7 @@ def replay(path: str | Path, folder: str | Path | None = None, step: int | None 
         TrajectoryError: the log is damaged or has no such step, or the rebuilt adapter differs from
             the trained one (then nothing is written), or it cannot be written.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from tempfile import TemporaryDirectory
         >>> from torch import nn

@@ -146,4 +146,5 @@ def training_arguments(folder: Any, kind: Any = FlopsTrainingArguments, **option
     }
     if issubclass(kind, FlopsArgumentsMixin):
         quiet["pictures"] = False
+        quiet["lora_parts"] = "both"  # that A is trained too is harder to get right
     return kind(**{**quiet, **options})

@@ -94,6 +94,7 @@ def build(options: dict[str, Any], act: Any = None) -> FlopsTrainer:
             "report_to": "none",
             "disable_tqdm": True,
             "pictures": False,
+            "lora_parts": "both",
             "save_strategy": "no",
             "logging_steps": 1,
             "rows_per_forward": 8,

@@ -119,6 +119,11 @@ def test_two_encoders_by_every_method(folders, tmp_path, drawn):
     assert checks["flops"] > 0
     assert rows["flops"] - checks["flops"] <= 160
     assert [rows[name] - checks[name] for name in ("mezo", "spsa-gc")] == [160, 160]
+    for method in METHODS:
+        card = (tmp_path / method / "README.md").read_text()
+        assert "ore information" not in card.replace("-", " ").lower()
+        assert "## Load it" in card
+        assert ("## Forward-only training" in card) == (method != "backprop")
     assert "| flops | all |" in (tmp_path / "report.md").read_text()
     measures, *examples = drawn["report.png"].axes
     shown = {bars.get_label(): [bar.get_height() for bar in bars] for bars in measures.containers}

@@ -145,9 +145,14 @@ def test_the_recipe_leaves_a_report_a_picture_and_adapters(
     assert (tmp_path / "report.png").is_file()
     for method, outcome in {FROZEN: frozen, **outcomes}.items():
         loss = outcome["losses"][-1][1]
-        assert f"| {method} | **{outcome['after']:.1%}** | {loss:.3f} |" in report
+        shown = f"**{outcome['after']:.1%}** | {loss:.3f} | {outcome['curve'][-1][1]:.1%} |"
+        assert f"| {method} | {shown}" in report
     for method in outcomes:
         assert (tmp_path / method / "adapter_model.safetensors").is_file()
+        card = (tmp_path / method / "README.md").read_text()
+        assert "ore information" not in card.replace("-", " ")
+        assert "## Load it" in card
+        assert ("## Forward-only training" in card) == (method != "backprop")
 
 
 def test_patches_move_together_and_come_back(digits):

@@ -48,8 +48,13 @@ def trainer_of(tmp_path, **options):
         learning_rate=0.02,
         logging_steps=1,
         use_cpu=True,
-        disable_tqdm=True,
-        **{"max_steps": 2, "save_strategy": "no", "report_to": "none", **options},
+        **{
+            "max_steps": 2,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            **options,
+        },
     )
     base = tiny_model("vit")
     base.add_model_tags(["of-the-base"])
@@ -128,6 +133,7 @@ def test_the_settings_of_a_card_repeat_the_run(tmp_path):
         "learning_rate": 0.02,
         "max_steps": 2,
         "preset": "mezo",
+        "lora_parts": "B",
     }
 
 
@@ -139,7 +145,9 @@ def test_a_card_names_what_a_finder_asks_for_and_its_lines_load_the_adapter(tmp_
     trainer.create_model_card()
     text = (tmp_path / "adapter" / "README.md").read_text()
     assert "More information" not in text
-    size = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    assert "from scratch" not in text
+    named = trainer.model.named_parameters()  # A is held back
+    size = sum(p.numel() for n, p in named if p.requires_grad and "lora_A" not in n)
     for shown in (str(tmp_path / "base"), f"LORA, {size:,} trained numbers", "8 samples"):
         assert shown in text
     assert f"`hf_flops` {hf_flops.__version__}" in text

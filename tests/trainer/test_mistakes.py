@@ -52,7 +52,7 @@ ARGUMENTS = [
     ({"prefix_cache": "ram"}, "prefix_cache='ram' is unknown: choose one of memory, disk"),
     ({"prefix_cache_gb": 0.0}, "prefix_cache_gb=0.0 must be positive"),
     ({"memory_limit_gb": -1.0}, "memory_limit_gb=-1.0 must be positive"),
-    ({"lora_parts": "A"}, "lora_parts='A' is unknown: choose one of both, B, B_then_A"),
+    ({"lora_parts": "A"}, "lora_parts='A' is unknown: choose one of auto, both, B, B_then_A"),
     ({"prefix_cache": "memory", "late_expansion": False}, "prefix_cache needs late_expansion"),
     ({"learning_rate": "auto", "trajectory_log": True}, "trajectory_log=True cannot replay"),
 ]

@@ -701,6 +701,33 @@ def test_lora_a_is_held_back_as_asked(parts, joins, arguments):
     assert watch.moved == [{"lora_B", "classifier"} | own for own in late]
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_lora_a_is_trained_by_default_if_the_adapter_is_not_new(trained, arguments):
+    model = adapted()
+    if trained:
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.fill_(0.1)
+    watch = Watch(model)
+    options = {"max_steps": 2, "learning_rate": 0.1, "closed_form_head": "gradient"}
+    args = arguments(lora_parts="auto", **options)
+    FlopsTrainer(model, args, train_dataset=data(), callbacks=[watch]).train()
+    assert watch.moved == [{"lora_B", "classifier"} | ({"lora_A"} if trained else set())] * 2
+
+
+def test_a_resumed_run_trains_the_parts_of_lora_that_it_began_with(arguments):
+    options = {"lora_parts": "auto", "max_steps": 3, "save_strategy": "steps", "save_steps": 2}
+    whole = FlopsTrainer(adapted(), arguments(**options), train_dataset=data())
+    whole.train()
+    checkpoint = f"{whole.args.output_dir}/checkpoint-2"
+    model = PeftModel.from_pretrained(tiny_model("vit"), checkpoint, is_trainable=True)
+    again = FlopsTrainer(model, arguments(**options), train_dataset=data())
+    assert again.args.lora_parts == "both"
+    again.train(resume_from_checkpoint=checkpoint)
+    assert again.args.lora_parts == "B"
+    assert flat(again).equal(flat(whole))
+
+
 class Freeze(TrainerCallback):
     """Freezes half of the adapter after the first of four steps, and lets it go on after the
     third.
