@@ -23,11 +23,7 @@ _SHOWN = 300  # characters of an answer that errors show
 
 
 class RetryableError(Exception):
-    """A failed call that may succeed if it is repeated after `wait` seconds or more."""
-
-    def __init__(self, reason: str, wait: float = 0.0) -> None:
-        super().__init__(reason)
-        self.wait = wait
+    """A failed call that may succeed if it is repeated: why, and after how many seconds."""
 
 
 @dataclass
@@ -101,7 +97,7 @@ class Endpoint:
     async def _ask(self, client: httpx.AsyncClient, path: str, body: bytes, retries: int) -> bytes:
         """Return the answer of one call, with retries."""
         for attempt in range(retries + 1):
-            if self.max_calls is not None and self.account.calls >= self.max_calls:
+            if self.account.calls == self.max_calls:
                 used = f"max_calls={self.max_calls} are used up"
                 raise EngineError(f"{self.url} may not be called again: {used}.")
             self.account.calls += 1
@@ -111,17 +107,17 @@ class Endpoint:
                 async with asyncio.timeout(self.timeout):
                     return await self._once(client, path, body)
             except TimeoutError:
-                failure = RetryableError(f"TimeoutError: no answer in {self.timeout:g} seconds")
+                reason, wait = f"TimeoutError: no answer in {self.timeout:g} seconds", 0.0
             except RetryableError as error:
-                failure = error
+                reason, wait = error.args
             finally:
                 self.account.seconds += time.perf_counter() - start
                 self.account.bytes_sent += len(body)
             pause = self.back_off * 2 ** min(attempt, 100) * random.SystemRandom().uniform(0.5, 1.5)
             if attempt < retries:
-                await asyncio.sleep(min(max(pause, failure.wait), _LONGEST_WAIT))
+                await asyncio.sleep(min(max(pause, wait), _LONGEST_WAIT))
         raise EngineError(
-            f"{self.url} failed {retries + 1} times in a row, the last time with: {failure}. What "
+            f"{self.url} failed {retries + 1} times in a row, the last time with: {reason}. What "
             "was learned up to the last checkpoint is safe: resume from it once the endpoint "
             "answers again."
         )
@@ -141,7 +137,7 @@ class Endpoint:
             if "CERTIFICATE_VERIFY_FAILED" in reason:
                 raise EngineError(f"{self.url} is not trusted: {reason}.") from None
             if response is None or response.status_code == 200:
-                raise RetryableError(reason) from None
+                raise RetryableError(reason, 0.0) from None
         assert response is not None
         self.account.bytes_received += len(content)
         code = response.status_code
@@ -181,9 +177,9 @@ def checked_url(url: str) -> str:
     with suppress(_httpx().InvalidURL, TypeError):
         parts = _httpx().URL(url)
         plain = url.isascii() and " " not in url and not parts.query and not parts.fragment
-        if plain and parts.scheme in ("http", "https") and parts.host:
-            if parts.port is None or 0 < parts.port < 65536:
-                return url.rstrip("/")
+        plain = plain and 0 < (parts.port or 80) < 65536 and bool(parts.host)
+        if plain and parts.scheme in ("http", "https"):
+            return url.rstrip("/")
     raise ConfigurationError(
         f"base_url={url!r} must be http:// or https:// with a host, in ASCII without spaces."
     )
