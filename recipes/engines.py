@@ -18,6 +18,7 @@ from peft import LoraConfig
 from hf_flops import BlackBoxLoraModel, BlackBoxPromptModel
 from hf_flops.engines import Engine, OnnxEngine, TorchEngine, VllmEngine, export_onnx
 from hf_flops.trajectory.start import digest
+from recipes import sums
 from recipes.assets import smollm2
 from recipes.prompts import Template, adapted
 from recipes.vllm_server import VllmServer
@@ -59,6 +60,9 @@ def check(recipe: Any) -> None:
         SystemExit: the recipe asks for such.
     """
     adapters = ("suffix", "prompt", "lora") if recipe.engine == "vllm" else ("suffix", "prompt")
+    able = recipe.engine in ("torch", "vllm") and recipe.adapter != "prompt"
+    if recipe.domain == sums.DOMAIN and not able:
+        raise SystemExit("--domain sums needs --engine vllm or torch, --adapter suffix or lora.")
     if recipe.engine_url and recipe.engine != "vllm":
         raise SystemExit("--engine_url is of a server: it needs --engine vllm.")
     if recipe.engine and (
@@ -69,7 +73,7 @@ def check(recipe: Any) -> None:
 
 
 def adapter_of(
-    recipe: Any, folder: str | Path, base: Any, template: Template, words: list[int]
+    recipe: Any, folder: str | Path, base: Any, template: Template, words: list[int] | None
 ) -> Any:
     """Put what the prompt recipe tunes on a model, or before or after the texts that an engine
     continues.

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import Trainer
 
 from hf_flops import ConfigurationError, FlopsTrainer, MacroF1, Metric
-from recipes import runs
+from recipes import runs, sums
 
 METHODS = ("flops", "backprop")
 # What is improved, with the scale of the noise and the learning rate that suit it.
@@ -25,7 +25,9 @@ def trainer_for(method: str, model: Any, args: Any, recipe: Any, **options: Any)
         raise ConfigurationError(
             f"The method {method!r} is unknown: choose among {', '.join(METHODS)}."
         )
+    rewarded = recipe.domain == sums.DOMAIN
     objective, *best = OBJECTIVES[recipe.objective if method == "flops" else "loss"]
+    best = [*sums.NOISE[recipe.adapter == "lora"]] if rewarded else best
     given = (args.perturbation_scale, args.learning_rate)
     scale, rate = (
         default if value is None else value for value, default in zip(given, best, strict=True)
@@ -36,4 +38,7 @@ def trainer_for(method: str, model: Any, args: Any, recipe: Any, **options: Any)
         return Trainer(
             model, runs.stock_arguments(args, include_num_input_tokens_seen="all"), **options
         )
+    if rewarded:
+        tokenizer = options["data_collator"].tokenizer
+        return sums.SumsTrainer(model, args, tokenizer, **options)
     return FlopsTrainer(model, args, objective=objective(), **options)

@@ -50,11 +50,12 @@ def report(recipe: Any, args: Any, task: TextTask, outcomes: Sequence[PromptOutc
         "A linear head that starts as the label words' rows of the output layer is trained; lines "
         "that end in -words read the words' logits. "
     )
+    words = f" for {', '.join(map(repr, recipe.label_words))}" if recipe.label_words else ""
     notes = (
         f"Texts: {task.name}, {len(task.train):,} for training, accuracy on {outcomes[0].texts:,} "
         f"held-out ones. Adapter: {recipe.adapter}; objective: {recipe.objective}. Zero-shot is "
-        f"the model without the adapter, asked with `{recipe.template}` for "
-        f"{', '.join(map(repr, recipe.label_words))}; untrained is the adapter as it starts. "
+        f"the model without the adapter, asked with `{recipe.template}`"
+        f"{words}; untrained is the adapter as it starts. "
         f"{head if recipe.label_head else ''}Rows and tokens are what went through the model in "
         "training, checks included, as if every row ran whole; a row of backprop also costs a "
         "backward pass. Seconds include the evaluations for the curve."

@@ -10,6 +10,7 @@ of the Hub take their place:
     python recipes/prompt_tuning.py --objective accuracy
     python recipes/prompt_tuning.py --engine onnx-int8
     python recipes/prompt_tuning.py --engine vllm --adapter lora
+    python recipes/prompt_tuning.py --engine vllm --domain sums  # a reward of generated answers
     python recipes/prompt_tuning.py --model Qwen/Qwen2.5-0.5B-Instruct \\
         --domain cornell-movie-review-data/rotten_tomatoes
     python recipes/prompt_tuning.py recipes/prompt_tuning.yaml --seed 1
@@ -28,7 +29,7 @@ from transformers import DataCollatorWithPadding, set_seed
 # also when hf_flops is not installed
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from recipes import common, engines, prompts, runs
+from recipes import common, engines, prompts, runs, sums
 from recipes.common import option
 from recipes.prompt_methods import METHODS, OBJECTIVES, trainer_for
 from recipes.prompt_report import PromptOutcome, report
@@ -40,7 +41,9 @@ class RecipeArguments(common.Recipe):
 
     model: str | None = option(None, "Hub id or folder; default: the embedded SmolLM2.")
     domain: str = option(
-        "movies", f"{', '.join(prompts.DOMAINS)} (embedded), or a Hub id with columns text, label."
+        "movies",
+        f"{', '.join(prompts.DOMAINS)} (embedded), or a Hub id with columns text, label; 'sums': a "
+        "reward for right numbers, in words of its own, by --engine vllm or torch.",
     )
     template: str = option("{text} It was", "How a text is put; the answer comes at its end.")
     chat: bool = option(False, "Put the text as a user's message, in the model's chat template.")
@@ -120,8 +123,10 @@ def run(
     """
     with args.main_process_first(), common.usable(f"--model {recipe.model or '(SmolLM2)'}"):
         base, tokenizer = prompts.load_model(recipe.model, recipe.dtype)
-    words = prompts.label_tokens(tokenizer, recipe.label_words, task.classes)
+    rewarded = recipe.domain == sums.DOMAIN
+    words = None if rewarded else prompts.label_tokens(tokenizer, recipe.label_words, task.classes)
     template = prompts.Template(tokenizer, recipe.template, recipe.text_tokens, recipe.chat)
+    recipe = replace(recipe, virtual_tokens=len(template.tail)) if rewarded else recipe
     collate = DataCollatorWithPadding(tokenizer)
     data = {
         part: template.rows(getattr(task, part), tail=recipe.adapter != "suffix")
@@ -129,21 +134,20 @@ def run(
     }
     name = method + ending
     folder, args = args.output_dir, runs.method_arguments(args, name)
-    if not known:
+    if not known and not rewarded:
         asked, plain = template.rows(task.test, tail=True), prompts.WordClassifier(base, words)
         before = runs.accuracy_of(plain, args, prompts.by_length(asked), collate)
     set_seed(args.seed)
-    model, test = (
-        engines.adapter_of(recipe, folder, base, template, words),
-        prompts.by_length(data["test"]),
-    )
-    before, start = (
-        (known.before, known.start)
-        if known
-        else (before, runs.accuracy_of(model, args, test, collate))
-    )
+    model = engines.adapter_of(recipe, folder, base, template, words)
     sets = {"train_dataset": data["train"], "eval_dataset": prompts.by_length(data["validation"])}
     trainer = trainer_for(method, model, args, recipe, data_collator=collate, **sets)
+    test = prompts.by_length(data["test"])
+    if known:
+        before, start = known.before, known.start
+    elif rewarded:  # the adapter starts as the model is
+        before = start = runs.tested(trainer, test)
+    else:
+        start = runs.accuracy_of(model, args, test, collate)
     found = runs.train(trainer, args.resume_from_checkpoint)
     after = runs.tested(trainer, test)
     if args.process_index == 0:
@@ -160,6 +164,7 @@ def main(arguments: list[str] | None = None) -> list[PromptOutcome]:
     methods, found = runs.begin(args, ["flops", *recipe.compare]), []
     common.reach_hub(recipe, "model")
     engines.check(recipe)
+    recipe = sums.settings(recipe) if recipe.domain == sums.DOMAIN else recipe
     with args.main_process_first(), common.usable(f"--domain {recipe.domain}"):
         task = prompts.load_task(recipe, args.seed)
     with engines.running(recipe, args.output_dir) as recipe:

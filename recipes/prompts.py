@@ -17,6 +17,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from hf_flops import ConfigurationError, LabelHeadModel, SuffixPromptModel
 from hf_flops.objectives.elementwise import mean_cross_entropy
+from recipes import sums
 from recipes.assets import sentences, smollm2
 from recipes.common import load_hub
 
@@ -58,7 +59,7 @@ def load_texts(
     `text` and `label`.
 
     Args:
-        domain: a name in `DOMAINS` or a Hub id.
+        domain: a name in `DOMAINS`, "sums", or a Hub id.
         validation: texts to choose by.
         test: texts to report on.
         per_class: training texts of each class, 0 for all.
@@ -69,6 +70,8 @@ def load_texts(
     """
     if domain in DOMAINS:
         rows = sentences(DOMAINS[domain])
+    elif domain == sums.DOMAIN:
+        rows = sums.texts()
     else:
         data = load_hub(domain, DOMAINS, split="train")
         if not {"text", "label"} <= {*data.column_names}:

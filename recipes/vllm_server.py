@@ -16,7 +16,11 @@ from pathlib import Path
 from hf_flops import ConfigurationError
 
 FLOAT32 = "--dtype float32 --max-logprobs -1 --logprobs-mode raw_logits --enforce-eager"
-LORA = "--enable-lora --max-loras 8 --max-cpu-loras 64 --max-lora-rank 8"
+# Blocks of the prefix cache must be shorter than texts: on CPUs they have 128 tokens by default.
+PROMPTS = "--enable-prompt-embeds --block-size 32"
+# Fewer modules and smaller ranks cost less, whatever an adapter has of them.
+LORA = "--enable-lora --max-loras 8 --max-cpu-loras 64 --lora-target-modules q_proj v_proj qkv_proj"
+
 
 
 class VllmServer:
@@ -40,7 +44,7 @@ class VllmServer:
         self,
         model: str,
         log: str | Path,
-        options: str = f"{FLOAT32} {LORA}",
+        options: str = f"{FLOAT32} {LORA} --max-lora-rank 8",
         port: int = 0,
         patience: float = 900.0,
     ) -> None:
@@ -54,7 +58,7 @@ class VllmServer:
     def __enter__(self) -> VllmServer:
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
         command += ["--model", self.model, "--served-model-name", self.name]
-        command += ["--enable-prompt-embeds", *self.options.split()]
+        command += [*PROMPTS.split(), *self.options.split()]
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--max-model-len", "512"]
         given = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
         self.log.parent.mkdir(parents=True, exist_ok=True)

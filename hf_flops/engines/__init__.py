@@ -1,8 +1,4 @@
-"""Engines, models that only return outputs: a callable, transformers, ONNX Runtime, vLLM.
-
-An engine is anything that maps `inputs_embeds` (R, T, D) float32, `attention_mask` (R, T) int64,
-padded at the right, and C tokens to the scores (R, C) of these tokens as what follows each row.
-"""
+"""Engines, models that only return outputs: a callable, transformers, ONNX Runtime, vLLM."""
 
 from .base import Engine
 from .http import Account

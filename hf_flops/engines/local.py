@@ -74,18 +74,16 @@ class TorchEngine:
         order = attention_mask.argsort(dim=1, stable=True)  # padding goes to the left
         rows = inputs_embeds.gather(1, order[:, :, None].expand_as(inputs_embeds)).to(weight)
         options |= {"attention_mask": attention_mask.gather(1, order).to(weight.device)}
-        options |= {"temperature": temperature} if temperature else {}
-        options |= {"do_sample": temperature > 0, "max_new_tokens": max_tokens}
-        return self.model.generate(inputs_embeds=rows, **options).tolist()
+        options |= {"do_sample": temperature > 0, "temperature": temperature or None}
+        tokens = self.model.generate(inputs_embeds=rows, max_new_tokens=max_tokens, **options)
+        return tokens.tolist()
 
 
 def _onnxruntime() -> ModuleType:
     try:
         import onnxruntime
     except ImportError as error:
-        raise ImportError(
-            "ONNX engines need ONNX Runtime: pip install 'hf_flops[onnx]'."
-        ) from error
+        raise ImportError("Engines of ONNX need it: pip install 'hf_flops[onnx]'.") from error
     return onnxruntime
 
 
@@ -111,8 +109,8 @@ def export_onnx(model: PreTrainedModel, path: str | Path, *, int8: bool = False)
     mask[1, 3:] = 0
     either = dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC)
     with TemporaryDirectory(dir=path.parent, prefix=path.name) as folder:
-        whole = Path(folder, path.name)  # same name, because the file contains that of its weights
-        plain = whole.with_suffix(".fp32.onnx") if int8 else whole
+        plain, whole = Path(folder, f"fp32-{path.name}"), Path(folder, path.name)
+        plain = plain if int8 else whole  # the file contains the name of that of its weights
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # from the internals of torch's exporter
             torch.onnx.export(
@@ -125,23 +123,18 @@ def export_onnx(model: PreTrainedModel, path: str | Path, *, int8: bool = False)
                 dynamo=True,
                 verbose=False,
             )
-            wanted = model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).logits[
-                [0, 1], [4, 2]
-            ]
+            logits = model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).logits
+        wanted = logits[[0, 1], [4, 2]]
         found = OnnxEngine(plain)(embeds, mask, range(wanted.shape[1]))
         error = float((found - wanted).abs().max())
         if not error <= 1e-3 * max(1.0, float(wanted.abs().max())):
-            raise ConfigurationError(
-                f"{type(model).__name__} cannot be exported: its logits would differ by "
-                f"{error:.2g}."
-            )
+            wrong = f"cannot be exported: its logits would differ by {error:.2g}"
+            raise ConfigurationError(f"{type(model).__name__} {wrong}.")
         if int8:
             _quantise(runtime, plain, whole)
-        # an older file must not be used with the new weights
-        path.unlink(missing_ok=True)
-        if (weights := whole.with_name(whole.name + ".data")).is_file():
-            os.replace(weights, path.with_name(weights.name))
-        os.replace(whole, path)
+        path.unlink(missing_ok=True)  # an older file must not be used with the new weights
+        for file in sorted(Path(folder).glob(f"{path.name}*"), reverse=True):  # weights first
+            os.replace(file, path.with_name(file.name))
     return path
 
 
@@ -170,11 +163,9 @@ class OnnxEngine:
 
     def __init__(self, path: str | Path, threads: int = 0) -> None:
         runtime, self.path = _onnxruntime(), Path(path)
-        options = runtime.SessionOptions()
+        options, providers = runtime.SessionOptions(), ["CPUExecutionProvider"]
         options.intra_op_num_threads = threads
-        self.session = runtime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
-        )
+        self.session = runtime.InferenceSession(str(path), options, providers)
 
     def __repr__(self) -> str:
         return f"OnnxEngine({str(self.path)!r})"
@@ -183,12 +174,10 @@ class OnnxEngine:
         self, inputs_embeds: Tensor, attention_mask: Tensor, token_ids: Sequence[int]
     ) -> Tensor:
         """See `Engine`."""
-        rows = {
-            "inputs_embeds": inputs_embeds.cpu().numpy(),
-            "attention_mask": attention_mask.cpu().numpy(),
-        }
+        rows = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
+        arrays = {name: tensor.cpu().numpy() for name, tensor in rows.items()}
         try:
-            (logits,) = self.session.run(["logits"], rows)
+            (logits,) = self.session.run(["logits"], arrays)
         except Exception as error:  # ONNX Runtime has no common base class
             raise EngineError(f"{self!r} failed: {error}") from error
         return torch.from_numpy(logits)[:, list(token_ids)]

@@ -7,9 +7,10 @@ import io
 import json
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ Options = dict[str, Any]
 
 
 class _Vllm:
-    """What server and process have in common."""
+    """What server and process have in common; adapters are what `loaded` gives, one a prompt."""
 
     account: Account
+    _asked: Callable[[Sequence[Prompt], Options, Sequence[Any] | None], list[list[Any]]]
 
     def __call__(
         self, inputs_embeds: Tensor, attention_mask: Tensor, token_ids: Sequence[int]
@@ -36,16 +38,13 @@ class _Vllm:
         return self.scores(without_padding(inputs_embeds, attention_mask), token_ids)
 
     def scores(
-        self,
-        prompts: Sequence[Prompt],
-        token_ids: Sequence[int],
-        adapters: Sequence[str] | None = None,
+        self, prompts: Sequence[Prompt], token_ids: Sequence[int], adapters: Any = None
     ) -> Tensor:
-        """Return scores (R, C) of tokens after R prompts, each with an adapter if there are any."""
+        """Return scores (R, C) of tokens after R prompts."""
         if len(token_ids) > _MOST:
             raise ConfigurationError(f"vLLM scores {_MOST} tokens at most, not {len(token_ids)}.")
         options = {"max_tokens": 1, "temperature": 0.0, "logprob_token_ids": list(token_ids)}
-        return torch.tensor(self._completed(prompts, options, adapters))
+        return torch.tensor(self._counted(prompts, options, adapters))
 
     def generate(
         self,
@@ -56,30 +55,22 @@ class _Vllm:
         **options: Any,
     ) -> list[list[int]]:
         """Return the tokens that continue each row; options, such as `top_p`, are vLLM's."""
-        options = {**options, "max_tokens": max_tokens, "temperature": temperature}
+        options |= {"max_tokens": max_tokens, "temperature": temperature}
         return self.continued(without_padding(inputs_embeds, attention_mask), options)
 
     def continued(
-        self, prompts: Sequence[Prompt], options: Options, adapters: Sequence[str] | None = None
+        self, prompts: Sequence[Prompt], options: Options, adapters: Any = None
     ) -> list[list[int]]:
         """Return the tokens that continue prompts, sampled by vLLM's options."""
-        tokens = self._completed(prompts, options, adapters)
+        tokens = self._counted(prompts, options, adapters)
         self.account.tokens += sum(map(len, tokens))
         return tokens
 
-    def _completed(
-        self, prompts: Sequence[Prompt], options: Options, adapters: Sequence[str] | None
-    ) -> list[list[Any]]:
-        """Return for each prompt the scores of `logprob_token_ids`, else the generated tokens."""
+    def _counted(self, prompts: Sequence[Prompt], options: Options, adapters: Any) -> Any:
         found = self._asked(prompts, options, adapters)
         self.account.rows += len(prompts)
         self.account.tokens += sum(map(len, prompts))
         return found
-
-    def _asked(
-        self, prompts: Sequence[Prompt], options: Options, adapters: Sequence[str] | None
-    ) -> list[list[Any]]:
-        raise NotImplementedError
 
 
 class VllmEngine(Endpoint, _Vllm):
@@ -120,45 +111,43 @@ class VllmEngine(Endpoint, _Vllm):
     @contextmanager
     def loaded(self, folders: Sequence[Path]) -> Iterator[list[str]]:
         """Have PEFT's folders, which the server must see too, loaded as adapters; gives names."""
-        new = {f"hf-flops-{uuid.uuid4().hex}": str(folder) for folder in folders}
+        names = [f"hf-flops-{uuid.uuid4().hex}" for _ in folders]
         loads = [
-            {"lora_name": name, "lora_path": path, "load_inplace": True}  # if a call is repeated
-            for name, path in new.items()
+            {"lora_name": name, "lora_path": str(folder), "load_inplace": True}  # if repeated
+            for name, folder in zip(names, folders, strict=True)
         ]
         try:
             self.post("/v1/load_lora_adapter", [json.dumps(load).encode() for load in loads])
-            yield list(new)
+            yield names
         finally:
-            names = [json.dumps({"lora_name": name}).encode() for name in new]
+            bodies = [json.dumps({"lora_name": name}).encode() for name in names]
             with suppress(EngineError):  # the server drops adapters that nobody asks for, too
-                self.post("/v1/unload_lora_adapter", names, retries=1)
+                self.post("/v1/unload_lora_adapter", bodies, retries=1)
 
     def _asked(
         self, prompts: Sequence[Prompt], options: Options, adapters: Sequence[str] | None
     ) -> list[list[Any]]:
+        """Return for each prompt the scores of `logprob_token_ids`, else the generated tokens."""
         tokens = options.get("logprob_token_ids")
         form = {"logprobs": 1, "return_tokens_as_token_ids": True} if tokens else {}
         options = {"return_token_ids": True, **form, **options}
-        models = [self.model] * len(prompts) if adapters is None else adapters
-        bodies, sizes = [], []
-        for model, group in groupby(zip(models, prompts, strict=True), key=lambda pair: pair[0]):
-            rows = [prompt for _, prompt in group]
-            for start in range(0, len(rows), self.batch_rows):
-                part = rows[start : start + self.batch_rows]
-                bodies.append(json.dumps({"model": model, **options, **as_json(part)}).encode())
-                sizes.append(len(part))
-        answers = self.post("/v1/completions", bodies)
-        return [
-            row
-            for answer, size in zip(answers, sizes, strict=True)
-            for row in self._rows(answer, size, tokens)
+        models, parts = adapters or [self.model] * len(prompts), list[tuple[str, list[Prompt]]]()
+        for model, pairs in groupby(zip(models, prompts, strict=True), key=itemgetter(0)):
+            rows = [prompt for _, prompt in pairs]
+            starts = range(0, len(rows), self.batch_rows)
+            parts += [(model, rows[start : start + self.batch_rows]) for start in starts]
+        bodies = [
+            json.dumps({"model": model, **options, **as_json(rows)}).encode()
+            for model, rows in parts
         ]
+        answers = zip(self.post("/v1/completions", bodies), parts, strict=True)
+        return [row for each, (_, rows) in answers for row in self._rows(each, len(rows), tokens)]
 
     def _rows(self, answer: bytes, size: int, tokens: list[int] | None) -> list[list[Any]]:
         """Return what an answer says about each of its rows."""
         what = "tokens" if tokens is None else f"scores of the tokens {tokens}"
         try:
-            choices = sorted(json.loads(answer)["choices"], key=lambda choice: choice["index"])
+            choices = sorted(json.loads(answer)["choices"], key=itemgetter("index"))
             if tokens is None:
                 rows: list[list[Any]] = [[*map(int, choice["token_ids"])] for choice in choices]
             else:
@@ -187,38 +176,33 @@ class VllmInProcess(_Vllm):
 
     def __init__(self, llm: Any) -> None:
         self.llm, self.account = llm, Account()
-        self._adapters = dict[str, Any]()
 
     def __repr__(self) -> str:
         return f"VllmInProcess({type(self.llm).__name__})"
 
     @contextmanager
-    def loaded(self, folders: Sequence[Path]) -> Iterator[list[str]]:
-        """Have PEFT's folders loaded as adapters inside the context; gives their names."""
+    def loaded(self, folders: Sequence[Path]) -> Iterator[list[Any]]:
+        """Have PEFT's folders loaded as adapters inside the context; gives their requests."""
         from vllm.lora.request import LoRARequest
 
-        new = dict[str, Any]()
-        for folder in folders:
-            number = uuid.uuid4().int % 2**31 + 1
-            new[f"hf-flops-{number}"] = LoRARequest(f"hf-flops-{number}", number, str(folder))
-        self._adapters = new
+        numbers = [uuid.uuid4().int % 2**31 + 1 for _ in folders]
+        pairs = zip(numbers, folders, strict=True)
         try:
-            yield list(new)
+            yield [LoRARequest(f"hf-flops-{number}", number, str(path)) for number, path in pairs]
         finally:
-            for request in new.values():
-                self.llm.llm_engine.remove_lora(request.lora_int_id)
+            for number in numbers:
+                self.llm.llm_engine.remove_lora(number)
 
     def _asked(
-        self, prompts: Sequence[Prompt], options: Options, adapters: Sequence[str] | None
+        self, prompts: Sequence[Prompt], options: Options, adapters: Sequence[Any] | None
     ) -> list[list[Any]]:
         from vllm import SamplingParams
 
         names = ["prompt_embeds" if torch.is_tensor(row) else "prompt_token_ids" for row in prompts]
         rows = [{name: prompt} for name, prompt in zip(names, prompts, strict=True)]
-        loras = None if adapters is None else [self._adapters[name] for name in adapters]
         params = SamplingParams(**options)
         start = time.perf_counter()
-        answers = self.llm.generate(rows, params, use_tqdm=False, lora_request=loras)
+        answers = self.llm.generate(rows, params, use_tqdm=False, lora_request=adapters)
         self.account.seconds += time.perf_counter() - start
         self.account.calls += 1
         found = [answer.outputs[0] for answer in answers]
@@ -229,10 +213,9 @@ class VllmInProcess(_Vllm):
 
 def as_json(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
     """Return prompts, all embeddings or all tokens, in the form that the server takes."""
-    encoded = []
-    for prompt in prompts:
+    files = [io.BytesIO() for _ in prompts]
+    for prompt, file in zip(prompts, files, strict=True):
         if not isinstance(prompt, Tensor):
             return {"prompt": list(prompts)}
-        torch.save(prompt.clone(), file := io.BytesIO())  # a view would bring all of its storage
-        encoded.append(base64.b64encode(file.getvalue()).decode())
-    return {"prompt_embeds": encoded}
+        torch.save(prompt.clone(), file)  # a view would bring all of its storage
+    return {"prompt_embeds": [base64.b64encode(file.getvalue()).decode() for file in files]}

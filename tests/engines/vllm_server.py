@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from hf_flops import (
     BlackBoxLoraModel,
@@ -18,17 +18,18 @@ from hf_flops import (
     ConfigurationError,
     EngineError,
     FlopsTrainer,
-    GeneratedMetric,
+    SuffixPromptModel,
 )
 from hf_flops.engines import TorchEngine, VllmEngine
 from hf_flops.testing import EngineContract
+from recipes import runs, sums
 from recipes.prompts import load_texts
-from recipes.vllm_server import VllmServer
+from recipes.vllm_server import FLOAT32, LORA, VllmServer
 from tests.helpers.black_boxes import arguments
 
 MODEL = os.environ["HF_FLOPS_VLLM_MODEL"]
 WORDS = (" terrible", " great")
-TEXT_TOKENS = 20
+TEXT_TOKENS = 32  # a block of vLLM's prefix cache
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def server(log):
     if url := os.environ.get("HF_FLOPS_VLLM_URL"):  # of a running server
         yield SimpleNamespace(url=url, key="secret")
         return
-    with VllmServer(MODEL, log) as running:
+    with VllmServer(MODEL, log, options=f"{FLOAT32} {LORA} --max-lora-rank 1") as running:
         yield running
 
 
@@ -63,12 +64,8 @@ def words(tokenizer):
 @pytest.fixture(scope="module")
 def reviews(tokenizer):
     """Training and test texts with their classes."""
-    task = load_texts("movies", validation=0, test=64)
+    task = load_texts("movies", validation=0, test=128)
     parts = (task.train[:512], task.test)
-
-    def tokens(text):
-        return tokenizer(text)["input_ids"][:TEXT_TOKENS]
-
     return [
         [
             {
@@ -114,7 +111,7 @@ def accuracy(model, rows):
     return float((model(**batch).logits.argmax(1) == batch["labels"]).float().mean())
 
 
-def train(model, folder, rows, objective=None, **options):
+def train(model, folder, rows, callbacks=(), resume=None, **options):
     options = {
         "per_device_train_batch_size": 8,
         "queries_per_sample": 8,
@@ -123,12 +120,15 @@ def train(model, folder, rows, objective=None, **options):
         "closed_form_head": "none",
         **options,
     }
-    args = arguments(folder, **options)
     trainer = FlopsTrainer(
-        model, args, train_dataset=rows, data_collator=collate, objective=objective
+        model,
+        arguments(folder, **options),
+        train_dataset=rows,
+        data_collator=collate,
+        callbacks=[*callbacks],
     )
     start = time.perf_counter()
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return trainer, time.perf_counter() - start
 
 
@@ -158,52 +158,57 @@ def test_losses_are_those_of_transformers(server, language_model, tokenizer, wor
 def test_a_soft_prompt_learns_sentiment(
     server, language_model, tokenizer, words, reviews, tmp_path
 ):
+    start = " All in all, the movie was just"
+    models = {
+        "vLLM": prompt_model(client(server), language_model, tokenizer, words),
+        "in this process": SuffixPromptModel(
+            language_model, 8, start, tokenizer, label_words=words
+        ),
+    }
     accuracies = {}
-    for engine in (client(server), TorchEngine(language_model)):
-        model = prompt_model(engine, language_model, tokenizer, words)
+    options = {"max_steps": 12, "queries_per_sample": 20, "learning_rate": 1e-2}
+    for name, model in models.items():
         before = accuracy(model, reviews[1])
-        run, seconds = train(model, tmp_path, reviews[0], max_steps=25, queries_per_sample=12)
-        after = accuracies[type(engine).__name__] = accuracy(model, reviews[1])
+        run, seconds = train(model, tmp_path, reviews[0], **options)
+        after = accuracies[name] = accuracy(model, reviews[1])
         rows = run.ledger.all_rows
         print(
-            f"{type(engine).__name__}: accuracy {before:.1%} to {after:.1%} with {rows} rows in "
-            f"{seconds:.0f} s, {rows / seconds:.0f} rows/s"
+            f"{name}: accuracy {before:.1%} to {after:.1%} with {rows} rows in {seconds:.0f} s, "
+            f"{rows / seconds:.1f} rows/s"
         )
         assert after > before + 0.05
-    assert abs(accuracies["VllmEngine"] - accuracies["TorchEngine"]) < 0.15
+    assert abs(accuracies["vLLM"] - accuracies["in this process"]) < 0.1
 
 
-def test_a_killed_server_loses_nothing(log, language_model, tokenizer, words, reviews, tmp_path):
-    ends = []
+class Kills(TrainerCallback):
+    """Kills a server after the third step."""
+
+    def __init__(self, server):
+        self.server = server
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            self.server.__exit__()
+
+
+def test_a_killed_server_loses_nothing(
+    server, log, language_model, tokenizer, words, reviews, tmp_path
+):
     options = {"max_steps": 4, "optim": "sgd", "learning_rate": 0.5, "allocator": "uniform"}
     options |= {"save_strategy": "steps", "save_steps": 2, "queries_per_sample": 4}
-    with VllmServer(MODEL, log) as running:
-        port, kept = running.port, {"retries": 1, "back_off": 0.1}
-        model = prompt_model(client(running), language_model, tokenizer, words)
-        train(model, tmp_path / "plain", reviews[0], **options)
-        ends.append(model.prompt.weight.detach().clone())
-        model = prompt_model(client(running, **kept), language_model, tokenizer, words)
-        ask = model.engine._asked
 
-        def killed(*call):
-            if model.engine.account.calls > 14:
-                running.__exit__()
-            return ask(*call)
+    def prompt(engine, folder, **others):
+        model = prompt_model(engine, language_model, tokenizer, words)
+        train(model, tmp_path / folder, reviews[0], **options, **others)
+        return model.prompt.weight.detach()
 
-        model.engine._asked = killed
+    wanted = prompt(client(server), "plain")
+    with VllmServer(MODEL, log, options=FLOAT32) as running:
+        killed = client(running, retries=1, back_off=0.1)
         with pytest.raises(EngineError, match=r"failed 2 times in a row.*resume from it"):
-            train(model, tmp_path / "killed", reviews[0], **options)
+            prompt(killed, "killed", callbacks=[Kills(running)])
     assert (tmp_path / "killed" / "checkpoint-2").is_dir()
-    with VllmServer(MODEL, log, port=port) as running:
-        model = prompt_model(client(running), language_model, tokenizer, words)
-        args = arguments(
-            tmp_path / "killed",
-            **{"per_device_train_batch_size": 8, "rows_per_forward": 128, **options},
-            closed_form_head="none",
-        )
-        run = FlopsTrainer(model, args, train_dataset=reviews[0], data_collator=collate)
-        run.train(resume_from_checkpoint=True)
-    error = float((model.prompt.weight.detach() - ends[0]).abs().max())
+    error = float((prompt(client(server), "killed", resume=True) - wanted).abs().max())
     print(f"resumed: the prompt differs by {error:.2g} from that of the run that was not killed")
     assert error < 1e-3
 
@@ -217,73 +222,78 @@ def test_a_server_in_bfloat16_is_refused(log, language_model, tokenizer, words, 
     print(caught.value)
 
 
-def digits_first(texts, inputs):
-    """Return the share of digits among the first characters of each text."""
-    del inputs
-    return torch.tensor([sum(c.isdigit() for c in text[:8]) / 8 for text in texts])
+def sums_rows(tokenizer, ending=""):
+    """Return training and test rows of sums, in an order by chance."""
+    order = torch.randperm(100, generator=torch.Generator().manual_seed(0)).tolist()
+    texts = [sums.texts()[i] for i in order]
+    rows = [
+        {"input_ids": tokenizer(f"Q: What is {text}{ending}")["input_ids"], "labels": label}
+        for text, label in texts
+    ]
+    rows = [{**row, "sample_id": i} for i, row in enumerate(rows)]
+    return rows[:60], rows[60:]
+
+
+def rewarded(model, tokenizer, rows, folder, **options):
+    """Train for right sums; print and return the share of right ones before, after, and rewards."""
+    args = arguments(folder, per_device_train_batch_size=8, rows_per_forward=128, **options)
+    trainer = sums.SumsTrainer(
+        model,
+        args,
+        tokenizer,
+        train_dataset=rows[0],
+        data_collator=collate,
+        compute_metrics=runs.accuracy,
+    )
+    before = runs.tested(trainer, rows[1])
+    start = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - start
+    after = runs.tested(trainer, rows[1])
+    curve = [-entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    print(
+        f"{type(model).__name__}: right sums {before:.1%} to {after:.1%} with "
+        f"{trainer.ledger.all_rows} rows in {seconds:.0f} s; rewards "
+        f"{' '.join(f'{value:.2f}' for value in curve)}"
+    )
+    return before, after, curve
 
 
 def test_a_reward_goes_up(server, language_model, tokenizer, tmp_path):
-    asked = [
-        f"Name a number that goes with the word {word}."
-        for word in ("cat", "house", "river", "cloud", "music", "stone", "bread", "winter")
-    ]
-    rows = [
-        {"input_ids": tokenizer(text)["input_ids"], "labels": 0, "sample_id": i}
-        for i, text in enumerate(asked)
-    ]
+    start = tokenizer(sums.ENDING, add_special_tokens=False)["input_ids"]
     model = prompt_model(
         client(server),
         language_model,
         tokenizer,
         None,
-        init_tokens=tokenizer(" The answer is")["input_ids"],
+        init_tokens=start,
+        num_virtual_tokens=len(start),
     )
-    objective = GeneratedMetric(digits_first, tokenizer, max_new_tokens=8)
-    run, seconds = train(
-        model,
-        tmp_path,
-        rows,
-        objective,
-        max_steps=15,
-        queries_per_sample=12,
-        perturbation_scale=0.1,
-        learning_rate=3e-2,
-    )
-    curve = [-entry["loss"] for entry in run.state.log_history if "loss" in entry]
-    values = " ".join(f"{value:.2f}" for value in curve)
-    print(f"reward {values}, {run.ledger.all_rows} rows in {seconds:.0f} s")
-    assert sum(curve[-3:]) > sum(curve[:3]) + 0.15
+    scale, rate = sums.NOISE[0]
+    options = {"max_steps": 12, "queries_per_sample": 12, "perturbation_scale": scale}
+    rows = sums_rows(tokenizer)
+    before, after, curve = rewarded(model, tokenizer, rows, tmp_path, learning_rate=rate, **options)
+    assert after > before + 0.15
+    assert sum(curve[-4:]) > sum(curve[:4]) + 0.5
 
 
-def test_lora_learns_through_the_pool(server, language_model, tokenizer, words, reviews, tmp_path):
+def test_lora_learns_through_the_pool(server, language_model, tokenizer, tmp_path):
     lora = LoraConfig(task_type="CAUSAL_LM", r=1, lora_alpha=2, target_modules=["q_proj", "v_proj"])
-    config = AutoConfig.from_pretrained(MODEL)
     engine = client(server, concurrency=16)
-    model = BlackBoxLoraModel(engine, config, lora, words, pool=16)
-    ending = tokenizer(" It was", add_special_tokens=False)["input_ids"]
-    parts = [[{**row, "input_ids": row["input_ids"] + ending} for row in part] for part in reviews]
-    before = accuracy(model, parts[1])
-    run, seconds = train(
-        model,
-        tmp_path / "run",
-        parts[0],
-        max_steps=12,
-        queries_per_sample=6,
-        learning_rate=2e-3,
-        lora_parts="B",
-    )
-    after = accuracy(model, parts[1])
-    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
-    rows = run.ledger.all_rows
-    print(
-        f"LoRA: accuracy {before:.1%} to {after:.1%}, {rows} rows in {seconds:.0f} s; losses "
-        f"{' '.join(f'{loss:.2f}' for loss in losses)}"
-    )
-    assert sum(losses[-4:]) < sum(losses[:4])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = BlackBoxLoraModel(engine, AutoConfig.from_pretrained(MODEL), lora)
+    rows = sums_rows(tokenizer, sums.ENDING)
+    scale, rate = sums.NOISE[1]
+    options = {"perturbation": "shared", "lora_parts": "B", "perturbation_scale": scale}
+    options |= {"max_steps": 10, "queries_per_sample": 12, "learning_rate": rate}
+    before, after, curve = rewarded(model, tokenizer, rows, tmp_path / "run", **options)
+    assert after > before + 0.1
+    assert sum(curve[-4:]) > sum(curve[:4])
     model.save_pretrained(tmp_path / "adapter")
     peft = PeftModel.from_pretrained(language_model, tmp_path / "adapter").eval()
-    batch = collate(parts[1][:4])
+    batch = collate(rows[1][:4])
+    words = model.label_words.tokens.tolist()
     with torch.no_grad():
         found = model(batch["input_ids"], batch["attention_mask"]).logits
         last = batch["attention_mask"].sum(1) - 1
@@ -292,6 +302,7 @@ def test_lora_learns_through_the_pool(server, language_model, tokenizer, words, 
     torch.testing.assert_close(found, wanted[range(4), last][:, words], atol=1e-2, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore")  # of vLLM
 def test_in_process_is_as_fast_as_vllm(language_model, tokenizer, words, reviews):
     import vllm
 
