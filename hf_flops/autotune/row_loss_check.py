@@ -78,6 +78,9 @@ def most_different(inputs: Inputs, usable: Tensor) -> Tensor:
             score += (rows != rows[:1]).float().mean(1).cpu()
             negative = (rows < 0).float().mean(1).cpu()
             score += 100 * (negative - negative[0]).abs()
+        elif isinstance(value, (list, tuple)):
+            first = value[int(usable[0])]
+            score += torch.tensor([float(value[i] != first) for i in usable.tolist()])
     return torch.stack([usable[0], usable[int(score.argmax())]])
 
 

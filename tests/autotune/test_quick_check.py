@@ -136,3 +136,8 @@ def test_a_run_ends_where_it_ends_with_single_checks(tmp_path, monkeypatch):
         trainer.train()
         ends.append(flat(trainer))
     assert torch.equal(*ends)
+
+
+def test_texts_tell_samples_apart_whose_labels_are_equal():
+    inputs = {"labels": torch.ones(3), "text": ["a", "a", "b"]}
+    assert most_different(inputs, torch.arange(3)).tolist() == [0, 2]

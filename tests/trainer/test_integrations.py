@@ -1,13 +1,13 @@
 """Trainers of the ecosystem with the mixin: TRL, sentence-transformers, and Seq2SeqTrainer."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch.utils.data import SequentialSampler
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -164,60 +164,6 @@ def kto(trainer_class, args, **own):
     )
 
 
-class Gradient(TrainerCallback):
-    """Keeps the gradient of the first optimizer step."""
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **options):
-        own = [p for p in model.parameters() if p.requires_grad]
-        self.value = torch.cat([p.grad.flatten().clone() for p in own])
-
-
-@pytest.mark.parametrize("micro", [4, 2])
-@pytest.mark.parametrize(("make", "kind"), [(sft, "SFT"), (dpo, "DPO"), (kto, "KTO")])
-@pytest.mark.filterwarnings("ignore")
-def test_the_gradient_is_that_of_trl(make, kind, micro, tmp_path, monkeypatch):
-    library = trl()
-    stock = getattr(library, f"{kind}Trainer"), getattr(library, f"{kind}Config")
-    small = LoraConfig(r=1, target_modules=["v_proj"], layers_to_transform=[0])
-    small.task_type = "CAUSAL_LM"
-    step = {
-        "per_device_train_batch_size": micro,
-        "gradient_accumulation_steps": 4 // micro,
-        "max_steps": 1,
-        "learning_rate": 0.0,
-        "max_grad_norm": 0.0,
-        "gradient_checkpointing": False,
-    }
-    exact = {
-        "estimator": "antithetic",
-        "allocator": "uniform",
-        "control_variate": "none",
-        "perturbation": "rowwise",
-        "perturbation_scale": 0.003,
-        "queries_per_sample": 64 + int(kind == "KTO"),  # whose clean rows always run
-    }
-    found = []
-    for (trainer_class, arguments_class), own in ((stock, {}), (forward_only(*stock), exact)):
-        if own:
-            use_coordinates(monkeypatch)
-        given = {**options(tmp_path), **step, **own}
-        if not own:
-            del given["pictures"], given["queries_per_sample"]
-        trainer = make(trainer_class, arguments_class(**given), peft_config=small)
-        values = torch.Generator().manual_seed(4)
-        for parameter in (p for p in trainer.model.parameters() if p.requires_grad):
-            parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=values))
-        gradient = Gradient()
-        trainer.add_callback(gradient)
-        trainer.train()
-        found.append(gradient.value)
-        if kind == "KTO":
-            assert trainer.state.log_history[0]["kl"] > 0  # it is clamped, and has no effect at 0
-    assert len(found[0]) == 32  # a pair of rows for each number
-    assert torch.cosine_similarity(found[1], found[0], dim=0) > 0.99
-    assert float(found[1].norm() / found[0].norm()) == pytest.approx(1, abs=0.02)
-
-
 @pytest.mark.parametrize("loss", ["apo_zero_unpaired", "kto"])
 @pytest.mark.filterwarnings("ignore")
 def test_kto(loss, tmp_path):
@@ -228,17 +174,14 @@ def test_kto(loss, tmp_path):
     assert_rowwise(trainer, "rewards/chosen", "kl", kind=kind)
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_reward(tmp_path):
-    library = trl()
-    trainer_class, arguments_class = forward_only(library.RewardTrainer, library.RewardConfig)
+def reward(trainer_class, args, **own):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = LlamaConfig(vocab_size=40, num_labels=1, pad_token_id=0, **SIZES)
         model = LlamaForSequenceClassification(config)
-    trainer = trainer_class(
+    return trainer_class(
         model=model,
-        args=arguments_class(**options(tmp_path)),
+        args=args,
         train_dataset=Dataset.from_list(
             [
                 {"chosen": f"{prompt} {answer}", "rejected": f"{prompt} x y"}
@@ -246,8 +189,15 @@ def test_reward(tmp_path):
             ]
         ),
         processing_class=tokenizer(),
-        peft_config=lora("SEQ_CLS"),
+        **{"peft_config": lora("SEQ_CLS"), **own},
     )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_reward(tmp_path):
+    library = trl()
+    trainer_class, arguments_class = forward_only(library.RewardTrainer, library.RewardConfig)
+    trainer = reward(trainer_class, arguments_class(**options(tmp_path)))
     assert_rowwise(trainer, "accuracy", "margin")
 
 
@@ -281,7 +231,16 @@ def saved(model, folder):
 def bert(kind, **options):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return kind(BertConfig(vocab_size=40, pad_token_id=0, **SIZES, **options))
+        return kind(
+            BertConfig(
+                vocab_size=40,
+                pad_token_id=0,
+                hidden_dropout_prob=0.0,
+                attention_probs_dropout_prob=0.0,
+                **SIZES,
+                **options,
+            )
+        )
 
 
 def biases(model):
@@ -291,117 +250,36 @@ def biases(model):
     return model
 
 
-@pytest.mark.parametrize(
-    ("loss", "columns", "objective"),
-    [
-        ("CosineSimilarityLoss", ("sentence1", "sentence2", "score"), TappedLoss),
-        ("TripletLoss", ("anchor", "positive", "negative"), RowwiseLoss),
-        ("MultipleNegativesRankingLoss", ("anchor", "positive"), CoupledLoss),
-    ],
-    ids=["CosineSimilarityLoss", "TripletLoss", "MultipleNegativesRankingLoss"],
-)
-@pytest.mark.filterwarnings("ignore")
-def test_sentence_transformers(loss, columns, objective, tmp_path):
-    library = library_of_sentences()
-    trainer_class, arguments_class = forward_only(
-        library.SentenceTransformerTrainer, library.SentenceTransformerTrainingArguments
-    )
-    model = library.SentenceTransformer(saved(bert(BertModel), tmp_path / "base"), device="cpu")
-    values = {"score": [0.1, 0.9, 0.3, 0.5] * 2, "negative": ["x y", "z", "w w", "v"] * 2}
-    texts = {name: [pair[i % 2] for pair in TEXTS * 2] for i, name in enumerate(columns)}
-    trainer = trainer_class(
-        model=biases(model),
-        args=arguments_class(**options(tmp_path)),
-        train_dataset=Dataset.from_dict(
-            {**texts, **{k: values[k] for k in columns if k in values}}
-        ),
-        loss=getattr(library.sentence_transformer.losses, loss)(model),
-    )
-    trainer.train()
-    chosen = trainer.session.chosen
-    assert type(chosen.objective) is objective
-    assert not any(isinstance(part, SharedNoise) for part in chosen.perturbation.parts)
-
-
-# ways to couple the texts of a batch: the default, both directions, hard negatives
-RANKINGS = {
-    "default": ({}, ("anchor", "positive")),
-    "symmetric": (
-        {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"},
-        ("anchor", "positive"),
-    ),
-    "all directions, negatives": (
-        {"directions": ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")},
-        ("anchor", "positive", "negative"),
-    ),
+LOSSES = {
+    "CosineSimilarityLoss": (("sentence1", "sentence2", "score"), TappedLoss),
+    "TripletLoss": (("anchor", "positive", "negative"), RowwiseLoss),
+    "MultipleNegativesRankingLoss": (("anchor", "positive"), CoupledLoss),
 }
 
 
-@pytest.mark.parametrize("micro", [4, 2])
-@pytest.mark.parametrize("name", RANKINGS)
-@pytest.mark.filterwarnings("ignore")
-def test_the_gradient_of_a_ranking_loss_is_that_of_autograd(name, micro, tmp_path, monkeypatch):
-    library, (settings, columns) = library_of_sentences(), RANKINGS[name]
-    trainer_class, arguments_class = forward_only(
-        library.SentenceTransformerTrainer, library.SentenceTransformerTrainingArguments
-    )
-    model = library.SentenceTransformer(saved(bert(BertModel), tmp_path / "base"), device="cpu")
-    model = model.double()
-    for other, parameter in model.named_parameters():
-        parameter.requires_grad_("layer.0.attention.output.dense.bias" in other)
-    texts = {
-        "anchor": [a for a, _ in TEXTS],
-        "positive": [b for _, b in TEXTS],
-        "negative": ["x y", "z", "w w", "v"],
-    }
-    loss = library.sentence_transformer.losses.MultipleNegativesRankingLoss(model, **settings)
-    own = [p for p in model.parameters() if p.requires_grad]
-    wanted = torch.zeros(own[0].numel(), dtype=torch.float64)
-    for start in range(0, 4, micro):
-        batch = [model.preprocess(texts[name][start : start + micro]) for name in columns]
-        (gradient,) = torch.autograd.grad(loss(batch, None), own)
-        wanted += gradient / (4 // micro)
-    use_coordinates(monkeypatch)
-    trainer = trainer_class(
-        model=model,
-        args=arguments_class(
-            **options(
-                tmp_path,
-                per_device_train_batch_size=micro,
-                gradient_accumulation_steps=4 // micro,
-                max_steps=1,
-                learning_rate=0.0,
-                max_grad_norm=0.0,
-                perturbation="rowwise",
-                allocator="uniform",
-                estimator="antithetic",
-                control_variate="none",
-                queries_per_sample=2 * len(wanted) + 1,
-            )
-        ),
-        train_dataset=Dataset.from_dict({name: texts[name] for name in columns}),
-        loss=loss,
-    )
-    trainer._get_train_sampler = lambda dataset=None: SequentialSampler(trainer.train_dataset)
-    keep = Gradient()
-    trainer.add_callback(keep)
-    trainer.train()
-    assert type(trainer.session.chosen.objective) is CoupledLoss
-    assert torch.cosine_similarity(keep.value, wanted, dim=0) > 0.999
-    assert float(keep.value.norm() / wanted.norm()) == pytest.approx(1, abs=0.01)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_cross_encoder(tmp_path):
+def sentences(trainer_class, args, loss, columns=(), **settings):
     library = library_of_sentences()
-    trainer_class, arguments_class = forward_only(
-        library.CrossEncoderTrainer, library.CrossEncoderTrainingArguments
-    )
-    base = saved(bert(BertForSequenceClassification, num_labels=1), tmp_path / "base")
-    model = library.CrossEncoder(base, device="cpu")
-    trainer = trainer_class(
+    base = saved(bert(BertModel), f"{args.output_dir}/base")
+    model = library.SentenceTransformer(base, device="cpu")
+    texts = {name: [pair[i % 2] for pair in TEXTS * 2] for i, name in enumerate(columns)}
+    values = {"score": [0.1, 0.9, 0.3, 0.5] * 2, "negative": ["x y", "z", "w w", "v"] * 2}
+    return trainer_class(
         model=biases(model),
-        args=arguments_class(**options(tmp_path)),
+        args=args,
+        train_dataset=Dataset.from_dict(
+            {**texts, **{name: values[name] for name in columns if name in values}}
+        ),
+        loss=getattr(library.sentence_transformer.losses, loss)(model, **settings),
+    )
+
+
+def pairs(trainer_class, args):
+    library = library_of_sentences()
+    base = saved(bert(BertForSequenceClassification, num_labels=1), f"{args.output_dir}/base")
+    model = library.CrossEncoder(base, device="cpu")
+    return trainer_class(
+        model=biases(model),
+        args=args,
         train_dataset=Dataset.from_dict(
             {
                 "query": [pair[0] for pair in TEXTS * 2],
@@ -411,7 +289,153 @@ def test_cross_encoder(tmp_path):
         ),
         loss=library.cross_encoder.losses.BinaryCrossEntropyLoss(model),
     )
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.filterwarnings("ignore")
+def test_sentence_transformers(loss, tmp_path):
+    library, (columns, objective) = library_of_sentences(), LOSSES[loss]
+    trainer_class, arguments_class = forward_only(
+        library.SentenceTransformerTrainer, library.SentenceTransformerTrainingArguments
+    )
+    trainer = sentences(trainer_class, arguments_class(**options(tmp_path)), loss, columns)
+    trainer.train()
+    chosen = trainer.session.chosen
+    assert type(chosen.objective) is objective
+    assert not any(isinstance(part, SharedNoise) for part in chosen.perturbation.parts)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_cross_encoder(tmp_path):
+    library = library_of_sentences()
+    trainer_class, arguments_class = forward_only(
+        library.CrossEncoderTrainer, library.CrossEncoderTrainingArguments
+    )
+    trainer = pairs(trainer_class, arguments_class(**options(tmp_path)))
     trainer.train()
     chosen = trainer.session.chosen
     assert chosen.objective.per_row
     assert not any(isinstance(part, SharedNoise) for part in chosen.perturbation.parts)
+
+
+# ways to couple the texts of a batch: both directions, hard negatives
+RANKINGS = {
+    "symmetric": (
+        {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"},
+        ("anchor", "positive"),
+    ),
+    "all directions": (
+        {"directions": ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")},
+        ("anchor", "positive", "negative"),
+    ),
+}
+# a trainer and the class of its arguments, the function that makes it, arguments
+SFT_CLASSES, TEXT_CLASSES = (
+    ("SFTTrainer", "SFTConfig"),
+    ("SentenceTransformerTrainer", "SentenceTransformerTrainingArguments"),
+)
+GRADIENTS = {
+    **{f"SFT {name}": (trl, SFT_CLASSES, sft, given, RowwiseLoss) for name, given in SFT.items()},
+    "DPO": (trl, ("DPOTrainer", "DPOConfig"), dpo, {}, RowwiseLoss),
+    "KTO": (trl, ("KTOTrainer", "KTOConfig"), kto, {}, CoupledLoss),
+    "Reward": (trl, ("RewardTrainer", "RewardConfig"), reward, {}, RowwiseLoss),
+    **{
+        name: (
+            library_of_sentences,
+            TEXT_CLASSES,
+            partial(sentences, loss=name, columns=columns),
+            {},
+            kind,
+        )
+        for name, (columns, kind) in LOSSES.items()
+    },
+    **{
+        f"MultipleNegativesRankingLoss {name}": (
+            library_of_sentences,
+            TEXT_CLASSES,
+            partial(sentences, loss="MultipleNegativesRankingLoss", columns=columns, **settings),
+            {},
+            CoupledLoss,
+        )
+        for name, (settings, columns) in RANKINGS.items()
+    },
+    "CrossEncoder": (
+        library_of_sentences,
+        ("CrossEncoderTrainer", "CrossEncoderTrainingArguments"),
+        pairs,
+        {},
+        TappedLoss,
+    ),
+}
+
+
+class Gradient(TrainerCallback):
+    """Keeps the gradient of the first optimizer step."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **options):
+        own = [p for p in model.parameters() if p.requires_grad]
+        self.value = torch.cat([p.grad.flatten().clone() for p in own])
+
+
+def small(trainer):
+    """Train few tensors in 64 bits, from random values of an adapter."""
+    values = torch.Generator().manual_seed(4)
+    for name, parameter in trainer.model.double().named_parameters():
+        if "lora" in name and parameter.requires_grad:  # not of a reference
+            noise = torch.randn(parameter.shape, generator=values, dtype=torch.float64)
+            parameter.data.copy_(0.3 * noise)
+        if "dense.bias" in name:
+            parameter.requires_grad_("layer.0.attention.output" in name)
+    return trainer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("micro", [4, 2])
+@pytest.mark.parametrize("name", GRADIENTS)
+@pytest.mark.filterwarnings("ignore")
+def test_the_gradient_is_that_of_the_stock_trainer(name, micro, tmp_path, monkeypatch):
+    library, names, make, own, kind = GRADIENTS[name]
+    stock = [getattr(library(), each) for each in names]
+    given = {
+        **options(tmp_path),
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": 4 // micro,
+        "max_steps": 1,
+        "learning_rate": 0.0,
+        "max_grad_norm": 0.0,
+        "gradient_checkpointing": False,
+        **own,
+    }
+    del given["pictures"], given["queries_per_sample"]
+    adapter = {}
+    if library is trl:
+        config = LoraConfig(r=1, target_modules=["v_proj"], layers_to_transform=[0])
+        config.task_type = "SEQ_CLS" if name == "Reward" else "CAUSAL_LM"
+        adapter = {"peft_config": config}
+    gradients = [Gradient(), Gradient()]
+    trainer = small(make(stock[0], stock[1](**given), **adapter))
+    trainer.add_callback(gradients[0])
+    trainer.train()
+    wanted = gradients[0].value
+    use_coordinates(monkeypatch)
+    trainer_class, arguments_class = forward_only(*stock)
+    exact = {
+        "estimator": "antithetic",
+        "allocator": "uniform",
+        "control_variate": "none",
+        "perturbation": "rowwise",
+        "perturbation_scale": 0.001,
+        # a pair of rows for each number; clean rows count where they always run
+        "queries_per_sample": 2 * len(wanted) + int(kind is CoupledLoss),
+        "pictures": False,
+    }
+    trainer = small(make(trainer_class, arguments_class(**given, **exact), **adapter))
+    trainer.add_callback(gradients[1])
+    trainer.train()
+    assert type(trainer.session.chosen.objective) is kind
+    found = gradients[1].value
+    assert found.dtype == wanted.dtype == torch.float64
+    assert torch.cosine_similarity(found, wanted, dim=0) > 0.999
+    assert float(found.norm() / wanted.norm()) == pytest.approx(1, abs=0.01)
+    if name == "KTO":
+        assert trainer.state.log_history[0]["kl"] > 0  # it is clamped, and has no effect at 0
