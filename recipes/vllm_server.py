@@ -22,7 +22,6 @@ PROMPTS = "--enable-prompt-embeds --block-size 32"
 LORA = "--enable-lora --max-loras 8 --max-cpu-loras 64 --lora-target-modules q_proj v_proj qkv_proj"
 
 
-
 class VllmServer:
     """Serves a model as "small" inside a context.
 
