@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from hf_flops import FlopsTrainer
 from hf_flops.autotune import first_batch
 from hf_flops.autotune.quick_check import prove
+from hf_flops.autotune.row_loss_check import most_different
 from hf_flops.base.rounding_error import precision_of
 from tests.helpers.runs import adapted, data, flat, short
 from tests.helpers.tiny import model_forward, tiny_batch, tiny_model
