@@ -24,7 +24,7 @@ from ..perturbations import ParameterVector, Perturbation
 from ..reuse import CachedPlan, ReusePlan, SampleStore, choose_reuse, with_last_logits
 from .protocol import RunArguments
 from .quick_check import prove
-from .row_loss_check import check_moves, choose_objective, loss_of_batch
+from .row_loss_check import HELD, check_moves, choose_objective, loss_of_batch
 from .rule_check import choose_perturbation
 
 logger = logging.getLogger("hf_flops.trainer")
@@ -118,7 +118,9 @@ def set_up(
             forward, inputs, precision, model, loss, without=without
         )
         if reason is not None:
-            return _set_up(loss_of_batch(args, reason), *given, ours=False)
+            constants = HELD in without.values()
+            whole = loss_of_batch(args, reason, constants=constants)
+            return _set_up(whole, *given, ours=False)
         try:
             tried = type(objective)
             objective = with_last_logits(model, objective, forward, inputs, precision)

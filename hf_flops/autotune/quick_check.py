@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from ..base.batch import Inputs, batch_size, misaligned, take
-from ..base.calls import constant_outputs
+from ..base.calls import constants_of
+from ..base.constants import Constants, Value, same_values
 from ..base.prng import seeds
 from ..base.probe import FAILURES, Attempt
 from ..errors import in_one_line
@@ -67,13 +68,13 @@ class Proven:
 @dataclass
 class _Explicit:
     """A forward of the rows a, b, b' without rules: their losses, the calls of modules, after which
-    of them the loss is computed, and what it takes from the model as constants.
+    of them the loss is computed, and the values that it holds constant.
     """
 
     losses: list[RowLosses]
     visits: Visits
     late: TappedLoss
-    constants: list[Tensor]
+    constants: list[Value]
 
 
 def prove(
@@ -134,7 +135,7 @@ class _Proof:
         points = self._at_two_points()
         if points is None or self._calls_for_more(points[0]):
             return None
-        if not _same(*(point.constants for point in points)):
+        if not same_values(*(point.constants for point in points)):
             return None
         here, there = (point.visits for point in points)
         rows = take(self.pair, _OWNER)
@@ -174,23 +175,34 @@ class _Proof:
         points = []
         for point in range(2):
             losses, late = list[RowLosses](), TappedLoss()
-            run = partial(self._tapped, losses)
             with displaced(self.perturbation.vector, scale * self.noise[point]):
-                listen = cast(Forward, partial(late.listen_late, self.model, run))
                 visits = list[Visits]()
-                constants = constant_outputs(
-                    self.model, partial(self._traced, visits, listen, inputs)
-                )
-                points.append(_Explicit(losses, visits[0], late, constants))
+                run = partial(self._traced, inputs, losses, visits, late)
+                outputs, values = constants_of(self.model, run)
+                points.append(_Explicit(losses, visits[0], late, [*outputs, *values]))
         self.scale, self.losses = scale, [point.losses[0] for point in points]
         return points
 
-    def _traced(self, visits: list[Visits], forward: Forward, inputs: Inputs) -> None:
-        visits.append(trace(self.model, forward, inputs))
+    def _traced(
+        self,
+        inputs: Inputs,
+        losses: list[RowLosses],
+        visits: list[Visits],
+        late: TappedLoss,
+        constants: Constants,
+    ) -> None:
+        """Run rows with the tap and note their losses and the calls of modules."""
 
-    def _tapped(self, losses: list[RowLosses], inputs: Inputs) -> tuple[None, None]:
-        losses.append(TappedLoss(logits=True)(self.forward, inputs))
-        return None, None
+        def forward(inputs: Inputs) -> tuple[Tensor | None, object]:
+            with constants:
+                return self.forward(inputs)
+
+        def tapped(inputs: Inputs) -> tuple[None, None]:
+            losses.append(TappedLoss(logits=True)(forward, inputs))
+            return None, None
+
+        listen = cast(Forward, partial(late.listen_late, self.model, tapped))
+        visits.append(trace(self.model, listen, inputs))
 
     def _differ(self, points: list[_Explicit]) -> bool:
         """Return whether losses at both points differ by far more than rounding errors."""
@@ -264,10 +276,6 @@ class _Proof:
         labels, logits = self.pair.get("labels"), self.losses[0].logits
         texts = torch.is_tensor(labels) and labels.dim() > 1 and not labels.is_floating_point()
         return not texts and logits is not None and logits.shape[1] <= MOST_LOGITS
-
-
-def _same(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
-    return len(first) == len(second) and all(map(torch.equal, first, second))
 
 
 def _sees_one_token(site: Site, shapes: Mapping[nn.Module, Sequence[tuple[int, ...]]]) -> bool:

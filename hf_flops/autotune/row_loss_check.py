@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ..base.batch import Inputs, batch_size, misaligned, take
-from ..base.calls import constant_outputs
+from ..base.calls import constants_of
+from ..base.constants import Constants, same_values
 from ..base.prng import seeds
-from ..base.probe import FAILURES, agree
+from ..base.probe import FAILURES, Attempt, agree
 from ..errors import NonFiniteError, ObjectiveError
 from ..objectives import (
     BatchLoss,
@@ -38,7 +39,7 @@ _COUPLED = (
     "Each query computes the loss of its whole batch, with the model's outputs for its own sample "
     "replaced: %s. An objective= with a loss per row avoids it."
 )
-_CONSTANTS = "it takes outputs of the model as constants, without gradients"
+HELD = "it holds values constant that move with the parameters (no_grad, detach)"
 
 
 def two_rows(objective: Objective, forward: Forward, inputs: Inputs) -> Inputs:
@@ -142,12 +143,24 @@ def warn_of_equal_samples(pair: Inputs, inputs: Inputs) -> None:
         )
 
 
-def loss_of_batch(args: RunArguments, reason: object) -> BatchLoss:
+def loss_of_batch(args: RunArguments, reason: object, *, constants: bool = False) -> BatchLoss:
     """Return the objective for a model's loss that cannot be split into rows, and log why.
 
+    Args:
+        args: the run's arguments.
+        reason: why it cannot.
+        constants: whether it holds values constant that move with the parameters.
+
     Raises:
-        ObjectiveError: the arguments want noise per row.
+        ObjectiveError: the arguments want noise per row, or noise would move such values.
     """
+    if constants:
+        raise ObjectiveError(
+            f"The loss cannot be taken for the batch as a whole, because {HELD}, and its "
+            'rows are not replaced one by one with perturbation="shared", in a run of several '
+            f"processes, or where that does not work ({reason}): pass objective= with a loss per "
+            "row."
+        )
     if args.perturbation == "rowwise":
         raise ObjectiveError(
             f'perturbation="rowwise" needs a loss per row, but {reason}; pass objective=.'
@@ -166,8 +179,8 @@ def joined(reasons: Iterable[str]) -> str:
 
 
 def check_moves(forward: Forward, inputs: Inputs, model: nn.Module) -> dict[type[Objective], str]:
-    """Return the kinds of objectives under which noise would move what the loss takes from the
-    model as constants, inside `torch.no_grad`; refuse a loss that does not move itself.
+    """Return the kinds of objectives under which noise would move what the loss holds constant, by
+    `torch.no_grad` or `detach`; refuse a loss that does not move itself.
 
     Raises:
         ObjectiveError: the loss is the same wherever the parameters are.
@@ -175,12 +188,13 @@ def check_moves(forward: Forward, inputs: Inputs, model: nn.Module) -> dict[type
     pair = take(inputs, most_different(inputs, torch.arange(batch_size(inputs))))
     losses = list[Tensor | None]()
 
-    def run() -> None:
-        losses.append(forward(pair)[0])
+    def run(constants: Constants) -> None:
+        with constants:
+            losses.append(forward(pair)[0])
 
-    before = constant_outputs(model, run)
+    outputs, values = constants_of(model, run)
     with moved_parameters(model):
-        after = constant_outputs(model, run)
+        moved_outputs, moved_values = constants_of(model, run)
     start, end = (None if loss is None else loss.detach() for loss in losses)
     if start is not None and end is not None and torch.equal(start, end) and start.isfinite():
         raise ObjectiveError(
@@ -189,8 +203,13 @@ def check_moves(forward: Forward, inputs: Inputs, model: nn.Module) -> dict[type
             "GRPO, RLOO and PPO do on policy; pass what is to be improved as objective=, such as "
             "GeneratedMetric with the reward."
         )
-    same = len(before) == len(after) and all(map(torch.equal, before, after))
-    return {} if same else {TappedLoss: _CONSTANTS, RowwiseLoss: _CONSTANTS}
+    same = same_values(outputs, moved_outputs)
+    if same and not same_values(values, moved_values) and end is not None:
+        with Attempt(None) as attempt, moved_parameters(model):  # they may be for the log alone
+            constants_of(model, run, values)
+        held = losses[-1]
+        same = attempt.reason is None and held is not None and agree(held, end, 1e-6)
+    return {} if same else {TappedLoss: HELD, RowwiseLoss: HELD}
 
 
 def same_rows(pair: Inputs) -> bool:

@@ -271,7 +271,8 @@ class SampleSession:
         kind = next(kind for kind in kinds if isinstance(self.chosen.objective, kind))
         self._without[kind] = str(error)
         if isinstance(self.chosen.objective, CoupledLoss):
-            self._whole = loss_of_batch(self.args, error)
+            held = bool(self.chosen.objective.constant) or self.chosen.objective.holds
+            self._whole = loss_of_batch(self.args, error, constants=held)
         else:
             logger.warning("The loss is split into rows in another way from now on: %s.", error)
         self.chosen = None

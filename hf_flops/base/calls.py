@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,6 +16,7 @@ from torch.nn.modules.module import (
 )
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from .constants import Constants, Value
 from .patching import Call
 
 Leaf: TypeAlias = tuple[nn.Module, int, int]
@@ -169,15 +170,25 @@ class Tape:
                         yield (module, number, i), leaf
 
 
-def constant_outputs(model: nn.Module, run: Callable[[], object]) -> list[Tensor]:
-    """Return what a computation takes from a model without gradients, inside `torch.no_grad`.
+def constants_of(
+    model: nn.Module, run: Callable[[Constants], object], held: Sequence[Value] | None = None
+) -> tuple[list[Tensor], list[Value]]:
+    """Return what a computation takes from a model without gradients, inside `torch.no_grad`, and
+    the other values that it holds constant: see `Constants`.
 
     No module of the model runs with gradients.
+
+    Args:
+        model: the model.
+        run: does the computation inside a context.
+        held: see `Constants`.
     """
     own, found, before = set(model.modules()), list[Tensor](), list[bool]()
+    constants = Constants(held)
 
     def begin(module: nn.Module, args: object) -> None:
         if module in own:
+            constants.paused = True
             before.append(torch.is_grad_enabled())
             torch.set_grad_enabled(False)
 
@@ -185,14 +196,15 @@ def constant_outputs(model: nn.Module, run: Callable[[], object]) -> list[Tensor
         if module not in own:
             return
         torch.set_grad_enabled(before.pop())
+        constants.paused = bool(before)
         if not before and not torch.is_grad_enabled():
             found.extend(leaf for leaf in tree_flatten(output)[0] if torch.is_tensor(leaf))
 
     with ExitStack() as hooks, torch.enable_grad():
         hooks.callback(register_module_forward_pre_hook(begin).remove)
         hooks.callback(register_module_forward_hook(end, always_call=True).remove)
-        run()
-    return found
+        run(constants)
+    return found, constants.values
 
 
 @contextmanager

@@ -5,6 +5,7 @@ are replaced one by one.
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils._pytree import tree_map, tree_unflatten
 
 from ..base.batch import ROW, Inputs, batch_size, take
 from ..base.calls import Leaf, Tape
+from ..base.constants import Constants, Value
 from ..base.probe import Attempt
 from .base import Forward, Objective, RowLosses
 from .model_loss import RowLossError
@@ -30,8 +32,8 @@ class CoupledLoss(Objective):
     replaced, times the number of rows. The model runs for the row alone, and the loss function for
     the batch.
 
-    Outputs that the loss takes without gradients, inside `torch.no_grad`, stay those of the clean
-    forward, as backpropagation holds them constant.
+    Outputs that the loss takes without gradients, inside `torch.no_grad`, and values that it
+    detaches stay those of the clean forward, as backpropagation holds them constant.
 
     Args:
         loss: runs the model and computes the loss, without counting rows.
@@ -41,6 +43,7 @@ class CoupledLoss(Objective):
     Attributes:
         read: the outputs that the loss depends on, without those it takes as constants.
         constant: calls without gradients, module and number.
+        holds: whether the loss function holds values constant itself.
 
     Raises:
         RowLossError: the loss is no function of outputs that the model has for each row.
@@ -70,11 +73,13 @@ class CoupledLoss(Objective):
         self.modules = modules_with_rows(forward, inputs)
         # float64, in which one row of many still shows, if the loss function can be computed in it
         self.dtype = torch.float64
-        # parts of the clean forward, then what is bound: recorded outputs, their inputs and loss
+        # parts of the clean forward, then what is bound: recorded outputs, their inputs and loss,
+        # and the values held constant
         self._parts = list[Tape]()
         self._clean: Tape | None = None
         self._inputs: Inputs = {}
         self._start = torch.zeros(())
+        self._held: list[Value] | None = None
         tape = Tape(self.modules)
         with torch.enable_grad(), tape.recording():
             wanted = scalar(forward(inputs)[0])
@@ -84,7 +89,9 @@ class CoupledLoss(Objective):
                 found = self._played(tape, inputs)
             if attempt.reason is not None:
                 self.dtype = torch.float32
-                found = self._played(tape, inputs)
+            constants = Constants()
+            found = self._played(tape, inputs, constants=constants)
+            self.holds = bool(constants.values)
             self.read = self._leaves_read(tape, inputs, found)
         self._require(found, wanted, "it is computed from recorded outputs")
         self._require_independent(forward, inputs, tape)
@@ -128,13 +135,19 @@ class CoupledLoss(Objective):
         bound = copy.copy(self)
         bound._clean, bound._inputs, bound._parts = self._joined(), without_numbers(inputs), []
         self._parts.clear()
+        constants = Constants() if self.holds else None
         with row_failures("the loss cannot be computed from recorded outputs"):
-            bound._start = bound._played(bound._clean, bound._inputs)
+            bound._start = bound._played(bound._clean, bound._inputs, constants=constants)
+        bound._held = None if constants is None else constants.values
         sums = bound._start.double().cpu().expand(len(clean.sums)).clone()
         return bound, RowLosses(sums, torch.ones_like(sums))
 
     def _played(
-        self, tape: Tape, inputs: Inputs, changed: dict[Leaf, Tensor] | None = None
+        self,
+        tape: Tape,
+        inputs: Inputs,
+        changed: dict[Leaf, Tensor] | None = None,
+        constants: Constants | None = None,
     ) -> Tensor:
         """Return the loss of a batch with recorded outputs, some of them changed."""
 
@@ -144,8 +157,10 @@ class CoupledLoss(Objective):
             leaf = leaf if changed is None or name not in changed else changed[name]
             return leaf.to(self.dtype) if leaf.is_floating_point() else leaf
 
-        with tape.playing(change):
-            return scalar(self.loss(inputs)[0])
+        with torch.enable_grad(), tape.playing(change):  # what is inside `no_grad` then shows
+            with nullcontext() if constants is None else constants:
+                loss, _ = self.loss(inputs)
+            return scalar(loss)
 
     def _replaced(self, tape: Tape, owner: Tensor) -> RowLosses:
         """Return the losses of rows that each replace the outputs of one row of the batch."""
@@ -162,7 +177,8 @@ class CoupledLoss(Objective):
                     changed[name][sample * entries : (sample + 1) * entries] = leaf[
                         row * entries : (row + 1) * entries
                     ].to(self.dtype)
-                found.append(self._played(self._clean, self._inputs, changed))
+                held = None if self._held is None else Constants(self._held)
+                found.append(self._played(self._clean, self._inputs, changed, held))
         moved = torch.stack(found).double() - self._start.double()
         sums = (self._start.double() + samples * moved).cpu()
         return RowLosses(sums, torch.ones_like(sums))

@@ -12,6 +12,7 @@ from torch.utils.data import SequentialSampler
 from transformers import PretrainedConfig, Trainer, TrainerCallback, TrainingArguments
 
 from hf_flops import FlopsTrainer, FlopsTrainerMixin, FlopsTrainingArguments
+from hf_flops.errors import ObjectiveError
 from hf_flops.objectives import CoupledLoss, RowwiseLoss, TappedLoss
 
 CLASSES, TOKENS, WIDTH = 3, 6, 2
@@ -175,6 +176,24 @@ class Coupled(Trainer):
         return 1 - torch.sigmoid(0.5 * (found - shift)).mean()
 
 
+class Weighing(Trainer):
+    """Weighs each row by its own loss, which is held constant."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **options):
+        logits = model(x=inputs["x"].mean(1))["logits"]
+        losses = F.cross_entropy(logits, inputs["labels"], reduction="none")
+        return ((1 - (-losses).exp()).detach() ** 2 * losses).mean()
+
+
+class Following(Trainer):
+    """Follows what the model says of other inputs, which is held constant."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **options):
+        self.log_values = model(x=inputs["x"].mean(1))["logits"].detach().sum()
+        found, wanted = (model(x=inputs[name].mean(1))["logits"] for name in "xy")
+        return F.mse_loss(found, 1 - wanted.detach())
+
+
 def divided(outputs, labels, num_items_in_batch=None):
     logits = outputs["logits"].transpose(1, 2)
     return F.cross_entropy(logits, labels, reduction="sum") / num_items_in_batch
@@ -267,6 +286,8 @@ CASES = {
     ),
     "penalty": (Net, rows(x=xs(), labels=LABELS), Penalised, {}, RowwiseLoss),
     "constant": (Net, rows(x=xs(), y=xs().flip(0)), Constant, {}, CoupledLoss),
+    "own weights": (Net, rows(x=xs(), labels=LABELS), Weighing, {}, CoupledLoss),
+    "own targets": (Net, rows(x=xs(), y=xs().flip(0)), Following, {}, CoupledLoss),
     "coupled": (Net, rows(x=xs(), y=xs().flip(0)), Coupled, {}, CoupledLoss),
     "contrast": (Net, rows(x=xs()), Contrasting, {}, CoupledLoss),
 }
@@ -350,6 +371,16 @@ def test_the_gradient_is_that_of_the_stock_trainer(name, micro, tmp_path, monkey
     assert type(trainer.session.chosen.objective) is objective
     assert_same(found, wanted)
     assert found_loss == pytest.approx(loss, rel=1e-3)
+
+
+@pytest.mark.parametrize("stock", [Coupled, Weighing])
+def test_noise_that_would_move_constants_is_refused(stock, tmp_path):
+    forward_only = type("ForwardOnly", (FlopsTrainerMixin, stock), {})
+    where = rows(x=xs(), y=xs().flip(0), labels=LABELS), tmp_path, 4, {}
+    with pytest.raises(ObjectiveError, match=r"holds values constant .*: pass objective="):
+        first_step(
+            forward_only, FlopsTrainingArguments, Net().double(), *where, perturbation="shared"
+        )
 
 
 def assert_same(found, wanted):

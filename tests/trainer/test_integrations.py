@@ -318,7 +318,7 @@ def test_cross_encoder(tmp_path):
     assert not any(isinstance(part, SharedNoise) for part in chosen.perturbation.parts)
 
 
-# ways to couple the texts of a batch: both directions, hard negatives
+# ways to couple the texts of a batch: both directions, hard negatives, detached scores
 RANKINGS = {
     "symmetric": (
         {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"},
@@ -327,6 +327,10 @@ RANKINGS = {
     "all directions": (
         {"directions": ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")},
         ("anchor", "positive", "negative"),
+    ),
+    "hard": (
+        {"hardness_mode": "in_batch_negatives", "hardness_strength": 5.0},
+        ("anchor", "positive"),
     ),
 }
 # a trainer and the class of its arguments, the function that makes it, arguments
