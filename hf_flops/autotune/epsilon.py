@@ -215,7 +215,7 @@ def _evaluated(
     rows = expand(torch.full((units,), -(-wanted // units)), 1.0)[slice(wanted)]
     clean = None
     used = len(rows) * len(grid) * len(method.estimator.signs) * (samples // units)
-    if _at_once(method):
+    if _at_once(method, wanted):
         used += len(rows.owner.unique()) * method.estimator.baseline
     elif method.estimator.baseline:
         if method.objective.per_row:
@@ -236,13 +236,14 @@ def _deltas(
 ) -> Tensor:
     """Return (K, R) deltas of the rows at every scale; clean: (B,) losses or None."""
     deltas = torch.empty(len(grid), len(rows), dtype=torch.float64)
+    at_once = _at_once(method, len(rows))
     perturbation, per_row = method.perturbation, method.objective.per_row
 
     def work(index: slice) -> int:
         chunk = rows[index]
         chunk_inputs = take(inputs, chunk.owner) if per_row else inputs
         keys = NoiseKeys.of(seed, _STEP, chunk.owner, chunk.query, int(chunk.group[0]))
-        if _at_once(method):
+        if at_once:
             deltas[:, index] = _every_scale(forward, inputs, method, chunk, keys, grid)
             return 1
         noise, start = perturbation.draw(keys), None if clean is None else clean[chunk.owner]
@@ -261,10 +262,12 @@ def _deltas(
     return deltas
 
 
-def _at_once(method: Method) -> bool:
-    """Return whether all scales go into one forward: where every forward fetches weights."""
-    fetches = ChunkPlanner.of(method.rows_per_forward).fetches
-    return fetches and method.objective.per_row and isinstance(method.perturbation, RowwiseNoise)
+def _at_once(method: Method, queries: int) -> bool:
+    """Return whether all scales go into one forward: where every forward fetches weights, or there
+    are few queries.
+    """
+    few = queries <= _LOOKS or ChunkPlanner.of(method.rows_per_forward).fetches
+    return few and method.objective.per_row and isinstance(method.perturbation, RowwiseNoise)
 
 
 def _every_scale(

@@ -1,5 +1,7 @@
 """The quick proof of the first batch's decisions agrees with the checks that go one by one."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
@@ -13,6 +15,7 @@ from hf_flops.autotune.row_loss_check import most_different
 from hf_flops.base.rounding_error import precision_of
 from tests.helpers.runs import adapted, data, flat, short
 from tests.helpers.tiny import model_forward, tiny_batch, tiny_model
+from tests.helpers.worker import Hook
 
 ADAPTERS = {
     "lora": LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
@@ -142,3 +145,14 @@ def test_a_run_ends_where_it_ends_with_single_checks(tmp_path, monkeypatch):
 def test_texts_tell_samples_apart_whose_labels_are_equal():
     inputs = {"labels": torch.ones(3), "text": ["a", "a", "b"]}
     assert most_different(inputs, torch.arange(3)).tolist() == [0, 2]
+
+
+def test_the_first_step_takes_few_forwards_and_the_others_two(tmp_path):
+    model, forwards, after = adapted("llama"), [0], []
+    layer = model.get_base_model().model.layers[0]
+    layer.register_forward_pre_hook(lambda *_: forwards.__setitem__(0, forwards[0] + 1))
+    args = short(tmp_path, max_steps=3, rows_per_forward=64)
+    hooks = [Hook(lambda step: after.append(forwards[0]))]
+    FlopsTrainer(model, args, train_dataset=data("llama"), callbacks=hooks).train()
+    assert after[0] <= 12
+    assert [stop - start for start, stop in pairwise(after)] == [2, 2]
