@@ -228,6 +228,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
     parser.add_argument("--size", type=int, default=2**62)
     parser.add_argument("--one", nargs=2, metavar=("FOLDER", "SIDE"))
     options = parser.parse_args()
@@ -241,7 +242,7 @@ def main() -> None:
         size = write(Path(folder), options.layers, options.width)
         given = ["--steps", str(options.steps), "--tokens", str(options.tokens)]
         for number in range(options.rounds):
-            for side in SIDES if number == 0 else SIDES[:2]:
+            for side in options.sides if number == 0 else SIDES[:2]:
                 command = [sys.executable, __file__, "--one", folder, side, "--size", str(size)]
                 done = subprocess.run(
                     [*command, *given], env=environment, capture_output=True, text=True
