@@ -19,7 +19,7 @@ from ..base.calls import constants_of
 from ..base.constants import Constants, same_values
 from ..base.prng import seeds
 from ..base.probe import FAILURES, Attempt, agree
-from ..errors import NonFiniteError, ObjectiveError
+from ..errors import NonFiniteError, ObjectiveError, in_one_line
 from ..objectives import (
     BatchLoss,
     CoupledLoss,
@@ -252,8 +252,9 @@ def check_split(objective: Objective, forward: Forward, inputs: Inputs, precisio
         found = objective(forward, uneven)
     except RowLossError:
         raise
-    except FAILURES:
-        return  # the model knows no such label
+    except FAILURES as error:  # the model may know no such label
+        logger.info("Fewer labels could not be tried: %s.", in_one_line(error))
+        return
     if not _same_first(found, together, precision):
         raise RowLossError("the loss of a sample depends on which labels of others are ignored")
 
