@@ -28,6 +28,7 @@ from .row_loss_check import HELD, check_moves, choose_objective, loss_of_batch
 from .rule_check import choose_perturbation
 
 logger = logging.getLogger("hf_flops.trainer")
+_LATE = "Late expansion is off, every row runs through the whole model: %s."
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,7 @@ def set_up(
             forward, inputs, precision, model, loss, without=without
         )
         if reason is not None:
-            constants = HELD in without.values()
-            whole = loss_of_batch(args, reason, constants=constants)
+            whole = loss_of_batch(args, reason, constants=HELD in without.values())
             return _set_up(whole, *given, ours=False)
         try:
             tried = type(objective)
@@ -266,6 +266,9 @@ def late_expansion(
     """
     if not args.late_expansion:
         return ReusePlan()
+    if any(isinstance(each, list) and torch.is_tensor(each[0]) for each in inputs.values()):
+        logger.warning(_LATE, "samples have different numbers of image patches")
+        return ReusePlan()
     cached = args.prefix_cache is not None
     # outputs recorded for one batch would not fit answers of another length
     if hasattr(model, "cached_texts"):
@@ -282,7 +285,7 @@ def late_expansion(
         model, objective, forward, inputs, perturbation, precision, cached=cached
     )
     if reason:
-        logger.warning("Late expansion is off, every row runs through the whole model: %s.", reason)
+        logger.warning(_LATE, reason)
     if not cached:
         return logged_plan(model, reuse)
     folder = Path(args.output_dir) if args.prefix_cache == "disk" else None

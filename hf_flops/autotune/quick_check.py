@@ -37,6 +37,7 @@ from ..reuse.quick_plan import recordings
 from .protocol import RunArguments
 from .row_loss_check import (
     CHECK_SEED,
+    TAPPED,
     most_different,
     moved_parameters,
     warn_of_equal_samples,
@@ -106,6 +107,7 @@ def prove(
         proven = proof.run()
         if proven is not None:
             warn_of_equal_samples(proof.pair, inputs)
+            logger.info(TAPPED)
         return proven
     return None
 

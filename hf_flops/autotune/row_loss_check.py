@@ -19,7 +19,7 @@ from ..base.calls import constants_of
 from ..base.constants import Constants, same_values
 from ..base.prng import seeds
 from ..base.probe import FAILURES, Attempt, agree
-from ..errors import NonFiniteError, ObjectiveError
+from ..errors import NonFiniteError, ObjectiveError, in_one_line
 from ..objectives import (
     BatchLoss,
     CoupledLoss,
@@ -38,6 +38,11 @@ CHECK_SEED = 20410  # any number: the check's noise has a stream of its own
 _COUPLED = (
     "Each query computes the loss of its whole batch, with the model's outputs for its own sample "
     "replaced: %s. An objective= with a loss per row avoids it."
+)
+TAPPED = "The loss is split into rows where torch's loss function is called."
+_ROWWISE = (
+    "The loss is computed once for each row, with the model's outputs for that row: %s. An "
+    "objective= with a loss per row, or one call of torch's loss function, avoids it."
 )
 HELD = "it holds values constant that move with the parameters (no_grad, detach)"
 
@@ -81,7 +86,7 @@ def most_different(inputs: Inputs, usable: Tensor) -> Tensor:
             score += 100 * (negative - negative[0]).abs()
         elif isinstance(value, (list, tuple)):
             first = value[int(usable[0])]
-            score += torch.tensor([float(value[i] != first) for i in usable.tolist()])
+            score += torch.tensor([float(not _same(value[i], first)) for i in usable.tolist()])
     return torch.stack([usable[0], usable[int(score.argmax())]])
 
 
@@ -128,6 +133,10 @@ def choose_objective(
             if isinstance(objective, CoupledLoss):
                 objective.check_elsewhere()
                 logger.warning(_COUPLED, joined(reasons))
+            elif isinstance(objective, RowwiseLoss):
+                logger.info(_ROWWISE, joined(reasons))
+            else:
+                logger.info(TAPPED)
             return objective, None
         except RowLossError as error:
             reasons.append(str(error))
@@ -215,11 +224,14 @@ def check_moves(forward: Forward, inputs: Inputs, model: nn.Module) -> dict[type
 def same_rows(pair: Inputs) -> bool:
     """Return whether two samples have equal inputs."""
     return all(
-        torch.equal(value[0], value[1])
-        if torch.is_tensor(value) and value.dim() > 0
-        else not isinstance(value, (list, tuple)) or value[0] == value[1]
+        _same(value[0], value[1])
         for value in pair.values()
+        if isinstance(value, (list, tuple)) or (torch.is_tensor(value) and value.dim() > 0)
     )
+
+
+def _same(first: Any, second: Any) -> bool:
+    return torch.equal(first, second) if torch.is_tensor(first) else bool(first == second)
 
 
 def check_split(objective: Objective, forward: Forward, inputs: Inputs, precision: float) -> None:
@@ -240,8 +252,9 @@ def check_split(objective: Objective, forward: Forward, inputs: Inputs, precisio
         found = objective(forward, uneven)
     except RowLossError:
         raise
-    except FAILURES:
-        return  # the model knows no such label
+    except FAILURES as error:  # the model may know no such label
+        logger.info("Fewer labels could not be tried: %s.", in_one_line(error))
+        return
     if not _same_first(found, together, precision):
         raise RowLossError("the loss of a sample depends on which labels of others are ignored")
 

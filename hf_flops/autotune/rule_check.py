@@ -60,7 +60,7 @@ class Verdict:
             yield (
                 f"{len(self.wrong)} of {len(names)} trainable tensors get noise that is shared by "
                 "the batch, because no per-row rule is right for them: "
-                f"{_some(self.wrong)}."
+                f"{_some(self.wrong)}. Leaving them out of what is trained avoids it."
             )
         if self.row_by_row:
             yield (

@@ -45,13 +45,23 @@ class Constants(TorchFunctionMode):
         super().__init__()
         self.held, self.paused = held, False
         self.values: list[Value] = []
+        self._gradients = True  # no `no_grad` is open
         self._constant = WeakIdKeyDictionary()
+
+    def __enter__(self) -> Constants:
+        self._gradients = torch.is_grad_enabled()
+        super().__enter__()
+        return self
 
     def __torch_function__(
         self, func: Call, types: object, args: tuple = (), kwargs: dict | None = None
     ) -> object:
         kwargs = kwargs or {}
-        if self.paused:
+        if func is torch._C._set_grad_enabled and not self.paused:
+            self._gradients = bool(args[0])
+        # an autograd.Function's own forward is no constant, though it runs without gradients
+        own = self._gradients and not torch.is_grad_enabled()
+        if self.paused or own:
             return func(*args, **kwargs)
         inside = not torch.is_grad_enabled()
         if not inside:

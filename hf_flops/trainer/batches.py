@@ -38,11 +38,11 @@ def without_ids(inputs: Inputs) -> tuple[Inputs, tuple[int, ...] | None]:
 def forward_function(trainer: FlopsTrainerMixin, model: nn.Module) -> Forward:
     """Return a function that runs the model and computes the loss as the stock trainer does."""
     modules = {model, *(value for value in vars(trainer).values() if isinstance(value, nn.Module))}
-    own, pairs = type(trainer).compute_loss is not Trainer.compute_loss, trainer.layout.pairs
+    own = type(trainer).compute_loss is not Trainer.compute_loss
 
     def forward(inputs: Inputs) -> tuple[Tensor | None, object]:
         rows = batch_size(inputs)
-        given = dict(inputs) if pairs is None else pairs.restored(inputs)
+        given = trainer.layout.restored(inputs)
         given.pop(ROW, None)
         with rows_together(modules, rows) if own and rows > 1 else nullcontext():
             return whole(given)

@@ -1,4 +1,4 @@
-"""Batches that are not laid out one entry per sample: pairs, and packed texts."""
+"""Batches that are not laid out one entry per sample: pairs, packed texts, patches of images."""
 
 from __future__ import annotations
 
@@ -74,6 +74,7 @@ class Layout:
         """Return a batch with one entry per sample."""
         if is_packed(inputs):
             return unpacked(inputs)
+        inputs = with_own_patches(inputs)
         if not self._known:
             samples = trainer._train_batch_size
             if not trainer.accelerator.split_batches:
@@ -82,6 +83,50 @@ class Layout:
                 samples = min(samples, len(trainer.train_dataset))
             self.pairs, self._known = Pairs.of(inputs, samples), True
         return inputs if self.pairs is None else self.pairs.by_sample(inputs)
+
+    def restored(self, inputs: Inputs) -> dict[str, Any]:
+        """Return a batch as the model and its loss expect it."""
+        given = dict(inputs) if self.pairs is None else self.pairs.restored(inputs)
+        for name in given.keys() & _WITH_PATCHES:
+            if isinstance(given[name], list):
+                given[name] = torch.cat(given[name])
+                if not len(given[name]):  # the model would look for images
+                    del given[name]
+        return given
+
+
+def with_own_patches(inputs: Inputs) -> Inputs:
+    """Return inputs with a list of each sample's patches, and one of the sizes of its images, where
+    a batch has the patches of all images one after the other, as in Qwen-VL.
+
+    An image belongs to the sample that has its tokens. Where tokens and patches do not tell, the
+    inputs are returned as they are.
+    """
+    found, kinds = dict(inputs), inputs.get("mm_token_type_ids")
+    if not torch.is_tensor(kinds):
+        return inputs
+    for kind, (patches, grids) in _PATCHES.items():
+        values, sizes = inputs.get(patches), inputs.get(grids)
+        if not (torch.is_tensor(values) and torch.is_tensor(sizes)):
+            continue
+        own, tokens = sizes.prod(1).cpu(), (kinds == kind).sum(1).cpu()
+        ends = (tokens.cumsum(0) * own.sum()) // tokens.sum().clamp(min=1)
+        sample = torch.searchsorted(ends, own.cumsum(0)).clamp(max=len(tokens) - 1)
+        counts = torch.zeros_like(tokens).index_add_(0, sample, own)
+        if int(own.sum()) != len(values) or not torch.equal(counts.cumsum(0), ends):
+            return inputs
+        images = torch.bincount(sample, minlength=len(tokens))
+        found[patches] = list(values.split(counts.tolist()))
+        found[grids] = list(sizes.split(images.tolist()))
+    return found
+
+
+# what `mm_token_type_ids` says of images and of videos: their patches, and their sizes
+_PATCHES = {
+    1: ("pixel_values", "image_grid_thw"),
+    2: ("pixel_values_videos", "video_grid_thw"),
+}
+_WITH_PATCHES = {name for names in _PATCHES.values() for name in names}
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from ..base.batch import Inputs
 from ..base.rows import BatchPosition
 from ..base.transfer import onto
 from ..core.method import FinishedBatch
+from ..objectives import Objective
 from ..perturbations import ParameterVector
 from .batches import averaging, forward_function
 from .preparation import evaluation_mode, shared_texts
@@ -53,9 +54,9 @@ def batch_of(trainer: FlopsTrainerMixin, model: nn.Module, inputs: Inputs) -> Ba
     if objective is None:
         forward = loss = forward_function(trainer, model)
     else:
-        forward = partial(objective.run, model)
+        forward = partial(_run, trainer, objective, model)
         if objective.generates:
-            checks = trainer.ledger.metered(partial(objective.surrogate.run, model))
+            checks = trainer.ledger.metered(partial(_run, trainer, objective.surrogate, model))
     progress = step / max(trainer.state.max_steps, 1)
     return Batch(
         inputs,
@@ -67,6 +68,13 @@ def batch_of(trainer: FlopsTrainerMixin, model: nn.Module, inputs: Inputs) -> Ba
         trainer.state.max_steps,
         loss,
     )
+
+
+def _run(
+    trainer: FlopsTrainerMixin, objective: Objective, model: nn.Module, inputs: Inputs
+) -> tuple[Tensor | None, object]:
+    """Run the model for an objective of the user's."""
+    return objective.run(model, trainer.layout.restored(inputs))
 
 
 def estimate_batch(

@@ -429,6 +429,7 @@ def test_the_gradient_is_that_of_the_stock_trainer(name, micro, tmp_path, monkey
         "control_variate": "none",
         "perturbation": "rowwise",
         "perturbation_scale": 0.001,
+        "lora_parts": "both",
         # a pair of rows for each number; clean rows count where they always run
         "queries_per_sample": 2 * len(wanted) + int(kind is CoupledLoss),
         "pictures": False,

@@ -35,6 +35,31 @@ def test_packed_texts_become_rows_with_the_same_loss():
     assert not is_packed(tiny_batch("llama"))
 
 
+def test_packed_texts_have_queries_of_their_own(tmp_path):
+    texts = [list(range(3, 3 + length)) for length in (4, 2, 6, 5)]
+    args = FlopsTrainingArguments(
+        str(tmp_path),
+        max_steps=1,
+        per_device_train_batch_size=4,
+        queries_per_sample=3,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="no",
+        pictures=False,
+    )
+    trainer = FlopsTrainer(
+        tiny_model("llama"),
+        args,
+        train_dataset=[{"input_ids": text, "labels": text} for text in texts],
+        data_collator=DataCollatorWithFlattening(),
+    )
+    trainer.train()
+    assert trainer.ledger.rows == 4 * 3
+    assert trainer.session.chosen.objective.per_row
+    assert trainer.session.chosen.perturbation.rowwise_size > 0
+
+
 def test_pairs_are_put_beside_each_other_and_back():
     inputs = {"x": torch.arange(12).view(6, 2), "margin": torch.arange(3), "use_cache": False}
     assert Pairs.of(inputs, 6) is None
