@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
 import yaml
 from huggingface_hub import is_offline_mode, try_to_load_from_cache
@@ -235,6 +235,8 @@ def read_file(parser: HfArgumentParser, kinds: Sequence[Any], path: str) -> list
     words = []
     for name, value in given.items():
         if value is None or value == []:
+            if not takes(kinds, name, type(value)):
+                raise ValueError(f"{name} has no value: leave it out for its default")
             parser.set_defaults(**{name: value})
         elif isinstance(value, list):
             words += [f"--{name}", *map(str, value)]
@@ -245,6 +247,13 @@ def read_file(parser: HfArgumentParser, kinds: Sequence[Any], path: str) -> list
     if others:
         raise ValueError(f"{others[0]} is one value too many")
     return words
+
+
+def takes(kinds: Sequence[Any], name: str, kind: type) -> bool:
+    """Return whether an option may be of a type, None or list."""
+    owner = next(one for one in kinds if name in {field.name for field in fields(one)})
+    hint = get_type_hints(owner)[name]
+    return kind in {get_origin(part) or part for part in (hint, *get_args(hint))}
 
 
 class PlainLoader(yaml.SafeLoader):

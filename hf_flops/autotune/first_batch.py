@@ -1,6 +1,4 @@
-"""Decisions made with the first batch: the objective, where noise enters, and what runs once per
-sample.
-"""
+"""What the first batch decides: the objective, where noise enters, what runs once per sample."""
 
 from __future__ import annotations
 

@@ -385,6 +385,8 @@ def test_options_that_cannot_work_end_in_a_sentence_and_leave_no_folder(
         ("per_class: ten", "argument --per_class/--per-class: invalid int value: 'ten'"),
         ("lerning_rate: 3", "lerning_rate is no option: did you mean learning_rate"),
         ("virtual_tokens: 0", "--virtual_tokens 0 must be 1 or more"),
+        ("seed: null", "seed has no value: leave it out for its default"),
+        ("seed: []", "seed has no value"),
         ("domain: [unclosed", "is damaged: .*expected ',' or ']'"),
         ("", "it has no options by name"),
         (None, "No such file"),
