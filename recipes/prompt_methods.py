@@ -26,7 +26,8 @@ def trainer_for(method: str, model: Any, args: Any, recipe: Any, **options: Any)
             f"The method {method!r} is unknown: choose among {', '.join(METHODS)}."
         )
     rewarded = recipe.domain == sums.DOMAIN
-    objective, *best = OBJECTIVES[recipe.objective if method == "flops" else "loss"]
+    name = recipe.objective if method == "flops" and not rewarded else "loss"
+    objective, *best = OBJECTIVES[name]
     best = [*sums.NOISE[recipe.adapter == "lora"]] if rewarded else best
     given = (args.perturbation_scale, args.learning_rate)
     scale, rate = (

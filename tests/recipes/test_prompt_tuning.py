@@ -13,7 +13,7 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerFast
 
 from hf_flops import ConfigurationError, FlopsTrainer, LabelHeadModel, SuffixPromptModel
 from hf_flops.prompts.suffix_prompt import CONFIG_FILE
-from recipes import prompt_tuning, prompts
+from recipes import prompt_tuning, prompts, sums
 from recipes.prompts import Template, WordClassifier, adapted, label_tokens, load_texts
 from tests.helpers.tiny import generator, tiny_model
 from tests.helpers.vllm import FakeVllm
@@ -582,3 +582,31 @@ def test_a_server_of_vllm_is_asked(adapter, tiny, tmp_path, monkeypatch):
     assert server.adapters == {}
     with pytest.raises(SystemExit, match="--engine_url is of a server: it needs --engine vllm"):
         prompt_tuning.main([*options, "--engine", "torch", "--engine_url", server.url])
+
+
+@pytest.mark.parametrize("adapter", ["suffix", "lora"])
+def test_sums_are_rewarded_by_what_a_server_generates(adapter, tiny, tmp_path, monkeypatch):
+    pytest.importorskip("httpx")
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    options = (
+        f"--domain sums --adapter {adapter} --max_steps 1 --queries_per_sample 2 --eval_steps 1 "
+        "--perturbation shared --per_device_train_batch_size 4 --validation_texts 4 --test_texts 4 "
+        f"--use_cpu True --disable_tqdm True --output_dir {tmp_path} --engine"
+    ).split()
+    with FakeVllm(language_model()[0], name="small", key="secret") as server:
+        (outcome,) = prompt_tuning.main([*options, "vllm", "--engine_url", server.url])
+    assert (outcome.before, outcome.texts) == (outcome.start, 4)
+    assert [accuracy for _, accuracy in outcome.curve] == [0.0]  # it knows no numbers
+    assert "asked with `Q: What is {text}" in (tmp_path / "report.md").read_text()
+    for wrong in ("onnx", "torch --adapter prompt"):
+        with pytest.raises(SystemExit, match="--domain sums needs --engine vllm or torch"):
+            prompt_tuning.main([*options, *wrong.split()])
+
+
+def test_answers_are_right_where_they_start_with_the_sum():
+    answers = [" 11.", "7", " 9 + 1 =", "", "It is 5", " 123"]
+    assert sums.numbers(answers).tolist() == [11, 7, 9, 0, 0, 0]
+    labels = torch.tensor([11, 8, 10, 2, 5, 12])
+    assert sums.reward(answers, {"labels": labels}).tolist() == [1, 0, 0, 0, 0, 0]
+    assert sums.texts()[0] == ("1 + 1", 2)
+    assert len(sums.texts()) == 100
