@@ -135,10 +135,10 @@ def reach_hub(recipe: Any, *names: str) -> None:
         model = getattr(recipe, name)
         if model is None or Path(model).exists():
             continue
-        here = isinstance(try_to_load_from_cache(model, "config.json"), str)
-        if not here and not is_offline_mode():
-            print(f"Downloading {model} from the Hub into {HF_HUB_CACHE}", file=sys.stderr)
         with usable(f"--{name} {model}"):
+            here = isinstance(try_to_load_from_cache(model, "config.json"), str)
+            if not here and not is_offline_mode():
+                print(f"Downloading {model} from the Hub into {HF_HUB_CACHE}", file=sys.stderr)
             AutoConfig.from_pretrained(model)
 
 
