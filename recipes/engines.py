@@ -95,7 +95,9 @@ def adapter_of(
         rank = {"r": recipe.lora_rank, "lora_alpha": 2 * recipe.lora_rank}
         lora = LoraConfig(task_type="CAUSAL_LM", target_modules=names, **rank)
         return BlackBoxLoraModel(engine, base.config, lora, words)
-    tokens = template.tokenizer(recipe.init_text, add_special_tokens=False)["input_ids"] or None
+    tokens = (
+        template.tokenizer(recipe.init_text or "", add_special_tokens=False)["input_ids"] or None
+    )
     embeddings = base.get_input_embeddings().weight
     precision = 3e-2 if recipe.engine == "onnx-int8" else 1e-4
     after = recipe.adapter == "suffix"

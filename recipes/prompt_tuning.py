@@ -61,7 +61,7 @@ class RecipeArguments(common.Recipe):
         "and the objective is the loss. True: each method runs without it too.",
     )
     virtual_tokens: int = option(8, "Length of the prompt or prefix.", least=1)
-    init_text: str = option(
+    init_text: str | None = option(
         " All in all, the movie was just", "A prompt's start; empty: random tokens."
     )
     lora_rank: int = option(2, "Rank of LoRA on queries and values.", least=1)
