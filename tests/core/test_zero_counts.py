@@ -20,7 +20,7 @@ def assert_unbiased(estimates, wanted, *, most=0.2):
     assert deviation.norm() < most * wanted.norm()
 
 
-@pytest.mark.parametrize("kind", ["rowwise", "shared"])
+@pytest.mark.parametrize("kind", ["rowwise", pytest.param("shared", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_the_mean_of_many_estimates_is_autograds_gradient(kind, estimator):
     model, inputs, allocator = Quadratic(), quadratic_batch(), OptimalWithZeros()

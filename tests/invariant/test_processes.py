@@ -106,7 +106,8 @@ def test_two_processes_go_the_way_of_one_and_one_goes_on_from_their_checkpoint(t
             )
 
 
-@pytest.mark.parametrize("spread", ["base", pytest.param("all", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("spread", ["base", "all"])
 def test_two_processes_that_share_a_model_go_the_way_of_one_that_has_it_whole(spread, tmp_path):
     """The 15 rows of the last batch of an epoch take one process a forward, the other two."""
     run = {**BASE, "kind": "llama", "rows_per_forward": 7, "samples": 6, "size": 29}
