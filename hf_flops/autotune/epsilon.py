@@ -170,7 +170,8 @@ def require_visible(forward: Forward, inputs: Inputs, method: Method, seed: int 
 
     Deltas of the same queries at neighbouring scales correlate by nearly 1 where they are
     derivatives. Rounding lowers this for all pairs of scales, curvature for the larger ones only,
-    so the best of two pairs up to the method's scale counts.
+    so the best of two pairs up to the method's scale counts. A sample's clean loss is rounded too,
+    by the same at all scales, so deltas are taken less the mean of their sample.
 
     Args:
         forward: runs the model, in evaluation mode, without gradients.
@@ -183,10 +184,16 @@ def require_visible(forward: Forward, inputs: Inputs, method: Method, seed: int 
     """
     method = replace(method, objective=method.objective.surrogate)
     grid = tuple(method.scale * 10**power for power in (-1.0, -0.5, 0.0))
-    deltas, rows = _evaluated(forward, inputs, method, seed, grid, 16)
-    deltas = deltas[:, deltas.isfinite().all(0)]
-    if not deltas.numel():
+    few, queries = 1, 16
+    if method.objective.per_row:
+        few = min(4, batch_size(inputs))
+        inputs, queries = take(inputs, torch.arange(few)), 4 * few
+    deltas, rows = _evaluated(forward, inputs, method, seed, grid, queries)
+    by_sample = deltas.unflatten(1, (few, -1))
+    by_sample = by_sample[:, by_sample.isfinite().all(0).all(1)]
+    if not by_sample.numel():
         return rows
+    deltas = (by_sample - by_sample.mean(2, keepdim=True)).flatten(1)
     correlation = float(torch.cosine_similarity(deltas[1:], deltas[:-1], dim=1).max())
     if correlation < 0.7:
         raise ConfigurationError(
