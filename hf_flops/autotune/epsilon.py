@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,7 +13,6 @@ from ..base.batch import Inputs, batch_size, take
 from ..base.rows import Rows, expand
 from ..core.chunking import ChunkPlanner, in_chunks
 from ..core.method import Method
-from ..errors import ConfigurationError
 from ..objectives import Forward
 from ..perturbations import NoiseKeys, RowwiseNoise
 
@@ -109,9 +108,9 @@ def calibrate(forward: Forward, inputs: Inputs, method: Method, seed: int = 0) -
         seed: the run's seed.
     """
     if method.objective.piecewise_constant:
-        deltas, rows = _evaluated(forward, inputs, method, seed, STEP_GRID)
+        deltas, rows = evaluated(forward, inputs, method, seed, STEP_GRID)
         return Calibration(*choose_step_scale(deltas), rows)
-    deltas, rows = _evaluated(forward, inputs, method, seed, GRID)
+    deltas, rows = evaluated(forward, inputs, method, seed, GRID)
     return Calibration(*choose_scale(deltas, order=len(method.estimator.signs)), rows)
 
 
@@ -129,7 +128,7 @@ def look(forward: Forward, inputs: Inputs, method: Method, seed: int = 0) -> tup
     """
     top = min(range(len(GRID)), key=lambda i: abs(math.log(GRID[i] / method.scale)))
     scales = GRID[max(top - 1, 0) : top + 1]
-    deltas, _ = _evaluated(forward, inputs, method, seed, scales, _LOOKS)
+    deltas, _ = evaluated(forward, inputs, method, seed, scales, _LOOKS)
     low, high = deltas[0], deltas[-1]
     error, signal = float((high - low).square().mean()), float((high * low).mean())
     bend = (error / signal) ** 0.5 if signal > 0 else math.inf
@@ -137,10 +136,10 @@ def look(forward: Forward, inputs: Inputs, method: Method, seed: int = 0) -> tup
         return method.scale, bend
     less, more = GRID[max(top - 3, 0) : max(top - 1, 0)], GRID[top + 1 : top + 4]
     if less:
-        deltas = torch.cat([_evaluated(forward, inputs, method, seed, less, _LOOKS)[0], deltas])
+        deltas = torch.cat([evaluated(forward, inputs, method, seed, less, _LOOKS)[0], deltas])
     rounds = len(deltas) > 2 and float((deltas[-2] - deltas[-3]).square().mean()) > error
     if rounds:
-        deltas = torch.cat([deltas, _evaluated(forward, inputs, method, seed, more, _LOOKS)[0]])
+        deltas = torch.cat([deltas, evaluated(forward, inputs, method, seed, more, _LOOKS)[0]])
     looked = (*less, *scales, *(more if rounds else ()))
     best, _ = choose_scale(deltas, looked, len(method.estimator.signs))
     best = method.scale if best is None else best
@@ -165,47 +164,7 @@ def choose_step_scale(
     return (scales[best], float(shares[best])) if shares[best] > 0 else (None, 0.0)
 
 
-def require_visible(forward: Forward, inputs: Inputs, method: Method, seed: int = 0) -> int:
-    """Require that an engine's rounding does not swallow the noise; return the rows used.
-
-    Deltas of the same queries at neighbouring scales correlate by nearly 1 where they are
-    derivatives. Rounding lowers this for all pairs of scales, curvature for the larger ones only,
-    so the best of two pairs up to the method's scale counts. A sample's clean loss is rounded too,
-    by the same at all scales, so deltas are taken less the mean of their sample.
-
-    Args:
-        forward: runs the model, in evaluation mode, without gradients.
-        inputs: a batch of B samples.
-        method: how gradients are estimated.
-        seed: the run's seed.
-
-    Raises:
-        ConfigurationError: the correlation is below 0.7.
-    """
-    method = replace(method, objective=method.objective.surrogate)
-    grid = tuple(method.scale * 10**power for power in (-1.0, -0.5, 0.0))
-    few, queries = 1, 16
-    if method.objective.per_row:
-        few = min(4, batch_size(inputs))
-        inputs, queries = take(inputs, torch.arange(few)), 4 * few
-    deltas, rows = _evaluated(forward, inputs, method, seed, grid, queries)
-    by_sample = deltas.unflatten(1, (few, -1))
-    by_sample = by_sample[:, by_sample.isfinite().all(0).all(1)]
-    if not by_sample.numel():
-        return rows
-    deltas = (by_sample - by_sample.mean(2, keepdim=True)).flatten(1)
-    correlation = float(torch.cosine_similarity(deltas[1:], deltas[:-1], dim=1).max())
-    if correlation < 0.7:
-        raise ConfigurationError(
-            f"perturbation_scale={method.scale:g} is lost in the engine's rounding: differences of "
-            f"the same queries at smaller scales correlate by {correlation:.2f} only. Run the "
-            "engine in float32 (vLLM: --dtype float32), or pass a larger perturbation_scale, or "
-            "'auto'."
-        )
-    return rows
-
-
-def _evaluated(
+def evaluated(
     forward: Forward,
     inputs: Inputs,
     method: Method,

@@ -29,11 +29,11 @@ from ..estimators.control_variate import control_variate
 from ..objectives import CoupledLoss, Objective, RowLossError, RowwiseLoss, TappedLoss
 from ..perturbations import ParameterVector, Perturbation
 from ..reuse import ReusePlan
-from .epsilon import require_visible
 from .first_batch import Chosen, held_back, set_up
 from .protocol import Averaging, Batch, Observer, RunArguments, Stateful, seed_of
 from .row_loss_check import loss_of_batch
 from .tuning import Tuning, first_scale
+from .visibility import require_visible
 
 logger = logging.getLogger("hf_flops.trainer")
 

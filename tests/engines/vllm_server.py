@@ -277,29 +277,48 @@ def test_a_reward_goes_up(server, language_model, tokenizer, tmp_path):
     assert sum(curve[6:]) > sum(curve[:6])  # eight sums a batch
 
 
-def test_lora_learns_through_the_pool(server, language_model, tokenizer, tmp_path):
-    lora = LoraConfig(task_type="CAUSAL_LM", r=1, lora_alpha=2, target_modules=["q_proj", "v_proj"])
+@torch.no_grad()
+def mean_loss(model, rows):
+    batch = collate(rows)
+    del batch["sample_id"]
+    return float(torch.nn.functional.cross_entropy(model(**batch).logits, batch["labels"]))
+
+
+def test_lora_learns_through_the_pool(server, language_model, tokenizer, words, reviews, tmp_path):
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=1,
+        lora_alpha=2,
+        target_modules=["v_proj"],
+        layers_to_transform=list(range(20, 30)),
+    )
     engine = client(server, concurrency=16)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = BlackBoxLoraModel(engine, AutoConfig.from_pretrained(MODEL), lora)
-    rows = sums_rows(tokenizer, sums.ENDING)
-    scale, rate = sums.NOISE[1]
-    options = {"perturbation": "shared", "lora_parts": "B", "perturbation_scale": scale}
-    options |= {"max_steps": 10, "queries_per_sample": 12, "learning_rate": rate}
-    before, after, curve = rewarded(model, tokenizer, rows, tmp_path / "run", **options)
-    assert after > before + 0.1
-    assert sum(curve[5:]) > sum(curve[:5])
+        model = BlackBoxLoraModel(engine, AutoConfig.from_pretrained(MODEL), lora, words)
+    ending = tokenizer(" All in all, the movie was just", add_special_tokens=False)["input_ids"]
+    rows, held_out = (
+        [{**row, "input_ids": [*row["input_ids"], *ending]} for row in part] for part in reviews
+    )
+    before = mean_loss(model, held_out)
+    options = {"perturbation": "shared", "max_steps": 16, "queries_per_sample": 12}
+    options |= {"perturbation_scale": 1e-2, "learning_rate": 3e-3}
+    trainer, seconds = train(model, tmp_path / "run", rows, **options)
+    after = mean_loss(model, held_out)
+    print(
+        f"LoRA of {len(held_out)} held-out reviews: loss {before:.3f} to {after:.3f}, "
+        f"{trainer.ledger.all_rows} rows, {seconds:.0f} s"
+    )
     model.save_pretrained(tmp_path / "adapter")
     peft = PeftModel.from_pretrained(language_model, tmp_path / "adapter").eval()
-    batch = collate(rows[1][:4])
-    words = model.label_words.tokens.tolist()
+    batch = collate(rows[:4])
     with torch.no_grad():
         found = model(batch["input_ids"], batch["attention_mask"]).logits
         last = batch["attention_mask"].sum(1) - 1
         wanted = peft(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     peft.unload()
     torch.testing.assert_close(found, wanted[range(4), last][:, words], atol=1e-2, rtol=0)
+    assert after < before - 0.02
 
 
 @torch.no_grad()

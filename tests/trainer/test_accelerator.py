@@ -66,9 +66,8 @@ def model_and_data(family):
 def run(folder, family="vit", *, options=None, callbacks=(), resume=None, **more):
     model, samples, extra = model_and_data(family)
     args = short(folder, **{**pretend.OPTIONS, "max_steps": 3, **(options or {})})
-    trainer = FlopsTrainer(
-        model, args, train_dataset=samples, callbacks=list(callbacks), **{**extra, **more}
-    )
+    given = {"train_dataset": samples, **extra, **more}
+    trainer = FlopsTrainer(model, args, callbacks=list(callbacks), **given)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -102,7 +101,8 @@ def test_every_choice_trains(option, value, tmp_path, device):
     options = {option: value, "rows_per_forward": 64}
     if (option, value) == ("reduce", "scalars"):
         options |= {"control_variate": "none"}
-    trainer = run(tmp_path, options=options)
+    rows = [{**row, "sample_id": i} for i, row in enumerate(data("vit", 16))]
+    trainer = run(tmp_path, options=options, train_dataset=rows)
     assert trainer.state.global_step == 3
     assert flat(trainer).isfinite().all()
 
