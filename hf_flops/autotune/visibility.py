@@ -49,7 +49,7 @@ def require_visible(forward: Forward, inputs: Inputs, method: Method, seed: int 
     deltas = (deltas - deltas.mean(2, keepdim=True)).flatten(1)
     squares, products = deltas.square().sum(1), (deltas[1:] * deltas[:-1]).sum(1)
     agreement = float((2 * products / (squares[1:] + squares[:-1])).max())
-    if not agreement >= 0.7 and (vanish or squares[0] > 2 * squares[-1]):
+    if not agreement >= 0.6 and (vanish or squares[0] > 2 * squares[-1]):
         raise ConfigurationError(
             f"perturbation_scale={method.scale:g} is lost in the engine's rounding: differences of "
             f"the same queries at smaller scales agree by {agreement:.2f}, not 1. Run the engine "

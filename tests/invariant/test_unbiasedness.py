@@ -53,7 +53,7 @@ def test_the_mean_of_many_estimates_is_autograds_gradient_with_uneven_counts(
     assert standard_error.norm() < 0.05 * true_gradient(model, inputs).norm()
 
 
-@pytest.mark.parametrize("kind", ["rowwise", "shared"])
+@pytest.mark.parametrize("kind", ["rowwise", pytest.param("shared", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", sorted(set(ALLOCATORS) - {"authors_bernoulli", "uniform"}))
 def test_the_mean_of_many_estimates_is_autograds_gradient_while_an_allocator_learns(name, kind):
     model, inputs, allocator = Quadratic(), quadratic_batch(), ALLOCATORS[name]()

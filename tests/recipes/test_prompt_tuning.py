@@ -561,7 +561,7 @@ def test_the_yaml_beside_the_recipe_is_read():
     assert args.output_dir == "outputs/prompt_tuning"
 
 
-@pytest.mark.parametrize("adapter", ["suffix", "lora"])
+@pytest.mark.parametrize("adapter", ["suffix", pytest.param("lora", marks=pytest.mark.slow)])
 def test_a_server_of_vllm_is_asked(adapter, tiny, tmp_path, monkeypatch):
     pytest.importorskip("httpx")
     monkeypatch.setenv("VLLM_API_KEY", "secret")
