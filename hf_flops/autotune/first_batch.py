@@ -158,10 +158,11 @@ def _set_up(
         )
         try:
             perturbation = choose(frozen if head is None else {*frozen, *head.vector.names})
-        except ConfigurationError:
+        except ConfigurationError as error:  # beside the head there may be no tensor that matters
             if head is None:
                 raise
-            head = None  # noise needs a tensor that matters, and beside the head there may be none
+            logger.info("The head has noise too, as without it there is no noise: %s", error)
+            head = None
             perturbation = choose(frozen)
         if head is not None:
             objective.logits = True
