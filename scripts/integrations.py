@@ -43,7 +43,7 @@ Packed texts are unpacked, and each is a sample. Chosen and rejected texts are o
 patches of Qwen-VL's images follow the samples that have their tokens; adapters of the vision tower
 itself, which sees the patches of all images at once, have shared noise.
 
-The general way costs rows per second where the tap is not right: on the processor 0.87 of the tap's
+The general way costs rows per second where the tap is not right: on the processor 0.94 of the tap's
 for MiniLM (64 rows) and 0.91 for SmolLM2-135M (8 rows), on the same losses and rows (medians of 3
 and 2 turns on a busy machine; `benchmarks/general_way.py`).
 
