@@ -44,8 +44,8 @@ patches of Qwen-VL's images follow the samples that have their tokens; adapters 
 itself, which sees the patches of all images at once, have shared noise.
 
 The general way costs rows per second where the tap is not right: on the processor 0.94 of the tap's
-for MiniLM (64 rows) and 0.91 for SmolLM2-135M (8 rows), on the same losses and rows (medians of 3
-and 2 turns on a busy machine; `benchmarks/general_way.py`).
+for MiniLM (64 rows; median of 7 turns) and 0.91 for SmolLM2-135M (8 rows; 2 turns on a busy
+machine), on the same losses and rows (`benchmarks/general_way.py`).
 
 GRPO, RLOO and PPO compare the model with a detached copy of itself: on policy the value of their
 loss is constant, so forward passes cannot train it, and the first step refuses it. Train the reward
