@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from transformers import DataCollatorWithFlattening
 
-from hf_flops import FlopsTrainer, FlopsTrainingArguments
+from hf_flops import FlopsTrainer
 from hf_flops.errors import ObjectiveError
 from hf_flops.trainer.gathered import GatheredMetrics
 from hf_flops.trainer.layout import Pairs, is_packed, rows_together, unpacked
-from tests.helpers.tiny import tiny_batch, tiny_model
+from tests.helpers.tiny import tiny_batch, tiny_model, training_arguments
 
 
 def packed():
@@ -37,16 +37,11 @@ def test_packed_texts_become_rows_with_the_same_loss():
 
 def test_packed_texts_have_queries_of_their_own(tmp_path):
     texts = [list(range(3, 3 + length)) for length in (4, 2, 6, 5)]
-    args = FlopsTrainingArguments(
-        str(tmp_path),
+    args = training_arguments(
+        tmp_path,
         max_steps=1,
         per_device_train_batch_size=4,
         queries_per_sample=3,
-        use_cpu=True,
-        report_to="none",
-        disable_tqdm=True,
-        save_strategy="no",
-        pictures=False,
     )
     trainer = FlopsTrainer(
         tiny_model("llama"),
@@ -107,16 +102,12 @@ def test_metrics_are_those_of_the_first_forward_after_the_checks():
 def test_batches_with_other_numbers_of_elements_cannot_be_logged(tmp_path):
     batch = tiny_batch("llama", 4)
     data = [{name: value[i] for name, value in batch.items()} for i in range(4)]
-    args = FlopsTrainingArguments(
-        str(tmp_path),
+    args = training_arguments(
+        tmp_path,
         max_steps=1,
         per_device_train_batch_size=1,
         gradient_accumulation_steps=4,
         trajectory_log=True,
-        use_cpu=True,
-        report_to="none",
-        disable_tqdm=True,
-        save_strategy="no",
     )
     counts = iter(range(1, 10**6))
 

@@ -5,11 +5,12 @@ import torch
 from peft import LoraConfig
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from hf_flops import FlopsTrainer, FlopsTrainingArguments
+from hf_flops import FlopsTrainer
 from hf_flops.base.batch import take
 from hf_flops.objectives import TappedLoss
 from hf_flops.perturbations import SharedNoise
 from hf_flops.trainer.layout import Layout, with_own_patches
+from tests.helpers.tiny import training_arguments
 
 IMAGE, LENGTH = 5, 9
 # the sizes of each sample's images, in patches; four patches are a token
@@ -106,17 +107,13 @@ def test_patches_that_do_not_fit_the_tokens_stay_as_they_are():
 
 @pytest.mark.filterwarnings("ignore")
 def test_it_trains_with_noise_per_row(tmp_path, caplog):
-    args = FlopsTrainingArguments(
-        str(tmp_path),
+    args = training_arguments(
+        tmp_path,
         max_steps=2,
         per_device_train_batch_size=4,
         queries_per_sample=4,
         remove_unused_columns=False,
-        use_cpu=True,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        pictures=False,
+        lora_parts="auto",
     )
     trainer = FlopsTrainer(
         model(),
