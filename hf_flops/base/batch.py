@@ -23,6 +23,8 @@ Inputs: TypeAlias = Mapping[str, Any]
 """A batch as a model takes it: tensors (B, ...), lists of B entries, or values that all samples
 share, by name.
 """
+# an attribute of rows: the batch's tensor that they were taken from, and (R,) the sample of each
+_SOURCE = "_hf_flops_source"
 # an input with each row's index in the batch, for losses that compare rows with the whole batch
 ROW = "row_of_batch"
 
@@ -72,9 +74,33 @@ def take(inputs: Inputs, owner: Tensor, unread: Collection[str] = ()) -> dict[st
         if name in unread:
             return hollow(value, (len(owner), *value.shape[1:]))
         if torch.is_tensor(value) and value.dim() > 0:
-            return value.index_select(0, onto(owner, value.device))
+            return _marked(value.index_select(0, onto(owner, value.device)), value, owner)
         if isinstance(value, (list, tuple)):
             return [value[i] for i in owner.tolist()]
         return value
 
     return {name: repeat(name, value) for name, value in inputs.items()}
+
+
+def samples_of(rows: Tensor, batch: Tensor) -> Tensor | None:
+    """Return (R,), on the host, which sample of a batch's tensor each row is; None if `take` did
+    not make them of it, so that only their values would tell.
+    """
+    if rows is batch:
+        return torch.arange(len(batch))
+    source, owner = getattr(rows, _SOURCE, (None, None))
+    return owner if source is batch else None
+
+
+def crop(rows: Tensor, columns: slice) -> Tensor:
+    """Return the columns (R, L) of rows that hold more than padding, contiguous, as some models
+    require.
+    """
+    return _marked(rows[:, columns].contiguous(), rows, torch.arange(len(rows)))
+
+
+def _marked(rows: Tensor, source: Tensor, owner: Tensor) -> Tensor:
+    """Note where rows come from, see `samples_of`; return them."""
+    batch, samples = getattr(source, _SOURCE, (source, None))
+    setattr(rows, _SOURCE, (batch, owner if samples is None else samples[owner]))
+    return rows

@@ -7,7 +7,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from .batch import Inputs, take
+from .batch import Inputs, crop, take
 from .rows import Rows
 
 SIDES = ("left", "right")
@@ -52,10 +52,10 @@ def window(real: Tensor, sides: frozenset[str]) -> slice:
 
 
 def trim(inputs: Inputs, columns: slice) -> Inputs:
-    """Crop every input with one column per token; some models require contiguous results."""
+    """Crop every input with one column per token."""
     width = inputs["attention_mask"].shape[1]
     cropped = {
-        name: inputs[name][:, columns].contiguous()
+        name: crop(inputs[name], columns)
         for name in _PADDED
         if torch.is_tensor(inputs.get(name)) and inputs[name].shape[1:] == (width,)
     }

@@ -42,11 +42,26 @@ def _accepted(base: DualEncoder, side: str) -> tuple[Callable[..., Any], list[st
     ]
 
 
-def scale_and_bias(base: DualEncoder) -> tuple[float, float]:
-    """Return the factor of a model's cosines, and what is added to the scaled ones."""
-    both = base.logit_scale, getattr(base, "logit_bias", None)
-    scale, *bias = to_host(*(part.detach() for part in both if part is not None))
-    return float(scale.double().exp()), float(bias[0]) if bias else 0.0
+class Scaling:
+    """The factor of a model's cosines, and what is added to the scaled ones; read again where they
+    are trained or changed.
+    """
+
+    def __init__(self, base: DualEncoder) -> None:
+        self.base = base
+        self._read: tuple[list[tuple[int, int]], tuple[float, float]] | None = None
+
+    def __call__(self) -> tuple[float, float]:
+        """Return both numbers."""
+        both = self.base.logit_scale, getattr(self.base, "logit_bias", None)
+        parts = [part for part in both if part is not None]
+        version = [(part.data_ptr(), part._version) for part in parts]
+        trained = any(part.requires_grad for part in parts)
+        if self._read is None or trained or self._read[0] != version:
+            scale, *bias = to_host(*(part.detach() for part in parts))
+            numbers = float(scale.double().exp()), float(bias[0]) if bias else 0.0
+            self._read = version, numbers
+        return self._read[1]
 
 
 def tower_forward(base: DualEncoder, side: str) -> Forward:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..base.batch import ROW, Inputs, batch_size
 from ..base.rows import BatchPosition
+from ..base.transfer import to_host
 from ..core.clean_forward import CleanPass, clean_pass
 from ..core.estimate import estimate_from
 from ..core.method import Method, StepResult
@@ -124,7 +125,11 @@ def estimate_alignment(
             assert losses.logits is not None
             found = passes[side].found
             clean[side] = losses.logits, None if found is None else found.features
-        batch = contrast(clean["text"][0], clean["image"][0])
+        kept = [own if features is None else features for own, features in clean.values()]
+        host = iter(to_host(*(own.detach() for own, _ in clean.values()), *kept))
+        embeddings = {side: next(host) for side in clean}
+        inputs_of = {side: next(host) for side in clean}
+        batch = contrast(embeddings["text"], embeddings["image"])
         results = {}
         for side, tower in towers.items():
             losses, features = batch.clean(side), clean[side][1]
@@ -136,10 +141,6 @@ def estimate_alignment(
                 tower.head.vector.add_to_gradients(
                     tower.head.gradient(features, losses) / (len(losses.sums) * batches)
                 )
-        inputs_of = {
-            side: embeddings if features is None else features
-            for side, (embeddings, features) in clean.items()
-        }
     return results, batch, inputs_of
 
 

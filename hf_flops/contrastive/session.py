@@ -26,10 +26,10 @@ from ..estimators.control_variate import control_variate
 from ..objectives import Forward, RowLossError
 from ..perturbations import ParameterVector
 from .dual_encoder import (
+    Scaling,
     contrastive_base,
     require_return_loss,
     same_texts,
-    scale_and_bias,
     tower_forward,
     tower_inputs,
 )
@@ -83,7 +83,7 @@ class ContrastiveSession:
         self.args, self.model = args, model
         base = contrastive_base(model)
         assert base is not None
-        self.base = base
+        self.base, self.scaling = base, Scaling(base)
         self.contrast, self._own = contrast or ContrastiveLoss(), contrast is None
         self.estimator: Estimator = estimator or ESTIMATORS[args.estimator]()
         self.allocators = {
@@ -155,7 +155,7 @@ class ContrastiveSession:
     def _matches(self, batch: Batch, parts: TowerInputs) -> bool:
         """Return whether the model's own loss of a batch is that of its towers' embeddings."""
         with Attempt("The towers' embeddings make no loss"):
-            contrastive = self._loss_of(parts, self._contrast(None, scale_and_bias(self.base))).loss
+            contrastive = self._loss_of(parts, self._contrast(None, self.scaling())).loss
             loss = batch.forward(batch.inputs)[0]
             return loss is not None and agree(
                 torch.tensor(float(loss), dtype=torch.float64),
@@ -178,7 +178,7 @@ class ContrastiveSession:
         """
         parts, labels = self.split(batch.inputs)
         given = "labels" in batch.inputs
-        scaling, batches = scale_and_bias(self.base), averaging.batches
+        scaling, batches = self.scaling(), averaging.batches
         contrast, solved = self._contrast(labels, scaling, given=given), self._bind_solver(*scaling)
         if solved and self.solver.primes(batch.step, self._steps):
             towers = {side: replace(tower, method=None) for side, tower in self.towers.items()}
@@ -198,7 +198,7 @@ class ContrastiveSession:
 
     def finish_step(self, epoch: float) -> None:
         """See `GradientSession`."""
-        if self._bind_solver(*scale_and_bias(self.base)):
+        if self._bind_solver(*self.scaling()):
             self.solver.finish_step(epoch)
 
     def fall_back(self, error: RowLossError, *, recorded: bool) -> None:

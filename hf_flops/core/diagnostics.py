@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..allocators import Allocator, PredictingAllocator, SampleFeatures, predicted_gain
 from ..base.rows import Rows
-from ..base.transfer import to_host
 
 
 def mean_squares(rows: Rows, deltas: Tensor, units: int) -> Tensor:
@@ -31,7 +30,7 @@ def gain_metrics(allocator: Allocator, features: SampleFeatures) -> dict[str, fl
 
 
 def summarise(
-    gradients: tuple[Tensor, Tensor] | None,
+    signals: tuple[float, float] | None,
     squares: Tensor,
     counts: Tensor,
     rows: Rows,
@@ -47,8 +46,8 @@ def summarise(
     `effective_queries` per sample, all alike, would have the variance of the counts used.
 
     Args:
-        gradients: (d,) the estimate, and the closed-form head's gradient; None if only a sum over
-            batches is known.
+        signals: squared norms of the estimate, and of the closed-form head's gradient; None if
+            only a sum over batches is known.
         squares: (B,) result of `mean_squares`, divided by N squared.
         counts: (B,) queries per sample.
         rows: the step's R rows, laid out with N = 1.
@@ -81,11 +80,9 @@ def summarise(
         "effective_queries": gain * float(counts.sum()) / len(counts),
         "dropped_rows": float((~finite).sum()),
     }
-    if gradients is not None:
-        estimate, exact = gradients
-        signals = to_host(estimate.double().square().sum(), exact.square().sum())
-        metrics["gradient_signal"] = float(signals[0]) - variance
-        metrics["head_signal"] = float(signals[1])
+    if signals is not None:
+        metrics["gradient_signal"] = signals[0] - variance
+        metrics["head_signal"] = signals[1]
     return metrics
 
 

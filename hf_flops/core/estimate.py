@@ -23,6 +23,7 @@ from torch import Tensor
 from ..allocators import SampleFeatures
 from ..base.batch import Inputs
 from ..base.rows import BatchPosition, Rows
+from ..base.transfer import to_host
 from ..distributed.noise_sum import NoiseSum
 from ..errors import NonFiniteError
 from ..estimators import (
@@ -124,13 +125,13 @@ def estimate_from(
     factor, replayed = complete(clean, chain, sums, results, lengths)
     # If no element counts (every label is ignored), the update is zero.
     normalizer = (float(lengths.sum()) * batches if elements is None else elements) or 1.0
-    applied = apply(clean, chain, sums.update * factor / normalizer, normalizer, last=last)
+    signals = apply(clean, chain, sums.update * factor / normalizer, normalizer, last=last)
     trace = method.exchange.trace(sums.parts, clean.place, factor, normalizer)
     result = report(
         clean,
         features,
         results,
-        applied,
+        signals,
         normalizer,
         *sums.shared_facts(method.exchange.group, replayed),
         trace,
@@ -232,11 +233,11 @@ def complete(
 
 def apply(
     clean: CleanPass, chain: Chain, update: Tensor, normalizer: float, *, last: bool
-) -> tuple[Tensor, Tensor] | None:
+) -> tuple[float, float] | None:
     """Add the update (d,) and the head's exact gradient to `.grad`.
 
     Returns:
-        Both, or None if only their sum over several batches is known, now or later.
+        Their squared norms, or None if only their sum over several batches is known, now or later.
     """
     method, head, exact, found = clean.method, clean.method.head, torch.zeros(1), clean.found
     if head is not None and found is not None:
@@ -249,15 +250,20 @@ def apply(
     method.perturbation.vector.add_to_gradients(update)
     if head is not None:
         head.vector.add_to_gradients(exact)
+    squares = update.double().square().sum(), exact.square().sum()
+    short = [i for i, each in enumerate(statistics) if each.dim() == 1]  # are read with them
+    estimated, solved, *host = to_host(*squares, *(statistics[i] for i in short))
+    for i, each in zip(short, host, strict=True):
+        statistics[i] = each
     chain.finish(iter(statistics))
-    return None if put_off else (update, exact)
+    return None if put_off else (float(estimated), float(solved))
 
 
 def report(
     clean: CleanPass,
     features: SampleFeatures,
     results: QueryResults,
-    applied: tuple[Tensor, Tensor] | None,
+    signals: tuple[float, float] | None,
     normalizer: float,
     dimension: int,
     replayed: int,
@@ -269,7 +275,7 @@ def report(
     counts, squares = results.counts(units), mean_squares(rows, results.deltas, units)
     facts = method.perturbation.shares_noise, dimension
     metrics = summarise(
-        applied, squares / normalizer**2, counts, rows, results.deltas / normalizer, *facts
+        signals, squares / normalizer**2, counts, rows, results.deltas / normalizer, *facts
     )
     metrics |= gain_metrics(method.allocator, features)
     used = (len(rows) + replayed) * len(method.estimator.signs) * (clean.samples // units)

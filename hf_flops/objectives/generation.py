@@ -10,6 +10,7 @@ from torch import nn
 
 from ..base.batch import Inputs, batch_size
 from ..base.completion import split
+from ..base.transfer import onto
 from ..errors import ConfigurationError, ObjectiveError
 from .base import Forward, Objective, RowLosses
 from .metrics import SmoothSurrogate, signed_losses
@@ -76,7 +77,8 @@ class GeneratedMetric(Objective):
         ):
             # the prompt must not contain the answer
             rows = split(inputs["input_ids"], inputs.get("attention_mask"), labels)
-            own = {**own, "input_ids": rows.text, "attention_mask": rows.text_mask}
+            own["input_ids"] = onto(rows.text, labels.device)
+            own["attention_mask"] = onto(rows.text_mask, labels.device)
         tokens, prompts = generator.generate(**own, **self.options), own.get("input_ids")
         if (
             prompts is not None

@@ -14,6 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..base.completion import Split
+from ..base.transfer import onto
 from ..errors import ConfigurationError
 from ..objectives.base import ModelOutputs
 
@@ -32,16 +33,6 @@ class Ending:
     kept: Tensor
     last: int
 
-    def rows(self, index: Tensor) -> Ending:
-        """Return some of the rows."""
-        return Ending(self.tokens[index], self.kept[index], self.last)
-
-    def __eq__(self, other: object) -> bool:
-        """Return whether two endings have equal numbers."""
-        if not isinstance(other, Ending) or self.last != other.last:
-            return False
-        return torch.equal(self.kept, other.kept) and torch.equal(self.tokens, other.tokens)
-
 
 def run(model: nn.Module, cache: DynamicCache, **inputs: object) -> ModelOutputs:
     """Call a model on a cache with the inputs that its forward accepts, because some do not accept
@@ -51,6 +42,14 @@ def run(model: nn.Module, cache: DynamicCache, **inputs: object) -> ModelOutputs
     # transformers renamed it in 5.24
     inputs["cache" if "cache" in names else "past_key_values"] = cache
     return model(**{name: value for name, value in inputs.items() if name in names})
+
+
+def unperturbed(prompt: nn.Embedding) -> Hashable:
+    """Return what tells a prompt from others without reading it, None while it may be perturbed."""
+    weight = prompt.weight
+    if "forward" in vars(prompt) or prompt._forward_hooks or prompt._forward_pre_hooks:
+        return None
+    return id(weight), weight.data_ptr(), weight._version
 
 
 class TextCache:
@@ -63,10 +62,10 @@ class TextCache:
         texts: R rows; each distinct text runs through `base` once.
         keys: R keys, equal for equal texts.
         ending: of the R rows, to run in the same forward; ignored if a layer has a sliding window.
+        prompt: what tells the prompt of the ending from others.
 
     Attributes:
         mask: (U, T) int64, zero on padding.
-        ending: of the first row of each text.
         logits: (U, A, V) of the ending's last tokens; None if it was not run.
 
     Raises:
@@ -79,39 +78,38 @@ class TextCache:
         texts: Split,
         keys: Sequence[Hashable],
         ending: Ending | None = None,
+        prompt: Hashable = None,
     ) -> None:
         # the first row of each text
         first = dict(zip(reversed(keys), reversed(range(len(keys))), strict=True))
         self._place = {key: place for place, key in enumerate(first)}
-        rows = torch.tensor(list(first.values()), device=texts.text.device)
-        ids, self.mask = texts.text[rows], texts.text_mask[rows]
+        rows = torch.tensor(list(first.values()))
+        self._texts, self._prompt, device = texts.rows(rows), prompt, base.device
+        ids, self.mask = onto(self._texts.text, device), onto(self._texts.text_mask, device)
         self._cache = DynamicCache(config=base.config)
-        self.ending = None if ending is None or self.sliding else ending.rows(rows)
+        ending = None if self.sliding else ending
         self.logits = None
         mask, own = self.mask, {"input_ids": ids}
-        if self.ending is not None:
-            own = {
-                "inputs_embeds": torch.cat(
-                    [base.get_input_embeddings()(ids), self.ending.tokens], 1
-                )
-            }
+        if ending is not None:
+            index = onto(rows, ending.tokens.device)
+            embeddings = [base.get_input_embeddings()(ids), ending.tokens[index]]
+            own = {"inputs_embeds": torch.cat(embeddings, 1)}
             own["logits_to_keep"] = (
-                torch.arange(-self.ending.last, 0, device=ids.device)
-                + own["inputs_embeds"].shape[1]
+                torch.arange(-ending.last, 0, device=device) + own["inputs_embeds"].shape[1]
             )
-            mask = torch.cat([mask, self.ending.kept], 1)
+            mask = torch.cat([mask, ending.kept[index]], 1)
         outputs = run(
             # without the head: nothing is predicted inside the text
-            base if self.ending is not None else base.base_model,
+            base if ending is not None else base.base_model,
             self._cache,
             **own,
             attention_mask=mask,
             position_ids=(mask.cumsum(1) - 1).clamp(min=0),
             use_cache=True,
         )
-        if self.ending is not None:
-            self.logits = outputs.logits[:, -self.ending.last :]
-            self._cache.crop(-self.ending.tokens.shape[1])
+        if ending is not None:
+            self.logits = outputs.logits[:, -ending.last :]
+            self._cache.crop(-ending.tokens.shape[1])
         kinds = {type(layer) for layer in self._cache.layers}
         if (
             not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
@@ -130,17 +128,21 @@ class TextCache:
         """Whether a layer attends to a sliding window only."""
         return any(getattr(layer, "is_sliding", False) for layer in self._cache.layers)
 
-    def known(self, place: Tensor, ending: Ending) -> Tensor | None:
-        """Return the logits (R, A, V) of rows of the texts (R,) if their endings were run with the
-        texts, else None.
+    def known(self, place: Tensor, rows: Split, prompt: Hashable) -> Tensor | None:
+        """Return the logits (R, A, V) of rows, which continue the texts (R,) by a prompt and an
+        answer, if these were run with the texts, else None.
         """
-        if self.logits is None or self.ending is None or torch.is_grad_enabled():
+        if self.logits is None or torch.is_grad_enabled() or prompt is None:
             return None
-        return self.logits[place] if self.ending.rows(place) == ending else None
+        ran = self._texts.rows(place)
+        same = ran.answer.equal(rows.answer) and ran.targets.equal(rows.targets)
+        if not same or prompt != self._prompt:
+            return None
+        return self.logits[onto(place, self.logits.device), : max(1, rows.answer.shape[1])]
 
     def rows(self, keys: Sequence[Hashable]) -> Tensor:
-        """Return (R,) int64, the text of each row."""
-        return torch.tensor([self._place[key] for key in keys], device=self.mask.device)
+        """Return (R,) int64, the text of each row, on the host."""
+        return torch.tensor([self._place[key] for key in keys])
 
     def take(self, rows: Tensor) -> tuple[DynamicCache, Tensor]:
         """Return the cache for a forward of rows that continue the texts (R,), and its mask (R,

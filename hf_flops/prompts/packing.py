@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..base.probe import Attempt, agree
+from ..base.transfer import onto
 from .kv_cache import TextCache, run
 
 MOST = 16  # rows per line; with more, masked attention between rows costs more than copies
@@ -20,6 +21,8 @@ _TOKEN = 50  # a token costs about as much as copying this number of keys and va
 @dataclass(frozen=True)
 class Packing:
     """A layout of R rows in L lines of N slots; the rows of a line continue the same text.
+
+    It is found on the host, where the rows' texts are known.
 
     Attributes:
         texts: (L,) int64, the text of each line.
@@ -62,6 +65,11 @@ class Packing:
             return sum(-(-count // slots) for count in counts) * (_TOKEN * slots * tokens + columns)
 
         return cls.of(rows, min(range(1, min(MOST, max(counts)) + 1), key=cost))
+
+    def to(self, device: torch.device) -> Packing:
+        """Return the layout on a device."""
+        texts, line, slot = (onto(index, device) for index in (self.texts, self.line, self.slot))
+        return Packing(texts, line, slot, self.slots)
 
     def pack(self, values: Tensor) -> Tensor:
         """Put (R, S, ...) into lines (L, N * S, ...); empty slots are zero."""
@@ -111,7 +119,7 @@ def continued(
         kept: (R, S) int64, zero on padding.
         last: number of logits per row.
     """
-    size = tokens.shape[1]
+    size, packing = tokens.shape[1], packing.to(tokens.device)
     past, mask = texts.take(packing.texts)
     own = torch.arange(size, device=mask.device)
     # Indices, not a number: torch is slow if the head reads a slice, which is not contiguous.
@@ -149,7 +157,7 @@ def may_be_packed(
     """
     if texts.sliding or getattr(base.config, "_attn_implementation", None) not in ("sdpa", "eager"):
         return False
-    few = torch.tensor([0, len(texts.mask) - 1, 0, 0], device=tokens.device)
+    few = torch.tensor([0, len(texts.mask) - 1, 0, 0])
     rows = torch.stack([tokens, tokens, tokens.flip(0), 2 * tokens])
     kept = torch.ones(rows.shape[:2], dtype=torch.long, device=rows.device)
     with Attempt("Rows of a text are not packed into one sequence"):

@@ -20,13 +20,14 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils import PushToHubMixin
 
 from ..base.batch import Inputs
-from ..base.completion import Split, split
+from ..base.completion import BatchSplit, Split, split
 from ..base.rounding_error import precision_of
+from ..base.transfer import onto
 from ..errors import ConfigurationError
 from ..objectives.elementwise import mean_cross_entropy
 from .base_weights import drop_base, ignore_missing_base
 from .initial import initial_embeddings
-from .kv_cache import Ending, TextCache
+from .kv_cache import Ending, TextCache, unperturbed
 from .label_head import hidden_states, label_head_of
 from .packing import Packing, continued, may_be_packed
 
@@ -107,6 +108,7 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
         self.head = label_head_of(model, label_words) if label_head and label_words else None
         self.model_tags: list[str] = []
         self.texts: TextCache | None = None
+        self._batch: BatchSplit | None = None
         # whether rows of a text may share a sequence; None until checked
         self.packs: bool | None = None
         self.register_state_dict_post_hook(drop_base)
@@ -155,7 +157,7 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
             logits = logits[:, -1, self.label_words]
         if labels is None:
             return CausalLMOutput(logits=logits)
-        targets = labels if labels.dim() == 1 else rows.targets
+        targets = labels if labels.dim() == 1 else onto(rows.targets, labels.device)
         loss = mean_cross_entropy(logits.flatten(0, -2), targets.flatten(), num_items_in_batch)
         return CausalLMOutput(loss=loss, logits=logits)
 
@@ -167,12 +169,12 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
             inputs: the batch.
             clean: whether the same forward also runs the samples with the unperturbed prompt.
         """
-        before = self.texts
+        before = self.texts, self._batch
         try:
             if self._shares():
-                rows = self._split(
-                    inputs["input_ids"], inputs.get("attention_mask"), inputs.get("labels")
-                )
+                given = inputs["input_ids"], inputs.get("attention_mask"), inputs.get("labels")
+                rows = self._split(*given)
+                self._batch = BatchSplit(given, rows)
                 ending = self._ending(rows) if clean else None
                 with hidden_states(self.base, when=self._head(rows) is not None):
                     self.texts = self._read(rows, rows.keys(), ending)
@@ -183,7 +185,7 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
                     )
             yield
         finally:
-            self.texts = before
+            self.texts, self._batch = before
 
     @torch.no_grad()
     def generate(
@@ -193,10 +195,11 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
         `generate`.
         """
         rows = self._split(input_ids, attention_mask, None)
+        text, mask = (onto(part, input_ids.device) for part in (rows.text, rows.text_mask))
         embeddings = torch.cat(
-            [self.base.get_input_embeddings()(rows.text), self._prompts(len(input_ids))], 1
+            [self.base.get_input_embeddings()(text), self._prompts(len(input_ids))], 1
         )
-        mask = F.pad(rows.text_mask, (0, self.prompt.num_embeddings), value=1)
+        mask = F.pad(mask, (0, self.prompt.num_embeddings), value=1)
         return self.base.generate(inputs_embeds=embeddings, attention_mask=mask, **options)
 
     def save_pretrained(self, save_directory: str | Path, **options: object) -> None:
@@ -206,14 +209,10 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
         del options
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {name: value.contiguous() for name, value in self.state_dict().items()},
-            folder / WEIGHTS_FILE,
-        )
-        config = {
-            "base_model_name_or_path": self.config.name_or_path,
-            "num_virtual_tokens": self.prompt.num_embeddings,
-        }
+        state = {name: value.contiguous() for name, value in self.state_dict().items()}
+        save_file(state, folder / WEIGHTS_FILE)
+        base, tokens = self.config.name_or_path, self.prompt.num_embeddings
+        config = {"base_model_name_or_path": base, "num_virtual_tokens": tokens}
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod
@@ -234,14 +233,15 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
         self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None
     ) -> Split:
         """Split rows into texts and answers; with classes (R,) as labels there is no answer."""
-        if labels is not None and labels.dim() == 1:
-            if self.label_words is None:
-                raise ConfigurationError(
-                    f"Labels of shape {tuple(labels.shape)} are classes: give label_words=, a "
-                    "token each."
-                )
-            labels = None
-        rows = split(input_ids, attention_mask, labels)
+        if labels is not None and labels.dim() == 1 and self.label_words is None:
+            raise ConfigurationError(
+                f"Labels of shape {tuple(labels.shape)} are classes: give label_words=, a token "
+                "each."
+            )
+        given = input_ids, attention_mask, labels
+        if self._batch is not None and (known := self._batch.of(*given)) is not None:
+            return known
+        rows = split(*given)
         text, answer = int(rows.text_mask.sum(1).max()), rows.answer.shape[1]
         prompt = self.prompt.num_embeddings
         most = getattr(self.config.get_text_config(), "max_position_embeddings", None)
@@ -264,18 +264,17 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
         self, rows: Split, keys: Sequence[Hashable], ending: Ending | None = None
     ) -> TextCache:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._shares()):
-            return TextCache(self.base, rows, keys, ending)
+            return TextCache(self.base, rows, keys, ending, unperturbed(self.prompt))
 
     def _ending(self, rows: Split) -> Ending:
         """Return prompt and answer of each row, without the last token, which predicts nothing."""
-        answer = rows.answer[:, :-1]
+        device, prompt = self.prompt.weight.device, self.prompt.num_embeddings
+        answer = onto(rows.answer[:, :-1], device)
         tokens = torch.cat(
             [self._prompts(len(answer)), self.base.get_input_embeddings()(answer)], 1
         )
-        kept = F.pad(
-            (rows.targets[:, :-1] != -100).long(), (self.prompt.num_embeddings, 0), value=1
-        )
-        return Ending(tokens, kept, max(1, rows.answer.shape[1]))
+        kept = F.pad((rows.targets[:, :-1] != -100).long(), (prompt, 0), value=1)
+        return Ending(tokens, onto(kept, device), max(1, rows.answer.shape[1]))
 
     def _prompts(self, rows: int) -> Tensor:
         """Return the prompt of each row, (R, P, D), in the base's dtype; noise is added before."""
@@ -285,13 +284,14 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
     def _logits(self, rows: Split) -> Tensor:
         """Return the logits (R, A or 1, V) of the answers' tokens, or of the next one."""
         keys = rows.keys() if self._shares() else range(len(rows.text))
-        texts = (
-            self.texts if self.texts is not None and keys in self.texts else self._read(rows, keys)
-        )
-        ending, place = self._ending(rows), texts.rows(keys)
-        known = texts.known(place, ending)
+        texts = self.texts
+        if texts is None or keys not in texts:
+            texts = self._read(rows, keys)
+        place = texts.rows(keys)
+        known = texts.known(place, rows, unperturbed(self.prompt))
         if known is not None:
             return known
+        ending = self._ending(rows)
         packs = texts is self.texts and self.packs
         size = ending.tokens.shape[1]
         packing = (

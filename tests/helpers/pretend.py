@@ -203,7 +203,8 @@ def _fallback(op: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-    if not _is_ours(target) or not (_is_ours(source) or non_blocking):
+    blocks = not _is_ours(target) or not (_is_ours(source) or non_blocking)
+    if blocks and source.numel():
         _waits.add(f"copy to {target.device.type}")
     _waits.launches["aten::copy_"] += 1
     _to_host(target).copy_(_to_host(source))
