@@ -14,6 +14,8 @@ from ..perturbations import ParameterVector
 from .trial import Trial
 
 _OF_A_RUN = 2.0  # the best rate of a run over that of a few steps
+# rates to begin with, by a part of tensors' names: see docs/choosing.md
+_USUAL = {"lora_A": 1e-3, "lora_B": 1e-2, "prompt": 5e-3}
 
 
 @dataclass(frozen=True)
@@ -69,15 +71,7 @@ def facts_of(trainer: Trial, target: float) -> Iterator[Fact]:
         math.ceil(target / ratio) if ratio > 0 else None,
         "until their mean has it" if ratio > 0 else f"no signal in {steps} steps",
     )
-    rate = _OF_A_RUN * trainer.args.learning_rate * search.multiplier
-    yield Fact(
-        "learning_rate",
-        float(f"{rate:.2g}"),
-        f"{_OF_A_RUN:g} times the result of {search.searches} line searches in {steps} steps: the "
-        "best rate for few steps is too small for a run"
-        if search.searches
-        else f"{_OF_A_RUN:g} times the rate of the trial, which was too short for a search",
-    )
+    yield _learning_rate(trainer, names)
     yield Fact(
         "queries_per_sample",
         trainer.auto.at(steps),
@@ -86,3 +80,22 @@ def facts_of(trainer: Trial, target: float) -> Iterator[Fact]:
         else "as many as help against noise, where no signal was seen; a larger batch or a smaller "
         "adapter may help more",
     )
+
+
+def _learning_rate(trainer: Trial, names: set[str]) -> Fact:
+    """Return the rate that line searches found, or the usual one if they may have seen noise."""
+    search, steps = trainer.search, trainer.state.global_step
+    usual = next((rate for part, rate in _USUAL.items() if any(part in n for n in names)), None)
+    signals = np.array([signal for signal, _ in trainer.signals or [(0.0, 1.0)]])
+    error = signals.std() / len(signals) ** 0.5 if len(signals) > 1 else math.inf
+    if usual is not None and not signals.mean() > 2 * error:
+        reason = "to begin with: no line search can be trusted where noise hides the signal"
+        return Fact("learning_rate", usual, reason)
+    rate = _OF_A_RUN * trainer.args.learning_rate * search.multiplier
+    reason = (
+        f"{_OF_A_RUN:g} times the result of {search.searches} line searches in {steps} steps: the "
+        "best rate for few steps is too small for a run"
+    )
+    if not search.searches:
+        reason = f"{_OF_A_RUN:g} times the rate of the trial, which was too short for a search"
+    return Fact("learning_rate", float(f"{rate:.2g}"), reason)

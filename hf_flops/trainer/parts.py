@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..autotune.protocol import Stateful
 from ..base.state import State, tensor, whole
 from ..errors import ConfigurationError
-from .args import FlopsArgumentsMixin
 from .checkpoint_state import STATE_FILE, load_state, read_json
 from .multiprocess import BatchSize
 from .presets import LORA_PARTS
@@ -112,25 +112,26 @@ class LoraParts:
     While `lora_B` is zero, the loss does not depend on `lora_A`, whose noise would carry no signal.
 
     Args:
-        args: of the run; "auto" becomes "B" or "both" if there is LoRA to train.
-        model: of the run, before training.
+        trainer: of the run, before training; it gets arguments of its own, in which "auto" has
+            become "B" or "both", if there is LoRA to train.
 
     Attributes:
         automatic: whether this decided.
     """
 
-    def __init__(self, args: FlopsArgumentsMixin, model: nn.Module) -> None:
-        self.args = args
+    def __init__(self, trainer: FlopsTrainerMixin) -> None:
         matrices = [
             parameter
-            for name, parameter in model.named_parameters()
+            for name, parameter in trainer.model.named_parameters()
             if ".lora_B." in name and parameter.requires_grad
         ]
-        self.automatic = bool(matrices) and args.lora_parts == "auto"
+        self.automatic = bool(matrices) and trainer.args.lora_parts == "auto"
+        self.args = trainer.args
         if not self.automatic:
             return
+        trainer.args = self.args = copy(trainer.args)  # the user may give them to other trainers
         trained = any(bool(matrix.any()) for matrix in matrices)
-        args.lora_parts = "both" if trained else "B"
+        self.args.lora_parts = "both" if trained else "B"
         if not trained:
             logger.info("lora_B is zero, so lora_A is not trained: lora_parts='B'.")
 

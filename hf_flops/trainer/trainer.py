@@ -138,7 +138,7 @@ class FlopsTrainerMixin(StockOverrides):
         with quantised_base_allowed(model):
             super().__init__(model, *positional, **kwargs)
         follow_accelerator(self.accelerator, self.args)
-        self.lora_parts = LoraParts(self.args, self.model)
+        self.lora_parts = LoraParts(self)
         self._begin()
         self.noise_guard, self.stream = NoiseGuard(lambda: self.session), StreamPosition()
         self.query_budget = QueryBudget(

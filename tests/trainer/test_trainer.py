@@ -715,6 +715,16 @@ def test_lora_a_is_trained_by_default_if_the_adapter_is_not_new(trained, argumen
     assert watch.moved == [{"lora_B", "classifier"} | ({"lora_A"} if trained else set())] * 2
 
 
+def test_arguments_may_be_those_of_several_runs(arguments):
+    args, trained = arguments(lora_parts="auto"), adapted()
+    for name, parameter in trained.named_parameters():
+        if "lora_B" in name:
+            parameter.data.fill_(0.1)
+    runs = [FlopsTrainer(model, args, train_dataset=data()) for model in (adapted(), trained)]
+    assert [run.args.lora_parts for run in runs] == ["B", "both"]
+    assert args.lora_parts == "auto"
+
+
 def test_a_resumed_run_trains_the_parts_of_lora_that_it_began_with(arguments):
     options = {"lora_parts": "auto", "max_steps": 3, "save_strategy": "steps", "save_steps": 2}
     whole = FlopsTrainer(adapted(), arguments(**options), train_dataset=data())
