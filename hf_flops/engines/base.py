@@ -27,6 +27,11 @@ class Engine(Protocol):
         """
 
 
+def finite(tensor: Tensor) -> bool:
+    """Return whether all numbers are finite."""
+    return bool(tensor.isfinite().all())
+
+
 def without_padding(inputs_embeds: Tensor, attention_mask: Tensor) -> list[Prompt]:
     """Return the embeddings (T, D) of each row's real tokens, on the CPU."""
     embeds, mask = inputs_embeds.cpu(), attention_mask.cpu().bool()

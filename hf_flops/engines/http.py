@@ -67,15 +67,21 @@ class Endpoint:
         self.back_off = at_least("back_off", back_off, 0, "seconds")
         self.account = Account()
 
-    def post(self, path: str, bodies: Sequence[bytes], retries: int | None = None) -> list[bytes]:
-        """Return the answers to JSON bodies, in their order; the first failure ends all calls."""
+    def post(
+        self, path: str, bodies: Sequence[bytes], retries: int | None = None, done: str = ""
+    ) -> list[bytes]:
+        """Return the answers to JSON bodies, in their order; the first failure ends all calls, but
+        not a refusal with the text `done`, which a repeated call gets.
+        """
         from anyio.from_thread import start_blocking_portal
 
         retries = self.retries if retries is None else retries
         with start_blocking_portal() as portal:  # also where an event loop runs, as in notebooks
-            return portal.call(self._all, path, bodies, retries)
+            return portal.call(self._all, path, bodies, retries, done)
 
-    async def _all(self, path: str, bodies: Sequence[bytes], retries: int) -> list[bytes]:
+    async def _all(
+        self, path: str, bodies: Sequence[bytes], retries: int, done: str
+    ) -> list[bytes]:
         headers = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
         if self._key is not None:
             headers["Authorization"] = f"Bearer {self._key}"
@@ -83,7 +89,7 @@ class Endpoint:
 
         async def ask() -> None:
             for i, body in left:
-                answers[i] = await self._ask(client, path, body, retries)
+                answers[i] = await self._ask(client, path, body, retries, done)
 
         async with _httpx().AsyncClient(headers=headers, timeout=None, verify=_tls()) as client:
             tasks = [asyncio.create_task(ask()) for _ in bodies[: self.concurrency]]
@@ -94,7 +100,9 @@ class Endpoint:
                     task.cancel()
         return answers
 
-    async def _ask(self, client: httpx.AsyncClient, path: str, body: bytes, retries: int) -> bytes:
+    async def _ask(
+        self, client: httpx.AsyncClient, path: str, body: bytes, retries: int, done: str
+    ) -> bytes:
         """Return the answer of one call, with retries."""
         for attempt in range(retries + 1):
             if self.account.calls == self.max_calls:
@@ -105,7 +113,7 @@ class Endpoint:
             start = time.perf_counter()
             try:
                 async with asyncio.timeout(self.timeout):
-                    return await self._once(client, path, body)
+                    return await self._once(client, path, body, done if attempt else "")
             except TimeoutError:
                 reason, wait = f"TimeoutError: no answer in {self.timeout:g} seconds", 0.0
             except RetryableError as error:
@@ -122,7 +130,7 @@ class Endpoint:
             "answers again."
         )
 
-    async def _once(self, client: httpx.AsyncClient, path: str, body: bytes) -> bytes:
+    async def _once(self, client: httpx.AsyncClient, path: str, body: bytes, done: str) -> bytes:
         """Send one request and return the body of its answer."""
         content, response, most = bytearray(), None, self.max_answer_bytes
         try:
@@ -144,7 +152,7 @@ class Endpoint:
         message = f"HTTP {code}: {self._shown(content.decode(errors='replace'))}"
         if code == 429 or code >= 500:
             raise RetryableError(message, seconds_to_wait(response.headers.get("Retry-After", "")))
-        if code != 200:
+        if code != 200 and not (done and done in message):
             raise EngineError(f"{self.url}{path} refused: {message}")
         if len(content) > most:
             raise EngineError(f"{self.url} answered with more than max_answer_bytes={most}.")

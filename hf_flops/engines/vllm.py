@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigurationError, EngineError
-from .base import Prompt, without_padding
+from .base import Prompt, finite, without_padding
 from .http import Account, Endpoint, at_least
 
 _MOST = 128  # tokens that vLLM scores at a time
@@ -26,7 +27,11 @@ Options = dict[str, Any]
 
 
 class _Vllm:
-    """What server and process have in common; adapters are what `loaded` gives, one a prompt."""
+    """What server and process have in common; adapters are what `loaded` gives, one a prompt.
+
+    vLLM is never asked about embeddings that are not finite: they would stay in the memory of its
+    keys and values, and make other rows NaN that use it later.
+    """
 
     account: Account
     _asked: Callable[[Sequence[Prompt], Options, Sequence[Any] | None], list[list[Any]]]
@@ -44,7 +49,8 @@ class _Vllm:
         if len(token_ids) > _MOST:
             raise ConfigurationError(f"vLLM scores {_MOST} tokens at most, not {len(token_ids)}.")
         options = {"max_tokens": 1, "temperature": 0.0, "logprob_token_ids": list(token_ids)}
-        return torch.tensor(self._counted(prompts, options, adapters))
+        unknown = [math.nan] * len(token_ids)
+        return torch.tensor(self._counted(prompts, options, adapters, unknown))
 
     def generate(
         self,
@@ -62,15 +68,22 @@ class _Vllm:
         self, prompts: Sequence[Prompt], options: Options, adapters: Any = None
     ) -> list[list[int]]:
         """Return the tokens that continue prompts, sampled by vLLM's options."""
-        tokens = self._counted(prompts, options, adapters)
+        tokens = self._counted(prompts, options, adapters, [])
         self.account.tokens += sum(map(len, tokens))
         return tokens
 
-    def _counted(self, prompts: Sequence[Prompt], options: Options, adapters: Any) -> Any:
-        found = self._asked(prompts, options, adapters)
-        self.account.rows += len(prompts)
-        self.account.tokens += sum(map(len, prompts))
-        return found
+    def _counted(
+        self, prompts: Sequence[Prompt], options: Options, adapters: Any, unknown: list[Any]
+    ) -> list[Any]:
+        """Ask about the finite prompts, and count them; the answer to others is `unknown`."""
+        rows = [i for i, row in enumerate(prompts) if not isinstance(row, Tensor) or finite(row)]
+        asked = [prompts[i] for i in rows]
+        names = adapters and [adapters[i] for i in rows]
+        found = self._asked(asked, options, names) if asked else []
+        self.account.rows += len(asked)
+        self.account.tokens += sum(map(len, asked))
+        answers = dict(zip(rows, found, strict=True))
+        return [answers.get(i, unknown) for i in range(len(prompts))]
 
 
 class VllmEngine(Endpoint, _Vllm):
@@ -112,12 +125,15 @@ class VllmEngine(Endpoint, _Vllm):
     def loaded(self, folders: Sequence[Path]) -> Iterator[list[str]]:
         """Have PEFT's folders, which the server must see too, loaded as adapters; gives names."""
         names = [f"hf-flops-{uuid.uuid4().hex}" for _ in folders]
+        # not `load_inplace`: vLLM then reads the adapter anew at each of its steps, and while one
+        # moves to another slot, rows get the weights that lie in the old one
         loads = [
-            {"lora_name": name, "lora_path": str(folder), "load_inplace": True}  # if repeated
+            {"lora_name": name, "lora_path": str(folder)}
             for name, folder in zip(names, folders, strict=True)
         ]
+        bodies = [json.dumps(load).encode() for load in loads]
         try:
-            self.post("/v1/load_lora_adapter", [json.dumps(load).encode() for load in loads])
+            self.post("/v1/load_lora_adapter", bodies, done="has already been loaded")
             yield names
         finally:
             bodies = [json.dumps({"lora_name": name}).encode() for name in names]

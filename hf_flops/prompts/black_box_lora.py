@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutput
 
-from ..engines.base import Prompt
+from ..engines.base import Prompt, finite
 from .black_box import LabelWords, sampling
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -120,9 +120,12 @@ class BlackBoxLoraModel(nn.Module):
         """
         labels = self.label_words.classes(labels, len(input_ids))
         tokens = self.label_words.tokens.tolist()
-        answer = self._asked(
-            input_ids, attention_mask, lambda rows, names: self.engine.scores(rows, tokens, names)
-        )
+
+        def ask(rows: list[Prompt], names: list[str]) -> Tensor:
+            return self.engine.scores(rows, tokens, names)
+
+        unknown = torch.full((len(tokens),), torch.nan)
+        answer = self._asked(input_ids, attention_mask, ask, unknown)
         return self.label_words.outputs(
             self.engine, torch.stack(answer), labels, len(input_ids), num_items_in_batch
         )
@@ -135,27 +138,37 @@ class BlackBoxLoraModel(nn.Module):
         `generate` of transformers has for sampling.
         """
         given = sampling(**options)
-        return self._asked(
-            input_ids, attention_mask, lambda rows, names: self.engine.continued(rows, given, names)
-        )
+
+        def ask(rows: list[Prompt], names: list[str]) -> list[list[int]]:
+            return self.engine.continued(rows, given, names)
+
+        return self._asked(input_ids, attention_mask, ask, [])
 
     def _asked(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None,
         ask: Callable[[list[Prompt], list[str]], Iterable[Any]],
+        unknown: Any,
     ) -> list[Any]:
-        """Return the answer to each row, asked with its adapter; rows with one adapter share it."""
+        """Return the answer to each row, asked with its adapter; rows with one adapter share it.
+
+        The answer of adapters that are not finite is `unknown`: vLLM would keep their keys and
+        values, which make other rows NaN later.
+        """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         prompts = [row[real.bool()].tolist() for row, real in zip(input_ids, mask, strict=True)]
         # a row of the batch looks up the table's only row, to which noise is added for each
         index = torch.zeros_like(input_ids[:, :1])
         values = {part: table(index)[:, 0].cpu() for part, table in self.adapter.items()}
-        rows = dict[tuple[bytes, ...], list[int]]()
+        rows, answers = dict[tuple[bytes, ...], list[int]](), dict[int, Any]()
         for row in range(len(prompts)):
-            key = tuple(part[row].numpy().tobytes() for part in values.values())
-            rows.setdefault(key, []).append(row)
-        groups, answers = list(rows.values()), dict[int, Any]()
+            own = [part[row] for part in values.values()]
+            if not all(map(finite, own)):
+                answers[row] = unknown
+                continue
+            rows.setdefault(tuple(part.numpy().tobytes() for part in own), []).append(row)
+        groups = list(rows.values())
         for start in range(0, len(groups), self.pool):
             part = groups[start : start + self.pool]
             adapters = [{name: value[own[0]] for name, value in values.items()} for own in part]

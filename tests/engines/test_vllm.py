@@ -219,6 +219,40 @@ def test_adapters_are_removed_after_a_failure(language_model, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_adapter_may_be_loaded_when_its_load_is_repeated(language_model):
+    with FakeVllm(tiny_model("llama")) as server:
+        load = server.load_adapter
+
+        def lost(request):
+            load(request)
+            server.load_adapter = load
+            raise ZeroDivisionError("the answer is lost")
+
+        model = lora(client(server), language_model)
+        wanted, server.load_adapter = model(**batch()).logits, lost
+        assert model(**batch()).logits.equal(wanted)
+        assert model.engine.account.retries == 1
+        assert server.adapters == {}
+
+
+@torch.no_grad()
+def test_nothing_that_is_not_finite_is_sent(language_model):
+    """vLLM keeps the keys and values of NaN in memory that other rows use later."""
+    with FakeVllm(tiny_model("llama")) as server:
+        engine, (embeds, mask) = client(server), rows()
+        embeds[1, 0, 0] = torch.nan
+        scores, tokens = engine(embeds, mask, WORDS), engine.generate(embeds, mask, 2)
+        assert scores.isfinite().all(1).tolist() == [True, False, True]
+        assert scores[[0, 2]].equal(engine(embeds[[0, 2]], mask[[0, 2]], WORDS))
+        assert [len(row) for row in tokens] == [2, 0, 2]
+        assert engine.account.rows == 6
+        calls = server.calls
+        model = lora(engine, language_model)
+        model.adapter["lora_A"].weight[0, 5] = torch.nan
+        assert model(**batch()).logits.isnan().all()
+        assert (server.calls, server.most) == (calls, 0)
+
+
 # --- failures ---
 
 

@@ -55,7 +55,7 @@ class FakeVllm(ThreadingHTTPServer):
     def load_adapter(self, request):
         """Do what /v1/load_lora_adapter does."""
         name, folder = request["lora_name"], Path(request["lora_path"])
-        if name in self.adapters and not request.get("load_inplace"):
+        if name in self.adapters:
             raise Refused(400, f"The lora adapter '{name}' has already been loaded.")
         config = json.loads((folder / "adapter_config.json").read_text())
         tensors = load_file(folder / "adapter_model.safetensors")
