@@ -230,7 +230,7 @@ def same_rows(pair: Inputs) -> bool:
     )
 
 
-def _same(first: Any, second: Any) -> bool:
+def _same(first: object, second: Any) -> bool:
     return torch.equal(first, second) if torch.is_tensor(first) else bool(first == second)
 
 

@@ -29,7 +29,7 @@ def number(value: Any, least: float = -math.inf, most: float = math.inf) -> Any:
     return value
 
 
-def whole(value: Any, least: int = 0, most: int = 2**63 - 1) -> int:
+def whole(value: object, least: int = 0, most: int = 2**63 - 1) -> int:
     """Return a value of a state if it is a whole number in a range.
 
     Raises:
@@ -40,7 +40,7 @@ def whole(value: Any, least: int = 0, most: int = 2**63 - 1) -> int:
     return value
 
 
-def flag(value: Any) -> bool:
+def flag(value: object) -> bool:
     """Return a value of a state if it is True or False.
 
     Raises:
@@ -51,7 +51,7 @@ def flag(value: Any) -> bool:
     return value
 
 
-def vector(values: Any, *shape: int) -> Tensor:
+def vector(values: object, *shape: int) -> Tensor:
     """Return nested lists of a state as a float64 tensor if it has a shape and finite numbers.
 
     Raises:
@@ -74,7 +74,7 @@ def tensor(value: Any, *shape: int) -> Tensor:
     return value
 
 
-def finite(value: Any) -> Tensor:
+def finite(value: object) -> Tensor:
     """Return a value of a state if it is a tensor of finite numbers.
 
     Raises:

@@ -278,7 +278,7 @@ class BatchContrast(Objective):
     def __init__(self, contrast: ContrastiveLoss, model: DualEncoder) -> None:
         self.contrast, self.model = contrast, model
 
-    def run(self, model: Any, inputs: Inputs) -> tuple[None, Any]:
+    def run(self, model: object, inputs: Inputs) -> tuple[None, Any]:
         """See `ContrastiveLoss.run`."""
         return self.contrast.run(model, inputs)
 

@@ -113,7 +113,7 @@ class Diagnosis:
 
 def doctor(
     model: nn.Module,
-    train_dataset: Any,
+    train_dataset: object,
     *,
     args: FlopsTrainingArguments | None = None,
     peft_config: PeftConfig | None = None,

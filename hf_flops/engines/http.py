@@ -193,7 +193,7 @@ def checked_url(url: str) -> str:
     )
 
 
-def at_least(name: str, value: Any, least: float, unit: str | None = None) -> Any:
+def at_least(name: str, value: object, least: float, unit: str | None = None) -> Any:
     """Return a whole number, or one with a unit, if it is large enough."""
     kind: Any = int if unit is None else (int, float)
     if isinstance(value, bool) or not isinstance(value, kind) or not least <= value < 1e9:

@@ -67,7 +67,7 @@ class TorchEngine:
         attention_mask: Tensor,
         max_tokens: int = 16,
         temperature: float = 0.0,
-        **options: Any,
+        **options: object,
     ) -> list[list[int]]:
         """Return the tokens that continue each row; options go to the model's `generate`."""
         weight = self.model.get_input_embeddings().weight

@@ -43,7 +43,7 @@ class _Vllm:
         return self.scores(without_padding(inputs_embeds, attention_mask), token_ids)
 
     def scores(
-        self, prompts: Sequence[Prompt], token_ids: Sequence[int], adapters: Any = None
+        self, prompts: Sequence[Prompt], token_ids: Sequence[int], adapters: object = None
     ) -> Tensor:
         """Return scores (R, C) of tokens after R prompts."""
         if len(token_ids) > _MOST:
@@ -58,14 +58,14 @@ class _Vllm:
         attention_mask: Tensor,
         max_tokens: int = 16,
         temperature: float = 0.0,
-        **options: Any,
+        **options: object,
     ) -> list[list[int]]:
         """Return the tokens that continue each row; options, such as `top_p`, are vLLM's."""
         options |= {"max_tokens": max_tokens, "temperature": temperature}
         return self.continued(without_padding(inputs_embeds, attention_mask), options)
 
     def continued(
-        self, prompts: Sequence[Prompt], options: Options, adapters: Any = None
+        self, prompts: Sequence[Prompt], options: Options, adapters: object = None
     ) -> list[list[int]]:
         """Return the tokens that continue prompts, sampled by vLLM's options."""
         tokens = self._counted(prompts, options, adapters, [])

@@ -200,7 +200,7 @@ class CoupledLoss(Objective):
             return None
         samples, (leaves, spec) = batch_size(self._inputs), self._clean.outputs[module][number]
 
-        def own(leaf: Any) -> Any:
+        def own(leaf: object) -> Any:
             if not torch.is_tensor(leaf):
                 return leaf
             values = leaf.unflatten(0, (samples, -1))

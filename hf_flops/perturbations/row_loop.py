@@ -56,7 +56,7 @@ def looped(
 
 
 def recurrent(
-    layer: nn.RNNBase, method: Call, noise: Noise, scale: float, x: Tensor, hx: Any = None
+    layer: nn.RNNBase, method: Call, noise: Noise, scale: float, x: Tensor, hx: object = None
 ) -> tuple[Tensor, Any]:
     """`nn.RNN`, `nn.GRU` and `nn.LSTM` row by row.
 

@@ -184,7 +184,7 @@ group_norm = partial(channel_norm, _group_normalised)
 
 
 def broadcast(
-    module: nn.Module, method: Call, noise: Noise, scale: float, *args: Any, **kwargs: Any
+    module: nn.Module, method: Call, noise: Noise, scale: float, *args: object, **kwargs: object
 ) -> Any:
     """A module's own parameters, whose `forward` combines them with its input by broadcasting.
 

@@ -43,7 +43,7 @@ def sampling(
     do_sample: bool = False,
     temperature: float = 1.0,
     num_beams: int = 1,
-    **options: Any,
+    **options: object,
 ) -> dict[str, Any]:
     """Return the options of transformers' `generate` in the words of engines."""
     if num_beams != 1:

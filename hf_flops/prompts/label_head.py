@@ -142,7 +142,7 @@ class LabelHeadModel(nn.Module, PushToHubMixin):
         loss = mean_cross_entropy(logits, labels, num_items_in_batch)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
-    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+    def save_pretrained(self, save_directory: str | Path, **options: object) -> None:
         """Write the adapter as PEFT does, and the head beside it; the base model is not written."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)

@@ -131,21 +131,21 @@ def plain_model(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
-def base_name(model: Any) -> str:
+def base_name(model: object) -> str:
     """Return the name of the model under an adapter; empty if it has none."""
     config = next(iter(getattr(model, "peft_config", {}).values()), None)
     plain = getattr(getattr(plain_model(model), "config", None), "_name_or_path", None)
     return getattr(config, "base_model_name_or_path", None) or plain or ""
 
 
-def described(data: Any) -> str:
+def described(data: object) -> str:
     """Return the name of a data set, if it has one, and its number of samples."""
     size = f"{len(data):,} samples" if isinstance(data, Sized) else "a stream"
     name = getattr(getattr(data, "info", None), "dataset_name", None)
     return f"`{name}`, {size}" if name else size
 
 
-def loading(model: Any, base: str, name: str) -> str:
+def loading(model: object, base: str, name: str) -> str:
     """Return the lines that load an adapter for inference."""
     source, folder = repr(base or "the base model"), repr(name or ".")
     kind, inner = type(model).__name__, plain_model(model)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from IPython.display import Image, display
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -24,7 +23,11 @@ class NotebookRows(NotebookProgressCallback):
         self.rows = rows
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
     ) -> None:
         """Open the bar."""
         self.rows.most = getattr(args, "max_queries", None)

@@ -105,7 +105,7 @@ def damage_named(path: Path, where: str = "") -> Iterator[None]:
         raise ConfigurationError(f"{path} {wrong}{where}: {reason}.") from error
 
 
-def _without_tensors(state: Any, key: str, tensors: dict[str, Tensor]) -> Any:
+def _without_tensors(state: object, key: str, tensors: dict[str, Tensor]) -> Any:
     """Move the tensors of a nested state to `tensors`; return it with references in their place."""
     if torch.is_tensor(state):
         tensors[key] = state.detach().clone().contiguous()

@@ -59,7 +59,7 @@ class GatheredMetrics:
             setattr(self.trainer, name, _copied(value))
 
 
-def _copied(value: Any) -> Any:
+def _copied(value: object) -> Any:
     """Return a copy of nested containers of numbers.
 
     Raises:

@@ -50,7 +50,9 @@ def weights_at_hand(config: PeftConfig) -> Iterator[None]:
     inherited, original = "_create_and_replace" not in vars(tuner), tuner._create_and_replace
 
     @wraps(original)
-    def create(self: object, config: object, name: str, target: nn.Module, *rest: Any, **more: Any):  # type: ignore[no-untyped-def]
+    def create(
+        self: object, config: object, name: str, target: nn.Module, *rest: object, **more: object
+    ) -> object:
         with align_module_device(target):
             weights = {n: (p.data_ptr(), p._version) for n, p in target.named_parameters()}
             made = original(self, config, name, target, *rest, **more)

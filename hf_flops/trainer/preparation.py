@@ -84,7 +84,7 @@ def follow_accelerator(accelerator: Accelerator, args: TrainingArguments) -> Non
         )
 
 
-def uncompiled(model: Any) -> Any:
+def uncompiled(model: object) -> Any:
     """Return the model that `torch.compile` has wrapped; it trains without being compiled.
 
     Raises:

@@ -67,7 +67,7 @@ class StockOverrides(_Base):
         assert isinstance(self.model, nn.Module)
         return self.model
 
-    def _hp_search_setup(self, trial: Any) -> None:
+    def _hp_search_setup(self, trial: object) -> None:
         super()._hp_search_setup(trial)
         if trial is not None:
             self._begin()  # `train` has begun with the arguments before this trial's
@@ -117,7 +117,7 @@ class StockOverrides(_Base):
             super()._load_optimizer_and_scheduler(checkpoint)
         load_state(checkpoint, self._parts())
 
-    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+    def _init_training_state(self, *args: object, **kwargs: object) -> tuple[int, int]:
         given = inspect.signature(super()._init_training_state).bind(*args, **kwargs).arguments
         begin: tuple[int, int] = super()._init_training_state(*args, **kwargs)
         if (checkpoint := given["resume_from_checkpoint"]) is not None:
@@ -164,10 +164,10 @@ class StockOverrides(_Base):
         with named, generator_states(checkpoint, self.args) as folder:
             super()._load_rng_state(folder)
 
-    def _get_output_dir(self, trial: Any) -> str:
+    def _get_output_dir(self, trial: object) -> str:
         return self.checkpoint_writer.folder(super()._get_output_dir(trial))
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         run = Path(self._get_output_dir(trial))
         with self.checkpoint_writer.whole(run, self.args, self.state, self.group) as folder:
             super()._save_checkpoint(model, trial)
@@ -200,7 +200,7 @@ class StockOverrides(_Base):
         if not is_offloaded(model):
             super()._move_model_to_device(model, device)
 
-    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+    def _get_dataloader(self, *args: object, **kwargs: object) -> DataLoader:
         return undivided_loader(self, super()._get_dataloader, args, kwargs)
 
     def _track_num_input_tokens(self, inputs: Inputs) -> None:

@@ -156,7 +156,7 @@ class FlopsTrainerMixin(StockOverrides):
         widen_trainable(self.model)
         add_tags(self.model, self._tag_names)
 
-    def call_model_init(self, trial: Any = None) -> nn.Module:
+    def call_model_init(self, trial: object = None) -> nn.Module:
         """Build the model as the stock trainer does, and wrap it with `peft_config`."""
         model: nn.Module = super().call_model_init(trial)
         model = model if self._peft_config is None else wrap_with_adapter(model, self._peft_config)

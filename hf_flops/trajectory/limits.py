@@ -36,19 +36,19 @@ def refused(path: str | Path, what: str) -> Iterator[None]:
         raise TrajectoryError(f"{path} is damaged or forged: {what}: {reason}.") from error
 
 
-def threads(value: Any) -> int:
+def threads(value: object) -> int:
     """Return a number of threads that a machine may have."""
     return whole(value, 1, MOST_THREADS)
 
 
-def device(value: Any) -> str:
+def device(value: object) -> str:
     """Return the type of a device."""
     if value not in DEVICES:
         raise ValueError(f"{value!r:.50} is none of the devices {', '.join(DEVICES)}")
     return str(value)
 
 
-def dtype(value: Any) -> torch.dtype:
+def dtype(value: object) -> torch.dtype:
     """Return a dtype by its name."""
     if value not in _KINDS:
         raise ValueError(f"{value!r:.50} is none of the dtypes {', '.join(_KINDS)}")

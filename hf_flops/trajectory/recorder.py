@@ -115,7 +115,11 @@ class TrajectoryRecorder(TrainerCallback):
             self.discard()
 
     def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
     ) -> None:
         """Write the step's record."""
         if self._file is None:
@@ -133,14 +137,22 @@ class TrajectoryRecorder(TrainerCallback):
         self._traces, self._logged_rules, self._groups = [], self._rules, self._now
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
     ) -> None:
         """Write the log to the disk before a checkpoint is saved."""
         if self._file is not None and (control.should_save or control.should_training_stop):
             self._file.sync()
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
     ) -> None:
         """Close the log."""
         if self._file is not None:
