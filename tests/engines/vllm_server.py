@@ -302,7 +302,7 @@ def test_lora_learns_through_the_pool(server, language_model, tokenizer, words, 
     )
     before = mean_loss(model, held_out)
     options = {"perturbation": "shared", "max_steps": 16, "queries_per_sample": 12}
-    options |= {"perturbation_scale": 1e-2, "learning_rate": 3e-3}
+    options |= {"perturbation_scale": 1e-2, "learning_rate": 1e-2}
     trainer, seconds = train(model, tmp_path / "run", rows, **options)
     after = mean_loss(model, held_out)
     print(
