@@ -125,8 +125,7 @@ class VllmEngine(Endpoint, _Vllm):
     def loaded(self, folders: Sequence[Path]) -> Iterator[list[str]]:
         """Have PEFT's folders, which the server must see too, loaded as adapters; gives names."""
         names = [f"hf-flops-{uuid.uuid4().hex}" for _ in folders]
-        # not `load_inplace`: vLLM then reads the adapter anew at each of its steps, and while one
-        # moves to another slot, rows get the weights that lie in the old one
+        # not `load_inplace`, with which vLLM reads the files again at each of its steps
         loads = [
             {"lora_name": name, "lora_path": str(folder)}
             for name, folder in zip(names, folders, strict=True)

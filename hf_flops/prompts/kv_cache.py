@@ -44,7 +44,7 @@ def run(model: nn.Module, cache: DynamicCache, **inputs: object) -> ModelOutputs
     return model(**{name: value for name, value in inputs.items() if name in names})
 
 
-def unperturbed(prompt: nn.Embedding) -> Hashable:
+def _state(prompt: nn.Embedding) -> Hashable:
     """Return what tells a prompt from others without reading it, None while it may be perturbed."""
     weight = prompt.weight
     if "forward" in vars(prompt) or prompt._forward_hooks or prompt._forward_pre_hooks:
@@ -61,8 +61,8 @@ class TextCache:
         base: a causal language model of transformers.
         texts: R rows; each distinct text runs through `base` once.
         keys: R keys, equal for equal texts.
+        prompt: the virtual tokens that follow texts.
         ending: of the R rows, to run in the same forward; ignored if a layer has a sliding window.
-        prompt: what tells the prompt of the ending from others.
 
     Attributes:
         mask: (U, T) int64, zero on padding.
@@ -77,14 +77,15 @@ class TextCache:
         base: PreTrainedModel,
         texts: Split,
         keys: Sequence[Hashable],
+        prompt: nn.Embedding,
         ending: Ending | None = None,
-        prompt: Hashable = None,
     ) -> None:
         # the first row of each text
         first = dict(zip(reversed(keys), reversed(range(len(keys))), strict=True))
         self._place = {key: place for place, key in enumerate(first)}
         rows = torch.tensor(list(first.values()))
-        self._texts, self._prompt, device = texts.rows(rows), prompt, base.device
+        self._texts, self._prompt, self._ran = texts.rows(rows), prompt, _state(prompt)
+        device = prompt.weight.device
         ids, self.mask = onto(self._texts.text, device), onto(self._texts.text_mask, device)
         self._cache = DynamicCache(config=base.config)
         ending = None if self.sliding else ending
@@ -128,15 +129,15 @@ class TextCache:
         """Whether a layer attends to a sliding window only."""
         return any(getattr(layer, "is_sliding", False) for layer in self._cache.layers)
 
-    def known(self, place: Tensor, rows: Split, prompt: Hashable) -> Tensor | None:
-        """Return the logits (R, A, V) of rows, which continue the texts (R,) by a prompt and an
+    def known(self, place: Tensor, rows: Split) -> Tensor | None:
+        """Return the logits (R, A, V) of rows, which continue the texts (R,) by the prompt and an
         answer, if these were run with the texts, else None.
         """
-        if self.logits is None or torch.is_grad_enabled() or prompt is None:
+        state = _state(self._prompt)
+        if self.logits is None or torch.is_grad_enabled() or state is None or state != self._ran:
             return None
         ran = self._texts.rows(place)
-        same = ran.answer.equal(rows.answer) and ran.targets.equal(rows.targets)
-        if not same or prompt != self._prompt:
+        if not (ran.answer.equal(rows.answer) and ran.targets.equal(rows.targets)):
             return None
         return self.logits[onto(place, self.logits.device), : max(1, rows.answer.shape[1])]
 

@@ -27,7 +27,7 @@ from ..errors import ConfigurationError
 from ..objectives.elementwise import mean_cross_entropy
 from .base_weights import drop_base, ignore_missing_base
 from .initial import initial_embeddings
-from .kv_cache import Ending, TextCache, unperturbed
+from .kv_cache import Ending, TextCache
 from .label_head import hidden_states, label_head_of
 from .packing import Packing, continued, may_be_packed
 
@@ -264,7 +264,7 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
         self, rows: Split, keys: Sequence[Hashable], ending: Ending | None = None
     ) -> TextCache:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._shares()):
-            return TextCache(self.base, rows, keys, ending, unperturbed(self.prompt))
+            return TextCache(self.base, rows, keys, self.prompt, ending)
 
     def _ending(self, rows: Split) -> Ending:
         """Return prompt and answer of each row, without the last token, which predicts nothing."""
@@ -288,7 +288,7 @@ class SuffixPromptModel(nn.Module, PushToHubMixin):
         if texts is None or keys not in texts:
             texts = self._read(rows, keys)
         place = texts.rows(keys)
-        known = texts.known(place, rows, unperturbed(self.prompt))
+        known = texts.known(place, rows)
         if known is not None:
             return known
         ending = self._ending(rows)
