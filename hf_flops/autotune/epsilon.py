@@ -114,7 +114,9 @@ def calibrate(forward: Forward, inputs: Inputs, method: Method, seed: int = 0) -
     return Calibration(*choose_scale(deltas, order=len(method.estimator.signs)), rows)
 
 
-def look(forward: Forward, inputs: Inputs, method: Method, seed: int = 0) -> tuple[float, float]:
+def look(
+    forward: Forward, inputs: Inputs, method: Method, seed: int = 0
+) -> tuple[float, float, float]:
     """Compare a few queries at a method's scale and the next smaller one; where they differ, look
     at others, and choose one.
 
@@ -123,8 +125,8 @@ def look(forward: Forward, inputs: Inputs, method: Method, seed: int = 0) -> tup
     compute in fewer bits than their parameters tell, and the scale may have to be larger.
 
     Returns:
-        The scale; and the root mean square of the differences between the first two over the
-        signal.
+        The scale; the root mean square of the differences between the first two over the signal;
+        and, where the loss rounds, the signal-to-noise ratio at the scale, infinite elsewhere.
     """
     top = min(range(len(GRID)), key=lambda i: abs(math.log(GRID[i] / method.scale)))
     scales = GRID[max(top - 1, 0) : top + 1]
@@ -133,7 +135,7 @@ def look(forward: Forward, inputs: Inputs, method: Method, seed: int = 0) -> tup
     error, signal = float((high - low).square().mean()), float((high * low).mean())
     bend = (error / signal) ** 0.5 if signal > 0 else math.inf
     if math.isnan(error) or bend <= _BEND:
-        return method.scale, bend
+        return method.scale, bend, math.inf
     less, more = GRID[max(top - 3, 0) : max(top - 1, 0)], GRID[top + 1 : top + 4]
     if less:
         deltas = torch.cat([evaluated(forward, inputs, method, seed, less, _LOOKS)[0], deltas])
@@ -141,9 +143,10 @@ def look(forward: Forward, inputs: Inputs, method: Method, seed: int = 0) -> tup
     if rounds:
         deltas = torch.cat([deltas, evaluated(forward, inputs, method, seed, more, _LOOKS)[0]])
     looked = (*less, *scales, *(more if rounds else ()))
-    best, _ = choose_scale(deltas, looked, len(method.estimator.signs))
-    best = method.scale if best is None else best
-    return (best if rounds else min(best, method.scale)), bend
+    best, ratio = choose_scale(deltas, looked, len(method.estimator.signs))
+    if best is None:
+        best = looked[-1] if rounds else method.scale
+    return (best, bend, ratio) if rounds else (min(best, method.scale), bend, math.inf)
 
 
 def choose_step_scale(

@@ -16,6 +16,7 @@ from .protocol import RunArguments, State
 from .queries_per_sample import AutoQueries
 
 logger = logging.getLogger(__name__)
+_CLEAR = 2.0  # signal-to-noise ratio of differences below which rounding is told
 
 
 def first_scale(args: RunArguments, precision: float) -> float:
@@ -146,7 +147,7 @@ class Tuning:
 
     def _look(self, method: Method, forward: Forward, inputs: Inputs, seed: int) -> None:
         """Take another epsilon than the default where that is too large or small, and say so."""
-        self.looked, bend = look(forward, inputs, method, seed)
+        self.looked, bend, ratio = look(forward, inputs, method, seed)
         if self.looked != method.scale:
             logger.warning(
                 "perturbation_scale is %.2g: at the default, %.2g, %s changes the differences by "
@@ -155,6 +156,16 @@ class Tuning:
                 method.scale,
                 "curvature" if self.looked < method.scale else "rounding of the loss",
                 min(100 * bend, 999),
+            )
+        if ratio < _CLEAR:
+            logger.warning(
+                "The loss rounds so coarsely that at no perturbation_scale that was tried are the "
+                "differences %g times as large as their error (%.2g times at %.2g): the run may "
+                "learn nothing. Where the base quantises activations, quantise weights only; "
+                'otherwise, estimator="antithetic" with perturbation_scale="auto" bears more.',
+                _CLEAR,
+                ratio,
+                self.looked,
             )
 
     def _calibrate(self, method: Method, forward: Forward, inputs: Inputs, seed: int) -> None:

@@ -24,6 +24,7 @@ from ..prompts.suffix_prompt import SuffixPromptModel
 from .args import FlopsArgumentsMixin, FlopsTrainingArguments
 from .master_weights import keep_masters
 from .offload import is_offloaded, materialise_trainable, weights_at_hand
+from .quantised import keep_unpacked, rounds_in_evaluation
 from .sharding import refuse_tensor_parallelism, replicate_trainable
 
 if TYPE_CHECKING:
@@ -197,7 +198,10 @@ def wrap_with_adapter(model: nn.Module, peft_config: PeftConfig) -> nn.Module:
 
 
 def hold_trainable(model: nn.Module) -> None:
-    """Give the process the whole of what is trained, wherever the base's weights lie."""
+    """Give the process the whole of what is trained, wherever the base's weights lie, and a base
+    whose products are not rounded more than its quantisation needs.
+    """
+    keep_unpacked(model)
     materialise_trainable(model)
     replicate_trainable(model)
     refuse_tensor_parallelism(model)
@@ -222,36 +226,19 @@ def add_tags(model: nn.Module, tags: Sequence[str]) -> None:
 
 
 @contextmanager
-def quantised_base_allowed(model: nn.Module | None) -> Iterator[None]:
-    """Let the stock trainer accept a quantised model, which forward passes can train.
-
-    The stock check skips models that carry an adapter of their own, so the model claims to carry
-    one inside the context.
-    """
-    flag = "_hf_peft_config_loaded"
-    if (
-        not isinstance(model, nn.Module)
-        or not getattr(model, "is_quantized", False)
-        or flag in vars(model)
-    ):
-        yield
-        return
-    setattr(model, flag, True)
-    try:
-        yield
-    finally:
-        delattr(model, flag)
-
-
-@contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Switch dropout and batch-norm updates off inside the context, and restore them after it.
+
+    Quantised layers that round activations in evaluation mode only are in training mode inside.
 
     Between forwards the outermost module says that it is training, because trainers sort their
     metrics by that.
     """
     training = [module for module in model.modules() if module.training]
+    exact = list(filter(rounds_in_evaluation, model.modules()))
     model.eval()
+    for module in exact:
+        module.training = True
 
     def say(flag: bool) -> Callable[..., None]:
         return lambda module, *call: setattr(module, "training", flag)
@@ -266,7 +253,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         try:
             yield
         finally:
-            model.training = False
+            for module in (model, *exact):
+                module.training = False
             for module in training:
                 module.training = True
 

@@ -40,13 +40,13 @@ from .preparation import (
     follow_accelerator,
     hold_trainable,
     positional_arguments,
-    quantised_base_allowed,
     uncompiled,
     widen_trainable,
     without_autocast,
     without_cache,
     wrap_with_adapter,
 )
+from .quantised import quantised_base_allowed
 from .query_budget import QueryBudget
 from .run_lock import undisturbed
 from .samples import rows_blamed

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from hf_flops import BatchPosition, Method, estimate_gradient
 from hf_flops.allocators import Uniform
 from hf_flops.autotune.epsilon import look
+from hf_flops.autotune.tuning import Tuning
 from hf_flops.base.rounding_error import precision_of
 from hf_flops.estimators import ESTIMATORS
 from hf_flops.objectives import TappedLoss
@@ -31,11 +32,18 @@ class Repacked(nn.Linear):
         return F.linear(x.bfloat16(), self.weight.bfloat16()).to(x.dtype)
 
 
-def base(*, repacked):
+class Coarse(nn.Linear):
+    """A layer with errors, as quantised activations have, that every digit of its input changes."""
+
+    def forward(self, x):
+        return super().forward(x + 0.3 * (1e5 * x).sin())
+
+
+def base(kind=nn.Linear):
     model = tiny_model("llama", **SIZES)
     for name, layer in model.named_modules():
-        if repacked and type(layer) is nn.Linear and name != "lm_head":
-            layer.__class__ = Repacked
+        if type(layer) is nn.Linear and name != "lm_head":
+            layer.__class__ = kind
     return adapted("llama", model).eval()
 
 
@@ -53,7 +61,7 @@ def gradient(model, estimator, scale):
 
 @pytest.mark.parametrize("estimator", ["one_sided", "antithetic"])
 def test_a_scale_above_the_rounding_is_found_and_keeps_the_gradient(estimator):
-    rounded, exact = base(repacked=True), base(repacked=False)
+    rounded, exact = base(Repacked), base()
     assert precision_of(rounded) == precision_of(exact)  # parameters tell nothing
     scales = []
     for model in (rounded, exact):
@@ -69,3 +77,14 @@ def test_a_scale_above_the_rounding_is_found_and_keeps_the_gradient(estimator):
     ]
     assert lost[0] < 0.1
     assert lost[0] < lost[1] / 2
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Coarse])
+def test_rounding_that_no_scale_is_above_is_told(kind, caplog):
+    model = base(kind)
+    tuning = Tuning(rows=64, look=True, trim=False)
+    with torch.no_grad():
+        tuning.complete(method(model, "one_sided"), model_forward(model), tiny_batch("llama"))
+    assert ("rounds so coarsely" in caplog.text) == (kind is Coarse)
+    assert tuning.looked is not None
+    assert (tuning.looked > 1e-3) == (kind is Coarse)

@@ -1,14 +1,10 @@
-"""Bases in 16 bits and quantised bases train with forward passes; small updates and small
-differences survive.
-"""
+"""Bases in 16 bits train with forward passes; small updates and small differences survive."""
 
 import logging
-from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LNTuningConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
-from torch import nn
 from torch.nn import functional as F
 
 from hf_flops import FlopsTrainer
@@ -207,79 +203,6 @@ def test_autocast_trains(tmp_path):
     start = trainer.evaluate()["eval_loss"]
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < start - 0.05
-
-
-# --- quantised bases ---
-
-
-class NoBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, scale, bias):
-        return F.linear(x, weight.to(x.dtype) * scale, bias)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        raise AssertionError("there is no backward pass")
-
-
-class Int8Linear(nn.Linear):
-    """A linear layer with a weight of whole numbers, one scale per output, and no backward pass."""
-
-    @classmethod
-    def of(cls, linear):
-        module = cls(linear.in_features, linear.out_features, linear.bias is not None)
-        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
-        module.weight = nn.Parameter(
-            (linear.weight.detach() / scale).round().to(torch.int8), requires_grad=False
-        )
-        module.register_buffer("scale", scale)
-        if linear.bias is not None:
-            module.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
-        return module
-
-    def forward(self, x):
-        return NoBackward.apply(x, self.weight, self.scale, self.bias)
-
-
-def quantised(kind):
-    """Build a tiny model that calls itself quantised, by a method that cannot train."""
-    model = tiny_model(kind)
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and name not in ("classifier", "lm_head"):
-                setattr(parent, name, Int8Linear.of(child))
-    model.is_quantized = True
-    model.hf_quantizer = SimpleNamespace(
-        is_trainable=False, quantization_config=SimpleNamespace(quant_method="int8")
-    )
-    return model
-
-
-@pytest.mark.parametrize(
-    ("kind", "adapter"),
-    [("vit", "lora"), ("llama", "lora"), ("llama", "ln_tuning"), ("llama", "prompt")],
-)
-def test_quantised_bases_that_backprop_refuses_train(kind, adapter, tmp_path):
-    data = dataset(kind, torch.float32)
-    model = get_peft_model(quantised(kind), CONFIGS[adapter](kind))
-    with pytest.raises(AssertionError, match="no backward"):
-        model(**batch(kind, torch.float32)).loss.backward()
-    trainer = FlopsTrainer(model, arguments(tmp_path), train_dataset=data, eval_dataset=data)
-    assert not getattr(trainer.model, "_hf_peft_config_loaded", False)
-    start = trainer.evaluate()["eval_loss"]
-    trainer.train()
-    assert trainer.evaluate()["eval_loss"] < start - 0.05
-
-
-def test_a_quantised_base_takes_an_adapter_from_the_trainer(tmp_path):
-    trainer = FlopsTrainer(
-        quantised("vit"),
-        arguments(tmp_path, max_steps=1),
-        train_dataset=dataset("vit", torch.float32),
-        peft_config=CONFIGS["lora"]("vit"),
-    )
-    trainer.train()
-    assert trainer.ledger.rows == 64
 
 
 def test_a_head_is_found_under_autocast_which_ends_with_its_run(tmp_path):
