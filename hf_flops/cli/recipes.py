@@ -6,7 +6,7 @@ import sys
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 from ..errors import ConfigurationError
 
@@ -27,7 +27,7 @@ def folder_of(name: str) -> Path:
     )
 
 
-def recipe(name: str) -> Any:
+def recipe(name: str) -> ModuleType:
     """Return the module of a recipe.
 
     Raises:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 COLOURS = {"flops": "#c2410c", "mezo": "#2563eb", "flops-authors": "#7c3aed", "backprop": "#18181b"}
 
 
-def pyplot() -> Any:
+def pyplot() -> ModuleType:
     """Import matplotlib without a screen."""
     try:
         import matplotlib
