@@ -38,7 +38,7 @@ def rounds_in_evaluation(module: nn.Module) -> bool:
     depend on all rows: differences drown, and rows are not independent. In training mode they
     multiply by the dequantised weights.
     """
-    return hasattr(getattr(module, "state", None), "has_fp16_weights")
+    return hasattr(vars(module).get("state"), "has_fp16_weights")
 
 
 def keep_unpacked(model: nn.Module) -> None:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import LNTuningConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.nn import functional as F
 
@@ -13,30 +13,8 @@ from hf_flops import FlopsTrainer
 from hf_flops.trainer.preparation import evaluation_mode
 from hf_flops.trainer.quantised import keep_unpacked
 from tests.helpers.runs import adapted
-from tests.helpers.tiny import TASKS, as_dataset, tiny_batch, tiny_model, training_arguments
-
-CONFIGS = {
-    "lora": lambda kind: LoraConfig(
-        r=2,
-        target_modules=["q_proj", "v_proj"],
-        task_type=TASKS[kind],
-        modules_to_save=["classifier"] if kind == "vit" else None,
-    ),
-    "ln_tuning": lambda kind: LNTuningConfig(task_type=TASKS[kind]),
-    "prompt": lambda kind: PromptTuningConfig(task_type=TASKS[kind], num_virtual_tokens=3),
-}
-
-
-def arguments(folder, **options):
-    defaults = {
-        "per_device_train_batch_size": 8,
-        "queries_per_sample": 8,
-        "max_steps": 12,
-        "learning_rate": 0.03,
-        "logging_steps": 12,
-        "lr_scheduler_type": "constant",
-    }
-    return training_arguments(folder, **{**defaults, **options})
+from tests.helpers.tiny import as_dataset, tiny_batch, tiny_model, training_arguments
+from tests.trainer.test_precision import CONFIGS, arguments
 
 
 class NoBackward(torch.autograd.Function):
